@@ -1,0 +1,122 @@
+"""Pretrains a GPT with ScMoE layers: arguments → data → model → engine → loop.
+
+    deepspeed pretrain_gpt_scmoe.py --deepspeed_config ds_configs/gpt_small_cpu.json --num-layers 4 …
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import scmoe_ds
+from scmoe_ds import checkpoint
+from scmoe_ds.arguments import ArgumentError, gpt_settings, parse_arguments
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.data.corpus import prepare_default_corpus, unigram_entropy
+from scmoe_ds.data.dataset import DataSettings, Datasets, build_datasets
+from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
+from scmoe_ds.engine import batch_sizes, connect, expert_parallel_rank, fingerprint
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement, run_together
+from scmoe_ds.training import RunSettings, Summary, Trainer, TrainingError
+
+USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError, RankDisagreementError,
+               TrainingError)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a training job; returns the exit code. What a user can mend ends in one sentence, not in a traceback."""
+    try:
+        args, whole, config = parse_arguments(argv)
+        pretrain(args, whole, config)
+    except USER_ERRORS as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pretrain_gpt_scmoe.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
+    """One training job in a process group that exists or is made here."""
+    connect()
+    ranks = dist.get_world_size()
+    require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
+    config.check_world(ranks)
+    micro_batch_size, accumulation_steps = batch_sizes(whole, ranks)
+    if args.save:
+        checkpoint.check_writable(args.save)
+    settings = RunSettings(
+        args.train_iters, micro_batch_size, accumulation_steps, args.seq_length, args.seed, args.log_interval,
+        args.eval_interval, args.eval_iters, args.num_workers, args.save, args.save_interval, args.exit_interval,
+    )  # fmt: skip
+    tokenizer = build_tokenizer(args.tokenizer_type, tokenizer_model=args.tokenizer_model,
+                                vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
+    shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
+    prefixes = args.data_path or [run_together(lambda: prepare_default_corpus(args.corpus_dir))]
+    datasets = load_data(args, settings, tokenizer, prefixes, ranks)
+
+    model = GPT(shape, config, args.seq_length)
+    ep_rank = expert_parallel_rank(config.expert_parallel_size)
+    initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers, ep_rank)
+    engine, *_ = scmoe_ds.initialize(model=model, config=whole)
+
+    description = checkpoint.describe(shape, config, ranks, engine.zero_optimization_stage())
+    iteration, consumed_samples = checkpoint.load(engine, args.load, description) if args.load else (0, 0)
+    if dist.get_rank() == 0:
+        print(f"training {config.architecture} from iteration {iteration} to {args.train_iters} on {ranks} "
+              f"{'GPU' if torch.cuda.is_available() else 'CPU'} process(es), expert-parallel size "
+              f"{config.expert_parallel_size}", flush=True)  # fmt: skip
+    trainer = Trainer(engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples)
+    summary = trainer.run()
+    if dist.get_rank() == 0:
+        report(summary, whole, prefixes)
+    return summary
+
+
+def load_data(
+    args: argparse.Namespace, settings: RunSettings, tokenizer: Tokenizer, prefixes: Sequence[str], ranks: int
+) -> Datasets:
+    """Training samples for the whole run, validation samples for one validation; the same on every rank."""
+    data = DataSettings(tuple(prefixes), args.split, args.seq_length, args.seed, tokenizer, args.data_cache_path)
+    per_iteration = settings.rank_batch_size * ranks
+    validation = args.eval_iters * settings.micro_batch_size * ranks
+    datasets = build_datasets(data, max(args.train_iters, 1) * per_iteration, validation, 0)
+    sizes = [len(part) if part is not None else 0 for part in (datasets.train, datasets.valid)]
+    require_agreement("the number of samples in the data", sizes)
+    return datasets
+
+
+def comparable(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags without what rightly differs between ranks."""
+    return {name: value for name, value in vars(args).items() if name != "local_rank"}
+
+
+def report(summary: Summary, whole: dict[str, Any], prefixes: Sequence[str]) -> None:
+    """The last lines of a run."""
+    board = whole.get("tensorboard", {})
+    loss = summary.validation_loss
+    print(f"\nfinished at iteration {summary.iteration}")
+    if loss is not None:
+        print(f"  validation loss        {loss:.4f} nats per token, perplexity {2.718281828459045 ** loss:.3f}")
+    if len(prefixes) == 1:
+        print(f"  unigram entropy        {unigram_entropy(prefixes[0]):.4f} nats per token (a model that knows token "
+              "frequencies only)")  # fmt: skip
+    print(f"  speed                  {summary.tokens_per_second:.0f} tokens per second")
+    print(f"  checkpoint             {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}")
+    if board.get("enabled"):
+        print(f"  TensorBoard log        {os.path.join(board.get('output_path', ''), board.get('job_name', ''))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Command line: Megatron-DeepSpeed's flag names, and how they meet the DeepSpeed JSON.
+
+Model and data come from flags. Batch, optimizer, learning-rate schedule, precision and ZeRO come from the JSON. The MoE
+can be set in either; a flag and the JSON that disagree are an error that names both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from scmoe_ds.config import ScMoEConfig, load_deepspeed_json
+from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.presets import PRESETS
+
+MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}
+"""Megatron-DeepSpeed's --mlp-type, with ours added, to `scmoe.architecture`."""
+
+SECTION_FLAGS: dict[str, str] = {
+    "num_experts": "num_experts",
+    "topk": "top_k",
+    "mlp_type": "architecture",
+    "expert_interval": "moe_every",
+    "moe_expert_parallel_size": "expert_parallel_size",
+    "moe_train_capacity_factor": "capacity_factor",
+    "moe_eval_capacity_factor": "eval_capacity_factor",
+    "moe_min_capacity": "min_capacity",
+    "moe_loss_coeff": "aux_loss_coefficient",
+    "moe_token_dropping": "drop_tokens",
+    "enable_expert_tensor_parallelism": "expert_tensor_parallelism",
+    "scmoe_position": "position",
+    "scmoe_merge": "merge",
+    "scmoe_expert_slot": "overlap.expert_slot",
+}
+"""Flag (as argparse stores it) to field of the "scmoe" section."""
+
+
+class ArgumentError(ValueError):
+    """A flag that its user can mend."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of pretrain_gpt_scmoe.py; a preset, if one is named, has to be applied as defaults afterwards."""
+    parser = argparse.ArgumentParser(
+        description="Pretrain a GPT with ScMoE layers under DeepSpeed.",
+        epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    for add in (_add_network, _add_data, _add_training, _add_moe, _add_deepspeed):
+        add(parser)
+    return parser
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network size")
+    group.add_argument("--preset", choices=sorted(PRESETS), help="sizes of one of the paper's models; flags override")
+    group.add_argument("--num-layers", type=int, help="Transformer blocks")
+    group.add_argument("--hidden-size", type=int, help="width of the residual stream")
+    group.add_argument("--ffn-hidden-size", type=int, default=0, help="0: 4 * hidden, or 8/3 with --swiglu")
+    group.add_argument("--num-attention-heads", type=int, help="query heads")
+    group.add_argument("--num-key-value-heads", type=int, default=0, help="0: as many as query heads")
+    group.add_argument("--seq-length", type=int, help="tokens per training sequence")
+    group.add_argument("--max-position-embeddings", type=int, help="default: --seq-length")
+    group.add_argument("--position-embedding-type", choices=["learned_absolute", "rope"], default="learned_absolute")
+    group.add_argument("--rotary-base", type=float, default=10000.0, help="base of rotary frequencies")
+    group.add_argument("--normalization", choices=["LayerNorm", "RMSNorm"], default="LayerNorm")
+    group.add_argument("--layernorm-epsilon", type=float, default=1e-5, help="epsilon of the norms")
+    group.add_argument("--swiglu", action="store_true", help="SwiGLU instead of GELU")
+    group.add_argument("--disable-bias-linear", action="store_true", help="no biases in linear layers")
+    group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="a head of its own")
+    group.add_argument("--make-vocab-size-divisible-by", type=int, default=128, help="padding of the vocabulary")
+    group.add_argument("--attention-dropout", type=float, default=0.1, help="dropout of attention weights")
+    group.add_argument("--hidden-dropout", type=float, default=0.1, help="dropout on the residual branches")
+    group.add_argument("--init-method-std", type=float, default=0.02, help="standard deviation of initial weights")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data and tokenizer")
+    group.add_argument("--data-path", nargs="+", help="prefix of a .bin/.idx set, or weight prefix weight prefix …; "
+                       "default: the running Python's standard library as text")  # fmt: skip
+    group.add_argument("--split", default="969, 30, 1", help="train, validation and test shares")
+    group.add_argument("--data-cache-path", help="where sample indices are kept; default: beside the data")
+    group.add_argument("--corpus-dir", default="data", help="where the default corpus is written")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="ByteTokenizer")
+    group.add_argument("--tokenizer-model", help="local directory of a Hugging Face tokenizer")
+    group.add_argument("--vocab-file", help="vocab.json of GPT-2's BPE")
+    group.add_argument("--merge-file", help="merges.txt of GPT-2's BPE")
+    group.add_argument("--num-workers", type=int, default=0, help="data loader processes per rank")
+    group.add_argument("--seed", type=int, default=1234, help="weights, data order, dropout, gate noise")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training, validation and checkpoints")
+    group.add_argument("--train-iters", type=int, help="optimizer steps of the whole run, over all resumes")
+    group.add_argument("--exit-interval", type=int, help="save and stop at an iteration that this divides")
+    group.add_argument("--log-interval", type=int, default=100, help="iterations per log line")
+    group.add_argument("--eval-interval", type=int, default=1000, help="iterations per validation")
+    group.add_argument("--eval-iters", type=int, default=100, help="batches per validation")
+    group.add_argument("--save", help="directory of checkpoints; default: none are written")
+    group.add_argument("--save-interval", type=int, help="iterations per checkpoint; one is always saved at the end")
+    group.add_argument("--load", help="directory to resume from; an empty or missing one starts from scratch")
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="1 in this release")
+
+
+def _add_moe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("mixture of experts", 'set fields of the JSON\'s "scmoe" section')
+    group.add_argument("--num-experts", type=int, nargs="+", help="one number, or one per MoE layer")
+    group.add_argument("--topk", type=int, help="routed experts per token")
+    group.add_argument("--mlp-type", choices=sorted(MLP_TYPES), help="standard: topk; residual: shared_expert")
+    group.add_argument("--expert-interval", type=int, help="an MoE in every n-th block")
+    group.add_argument("--moe-expert-parallel-size", type=int, help="ranks that share one set of experts")
+    group.add_argument("--moe-train-capacity-factor", type=float, help="capacity in training")
+    group.add_argument("--moe-eval-capacity-factor", type=float, help="capacity in evaluation")
+    group.add_argument("--moe-min-capacity", type=int, help="least capacity of an expert")
+    group.add_argument("--moe-loss-coeff", type=float, help="weight of the load-balancing loss")
+    group.add_argument("--disable-moe-token-dropping", dest="moe_token_dropping", action="store_const", const=False,
+                       help="every token reaches its experts")  # fmt: skip
+    group.add_argument("--enable-expert-tensor-parallelism", action="store_const", const=True)
+    group.add_argument("--scmoe-position", choices=["pos1", "pos2", "pos3"], help="where the shortcut is taken")
+    group.add_argument("--scmoe-merge", choices=["add", "cg1", "cg2"], help="how shared and routed output meet")
+    group.add_argument("--scmoe-expert-slot", type=_slot, help='"auto" or the operator before which experts run')
+
+
+def _add_deepspeed(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("DeepSpeed")
+    group.add_argument("--deepspeed", action="store_true", help="accepted for habit; DeepSpeed is always on")
+    group.add_argument("--deepspeed_config", "--deepspeed-config", help="the DeepSpeed JSON")
+    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
+
+
+def _slot(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any], ScMoEConfig]:
+    """Flags, the DeepSpeed JSON with the flags merged into its "scmoe" section, and that section.
+
+    Raises:
+        ArgumentError, ScMoEConfigError: a setting that its user can mend.
+        SystemExit: argparse's own findings (unknown flag, not a number), and --help.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.preset:
+        parser.set_defaults(**PRESETS[args.preset].arguments)
+        args = parser.parse_args(argv)
+    if args.deepspeed_config is None:
+        raise ArgumentError("--deepspeed_config is missing: name a JSON, e.g. ds_configs/gpt_small_cpu.json")
+    _check(args)
+    whole = load_deepspeed_json(args.deepspeed_config)
+    whole["scmoe"] = merge_flags(whole.get("scmoe", {}), args, args.deepspeed_config)
+    config = ScMoEConfig.from_deepspeed(whole)
+    config.check_model(args.num_layers)
+    _fill_in_schedule(whole, args.train_iters)
+    return args, whole, config
+
+
+def merge_flags(section: Any, args: argparse.Namespace, source: str) -> Any:
+    """The section with the flags that were given.
+
+    Raises:
+        ArgumentError: a flag that contradicts the JSON; names both.
+    """
+    if not isinstance(section, dict):
+        return section  # the config's own validation explains it
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in section.items()}
+    for flag, path in SECTION_FLAGS.items():
+        value = getattr(args, flag)
+        if value is None:
+            continue
+        if flag == "mlp_type":
+            value = MLP_TYPES[value]
+        if flag == "num_experts" and len(value) == 1:
+            value = value[0]
+        *parents, key = path.split(".")
+        target = merged
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            return merged
+        if key in target and target[key] != value:
+            name = "--disable-moe-token-dropping" if flag == "moe_token_dropping" else "--" + flag.replace("_", "-")
+            raise ArgumentError(f"{name} asks for {value!r} but scmoe.{path} = {target[key]!r} in {source}; "
+                                "remove one of them")  # fmt: skip
+        target[key] = value
+    return merged
+
+
+def gpt_settings(args: argparse.Namespace, padded_vocab_size: int) -> GPTSettings:
+    """The model's shape.
+
+    Raises:
+        ArgumentError: sizes that do not divide.
+    """
+    try:
+        return GPTSettings(
+            args.num_layers, args.hidden_size, args.num_attention_heads, padded_vocab_size, args.max_position_embeddings,
+            args.num_key_value_heads, args.ffn_hidden_size, args.normalization, args.swiglu,
+            args.position_embedding_type, args.rotary_base, not args.disable_bias_linear,
+            not args.untie_embeddings_and_output_weights, args.hidden_dropout, args.attention_dropout,
+            args.layernorm_epsilon, args.init_method_std,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "train_iters"):
+        if getattr(args, name) is None:
+            raise ArgumentError(f"--{name.replace('_', '-')} is missing (--preset sets the sizes of a known model)")
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    at_least_one = ["num_layers", "hidden_size", "num_attention_heads", "seq_length", "log_interval",
+                    "make_vocab_size_divisible_by", "eval_interval", "eval_iters"]  # fmt: skip
+    optional = ["save_interval", "exit_interval"]
+    lowest = {name: 1 for name in at_least_one + [name for name in optional if getattr(args, name) is not None]}
+    lowest |= {"train_iters": 0, "ffn_hidden_size": 0, "num_key_value_heads": 0, "num_workers": 0, "seed": 0}
+    for name, minimum in lowest.items():
+        if getattr(args, name) < minimum:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum}")
+    if args.seq_length > args.max_position_embeddings:
+        raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
+                            f"{args.max_position_embeddings}")  # fmt: skip
+    for name in ("attention_dropout", "hidden_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be in [0, 1)")
+    if args.tensor_model_parallel_size != 1:
+        raise ArgumentError(f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: this release has "
+                            "expert and data parallelism only; set 1")  # fmt: skip
+    if args.save_interval and not args.save:
+        raise ArgumentError("--save-interval needs --save, the directory of the checkpoints")
+
+
+def _fill_in_schedule(whole: dict[str, Any], train_iters: int) -> None:
+    """ "total_num_steps": "auto" follows --train-iters, as "auto" values do in Hugging Face's DeepSpeed configs."""
+    scheduler = whole.get("scheduler")
+    params = scheduler.get("params") if isinstance(scheduler, dict) else None
+    if isinstance(params, dict) and params.get("total_num_steps") == "auto":
+        whole["scheduler"] = {**scheduler, "params": {**params, "total_num_steps": max(train_iters, 1)}}

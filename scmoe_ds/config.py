@@ -1,0 +1,310 @@
+"""The "scmoe" section of a DeepSpeed JSON: fields, defaults, rules and the errors that explain them.
+
+DeepSpeed ignores top-level keys that it does not know, so the section travels in the same file as the
+optimizer, precision and ZeRO settings. Everything that a single look at the file (and, later, at the model and
+the world size) can rule out is ruled out here, before a process group exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel, dict_raise_error_on_duplicate_keys
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe"]
+Position = Literal["pos1", "pos2", "pos3"]
+Merge = Literal["add", "cg1", "cg2"]
+Dispatch = Literal["exact", "padded"]
+GateSoftmax = Literal["before_topk", "after_topk"]
+Auto = Literal["auto"]
+
+
+class ScMoEConfigError(ValueError):
+    """A setting that its user can mend: the message has the JSON path, the value, the rule and the remedy."""
+
+
+def _fail(path: str, value: object, rule: str) -> ScMoEConfigError:
+    return ScMoEConfigError(f"{path} = {json.dumps(value, default=str)}: {rule}")
+
+
+class _Section(DeepSpeedConfigModel):
+    """DeepSpeed's config model without its "auto" filter: here "auto" is a value, valid only where declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    def __init__(self, **data: Any) -> None:
+        super().__init__(strict=True, **data)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_quiet_conversions(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read "8" and true as the integers 8 and 1; in a hand-written file they are slips.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("is true or false where a number or a name is wanted")
+        if isinstance(value, str) and value.replace(".", "", 1).lstrip("+-").isdigit():
+            raise ValueError("is a string; write the number without quotes")
+        return value
+
+
+class OverlapConfig(_Section):
+    """`scmoe.overlap`: when the routed experts are computed."""
+
+    enabled: bool = Field(True, strict=True, description="false: the same operators with blocking communication.")
+    expert_slot: Union[int, Auto] = Field(
+        "auto",
+        description="Before which backbone operator the experts run: 1 … number of operators + 1 (after the last).",
+    )
+    num_chunks: Union[int, Auto] = Field("auto", description="Pipelining of the expert computation.")
+    calibration_steps: int = Field(5, ge=0, strict=True, description="Training steps that are timed for \"auto\".")
+
+    @field_validator("expert_slot", "num_chunks")
+    @classmethod
+    def _positive_or_auto(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError('must be at least 1, or "auto"')
+        return value
+
+    @field_validator("num_chunks")
+    @classmethod
+    def _one_chunk(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value > 1:
+            raise ValueError('this release computes the experts in one chunk; use 1 or "auto"')
+        return value
+
+
+class ScMoEConfig(_Section):
+    """The validated `"scmoe"` section. Frozen; one instance describes all MoE layers of a model.
+
+    Raises:
+        ScMoEConfigError: through `from_deepspeed`, `check_model` and `check_world`.
+    """
+
+    architecture: Architecture = Field(
+        "scmoe", description="scmoe (paper eq. 7), or a baseline: topk, shared_expert (DeepSpeed's own), dgmoe (eq. 23)."
+    )
+    position: Position = Field("pos2", description="Where the shortcut is taken in the preceding block.")
+    first_layer_position: Union[Position, None] = Field(None, description="Another position for the first MoE layer.")
+    shortcut_distance: int = Field(
+        1, ge=1, strict=True, description="How many blocks before the MoE block the shortcut is taken (1: the paper's)."
+    )
+    moe_every: int = Field(2, ge=1, strict=True, description="MoE frequency 1/moe_every; 1 is every block.")
+    num_experts: Union[int, list[int]] = Field(8, description="Routed experts, or one number per MoE layer (pyramid).")
+    top_k: Union[int, Auto] = Field(
+        "auto", description="Routed experts per token. auto: 2 for topk, else 1, so that all compute the same amount."
+    )
+    merge: Merge = Field("cg1", description="How shared and routed outputs are added (paper eq. 7, 14-15, 16-17).")
+    expert_parallel_size: int = Field(1, ge=1, strict=True, description="Ranks that share one set of experts.")
+    expert_tensor_parallelism: bool = Field(False, strict=True, description="Split each expert over tensor parallel ranks.")
+    capacity_factor: float = Field(2.0, gt=0, description="Tokens per expert in training, relative to an even split.")
+    eval_capacity_factor: float = Field(2.0, gt=0, description="The same in evaluation.")
+    min_capacity: int = Field(4, ge=0, strict=True, description="Least number of tokens that each expert accepts.")
+    drop_tokens: bool = Field(True, strict=True, description="false: every token reaches its experts.")
+    use_rts: bool = Field(True, strict=True, description="Top-1 drops at random (true) or the last tokens (false).")
+    top2_2nd_expert_sampling: bool = Field(
+        False, strict=True, description="DeepSpeed's Gumbel sampling of the second expert, in evaluation too."
+    )
+    gate_softmax: GateSoftmax = Field(
+        "before_topk", description="Softmax over all experts (DeepSpeed, Tutel), or over the chosen ones (eq. 2-3)."
+    )
+    noisy_gate_policy: Union[Literal["Jitter", "RSample"], None] = Field(None, description="DeepSpeed's gate noise.")
+    aux_loss_coefficient: float = Field(0.01, ge=0, description="Weight of the load-balancing loss.")
+    shortcut_norm: Literal["own", "shared"] = Field(
+        "own", description="A norm of its own for the shortcut, or the backbone's norm of the same value (LongCat)."
+    )
+    post_norm: bool = Field(False, strict=True, description="A norm after the merge (Megatron-core's shortcut MoE).")
+    dispatch: Dispatch = Field("exact", description="Send and compute routed tokens only, or DeepSpeed's padded buffers.")
+    overlap: OverlapConfig = Field(default_factory=OverlapConfig)
+
+    @classmethod
+    def from_deepspeed(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> ScMoEConfig:
+        """Reads and validates the section of a DeepSpeed JSON.
+
+        Args:
+            config: a path, or the parsed JSON.
+
+        Raises:
+            ScMoEConfigError: an unreadable file, no section, an unknown key (with the nearest valid one), a value
+                that breaks a rule, or a DeepSpeed setting outside of the section that ScMoE cannot run with.
+        """
+        whole = load_deepspeed_json(config)
+        if "scmoe" not in whole:
+            near = difflib.get_close_matches("scmoe", [str(key) for key in whole], n=1)
+            hint = f' (is "{near[0]}" a slip?)' if near else ""
+            raise ScMoEConfigError(f'no "scmoe" section in the DeepSpeed JSON{hint}: add "scmoe": {{}} to use the defaults')
+        section = whole["scmoe"]
+        if not isinstance(section, Mapping):
+            raise _fail("scmoe", section, "must be a JSON object")
+        try:
+            parsed = cls(**section)
+        except ValidationError as error:
+            raise ScMoEConfigError(_explain(error, section)) from None
+        _check_deepspeed_settings(whole)
+        return parsed
+
+    @model_validator(mode="after")
+    def _rules(self) -> ScMoEConfig:
+        if self.top_k == "auto":
+            # Frozen models are set through __dict__; the field is an int for everyone who reads it afterwards.
+            self.__dict__["top_k"] = 2 if self.architecture == "topk" else 1
+        for path, rule, broken in self._broken_rules():
+            if broken:
+                value: Any = self
+                for key in path.split("."):
+                    value = getattr(value, key)
+                raise _fail(f"scmoe.{path}", value, rule)
+        return self
+
+    def _broken_rules(self) -> list[tuple[str, str, bool]]:
+        """(field, rule with remedy, is it broken) for every rule that spans fields."""
+        counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        k, ep, slot = self.top_k, self.expert_parallel_size, self.overlap.expert_slot
+        assert isinstance(k, int)
+        positions = {"position": self.position, "first_layer_position": self.first_layer_position or "pos1"}
+        taps = self.architecture in ("scmoe", "dgmoe")
+        rules = [
+            ("num_experts", "needs at least one number, one per MoE layer", not counts),
+            ("num_experts", "each number must be at least 1", any(n < 1 for n in counts)),
+            ("num_experts", f"must be divisible by scmoe.expert_parallel_size = {ep}", any(n % ep for n in counts)),
+            ("top_k", "must be at least 1", k < 1),
+            ("top_k", f"cannot exceed the number of experts ({min(counts, default=0)})", k > min(counts, default=k)),
+            ("top_k", "dgmoe routes one expert from each of two layers; set 1", self.architecture == "dgmoe" and k != 1),
+            ("num_experts", "dgmoe's two choices are distinct experts; it needs at least 2",
+             self.architecture == "dgmoe" and min(counts, default=2) < 2),
+            ("noisy_gate_policy", "DeepSpeed applies RSample with top_k 1 only; use Jitter or null",
+             self.noisy_gate_policy == "RSample" and k > 1),
+            ("shortcut_distance", f"the shortcut starts within the run of moe_every = {self.moe_every} blocks; "
+             f"use at most {max(self.moe_every - 1, 1)}", self.shortcut_distance > max(self.moe_every - 1, 1)),
+        ]  # fmt: skip
+        rules += [
+            (field, "with an MoE in every block (moe_every = 1) the preceding block has no plain MLP to overlap; "
+             "use pos1, which already gives the longest window", taps and self.moe_every == 1 and position != "pos1")
+            for field, position in positions.items()
+        ]  # fmt: skip
+        if taps and isinstance(slot, int):
+            last = min(self.num_operators(p) for p in {self.position, self.first_layer_position or self.position}) + 1
+            rules.append(("overlap.expert_slot", f"the backbone has {last - 1} operators here; use 1 … {last}", slot > last))
+        return rules
+
+    def num_operators(self, position: str | None = None) -> int:
+        """How many backbone operators stand between shortcut and join (paper section 3; Pos-2, every second: 3)."""
+        position = position or self.position
+        shared = 0 if self.architecture in ("topk", "dgmoe") else 1
+        # Pos-1 sees every block after the tapped one, Pos-2 also that block's MLP, Pos-3 also its attention.
+        blocks_between = (1 if self.moe_every == 1 else self.shortcut_distance) - 1
+        return {"pos1": 0, "pos2": 1, "pos3": 2}[position] + 2 * blocks_between + 1 + shared
+
+    def moe_layers(self, num_layers: int) -> int:
+        """Number of MoE layers in a model of `num_layers` blocks."""
+        return num_layers // self.moe_every
+
+    def experts_per_layer(self, num_layers: int) -> list[int]:
+        """Number of routed experts of each MoE layer."""
+        layers = self.moe_layers(num_layers)
+        return list(self.num_experts) if isinstance(self.num_experts, list) else [self.num_experts] * layers
+
+    def check_model(self, num_layers: int) -> None:
+        """Rules that need the model's depth.
+
+        Raises:
+            ScMoEConfigError: a depth that moe_every does not divide, or a pyramid of another length.
+        """
+        if num_layers % self.moe_every:
+            raise _fail("scmoe.moe_every", self.moe_every, f"must divide --num-layers {num_layers}")
+        if isinstance(self.num_experts, list) and len(self.num_experts) != self.moe_layers(num_layers):
+            raise _fail("scmoe.num_experts", self.num_experts,
+                        f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of {num_layers} layers")  # fmt: skip
+
+    def check_world(self, world_size: int) -> None:
+        """Rules that need the number of ranks.
+
+        Raises:
+            ScMoEConfigError: an expert-parallel size that does not divide the world size.
+        """
+        if world_size % self.expert_parallel_size:
+            raise _fail("scmoe.expert_parallel_size", self.expert_parallel_size,
+                        f"must divide the world size {world_size}; change it or the number of processes")  # fmt: skip
+
+
+def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The whole DeepSpeed JSON as a dict; refuses duplicate keys, as DeepSpeed does.
+
+    Raises:
+        ScMoEConfigError: the file is missing, unreadable, or not a JSON object.
+    """
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict_raise_error_on_duplicate_keys)
+    except OSError as error:
+        raise ScMoEConfigError(f"{path}: cannot read the DeepSpeed JSON ({error.strerror}); check --deepspeed_config") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ScMoEConfigError(f"{path}: not valid JSON ({error}); comments and trailing commas are not allowed") from None
+    if not isinstance(whole, dict):
+        raise ScMoEConfigError(f"{path}: the DeepSpeed JSON must be an object, not {type(whole).__name__}")
+    return whole
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a DeepSpeed file with a "scmoe" section, for editors; other keys are left to DeepSpeed."""
+    section = ScMoEConfig.model_json_schema()
+    definitions = section.pop("$defs", {})
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "DeepSpeed JSON with a scmoe section",
+        "type": "object",
+        "properties": {"scmoe": section},
+        "required": ["scmoe"],
+        "$defs": definitions,
+    }
+
+
+def _check_deepspeed_settings(whole: Mapping[str, Any]) -> None:
+    """DeepSpeed's own keys that native MoE layers cannot run with: better here than after minutes of start-up."""
+    zero = whole.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+    if stage == 3:
+        raise _fail("zero_optimization.stage", stage, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2")
+    compile_section = whole.get("compile", {})
+    if isinstance(compile_section, Mapping) and compile_section.get("deepcompile"):
+        raise _fail("compile.deepcompile", True, "reorders collectives that ScMoE schedules itself; remove it")
+    if "expert_parallel" in whole:
+        raise ScMoEConfigError('"expert_parallel" (DeepSpeed AutoEP) and "scmoe" both replace MoE layers; remove one of them')
+
+
+def _explain(error: ValidationError, section: Mapping[str, Any]) -> str:
+    """pydantic's findings as lines of `scmoe.<path> = <value>: <rule>`."""
+    lines: dict[str, str] = {}
+    for found in error.errors():
+        # pydantic appends the member of a union that it tried; only the names that the user wrote are of interest.
+        keys = [str(key) for key in found["loc"] if _is_key(section, found["loc"], key)]
+        path = ".".join(["scmoe", *keys])
+        cause = found.get("ctx", {}).get("error")
+        if isinstance(cause, ScMoEConfigError):
+            lines.setdefault(path or "scmoe", str(cause))
+        elif found["type"] == "extra_forbidden":
+            lines[path] = _unknown_key(path, keys)
+        else:
+            message = str(cause) if cause else found["msg"]
+            line = str(_fail(path, found["input"], message))
+            lines[path] = f"{lines[path]}; or {message}" if path in lines and message not in lines[path] else line
+    return "\n".join(lines.values())
+
+
+def _is_key(section: Mapping[str, Any], location: tuple[int | str, ...], key: int | str) -> bool:
+    return isinstance(key, str) and (key in section or any(
+        isinstance(section.get(str(parent)), Mapping) and key in section[str(parent)] for parent in location))  # fmt: skip
+
+
+def _unknown_key(path: str, keys: list[str]) -> str:
+    owner = OverlapConfig if keys[:-1] == ["overlap"] else ScMoEConfig
+    near = difflib.get_close_matches(keys[-1], owner.model_fields, n=1, cutoff=0.4)
+    elsewhere = keys[-1] in OverlapConfig.model_fields and owner is ScMoEConfig
+    hint = f' (did you mean "overlap": {{"{keys[-1]}"}}?)' if elsewhere else f' (did you mean "{near[0]}"?)' if near else ""
+    return f"{path}: unknown key{hint}; valid keys are {', '.join(owner.model_fields)}"

@@ -1,0 +1,143 @@
+"""`initialize`: a DeepSpeed engine for a model with ScMoE layers, from a JSON that has a "scmoe" section."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import log_dist
+from torch import nn
+
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
+from scmoe_ds.models.blocks import ShortcutRun
+from scmoe_ds.parallel.agreement import require_agreement
+
+
+def initialize(
+    model: nn.Module,
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    mpu: Any = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """As `deepspeed.initialize`, for models with ScMoE layers.
+
+    Args:
+        model: has its parameters; expert-parallel layers were built after `deepspeed.init_distributed()`.
+        config: the DeepSpeed JSON (path or dict) with its "scmoe" section.
+        mpu: as for DeepSpeed.
+        optimizer, model_parameters: as for DeepSpeed. By default all parameters that require a gradient, in
+            Megatron's two groups: biases and norms have no weight decay.
+        kwargs: handed to `deepspeed.initialize`.
+
+    Returns:
+        engine, optimizer, data loader, learning-rate scheduler.
+
+    Raises:
+        ScMoEConfigError: a setting that its user can mend.
+        RankDisagreementError: the ranks hold different JSON files.
+    """
+    connect()
+    whole = load_deepspeed_json(config)
+    require_agreement("the DeepSpeed JSON", fingerprint(whole))
+    section = ScMoEConfig.from_deepspeed(whole)
+    section.check_world(dist.get_world_size())
+    batch_sizes(whole, dist.get_world_size())
+    if optimizer is None and model_parameters is None:
+        model_parameters = parameter_groups(model)
+    result = deepspeed.initialize(
+        model=model, config=whole, mpu=mpu, optimizer=optimizer, model_parameters=model_parameters, **kwargs
+    )
+    for line in describe_schedules(model, section):
+        log_dist(line, ranks=[0])
+    return result
+
+
+def connect() -> None:
+    """Joins the process group; a process without a launcher becomes a world of one."""
+    if dist.is_initialized() and deepspeed.comm.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+def fingerprint(value: Any) -> str:
+    """Short hash of a JSON value, for comparison between ranks."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def batch_sizes(whole: Mapping[str, Any], data_parallel_size: int) -> tuple[int, int]:
+    """(micro-batch size per rank, gradient accumulation steps) from DeepSpeed's three keys, any two of which suffice.
+
+    Raises:
+        ScMoEConfigError: none of them, a value below 1, or a product that does not come out.
+    """
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, steps = (whole.get(key) for key in keys)
+    for key, value in zip(keys, (total, micro, steps), strict=True):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ScMoEConfigError(f"{key} = {json.dumps(value)}: must be an integer of at least 1")
+    if total is None and micro is None:
+        raise ScMoEConfigError(f"{keys[1]} is missing: set it, or {keys[0]}")
+    if micro is None:
+        steps = steps or 1
+        micro = total // (steps * data_parallel_size)
+    elif steps is None:
+        steps = total // (micro * data_parallel_size) if total else 1
+    if total is not None and total != micro * steps * data_parallel_size:
+        raise ScMoEConfigError(
+            f"{keys[0]} = {total}: must equal {keys[1]} ({micro}) * {keys[2]} ({steps}) * data-parallel ranks "
+            f"({data_parallel_size}) = {micro * steps * data_parallel_size}; leave one of the three out"
+        )
+    return micro, steps
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, with and without weight decay (biases and norms); DeepSpeed splits the experts off each."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trainable if parameter.ndim > 1]
+    plain = [parameter for parameter in trainable if parameter.ndim <= 1]
+    return [{"params": decayed, "name": "decay"}, {"params": plain, "weight_decay": 0.0, "name": "no_decay"}]
+
+
+def describe_schedules(model: nn.Module, config: ScMoEConfig) -> list[str]:
+    """One line per distinct schedule: the backbone, the slot, and where the slot comes from."""
+    if config.overlap.expert_slot == "auto":
+        origin = "auto: splits the backbone's FLOPs in half; no times are measured in this release"
+    else:
+        origin = "set by scmoe.overlap.expert_slot"
+    lines: dict[str, list[int]] = {}
+    runs = [module for module in model.modules() if isinstance(module, ShortcutRun)]
+    for index, run in enumerate(runs):
+        names = [operator.name for operator in run.backbone()]
+        names.insert(run.schedule.expert_slot - 1, "[routed experts]")
+        mode = "overlapped" if run.schedule.overlap else "without overlap"
+        lines.setdefault(f"{' → '.join(names)} ({mode}; {origin})", []).append(index)
+    return [f"schedule of MoE layer {_ranges(layers)}: dispatch ⇢ {text} ⇢ combine" for text, layers in lines.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
+
+
+def expert_parallel_rank(expert_parallel_size: int) -> int:
+    """This rank's place in its expert-parallel group (consecutive ranks)."""
+    return dist.get_rank() % expert_parallel_size
+
+
+def device() -> torch.device:
+    """Where DeepSpeed's accelerator puts this rank's tensors."""
+    return torch.device(deepspeed.get_accelerator().current_device_name())

@@ -1,0 +1,169 @@
+"""Transformer blocks, and runs of blocks that end in one with an MoE.
+
+A `ShortcutRun` says where its shortcut is taken and which operators follow: it is the executor's pair. A `PlainRun`
+holds DeepSpeed's own MoE or Residual MoE and is the baseline. Both map [B, S, D] to a `PairOutput`.
+
+No attribute here may contain the word "expert": DeepSpeed's checkpoints would take it for routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch.nn.functional as F
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
+from scmoe_ds.moe.layer import DGMoE, RoutedTokens, ScMoE
+from scmoe_ds.overlap import executor
+from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
+from scmoe_ds.overlap.schedule import Schedule, slot_that_halves
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block; its second half is an MLP, or an MoE that the run drives."""
+
+    def __init__(self, settings: GPTSettings, moe: MoE | None = None) -> None:
+        super().__init__()
+        self.dropout = settings.hidden_dropout
+        self.attention_norm = make_norm(settings)
+        self.attention = Attention(settings)
+        self.mlp_norm = make_norm(settings)
+        if moe is None:
+            self.mlp = MLP(settings)
+        else:
+            self.moe = moe
+
+    def attend(self, stream: Stream) -> Stream:
+        """Eq. 8 and 10: H_mh = H + Attn(H)."""
+        return Stream(self.add(stream.hidden, self.attention(self.attention_norm(stream.hidden))))
+
+    def feed(self, stream: Stream) -> Stream:
+        """Eq. 9: H_mlp = H_mh + MLP(H_mh)."""
+        return Stream(self.add(stream.hidden, self.mlp(self.mlp_norm(stream.hidden))))
+
+    def add(self, hidden: Tensor, update: Tensor) -> Tensor:
+        """Residual connection with dropout on the update."""
+        return hidden + F.dropout(update, self.dropout, self.training)
+
+
+def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> MoE:
+    """The layer that `config.architecture` names; the baselines are DeepSpeed's own classes."""
+    common = dict(
+        hidden_size=settings.hidden_size, expert=MLP(settings), num_experts=num_experts,
+        ep_size=config.expert_parallel_size, k=config.top_k, capacity_factor=config.capacity_factor,
+        eval_capacity_factor=config.eval_capacity_factor, min_capacity=config.min_capacity,
+        noisy_gate_policy=config.noisy_gate_policy, drop_tokens=config.drop_tokens, use_rts=config.use_rts,
+        enable_expert_tensor_parallelism=config.expert_tensor_parallelism,
+        top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
+    )  # fmt: skip
+    if config.architecture in ("topk", "shared_expert"):
+        return MoE(use_residual=config.architecture == "shared_expert", **common)
+    layer = ScMoE if config.architecture == "scmoe" else DGMoE
+    return layer(merge=config.merge, dispatch=config.dispatch, gate_softmax=config.gate_softmax, **common)
+
+
+class PlainRun(nn.Module):
+    """Blocks of which the last holds a standard MoE on its own layer (baselines topk and shared_expert)."""
+
+    def __init__(self, settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> None:
+        super().__init__()
+        dense = [Block(settings) for _ in range(config.moe_every - 1)]
+        self.blocks = nn.ModuleList([*dense, Block(settings, make_moe(settings, config, num_experts))])
+
+    def forward(self, hidden: Tensor) -> PairOutput:
+        blocks = cast(Sequence[Block], self.blocks)
+        stream = Stream(hidden)
+        for block in blocks[:-1]:
+            stream = block.feed(block.attend(stream))
+        last = blocks[-1]
+        stream = last.attend(stream)
+        output, l_aux, exp_counts = last.moe(last.mlp_norm(stream.hidden))
+        return PairOutput(last.add(stream.hidden, output), l_aux, exp_counts)
+
+
+class ShortcutRun(nn.Module):
+    """Blocks of which the last holds a ScMoE (or DGMoE) that reads an earlier one: the executor's pair.
+
+    Attributes:
+        schedule: when the routed experts run; replace it to run the same weights under another schedule.
+    """
+
+    def __init__(
+        self, settings: GPTSettings, config: ScMoEConfig, num_experts: int, position: str, sequence: int
+    ) -> None:
+        super().__init__()
+        dense = [Block(settings) for _ in range(config.moe_every - 1)]
+        self.blocks = nn.ModuleList([*dense, Block(settings, make_moe(settings, config, num_experts))])
+        # The tapped block's index; -1 is the block before this run, whose output is this run's input.
+        tapped = config.moe_every - 1 - (config.shortcut_distance if config.moe_every > 1 else 1)
+        # Two operators per block: Pos-1 is a block's output, Pos-2 follows its attention, Pos-3 is its input.
+        self.tap = 2 * tapped + {"pos1": 2, "pos2": 1, "pos3": 0}[position]
+        self.shortcut_norm = make_norm(settings) if config.shortcut_norm == "own" else None
+        self.post_norm = make_norm(settings) if config.post_norm else None
+        self.schedule = self._schedule(config, sequence)
+
+    def forward(self, hidden: Tensor) -> PairOutput:
+        return executor.run(self, hidden, self.schedule)
+
+    def operators(self) -> list[Operator]:
+        """All operators of the run, in order; the tap stands before number `tap`."""
+        operators = []
+        for block in cast(Sequence[Block], self.blocks):
+            operators += [Operator("attention", block.attend), Operator("mlp", block.feed)]
+        del operators[-1]
+        if isinstance(self._last.moe, ScMoE) and not isinstance(self._last.moe, DGMoE):
+            operators.append(Operator("shared", self._shared))
+        return operators
+
+    def before_tap(self, hidden: Tensor) -> Tensor:
+        stream = Stream(hidden)
+        for operator in self.operators()[: self.tap]:
+            stream = operator.run(stream)
+        return stream.hidden
+
+    def begin(self, tap: Tensor, blocking: bool) -> RoutedTokens:
+        norm = self.shortcut_norm or self._backbone_norm()
+        return cast(ScMoE, self._last.moe).begin(norm(tap), blocking=blocking)
+
+    def backbone(self) -> list[Operator]:
+        return self.operators()[self.tap :]
+
+    def join(self, routed: executor.Routed, stream: Stream) -> PairOutput:
+        moe_input = self._last.mlp_norm(stream.hidden) if stream.moe_input is None else stream.moe_input
+        layer = cast(ScMoE, self._last.moe)
+        output, l_aux, exp_counts = layer.finish(cast(RoutedTokens, routed), moe_input, stream.shared)
+        if self.post_norm is not None:
+            output = self.post_norm(output)
+        return PairOutput(self._last.add(stream.hidden, output), l_aux, exp_counts)  # eq. 7
+
+    def backbone_flops(self, sequence: int) -> list[int]:
+        """Forward floating-point operations per token of each backbone operator."""
+        blocks = cast(Sequence[Block], self.blocks)
+        flops: list[int] = []
+        for block in blocks:
+            mlp = block.mlp if hasattr(block, "mlp") else getattr(block.moe, "mlp", None)
+            flops += [block.attention.flops_per_token(sequence), cast(MLP, mlp).flops_per_token() if mlp else 0]
+        return flops[self.tap : self.tap + len(self.backbone())]
+
+    @property
+    def _last(self) -> Block:
+        return cast(Block, self.blocks[-1])
+
+    def _shared(self, stream: Stream) -> Stream:
+        moe_input = self._last.mlp_norm(stream.hidden)
+        return Stream(stream.hidden, moe_input, cast(ScMoE, self._last.moe).shared(moe_input))
+
+    def _backbone_norm(self) -> nn.Module:
+        """The norm through which the operator after the tap reads the tapped value (LongCat's shared norm)."""
+        block = cast(Block, self.blocks[self.tap // 2])
+        return block.mlp_norm if self.tap % 2 else block.attention_norm
+
+    def _schedule(self, config: ScMoEConfig, sequence: int) -> Schedule:
+        slot = config.overlap.expert_slot
+        if isinstance(slot, str):
+            slot = slot_that_halves(self.backbone_flops(sequence))
+        return Schedule(slot, overlap=config.overlap.enabled)

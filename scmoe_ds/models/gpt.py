@@ -1,0 +1,109 @@
+"""GPT-2/GPT-3 and LLaMA-2 style language models with an MoE in every, every second, … block.
+
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.models.blocks import PlainRun, ShortcutRun
+from scmoe_ds.models.layers import GPTSettings, make_norm
+
+
+@dataclass(frozen=True)
+class GPTOutput:
+    """What a forward pass returns.
+
+    Attributes:
+        loss: lm_loss + aux_loss_coefficient * moe_loss (scalar fp32), or None without labels.
+        lm_loss: mean cross entropy over the unmasked tokens, in nats (scalar fp32), or None without labels.
+        moe_loss: sum of the MoE layers' load-balancing losses (scalar fp32).
+        exp_counts: per MoE layer, [E] tokens per expert before drops.
+        logits: [B, S, V], or None with labels.
+    """
+
+    loss: Tensor | None
+    lm_loss: Tensor | None
+    moe_loss: Tensor
+    exp_counts: tuple[Tensor, ...]
+    logits: Tensor | None
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer. Built with torch's default initialisation; see models/initialization.py.
+
+    Args:
+        settings: shape and style.
+        config: the "scmoe" section; its architecture, position and placement decide the runs.
+        sequence: tokens per sequence for the FLOPs behind the "auto" slot; default: the longest possible.
+
+    Raises:
+        ScMoEConfigError: a depth that the placement does not divide.
+    """
+
+    def __init__(self, settings: GPTSettings, config: ScMoEConfig, sequence: int | None = None) -> None:
+        super().__init__()
+        config.check_model(settings.num_layers)
+        self.settings, self.config = settings, config
+        sequence = sequence or settings.max_position_embeddings
+        D, V = settings.hidden_size, settings.vocab_size
+        self.embedding = nn.Embedding(V, D)
+        learned = settings.position_embedding == "learned_absolute"
+        self.positions = nn.Embedding(settings.max_position_embeddings, D) if learned else None
+        runs: list[nn.Module] = []
+        for layer, num_experts in enumerate(config.experts_per_layer(settings.num_layers)):
+            if config.architecture in ("topk", "shared_expert"):
+                runs.append(PlainRun(settings, config, num_experts))
+                continue
+            position = config.first_layer_position if layer == 0 else None
+            runs.append(ShortcutRun(settings, config, num_experts, position or config.position, sequence))
+        self.runs = nn.ModuleList(runs)
+        self.final_norm = make_norm(settings)
+        self.head = None if settings.tie_embeddings else nn.Linear(D, V, bias=False)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> GPTOutput:
+        """
+        Args:
+            tokens: [B, S] int64.
+            labels: [B, S] int64 next tokens; None returns logits.
+            loss_mask: [B, S], 1 where a token counts; default: everywhere.
+        """
+        hidden = self.embedding(tokens)
+        if self.positions is not None:
+            hidden = hidden + self.positions.weight[: tokens.shape[1]]
+        hidden = F.dropout(hidden, self.settings.hidden_dropout, self.training)
+        losses, counts = [], []
+        for run in self.runs:
+            output = run(hidden)
+            hidden = output.hidden
+            losses.append(output.l_aux)
+            counts.append(output.exp_counts)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits_BSV = F.linear(self.final_norm(hidden), weight)
+        moe_loss = torch.stack(losses).sum()
+        if labels is None:
+            return GPTOutput(None, None, moe_loss, tuple(counts), logits_BSV)
+        lm_loss = masked_cross_entropy(logits_BSV, labels, loss_mask)
+        loss = lm_loss + self.config.aux_loss_coefficient * moe_loss
+        return GPTOutput(loss, lm_loss, moe_loss, tuple(counts), None)
+
+    def shortcut_runs(self) -> Sequence[ShortcutRun]:
+        """The runs that a schedule drives; empty for the baselines."""
+        return [cast(ShortcutRun, run) for run in self.runs if isinstance(run, ShortcutRun)]
+
+
+def masked_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor:
+    """Mean cross entropy in fp32 over the tokens whose mask is not zero; 0 if there is none."""
+    losses = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
+    if loss_mask_BS is None:
+        return losses.mean()
+    mask = loss_mask_BS.flatten().float()
+    return (losses * mask).sum() / mask.sum().clamp(min=1)

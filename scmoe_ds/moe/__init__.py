@@ -1,0 +1,1 @@
+"""What is computed: gate, dispatch layouts, experts, merges, and the layers made of them."""

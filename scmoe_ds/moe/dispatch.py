@@ -1,0 +1,133 @@
+"""Two layouts of routed tokens on the wire, and the way back. Permutations and sizes only; nothing is sent here.
+
+Padded (DeepSpeed's): every expert has `capacity` rows, empty ones are zeros; equal pieces for all ranks.
+Exact: rows of real tokens only, sorted by expert; pieces as large as they are.
+
+Shape suffixes: T tokens, D hidden, E experts, L local experts, K routed experts per token, C capacity,
+R rows that this rank sends, S rows that it receives, P ranks of the expert-parallel group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from deepspeed.moe.sharded_moe import _route_slots, _sparse_decode, _sparse_encode
+from torch import Tensor
+
+from scmoe_ds.moe.gate import Routing
+
+
+def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tensor:
+    """Gathers each token's expert outputs and adds them up, weighted, in fp32 (paper eq. 1).
+
+    Args:
+        rows_RD: expert outputs in the order in which their tokens were sent.
+        row_of_choice_KT: int64 row of each choice; R for a dropped one.
+        weight_KT: fp32 gate values.
+
+    Returns:
+        [T, D] in the dtype of `rows_RD`; zeros for a token whose choices were all dropped.
+    """
+    return _sparse_decode(rows_RD, row_of_choice_KT, weight_KT, weight_KT.shape[1])
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """DeepSpeed's [E, C, D] buffers.
+
+    Attributes:
+        row_of_choice_KT: row e * C + location of each choice, E * C where dropped.
+    """
+
+    row_of_choice_KT: Tensor
+    num_experts: int
+    capacity: int
+
+    @classmethod
+    def of(cls, routing: Routing) -> PaddedLayout:
+        num_experts = routing.exp_counts.shape[0]
+        # With drops the capacity follows from shapes and is a CPU tensor, so that int() synchronises nothing.
+        capacity = int(routing.capacity)
+        row_KT = _route_slots(routing.expert_KT, routing.location_KT, num_experts, capacity)
+        return cls(row_KT, num_experts, capacity)
+
+    def encode(self, tokens_TD: Tensor) -> Tensor:
+        """[T, D] → [E * C, D], zeros in the empty rows."""
+        return _sparse_encode(tokens_TD, self.row_of_choice_KT, self.num_experts, self.capacity).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class ExactLayout:
+    """Rows of real tokens, sorted by global expert and, within one, by location.
+
+    Attributes:
+        token_R: int64 source token of each row.
+        row_of_choice_KT: row of each choice, R where dropped.
+        rows_per_expert_E: int64 rows for each global expert.
+    """
+
+    token_R: Tensor
+    row_of_choice_KT: Tensor
+    rows_per_expert_E: Tensor
+
+    @classmethod
+    def of(cls, routing: Routing) -> ExactLayout:
+        num_experts = routing.exp_counts.shape[0]
+        K, T = routing.expert_KT.shape
+        kept_KT = routing.expert_KT >= 0
+        # Dropped choices count for an expert E that does not exist: they sort behind all others and are cut off.
+        expert_N = torch.where(kept_KT, routing.expert_KT, num_experts).flatten()
+        rows_per_expert = torch.bincount(expert_N, minlength=num_experts + 1)[:num_experts]
+        first_row_E1 = torch.cat([rows_per_expert.new_zeros(1), rows_per_expert.cumsum(0)])
+        order_N = torch.sort(expert_N, stable=True).indices
+        row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(K * T, device=order_N.device))
+        row_N = torch.minimum(row_N, first_row_E1[-1])
+        return cls(order_N[: int(first_row_E1[-1])] % T, row_N.view(K, T), rows_per_expert)
+
+    def encode(self, tokens_TD: Tensor) -> Tensor:
+        """[T, D] → [R, D]."""
+        return tokens_TD.index_select(0, self.token_R)
+
+
+@dataclass(frozen=True)
+class ReceivedRows:
+    """How the rows that arrive from all ranks divide among the local experts.
+
+    Rows arrive by rank and, within a rank, by local expert; experts want all of their rows together.
+
+    Attributes:
+        by_expert_S: int64 order that brings the rows of one expert together; None if they are already.
+        rows_per_expert: rows of each local expert.
+    """
+
+    by_expert_S: Tensor | None
+    rows_per_expert: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows_PL: Sequence[Sequence[int]], device: torch.device) -> ReceivedRows:
+        """
+        Args:
+            rows_PL: rows from each rank for each local expert.
+            device: where the rows live.
+        """
+        rows = torch.tensor(rows_PL, dtype=torch.int64)
+        totals = tuple(rows.sum(0).tolist())
+        if rows.shape[0] == 1 or rows.shape[1] == 1:
+            return cls(None, totals)
+        local_expert = torch.arange(rows.shape[1]).repeat(rows.shape[0])
+        order = torch.sort(local_expert.repeat_interleave(rows.flatten()), stable=True).indices
+        return cls(order.to(device), totals)
+
+    def group(self, rows_SD: Tensor) -> Tensor:
+        """Arrival order → expert order."""
+        return rows_SD if self.by_expert_S is None else rows_SD.index_select(0, self.by_expert_S)
+
+    def ungroup(self, rows_SD: Tensor) -> Tensor:
+        """Expert order → arrival order."""
+        if self.by_expert_S is None:
+            return rows_SD
+        inverse = torch.empty_like(self.by_expert_S)
+        inverse[self.by_expert_S] = torch.arange(inverse.numel(), device=inverse.device)
+        return rows_SD.index_select(0, inverse)

@@ -1,0 +1,41 @@
+"""How shared and routed outputs become one: direct addition, or a learned coefficient (CG-1, CG-2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Merge = Literal["add", "cg1", "cg2"]
+
+OUTPUTS: dict[str, int] = {"add": 0, "cg1": 1, "cg2": 2}
+"""Rows of the coefficient's weight, per merge."""
+
+
+def coefficient_network(merge: Merge, hidden_size: int) -> nn.Linear | None:
+    """The network of a merge: None, Linear(hidden, 1) or Linear(hidden, 2) as DeepSpeed's Residual MoE has it."""
+    return nn.Linear(hidden_size, OUTPUTS[merge]) if OUTPUTS[merge] else None
+
+
+def merge_outputs(
+    merge: Merge, shared: Tensor, routed: Tensor, hidden_states: Tensor, coefficient: nn.Linear | None
+) -> Tensor:
+    """Merges the shared expert's and the routed experts' outputs.
+
+    The paper's coef[0] of CG-2 weighs the shared expert; DeepSpeed's Residual MoE has it the other way round. The
+    weights here are in DeepSpeed's order (row 0 weighs the routed experts), so that its checkpoints load unchanged.
+
+    Args:
+        shared, routed: [..., D].
+        hidden_states: [..., D], the current layer's normalised input, which the coefficient reads.
+        coefficient: `coefficient_network(merge, D)`.
+    """
+    if coefficient is None:
+        return shared + routed  # eq. 6 and 7
+    logits = coefficient(hidden_states)
+    if merge == "cg1":
+        return torch.sigmoid(logits) * shared + routed  # eq. 14-15
+    coef = F.softmax(logits, dim=-1)
+    return routed * coef[..., 0:1] + shared * coef[..., 1:]  # eq. 16-17

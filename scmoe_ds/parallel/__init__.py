@@ -1,0 +1,1 @@
+"""Who computes: process groups and agreement between ranks."""
