@@ -1,0 +1,56 @@
+"""Runs a function on several gloo processes and returns what each of them returned."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 240
+
+
+def run_distributed(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on every rank, inside a DeepSpeed process group on loopback.
+
+    Args:
+        function: importable from a test module; its result must be picklable by torch.save.
+
+    Raises:
+        RuntimeError: a rank failed (with its traceback), or did not end in time.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = mp.spawn(_worker, (ranks, port, directory, function, arguments), nprocs=ranks, join=False)
+        assert context is not None
+        # join() returns as soon as one process has ended; it is called until all have.
+        deadline = __import__("time").monotonic() + TIMEOUT_S
+        while not context.join(timeout=5):
+            if __import__("time").monotonic() > deadline:
+                for process in context.processes:
+                    process.kill()
+                raise RuntimeError(f"{function.__name__} on {ranks} ranks did not end within {TIMEOUT_S} s: a hang?")
+        files = [Path(directory) / str(rank) for rank in range(ranks)]
+        return [torch.load(file, weights_only=False) for file in files]
+
+
+def _worker(
+    rank: int, ranks: int, port: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    from scmoe_ds.engine import connect
+
+    connect()
+    torch.save(function(*arguments), Path(directory) / str(rank))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
