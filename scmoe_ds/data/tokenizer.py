@@ -1,0 +1,254 @@
+"""Tokenizers under Megatron's names, from local files only: nothing here ever downloads."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from scmoe_ds.data.errors import DataError
+
+TOKENIZER_TYPES = ("ByteTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer")
+
+_GPT2_END_OF_DOCUMENT = "<|endoftext|>"
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back, with what megatron-core's ``GPTDataset`` reads of a tokenizer.
+
+    Attributes:
+        name: the value of ``--tokenizer-type`` that selects this class.
+        vocab_size: number of ids, before padding; every id is in ``0 .. vocab_size - 1``.
+        eod: id of the end-of-document token.
+        unique_identifiers: JSON-serialisable description; GPTDataset hashes it into its cache key, so it
+            must change whenever the vocabulary does. It holds no path: moving a file invalidates nothing.
+    """
+
+    name: str
+    vocab_size: int
+    eod: int
+    unique_identifiers: OrderedDict[str, Any]
+
+    @property
+    def pad(self) -> int:
+        """-1, GPTDataset's value for "no such token".
+
+        GPTDataset masks the loss at the padding id and overwrites the token there with 0. Pretraining
+        samples are always full, so a real id here could only damage text that happens to contain it.
+        """
+        return -1
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``, with no special token added."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; the inverse of ``tokenize`` on its output."""
+
+    def _describe(self, vocabulary: Iterable[bytes]) -> None:
+        """Set ``unique_identifiers`` from the class, its sizes and a digest of the vocabulary."""
+        digest = hashlib.sha256()
+        for part in vocabulary:
+            digest.update(part)
+        self.unique_identifiers = OrderedDict(
+            [
+                ("class", self.name),
+                ("vocab_size", self.vocab_size),
+                ("eod", self.eod),
+                ("vocabulary_sha256", digest.hexdigest()),
+            ]
+        )
+
+
+@final
+class ByteTokenizer(Tokenizer):
+    """Ids 0..255 are the bytes of the UTF-8 text, 256 ends a document. Needs no file."""
+
+    name = "ByteTokenizer"
+
+    def __init__(self) -> None:
+        self.vocab_size = 257
+        self.eod = 256
+        self._describe([b"utf-8"])
+
+    def tokenize(self, text: str) -> list[int]:
+        """The UTF-8 bytes of ``text``. Raises UnicodeEncodeError on a lone surrogate."""
+        return list(text.encode("utf-8"))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Decode bytes; end-of-document is left out.
+
+        Bytes that are not UTF-8, and ids that exist only because a model's vocabulary was padded, become
+        U+FFFD, because a model that is still training may generate either.
+        """
+        invalid_byte = 0xFF  # never occurs in UTF-8
+        octets = bytes(i if 0 <= i < 256 else invalid_byte for i in ids if i != self.eod)
+        return octets.decode("utf-8", errors="replace")
+
+
+@final
+class GPT2BPETokenizer(Tokenizer):
+    """GPT-2's byte-level BPE from a local ``vocab.json`` and ``merges.txt``.
+
+    Args:
+        vocab_file: JSON object, token string to id; must hold ``<|endoftext|>``.
+        merge_file: one merge a line.
+
+    Raises:
+        DataError: a file is absent, unreadable, or without ``<|endoftext|>``.
+        ImportError: the package ``tokenizers`` is not installed.
+    """
+
+    name = "GPT2BPETokenizer"
+
+    def __init__(self, vocab_file: str, merge_file: str) -> None:
+        _require_file("--vocab-file", vocab_file, "GPT-2's vocab.json")
+        _require_file("--merge-file", merge_file, "GPT-2's merges.txt")
+        try:
+            from tokenizers.implementations import ByteLevelBPETokenizer
+        except ImportError as error:
+            raise _missing_package("tokenizers", self.name) from error
+        try:
+            self._bpe = ByteLevelBPETokenizer.from_file(vocab_file, merge_file)
+        except Exception as error:  # the Rust library raises bare Exception
+            raise DataError(
+                f"--vocab-file {vocab_file} and --merge-file {merge_file} do not load as GPT-2 BPE: {error}. "
+                "Give the vocab.json and merges.txt that belong together."
+            ) from error
+        vocabulary: dict[str, int] = self._bpe.get_vocab()
+        if _GPT2_END_OF_DOCUMENT not in vocabulary:
+            raise DataError(
+                f"--vocab-file {vocab_file} has {len(vocabulary)} tokens but no {_GPT2_END_OF_DOCUMENT}, "
+                "which marks the end of a document. Add it with the next free id."
+            )
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eod = vocabulary[_GPT2_END_OF_DOCUMENT]
+        self._describe(Path(path).read_bytes() for path in (vocab_file, merge_file))
+
+    def tokenize(self, text: str) -> list[int]:
+        """BPE ids of ``text``; a literal ``<|endoftext|>`` in it is ordinary text."""
+        return list(self._bpe.encode(text).ids)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; end-of-document shows as ``<|endoftext|>``."""
+        return str(self._bpe.decode(list(ids), skip_special_tokens=False))
+
+
+@final
+class HuggingFaceTokenizer(Tokenizer):
+    """Any ``transformers`` tokenizer saved in a local directory; its end-of-sequence token ends a document.
+
+    Args:
+        tokenizer_model: directory written by ``tokenizer.save_pretrained``. A hub name is not looked up.
+
+    Raises:
+        DataError: the directory is absent, does not load, or has no end-of-sequence token.
+        ImportError: the package ``transformers`` is not installed.
+    """
+
+    name = "HuggingFaceTokenizer"
+
+    def __init__(self, tokenizer_model: str) -> None:
+        if not Path(tokenizer_model).is_dir():
+            raise DataError(
+                f"--tokenizer-model {tokenizer_model} is not a local directory. Save the tokenizer with "
+                "transformers' save_pretrained and give that directory; names on a hub are not downloaded."
+            )
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise _missing_package("transformers", self.name) from error
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_model, local_files_only=True)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
+            raise DataError(
+                f"--tokenizer-model {tokenizer_model} does not load as a transformers tokenizer: {error}. "
+                "The directory needs tokenizer_config.json and the vocabulary files next to it."
+            ) from error
+        if self._tokenizer.eos_token_id is None:
+            raise DataError(
+                f"--tokenizer-model {tokenizer_model} has no end-of-sequence token to end a document with. "
+                'Set "eos_token" in its tokenizer_config.json.'
+            )
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        # Ids may have gaps, so the count of tokens can be less than the greatest id plus one.
+        self.vocab_size = max(len(self._tokenizer), max(vocabulary.values()) + 1)
+        self.eod = int(self._tokenizer.eos_token_id)
+        self._describe(f"{i}\t{token}\n".encode() for token, i in sorted(vocabulary.items()))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of ``text`` without the special tokens that some tokenizers add around it."""
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens included, spaces as they are."""
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def build_tokenizer(
+    tokenizer_type: str,
+    *,
+    tokenizer_model: str | None = None,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+) -> Tokenizer:
+    """The tokenizer that Megatron's flags describe.
+
+    Args:
+        tokenizer_type: one of ``TOKENIZER_TYPES`` (``--tokenizer-type``).
+        tokenizer_model: local directory, for HuggingFaceTokenizer (``--tokenizer-model``).
+        vocab_file: for GPT2BPETokenizer (``--vocab-file``).
+        merge_file: for GPT2BPETokenizer (``--merge-file``).
+
+    Raises:
+        DataError: unknown type, a flag that this type needs is missing, or its files are unusable.
+    """
+    if tokenizer_type == ByteTokenizer.name:
+        return ByteTokenizer()
+    if tokenizer_type == GPT2BPETokenizer.name:
+        return GPT2BPETokenizer(
+            _require_flag("--vocab-file", vocab_file, tokenizer_type, "a local vocab.json"),
+            _require_flag("--merge-file", merge_file, tokenizer_type, "a local merges.txt"),
+        )
+    if tokenizer_type == HuggingFaceTokenizer.name:
+        return HuggingFaceTokenizer(
+            _require_flag("--tokenizer-model", tokenizer_model, tokenizer_type, "a local directory")
+        )
+    raise DataError(f"--tokenizer-type {tokenizer_type} is not known. Choose one of: {', '.join(TOKENIZER_TYPES)}.")
+
+
+def pad_vocab_size(vocab_size: int, make_divisible_by: int = 128, tensor_parallel_size: int = 1) -> int:
+    """Megatron's padded vocabulary: the least multiple of both arguments' product, at least ``vocab_size``.
+
+    Raises:
+        DataError: an argument is not positive.
+    """
+    if min(vocab_size, make_divisible_by, tensor_parallel_size) < 1:
+        raise DataError(
+            f"the vocabulary size ({vocab_size}), --make-vocab-size-divisible-by ({make_divisible_by}) and "
+            f"--tensor-model-parallel-size ({tensor_parallel_size}) must all be at least 1."
+        )
+    multiple = make_divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def _require_flag(flag: str, value: str | None, tokenizer_type: str, expected: str) -> str:
+    if not value:
+        raise DataError(f"--tokenizer-type {tokenizer_type} needs {flag}, and none was given: pass {expected}.")
+    return value
+
+
+def _require_file(flag: str, path: str, expected: str) -> None:
+    if not Path(path).is_file():
+        raise DataError(f"{flag} {path} is not a file. Give the local path of {expected}.")
+
+
+def _missing_package(package: str, tokenizer_type: str) -> ImportError:
+    return ImportError(
+        f"--tokenizer-type {tokenizer_type} needs the package {package!r}, which is not installed. "
+        "Install it, or use --tokenizer-type ByteTokenizer."
+    )

@@ -1,0 +1,110 @@
+"""An independent pair of blocks: explicit formulas, loops over tokens, no code of the package.
+
+Reads a run's parameters by name and nothing else of it. fp32 or fp64, one process, GELU MLPs, LayerNorm.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def layer_norm(x: Tensor, w: Weights, name: str) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
+    return centred / torch.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def mlp(x: Tensor, w: Weights, name: str) -> Tensor:
+    inner = x @ w[f"{name}.input.weight"].T + w[f"{name}.input.bias"]
+    inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
+    return inner @ w[f"{name}.output.weight"].T + w[f"{name}.output.bias"]
+
+
+def attention(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
+    B, S, D = x.shape
+    size = D // heads
+    joint = x @ w[f"{name}.query_key_value.weight"].T + w[f"{name}.query_key_value.bias"]
+    out = []
+    for head in range(heads):
+        q, k, v = (joint[..., part * D + head * size : part * D + (head + 1) * size] for part in range(3))
+        scores = q @ k.transpose(1, 2) / math.sqrt(size)
+        future = torch.ones(S, S).triu(1).bool()
+        out.append(torch.softmax(scores.masked_fill(future, float("-inf")), -1) @ v)
+    return torch.cat(out, -1) @ w[f"{name}.output.weight"].T + w[f"{name}.output.bias"]
+
+
+def choose(logits: Tensor, k: int, capacity_factor: float, min_capacity: int, drop: bool, order: Tensor | None):
+    """[(expert, weight) per kept choice] per token, and the load-balancing loss.
+
+    k = 1 drops at random: an expert keeps the tokens with the largest numbers of `order` [T, E].
+    k = 2 drops by arrival: all first choices in token order, then all second choices.
+    """
+    T, E = logits.shape
+    probability = torch.softmax(logits, -1)
+    ranked = [sorted(range(E), key=lambda e: -probability[t, e].item())[:k] for t in range(T)]
+    capacity = max(math.ceil(T / E * capacity_factor * k), min_capacity) if drop else T * k
+    kept: list[list[int]] = [[] for _ in range(T)]
+    for e in range(E):
+        arrivals = [(t, rank) for rank in range(k) for t in range(T) if ranked[t][rank] == e]
+        if k == 1 and order is not None:
+            arrivals.sort(key=lambda arrival: -order[arrival[0], e].item())
+        for t, _ in arrivals[:capacity]:
+            kept[t].append(e)
+    choices = []
+    for t in range(T):
+        total = sum(probability[t, e] for e in kept[t]) if k > 1 else 1.0
+        choices.append([(e, probability[t, e] / total) for e in kept[t]])
+    first_share = torch.tensor([sum(r[0] == e for r in ranked) / T for e in range(E)], dtype=logits.dtype)
+    return choices, (probability.mean(0) * first_share).sum() * E
+
+
+def routed(x: Tensor, w: Weights, name: str, choices) -> Tensor:
+    """Eq. 1, one token and one expert at a time."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows = []
+    for t, chosen in enumerate(choices):
+        row = torch.zeros_like(flat[t])
+        for e, weight in chosen:
+            row = row + weight * mlp(flat[t], w, f"{name}.deepspeed_moe.experts.deepspeed_experts.{e}")
+        rows.append(row)
+    return torch.stack(rows).view_as(x)
+
+
+def merged(merge: str, shared: Tensor, routed_output: Tensor, x: Tensor, w: Weights, name: str) -> Tensor:
+    if merge == "add":
+        return shared + routed_output
+    logits = x @ w[f"{name}.coefficient.weight"].T + w[f"{name}.coefficient.bias"]
+    if merge == "cg1":
+        return shared / (1 + torch.exp(-logits)) + routed_output
+    e = torch.exp(logits - logits.max(-1, keepdim=True).values)
+    coefficient = e / e.sum(-1, keepdim=True)
+    return coefficient[..., :1] * routed_output + coefficient[..., 1:] * shared
+
+
+def pair(hidden: Tensor, w: Weights, *, heads: int, position: str, merge: str, gate: dict, num_blocks: int = 2):
+    """Output and load-balancing loss of a run whose shortcut is taken in the block before the last (eq. 7-10).
+
+    Args:
+        gate: keyword arguments of `choose`.
+    """
+    last = num_blocks - 1
+    tap = hidden  # Pos-1 with an MoE in every block
+    for block in range(last):
+        name = f"blocks.{block}"
+        before = hidden
+        after_attention = before + attention(layer_norm(before, w, f"{name}.attention_norm"), w, f"{name}.attention", heads)
+        hidden = after_attention + mlp(layer_norm(after_attention, w, f"{name}.mlp_norm"), w, f"{name}.mlp")
+        tap = {"pos1": hidden, "pos2": after_attention, "pos3": before}[position]
+    name = f"blocks.{last}"
+    tokens = layer_norm(tap, w, "shortcut_norm")
+    logits = tokens.reshape(-1, tokens.shape[-1]) @ w[f"{name}.moe.deepspeed_moe.gate.wg.weight"].T
+    choices, l_aux = choose(logits, **gate)
+    hidden = hidden + attention(layer_norm(hidden, w, f"{name}.attention_norm"), w, f"{name}.attention", heads)
+    x = layer_norm(hidden, w, f"{name}.mlp_norm")
+    output = merged(merge, mlp(x, w, f"{name}.moe.mlp"), routed(tokens, w, f"{name}.moe", choices), x, w, f"{name}.moe")
+    return hidden + output, l_aux

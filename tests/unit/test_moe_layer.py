@@ -1,0 +1,207 @@
+"""ScMoE as a layer: DeepSpeed's Residual MoE underneath, misuse, DGMoE's rule, initialisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+from scmoe_ds import ScMoE
+from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows
+from scmoe_ds.moe.gate import route
+from scmoe_ds.moe.layer import DGMoE
+
+HIDDEN, TOKENS, EXPERTS = 16, 40, 4
+
+
+def make_expert() -> nn.Module:
+    return nn.Sequential(nn.Linear(HIDDEN, 32), nn.GELU(), nn.Linear(32, HIDDEN))
+
+
+def make_layer(cls: type[MoE] = ScMoE, **kwargs: object) -> MoE:
+    torch.manual_seed(1)
+    return cls(HIDDEN, make_expert(), EXPERTS, **{"use_rts": False, "top2_2nd_expert_sampling": False, **kwargs})
+
+
+def tokens(seed: int = 2) -> Tensor:
+    return torch.randn(2, TOKENS // 2, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dispatch", ["exact", "padded"])
+@pytest.mark.parametrize("drop_tokens", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_residual_moe_checkpoint_loads_and_computes_the_same(k: int, drop_tokens: bool, dispatch: str) -> None:
+    residual = make_layer(MoE, k=k, use_residual=True, drop_tokens=drop_tokens)
+    for parameter in residual.parameters():  # DeepSpeed's experts start equal, which would hide a mix-up
+        parameter.data.normal_(0, 0.3)
+    layer = make_layer(k=k, drop_tokens=drop_tokens, merge="cg2", dispatch=dispatch)
+    layer.load_state_dict(residual.state_dict(), strict=True)
+    x = tokens()
+    wanted, found = residual(x), layer(x)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[1], wanted[1]) and torch.equal(found[2], wanted[2])
+    torch.testing.assert_close(layer(x, shortcut=x)[0], wanted[0], rtol=1e-6, atol=1e-6)
+    names = [name for name, _ in residual.named_parameters()]
+    for name, a, b in zip(names, gradients(residual, x), gradients(layer, x), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def gradients(layer: MoE, x: Tensor) -> tuple[Tensor, ...]:
+    output, l_aux, _ = layer(x)
+    return torch.autograd.grad(output.square().sum() + l_aux, list(layer.parameters()))
+
+
+def test_routed_experts_read_the_shortcut_and_nothing_else() -> None:
+    layer = make_layer(merge="add")
+    x, tap = tokens(3), tokens(4)
+    torch.manual_seed(0)
+    output, l_aux, counts = layer(x, shortcut=tap)
+    routed_only = output - layer.shared(x)
+    torch.manual_seed(0)
+    again = layer(torch.zeros_like(x), shortcut=tap)
+    torch.testing.assert_close(routed_only, again[0] - layer.shared(torch.zeros_like(x)), rtol=1e-5, atol=1e-5)
+    assert torch.equal(l_aux, again[1]) and torch.equal(counts, again[2])
+
+
+def test_shared_output_may_be_given_or_left_to_finish() -> None:
+    layer = make_layer()
+    x, tap = tokens(3), tokens(4)
+    outputs = []
+    for shared in (None, layer.shared(x)):
+        routed = layer.begin(tap)
+        routed.run_experts()
+        outputs.append(layer.finish(routed, x, shared)[0])
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def test_misuse_of_routed_tokens_says_what_happened() -> None:
+    layer = make_layer()
+    x = tokens()
+    routed = layer.begin(x)
+    with pytest.raises(RuntimeError, match="before run_experts"):
+        layer.finish(routed, x)
+    routed.run_experts()
+    with pytest.raises(RuntimeError, match="called twice"):
+        routed.run_experts()
+    layer.finish(routed, x)
+    with pytest.raises(RuntimeError, match="finished already"):
+        layer.finish(routed, x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_experts": 6, "ep_size": 4}, "divisible by ep_size"),
+        ({"k": 5}, "k = 5 must be between 1 and num_experts = 4"),
+        ({"merge": "cg3"}, 'must be "add", "cg1" or "cg2"'),
+        ({"dispatch": "dense"}, 'must be "exact" or "padded"'),
+        ({"use_residual": False}, "use deepspeed.moe.layer.MoE"),
+        ({"use_tutel": True}, "own dispatch"),
+        ({"ep_size": 2}, "after deepspeed.init_distributed"),
+    ],
+)
+def test_wrong_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScMoE(HIDDEN, make_expert(), **{"num_experts": EXPERTS, **arguments})
+
+
+def test_wrong_hidden_size_of_the_shortcut() -> None:
+    with pytest.raises(ValueError, match="last dimension must be 16"):
+        make_layer().begin(torch.randn(2, 8))
+
+
+def test_top1_weight_before_and_after_topk() -> None:
+    """Eq. 2-3 with k = 1 is the constant 1 and gives the gate no gradient; softmax first gives the probability."""
+    gate = make_layer().deepspeed_moe.gate
+    x = tokens().view(-1, HIDDEN)
+    probability = torch.softmax(x @ gate.wg.weight.T, -1).max(-1).values
+    before, after = route(gate, x), route(gate, x, softmax="after_topk")
+    kept = before.expert_KT[0] >= 0
+    torch.testing.assert_close(before.weight_KT[0], probability * kept)
+    torch.testing.assert_close(after.weight_KT[0], kept.float())
+    (grad,) = torch.autograd.grad(after.weight_KT.sum(), gate.wg.weight)
+    assert grad.abs().max() < 1e-6 < torch.autograd.grad(before.weight_KT.sum(), gate.wg.weight)[0].abs().max()
+
+
+def test_dgmoe_against_eq_23() -> None:
+    layer = make_layer(DGMoE, drop_tokens=False)
+    previous, current = tokens(5), tokens(6)
+    current.view(-1, HIDDEN)[::2] = previous.view(-1, HIDDEN)[::2]  # every second token: the same first choice
+    output, _, counts = layer(current, shortcut=previous)
+    experts, gate = layer.deepspeed_moe.experts.deepspeed_experts, layer.deepspeed_moe.gate
+    wanted, conflicts = [], 0
+    for before, now in zip(previous.view(-1, HIDDEN), current.view(-1, HIDDEN), strict=True):
+        p_before, p_now = torch.softmax(gate.wg(before), -1), torch.softmax(gate.wg(now), -1)
+        first, ranking = int(p_before.argmax()), p_now.argsort(descending=True).tolist()
+        conflicts += ranking[0] == first
+        second = ranking[1] if ranking[0] == first else ranking[0]
+        wanted.append(p_before[first] * experts[first](before) + p_now[second] * experts[second](now))
+    assert TOKENS // 2 <= conflicts < TOKENS
+    torch.testing.assert_close(output.view(-1, HIDDEN), torch.stack(wanted), rtol=1e-5, atol=1e-6)
+    assert counts.sum() == 2 * TOKENS
+
+
+def test_dgmoe_has_no_shared_expert() -> None:
+    layer = make_layer(DGMoE)
+    assert not hasattr(layer, "mlp") and not hasattr(layer, "coefficient")
+    with pytest.raises(TypeError, match="no shared expert"):
+        layer.shared(tokens())
+    with pytest.raises(ValueError, match="k = 1"):
+        make_layer(DGMoE, k=2)
+
+
+@pytest.mark.parametrize("merge", ["add", "cg1", "cg2"])
+def test_coefficient_sizes(merge: str) -> None:
+    coefficient = make_layer(merge=merge).coefficient
+    assert (coefficient.out_features if coefficient is not None else 0) == {"add": 0, "cg1": 1, "cg2": 2}[merge]
+
+
+def test_experts_start_different_and_by_global_id() -> None:
+    whole = make_layer().deepspeed_moe.experts.deepspeed_experts
+    again = make_layer().deepspeed_moe.experts.deepspeed_experts
+    weights = [expert[0].weight for expert in whole]
+    assert all(torch.equal(a[0].weight, b[0].weight) for a, b in zip(whole, again, strict=True))
+    assert all(not torch.equal(weights[i], weights[j]) for i in range(EXPERTS) for j in range(i))
+
+
+@pytest.mark.parametrize("logits", ["random", "all to one", "two experts empty"])
+def test_exact_layout_holds_the_rows_that_the_padded_one_holds(logits: str) -> None:
+    layer = make_layer(k=2, capacity_factor=0.5)
+    gate = layer.deepspeed_moe.gate
+    x = tokens().view(-1, HIDDEN)
+    if logits == "all to one":
+        gate.wg.weight.data[0] += 10 * x.mean(0)
+        x = x.mean(0, keepdim=True).repeat(TOKENS, 1) + 0.01 * x
+    elif logits == "two experts empty":
+        gate.wg.weight.data[2:] = -gate.wg.weight.data[:2].sum(0)
+        x = x + 5 * gate.wg.weight.data[:2].sum(0)
+    routing = route(gate, x)
+    exact, padded = ExactLayout.of(routing), PaddedLayout.of(routing)
+    rows, buffer = exact.encode(x), padded.encode(x).view(EXPERTS, -1, HIDDEN)
+    filled = exact.rows_per_expert_E.tolist()
+    assert sum(filled) == rows.shape[0] == int((routing.expert_KT >= 0).sum())
+    for expert, part in enumerate(rows.split(filled)):
+        real = buffer[expert][buffer[expert].abs().sum(-1) > 0]
+        assert torch.equal(part.sort(0).values, real.sort(0).values)
+
+
+def test_received_rows_group_and_ungroup() -> None:
+    rows_PL = [[2, 0, 1], [0, 3, 1]]
+    labels = [label for rank in range(2) for label in range(3) for _ in range(rows_PL[rank][label])]
+    rows = torch.tensor(labels, dtype=torch.float32).unsqueeze(1)
+    received = ReceivedRows.of(rows_PL, rows.device)
+    grouped = received.group(rows)
+    assert grouped.flatten().tolist() == sorted(labels)
+    assert received.rows_per_expert == (2, 3, 2)
+    assert torch.equal(received.ungroup(grouped), rows)
+
+
+def test_gradients_with_and_without_a_shortcut_that_needs_them() -> None:
+    layer = make_layer()
+    for needs in (True, False):
+        tap = tokens(7).requires_grad_(needs)
+        layer.zero_grad()
+        layer(tokens(8), shortcut=tap)[0].sum().backward()
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+        assert (tap.grad is not None) == needs

@@ -1,0 +1,168 @@
+"""tools/preprocess_data.py: what it writes, in which order, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EOD = 256
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import preprocess_data
+
+    return preprocess_data
+
+
+def read_back(prefix: Path) -> list[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def flags(source: Path, prefix: Path, *more: str) -> list[str]:
+    required = ["--tokenizer-type", "ByteTokenizer", "--input", str(source), "--output-prefix", str(prefix)]
+    return [*required, *more]
+
+
+def test_as_a_command_from_another_directory(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "ab"}, {"text": "ü"}])
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *flags(source, tmp_path / "out")]
+    done = subprocess.run([*command, "--append-eod"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_back(tmp_path / "out_text_document") == [[97, 98, EOD], [0xC3, 0xBC, EOD]]
+    assert "2 documents, 6 uint16 tokens" in done.stdout
+
+
+def test_workers_do_not_change_the_output(tool: ModuleType, tmp_path: Path) -> None:
+    # More documents than one block of the pool, of very different lengths, so that workers overtake.
+    texts = [f"{i} " * (1 + (i * 7919) % 50 + 3000 * (i % 400 == 0)) for i in range(1500)]
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    assert tool.main(flags(source, tmp_path / "one", "--append-eod")) == 0
+    assert tool.main(flags(source, tmp_path / "two", "--append-eod", "--workers", "2")) == 0
+    assert read_back(tmp_path / "one_text_document") == [[*text.encode(), EOD] for text in texts]
+    for extension in ("bin", "idx"):
+        one, two = (tmp_path / f"{name}_text_document.{extension}" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_keys_empty_texts_and_no_eod(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records: list[dict[str, object]] = [{"a": "x", "b": "yy"}, {"a": "", "b": "z", "c": 1}]
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    assert tool.main(flags(source, tmp_path / "out", "--json-keys", "a", "b")) == 0
+    assert read_back(tmp_path / "out_a_document") == [[120]]
+    assert read_back(tmp_path / "out_b_document") == [[121, 121], [122]]
+    assert "1 empty texts left out" in capsys.readouterr().out
+
+
+def test_directory_of_text_and_json_files_in_sorted_order(tool: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "texts"
+    (source / "deep").mkdir(parents=True)
+    (source / "b.txt").write_bytes(b"b\r\n")
+    write_jsonl(source / "a.jsonl", [{"text": "1"}, {"text": "2"}])
+    (source / "deep" / "c.txt").write_text("c", encoding="utf-8")
+    (source / "ignored.bin").write_bytes(b"\xff")
+    assert tool.main(flags(source, tmp_path / "out")) == 0
+    assert read_back(tmp_path / "out_text_document") == [[49], [50], [98, 13, 10], [99]]
+
+
+BAD_LINES = [
+    (b'{"text": "ok"}\n\n{"text": \n', "line 3: not JSON"),
+    (b'{"text": "ok"}\n{"body": "x"}\n', "line 2: no key 'text'; the line has 'body'"),
+    (b'{"text": "ok"}\n["x"]\n', "line 2: a JSON list"),
+    (b'{"text": 5}\n', "line 1: 'text' is of type int"),
+    (b'{"text": "\xff"}\n', "line 1: not UTF-8"),
+    (b'{"text": "\\ud800"}\n', "line 1: 'text' has half of a surrogate pair"),
+    (b'{"text": ""}\n', "no text under the key 'text'"),
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), BAD_LINES)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_bad_line_leaves_nothing(
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    expected: str,
+    workers: str,
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(content)
+    assert tool.main(flags(source, tmp_path / "out", "--workers", workers)) == 1
+    assert expected in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_one_bad_key_leaves_no_dataset_of_the_other(tool: ModuleType, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"a": "x", "b": ""}])
+    for keys in (["a", "b"], ["b", "a"]):
+        assert tool.main(flags(source, tmp_path / "out", "--json-keys", *keys)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_an_error_keeps_the_previous_dataset(tool: ModuleType, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "old"}])
+    assert tool.main(flags(source, tmp_path / "out")) == 0
+    source.write_text('{"text": "new"}\nbroken\n', encoding="utf-8")
+    assert tool.main(flags(source, tmp_path / "out")) == 1
+    assert read_back(tmp_path / "out_text_document") == [list(b"old")]
+
+
+def test_bad_paths(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "x"}])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    cases = [
+        (flags(tmp_path / "none.jsonl", tmp_path / "out"), "none.jsonl does not exist"),
+        (flags(empty, tmp_path / "out"), "holds no .jsonl"),
+        (flags(source, tmp_path / "no" / "out"), "does not exist. Create it first"),
+        (flags(source, source / "out"), "does not exist. Create it first"),
+        (flags(latin, tmp_path / "out"), "latin.txt is not UTF-8 (byte 3)"),
+        (flags(latin, tmp_path / "out", "--json-keys", "body"), "whose only key is 'text'"),
+    ]
+    for arguments, expected in cases:
+        assert tool.main(arguments) == 1
+        assert expected in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in.jsonl", "latin.txt"]
+
+
+def test_an_unwritable_directory_is_named(
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Permissions do not stop a test that runs as root, so the system call is what refuses here.
+    from megatron.core.datasets import indexed_dataset
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(indexed_dataset, "IndexedDatasetBuilder", refuse)
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "x"}])
+    assert tool.main(flags(source, tmp_path / "out")) == 1
+    message = capsys.readouterr().err
+    assert "Permission denied" in message
+    assert str(tmp_path) in message
+
+
+@pytest.mark.parametrize("arguments", [["--workers", "0"], ["--tokenizer-type", "nonsense"], ["--unknown"]])
+def test_bad_flags_exit_with_2(tool: ModuleType, tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        tool.main(flags(tmp_path / "in.jsonl", tmp_path / "out", *arguments))
+    assert caught.value.code == 2
