@@ -1,11 +1,13 @@
 """Pretrains a GPT with ScMoE layers: arguments → data → model → engine → loop.
 
-    deepspeed pretrain_gpt_scmoe.py --deepspeed_config ds_configs/gpt_small_cpu.json --num-layers 4 …
+deepspeed pretrain_gpt_scmoe.py --deepspeed_config ds_configs/gpt_small_cpu.json --num-layers 4 …
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.arguments import ArgumentError, gpt_settings, parse_arguments
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.corpus import prepare_default_corpus, unigram_entropy
-from scmoe_ds.data.dataset import DataSettings, Datasets, build_datasets
+from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, split_document_ranges
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
 from scmoe_ds.engine import batch_sizes, connect, expert_parallel_rank, fingerprint
@@ -34,22 +37,33 @@ USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.Checkpoint
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training job; returns the exit code. What a user can mend ends in one sentence, not in a traceback."""
+    show_log()
+    connected = False
     try:
         args, whole, config = parse_arguments(argv)
+        connected = connect()
         pretrain(args, whole, config)
     except USER_ERRORS as error:
-        if os.environ.get("RANK", "0") == "0":
+        # Before the ranks have met, each node speaks for itself; afterwards all of them fail alike.
+        if os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0":
             print(f"pretrain_gpt_scmoe.py: error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
-        if dist.is_initialized():
+        if connected:
             dist.destroy_process_group()
     return 0
 
 
+def show_log() -> None:
+    """Lets the package's own log through; DeepSpeed sets the root logger to warnings only."""
+    log = logging.getLogger("scmoe_ds")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler(sys.stdout))
+
+
 def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
-    """One training job in a process group that exists or is made here."""
-    connect()
+    """One training job in a process group that exists."""
     ranks = dist.get_world_size()
     require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
     config.check_world(ranks)
@@ -80,7 +94,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     trainer = Trainer(engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples)
     summary = trainer.run()
     if dist.get_rank() == 0:
-        report(summary, whole, prefixes)
+        report(summary, whole, prefixes, args.split)
     return summary
 
 
@@ -102,18 +116,22 @@ def comparable(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name != "local_rank"}
 
 
-def report(summary: Summary, whole: dict[str, Any], prefixes: Sequence[str]) -> None:
+def report(summary: Summary, whole: dict[str, Any], prefixes: Sequence[str], split: str) -> None:
     """The last lines of a run."""
     board = whole.get("tensorboard", {})
     loss = summary.validation_loss
     print(f"\nfinished at iteration {summary.iteration}")
     if loss is not None:
-        print(f"  validation loss        {loss:.4f} nats per token, perplexity {2.718281828459045 ** loss:.3f}")
+        print(f"  validation loss        {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}")
     if len(prefixes) == 1:
-        print(f"  unigram entropy        {unigram_entropy(prefixes[0]):.4f} nats per token (a model that knows token "
-              "frequencies only)")  # fmt: skip
+        data = IndexedDataset(prefixes[0])
+        _, validation, _ = split_document_ranges(split, len(data.document_indices) - 1)
+        print(f"  its unigram entropy    {unigram_entropy(data, validation):.4f} nats per token (what a model that "
+              "knows token frequencies only could reach)")  # fmt: skip
     print(f"  speed                  {summary.tokens_per_second:.0f} tokens per second")
-    print(f"  checkpoint             {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}")
+    print(
+        f"  checkpoint             {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}"
+    )
     if board.get("enabled"):
         print(f"  TensorBoard log        {os.path.join(board.get('output_path', ''), board.get('job_name', ''))}")
 

@@ -151,7 +151,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         raise ArgumentError("--deepspeed_config is missing: name a JSON, e.g. ds_configs/gpt_small_cpu.json")
     _check(args)
     whole = load_deepspeed_json(args.deepspeed_config)
-    whole["scmoe"] = merge_flags(whole.get("scmoe", {}), args, args.deepspeed_config)
+    if "scmoe" in whole:
+        whole["scmoe"] = merge_flags(whole["scmoe"], args, args.deepspeed_config)
     config = ScMoEConfig.from_deepspeed(whole)
     config.check_model(args.num_layers)
     _fill_in_schedule(whole, args.train_iters)
@@ -197,8 +198,8 @@ def gpt_settings(args: argparse.Namespace, padded_vocab_size: int) -> GPTSetting
     """
     try:
         return GPTSettings(
-            args.num_layers, args.hidden_size, args.num_attention_heads, padded_vocab_size, args.max_position_embeddings,
-            args.num_key_value_heads, args.ffn_hidden_size, args.normalization, args.swiglu,
+            args.num_layers, args.hidden_size, args.num_attention_heads, padded_vocab_size,
+            args.max_position_embeddings, args.num_key_value_heads, args.ffn_hidden_size, args.normalization, args.swiglu,
             args.position_embedding_type, args.rotary_base, not args.disable_bias_linear,
             not args.untie_embeddings_and_output_weights, args.hidden_dropout, args.attention_dropout,
             args.layernorm_epsilon, args.init_method_std,
@@ -215,7 +216,7 @@ def _check(args: argparse.Namespace) -> None:
     at_least_one = ["num_layers", "hidden_size", "num_attention_heads", "seq_length", "log_interval",
                     "make_vocab_size_divisible_by", "eval_interval", "eval_iters"]  # fmt: skip
     optional = ["save_interval", "exit_interval"]
-    lowest = {name: 1 for name in at_least_one + [name for name in optional if getattr(args, name) is not None]}
+    lowest = dict.fromkeys(at_least_one + [name for name in optional if getattr(args, name) is not None], 1)
     lowest |= {"train_iters": 0, "ffn_hidden_size": 0, "num_key_value_heads": 0, "num_workers": 0, "seed": 0}
     for name, minimum in lowest.items():
         if getattr(args, name) < minimum:
@@ -236,6 +237,8 @@ def _check(args: argparse.Namespace) -> None:
 def _fill_in_schedule(whole: dict[str, Any], train_iters: int) -> None:
     """ "total_num_steps": "auto" follows --train-iters, as "auto" values do in Hugging Face's DeepSpeed configs."""
     scheduler = whole.get("scheduler")
-    params = scheduler.get("params") if isinstance(scheduler, dict) else None
+    if not isinstance(scheduler, dict):
+        return
+    params = scheduler.get("params")
     if isinstance(params, dict) and params.get("total_num_steps") == "auto":
         whole["scheduler"] = {**scheduler, "params": {**params, "total_num_steps": max(train_iters, 1)}}

@@ -97,7 +97,9 @@ def load(engine: Any, directory: str, description: Mapping[str, Any]) -> tuple[i
                               f"({type(error).__name__}: {reason[0] if reason else ''}); it is damaged or incomplete, "
                               f"name an earlier one in {directory}/latest") from error  # fmt: skip
     if path is None:
-        raise CheckpointError(f"--load {directory}/{tag}: DeepSpeed found no model file there; the checkpoint is incomplete")
+        raise CheckpointError(
+            f"--load {directory}/{tag}: DeepSpeed found no model file there; the checkpoint is incomplete"
+        )
     return int(state["iteration"]), int(state["consumed_samples"])
 
 
@@ -119,6 +121,8 @@ def _latest_fitting(directory: Path, description: Mapping[str, Any]) -> str | No
     wanted = json.loads(json.dumps(description))
     keys = [key for key in wanted | saved if wanted.get(key) != saved.get(key)]
     if keys:
-        listed = "; ".join(f"{key}: {saved.get(key)!r} in the checkpoint, {wanted.get(key)!r} in this run" for key in keys)
+        listed = "; ".join(
+            f"{key}: {saved.get(key)!r} in the checkpoint, {wanted.get(key)!r} in this run" for key in keys
+        )
         raise CheckpointError(f"--load {directory}/{tag} is a checkpoint of another model or layout: {listed}")
     return tag

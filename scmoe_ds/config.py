@@ -61,7 +61,7 @@ class OverlapConfig(_Section):
         description="Before which backbone operator the experts run: 1 … number of operators + 1 (after the last).",
     )
     num_chunks: Union[int, Auto] = Field("auto", description="Pipelining of the expert computation.")
-    calibration_steps: int = Field(5, ge=0, strict=True, description="Training steps that are timed for \"auto\".")
+    calibration_steps: int = Field(5, ge=0, strict=True, description='Training steps that are timed for "auto".')
 
     @field_validator("expert_slot", "num_chunks")
     @classmethod
@@ -86,7 +86,8 @@ class ScMoEConfig(_Section):
     """
 
     architecture: Architecture = Field(
-        "scmoe", description="scmoe (paper eq. 7), or a baseline: topk, shared_expert (DeepSpeed's own), dgmoe (eq. 23)."
+        "scmoe",
+        description="scmoe (paper eq. 7), or a baseline: topk, shared_expert (DeepSpeed's own), dgmoe (eq. 23).",
     )
     position: Position = Field("pos2", description="Where the shortcut is taken in the preceding block.")
     first_layer_position: Union[Position, None] = Field(None, description="Another position for the first MoE layer.")
@@ -100,7 +101,9 @@ class ScMoEConfig(_Section):
     )
     merge: Merge = Field("cg1", description="How shared and routed outputs are added (paper eq. 7, 14-15, 16-17).")
     expert_parallel_size: int = Field(1, ge=1, strict=True, description="Ranks that share one set of experts.")
-    expert_tensor_parallelism: bool = Field(False, strict=True, description="Split each expert over tensor parallel ranks.")
+    expert_tensor_parallelism: bool = Field(
+        False, strict=True, description="Split each expert over tensor parallel ranks."
+    )
     capacity_factor: float = Field(2.0, gt=0, description="Tokens per expert in training, relative to an even split.")
     eval_capacity_factor: float = Field(2.0, gt=0, description="The same in evaluation.")
     min_capacity: int = Field(4, ge=0, strict=True, description="Least number of tokens that each expert accepts.")
@@ -118,7 +121,9 @@ class ScMoEConfig(_Section):
         "own", description="A norm of its own for the shortcut, or the backbone's norm of the same value (LongCat)."
     )
     post_norm: bool = Field(False, strict=True, description="A norm after the merge (Megatron-core's shortcut MoE).")
-    dispatch: Dispatch = Field("exact", description="Send and compute routed tokens only, or DeepSpeed's padded buffers.")
+    dispatch: Dispatch = Field(
+        "exact", description="Send and compute routed tokens only, or DeepSpeed's padded buffers."
+    )
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
 
     @classmethod
@@ -136,7 +141,9 @@ class ScMoEConfig(_Section):
         if "scmoe" not in whole:
             near = difflib.get_close_matches("scmoe", [str(key) for key in whole], n=1)
             hint = f' (is "{near[0]}" a slip?)' if near else ""
-            raise ScMoEConfigError(f'no "scmoe" section in the DeepSpeed JSON{hint}: add "scmoe": {{}} to use the defaults')
+            raise ScMoEConfigError(
+                f'no "scmoe" section in the DeepSpeed JSON{hint}: add "scmoe": {{}} to use the defaults'
+            )
         section = whole["scmoe"]
         if not isinstance(section, Mapping):
             raise _fail("scmoe", section, "must be a JSON object")
@@ -173,7 +180,8 @@ class ScMoEConfig(_Section):
             ("num_experts", f"must be divisible by scmoe.expert_parallel_size = {ep}", any(n % ep for n in counts)),
             ("top_k", "must be at least 1", k < 1),
             ("top_k", f"cannot exceed the number of experts ({min(counts, default=0)})", k > min(counts, default=k)),
-            ("top_k", "dgmoe routes one expert from each of two layers; set 1", self.architecture == "dgmoe" and k != 1),
+            ("top_k", "dgmoe routes one expert from each of two layers; set 1",
+             self.architecture == "dgmoe" and k != 1),
             ("num_experts", "dgmoe's two choices are distinct experts; it needs at least 2",
              self.architecture == "dgmoe" and min(counts, default=2) < 2),
             ("noisy_gate_policy", "DeepSpeed applies RSample with top_k 1 only; use Jitter or null",
@@ -188,7 +196,9 @@ class ScMoEConfig(_Section):
         ]  # fmt: skip
         if taps and isinstance(slot, int):
             last = min(self.num_operators(p) for p in {self.position, self.first_layer_position or self.position}) + 1
-            rules.append(("overlap.expert_slot", f"the backbone has {last - 1} operators here; use 1 … {last}", slot > last))
+            rules.append(
+                ("overlap.expert_slot", f"the backbone has {last - 1} operators here; use 1 … {last}", slot > last)
+            )
         return rules
 
     def num_operators(self, position: str | None = None) -> int:
@@ -218,7 +228,8 @@ class ScMoEConfig(_Section):
             raise _fail("scmoe.moe_every", self.moe_every, f"must divide --num-layers {num_layers}")
         if isinstance(self.num_experts, list) and len(self.num_experts) != self.moe_layers(num_layers):
             raise _fail("scmoe.num_experts", self.num_experts,
-                        f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of {num_layers} layers")  # fmt: skip
+                        f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of "
+                        f"{num_layers} layers")  # fmt: skip
 
     def check_world(self, world_size: int) -> None:
         """Rules that need the number of ranks.
@@ -243,9 +254,13 @@ def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> d
     try:
         whole = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict_raise_error_on_duplicate_keys)
     except OSError as error:
-        raise ScMoEConfigError(f"{path}: cannot read the DeepSpeed JSON ({error.strerror}); check --deepspeed_config") from None
+        raise ScMoEConfigError(
+            f"{path}: cannot read the DeepSpeed JSON ({error.strerror}); check --deepspeed_config"
+        ) from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise ScMoEConfigError(f"{path}: not valid JSON ({error}); comments and trailing commas are not allowed") from None
+        raise ScMoEConfigError(
+            f"{path}: not valid JSON ({error}); comments and trailing commas are not allowed"
+        ) from None
     if not isinstance(whole, dict):
         raise ScMoEConfigError(f"{path}: the DeepSpeed JSON must be an object, not {type(whole).__name__}")
     return whole
@@ -270,12 +285,16 @@ def _check_deepspeed_settings(whole: Mapping[str, Any]) -> None:
     zero = whole.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
     if stage == 3:
-        raise _fail("zero_optimization.stage", stage, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2")
+        raise _fail(
+            "zero_optimization.stage", stage, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2"
+        )
     compile_section = whole.get("compile", {})
     if isinstance(compile_section, Mapping) and compile_section.get("deepcompile"):
         raise _fail("compile.deepcompile", True, "reorders collectives that ScMoE schedules itself; remove it")
     if "expert_parallel" in whole:
-        raise ScMoEConfigError('"expert_parallel" (DeepSpeed AutoEP) and "scmoe" both replace MoE layers; remove one of them')
+        raise ScMoEConfigError(
+            '"expert_parallel" (DeepSpeed AutoEP) and "scmoe" both replace MoE layers; remove one of them'
+        )
 
 
 def _explain(error: ValidationError, section: Mapping[str, Any]) -> str:
@@ -298,13 +317,19 @@ def _explain(error: ValidationError, section: Mapping[str, Any]) -> str:
 
 
 def _is_key(section: Mapping[str, Any], location: tuple[int | str, ...], key: int | str) -> bool:
-    return isinstance(key, str) and (key in section or any(
-        isinstance(section.get(str(parent)), Mapping) and key in section[str(parent)] for parent in location))  # fmt: skip
+    nested = [section[str(parent)] for parent in location if isinstance(section.get(str(parent)), Mapping)]
+    return isinstance(key, str) and any(key in keys for keys in [section, *nested])
 
 
 def _unknown_key(path: str, keys: list[str]) -> str:
     owner = OverlapConfig if keys[:-1] == ["overlap"] else ScMoEConfig
     near = difflib.get_close_matches(keys[-1], owner.model_fields, n=1, cutoff=0.4)
     elsewhere = keys[-1] in OverlapConfig.model_fields and owner is ScMoEConfig
-    hint = f' (did you mean "overlap": {{"{keys[-1]}"}}?)' if elsewhere else f' (did you mean "{near[0]}"?)' if near else ""
+    hint = (
+        f' (did you mean "overlap": {{"{keys[-1]}"}}?)'
+        if elsewhere
+        else f' (did you mean "{near[0]}"?)'
+        if near
+        else ""
+    )
     return f"{path}: unknown key{hint}; valid keys are {', '.join(owner.model_fields)}"

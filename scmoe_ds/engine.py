@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -12,12 +13,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import log_dist
 from torch import nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
 from scmoe_ds.models.blocks import ShortcutRun
 from scmoe_ds.parallel.agreement import require_agreement
+
+logger = logging.getLogger("scmoe_ds")
 
 
 def initialize(
@@ -56,15 +58,20 @@ def initialize(
     result = deepspeed.initialize(
         model=model, config=whole, mpu=mpu, optimizer=optimizer, model_parameters=model_parameters, **kwargs
     )
-    for line in describe_schedules(model, section):
-        log_dist(line, ranks=[0])
+    if dist.get_rank() == 0:
+        for line in describe_schedules(model, section):
+            logger.info(line)
     return result
 
 
-def connect() -> None:
-    """Joins the process group; a process without a launcher becomes a world of one."""
+def connect() -> bool:
+    """Joins the process group; a process without a launcher becomes a world of one.
+
+    Returns:
+        whether it was joined here, and is the caller's to destroy.
+    """
     if dist.is_initialized() and deepspeed.comm.is_initialized():
-        return
+        return False
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -72,6 +79,7 @@ def connect() -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
     deepspeed.init_distributed(auto_mpi_discovery=False)
+    return True
 
 
 def fingerprint(value: Any) -> str:
@@ -90,11 +98,11 @@ def batch_sizes(whole: Mapping[str, Any], data_parallel_size: int) -> tuple[int,
     for key, value in zip(keys, (total, micro, steps), strict=True):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ScMoEConfigError(f"{key} = {json.dumps(value)}: must be an integer of at least 1")
-    if total is None and micro is None:
-        raise ScMoEConfigError(f"{keys[1]} is missing: set it, or {keys[0]}")
     if micro is None:
+        if total is None:
+            raise ScMoEConfigError(f"{keys[1]} is missing: set it, or {keys[0]}")
         steps = steps or 1
-        micro = total // (steps * data_parallel_size)
+        micro = max(total // (steps * data_parallel_size), 1)
     elif steps is None:
         steps = total // (micro * data_parallel_size) if total else 1
     if total is not None and total != micro * steps * data_parallel_size:
@@ -125,8 +133,8 @@ def describe_schedules(model: nn.Module, config: ScMoEConfig) -> list[str]:
         names = [operator.name for operator in run.backbone()]
         names.insert(run.schedule.expert_slot - 1, "[routed experts]")
         mode = "overlapped" if run.schedule.overlap else "without overlap"
-        lines.setdefault(f"{' → '.join(names)} ({mode}; {origin})", []).append(index)
-    return [f"schedule of MoE layer {_ranges(layers)}: dispatch ⇢ {text} ⇢ combine" for text, layers in lines.items()]
+        lines.setdefault(f"dispatch ⇢ {' → '.join(names)} ⇢ combine ({mode}; {origin})", []).append(index)
+    return [f"schedule of MoE layer {_ranges(layers)}: {text}" for text, layers in lines.items()]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -119,10 +119,12 @@ class Trainer:
             TrainingError: the loss is not finite.
         """
         settings = self.settings
-        batches = self._batches(self.train_set, self.consumed_samples) if self.iteration < settings.train_iters else None
+        batches = (
+            self._batches(self.train_set, self.consumed_samples) if self.iteration < settings.train_iters else None
+        )
         while batches is not None and self.iteration < settings.train_iters:
             self.step(batches)
-            if self._due(settings.log_interval) or self.iteration == 1:
+            if self._due(settings.log_interval) or self.iteration in (1, settings.train_iters):
                 self._log()
             if self._due(settings.eval_interval):
                 self._validate()
@@ -136,7 +138,9 @@ class Trainer:
         if settings.save and batches is not None and (self._saved is None or not self._due(settings.save_interval)):
             self._save()
         loss = self._validation[1] if self._validation else None
-        return Summary(self.iteration, loss, self._tokens_per_second(self._timed_steps, self._timed_seconds), self._saved)
+        return Summary(
+            self.iteration, loss, self._tokens_per_second(self._timed_steps, self._timed_seconds), self._saved
+        )
 
     def step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step over `accumulation_steps` micro-batches per rank."""
@@ -160,9 +164,11 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=device())
         batch_count = 0
         with torch.no_grad():
-            for batch_count, batch in zip(range(1, self.settings.eval_iters + 1), batches):
+            for batch_count, batch in zip(range(1, self.settings.eval_iters + 1), batches, strict=False):
                 seed_micro_batch(self.settings.seed, -1, batch_count * self.ranks + self.rank)
-                total += self._forward(batch).lm_loss.double()
+                loss = self._forward(batch).lm_loss
+                assert loss is not None
+                total += loss.double()
         self.engine.train()
         return _mean_over_ranks(total / batch_count)
 
@@ -177,15 +183,15 @@ class Trainer:
         ))  # fmt: skip
 
     def _due(self, interval: int | None) -> bool:
-        return bool(interval) and self.iteration % interval == 0
+        return interval is not None and self.iteration % interval == 0
 
     def _log(self) -> None:
         meter, self._meter = self._meter, _Meter()
         lm_loss = _mean_over_ranks(meter.lm_loss / meter.steps)
         moe_loss = _mean_over_ranks(meter.moe_loss / meter.steps)
         if not math.isfinite(lm_loss) and not self.engine.fp16_enabled():
-            raise TrainingError(f"lm loss is {lm_loss} in the steps up to iteration {self.iteration}; nothing was saved "
-                                "since. Lower the learning rate or set gradient_clipping")  # fmt: skip
+            raise TrainingError(f"lm loss is {lm_loss} in the steps up to iteration {self.iteration}; nothing was "
+                                "saved since. Lower the learning rate or set gradient_clipping")  # fmt: skip
         if self.iteration > 1:  # the first step pays for allocations and lazy set-up
             self._timed_steps += meter.steps
             self._timed_seconds += meter.seconds
@@ -211,7 +217,9 @@ class Trainer:
             return
         loss = self.evaluate(self.valid_set)
         self._validation = (self.iteration, loss)
-        self._print(f"validation at iteration {self.iteration} | lm loss: {loss:.8E} | perplexity: {_perplexity(loss):.4f}")
+        self._print(
+            f"validation at iteration {self.iteration} | lm loss: {loss:.8E} | perplexity: {_perplexity(loss):.4f}"
+        )
         self._monitor({"lm_loss": loss, "perplexity": _perplexity(loss)}, "Validation")
 
     def _save(self) -> None:
@@ -222,7 +230,9 @@ class Trainer:
         self._print(f"saved {self._saved}")
 
     def _tokens_per_second(self, steps: int, seconds: float) -> float:
-        return steps * self.settings.rank_batch_size * self.ranks * self.settings.seq_length / seconds if seconds else 0.0
+        return (
+            steps * self.settings.rank_batch_size * self.ranks * self.settings.seq_length / seconds if seconds else 0.0
+        )
 
     def _monitor(self, values: dict[str, float], prefix: str) -> None:
         if self.engine.monitor.enabled and self.rank == 0:

@@ -28,6 +28,7 @@ from scmoe_ds.data.flags import parse_data_path, plain_split, split_document_ran
 from scmoe_ds.data.indexed import IndexedLayout, check_indexed_dataset, check_token_range, read_layout
 from scmoe_ds.data.sampler import PretrainingSampler, pretraining_batches
 from scmoe_ds.data.tokenizer import Tokenizer
+from scmoe_ds.parallel.agreement import require_agreement, run_together
 
 __all__ = [
     "DataSettings",
@@ -136,7 +137,9 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
             of ``seq_length + 1`` tokens; an unwritable or unshared cache; ranks that disagree.
     """
     samples = (train_samples, valid_samples, test_samples)
-    inspection = _agree_across_ranks(lambda: _inspect(settings, samples))
+    inspection = run_together(lambda: _inspect(settings, samples))
+    assert inspection is not None
+    require_agreement("the training data", inspection)
     if not any(samples):
         return Datasets(None, None, None)
     config = _megatron_config(settings, samples, inspection)
@@ -202,32 +205,6 @@ def _inspect(settings: DataSettings, samples: tuple[int, int, int]) -> _Inspecti
     )
     fingerprint = " ".join(layout.fingerprint for layout in layouts)
     return _Inspection(request, fingerprint, tuple(layout.num_tokens for layout in layouts))
-
-
-def _agree_across_ranks(inspect: Callable[[], _Inspection]) -> _Inspection:
-    """Run ``inspect`` on every rank; raise on all if it raises on one, or if the results differ.
-
-    A rank that raised alone would leave the others waiting in the builder's barrier.
-    """
-    outcome: _Inspection | str
-    try:
-        outcome = inspect()
-    except (DataError, OSError) as error:
-        outcome = str(error)
-    outcomes: list[_Inspection | str] = [outcome]
-    if _is_distributed():
-        outcomes = [outcome] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome)
-    for rank, other in enumerate(outcomes):
-        if isinstance(other, str):
-            raise DataError(other if len(outcomes) == 1 else f"{other} (found by rank {rank})")
-        if other != outcomes[0]:
-            raise DataError(
-                f"ranks 0 and {rank} would train on different data: {outcomes[0]} against {other}. Give "
-                "every rank the same flags and the same files."
-            )
-    assert isinstance(outcome, _Inspection)
-    return outcome
 
 
 def _check_split_lengths(layout: IndexedLayout, settings: DataSettings, samples: Sequence[int]) -> None:

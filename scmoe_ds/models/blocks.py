@@ -9,7 +9,7 @@ No attribute here may contain the word "expert": DeepSpeed's checkpoints would t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> MoE:
     """The layer that `config.architecture` names; the baselines are DeepSpeed's own classes."""
-    common = dict(
+    common: dict[str, Any] = dict(  # noqa: C408
         hidden_size=settings.hidden_size, expert=MLP(settings), num_experts=num_experts,
         ep_size=config.expert_parallel_size, k=config.top_k, capacity_factor=config.capacity_factor,
         eval_capacity_factor=config.eval_capacity_factor, min_capacity=config.min_capacity,

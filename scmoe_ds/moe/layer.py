@@ -191,9 +191,7 @@ class RoutedTokens:
         routing: who goes where, with what weight.
     """
 
-    def __init__(
-        self, layer: ScMoE, tokens_TD: Tensor, routing: Routing, shape: Sequence[int], blocking: bool
-    ) -> None:
+    def __init__(self, layer: ScMoE, tokens_TD: Tensor, routing: Routing, shape: Sequence[int], blocking: bool) -> None:
         self.routing = routing
         self._experts = layer.deepspeed_moe.experts
         self._ranks_and_experts = (layer.ep_size, layer.num_local_experts)

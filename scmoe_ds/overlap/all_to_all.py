@@ -11,8 +11,8 @@ therefore runs backward as
 so `_Wait.backward` must *launch* the gradient's all-to-all and `_Start.backward` must *wait* for it: the gradient then
 travels beside the same operators as the activation did.
 
-Waiting has one meaning here: after `wait`, work that is enqueued on the current device stream may use the tensor. NCCL's
-`Work.wait` orders streams and returns at once; gloo's blocks the host.
+Waiting has one meaning here: after `wait`, work that is enqueued on the current device stream may use the tensor.
+NCCL's `Work.wait` orders streams and returns at once; gloo's blocks the host.
 
 `torch.distributed` is called directly: `deepspeed.comm` would synchronise the device around every call when its
 communication logger is on, and so measure an overlap away.

@@ -30,9 +30,9 @@ def run_together(step: Callable[[], T], on_rank_zero: bool = False) -> T | None:
             result = step()
         except (ValueError, OSError) as error:
             failure = error
-    failures = [found for found in _gather(failure) if found is not None]
-    if failures:
-        raise failures[0]
+    for rank, found in enumerate(_gather(failure)):
+        if found is not None:
+            raise found if rank == 0 else type(found)(f"{found} (found by rank {rank})")
     return result
 
 

@@ -26,7 +26,7 @@ def mlp(x: Tensor, w: Weights, name: str) -> Tensor:
 
 
 def attention(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
-    B, S, D = x.shape
+    S, D = x.shape[1:]
     size = D // heads
     joint = x @ w[f"{name}.query_key_value.weight"].T + w[f"{name}.query_key_value.bias"]
     out = []
@@ -97,7 +97,9 @@ def pair(hidden: Tensor, w: Weights, *, heads: int, position: str, merge: str, g
     for block in range(last):
         name = f"blocks.{block}"
         before = hidden
-        after_attention = before + attention(layer_norm(before, w, f"{name}.attention_norm"), w, f"{name}.attention", heads)
+        after_attention = before + attention(
+            layer_norm(before, w, f"{name}.attention_norm"), w, f"{name}.attention", heads
+        )
         hidden = after_attention + mlp(layer_norm(after_attention, w, f"{name}.mlp_norm"), w, f"{name}.mlp")
         tap = {"pos1": hidden, "pos2": after_attention, "pos3": before}[position]
     name = f"blocks.{last}"

@@ -17,7 +17,9 @@ SETTINGS = GPTSettings(2, HIDDEN, HEADS, 64, SEQUENCE)
 
 
 def make_run(position: str, sequence: int = SEQUENCE, **section: object) -> ShortcutRun:
-    config = ScMoEConfig.from_deepspeed({"scmoe": {"num_experts": 4, "min_capacity": 1, "position": position, **section}})
+    config = ScMoEConfig.from_deepspeed(
+        {"scmoe": {"num_experts": 4, "min_capacity": 1, "position": position, **section}}
+    )
     run = ShortcutRun(SETTINGS, config, 4, position, sequence)
     initialize_parameters(run, 3, 0.4, 1)
     for parameter in run.parameters():

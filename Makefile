@@ -1,0 +1,41 @@
+# Two commands: `make pretrain` and `make test`. Each sets itself up in .venv, which is reused while it is current.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# DeepSpeed compiles its CPU collectives at the first run; they belong to this environment alone.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(BIN):$(PATH)
+# One thread per rank: more of them fight for the cores of the other ranks.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup test check pretrain schema clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'scmoe_ds needs Python 3.10 or later' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+setup: $(STAMP)  ## install everything into .venv
+
+test: $(STAMP)  ## all tests; those that need a GPU skip themselves
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pretrain: $(STAMP)  ## train a small ScMoE GPT for a few minutes, on the GPUs that are there or on two CPU processes
+	$(BIN)/python tools/quick_start.py
+
+schema: $(STAMP)  ## write ds_configs/scmoe.schema.json
+	$(BIN)/python tools/write_schema.py
+
+clean:  ## remove the environment, the default corpus and its runs
+	rm -rf $(VENV) data runs checkpoints

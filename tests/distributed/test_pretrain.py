@@ -1,0 +1,109 @@
+"""The main job as users run it: the deepspeed launcher, two expert-parallel processes, a JSON, real text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = json.loads((ROOT / "ds_configs" / "gpt_small_cpu.json").read_text())
+FLAGS = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64 --hidden-dropout 0.1 "
+         "--split 90,5,5 --log-interval 1 --eval-iters 2").split()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("corpus"))
+
+
+def launch(
+    directory: Path, corpus: str, *flags: str, port: int = 29611, **changes: object
+) -> subprocess.CompletedProcess:
+    whole = {**CONFIG, "tensorboard": {"enabled": True, "output_path": str(directory / "board"), "job_name": "job"},
+             "csv_monitor": {"enabled": True, "output_path": str(directory / "csv"), "job_name": "job"},
+             "scmoe": {**CONFIG["scmoe"], **changes}}  # fmt: skip
+    (directory / "ds.json").write_text(json.dumps(whole))
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(port),
+    ]
+    arguments = ["--deepspeed_config", str(directory / "ds.json"), "--corpus-dir", corpus, *FLAGS, *flags]
+    command = [*launcher, str(ROOT / "pretrain_gpt_scmoe.py"), *arguments]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+def losses(output: str) -> dict[int, str]:
+    """Iteration to its loss as printed, with all digits of an fp32 number."""
+    return {int(i): loss for i, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", output)}
+
+
+def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: str) -> None:
+    directories = {name: tmp_path / name for name in ("whole", "first", "second")}
+    for directory in directories.values():
+        directory.mkdir()
+    save = str(tmp_path / "saved")
+    whole = launch(directories["whole"], corpus, "--train-iters", "8")
+    first = launch(directories["first"], corpus, "--train-iters", "8", "--save", save, "--exit-interval", "4")
+    second = launch(directories["second"], corpus, "--train-iters", "8", "--save", save, "--load", save)
+    for done in (whole, first, second):
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert list(losses(first.stdout)) == [1, 2, 3, 4] and list(losses(second.stdout)) == [5, 6, 7, 8]
+    assert losses(first.stdout) | losses(second.stdout) == losses(whole.stdout)
+    assert len(set(losses(whole.stdout).values())) == 8
+    final = re.compile(r"validation at iteration 8 \| lm loss: (\S+)")
+    assert final.search(whole.stdout)[1] == final.search(second.stdout)[1]  # type: ignore[index]
+    check_report(whole, directories["whole"])
+
+
+def check_report(done: subprocess.CompletedProcess, directory: Path) -> None:
+    """The log names what a user looks for, and the files it names exist."""
+    line = next(line for line in done.stdout.splitlines() if line.startswith("iteration       2/8"))
+    for part in ("lm loss", "moe loss", "learning rate", "grad norm", "tokens per second", "seconds per iteration",
+                 "expert load min/max"):  # fmt: skip
+        assert part in line
+    low, high = map(float, re.search(r"expert load min/max: (\S+)/(\S+)", line).groups())  # type: ignore[union-attr]
+    assert 0 <= low <= 1 / 4 <= high <= 1
+    assert "schedule of MoE layer 0: dispatch ⇢ mlp → [routed experts] → attention → shared ⇢ combine" in done.stdout
+    assert "splits the backbone's FLOPs in half" in done.stdout
+    assert re.search(r"validation loss +\d+\.\d+ nats per token, perplexity", done.stdout)
+    assert re.search(r"unigram entropy +3\.\d+ nats", done.stdout)
+    assert list((directory / "board" / "job").glob("events.out.tfevents.*"))
+    assert (directory / "csv" / "job" / "Train_lm_loss.csv").read_text().count("\n") >= 8
+
+
+@pytest.mark.parametrize("architecture", ["scmoe", "shared_expert", "topk", "dgmoe"])
+def test_one_line_of_json_changes_the_architecture(architecture: str, tmp_path: Path, corpus: str) -> None:
+    done = launch(tmp_path, corpus, "--train-iters", "30", architecture=architecture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = [float(loss) for loss in losses(done.stdout).values()]
+    assert values[-1] < values[0] - 0.5, "30 steps on real text"
+
+
+def test_a_bad_setting_ends_the_job_with_one_message(tmp_path: Path, corpus: str) -> None:
+    done = launch(tmp_path, corpus, "--train-iters", "1", expert_parallel_size=4)
+    assert done.returncode != 0
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if "pretrain_gpt_scmoe.py: error" in line]
+    assert len(errors) == 1 and "scmoe.expert_parallel_size = 4: must divide the world size 2" in errors[0]
+
+
+def test_help() -> None:
+    command = [sys.executable, str(ROOT / "pretrain_gpt_scmoe.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
+    assert done.returncode == 0
+    for flag in ("--num-layers", "--tensor-model-parallel-size", "--data-path", "--train-iters", "--scmoe-position",
+                 "--deepspeed_config"):  # fmt: skip
+        assert flag in done.stdout

@@ -1,0 +1,220 @@
+"""What a user can get wrong ends before training: exit code 2, one message, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+import pretrain_gpt_scmoe
+from scmoe_ds.data.corpus import write_indexed_dataset
+from scmoe_ds.engine import connect
+
+JSON: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "zero_optimization": {"stage": 1},
+    "scmoe": {"num_experts": 4},
+}
+FLAGS = {"--num-layers": "2", "--hidden-size": "16", "--num-attention-heads": "2", "--seq-length": "16",
+         "--train-iters": "1", "--eval-iters": "1", "--split": "8,1,1"}  # fmt: skip
+
+# Cases that the file or the command line alone decides: (change of the JSON, change of the flags, message).
+CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
+    "unknown key": ({"scmoe.positon": "pos2"}, {}, r'scmoe\.positon: unknown key \(did you mean "position"\?\)'),
+    "unknown key in overlap": ({"scmoe.overlap": {"enable": 1}}, {}, r'overlap\.enable: unknown key \(did you mean "enabled"'),
+    "key of overlap outside": ({"scmoe.expert_slot": 2}, {}, r'did you mean "overlap": \{"expert_slot"\}'),
+    "no section": ({"scmoe": None, "scmeo": {}}, {}, r'no "scmoe" section .*is "scmeo" a slip'),
+    "section is a list": ({"scmoe": []}, {}, r"scmoe = \[\]: must be a JSON object"),
+    "architecture": ({"scmoe.architecture": "moe"}, {}, r'scmoe\.architecture = "moe": .*dgmoe'),
+    "position": ({"scmoe.position": "pos4"}, {}, r'scmoe\.position = "pos4"'),
+    "position of every block": ({"scmoe.moe_every": 1}, {}, r'scmoe\.position = "pos2": .*use pos1'),
+    "first layer position": ({"scmoe.position": "pos1", "scmoe.first_layer_position": "pos2", "scmoe.moe_every": 1}, {},
+                             r"scmoe\.first_layer_position"),
+    "shortcut distance": ({"scmoe.shortcut_distance": 2}, {}, r"scmoe\.shortcut_distance = 2: .*use at most 1"),
+    "merge": ({"scmoe.merge": "cg3"}, {}, r'scmoe\.merge = "cg3"'),
+    "experts not divisible": ({"scmoe.num_experts": 3, "scmoe.expert_parallel_size": 2}, {},
+                              r"scmoe\.num_experts = 3: must be divisible by scmoe\.expert_parallel_size = 2"),
+    "experts as text": ({"scmoe.num_experts": "4"}, {}, r"scmoe\.num_experts = \"4\": is a string"),
+    "no experts": ({"scmoe.num_experts": 0}, {}, r"scmoe\.num_experts = 0: .*at least 1"),
+    "empty pyramid": ({"scmoe.num_experts": []}, {}, r"scmoe\.num_experts = \[\]"),
+    "pyramid of another length": ({"scmoe.num_experts": [4, 4]}, {}, r"needs 1 numbers, one per MoE layer of 2 layers"),
+    "top_k too large": ({"scmoe.top_k": 5}, {}, r"scmoe\.top_k = 5: cannot exceed the number of experts \(4\)"),
+    "top_k zero": ({"scmoe.top_k": 0}, {}, r"scmoe\.top_k = 0: must be at least 1"),
+    "top_k true": ({"scmoe.top_k": True}, {}, r"scmoe\.top_k = true: is true or false"),
+    "dgmoe with top_k 2": ({"scmoe.architecture": "dgmoe", "scmoe.top_k": 2}, {}, r"scmoe\.top_k = 2: dgmoe"),
+    "moe_every": ({"scmoe.moe_every": 0}, {}, r"scmoe\.moe_every = 0"),
+    "moe_every and depth": ({}, {"--num-layers": "3"}, r"scmoe\.moe_every = 2: must divide --num-layers 3"),
+    "capacity factor": ({"scmoe.capacity_factor": -1}, {}, r"scmoe\.capacity_factor = -1"),
+    "capacity factor infinite": ({"scmoe.eval_capacity_factor": float("inf")}, {}, r"scmoe\.eval_capacity_factor"),
+    "noise": ({"scmoe.noisy_gate_policy": "rsample"}, {}, r"scmoe\.noisy_gate_policy = \"rsample\""),
+    "RSample with k 2": ({"scmoe.noisy_gate_policy": "RSample", "scmoe.top_k": 2}, {}, r"RSample with top_k 1 only"),
+    "drop_tokens 1": ({"scmoe.drop_tokens": 1}, {}, r"scmoe\.drop_tokens = 1: .*boolean"),
+    "aux loss": ({"scmoe.aux_loss_coefficient": -0.1}, {}, r"scmoe\.aux_loss_coefficient = -0.1"),
+    "dispatch": ({"scmoe.dispatch": "dense"}, {}, r'scmoe\.dispatch = "dense"'),
+    "slot": ({"scmoe.overlap": {"expert_slot": 9}}, {}, r"scmoe\.overlap\.expert_slot = 9: the backbone has 3 operators"),
+    "slot zero": ({"scmoe.overlap": {"expert_slot": 0}}, {}, r"scmoe\.overlap\.expert_slot = 0"),
+    "chunks": ({"scmoe.overlap": {"num_chunks": 2}}, {}, r"scmoe\.overlap\.num_chunks = 2"),
+    "ZeRO-3": ({"zero_optimization.stage": 3}, {}, r"zero_optimization\.stage = 3: .*use stage 1 or 2"),
+    "DeepCompile": ({"compile": {"deepcompile": True}}, {}, r"compile\.deepcompile"),
+    "AutoEP": ({"expert_parallel": {"enabled": True}}, {}, r'"expert_parallel" \(DeepSpeed AutoEP\)'),
+    "expert-parallel size and world": ({"scmoe.expert_parallel_size": 2}, {}, r"must divide the world size 1"),
+    "batch sizes": ({"train_batch_size": 7}, {}, r"train_batch_size = 7: must equal .* = 6; leave one"),
+    "batch size missing": ({"train_micro_batch_size_per_gpu": None}, {}, r"train_micro_batch_size_per_gpu is missing"),
+    "batch size as text": ({"train_micro_batch_size_per_gpu": "2"}, {}, r'train_micro_batch_size_per_gpu = "2"'),
+    "flag against JSON": ({}, {"--num-experts": "8"}, r"--num-experts asks for 8 but scmoe\.num_experts = 4 in .*ds\.json"),
+    "flag against JSON, nested": ({"scmoe.overlap": {"expert_slot": 1}}, {"--scmoe-expert-slot": "2"},
+                                  r"--scmoe-expert-slot asks for 2 but scmoe\.overlap\.expert_slot = 1"),
+    "flag with a bad value": ({}, {"--topk": "9"}, r"scmoe\.top_k = 9: cannot exceed"),
+    "dropping against JSON": ({"scmoe.drop_tokens": True}, {"--disable-moe-token-dropping": None},
+                              r"--disable-moe-token-dropping asks for False"),
+    "heads": ({}, {"--num-attention-heads": "3"}, r"--hidden-size 16 must be divisible by --num-attention-heads 3"),
+    "key-value heads": ({}, {"--num-key-value-heads": "3"}, r"--num-attention-heads 2 must be divisible"),
+    "sequence too long": ({}, {"--max-position-embeddings": "8"}, r"--seq-length 16 exceeds --max-position-embeddings 8"),
+    "layers": ({}, {"--num-layers": "0"}, r"--num-layers 0: must be at least 1"),
+    "dropout": ({}, {"--hidden-dropout": "1.5"}, r"--hidden-dropout 1.5: must be in \[0, 1\)"),
+    "tensor parallel": ({}, {"--tensor-model-parallel-size": "2"}, r"--tensor-model-parallel-size 2"),
+    "save interval without save": ({}, {"--save-interval": "5"}, r"--save-interval needs --save"),
+    "no JSON given": ({}, {"--deepspeed_config": "REMOVE"}, r"--deepspeed_config is missing"),
+    "JSON missing": ({}, {"--deepspeed_config": "absent.json"}, r"absent\.json: cannot read the DeepSpeed JSON"),
+    "tokenizer without model": ({}, {"--tokenizer-type": "HuggingFaceTokenizer"}, r"--tokenizer-model"),
+    "tokenizer not there": ({}, {"--tokenizer-type": "HuggingFaceTokenizer", "--tokenizer-model": "absent"}, r"absent"),
+    "BPE without merges": ({}, {"--tokenizer-type": "GPT2BPETokenizer", "--vocab-file": "absent"}, r"--merge-file|absent"),
+    "data missing": ({}, {"--data-path": "absent"}, r"absent\.(bin|idx)"),
+    "split": ({}, {"--split": "a,b"}, r"--split"),
+    "weights": ({}, {"--data-path": "DATA 0.5"}, r"--data-path|weight"),
+    "sequence longer than the data": ({}, {"--seq-length": "100000"}, r"less than one sequence"),
+    "save under a file": ({}, {"--save": "DATA.bin/x"}, r"--save .*cannot write there \(Not a directory\)"),
+    "load a file": ({}, {"--load": "DATA.bin"}, r"--load .*is a file, not a directory"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world_of_one() -> Iterator[None]:
+    """One process group for all cases; `main` leaves a group alone that it did not make."""
+    mine = connect()
+    yield
+    if mine:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, 300).tolist() for _ in range(20)]
+    return write_indexed_dataset(str(tmp_path / "data"), documents, 257).prefix
+
+
+def run(directory: Path, data: str, json_changes: dict, flag_changes: dict) -> int:
+    whole = copy.deepcopy(JSON)
+    for path, value in json_changes.items():
+        *parents, key = path.split(".")
+        target = whole
+        for parent in parents:
+            target = target[parent]
+        if value is None:
+            target.pop(key)
+        else:
+            target[key] = value
+    file = directory / "ds.json"
+    file.write_text(json.dumps(whole))
+    flags = {**FLAGS, "--deepspeed_config": str(file), "--data-path": data, **flag_changes}
+    flags = {name: (value or "").replace("DATA", data).split() for name, value in flags.items() if value != "REMOVE"}
+    return pretrain_gpt_scmoe.main([word for name, values in flags.items() for word in [name, *values]])
+
+
+def snapshot(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def expect_refusal(
+    directory: Path, data: str, json_changes: dict, flags: dict, message: str, capfd: pytest.CaptureFixture
+) -> None:
+    before = snapshot(directory) | {"ds.json"}
+    capfd.readouterr()
+    code = run(directory, data, json_changes, flags)
+    output = capfd.readouterr()
+    assert code == 2, output.err
+    assert "Traceback" not in output.err
+    errors = [line for line in output.err.splitlines() if line.startswith("pretrain_gpt_scmoe.py: error: ")]
+    assert len(errors) == 1, output.err
+    text = output.err[output.err.index(errors[0]) :]
+    assert re.search(message, text), text
+    left = {name for name in snapshot(directory) - before if "cache" not in name}
+    assert not left, f"left behind: {left}"
+
+
+@pytest.mark.parametrize("case", CONFIG_CASES)
+def test_bad_settings(case: str, tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:
+    json_changes, flags, message = CONFIG_CASES[case]
+    expect_refusal(tmp_path, data, json_changes, flags, message, capfd)
+
+
+def test_the_settings_that_the_cases_change_are_good(tmp_path: Path, data: str) -> None:
+    assert run(tmp_path, data, {}, {"--save": str(tmp_path / "ok")}) == 0
+    assert (tmp_path / "ok" / "latest").read_text() == "global_step1"
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "must be an object"),
+                                               ('{"a": 1, "a": 2}', "Duplicate keys")])  # fmt: skip
+def test_bad_json(text: str, message: str, tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text(text)
+    expect_refusal(tmp_path, data, {}, {"--deepspeed_config": str(file)}, message, capfd)
+
+
+def cut(path: str, keep: float) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: int(len(content) * keep)])
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_truncated_data(suffix: str, tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:
+    cut(data + suffix, 0.6)
+    expect_refusal(tmp_path, data, {}, {}, re.escape(data) + r"\.(bin|idx)", capfd)
+
+
+def test_vocabulary_smaller_than_the_datas_ids(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    prefix = write_indexed_dataset(str(tmp_path / "wide"), [[1, 2, 400] * 200] * 20, 500).prefix
+    expect_refusal(tmp_path, prefix, {}, {}, r"400", capfd)
+
+
+def make_checkpoint(directory: Path, data: str) -> str:
+    save = str(directory / "saved")
+    assert run(directory, data, {}, {"--save": save}) == 0
+    return save
+
+
+OTHER_SHAPES: dict[str, tuple[dict, dict, str]] = {
+    "hidden size": ({}, {"--hidden-size": "32"}, r"hidden_size: 16 in the checkpoint, 32 in this run"),
+    "depth": ({}, {"--num-layers": "4"}, r"num_layers: 2 in the checkpoint, 4 in this run"),
+    "experts": ({"scmoe.num_experts": 8}, {}, r"scmoe\.num_experts: 4 in the checkpoint, 8 in this run"),
+    "merge": ({"scmoe.merge": "add"}, {}, r"scmoe\.merge: 'cg1' in the checkpoint, 'add'"),
+    "ZeRO stage": ({"zero_optimization.stage": 2}, {}, r"zero_optimization\.stage: 1 in the checkpoint, 2"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SHAPES)
+def test_checkpoint_of_another_shape(case: str, tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:
+    json_changes, flags, message = OTHER_SHAPES[case]
+    save = make_checkpoint(tmp_path, data)
+    expect_refusal(tmp_path, data, json_changes, {"--load": save, **flags}, message, capfd)
+
+
+def test_damaged_checkpoint(tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:
+    save = make_checkpoint(tmp_path, data)
+    cut(f"{save}/global_step1/mp_rank_00_model_states.pt", 0.5)
+    expect_refusal(tmp_path, data, {}, {"--load": save}, r"cannot be read .* damaged or incomplete", capfd)
+    (Path(save) / "latest").write_text("global_step9")
+    expect_refusal(tmp_path, data, {}, {"--load": save}, r"latest names global_step9, but", capfd)
+
+
+def test_there_are_at_least_forty_cases() -> None:
+    assert len(CONFIG_CASES) + len(OTHER_SHAPES) >= 40

@@ -1,0 +1,88 @@
+"""The "scmoe" section: defaults, derived values, schema. Its errors are in test_bad_input.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scmoe_ds import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config import OverlapConfig, json_schema
+
+
+def section(**fields: object) -> ScMoEConfig:
+    return ScMoEConfig.from_deepspeed({"scmoe": fields})
+
+
+def test_defaults_are_the_papers_best_setting() -> None:
+    config = section()
+    assert (config.architecture, config.position, config.merge, config.top_k) == ("scmoe", "pos2", "cg1", 1)
+    assert (config.moe_every, config.capacity_factor, config.aux_loss_coefficient) == (2, 2.0, 0.01)
+    assert config.dispatch == "exact" and config.overlap.enabled and config.overlap.expert_slot == "auto"
+
+
+@pytest.mark.parametrize(("architecture", "k"), [("scmoe", 1), ("shared_expert", 1), ("dgmoe", 1), ("topk", 2)])
+def test_one_line_changes_the_architecture_at_equal_compute(architecture: str, k: int) -> None:
+    assert section(architecture=architecture).top_k == k
+    assert section(architecture=architecture, top_k="auto").top_k == k
+
+
+@pytest.mark.parametrize(
+    ("fields", "operators"),
+    [
+        ({"position": "pos1"}, 2),  # attention, shared
+        ({"position": "pos2"}, 3),  # mlp, attention, shared
+        ({"position": "pos3"}, 4),  # attention, mlp, attention, shared
+        ({"position": "pos1", "moe_every": 1}, 2),
+        ({"position": "pos2", "moe_every": 4}, 3),
+        ({"position": "pos2", "moe_every": 4, "shortcut_distance": 3}, 7),
+        ({"position": "pos2", "architecture": "dgmoe"}, 2),
+    ],
+)
+def test_number_of_operators_is_what_the_model_has(fields: dict, operators: int) -> None:
+    from scmoe_ds.models.blocks import ShortcutRun
+    from scmoe_ds.models.layers import GPTSettings
+
+    config = section(**fields)
+    assert config.num_operators() == operators
+    assert len(ShortcutRun(GPTSettings(4, 8, 2, 16, 8), config, 8, config.position, 8).backbone()) == operators
+    section(**fields, overlap={"expert_slot": operators + 1})
+    with pytest.raises(
+        ScMoEConfigError, match=rf"expert_slot = {operators + 2}: the backbone has {operators} operators"
+    ):
+        section(**fields, overlap={"expert_slot": operators + 2})
+
+
+def test_slot_of_a_first_layer_with_a_shorter_window() -> None:
+    with pytest.raises(ScMoEConfigError, match="use 1 … 3"):
+        section(position="pos2", first_layer_position="pos1", overlap={"expert_slot": 4})
+
+
+def test_pyramid() -> None:
+    config = section(num_experts=[4, 8])
+    assert config.experts_per_layer(4) == [4, 8]
+    with pytest.raises(ScMoEConfigError, match="needs 3 numbers"):
+        config.check_model(6)
+
+
+def test_reads_a_file_and_a_dict_alike(tmp_path: Path) -> None:
+    whole = {"train_batch_size": 1, "scmoe": {"merge": "add"}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(whole))
+    assert ScMoEConfig.from_deepspeed(file) == ScMoEConfig.from_deepspeed(whole)
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        section().position = "pos1"
+
+
+def test_schema_lists_every_field_with_a_description() -> None:
+    schema = json_schema()
+    fields = schema["properties"]["scmoe"]["properties"]
+    assert set(fields) == set(ScMoEConfig.model_fields)
+    assert set(schema["$defs"]["OverlapConfig"]["properties"]) == set(OverlapConfig.model_fields)
+    described = [name for name, field in fields.items() if "description" in field or "$ref" in field]
+    assert sorted(described) == sorted(fields)
+    assert schema["properties"]["scmoe"]["additionalProperties"] is False

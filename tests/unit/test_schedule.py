@@ -1,0 +1,71 @@
+"""Schedules as data, and the slot that halves the backbone."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from scmoe_ds import Schedule
+from scmoe_ds.overlap import executor
+from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
+from scmoe_ds.overlap.schedule import slot_that_halves
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_slot_halves_as_well_as_any(count: int) -> None:
+    for costs in itertools.islice(itertools.product([1, 2, 5, 9], repeat=count), 300):
+        slot = slot_that_halves(costs)
+        imbalances = {s: abs(sum(costs[: s - 1]) - sum(costs[s - 1 :])) for s in range(1, count + 2)}
+        assert imbalances[slot] == min(imbalances.values())
+        assert slot == min(s for s in imbalances if imbalances[s] == imbalances[slot]), "the earlier one wins a tie"
+
+
+@pytest.mark.parametrize("arguments", [{"expert_slot": 0}, {"expert_slot": 1, "num_chunks": 2}])
+def test_impossible_schedules(arguments: dict) -> None:
+    with pytest.raises(ValueError, match="expert_slot counts from 1"):
+        Schedule(**arguments)
+
+
+class _Pair:
+    """Records what the executor calls, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def before_tap(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.events.append("before tap")
+        return hidden
+
+    def begin(self, tap: torch.Tensor, blocking: bool) -> _Pair:
+        self.events.append("begin blocking" if blocking else "begin")
+        return self
+
+    def run_experts(self) -> None:
+        self.events.append("experts")
+
+    def backbone(self) -> list[Operator]:
+        def step(name: str, stream: Stream) -> Stream:
+            self.events.append(name)
+            return stream
+
+        return [Operator(name, lambda stream, name=name: step(name, stream)) for name in ("mlp", "attention", "shared")]
+
+    def join(self, routed: object, stream: Stream) -> PairOutput:
+        self.events.append("join")
+        return PairOutput(stream.hidden, torch.zeros(()), torch.zeros(1))
+
+
+@pytest.mark.parametrize("slot", [1, 2, 3, 4])
+def test_experts_run_before_the_operator_that_the_slot_names(slot: int) -> None:
+    pair = _Pair()
+    executor.run(pair, torch.zeros(1), Schedule(slot, overlap=slot != 1))
+    operators = ["mlp", "attention", "shared"]
+    operators.insert(slot - 1, "experts")
+    assert pair.events == ["before tap", "begin" if slot != 1 else "begin blocking", *operators, "join"]
+
+
+def test_slot_beyond_the_backbone() -> None:
+    with pytest.raises(ValueError, match="the backbone has 3 operators"):
+        executor.run(_Pair(), torch.zeros(1), Schedule(5))

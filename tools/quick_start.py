@@ -1,0 +1,41 @@
+"""`make pretrain`: the deepspeed command that trains a small ScMoE GPT on this machine, printed and run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ("--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 "
+         "--hidden-dropout 0 --attention-dropout 0 --split 90,5,5").split()  # fmt: skip
+LOOP = "--train-iters 400 --log-interval 20 --eval-interval 100 --eval-iters 10 --save checkpoints/quick_start".split()
+
+
+def command(gpus: int) -> tuple[list[str], dict[str, str]]:
+    """The launcher's command line and environment for a number of GPUs; 0 means two CPU processes."""
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    script = ["pretrain_gpt_scmoe.py", *MODEL, *LOOP]
+    if gpus:
+        ranks = ["--num_gpus", str(gpus)]
+        # The largest power of two up to the 4 experts that divides the GPUs.
+        ep_size = max(size for size in (1, 2, 4) if gpus % size == 0)
+        config = ["--deepspeed_config", "ds_configs/gpt_small_gpu.json", "--moe-expert-parallel-size", str(ep_size)]
+        return [launcher, *ranks, *script, *config], {}
+    config = ["--deepspeed_config", "ds_configs/gpt_small_cpu.json"]
+    return [launcher, "--num_accelerators", "2", *script, *config], {"DS_ACCELERATOR": "cpu"}
+
+
+def main() -> int:
+    line, environment = command(torch.cuda.device_count())
+    shown = [f"{key}={value}" for key, value in environment.items()] + ["deepspeed", *line[1:]]
+    print(shlex.join(shown), flush=True)
+    return subprocess.run(line, cwd=ROOT, env={**os.environ, **environment}, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Write ds_configs/scmoe.schema.json, the JSON Schema of a DeepSpeed JSON with a "scmoe" section.
+
+    python tools/write_schema.py            # after a change of scmoe_ds/config.py
+    python tools/write_schema.py --check    # exit code 1 if the file is missing or stale; writes nothing
+
+Editors complete and check the section with it. It knows each field alone; rules that span fields (divisibility,
+positions, slots) are checked when a run starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run from a checkout, not installed
+
+from scmoe_ds.config import json_schema
+
+SCHEMA = ROOT / "ds_configs" / "scmoe.schema.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description="Write the JSON Schema of the scmoe section.")
+    parser.add_argument("--check", action="store_true", help="compare only; exit code 1 if the file is stale")
+    parser.add_argument("--output", type=Path, default=SCHEMA, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if not args.check:
+        args.output.write_text(text, encoding="utf-8")
+        print(f"wrote {args.output}")
+        return 0
+    if args.output.is_file() and args.output.read_text(encoding="utf-8") == text:
+        return 0
+    state = "stale" if args.output.is_file() else "missing"
+    print(f"{args.output} is {state}; run: python tools/write_schema.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
