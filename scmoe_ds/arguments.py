@@ -198,12 +198,24 @@ def gpt_settings(args: argparse.Namespace, padded_vocab_size: int) -> GPTSetting
     """
     try:
         return GPTSettings(
-            args.num_layers, args.hidden_size, args.num_attention_heads, padded_vocab_size,
-            args.max_position_embeddings, args.num_key_value_heads, args.ffn_hidden_size, args.normalization, args.swiglu,
-            args.position_embedding_type, args.rotary_base, not args.disable_bias_linear,
-            not args.untie_embeddings_and_output_weights, args.hidden_dropout, args.attention_dropout,
-            args.layernorm_epsilon, args.init_method_std,
-        )  # fmt: skip
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            vocab_size=padded_vocab_size,
+            max_position_embeddings=args.max_position_embeddings or args.seq_length,
+            num_key_value_heads=args.num_key_value_heads,
+            ffn_hidden_size=args.ffn_hidden_size,
+            normalization=args.normalization,
+            swiglu=args.swiglu,
+            position_embedding=args.position_embedding_type,
+            rotary_base=args.rotary_base,
+            add_bias_linear=not args.disable_bias_linear,
+            tie_embeddings=not args.untie_embeddings_and_output_weights,
+            hidden_dropout=args.hidden_dropout,
+            attention_dropout=args.attention_dropout,
+            layernorm_epsilon=args.layernorm_epsilon,
+            init_method_std=args.init_method_std,
+        )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
 

@@ -16,12 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run from a checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, not installed
 
 from scmoe_ds.config import json_schema
 
-SCHEMA = ROOT / "ds_configs" / "scmoe.schema.json"
+SCHEMA = Path(__file__).resolve().parent.parent / "ds_configs" / "scmoe.schema.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,76 @@
+"""Interleaved timing: all variants in every round, in rotating order, compared by ratios within a round.
+
+Machines drift by more than the differences that are of interest. A ratio taken within a round of a second cancels most
+of the drift; an A/A pair (the same variant twice) shows what is left of it.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of a variant over that of the baseline: median, 10th and 90th percentile over the rounds."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, times: list[float], baseline: list[float]) -> Ratio:
+        ratios = sorted(time / base for time, base in zip(times, baseline, strict=True))
+        tenth = (len(ratios) - 1) / 10
+        return cls(statistics.median(ratios), ratios[round(tenth)], ratios[round(9 * tenth)])
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.p10:.3f}–{self.p90:.3f})"
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of every variant in every round.
+
+    Args:
+        variants: name to a function that runs one timed unit; on CUDA it is followed by a synchronisation.
+        rounds: timed rounds; round r starts with variant r modulo their number.
+        warm_up: untimed rounds before.
+    """
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warm_up, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            _synchronize()
+            started = time.perf_counter()
+            variants[name]()
+            _synchronize()
+            if number >= 0:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def environment() -> dict[str, str]:
+    """Hardware and versions, for the head of a record."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_model()
+    packages = {name: version(name) for name in ("torch", "deepspeed")}
+    return {"device": device, "threads": str(torch.get_num_threads()), "python": platform.python_version(), **packages}
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
