@@ -182,7 +182,7 @@ def merge_flags(section: Any, args: argparse.Namespace, source: str) -> Any:
             target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             return merged
-        if key in target and target[key] != value:
+        if target.get(key, "auto") not in ("auto", value):
             name = "--disable-moe-token-dropping" if flag == "moe_token_dropping" else "--" + flag.replace("_", "-")
             raise ArgumentError(f"{name} asks for {value!r} but scmoe.{path} = {target[key]!r} in {source}; "
                                 "remove one of them")  # fmt: skip

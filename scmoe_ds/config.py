@@ -61,7 +61,9 @@ class OverlapConfig(_Section):
         description="Before which backbone operator the experts run: 1 … number of operators + 1 (after the last).",
     )
     num_chunks: Union[int, Auto] = Field("auto", description="Pipelining of the expert computation.")
-    calibration_steps: int = Field(5, ge=0, strict=True, description='Training steps that are timed for "auto".')
+    calibration_steps: int = Field(
+        5, ge=0, strict=True, description='Training steps that are timed for "auto"; nothing is timed in this release.'
+    )
 
     @field_validator("expert_slot", "num_chunks")
     @classmethod
@@ -102,7 +104,9 @@ class ScMoEConfig(_Section):
     merge: Merge = Field("cg1", description="How shared and routed outputs are added (paper eq. 7, 14-15, 16-17).")
     expert_parallel_size: int = Field(1, ge=1, strict=True, description="Ranks that share one set of experts.")
     expert_tensor_parallelism: bool = Field(
-        False, strict=True, description="Split each expert over tensor parallel ranks."
+        False,
+        strict=True,
+        description="Split each expert over tensor parallel ranks (no effect without tensor parallelism).",
     )
     capacity_factor: float = Field(2.0, gt=0, description="Tokens per expert in training, relative to an even split.")
     eval_capacity_factor: float = Field(2.0, gt=0, description="The same in evaluation.")
@@ -123,6 +127,12 @@ class ScMoEConfig(_Section):
     post_norm: bool = Field(False, strict=True, description="A norm after the merge (Megatron-core's shortcut MoE).")
     dispatch: Dispatch = Field(
         "exact", description="Send and compute routed tokens only, or DeepSpeed's padded buffers."
+    )
+    all_to_all: Literal["auto", "collective", "send_receive"] = Field(
+        "auto", description="Primitive of dispatch and combine; auto: the fastest of a probe at start."
+    )
+    wire_dtype: Union[Literal["bf16", "fp8"], None] = Field(
+        None, description="Number format of tokens between ranks; null: as they are computed."
     )
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
 
@@ -269,6 +279,7 @@ def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> d
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a DeepSpeed file with a "scmoe" section, for editors; other keys are left to DeepSpeed."""
     section = ScMoEConfig.model_json_schema()
+    section["description"] = "ScMoE layers: architecture, routing, expert parallelism and overlap."
     definitions = section.pop("$defs", {})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -17,6 +17,8 @@ from torch import nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
 from scmoe_ds.models.blocks import ShortcutRun
+from scmoe_ds.moe.layer import ScMoE
+from scmoe_ds.overlap.transport import Transport, probe
 from scmoe_ds.parallel.agreement import require_agreement
 
 logger = logging.getLogger("scmoe_ds")
@@ -52,14 +54,17 @@ def initialize(
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
     section = ScMoEConfig.from_deepspeed(whole)
     section.check_world(dist.get_world_size())
-    batch_sizes(whole, dist.get_world_size())
+    micro_batch_size, _ = batch_sizes(whole, dist.get_world_size())
     if optimizer is None and model_parameters is None:
         model_parameters = parameter_groups(model)
     result = deepspeed.initialize(
         model=model, config=whole, mpu=mpu, optimizer=optimizer, model_parameters=model_parameters, **kwargs
     )
+    lines = describe_schedules(model, section)
+    if section.all_to_all == "auto" and section.expert_parallel_size > 1:
+        lines += choose_all_to_all(model, micro_batch_size)
     if dist.get_rank() == 0:
-        for line in describe_schedules(model, section):
+        for line in lines:
             logger.info(line)
     return result
 
@@ -72,14 +77,34 @@ def connect() -> bool:
     """
     if dist.is_initialized() and deepspeed.comm.is_initialized():
         return False
+    _adopt_launcher()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
+    # NCCL sends Python objects through the current device: without this, every rank of a node would use the first.
+    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False)
     return True
+
+
+def _adopt_launcher() -> None:
+    """Takes the ranks that Open MPI or Slurm gave, where no launcher has set RANK."""
+    names = {"Open MPI": "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_SIZE",
+             "Slurm": "SLURM_PROCID SLURM_LOCALID SLURM_NTASKS"}  # fmt: skip
+    for launcher, variables in names.items():
+        values = [os.environ.get(variable) for variable in variables.split()]
+        if "RANK" in os.environ or None in values or values[2] == "1":
+            continue
+        if "MASTER_ADDR" not in os.environ:
+            raise ScMoEConfigError(
+                f"{launcher} started {values[2]} processes, but MASTER_ADDR is not set: export it (a host that all "
+                "nodes reach) and MASTER_PORT, or start with the deepspeed launcher"
+            )
+        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.update(zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), [str(value) for value in values], strict=True))
 
 
 def fingerprint(value: Any) -> str:
@@ -135,6 +160,28 @@ def describe_schedules(model: nn.Module, config: ScMoEConfig) -> list[str]:
         mode = "overlapped" if run.schedule.overlap else "without overlap"
         lines.setdefault(f"dispatch ⇢ {' → '.join(names)} ⇢ combine ({mode}; {origin})", []).append(index)
     return [f"schedule of MoE layer {_ranges(layers)}: {text}" for text, layers in lines.items()]
+
+
+def choose_all_to_all(model: nn.Module, micro_batch_size: int) -> list[str]:
+    """Times the all-to-all primitives with a layer's message and hands the fastest one to all ScMoE layers.
+
+    The message is the balanced one: every rank sends the same number of rows to each rank of its group.
+
+    Returns:
+        a line for the log, or none if the model has no expert-parallel ScMoE layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ScMoE) and module.transport.group is not None]
+    if not layers:
+        return []
+    layer, sequence = layers[0], getattr(getattr(model, "settings", None), "max_position_embeddings", 1024)
+    weight = next(layer.deepspeed_moe.experts.parameters())
+    rows = max(micro_batch_size * sequence * layer.deepspeed_moe.gate.k // layer.ep_size, 1)
+    assert layer.transport.group is not None
+    hidden_size = layer.deepspeed_moe.gate.wg.in_features
+    result = probe(layer.transport.group, rows, hidden_size, weight.dtype, weight.device)
+    for each in layers:
+        each.transport = Transport(each.transport.group, result.fastest)
+    return [f"all-to-all: {result.fastest} (auto; {result})"]
 
 
 def _ranges(numbers: list[int]) -> str:

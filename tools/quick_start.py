@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ("--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 "
          "--hidden-dropout 0 --attention-dropout 0 --split 90,5,5").split()  # fmt: skip
-LOOP = "--train-iters 400 --log-interval 20 --eval-interval 100 --eval-iters 10 --save checkpoints/quick_start".split()
+LOOP = "--train-iters 300 --log-interval 20 --eval-interval 100 --eval-iters 10 --save checkpoints/quick_start".split()
 
 
 def command(gpus: int) -> tuple[list[str], dict[str, str]]:

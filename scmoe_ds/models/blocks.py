@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> MoE:
     """The layer that `config.architecture` names; the baselines are DeepSpeed's own classes."""
-    common: dict[str, Any] = dict(  # noqa: C408
+    common: dict[str, Any] = dict(
         hidden_size=settings.hidden_size, expert=MLP(settings), num_experts=num_experts,
         ep_size=config.expert_parallel_size, k=config.top_k, capacity_factor=config.capacity_factor,
         eval_capacity_factor=config.eval_capacity_factor, min_capacity=config.min_capacity,
@@ -63,7 +63,14 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> Mo
     if config.architecture in ("topk", "shared_expert"):
         return MoE(use_residual=config.architecture == "shared_expert", **common)
     layer = ScMoE if config.architecture == "scmoe" else DGMoE
-    return layer(merge=config.merge, dispatch=config.dispatch, gate_softmax=config.gate_softmax, **common)
+    return layer(
+        merge=config.merge,
+        dispatch=config.dispatch,
+        gate_softmax=config.gate_softmax,
+        all_to_all="collective" if config.all_to_all == "auto" else config.all_to_all,
+        wire_dtype=config.wire_dtype,
+        **common,
+    )
 
 
 class PlainRun(nn.Module):

@@ -28,11 +28,11 @@ def _gpt(layers: int, hidden: int, heads: int, sequence: int) -> dict[str, Any]:
 
 
 _LLAMA = {"num_key_value_heads": 4, "normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True,
-          "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True}  # fmt: skip
+          "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.0, "attention_dropout": 0.0}  # fmt: skip
 
 PRESETS: dict[str, Preset] = {
     "gpt2-moe-small": Preset(_gpt(12, 768, 12, 1024), 8, 2, 323e6),
     "gpt2-moe-medium": Preset(_gpt(24, 1024, 16, 2048), 16, 2, 1.7e9),
-    "gpt3-moe-xl": Preset(_gpt(24, 2048, 16, 2048), 8, 2, 4.1e9),
+    "gpt3-moe-xl": Preset(_gpt(24, 2048, 32, 2048), 8, 2, 4.1e9),
     "llama2-moe": Preset(_gpt(24, 2048, 16, 2048) | _LLAMA, 8, 1, 6.7e9),
 }

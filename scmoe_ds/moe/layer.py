@@ -28,6 +28,8 @@ from scmoe_ds.moe.experts import initialize_experts, run_experts
 from scmoe_ds.moe.gate import Routing, route
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
 from scmoe_ds.overlap.all_to_all import InFlight, start, start_counts
+from scmoe_ds.overlap.transport import METHODS, Transport
+from scmoe_ds.overlap.wire import WIRE_DTYPES
 
 
 class ScMoE(MoE):
@@ -39,6 +41,8 @@ class ScMoE(MoE):
         merge: "add" (eq. 7), "cg1" (eq. 14-15) or "cg2" (eq. 16-17; DeepSpeed's own merge and weight layout).
         dispatch: "exact" sends and computes routed tokens only; "padded" uses DeepSpeed's capacity buffers.
         gate_softmax: "before_topk" as DeepSpeed, "after_topk" as paper eq. 2-3.
+        all_to_all: primitive of dispatch and combine, see scmoe_ds.overlap.transport.
+        wire_dtype: None, "bf16" or "fp8": number format of rows and their gradients between ranks.
 
     Raises:
         ValueError: sizes that do not divide, an unknown merge or dispatch, or a layer with `ep_size` > 1 that is
@@ -66,14 +70,27 @@ class ScMoE(MoE):
         merge: Merge = "cg1",
         dispatch: Literal["exact", "padded"] = "exact",
         gate_softmax: Literal["before_topk", "after_topk"] = "before_topk",
+        all_to_all: str = "collective",
+        wire_dtype: str | None = None,
     ) -> None:
-        self._check(num_experts, ep_size, k, use_residual, use_tutel, merge, dispatch)
+        self._check(num_experts, ep_size, k, use_residual, use_tutel)
+        for name, value, choices in (
+            ("merge", merge, ("add", "cg1", "cg2")),
+            ("dispatch", dispatch, ("exact", "padded")),
+            ("gate_softmax", gate_softmax, ("before_topk", "after_topk")),
+            ("all_to_all", all_to_all, METHODS),
+            ("wire_dtype", wire_dtype, (None, *WIRE_DTYPES)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, choices))}")
         super().__init__(hidden_size, expert, num_experts, ep_size, k, capacity_factor, eval_capacity_factor,
                          min_capacity, use_residual, noisy_gate_policy, drop_tokens, use_rts, False,
                          enable_expert_tensor_parallelism, top2_2nd_expert_sampling)  # fmt: skip
         self.merge: Merge = merge
         self.dispatch = dispatch
         self.gate_softmax = gate_softmax
+        self.wire_dtype = wire_dtype
+        self.transport = Transport(None, all_to_all)
         if use_residual:
             self.coefficient = coefficient_network(merge, hidden_size)
         # DeepSpeed gives the experts of one layer to consecutive ranks; set_deepspeed_parallelism checks it.
@@ -83,17 +100,11 @@ class ScMoE(MoE):
     _needs_residual = True
 
     @classmethod
-    def _check(
-        cls, num_experts: int, ep_size: int, k: int, use_residual: bool, use_tutel: bool, merge: str, dispatch: str
-    ) -> None:
+    def _check(cls, num_experts: int, ep_size: int, k: int, use_residual: bool, use_tutel: bool) -> None:
         if num_experts % ep_size:
             raise ValueError(f"num_experts = {num_experts} must be divisible by ep_size = {ep_size}")
         if not 1 <= k <= num_experts:
             raise ValueError(f"k = {k} must be between 1 and num_experts = {num_experts}")
-        if merge not in ("add", "cg1", "cg2"):
-            raise ValueError(f'merge = "{merge}" must be "add", "cg1" or "cg2"')
-        if dispatch not in ("exact", "padded"):
-            raise ValueError(f'dispatch = "{dispatch}" must be "exact" or "padded"')
         if use_residual != cls._needs_residual:
             raise ValueError(f"{cls.__name__} is defined with use_residual={cls._needs_residual} only; "
                              "for a standard MoE use deepspeed.moe.layer.MoE")  # fmt: skip
@@ -114,6 +125,8 @@ class ScMoE(MoE):
         if dist.get_rank(self.deepspeed_moe.ep_group) != self.ep_rank:
             raise ValueError("ScMoE's experts are laid out over consecutive ranks; "
                              'remove "use_data_before_expert_parallelism" from the DeepSpeed JSON')  # fmt: skip
+        if self.ep_size > 1:
+            self.transport = Transport(self.deepspeed_moe.ep_group, self.transport.method)
 
     def begin(
         self,
@@ -195,7 +208,7 @@ class RoutedTokens:
         self.routing = routing
         self._experts = layer.deepspeed_moe.experts
         self._ranks_and_experts = (layer.ep_size, layer.num_local_experts)
-        self._group = layer.deepspeed_moe.ep_group if layer.ep_size > 1 else None
+        self._transport, self._wire_dtype = layer.transport, layer.wire_dtype
         self._shape, self._blocking = shape, blocking
         self._received: ReceivedRows | None = None
         self._send_rows: list[int] | None = None
@@ -207,7 +220,7 @@ class RoutedTokens:
     def _start_dispatch(self, tokens_TD: Tensor) -> InFlight:
         if isinstance(self._layout, PaddedLayout):
             return self._start(self._layout.encode(tokens_TD))
-        counts = start_counts(self._layout.rows_per_expert_E, self._group)
+        counts = start_counts(self._layout.rows_per_expert_E, self._transport)
         rows_RD = self._layout.encode(tokens_TD)  # while the counts travel
         received_PL = counts.wait().view(self._ranks_and_experts).tolist()
         self._received = ReceivedRows.of(received_PL, rows_RD.device)
@@ -219,7 +232,7 @@ class RoutedTokens:
         send, receive = self._send_rows, self._receive_rows
         if back:
             send, receive = receive, send
-        return start(rows, self._group, send, receive, self._blocking)
+        return start(rows, self._transport, send, receive, self._blocking, self._wire_dtype)
 
     def run_experts(self) -> None:
         """Waits for the dispatch, computes the local experts, and sends the results back.

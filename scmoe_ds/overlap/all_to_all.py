@@ -24,8 +24,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from scmoe_ds.overlap.transport import Transport, Wait
+from scmoe_ds.overlap.wire import pack, unpack
 
 
 class InFlight:
@@ -48,28 +50,31 @@ class InFlight:
 
 def start(
     rows: Tensor,
-    group: dist.ProcessGroup | None,
+    transport: Transport,
     send_rows: Sequence[int] | None = None,
     receive_rows: Sequence[int] | None = None,
     blocking: bool = False,
+    wire_dtype: str | None = None,
 ) -> InFlight:
     """Launches an all-to-all of rows and returns at once.
 
     Args:
-        rows: [sent rows, ...], floating point; consecutive pieces go to consecutive ranks.
-        group: the ranks; `None` or a group of one sends nothing and gives `rows` back.
+        rows: [sent rows, D], floating point; consecutive pieces go to consecutive ranks.
+        transport: the ranks and the primitive; a world of one sends nothing and gives `rows` back.
         send_rows: how many rows each rank gets; default: equal pieces.
         receive_rows: how many rows come from each rank; default: equal pieces.
         blocking: wait at once, forward and backward (the reference without overlap).
+        wire_dtype: None, or a number format of scmoe_ds.overlap.wire for rows and their gradients on the wire.
     """
-    if group is None or dist.get_world_size(group) == 1:
+    if transport.size == 1:
         return InFlight(lambda: rows)
-    transfer = _Transfer(group, send_rows, receive_rows, blocking)
+    equal = [rows.shape[0] // transport.size] * transport.size
+    transfer = _Transfer(transport, send_rows or equal, receive_rows or equal, blocking, wire_dtype)
     token = _Start.apply(rows, transfer)
     return InFlight(lambda: _Wait.apply(token, transfer))
 
 
-def start_counts(rows_per_piece: Tensor, group: dist.ProcessGroup | None) -> InFlight:
+def start_counts(rows_per_piece: Tensor, transport: Transport) -> InFlight:
     """Launches the exchange of row counts that an uneven all-to-all needs beforehand; not differentiable.
 
     Args:
@@ -78,41 +83,48 @@ def start_counts(rows_per_piece: Tensor, group: dist.ProcessGroup | None) -> InF
     Returns:
         In flight: [ranks * pieces] int64, how many rows come from each rank for each piece of this one.
     """
-    if group is None or dist.get_world_size(group) == 1:
+    if transport.size == 1:
         return InFlight(lambda: rows_per_piece)
-    transfer = _Transfer(group, None, None, blocking=False)
+    sizes = [rows_per_piece.shape[0] // transport.size] * transport.size
+    transfer = _Transfer(transport, sizes, sizes, blocking=False, wire_dtype=None)
     transfer.launch(rows_per_piece)
     return InFlight(transfer.finish)
 
 
 class _Transfer:
-    """What the start and the wait of one all-to-all share: the group, the sizes, and the rows in flight."""
+    """What the start and the wait of one all-to-all share: the transport, the sizes, and the rows in flight."""
 
     def __init__(
-        self, group: dist.ProcessGroup, send: Sequence[int] | None, receive: Sequence[int] | None, blocking: bool
+        self,
+        transport: Transport,
+        send: Sequence[int],
+        receive: Sequence[int],
+        blocking: bool,
+        wire_dtype: str | None,
     ) -> None:
-        self.group = group
-        self.sizes = (None, None) if send is None or receive is None else (list(send), list(receive))
-        self.blocking = blocking
-        self._in_flight: tuple[dist.Work, Tensor, Tensor] | None = None
+        self.transport, self.send, self.receive = transport, send, receive
+        self.blocking, self.wire_dtype = blocking, wire_dtype
+        self._in_flight: tuple[Wait | None, Tensor, Tensor, torch.dtype] | None = None
 
     def launch(self, rows: Tensor, reverse: bool = False) -> None:
-        send, receive = reversed(self.sizes) if reverse else self.sizes
-        rows = rows.contiguous()
-        received = rows.new_empty((rows.shape[0] if receive is None else sum(receive), *rows.shape[1:]))
-        work = dist.all_to_all_single(received, rows, receive, send, group=self.group, async_op=True)
-        if self.blocking:
-            work.wait()
+        send, receive = (self.receive, self.send) if reverse else (self.send, self.receive)
+        packed = pack(rows, self.wire_dtype).contiguous()
+        received = packed.new_empty((sum(receive), *packed.shape[1:]))
+        wait: Wait | None = self.transport.launch(received, packed, receive, send)
+        if self.blocking and wait is not None:
+            wait()
+            wait = None  # a second wait on one of gloo's receives never returns
         # Both buffers are held until the wait: the caching allocator could otherwise give their memory to work
         # that is enqueued on the compute stream before the transfer has read or written it.
-        self._in_flight = (work, rows, received)
+        self._in_flight = (wait, packed, received, rows.dtype)
 
     def finish(self) -> Tensor:
         assert self._in_flight is not None, "an all-to-all is waited for without having been launched"
-        work, _, received = self._in_flight
+        wait, _, received, dtype = self._in_flight
         self._in_flight = None
-        work.wait()
-        return received
+        if wait is not None:
+            wait()
+        return unpack(received, self.wire_dtype, dtype)
 
 
 class _Start(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.overlap.all_to_all import start, start_counts
+from scmoe_ds.overlap.transport import METHODS, Transport
 from tests.helpers.distributed import run_distributed
 
 # SPLITS[i][j]: rows that rank i sends to rank j; rank 1 sends nothing at all, rank 0 keeps nothing.
@@ -18,40 +19,42 @@ def row_sizes(ranks: int, rank: int) -> tuple[list[int], list[int]]:
     return SPLITS[ranks][rank], [row[rank] for row in SPLITS[ranks]]
 
 
-def exchange(rows: Tensor, sizes: tuple[list[int], list[int]] | tuple[None, None], blocking: bool) -> Tensor:
-    return start(rows, dist.group.WORLD, *sizes, blocking=blocking).wait()
+def exchange(
+    rows: Tensor, sizes: tuple[list[int], list[int]] | tuple[None, None], blocking: bool, method: str
+) -> Tensor:
+    return start(rows, Transport(dist.group.WORLD, method), *sizes, blocking=blocking).wait()
 
 
-def global_loss(rows: Tensor, sizes: tuple, blocking: bool) -> Tensor:
+def global_loss(rows: Tensor, sizes: tuple, blocking: bool, method: str) -> Tensor:
     """A sum over ranks of a function that treats every received element differently."""
-    received = exchange(rows, sizes, blocking)
+    received = exchange(rows, sizes, blocking, method)
     weight = torch.arange(received.numel(), dtype=torch.float64).view_as(received) + 1 + dist.get_rank()
     return (received**3 * weight).sum()
 
 
-def arrivals(uneven: bool) -> bool:
+def arrivals(uneven: bool, method: str) -> bool:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sizes = row_sizes(ranks, rank) if uneven else (None, None)
     send = sizes[0] or [2] * ranks
     # Element = sender, receiver, position: nothing can be mistaken for anything else.
     rows = torch.tensor([[100.0 * rank + 10 * to + i] for to, count in enumerate(send) for i in range(count)])
-    received = exchange(rows.reshape(-1, 1), sizes, blocking=False)
+    received = exchange(rows.reshape(-1, 1), sizes, False, method)
     counts = sizes[1] or [2] * ranks
     wanted = [[100.0 * source + 10 * rank + i] for source, count in enumerate(counts) for i in range(count)]
     assert received.tolist() == wanted
-    counted = start_counts(torch.tensor(send), dist.group.WORLD).wait()
+    counted = start_counts(torch.tensor(send), Transport(dist.group.WORLD, method)).wait()
     assert counted.tolist() == counts
     return True
 
 
-def gradients(uneven: bool, blocking: bool) -> float:
+def gradients(uneven: bool, blocking: bool, method: str) -> float:
     """Largest difference between the gradient and central differences."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sizes = row_sizes(ranks, rank) if uneven else (None, None)
     count = sum(sizes[0]) if sizes[0] is not None else 2 * ranks
     rows = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
     rows.requires_grad_()
-    (grad,) = torch.autograd.grad(global_loss(rows, sizes, blocking), rows)
+    (grad,) = torch.autograd.grad(global_loss(rows, sizes, blocking, method), rows)
 
     worst, step = 0.0, 1e-6
     for owner in range(ranks):  # all ranks evaluate together; one of them moves one of its elements
@@ -63,7 +66,7 @@ def gradients(uneven: bool, blocking: bool) -> float:
                 moved = rows.detach().clone()
                 if rank == owner:
                     moved.view(-1)[element] += sign * step
-                value = global_loss(moved, sizes, blocking)
+                value = global_loss(moved, sizes, blocking, method)
                 dist.all_reduce(value)
                 values.append(value)
             if rank == owner:
@@ -72,19 +75,26 @@ def gradients(uneven: bool, blocking: bool) -> float:
     return worst
 
 
+def all_cases(function) -> list:  # type: ignore[no-untyped-def]
+    """One start of the processes for all cases."""
+    if function is arrivals:
+        return [arrivals(uneven, method) for uneven in (False, True) for method in METHODS]
+    cases = [(False, False), (True, False), (True, True)]
+    return [gradients(*case, method) for case in cases for method in METHODS]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_rows_arrive_where_they_belong(ranks: int) -> None:
-    for uneven in (False, True):
-        assert run_distributed(arrivals, ranks, uneven) == [True] * ranks
+    assert all(all(results) for results in run_distributed(all_cases, ranks, arrivals))
 
 
-@pytest.mark.parametrize(("uneven", "blocking"), [(False, False), (True, False), (True, True)])
-def test_gradients(uneven: bool, blocking: bool) -> None:
-    assert max(run_distributed(gradients, 2, uneven, blocking)) < 1e-7
+def test_gradients() -> None:
+    for errors in run_distributed(all_cases, 2, gradients):
+        assert max(errors) < 1e-7
 
 
 def test_waiting_twice_is_an_error() -> None:
-    flight = start(torch.zeros(1), None)
+    flight = start(torch.zeros(1), Transport(None))
     flight.wait()
     with pytest.raises(RuntimeError, match="waited for already"):
         flight.wait()

@@ -94,8 +94,10 @@ def test_misuse_of_routed_tokens_says_what_happened() -> None:
     [
         ({"num_experts": 6, "ep_size": 4}, "divisible by ep_size"),
         ({"k": 5}, "k = 5 must be between 1 and num_experts = 4"),
-        ({"merge": "cg3"}, 'must be "add", "cg1" or "cg2"'),
-        ({"dispatch": "dense"}, 'must be "exact" or "padded"'),
+        ({"merge": "cg3"}, "merge = 'cg3': must be one of 'add', 'cg1', 'cg2'"),
+        ({"dispatch": "dense"}, "must be one of 'exact', 'padded'"),
+        ({"all_to_all": "ring"}, "must be one of 'collective', 'send_receive'"),
+        ({"wire_dtype": "int4"}, "must be one of None, 'bf16', 'fp8'"),
         ({"use_residual": False}, "use deepspeed.moe.layer.MoE"),
         ({"use_tutel": True}, "own dispatch"),
         ({"ep_size": 2}, "after deepspeed.init_distributed"),

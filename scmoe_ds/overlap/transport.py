@@ -1,0 +1,124 @@
+"""How rows move between the ranks of an expert-parallel group: interchangeable primitives, and a probe that picks one.
+
+"collective": `all_to_all_single`, NCCL's and gloo's own. gloo's runs half duplex when the sides are skewed.
+"send_receive": all receives are posted, then all sends; full duplex on a link, one message per pair of ranks.
+
+Every primitive launches at once, takes uneven and zero sizes, and is used alike on all ranks: ranks that used different
+ones would wait for each other forever.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Wait = Callable[[], object]
+METHODS = ("collective", "send_receive")
+
+
+@dataclass(frozen=True)
+class Transport:
+    """A group of ranks and the way in which rows are exchanged in it.
+
+    Attributes:
+        group: the ranks; None is a world of one, for which nothing is sent.
+        method: one of METHODS.
+    """
+
+    group: dist.ProcessGroup | None
+    method: str = "collective"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f'all-to-all method "{self.method}" must be one of {", ".join(METHODS)}')
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def launch(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
+        """Starts an exchange into `received` and returns what waits for it.
+
+        Args:
+            received: [sum(receive), ...], filled once the wait is over; contiguous.
+            rows: [sum(send), ...]; contiguous; must stay alive until then.
+            receive, send: rows from and to each rank of the group.
+        """
+        assert self.group is not None
+        if self.method == "collective":
+            work = dist.all_to_all_single(received, rows, list(receive), list(send), group=self.group, async_op=True)
+            return work.wait
+        return self._send_receive(received, rows, receive, send)
+
+    def _send_receive(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
+        group = self.group
+        incoming, outgoing = received.split(list(receive)), rows.split(list(send))
+        me = dist.get_rank(group)
+        peers = [(rank, dist.get_global_rank(group, rank)) for rank in range(len(send)) if rank != me]
+        operations = [dist.P2POp(dist.irecv, incoming[r], peer, group) for r, peer in peers if receive[r]]
+        operations += [dist.P2POp(dist.isend, outgoing[r], peer, group) for r, peer in peers if send[r]]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        incoming[me].copy_(outgoing[me])  # while the others travel
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return wait
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Median milliseconds of one exchange per method, the slowest rank's, and the message that was exchanged."""
+
+    milliseconds: dict[str, float]
+    row_bytes: int
+    rows_per_rank: int
+
+    @property
+    def fastest(self) -> str:
+        """The method with the least time."""
+        return min(self.milliseconds, key=lambda method: self.milliseconds[method])
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{method} {value:.2f} ms" for method, value in self.milliseconds.items())
+        return f"{self.rows_per_rank} rows of {self.row_bytes} bytes to each rank: {times}"
+
+
+def probe(
+    group: dist.ProcessGroup, rows_per_rank: int, hidden_size: int, dtype: torch.dtype, device: torch.device,
+    rounds: int = 7,
+) -> Probe:  # fmt: skip
+    """Times every method on this group with the message size of a layer; all ranks of the group call it.
+
+    The times are the slowest rank's (MAX-reduced over the group), so that all ranks draw the same conclusion.
+    """
+    size = dist.get_world_size(group)
+    rows = torch.zeros(size * rows_per_rank, hidden_size, dtype=dtype, device=device)
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    sizes = [rows_per_rank] * size
+    for number in range(rounds + 2):
+        for method in METHODS:
+            dist.barrier(group)
+            _synchronize(device)
+            started = time.perf_counter()
+            Transport(group, method).launch(torch.empty_like(rows), rows, sizes, sizes)()
+            _synchronize(device)
+            if number >= 2:  # connections are made at the first use
+                times[method].append(time.perf_counter() - started)
+    medians = torch.tensor([1e3 * statistics.median(times[method]) for method in METHODS], device=device)
+    dist.all_reduce(medians, op=dist.ReduceOp.MAX, group=group)
+    milliseconds = dict(zip(METHODS, medians.tolist(), strict=True))
+    return Probe(milliseconds, rows.element_size() * hidden_size, rows_per_rank)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
