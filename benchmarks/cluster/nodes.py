@@ -49,23 +49,19 @@ class TwoNodes:
 
     The nodes and all that runs in them are gone after the block: at its end, after an exception, on SIGINT, SIGTERM and
     SIGHUP. After a SIGKILL the ranks still end with their launcher, and the next instance removes the namespaces.
+    Entering raises RuntimeError with what is missing or refused.
 
     Args:
         high_priority: put the ranks in a CPU cgroup that leaves almost nothing of a contended core to other processes
             (cgroup version 1 only; `cgroup` is None where that is not possible).
-
-    Raises:
-        RuntimeError: from `with`, if the kernel or a missing command does not allow it.
     """
 
     def __init__(self, high_priority: bool = False) -> None:
         self._owner = os.getpid()
         self._name = f"{PREFIX}-{self._owner}-{next(_instances)}"
         self.names = (f"{self._name}-node0", f"{self._name}-node1")
-        self.cgroup = (
-            _CPU_CGROUPS / self._name if high_priority and os.access(_CPU_CGROUPS / "cpu.shares", os.W_OK) else None
-        )
-        self._launches = 0
+        shares = _CPU_CGROUPS / "cpu.shares"
+        self.cgroup = _CPU_CGROUPS / self._name if high_priority and os.access(shares, os.W_OK) else None
         self._handled: list[signal.Signals] = []
 
     def __enter__(self) -> TwoNodes:
@@ -135,10 +131,8 @@ class TwoNodes:
         accelerator and one thread; `environment` is added last. Whatever runs in the nodes at the end is killed.
 
         Raises:
-            RuntimeError: a rank failed (with the last lines of all that failed by themselves within `GRACE_S`), or not
-                all have ended after `timeout_s` seconds.
+            RuntimeError: with the last lines of all ranks that failed within `GRACE_S` of the first, or at the timeout.
         """
-        self._launches += 1
         with tempfile.TemporaryDirectory() as directory:
             processes: list[subprocess.Popen[bytes]] = []
             try:
@@ -154,11 +148,10 @@ class TwoNodes:
             read = partial(Path.read_text, errors="replace")
             files = [Path(directory, str(rank)) for rank in range(len(processes))]
             outputs = [(read(file.with_suffix(".out")), read(file.with_suffix(".err"))) for file in files]
-        if any(code != 0 for code in returncodes):
-            # Those still running are of interest only where nothing has failed.
-            what = "failed" if any(returncodes) else f"did not end within {timeout_s:g} s"
-            shown = [rank for rank, code in enumerate(returncodes) if (code if any(returncodes) else code is None)]
-            lines = [f"{len(shown)} of {len(processes)} ranks {what}"]
+        failed = [rank for rank, code in enumerate(returncodes) if code]
+        # Those still running are of interest only where nothing has failed.
+        if shown := failed or [rank for rank, code in enumerate(returncodes) if code is None]:
+            lines = [f"ranks {shown} {'failed' if failed else f'did not end within {timeout_s:g} s'}"]
             for rank in shown:
                 tails = [text.splitlines()[-15:] for text in outputs[rank]]
                 lines += [f"--- rank {rank}, exit status {returncodes[rank]}:", *tails[0], *tails[1]]
@@ -171,9 +164,8 @@ class TwoNodes:
         node, local_rank = divmod(rank, ranks_per_node)
         variables = {
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(2 * ranks_per_node),
-            "LOCAL_WORLD_SIZE": str(ranks_per_node), "MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": "eth0",
-            "MASTER_PORT": str(29500 + self._launches % 1000), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            **environment,
+            "LOCAL_WORLD_SIZE": str(ranks_per_node), "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500",
+            "GLOO_SOCKET_IFNAME": "eth0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment,
         }  # fmt: skip
         cores = sorted(os.sched_getaffinity(0))
         # All of these replace themselves by the next: the process started here is the rank itself.
@@ -244,8 +236,7 @@ def _wait_for(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) ->
 
 def _kill_all_in(namespaces: Sequence[str]) -> None:
     """Returns when the killed processes are gone, or after 5 s."""
-    deadline = time.monotonic() + 5
-    pids = ["all"]
+    deadline, pids = time.monotonic() + 5, ["all"]
     while pids and time.monotonic() < deadline:
         with suppress(RuntimeError):  # a namespace that was not made
             pids = []
@@ -276,8 +267,8 @@ def _check(rates_mbit: Sequence[float | None] = (100, 500, 1000, None)) -> None:
     with TwoNodes(high_priority=True) as nodes:
         for rate in rates_mbit:
             nodes.set_rate(rate)
-            results = nodes.launch(program, environment={"PYTHONPATH": str(Path(__file__).parents[2])})
-            print(f"| {rate or 'no limit'} {results[0].stdout.strip()}", flush=True)
+            row = nodes.launch(program, environment={"PYTHONPATH": str(Path(__file__).parents[2])})[0].stdout
+            print(f"| {rate or 'no limit'} {row.strip()}", flush=True)
 
 
 def _check_rank(sent_bytes: int = 4 << 20) -> None:
@@ -287,15 +278,13 @@ def _check_rank(sent_bytes: int = 4 << 20) -> None:
 
     from benchmarks.measure import interleave
 
-    def exchange() -> None:
-        for request in [dist.irecv(theirs, other), dist.isend(mine, other)]:
-            request.wait()
-
     dist.init_process_group("gloo")
     rank, other = dist.get_rank(), 1 - dist.get_rank()
     mine, theirs = torch.ones(2, sent_bytes, dtype=torch.uint8)
     both, both_out = torch.ones(2, 2 * sent_bytes, dtype=torch.uint8)  # half of it stays in the rank
     one_way = [partial(dist.broadcast, mine, source) for source in (0, 1)]
+    pair = [dist.P2POp(dist.irecv, theirs, other), dist.P2POp(dist.isend, mine, other)]
+    exchange = lambda: [request.wait() for request in dist.batch_isend_irecv(pair)]  # noqa: E731
     transfers = [*one_way, exchange, partial(dist.all_to_all_single, both_out, both)]
     variants = {str(i): lambda transfer=transfer: (transfer(), dist.barrier()) for i, transfer in enumerate(transfers)}
     medians_s = [statistics.median(times) for times in interleave(variants, rounds=9).values()]

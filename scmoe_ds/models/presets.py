@@ -27,8 +27,16 @@ def _gpt(layers: int, hidden: int, heads: int, sequence: int) -> dict[str, Any]:
             "max_position_embeddings": sequence}  # fmt: skip
 
 
-_LLAMA = {"num_key_value_heads": 4, "normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True,
-          "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.0, "attention_dropout": 0.0}  # fmt: skip
+_LLAMA = {
+    "num_key_value_heads": 4,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "disable_bias_linear": True,
+    "position_embedding_type": "rope",
+    "untie_embeddings_and_output_weights": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 
 PRESETS: dict[str, Preset] = {
     "gpt2-moe-small": Preset(_gpt(12, 768, 12, 1024), 8, 2, 323e6),
