@@ -17,7 +17,7 @@ from torch import nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
 from scmoe_ds.models.blocks import ShortcutRun
-from scmoe_ds.moe.layer import ScMoE
+from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.transport import Transport, probe
 from scmoe_ds.parallel.agreement import require_agreement
 
@@ -170,7 +170,9 @@ def choose_all_to_all(model: nn.Module, micro_batch_size: int) -> list[str]:
     Returns:
         a line for the log, or none if the model has no expert-parallel ScMoE layer.
     """
-    layers = [module for module in model.modules() if isinstance(module, ScMoE) and module.transport.group is not None]
+    layers = [
+        module for module in model.modules() if isinstance(module, StagedMoE) and module.transport.group is not None
+    ]
     if not layers:
         return []
     layer, sequence = layers[0], getattr(getattr(model, "settings", None), "max_position_embeddings", 1024)

@@ -9,7 +9,6 @@ Linux and root only; `available()` says why not. `python -m benchmarks.cluster.n
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import itertools
 import os
@@ -261,7 +260,7 @@ def _remove(instance: str) -> None:
 
 
 def _check(rates_mbit: Sequence[float | None] = (100, 500, 1000, None)) -> None:
-    print("4 MiB each way and a barrier: median ms, and Mbit/s each way. all-to-all: dist.all_to_all_single\n")
+    print("8 MiB each way and a barrier: median ms, and Mbit/s each way. all-to-all: dist.all_to_all_single\n")
     print("| Mbit/s | 0 → 1 | 1 → 0 | irecv + isend | all-to-all |\n|---|---|---|---|---|")
     program = [sys.executable, "-c", "from benchmarks.cluster import nodes; nodes._check_rank()"]
     with TwoNodes(high_priority=True) as nodes:
@@ -271,7 +270,7 @@ def _check(rates_mbit: Sequence[float | None] = (100, 500, 1000, None)) -> None:
             print(f"| {rate or 'no limit'} {row.strip()}", flush=True)
 
 
-def _check_rank(sent_bytes: int = 4 << 20) -> None:
+def _check_rank(sent_bytes: int = 8 << 20) -> None:
     """One of two ranks; rank 0 prints the cells of a row."""
     import torch
     import torch.distributed as dist
@@ -284,17 +283,16 @@ def _check_rank(sent_bytes: int = 4 << 20) -> None:
     both, both_out = torch.ones(2, 2 * sent_bytes, dtype=torch.uint8)  # half of it stays in the rank
     one_way = [partial(dist.broadcast, mine, source) for source in (0, 1)]
     pair = [dist.P2POp(dist.irecv, theirs, other), dist.P2POp(dist.isend, mine, other)]
-    exchange = lambda: [request.wait() for request in dist.batch_isend_irecv(pair)]  # noqa: E731
-    transfers = [*one_way, exchange, partial(dist.all_to_all_single, both_out, both)]
+    collective = partial(dist.all_to_all_single, both_out, both)
+    transfers = [*one_way, lambda: [request.wait() for request in dist.batch_isend_irecv(pair)], collective]
     variants = {str(i): lambda transfer=transfer: (transfer(), dist.barrier()) for i, transfer in enumerate(transfers)}
-    medians_s = [statistics.median(times) for times in interleave(variants, rounds=9).values()]
+    medians_s = [statistics.median(times) for times in interleave(variants, rounds=5).values()]
     if rank == 0:
         print("".join(f"| {s * 1e3:.1f} ({sent_bytes * 8e-6 / s:.0f}) " for s in medians_s) + "|")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", required=True, help="measure the link at several rates")
-    parser.parse_args()
+    if sys.argv[1:] != ["--check"]:
+        sys.exit("usage: python -m benchmarks.cluster.nodes --check")
     sys.exit(available() or _check())

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
-from scmoe_ds.moe.layer import DGMoE, RoutedTokens, ScMoE
+from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
+from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
 from scmoe_ds.overlap.schedule import Schedule, slot_that_halves
@@ -62,15 +63,15 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> Mo
     )  # fmt: skip
     if config.architecture in ("topk", "shared_expert"):
         return MoE(use_residual=config.architecture == "shared_expert", **common)
-    layer = ScMoE if config.architecture == "scmoe" else DGMoE
-    return layer(
-        merge=config.merge,
+    staged: dict[str, Any] = dict(
         dispatch=config.dispatch,
         gate_softmax=config.gate_softmax,
         all_to_all="collective" if config.all_to_all == "auto" else config.all_to_all,
         wire_dtype=config.wire_dtype,
-        **common,
     )
+    if config.architecture == "dgmoe":
+        return DGMoE(**common, **staged)
+    return ScMoE(merge=config.merge, **common, **staged)
 
 
 class PlainRun(nn.Module):
@@ -122,7 +123,7 @@ class ShortcutRun(nn.Module):
         for block in cast(Sequence[Block], self.blocks):
             operators += [Operator("attention", block.attend), Operator("mlp", block.feed)]
         del operators[-1]
-        if isinstance(self._last.moe, ScMoE) and not isinstance(self._last.moe, DGMoE):
+        if isinstance(self._last.moe, ScMoE):
             operators.append(Operator("shared", self._shared))
         return operators
 
@@ -134,14 +135,14 @@ class ShortcutRun(nn.Module):
 
     def begin(self, tap: Tensor, blocking: bool) -> RoutedTokens:
         norm = self.shortcut_norm or self._backbone_norm()
-        return cast(ScMoE, self._last.moe).begin(norm(tap), blocking=blocking)
+        return cast(StagedMoE, self._last.moe).begin(norm(tap), blocking=blocking)
 
     def backbone(self) -> list[Operator]:
         return self.operators()[self.tap :]
 
     def join(self, routed: executor.Routed, stream: Stream) -> PairOutput:
         moe_input = self._last.mlp_norm(stream.hidden) if stream.moe_input is None else stream.moe_input
-        layer = cast(ScMoE, self._last.moe)
+        layer = cast(StagedMoE, self._last.moe)
         output, l_aux, exp_counts = layer.finish(cast(RoutedTokens, routed), moe_input, stream.shared)
         if self.post_norm is not None:
             output = self.post_norm(output)

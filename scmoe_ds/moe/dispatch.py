@@ -63,7 +63,7 @@ class ExactLayout:
     """Rows of real tokens, sorted by global expert and, within one, by location.
 
     Attributes:
-        token_R: int64 source token of each row.
+        token_R: int64 source token of each row; on a GPU followed by those of the dropped choices.
         row_of_choice_KT: row of each choice, R where dropped.
         rows_per_expert_E: int64 rows for each global expert.
     """
@@ -84,7 +84,9 @@ class ExactLayout:
         order_N = torch.sort(expert_N, stable=True).indices
         row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(K * T, device=order_N.device))
         row_N = torch.minimum(row_N, first_row_E1[-1])
-        return cls(order_N[: int(first_row_E1[-1])] % T, row_N.view(K, T), rows_per_expert)
+        if not order_N.is_cuda:  # on a GPU the number of rows is not known on the host yet: cut them off when sending
+            order_N = order_N[: int(first_row_E1[-1])]
+        return cls(order_N % T, row_N.view(K, T), rows_per_expert)
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [R, D]."""

@@ -9,45 +9,42 @@ It is a `deepspeed.moe.layer.MoE`, because DeepSpeed's engine finds expert param
 per-expert checkpoint files by that class and by the parameter path `.deepspeed_moe.experts.deepspeed_experts.<i>`.
 The layer holds no normalisation: both inputs come in normalised.
 
-Shape suffixes: T tokens (B * S), D hidden, E experts, L local experts, P expert-parallel ranks, C capacity,
-R rows that this rank sends, S rows that it receives.
+Shape suffixes: T tokens (B * S), D hidden, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows, decode
-from scmoe_ds.moe.experts import initialize_experts, run_experts
-from scmoe_ds.moe.gate import Routing, route
+from scmoe_ds.moe.experts import initialize_experts
+from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
-from scmoe_ds.overlap.all_to_all import InFlight, start, start_counts
+from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap.transport import METHODS, Transport
 from scmoe_ds.overlap.wire import WIRE_DTYPES
 
 
-class ScMoE(MoE):
-    """Shortcut-connected MoE: shared expert on the current layer, routed experts on a preceding one (paper eq. 7).
+class StagedMoE(MoE):
+    """DeepSpeed's standard MoE with the stages of this package: top-k routed experts, no shared one.
 
     Args:
-        hidden_size … top2_2nd_expert_sampling: as in `deepspeed.moe.layer.MoE`. `use_residual` is on: the shared
-            expert is `mlp`, the coefficient network `coefficient`, as in DeepSpeed's Residual MoE.
-        merge: "add" (eq. 7), "cg1" (eq. 14-15) or "cg2" (eq. 16-17; DeepSpeed's own merge and weight layout).
+        hidden_size … top2_2nd_expert_sampling: as in `deepspeed.moe.layer.MoE`.
         dispatch: "exact" sends and computes routed tokens only; "padded" uses DeepSpeed's capacity buffers.
         gate_softmax: "before_topk" as DeepSpeed, "after_topk" as paper eq. 2-3.
         all_to_all: primitive of dispatch and combine, see scmoe_ds.overlap.transport.
         wire_dtype: None, "bf16" or "fp8": number format of rows and their gradients between ranks.
 
     Raises:
-        ValueError: sizes that do not divide, an unknown merge or dispatch, or a layer with `ep_size` > 1 that is
-            built before `deepspeed.init_distributed()` (its experts' initialisation depends on the rank).
+        ValueError: sizes that do not divide, an unknown choice, or a layer with `ep_size` > 1 that is built before
+            `deepspeed.init_distributed()` (its experts' initialisation depends on the rank).
     """
+
+    _needs_residual = False
 
     def __init__(
         self,
@@ -56,60 +53,38 @@ class ScMoE(MoE):
         num_experts: int = 1,
         ep_size: int = 1,
         k: int = 1,
-        capacity_factor: float = 1.0,
-        eval_capacity_factor: float = 1.0,
-        min_capacity: int = 4,
-        use_residual: bool = True,
-        noisy_gate_policy: str | None = None,
-        drop_tokens: bool = True,
-        use_rts: bool = True,
-        use_tutel: bool = False,
-        enable_expert_tensor_parallelism: bool = False,
-        top2_2nd_expert_sampling: bool = True,
-        *,
-        merge: Merge = "cg1",
+        *args: Any,
         dispatch: Literal["exact", "padded"] = "exact",
         gate_softmax: Literal["before_topk", "after_topk"] = "before_topk",
         all_to_all: str = "collective",
         wire_dtype: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._check(num_experts, ep_size, k, use_residual, use_tutel)
-        for name, value, choices in (
-            ("merge", merge, ("add", "cg1", "cg2")),
-            ("dispatch", dispatch, ("exact", "padded")),
-            ("gate_softmax", gate_softmax, ("before_topk", "after_topk")),
-            ("all_to_all", all_to_all, METHODS),
-            ("wire_dtype", wire_dtype, (None, *WIRE_DTYPES)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, choices))}")
-        super().__init__(hidden_size, expert, num_experts, ep_size, k, capacity_factor, eval_capacity_factor,
-                         min_capacity, use_residual, noisy_gate_policy, drop_tokens, use_rts, False,
-                         enable_expert_tensor_parallelism, top2_2nd_expert_sampling)  # fmt: skip
-        self.merge: Merge = merge
-        self.dispatch = dispatch
-        self.gate_softmax = gate_softmax
-        self.wire_dtype = wire_dtype
+        self._check_sizes(num_experts, ep_size, k)
+        _check_choice("dispatch", dispatch, ("exact", "padded"))
+        _check_choice("gate_softmax", gate_softmax, ("before_topk", "after_topk"))
+        _check_choice("all_to_all", all_to_all, METHODS)
+        _check_choice("wire_dtype", wire_dtype, (None, *WIRE_DTYPES))
+        super().__init__(hidden_size, expert, num_experts, ep_size, k, *args, **kwargs)
+        if self.use_residual != self._needs_residual:
+            raise ValueError(
+                f"{type(self).__name__} is defined with use_residual={self._needs_residual} only; ScMoE has a shared "
+                "expert, StagedMoE and deepspeed.moe.layer.MoE do without"
+            )
+        if self.deepspeed_moe.use_tutel:
+            raise ValueError("use_tutel: this layer brings its own dispatch; leave it False")
+        self.dispatch, self.gate_softmax, self.wire_dtype = dispatch, gate_softmax, wire_dtype
         self.transport = Transport(None, all_to_all)
-        if use_residual:
-            self.coefficient = coefficient_network(merge, hidden_size)
         # DeepSpeed gives the experts of one layer to consecutive ranks; set_deepspeed_parallelism checks it.
         self.ep_rank = dist.get_rank() % ep_size if ep_size > 1 else 0
         initialize_experts(self.deepspeed_moe.experts, self.ep_rank * self.num_local_experts)
 
-    _needs_residual = True
-
-    @classmethod
-    def _check(cls, num_experts: int, ep_size: int, k: int, use_residual: bool, use_tutel: bool) -> None:
+    @staticmethod
+    def _check_sizes(num_experts: int, ep_size: int, k: int) -> None:
         if num_experts % ep_size:
             raise ValueError(f"num_experts = {num_experts} must be divisible by ep_size = {ep_size}")
         if not 1 <= k <= num_experts:
             raise ValueError(f"k = {k} must be between 1 and num_experts = {num_experts}")
-        if use_residual != cls._needs_residual:
-            raise ValueError(f"{cls.__name__} is defined with use_residual={cls._needs_residual} only; "
-                             "for a standard MoE use deepspeed.moe.layer.MoE")  # fmt: skip
-        if use_tutel:
-            raise ValueError("use_tutel: ScMoE brings its own dispatch; leave it False")
         if ep_size > 1 and not dist.is_initialized():
             raise ValueError(f"ep_size = {ep_size}: build the layer after deepspeed.init_distributed()")
 
@@ -156,7 +131,68 @@ class ScMoE(MoE):
         tokens_TD = shortcut.reshape(-1, hidden_size)
         routing = route(self.deepspeed_moe.gate, tokens_TD, used_token, exclude, self.gate_softmax,
                         common_capacity=self.dispatch == "padded")  # fmt: skip
-        return RoutedTokens(self, tokens_TD, routing, shortcut.shape, blocking)
+        return RoutedTokens(
+            self.deepspeed_moe.experts,
+            tokens_TD,
+            routing,
+            shortcut.shape,
+            exact=self.dispatch == "exact",
+            transport=self.transport,
+            wire_dtype=self.wire_dtype,
+            blocking=blocking,
+            deferred=shortcut.is_cuda and not blocking,
+        )
+
+    def finish(
+        self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Waits for the combine and decodes; see `ScMoE.finish`."""
+        return routed.collect(), routed.routing.l_aux, routed.routing.exp_counts
+
+    def forward(
+        self, hidden_states: Tensor, used_token: Tensor | None = None, shortcut: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All stages in one go; DeepSpeed's signature and returns, plus `shortcut`.
+
+        Without `shortcut` the routed experts read `hidden_states`: DeepSpeed's MoE, and for ScMoE its Residual MoE,
+        whose shared expert then runs beside the combine.
+        """
+        routed = self.begin(hidden_states if shortcut is None else shortcut, used_token)
+        routed.run_experts()
+        return self.finish(routed, hidden_states)
+
+
+class ScMoE(StagedMoE):
+    """Shortcut-connected MoE: shared expert on the current layer, routed experts on a preceding one (paper eq. 7).
+
+    Args:
+        hidden_size …: as `StagedMoE`. `use_residual` is on: the shared expert is `mlp`, the coefficient network
+            `coefficient`, as in DeepSpeed's Residual MoE.
+        merge: "add" (eq. 7), "cg1" (eq. 14-15) or "cg2" (eq. 16-17; DeepSpeed's own merge and weight layout).
+    """
+
+    _needs_residual = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert: nn.Module,
+        num_experts: int = 1,
+        ep_size: int = 1,
+        k: int = 1,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 4,
+        use_residual: bool = True,
+        *args: Any,
+        merge: Merge = "cg1",
+        **kwargs: Any,
+    ) -> None:
+        _check_choice("merge", merge, ("add", "cg1", "cg2"))
+        super().__init__(hidden_size, expert, num_experts, ep_size, k, capacity_factor, eval_capacity_factor,
+                         min_capacity, use_residual, *args, **kwargs)  # fmt: skip
+        self.merge: Merge = merge
+        self.coefficient = coefficient_network(merge, hidden_size)
 
     def shared(self, hidden_states: Tensor) -> Tensor:
         """The shared expert, SE of eq. 7: [..., D] → [..., D]."""
@@ -184,105 +220,18 @@ class ScMoE(MoE):
         output = merge_outputs(self.merge, shared, routed.collect(), hidden_states, self.coefficient)
         return output, routed.routing.l_aux, routed.routing.exp_counts
 
-    def forward(
-        self, hidden_states: Tensor, used_token: Tensor | None = None, shortcut: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All stages in one go; DeepSpeed's signature and returns, plus `shortcut`.
 
-        Without `shortcut` the routed experts read `hidden_states`, which makes this DeepSpeed's Residual MoE. The
-        shared expert still runs beside the communication.
-        """
-        routed = self.begin(hidden_states if shortcut is None else shortcut, used_token)
-        routed.run_experts()
-        return self.finish(routed, hidden_states)
-
-
-class RoutedTokens:
-    """Tokens on their way to their experts and back; made by `ScMoE.begin`, used up by `finish`.
-
-    Attributes:
-        routing: who goes where, with what weight.
-    """
-
-    def __init__(self, layer: ScMoE, tokens_TD: Tensor, routing: Routing, shape: Sequence[int], blocking: bool) -> None:
-        self.routing = routing
-        self._experts = layer.deepspeed_moe.experts
-        self._ranks_and_experts = (layer.ep_size, layer.num_local_experts)
-        self._transport, self._wire_dtype = layer.transport, layer.wire_dtype
-        self._shape, self._blocking = shape, blocking
-        self._received: ReceivedRows | None = None
-        self._send_rows: list[int] | None = None
-        self._receive_rows: list[int] | None = None
-        self._layout = PaddedLayout.of(routing) if layer.dispatch == "padded" else ExactLayout.of(routing)
-        self._dispatch: InFlight | None = self._start_dispatch(tokens_TD)
-        self._combine: InFlight | None = None
-
-    def _start_dispatch(self, tokens_TD: Tensor) -> InFlight:
-        if isinstance(self._layout, PaddedLayout):
-            return self._start(self._layout.encode(tokens_TD))
-        counts = start_counts(self._layout.rows_per_expert_E, self._transport)
-        rows_RD = self._layout.encode(tokens_TD)  # while the counts travel
-        received_PL = counts.wait().view(self._ranks_and_experts).tolist()
-        self._received = ReceivedRows.of(received_PL, rows_RD.device)
-        self._send_rows = self._layout.rows_per_expert_E.view(self._ranks_and_experts).sum(1).tolist()
-        self._receive_rows = [sum(rows) for rows in received_PL]
-        return self._start(rows_RD)
-
-    def _start(self, rows: Tensor, back: bool = False) -> InFlight:
-        send, receive = self._send_rows, self._receive_rows
-        if back:
-            send, receive = receive, send
-        return start(rows, self._transport, send, receive, self._blocking, self._wire_dtype)
-
-    def run_experts(self) -> None:
-        """Waits for the dispatch, computes the local experts, and sends the results back.
-
-        Raises:
-            RuntimeError: the experts have run already.
-        """
-        dispatch, self._dispatch = self._dispatch, None
-        if dispatch is None:
-            raise RuntimeError("run_experts was called twice on the same routed tokens; begin again for another use")
-        rows_SD = dispatch.wait()
-        if self._received is None:
-            buffer_PLCD = rows_SD.view(*self._ranks_and_experts, -1, rows_SD.shape[-1])
-            output_SD = self._experts(buffer_PLCD).reshape(rows_SD.shape)
-        else:
-            output_SD = run_experts(self._experts, self._received.group(rows_SD), self._received.rows_per_expert)
-            output_SD = self._received.ungroup(output_SD)
-        self._combine = self._start(output_SD, back=True)
-
-    def collect(self) -> Tensor:
-        """Waits for the combine and decodes: Σ G·E of eq. 1, in the shape of the shortcut.
-
-        Raises:
-            RuntimeError: the experts have not run, or the result was taken before.
-        """
-        if self._dispatch is not None:
-            raise RuntimeError("finish was called before run_experts")
-        combine, self._combine = self._combine, None
-        if combine is None:
-            raise RuntimeError("these routed tokens were finished already; begin again for another use")
-        rows_RD = combine.wait()
-        return decode(rows_RD, self._layout.row_of_choice_KT, self.routing.weight_KT).view(self._shape)
-
-
-class DGMoE(ScMoE):
+class DGMoE(StagedMoE):
     """Double gating (paper eq. 23): the same experts read both layers, top-1 each, and no shared expert.
 
     If both layers choose the same expert for a token, the current layer takes its second-ranked one. A choice that
     the capacity limit dropped is not computed and therefore leaves its expert free.
     """
 
-    _needs_residual = False
-
-    def __init__(self, hidden_size: int, expert: nn.Module, *args: object, **kwargs: object) -> None:
-        super().__init__(hidden_size, expert, *args, **{"use_residual": False, **kwargs})  # type: ignore[arg-type]
+    def __init__(self, hidden_size: int, expert: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hidden_size, expert, *args, **kwargs)
         if self.deepspeed_moe.gate.k != 1 or self.num_experts < 2:
             raise ValueError("DGMoE routes each layer's token to one of at least two experts: k = 1, num_experts >= 2")
-
-    def shared(self, hidden_states: Tensor) -> Tensor:
-        raise TypeError("DGMoE has no shared expert")
 
     def finish(
         self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None
@@ -297,3 +246,8 @@ class DGMoE(ScMoE):
         output = current.collect() + routed.collect()
         l_aux = torch.stack([routed.routing.l_aux, current.routing.l_aux]).mean()
         return output, l_aux, routed.routing.exp_counts + current.routing.exp_counts
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, choices))}")

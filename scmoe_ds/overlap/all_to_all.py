@@ -20,32 +20,64 @@ communication logger is on, and so measure an overlap away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scmoe_ds.overlap.side_stream import side_stream
 from scmoe_ds.overlap.transport import Transport, Wait
 from scmoe_ds.overlap.wire import pack, unpack
 
 
 class InFlight:
-    """Rows on their way between the ranks of a group. Only `wait` yields the tensor, once."""
+    """Rows on their way between the ranks of a group. `send` may be left to a later moment; only `wait` yields the
+    tensor, once."""
 
-    def __init__(self, wait: Callable[[], Tensor]) -> None:
-        self._wait: Callable[[], Tensor] | None = wait
+    def __init__(self, transfer: _Transfer | None, token: Tensor) -> None:
+        self._transfer = transfer
+        self._token: Tensor | None = token
+
+    def send(self, send_rows: Sequence[int], receive_rows: Sequence[int]) -> None:
+        """Launches a prepared all-to-all; see `prepare`.
+
+        Args:
+            send_rows, receive_rows: rows to and from each rank of the group.
+        """
+        if self._transfer is not None:
+            self._transfer.launch_held(send_rows, receive_rows)
+        elif self._token is not None and self._token.shape[0] != sum(send_rows):
+            self._token = self._token[: sum(send_rows)]
 
     def wait(self) -> Tensor:
-        """The received rows, shape [received rows, ...], ready for the current stream.
+        """The received rows, [received rows, D], ready for the current stream.
 
         Raises:
             RuntimeError: the tensor has been waited for before.
         """
-        wait, self._wait = self._wait, None
-        if wait is None:
+        token, self._token = self._token, None
+        if token is None:
             raise RuntimeError("this all-to-all has been waited for already; its tensor was handed out then")
-        return wait()
+        return token if self._transfer is None else _Wait.apply(token, self._transfer)
+
+
+def prepare(rows: Tensor, transport: Transport, blocking: bool = False, wire_dtype: str | None = None) -> InFlight:
+    """An all-to-all whose sizes are not known on the host yet; `InFlight.send` launches it.
+
+    Its place in the backward pass is decided here, not at `send`: the gradient's wait comes where this call stands.
+
+    Args:
+        rows: [N, D], floating point; consecutive pieces go to consecutive ranks. `send` may take fewer than N rows,
+            the last ones then stay (dropped choices that were sorted behind all others).
+        transport: the ranks and the primitive; a world of one sends nothing and gives `rows` back.
+        blocking: wait at once, forward and backward (the reference without overlap).
+        wire_dtype: None, or a number format of scmoe_ds.overlap.wire for rows and their gradients on the wire.
+    """
+    if transport.size == 1:
+        return InFlight(None, rows)
+    transfer = _Transfer(transport, blocking, wire_dtype)
+    return InFlight(transfer, _Start.apply(rows, transfer))
 
 
 def start(
@@ -56,58 +88,50 @@ def start(
     blocking: bool = False,
     wire_dtype: str | None = None,
 ) -> InFlight:
-    """Launches an all-to-all of rows and returns at once.
-
-    Args:
-        rows: [sent rows, D], floating point; consecutive pieces go to consecutive ranks.
-        transport: the ranks and the primitive; a world of one sends nothing and gives `rows` back.
-        send_rows: how many rows each rank gets; default: equal pieces.
-        receive_rows: how many rows come from each rank; default: equal pieces.
-        blocking: wait at once, forward and backward (the reference without overlap).
-        wire_dtype: None, or a number format of scmoe_ds.overlap.wire for rows and their gradients on the wire.
-    """
-    if transport.size == 1:
-        return InFlight(lambda: rows)
+    """Launches an all-to-all of rows and returns at once: `prepare` and `send`; equal pieces by default."""
+    flight = prepare(rows, transport, blocking, wire_dtype)
     equal = [rows.shape[0] // transport.size] * transport.size
-    transfer = _Transfer(transport, send_rows or equal, receive_rows or equal, blocking, wire_dtype)
-    token = _Start.apply(rows, transfer)
-    return InFlight(lambda: _Wait.apply(token, transfer))
-
-
-def start_counts(rows_per_piece: Tensor, transport: Transport) -> InFlight:
-    """Launches the exchange of row counts that an uneven all-to-all needs beforehand; not differentiable.
-
-    Args:
-        rows_per_piece: [ranks * pieces] int64, how many rows go to each piece of each rank.
-
-    Returns:
-        In flight: [ranks * pieces] int64, how many rows come from each rank for each piece of this one.
-    """
-    if transport.size == 1:
-        return InFlight(lambda: rows_per_piece)
-    sizes = [rows_per_piece.shape[0] // transport.size] * transport.size
-    transfer = _Transfer(transport, sizes, sizes, blocking=False, wire_dtype=None)
-    transfer.launch(rows_per_piece)
-    return InFlight(transfer.finish)
+    flight.send(send_rows or equal, receive_rows or equal)
+    return flight
 
 
 class _Transfer:
     """What the start and the wait of one all-to-all share: the transport, the sizes, and the rows in flight."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        send: Sequence[int],
-        receive: Sequence[int],
-        blocking: bool,
-        wire_dtype: str | None,
-    ) -> None:
-        self.transport, self.send, self.receive = transport, send, receive
-        self.blocking, self.wire_dtype = blocking, wire_dtype
+    def __init__(self, transport: Transport, blocking: bool, wire_dtype: str | None) -> None:
+        self.transport, self.blocking, self.wire_dtype = transport, blocking, wire_dtype
+        self.send: Sequence[int] = ()
+        self.receive: Sequence[int] = ()
+        self.held_rows = 0
+        self._held: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._in_flight: tuple[Wait | None, Tensor, Tensor, torch.dtype] | None = None
 
-    def launch(self, rows: Tensor, reverse: bool = False) -> None:
-        send, receive = (self.receive, self.send) if reverse else (self.send, self.receive)
+    def hold(self, rows: Tensor) -> None:
+        ready = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
+        self._held, self.held_rows = (rows.detach(), ready), rows.shape[0]
+
+    def launch_held(self, send: Sequence[int], receive: Sequence[int]) -> None:
+        assert self._held is not None, "an all-to-all was sent twice"
+        (rows, ready), self._held = self._held, None
+        self.send, self.receive = list(send), list(receive)
+        rows = rows[: sum(send)]
+        if ready is None:
+            self._launch(rows, send, receive)
+            return
+        # The collective waits for the stream that it is launched from. The main stream has gone on with the backbone
+        # since `hold`; from the side stream the rows are all that it waits for.
+        side = side_stream(rows.device)
+        side.wait_event(ready)
+        with torch.cuda.stream(side):
+            self._launch(rows, send, receive)
+        assert self._in_flight is not None
+        self._in_flight[2].record_stream(torch.cuda.current_stream(rows.device))
+
+    def launch_gradient(self, grad: Tensor) -> None:
+        self._launch(grad, self.receive, self.send)
+
+    @torch.no_grad()  # a deferred launch runs outside of autograd's functions
+    def _launch(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> None:
         packed = pack(rows, self.wire_dtype).contiguous()
         received = packed.new_empty((sum(receive), *packed.shape[1:]))
         wait: Wait | None = self.transport.launch(received, packed, receive, send)
@@ -119,7 +143,7 @@ class _Transfer:
         self._in_flight = (wait, packed, received, rows.dtype)
 
     def finish(self) -> Tensor:
-        assert self._in_flight is not None, "an all-to-all is waited for without having been launched"
+        assert self._in_flight is not None, "an all-to-all is waited for without having been sent"
         wait, _, received, dtype = self._in_flight
         self._in_flight = None
         if wait is not None:
@@ -134,12 +158,14 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        transfer.launch(rows)
+        transfer.hold(rows)
         return rows.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.transfer.finish(), None
+        grad = ctx.transfer.finish()
+        stayed = ctx.transfer.held_rows - grad.shape[0]
+        return (torch.cat([grad, grad.new_zeros(stayed, *grad.shape[1:])]) if stayed else grad), None
 
 
 class _Wait(torch.autograd.Function):
@@ -151,5 +177,5 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.transfer.launch(grads[0], reverse=True)
+        ctx.transfer.launch_gradient(grads[0])
         return grads[0].new_empty(0), None

@@ -42,7 +42,11 @@ class Operator:
 class Routed(Protocol):
     """Routed tokens in flight, as `ScMoE.begin` returns them."""
 
-    def run_experts(self) -> None: ...
+    def send(self) -> None:
+        """Launches the dispatch, if that was left to a later moment."""
+
+    def run_experts(self) -> None:
+        """Waits for the dispatch, computes, launches the combine."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def run(pair: Pair, hidden: Tensor, schedule: Schedule) -> PairOutput:
         if slot == schedule.expert_slot:
             routed.run_experts()
         stream = operator.run(stream)
+        # A GPU has the first operator to work on by now, while the host waits for the row counts to send by.
+        routed.send()
     if schedule.expert_slot == len(operators) + 1:
         routed.run_experts()
     return pair.join(routed, stream)

@@ -81,18 +81,15 @@ def event_order(slot: int) -> tuple[list[str], list[str]]:
     """Launches, waits and operators as they happened in one forward and one backward pass of Pos-2."""
     events: list[str] = []
     run = make_run("pos2")
-    plain_launch, plain_finish = all_to_all._Transfer.launch, all_to_all._Transfer.finish
+    plain_launch, plain_finish = all_to_all._Transfer._launch, all_to_all._Transfer.finish
 
-    def launch(self, rows, reverse=False):  # type: ignore[no-untyped-def]
-        if rows.is_floating_point():
-            events.append("launch")
-        plain_launch(self, rows, reverse)
+    def launch(self, *arguments):  # type: ignore[no-untyped-def]
+        events.append("launch")
+        plain_launch(self, *arguments)
 
     def finish(self):  # type: ignore[no-untyped-def]
-        received = plain_finish(self)
-        if received.is_floating_point():
-            events.append("wait")
-        return received
+        events.append("wait")
+        return plain_finish(self)
 
     def logged(operator: Operator) -> Operator:
         def step(stream):  # type: ignore[no-untyped-def]
@@ -106,14 +103,14 @@ def event_order(slot: int) -> tuple[list[str], list[str]]:
 
     operators = run.operators()
     run.operators = lambda: [logged(operator) for operator in operators]  # type: ignore[method-assign]
-    all_to_all._Transfer.launch, all_to_all._Transfer.finish = launch, finish
+    all_to_all._Transfer._launch, all_to_all._Transfer.finish = launch, finish
     try:
         run.schedule = Schedule(slot)
         output = run(torch.randn(2, 12, 16, requires_grad=True))
         forward, events[:] = list(events), []
         output.hidden.sum().backward()
     finally:
-        all_to_all._Transfer.launch, all_to_all._Transfer.finish = plain_launch, plain_finish
+        all_to_all._Transfer._launch, all_to_all._Transfer.finish = plain_launch, plain_finish
     return forward, events
 
 

@@ -98,8 +98,7 @@ def test_misuse_of_routed_tokens_says_what_happened() -> None:
         ({"dispatch": "dense"}, "must be one of 'exact', 'padded'"),
         ({"all_to_all": "ring"}, "must be one of 'collective', 'send_receive'"),
         ({"wire_dtype": "int4"}, "must be one of None, 'bf16', 'fp8'"),
-        ({"use_residual": False}, "use deepspeed.moe.layer.MoE"),
-        ({"use_tutel": True}, "own dispatch"),
+        ({"use_residual": False}, "use_residual=True only"),
         ({"ep_size": 2}, "after deepspeed.init_distributed"),
     ],
 )
@@ -146,9 +145,7 @@ def test_dgmoe_against_eq_23() -> None:
 
 def test_dgmoe_has_no_shared_expert() -> None:
     layer = make_layer(DGMoE)
-    assert not hasattr(layer, "mlp") and not hasattr(layer, "coefficient")
-    with pytest.raises(TypeError, match="no shared expert"):
-        layer.shared(tokens())
+    assert not any(hasattr(layer, name) for name in ("mlp", "coefficient", "shared"))
     with pytest.raises(ValueError, match="k = 1"):
         make_layer(DGMoE, k=2)
 

@@ -42,6 +42,9 @@ class _Pair:
         self.events.append("begin blocking" if blocking else "begin")
         return self
 
+    def send(self) -> None:
+        pass
+
     def run_experts(self) -> None:
         self.events.append("experts")
 

@@ -1,0 +1,54 @@
+"""The exchange of row counts that an uneven all-to-all needs beforehand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scmoe_ds.overlap.side_stream import side_stream
+from scmoe_ds.overlap.transport import Transport, Wait
+
+
+class CountsInFlight:
+    """Row counts on their way to the other ranks, from them, and on a GPU from there to the host."""
+
+    def __init__(self, sent: Tensor, received: Tensor, wait: Wait | None) -> None:
+        self._device_tensors = self._tensors = (sent, received)
+        self._wait = wait
+        self._on_host: torch.cuda.Event | None = None
+        if received.is_cuda:
+            self._copy_to_host()
+
+    def _copy_to_host(self) -> None:
+        # Through a side stream: only the host waits for these copies (in `wait`), and the main stream goes on with
+        # whatever has been enqueued since.
+        side = side_stream(self._tensors[0].device)
+        side.wait_stream(torch.cuda.current_stream(side.device))
+        with torch.cuda.stream(side):
+            if self._wait is not None:
+                self._wait()
+            self._tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in self._device_tensors)  # type: ignore[assignment]
+            self._on_host = side.record_event()
+        self._wait = None
+
+    def wait(self) -> tuple[list[int], list[int]]:
+        """Rows for each piece of each rank, and rows from each rank for each piece of this one."""
+        if self._wait is not None:
+            self._wait()
+        if self._on_host is not None:
+            self._on_host.synchronize()
+        sent, received = self._tensors
+        return sent.tolist(), received.tolist()
+
+
+def start_counts(rows_per_piece: Tensor, transport: Transport) -> CountsInFlight:
+    """Launches the exchange; not differentiable.
+
+    Args:
+        rows_per_piece: [ranks * pieces] int64, how many rows go to each piece of each rank.
+    """
+    if transport.size == 1:
+        return CountsInFlight(rows_per_piece, rows_per_piece, None)
+    received = torch.empty_like(rows_per_piece)
+    sizes = [rows_per_piece.shape[0] // transport.size] * transport.size
+    return CountsInFlight(rows_per_piece, received, transport.launch(received, rows_per_piece, sizes, sizes))
