@@ -35,19 +35,26 @@ class Ratio:
         return f"{self.median:.3f} ({self.p10:.3f}–{self.p90:.3f})"
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+def interleave(
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 3,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
     """Seconds of every variant in every round.
 
     Args:
         variants: name to a function that runs one timed unit; on CUDA it is followed by a synchronisation.
         rounds: timed rounds; round r starts with variant r modulo their number.
         warm_up: untimed rounds before.
+        before: called before each timed unit (a barrier, where several ranks measure together).
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warm_up, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
+            before()
             _synchronize()
             started = time.perf_counter()
             variants[name]()

@@ -293,6 +293,7 @@ def _check_rank(sent_bytes: int = 8 << 20) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--check"]:
-        sys.exit("usage: python -m benchmarks.cluster.nodes --check")
-    sys.exit(available() or _check())
+    usage = None if sys.argv[1:] == ["--check"] else "usage: python -m benchmarks.cluster.nodes --check"
+    if problem := usage or available():
+        sys.exit(problem)
+    _check()
