@@ -122,7 +122,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['date']}. `{record['command']}`",
         "",
         f"{record['environment']}. Two network namespaces, one pinned rank each, linked at: {rates}. "
-        f"{settings['rounds']} interleaved rounds; speed-up over DeepSpeed's top-2: median (10th–90th percentile) of the ratios within rounds.",
+        f"{settings['rounds']} interleaved rounds; speed-up over DeepSpeed's top-2: median (10th–90th percentile) of "
+        "the ratios within rounds.",
     ]
     keys = sorted({(row["table"], row["skew"]) for row in record["rows"]}, key=lambda key: (key[0] != "main", key[1]))
     for table, skew in keys:

@@ -151,11 +151,14 @@ class MLP(nn.Module):
         self.output = nn.Linear(width, D, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        inner = self.input(hidden)
+        return self.output(self.activate(self.input(hidden)))
+
+    def activate(self, inner: Tensor) -> Tensor:
+        """GELU, or SiLU of the first half times the second."""
         if self.swiglu:
             gate, up = inner.chunk(2, dim=-1)
-            return self.output(F.silu(gate) * up)
-        return self.output(F.gelu(inner))
+            return F.silu(gate) * up
+        return F.gelu(inner)
 
     def flops_per_token(self) -> int:
         """Forward floating-point operations of the two projections."""

@@ -63,6 +63,8 @@ def route(
     if gate.k > 1 and (used_token is not None or exclude_T is not None):
         raise ValueError(f"used_token and exclude_T are defined for k = 1, not k = {gate.k}")
     logits_TE = _logits(gate, tokens_TD)
+    if tokens_TD.shape[0] == 0:
+        return _nothing(gate.k, logits_TE)
     allowed_TE = logits_TE
     if exclude_T is not None:
         experts_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
@@ -76,6 +78,14 @@ def route(
     if softmax == "after_topk":
         weight_KT = weight_KT / weight_KT.sum(0, keepdim=True).clamp(min=torch.finfo(weight_KT.dtype).tiny)
     return Routing(expert_KT, location_KT, weight_KT, capacity, l_aux, exp_counts)
+
+
+def _nothing(k: int, logits_TE: Tensor) -> Routing:
+    """The routing of no tokens: a rank without any still takes part in the exchange."""
+    choices_KT = logits_TE.new_zeros(k, 0)
+    counts_E = logits_TE.new_zeros(logits_TE.shape[1], dtype=torch.int64)
+    capacity = torch.zeros((), dtype=torch.int64)
+    return Routing(choices_KT.long(), choices_KT.long(), choices_KT, capacity, logits_TE.sum(), counts_E)
 
 
 def _logits(gate: TopKGate, tokens_TD: Tensor) -> Tensor:

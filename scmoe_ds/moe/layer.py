@@ -101,7 +101,18 @@ class StagedMoE(MoE):
             raise ValueError("ScMoE's experts are laid out over consecutive ranks; "
                              'remove "use_data_before_expert_parallelism" from the DeepSpeed JSON')  # fmt: skip
         if self.ep_size > 1:
+            self._check_experts_agree()
             self.transport = Transport(self.deepspeed_moe.ep_group, self.transport.method)
+
+    def _check_experts_agree(self) -> None:
+        """Experts of one layer that differ in shape between ranks would exchange rows that do not fit."""
+        mine = [(tuple(parameter.shape), str(parameter.dtype)) for parameter in self.deepspeed_moe.experts.parameters()]
+        shapes: list[list[tuple[tuple[int, ...], str]]] = [[] for _ in range(self.ep_size)]
+        dist.all_gather_object(shapes, mine, group=self.deepspeed_moe.ep_group)
+        for rank, other in enumerate(shapes):
+            if other != shapes[0]:
+                raise ValueError(f"the experts of one layer differ between expert-parallel ranks 0 and {rank}: "
+                                 f"{shapes[0]} against {other}; build the same model on every rank")  # fmt: skip
 
     def begin(
         self,
@@ -126,6 +137,8 @@ class StagedMoE(MoE):
         hidden_size = self.deepspeed_moe.gate.wg.in_features
         if shortcut.shape[-1] != hidden_size:
             raise ValueError(f"shortcut of shape {tuple(shortcut.shape)}: the last dimension must be {hidden_size}")
+        if not shortcut.is_floating_point():
+            raise ValueError(f"shortcut of dtype {shortcut.dtype}: must be floating point")
         if self.ep_size > 1 and self.deepspeed_moe.ep_group is None:
             raise RuntimeError("call layer.set_deepspeed_parallelism() (or initialize the engine) before the first use")
         tokens_TD = shortcut.reshape(-1, hidden_size)

@@ -8,9 +8,12 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from scmoe_ds import ScMoE
+from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows
+from scmoe_ds.moe.experts import TwoProjections, grouped_experts, run_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.layer import DGMoE
+from scmoe_ds.overlap.wire import bytes_per_row, pack, unpack
 
 HIDDEN, TOKENS, EXPERTS = 16, 40, 4
 
@@ -204,3 +207,51 @@ def test_gradients_with_and_without_a_shortcut_that_needs_them() -> None:
         layer(tokens(8), shortcut=tap)[0].sum().backward()
         assert all(parameter.grad is not None for parameter in layer.parameters())
         assert (tap.grad is not None) == needs
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_grouped_experts_equal_separate_ones(swiglu: bool) -> None:
+    """torch's grouped product has a CPU form for bf16; the layer uses it on GPUs."""
+    settings = GPTSettings(2, HIDDEN, 2, 64, 8, swiglu=swiglu, ffn_hidden_size=32)
+    experts = make_layer_of(MLP(settings)).deepspeed_moe.experts.bfloat16()
+    assert all(isinstance(expert, TwoProjections) for expert in experts.deepspeed_experts)
+    rows, counts = torch.randn(20, HIDDEN, dtype=torch.bfloat16, requires_grad=True), [5, 0, 9, 6]
+    direction = torch.randn(20, HIDDEN, dtype=torch.bfloat16)
+    results = []
+    for function in (run_experts, grouped_experts):
+        output = function(experts, rows, counts)
+        parameters = [rows, *experts.parameters()]
+        results.append([output, *torch.autograd.grad(output, parameters, direction, materialize_grads=True)])
+    for separate, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, separate, rtol=2e-2, atol=2e-2)
+
+
+def make_layer_of(expert: nn.Module) -> ScMoE:
+    return ScMoE(HIDDEN, expert, EXPERTS)
+
+
+def test_no_tokens_at_all() -> None:
+    layer = make_layer()
+    output, l_aux, counts = layer(torch.zeros(1, 0, HIDDEN))
+    (output.sum() + l_aux).backward()
+    assert output.shape == (1, 0, HIDDEN) and l_aux == 0 and counts.tolist() == [0] * EXPERTS
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_unsupported_dtype() -> None:
+    with pytest.raises(ValueError, match="must be floating point"):
+        make_layer().begin(torch.zeros(2, HIDDEN, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("wire_dtype", "error"), [("bf16", 2**-8), ("fp8", 2**-4)])
+def test_wire_formats(wire_dtype: str, error: float) -> None:
+    rows = torch.randn(50, 64) * torch.logspace(-6, 6, 50).unsqueeze(1)
+    rows[7] = 0
+    packed = pack(rows, wire_dtype)
+    assert packed.element_size() * packed.shape[1] == bytes_per_row(64, torch.float32, wire_dtype) < 4 * 64
+    back = unpack(packed, wire_dtype, torch.float32)
+    largest = rows.abs().amax(-1, keepdim=True)
+    assert back.dtype == torch.float32 and torch.equal(back[7], rows[7])
+    # Relative to the element for normal numbers; below e4m3's smallest step, relative to the row's scale.
+    assert ((back - rows).abs() <= error * rows.abs() + largest * 2**-16 * (wire_dtype == "fp8")).all()
+    assert pack(rows, None) is rows
