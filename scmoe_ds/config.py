@@ -128,7 +128,7 @@ class ScMoEConfig(_Section):
     dispatch: Dispatch = Field(
         "exact", description="Send and compute routed tokens only, or DeepSpeed's padded buffers."
     )
-    all_to_all: Literal["auto", "collective", "send_receive"] = Field(
+    all_to_all: Literal["auto", "collective", "send_receive", "hierarchical"] = Field(
         "auto", description="Primitive of dispatch and combine; auto: the fastest of a probe at start."
     )
     wire_dtype: Union[Literal["bf16", "fp8"], None] = Field(

@@ -18,8 +18,9 @@ from torch import nn
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
 from scmoe_ds.models.blocks import ShortcutRun
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.overlap.transport import Transport, probe
+from scmoe_ds.overlap.transport import probe
 from scmoe_ds.parallel.agreement import require_agreement
+from scmoe_ds.parallel.groups import make_transports, nodes_of_ranks
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -61,8 +62,7 @@ def initialize(
         model=model, config=whole, mpu=mpu, optimizer=optimizer, model_parameters=model_parameters, **kwargs
     )
     lines = describe_schedules(model, section)
-    if section.all_to_all == "auto" and section.expert_parallel_size > 1:
-        lines += choose_all_to_all(model, micro_batch_size)
+    lines += choose_all_to_all(model, section, micro_batch_size)
     if dist.get_rank() == 0:
         for line in lines:
             logger.info(line)
@@ -162,28 +162,41 @@ def describe_schedules(model: nn.Module, config: ScMoEConfig) -> list[str]:
     return [f"schedule of MoE layer {_ranges(layers)}: {text}" for text, layers in lines.items()]
 
 
-def choose_all_to_all(model: nn.Module, micro_batch_size: int) -> list[str]:
-    """Times the all-to-all primitives with a layer's message and hands the fastest one to all ScMoE layers.
-
-    The message is the balanced one: every rank sends the same number of rows to each rank of its group.
+def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: int) -> list[str]:
+    """Hands every expert-parallel ScMoE layer its all-to-all: the one that the section names, or for "auto" the fastest
+    in a probe with a layer's balanced message. Collective over the world.
 
     Returns:
-        a line for the log, or none if the model has no expert-parallel ScMoE layer.
+        a line for the log, or none if the model has no such layer.
+
+    Raises:
+        ScMoEConfigError: "hierarchical" for groups that do not span equally filled nodes.
     """
-    layers = [
-        module for module in model.modules() if isinstance(module, StagedMoE) and module.transport.group is not None
-    ]
+    layers = [module for module in model.modules() if isinstance(module, StagedMoE) and module.transport.size > 1]
     if not layers:
         return []
-    layer, sequence = layers[0], getattr(getattr(model, "settings", None), "max_position_embeddings", 1024)
-    weight = next(layer.deepspeed_moe.experts.parameters())
-    rows = max(micro_batch_size * sequence * layer.deepspeed_moe.gate.k // layer.ep_size, 1)
-    assert layer.transport.group is not None
-    hidden_size = layer.deepspeed_moe.gate.wg.in_features
-    result = probe(layer.transport.group, rows, hidden_size, weight.dtype, weight.device)
+    layer, ep_size = layers[0], config.expert_parallel_size
+    group = layer.transport.group
+    assert group is not None
+    world = list(range(dist.get_world_size()))
+    all_groups = [world[first : first + ep_size] for first in range(0, len(world), ep_size)]
+    transports = make_transports(group, all_groups, nodes_of_ranks())
+    if config.all_to_all == "auto":
+        weight, gate = next(layer.deepspeed_moe.experts.parameters()), layer.deepspeed_moe.gate
+        sequence = getattr(getattr(model, "settings", None), "max_position_embeddings", 1024)
+        rows = max(micro_batch_size * sequence * gate.k // ep_size, 1)
+        times = probe(transports, rows, gate.wg.in_features, weight.dtype, weight.device)
+        chosen, line = times.fastest, f"all-to-all: {times.fastest} (auto; {times})"
+    elif config.all_to_all in transports:
+        chosen, line = config.all_to_all, f"all-to-all: {config.all_to_all} (set by scmoe.all_to_all)"
+    else:
+        raise ScMoEConfigError(
+            f'scmoe.all_to_all = "{config.all_to_all}": needs expert-parallel groups over several nodes with the same '
+            f"number (at least 2) of ranks on each; use one of {', '.join(transports)} or auto"
+        )
     for each in layers:
-        each.transport = Transport(each.transport.group, result.fastest)
-    return [f"all-to-all: {result.fastest} (auto; {result})"]
+        each.transport = transports[chosen]
+    return [line]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -66,7 +66,6 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> Mo
     staged: dict[str, Any] = dict(
         dispatch=config.dispatch,
         gate_softmax=config.gate_softmax,
-        all_to_all="collective" if config.all_to_all == "auto" else config.all_to_all,
         wire_dtype=config.wire_dtype,
     )
     if config.architecture == "dgmoe":

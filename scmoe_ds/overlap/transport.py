@@ -2,6 +2,7 @@
 
 "collective": `all_to_all_single`, NCCL's and gloo's own. gloo's runs half duplex when the sides are skewed.
 "send_receive": all receives are posted, then all sends; full duplex on a link, one message per pair of ranks.
+"hierarchical": inside the nodes, then across; in scmoe_ds.overlap.hierarchical, for groups that span nodes.
 
 Every primitive launches at once, takes uneven and zero sizes, and is used alike on all ranks: ranks that used different
 ones would wait for each other forever.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,29 +94,34 @@ class Probe:
 
 
 def probe(
-    group: dist.ProcessGroup, rows_per_rank: int, hidden_size: int, dtype: torch.dtype, device: torch.device,
+    transports: Mapping[str, Transport],
+    rows_per_rank: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
     rounds: int = 7,
-) -> Probe:  # fmt: skip
-    """Times every method on this group with the message size of a layer; all ranks of the group call it.
+) -> Probe:
+    """Times every transport of one group with the message size of a layer; all ranks of the group call it.
 
     The times are the slowest rank's (MAX-reduced over the group), so that all ranks draw the same conclusion.
     """
+    group = next(iter(transports.values())).group
     size = dist.get_world_size(group)
     rows = torch.zeros(size * rows_per_rank, hidden_size, dtype=dtype, device=device)
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    times: dict[str, list[float]] = {method: [] for method in transports}
     sizes = [rows_per_rank] * size
     for number in range(rounds + 2):
-        for method in METHODS:
+        for method, transport in transports.items():
             dist.barrier(group)
             _synchronize(device)
             started = time.perf_counter()
-            Transport(group, method).launch(torch.empty_like(rows), rows, sizes, sizes)()
+            transport.launch(torch.empty_like(rows), rows, sizes, sizes)()
             _synchronize(device)
             if number >= 2:  # connections are made at the first use
                 times[method].append(time.perf_counter() - started)
-    medians = torch.tensor([1e3 * statistics.median(times[method]) for method in METHODS], device=device)
+    medians = torch.tensor([1e3 * statistics.median(times[method]) for method in times], device=device)
     dist.all_reduce(medians, op=dist.ReduceOp.MAX, group=group)
-    milliseconds = dict(zip(METHODS, medians.tolist(), strict=True))
+    milliseconds = dict(zip(times, medians.tolist(), strict=True))
     return Probe(milliseconds, rows.element_size() * hidden_size, rows_per_rank)
 
 

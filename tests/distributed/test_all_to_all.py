@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,10 +12,15 @@ from torch import Tensor
 from scmoe_ds.overlap.all_to_all import start
 from scmoe_ds.overlap.counts import start_counts
 from scmoe_ds.overlap.transport import METHODS, Transport
+from scmoe_ds.parallel.groups import make_transports, ranks_by_node
 from tests.helpers.distributed import run_distributed
 
 # SPLITS[i][j]: rows that rank i sends to rank j; rank 1 sends nothing at all, rank 0 keeps nothing.
-SPLITS = {2: [[0, 3], [0, 0]], 3: [[0, 2, 1], [0, 0, 0], [1, 0, 2]]}
+SPLITS = {
+    2: [[0, 3], [0, 0]],
+    3: [[0, 2, 1], [0, 0, 0], [1, 0, 2]],
+    4: [[0, 2, 1, 3], [0, 0, 0, 0], [1, 0, 2, 0], [4, 1, 0, 1]],
+}
 
 
 def row_sizes(ranks: int, rank: int) -> tuple[list[int], list[int]]:
@@ -23,7 +30,7 @@ def row_sizes(ranks: int, rank: int) -> tuple[list[int], list[int]]:
 def exchange(
     rows: Tensor, sizes: tuple[list[int], list[int]] | tuple[None, None], blocking: bool, method: str
 ) -> Tensor:
-    return start(rows, Transport(dist.group.WORLD, method), *sizes, blocking=blocking).wait()
+    return start(rows, transport_of(method), *sizes, blocking=blocking).wait()
 
 
 def global_loss(rows: Tensor, sizes: tuple, blocking: bool, method: str) -> Tensor:
@@ -43,7 +50,7 @@ def arrivals(uneven: bool, method: str) -> bool:
     counts = sizes[1] or [2] * ranks
     wanted = [[100.0 * source + 10 * rank + i] for source, count in enumerate(counts) for i in range(count)]
     assert received.tolist() == wanted
-    assert start_counts(torch.tensor(send), Transport(dist.group.WORLD, method)).wait() == (send, counts)
+    assert start_counts(torch.tensor(send), transport_of(method)).wait() == (send, counts)
     return True
 
 
@@ -75,6 +82,31 @@ def gradients(uneven: bool, blocking: bool, method: str) -> float:
     return worst
 
 
+@functools.cache
+def transport_of(method: str) -> Transport:
+    """Four ranks stand for two nodes of two."""
+    world = dist.group.WORLD
+    if method != "hierarchical":
+        return Transport(world, method)
+    return make_transports(world, [list(range(4))], ["a", "a", "b", "b"])["hierarchical"]
+
+
+def hierarchical_case() -> list[float]:
+    """Arrivals, gradients, and many launches in flight at once."""
+    assert arrivals(False, "hierarchical") and arrivals(True, "hierarchical")
+    transport = transport_of("hierarchical")
+    sizes = row_sizes(4, dist.get_rank())
+    rows = [torch.full((sum(sizes[0]), 3), float(10 * n + dist.get_rank())) for n in range(5)]
+    flights = [start(part, transport, *sizes) for part in rows]
+    wanted = [float(source) for source, count in enumerate(sizes[1]) for _ in range(count)]
+    for n, flight in enumerate(flights):
+        assert flight.wait()[:, 0].tolist() == [10 * n + source for source in wanted]
+    return [
+        gradients(uneven, blocking, "hierarchical")
+        for uneven, blocking in ((False, False), (True, False), (True, True))
+    ]
+
+
 def all_cases(function) -> list:  # type: ignore[no-untyped-def]
     """One start of the processes for all cases."""
     if function is arrivals:
@@ -91,6 +123,26 @@ def test_rows_arrive_where_they_belong(ranks: int) -> None:
 def test_gradients() -> None:
     for errors in run_distributed(all_cases, 2, gradients):
         assert max(errors) < 1e-7
+
+
+def test_hierarchical() -> None:
+    for errors in run_distributed(hierarchical_case, 4):
+        assert max(errors) < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "layout"),
+    [
+        ([0, 1, 2, 3], "aabb", [[0, 1], [2, 3]]),
+        ([2, 3, 4, 5], "aaaabb", [[2, 3], [4, 5]]),
+        ([0, 1, 2, 3], "aaaa", None),  # one node
+        ([0, 1], "ab", None),  # one rank per node
+        ([0, 1, 2], "aab", None),  # unequal
+        ([0, 1, 2, 3], "abab", None),  # a node's ranks do not follow each other
+    ],
+)
+def test_which_groups_can_be_hierarchical(ranks: list[int], nodes: str, layout: list[list[int]] | None) -> None:
+    assert ranks_by_node(ranks, nodes) == layout
 
 
 def test_waiting_twice_is_an_error() -> None:

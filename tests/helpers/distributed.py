@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 240
 
 
-def run_distributed(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = TIMEOUT_S
+) -> list[Any]:
     """`function(*arguments)` on every rank, inside a DeepSpeed process group on loopback.
 
     Args:
@@ -31,12 +34,12 @@ def run_distributed(function: Callable[..., Any], ranks: int, *arguments: Any) -
         context = mp.spawn(_worker, (ranks, port, directory, function, arguments), nprocs=ranks, join=False)
         assert context is not None
         # join() returns as soon as one process has ended; it is called until all have.
-        deadline = __import__("time").monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while not context.join(timeout=5):
-            if __import__("time").monotonic() > deadline:
+            if time.monotonic() > deadline:
                 for process in context.processes:
                     process.kill()
-                raise RuntimeError(f"{function.__name__} on {ranks} ranks did not end within {TIMEOUT_S} s: a hang?")
+                raise RuntimeError(f"{function.__name__} on {ranks} ranks did not end within {timeout_s} s: a hang?")
         files = [Path(directory) / str(rank) for rank in range(ranks)]
         return [torch.load(file, weights_only=False) for file in files]
 

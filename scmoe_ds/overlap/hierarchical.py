@@ -1,0 +1,84 @@
+"""An all-to-all in two steps, inside the nodes and then across: fewer and larger messages on the slow links.
+
+Rank (n, g) is place g of node n. First the ranks of a node exchange so that (n, g) holds everything from its node for
+the ranks (·, g); then the ranks of one place exchange across nodes. Every pair of nodes then shares G messages of G
+pieces each instead of G * G of one.
+
+The second step needs the first one's result, so both run on a thread of their own, in the order of their launches, over
+process groups that nothing else uses: ranks launch in the same order, hence the steps meet in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe_ds.overlap.transport import Transport, Wait
+
+
+@dataclass(frozen=True)
+class HierarchicalTransport(Transport):
+    """`Transport` over consecutive ranks of equally filled nodes.
+
+    Attributes:
+        group: all ranks, node by node.
+        node_group: this rank's node, in the order of `group`.
+        place_group: this rank's place in every node, in the order of the nodes.
+    """
+
+    method: str = "hierarchical"
+    node_group: dist.ProcessGroup | None = None
+    place_group: dist.ProcessGroup | None = None
+    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "all-to-all"), compare=False)
+
+    def __post_init__(self) -> None:
+        if self.node_group is None or self.place_group is None:
+            raise ValueError("a hierarchical all-to-all needs a group per node and one per place")
+
+    def launch(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
+        """See `Transport.launch`."""
+        if not rows.is_cuda:
+            step: Future[None] = self.worker.submit(self._exchange, received, rows, receive, send)
+            return step.result
+        ready = torch.cuda.current_stream(rows.device).record_event()
+        on_stream = self.worker.submit(self._exchange_on_stream, ready, received, rows, receive, send)
+        return lambda: torch.cuda.current_stream(rows.device).wait_event(on_stream.result())
+
+    def _exchange_on_stream(
+        self, ready: torch.cuda.Event, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]
+    ) -> torch.cuda.Event:
+        stream = torch.cuda.Stream(rows.device)
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            self._exchange(received, rows, receive, send)
+        return stream.record_event()
+
+    @torch.no_grad()
+    def _exchange(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> None:
+        places, nodes = dist.get_world_size(self.node_group), dist.get_world_size(self.place_group)
+        place = dist.get_rank(self.node_group)
+        # sends[h][n * places + g]: rows from place h of this node to rank (n, g).
+        mine = torch.tensor(list(send), device=rows.device)
+        gathered = [torch.empty_like(mine) for _ in range(places)]
+        dist.all_gather(gathered, mine, group=self.node_group)
+        sends = [counts.tolist() for counts in gathered]
+
+        pieces = rows.split(list(send))
+        by_place = torch.cat([pieces[n * places + g] for g in range(places) for n in range(nodes)])
+        to_place = [sum(send[n * places + g] for n in range(nodes)) for g in range(places)]
+        from_place = [[sends[h][n * places + place] for n in range(nodes)] for h in range(places)]
+        inside = rows.new_empty((sum(map(sum, from_place)), *rows.shape[1:]))
+        dist.all_to_all_single(
+            inside, by_place, [sum(counts) for counts in from_place], to_place, group=self.node_group
+        )
+
+        parts = inside.split([count for counts in from_place for count in counts])
+        by_node = torch.cat([parts[h * nodes + n] for n in range(nodes) for h in range(places)])
+        to_node = [sum(from_place[h][n] for h in range(places)) for n in range(nodes)]
+        from_node = [sum(receive[n * places : (n + 1) * places]) for n in range(nodes)]
+        dist.all_to_all_single(received, by_node, from_node, to_node, group=self.place_group)
