@@ -91,24 +91,29 @@ def fused_layer_norm_class() -> type[nn.Module]:
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position embedding on the two halves of each head (the layout of LLaMA's Hugging Face weights)."""
+    """Rotary position embedding on the two halves of each head (the layout of LLaMA's Hugging Face weights).
 
-    cosine_SH: Tensor
-    sine_SH: Tensor
+    The angles are no buffer: a bf16 engine would round them, and positions beyond 256 would become alike.
+    """
 
     def __init__(self, settings: GPTSettings) -> None:
         super().__init__()
-        exponent = torch.arange(0, settings.head_size, 2, dtype=torch.float32) / settings.head_size
-        positions = torch.arange(settings.max_position_embeddings, dtype=torch.float32)
-        angle_SH = torch.outer(positions, settings.rotary_base**-exponent).repeat(1, 2)
-        self.register_buffer("cosine_SH", angle_SH.cos(), persistent=False)
-        self.register_buffer("sine_SH", angle_SH.sin(), persistent=False)
+        self.base, self.head_size = settings.rotary_base, settings.head_size
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def forward(self, heads_BNSH: Tensor) -> Tensor:
-        S = heads_BNSH.shape[2]
+        cosine_SH, sine_SH = self._angles(heads_BNSH.shape[2], heads_BNSH.device)
         first, second = heads_BNSH.float().chunk(2, dim=-1)
         rotated = torch.cat([-second, first], dim=-1)
-        return (heads_BNSH.float() * self.cosine_SH[:S] + rotated * self.sine_SH[:S]).to(heads_BNSH.dtype)
+        return (heads_BNSH.float() * cosine_SH + rotated * sine_SH).to(heads_BNSH.dtype)
+
+    def _angles(self, sequence: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._table is None or self._table[0].shape[0] < sequence or self._table[0].device != device:
+            exponent = torch.arange(0, self.head_size, 2, dtype=torch.float32, device=device) / self.head_size
+            positions = torch.arange(sequence, dtype=torch.float32, device=device)
+            angle_SH = torch.outer(positions, self.base**-exponent).repeat(1, 2)
+            self._table = (angle_SH.cos(), angle_SH.sin())
+        return self._table[0][:sequence], self._table[1][:sequence]
 
 
 class Attention(nn.Module):

@@ -79,7 +79,9 @@ class ExactLayout:
         kept_KT = routing.expert_KT >= 0
         # Dropped choices count for an expert E that does not exist: they sort behind all others and are cut off.
         expert_N = torch.where(kept_KT, routing.expert_KT, num_experts).flatten()
-        rows_per_expert = torch.bincount(expert_N, minlength=num_experts + 1)[:num_experts]
+        # Not bincount: on a GPU it makes the host wait for the largest id.
+        rows_per_expert = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
+        rows_per_expert = rows_per_expert.scatter_add_(0, expert_N, torch.ones_like(expert_N))[:num_experts]
         first_row_E1 = torch.cat([rows_per_expert.new_zeros(1), rows_per_expert.cumsum(0)])
         order_N = torch.sort(expert_N, stable=True).indices
         row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(K * T, device=order_N.device))

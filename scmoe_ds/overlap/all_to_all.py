@@ -124,8 +124,6 @@ class _Transfer:
         side.wait_event(ready)
         with torch.cuda.stream(side):
             self._launch(rows, send, receive)
-        assert self._in_flight is not None
-        self._in_flight[2].record_stream(torch.cuda.current_stream(rows.device))
 
     def launch_gradient(self, grad: Tensor) -> None:
         self._launch(grad, self.receive, self.send)
@@ -144,10 +142,15 @@ class _Transfer:
 
     def finish(self) -> Tensor:
         assert self._in_flight is not None, "an all-to-all is waited for without having been sent"
-        wait, _, received, dtype = self._in_flight
+        wait, packed, received, dtype = self._in_flight
         self._in_flight = None
         if wait is not None:
             wait()
+        if received.is_cuda:
+            # Buffers of a deferred launch belong to the side stream. The host is past the wait long before the
+            # transfer is; freed now, they could be reused there. The current stream comes after the transfer.
+            for buffer in (packed, received):
+                buffer.record_stream(torch.cuda.current_stream(buffer.device))
         return unpack(received, self.wire_dtype, dtype)
 
 

@@ -210,3 +210,10 @@ def test_apex_is_no_requirement() -> None:
     for file in ("requirements.txt", "requirements-dev.txt", "pyproject.toml"):
         lines = [line.split("#")[0] for line in (root / file).read_text().splitlines()]
         assert not any(line.strip().lower().startswith("apex") for line in lines), file
+
+
+def test_rotary_angles_stay_fp32_in_a_bf16_model() -> None:
+    rotary = RotaryEmbedding(GPTSettings(**SMALL)).bfloat16()
+    heads = torch.ones(1, 1, 1000, 8, dtype=torch.bfloat16)
+    exact = RotaryEmbedding(GPTSettings(**SMALL))(heads.float())
+    torch.testing.assert_close(rotary(heads).float(), exact, rtol=1e-2, atol=1e-2)
