@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from tests.helpers.distributed import run_distributed
 TOKENS = [256, 512, 1024, 2048, 4096, 8192, 16384]
 EXPERTS = [4, 8, 16, 32, 64, 128]
 HIDDEN = 128
+MEMORY = [STOCK, "+ shared expert (DeepSpeed Residual MoE)", "top-2, exact dispatch, full duplex",
+          "+ full-duplex all-to-all = ScMoE Pos-2"]  # fmt: skip
 
 
 def layer_times(sizes: list[tuple[int, int]], rounds: int) -> list[float]:
@@ -54,11 +57,11 @@ def slope(sizes: list[int], times: list[float]) -> float:
     return float(np.polyfit(np.log(sizes[half:]), np.log(times[half:]), 1)[0])
 
 
-def peak_bytes(variant: str) -> int:
-    """Peak of live tensor bytes above the model's own during one training step of a pair, on one process."""
+def peak_bytes(variant: str, sequences: int) -> int:
+    """Peak of live tensor bytes (weights, gradients, activations) of one training step of a pair, on one process."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    shape = SHAPES["gpt"]
+    shape = replace(SHAPES["gpt"], sequences=sequences)
     run = build(MAIN[variant], shape, 0.0)
     hidden = torch.randn(shape.sequences, shape.seq_length, shape.hidden_size, requires_grad=True)
     tracker = MemTracker()
@@ -69,9 +72,17 @@ def peak_bytes(variant: str) -> int:
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 
-def measure_memory(variants: list[str]) -> dict[str, int]:
+def measure_memory(variants: list[str], sequences: list[int]) -> dict[str, dict[str, float]]:
+    """Megabytes per variant and tokens per process, and the share of DeepSpeed's top-2."""
     torch.set_num_threads(1)
-    return {variant: peak_bytes(variant) for variant in variants}
+    record: dict[str, dict[str, float]] = {}
+    for count in sequences:
+        peaks = {variant: peak_bytes(variant, count) for variant in variants}
+        tokens = count * SHAPES["gpt"].seq_length
+        for variant, peak in peaks.items():
+            row = {f"MB at {tokens} tokens": peak / 1e6, f"share at {tokens} tokens": peak / peaks[STOCK]}
+            record[variant] = record.get(variant, {}) | row
+    return record
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -97,7 +108,7 @@ def main() -> None:
     tokens = run_distributed(layer_times, 1, [(n, 8) for n in TOKENS], args.rounds, timeout_s=1800)[0]
     experts = run_distributed(layer_times, 1, [(2048, n) for n in EXPERTS], args.rounds, timeout_s=1800)[0]
     ep = [run_distributed(layer_times, n, [(2048, 8)], args.rounds, timeout_s=1800)[0][0] for n in (1, 2, 4)]
-    memory = run_distributed(measure_memory, 1, list(MAIN), timeout_s=1800)[0]
+    memory = run_distributed(measure_memory, 1, MEMORY, [4, 16], timeout_s=1800)[0]
     record = {
         "environment": environment(),
         "settings": {"hidden_size": HIDDEN, "rounds": args.rounds, "experts at varying tokens": 8,
@@ -105,7 +116,7 @@ def main() -> None:
         "tokens": {"sizes": TOKENS, "ms": tokens, "slope": slope(TOKENS, tokens)},
         "experts": {"sizes": EXPERTS, "ms": experts, "slope": slope(EXPERTS, experts)},
         "ep": {"sizes": [1, 2, 4], "ms": ep},
-        "peak_memory": {name: {"bytes": size, "share": size / memory[STOCK]} for name, size in memory.items()},
+        "peak_memory": memory,
     }  # fmt: skip
     print(json.dumps(record, indent=1))
     if args.output:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Project = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
@@ -38,9 +41,27 @@ def run_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int
         return grouped_experts(experts, rows_SD, rows_per_expert)
     outputs = []
     for expert, part in zip(experts.deepspeed_experts, rows_SD.split(list(rows_per_expert)), strict=True):
-        output = expert(part)
+        output = activate_and_project(expert, expert.input(part)) if is_plain(expert) else expert(part)
         outputs.append(output[0] if isinstance(output, tuple) else output)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def is_plain(expert: nn.Module) -> bool:
+    """Whether an expert is of the form of `TwoProjections` with nothing hooked into its forward pass."""
+    hooked = expert._forward_hooks or expert._forward_pre_hooks
+    return not hooked and isinstance(expert, TwoProjections)
+
+
+def activate_and_project(expert: TwoProjections, inner: Tensor, project: Project | None = None) -> Tensor:
+    """output(activate(inner)), keeping `inner` alone for the backward pass.
+
+    The activated rows, as large as the expert's widest tensor, are computed again when the gradient needs them: one
+    pass over `inner`, no matrix product (the checkpoint stops as soon as it has what it needs).
+    """
+    project = project or expert.output
+    if not torch.is_grad_enabled():
+        return project(expert.activate(inner))
+    return checkpoint(lambda rows: project(expert.activate(rows)), inner, use_reentrant=False, preserve_rng_state=False)
 
 
 def can_group(experts: Experts, rows_SD: Tensor) -> bool:
@@ -49,7 +70,7 @@ def can_group(experts: Experts, rows_SD: Tensor) -> bool:
         return False
     return (
         torch.cuda.get_device_capability(rows_SD.device) >= (8, 0)
-        and all(isinstance(expert, TwoProjections) for expert in experts.deepspeed_experts)
+        and all(is_plain(expert) for expert in experts.deepspeed_experts)
         and all(parameter.shape[-1] % 8 == 0 for parameter in experts.parameters())
     )
 
@@ -76,8 +97,8 @@ def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence
         bias_LO = torch.stack([layer.bias for layer in layers])
         return product + bias_LO.repeat_interleave(counts_L, dim=0, output_size=rows.shape[0])
 
-    inner_SF = members[0].activate(project(rows_SD, [expert.input for expert in members]))
-    return project(inner_SF, [expert.output for expert in members])
+    inner_SF = project(rows_SD, [expert.input for expert in members])
+    return activate_and_project(members[0], inner_SF, lambda rows: project(rows, [e.output for e in members]))
 
 
 def initialize_experts(experts: Experts, first_global_id: int) -> None:

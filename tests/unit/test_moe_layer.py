@@ -6,6 +6,7 @@ import pytest
 import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from scmoe_ds import ScMoE
 from scmoe_ds.models.layers import MLP, GPTSettings
@@ -255,3 +256,32 @@ def test_wire_formats(wire_dtype: str, error: float) -> None:
     # Relative to the element for normal numbers; below e4m3's smallest step, relative to the row's scale.
     assert ((back - rows).abs() <= error * rows.abs() + largest * 2**-16 * (wire_dtype == "fp8")).all()
     assert pack(rows, None) is rows
+
+
+def test_experts_keep_one_wide_tensor_for_backward_and_repeat_no_product() -> None:
+    experts = make_layer_of(MLP(GPTSettings(2, HIDDEN, 2, 64, 8))).deepspeed_moe.experts
+    rows, wide = torch.randn(80, HIDDEN, requires_grad=True), 4 * HIDDEN
+
+    def kept_and_flops(function) -> tuple[int, int]:  # type: ignore[no-untyped-def]
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.shape[-1] == wide and tensor.shape[0] == 20:
+                saved[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = function()
+            torch.autograd.grad(output.square().sum(), [rows, *experts.parameters()])
+        return sum(saved.values()), counter.get_total_flops()
+
+    def plain() -> Tensor:
+        return torch.cat([e(part) for e, part in zip(experts.deepspeed_experts, rows.split(20), strict=True)])
+
+    (plain_kept, plain_flops), (kept, flops) = (
+        kept_and_flops(plain),
+        kept_and_flops(lambda: run_experts(experts, rows, [20] * 4)),
+    )
+    assert plain_kept == 2 * 80 * wide and kept == 80 * wide
+    assert flops == plain_flops
