@@ -9,11 +9,12 @@ R rows that this rank sends, S rows that it receives, P ranks of the expert-para
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from deepspeed.moe.sharded_moe import _route_slots, _sparse_decode, _sparse_encode
+from deepspeed.moe.sharded_moe import _route_slots, _sparse_encode
 from torch import Tensor
 
 from scmoe_ds.moe.gate import Routing
@@ -30,7 +31,16 @@ def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tens
     Returns:
         [T, D] in the dtype of `rows_RD`; zeros for a token whose choices were all dropped.
     """
-    return _sparse_decode(rows_RD, row_of_choice_KT, weight_KT, weight_KT.shape[1])
+    if rows_RD.shape[0] == 0:
+        # Nothing was kept, but the result must hang on the rows: the other ranks wait for their gradients' exchange.
+        return rows_RD.new_zeros(weight_KT.shape[1], rows_RD.shape[1]) + rows_RD.sum()
+    # A dropped choice has weight 0 and may name any row; that spares a copy of all rows with a zero row appended.
+    row_KT = row_of_choice_KT.clamp(max=rows_RD.shape[0] - 1)
+    parts = [
+        rows_RD.index_select(0, row_T) * weight_T.unsqueeze(1)
+        for row_T, weight_T in zip(row_KT, weight_KT, strict=True)
+    ]
+    return functools.reduce(torch.add, parts).to(rows_RD.dtype)  # fp32 up to here: the weights are
 
 
 @dataclass(frozen=True)

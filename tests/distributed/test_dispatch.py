@@ -104,6 +104,16 @@ def bytes_on_the_wire(wire_dtype: str | None) -> tuple[int, int]:
     return sent, 2 * (kept + received) * row + EXPERTS * 8
 
 
+def everything_dropped_on_one_rank() -> bool:
+    """Used-token mask of zeros on rank 1: it keeps no choice, sends no row, and still does not leave rank 0 waiting."""
+    layer = make_layer("exact", 1, True)
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    used = torch.full((TOKENS,), 1 - dist.get_rank(), dtype=torch.int64)
+    output, l_aux, _ = layer(x, used)
+    (output.sum() + l_aux).backward()
+    return bool(torch.isfinite(x.grad).all())
+
+
 def idle_rank() -> bool:
     """Rank 1 has no tokens; both take part, and rank 1's experts learn from rank 0's tokens."""
     layer = make_layer("exact", 1, False)
@@ -151,6 +161,10 @@ def test_bytes_on_the_wire_are_routed_rows_and_counts(wire_dtype: str | None) ->
 
 def test_a_rank_without_tokens() -> None:
     assert run_distributed(idle_rank, 2) == [True, True]
+
+
+def test_a_rank_whose_tokens_are_all_unused() -> None:
+    assert run_distributed(everything_dropped_on_one_rank, 2) == [True, True]
 
 
 def test_experts_that_differ_between_ranks_are_an_error_on_every_rank() -> None:
