@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +118,9 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# {SHAPES[settings['shape']].name}: all-to-all {share} of DeepSpeed's top-2 MoE layer",
         "",
-        f"{record['date']}. `{record['command']}`",
+        f"`{record['command']}`",
         "",
-        f"{record['environment']}. Two network namespaces, one pinned rank each, linked at: {rates}. "
+        f"{', '.join(f'{key} {value}' for key, value in record['environment'].items())}. Two network namespaces, one pinned rank each, linked at: {rates}. "
         f"{settings['rounds']} interleaved rounds; speed-up over DeepSpeed's top-2: median (10th–90th percentile) of "
         "the ratios within rounds.",
     ]
@@ -162,7 +161,7 @@ def main() -> None:
         output = nodes.launch(program, timeout_s=3600)[0].stdout
     found = next(line for line in output.splitlines() if line.startswith("RECORD "))
     command = "python -m benchmarks.block " + " ".join(sys.argv[1:])
-    record = {"date": date.today().isoformat(), "command": command, "environment": environment(), "settings": settings}
+    record: dict[str, Any] = {"command": command, "environment": environment(), "settings": settings}
     record |= json.loads(found.removeprefix("RECORD "))
     text = markdown(record)
     print(text)

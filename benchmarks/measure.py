@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -68,7 +70,15 @@ def environment() -> dict[str, str]:
     """Hardware and versions, for the head of a record."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_model()
     packages = {name: version(name) for name in ("torch", "deepspeed")}
-    return {"device": device, "threads": str(torch.get_num_threads()), "python": platform.python_version(), **packages}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **packages,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": date.today().isoformat(),
+    }
 
 
 def _cpu_model() -> str:
