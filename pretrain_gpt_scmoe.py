@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.arguments import ArgumentError, gpt_settings, parse_arguments
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.data.corpus import prepare_default_corpus, unigram_entropy
-from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, split_document_ranges
+from scmoe_ds.data.corpus import prepare_default_corpus, validation_entropy
+from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
 from scmoe_ds.engine import batch_sizes, connect, expert_parallel_rank, fingerprint
@@ -38,7 +37,7 @@ USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.Checkpoint
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training job; returns the exit code. What a user can mend ends in one sentence, not in a traceback."""
     show_log()
-    connected = False
+    connected, code = False, 0
     try:
         args, whole, config = parse_arguments(argv)
         connected = connect()
@@ -47,19 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before the ranks have met, each node speaks for itself; afterwards all of them fail alike.
         if os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0":
             print(f"pretrain_gpt_scmoe.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if connected:
-            dist.destroy_process_group()
-    return 0
+        code = 2
+    # Not in a finally: after any other error the traceback matters, and other ranks may be inside a collective.
+    if connected:
+        dist.destroy_process_group()
+    return code
 
 
 def show_log() -> None:
     """Lets the package's own log through; DeepSpeed sets the root logger to warnings only."""
     log = logging.getLogger("scmoe_ds")
     log.setLevel(logging.INFO)
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler(sys.stdout))
+    log.handlers = [logging.StreamHandler(sys.stdout)]
 
 
 def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
@@ -68,8 +66,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
     config.check_world(ranks)
     micro_batch_size, accumulation_steps = batch_sizes(whole, ranks)
-    if args.save:
-        checkpoint.check_writable(args.save)
+    config.check_tokens(micro_batch_size * args.seq_length)
     settings = RunSettings(
         args.train_iters, micro_batch_size, accumulation_steps, args.seq_length, args.seed, args.log_interval,
         args.eval_interval, args.eval_iters, args.num_workers, args.save, args.save_interval, args.exit_interval,
@@ -79,13 +76,17 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     prefixes = args.data_path or [run_together(lambda: prepare_default_corpus(args.corpus_dir))]
     datasets = load_data(args, settings, tokenizer, prefixes, ranks)
+    description = checkpoint.describe(shape, config, ranks, whole)
+    if args.load:
+        checkpoint.find(args.load, description)
+    if args.save:
+        checkpoint.check_writable(args.save)
 
     model = GPT(shape, config, args.seq_length)
     ep_rank = expert_parallel_rank(config.expert_parallel_size)
     initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers, ep_rank)
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
 
-    description = checkpoint.describe(shape, config, ranks, engine.zero_optimization_stage())
     iteration, consumed_samples = checkpoint.load(engine, args.load, description) if args.load else (0, 0)
     if dist.get_rank() == 0:
         print(f"training {config.architecture} from iteration {iteration} to {args.train_iters} on {ranks} "
@@ -124,10 +125,8 @@ def report(summary: Summary, whole: dict[str, Any], prefixes: Sequence[str], spl
     if loss is not None:
         print(f"  validation loss        {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}")
     if len(prefixes) == 1:
-        data = IndexedDataset(prefixes[0])
-        _, validation, _ = split_document_ranges(split, len(data.document_indices) - 1)
-        print(f"  its unigram entropy    {unigram_entropy(data, validation):.4f} nats per token (what a model that "
-              "knows token frequencies only could reach)")  # fmt: skip
+        print(f"  its unigram entropy    {validation_entropy(prefixes[0], split):.4f} nats per token (what a model "
+              "that knows token frequencies only could reach)")  # fmt: skip
     print(f"  speed                  {summary.tokens_per_second:.0f} tokens per second")
     print(
         f"  checkpoint             {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}"

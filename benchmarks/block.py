@@ -115,12 +115,13 @@ def markdown(record: dict[str, Any]) -> str:
         f"{mode}: {link['rate_mbit']:.0f} Mbit/s, all-to-all {link['all_to_all_ms']:.0f} of {link['layer_ms']:.0f} ms"
         for mode, link in links.items()
     )
+    hardware = ", ".join(f"{key} {value}" for key, value in record["environment"].items())
     lines = [
         f"# {SHAPES[settings['shape']].name}: all-to-all {share} of DeepSpeed's top-2 MoE layer",
         "",
         f"`{record['command']}`",
         "",
-        f"{', '.join(f'{key} {value}' for key, value in record['environment'].items())}. Two network namespaces, one pinned rank each, linked at: {rates}. "
+        f"{hardware}. Two network namespaces, one pinned rank each, linked at: {rates}. "
         f"{settings['rounds']} interleaved rounds; speed-up over DeepSpeed's top-2: median (10th–90th percentile) of "
         "the ratios within rounds.",
     ]

@@ -13,11 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 
 DESCRIPTION_FILE = "scmoe.json"
+MANIFEST_FILE = "scmoe_files.json"
 
 # Fields that neither the weights nor the optimizer state depend on; a resume may change them.
 _FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std"}
@@ -29,12 +32,16 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used, and why."""
 
 
-def describe(settings: GPTSettings, config: ScMoEConfig, world_size: int, zero_stage: int) -> dict[str, Any]:
+def describe(
+    settings: GPTSettings, config: ScMoEConfig, world_size: int, deepspeed_json: Mapping[str, Any]
+) -> dict[str, Any]:
     """What a checkpoint's tensors depend on, as one flat JSON object."""
+    precisions = [name for name in ("bf16", "fp16") if deepspeed_json.get(name, {}).get("enabled")]
     model = {key: value for key, value in asdict(settings).items() if key not in _FREE_MODEL_FIELDS}
     section = {f"scmoe.{key}": getattr(config, key) for key in _BINDING_SECTION_FIELDS}
     layout = {"scmoe.expert_parallel_size": config.expert_parallel_size, "number of processes": world_size,
-              "zero_optimization.stage": zero_stage}  # fmt: skip
+              "zero_optimization.stage": deepspeed_json.get("zero_optimization", {}).get("stage", 0),
+              "precision": precisions[0] if precisions else "fp32"}  # fmt: skip
     return model | section | layout
 
 
@@ -73,6 +80,13 @@ def save(engine: Any, directory: str, iteration: int, consumed_samples: int, des
     run_together(write_description, on_rank_zero=True)
     state = {"iteration": iteration, "consumed_samples": consumed_samples}
     engine.save_checkpoint(directory, tag=path.name, client_state=state)
+    dist.barrier()  # all ranks have written
+
+    def write_manifest() -> None:
+        sizes = {file.name: file.stat().st_size for file in sorted(path.glob("*.pt"))}
+        (path / MANIFEST_FILE).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+
+    run_together(write_manifest, on_rank_zero=True)
     return path
 
 
@@ -85,8 +99,7 @@ def load(engine: Any, directory: str, description: Mapping[str, Any]) -> tuple[i
     Raises:
         CheckpointError: a checkpoint of another model or layout (lists what differs), or a damaged one.
     """
-    tag = run_together(lambda: _latest_fitting(Path(directory), description))
-    require_agreement("the latest checkpoint", tag)
+    tag = find(directory, description)
     if tag is None:
         return 0, 0
     try:
@@ -101,6 +114,35 @@ def load(engine: Any, directory: str, description: Mapping[str, Any]) -> tuple[i
             f"--load {directory}/{tag}: DeepSpeed found no model file there; the checkpoint is incomplete"
         )
     return int(state["iteration"]), int(state["consumed_samples"])
+
+
+def find(directory: str, description: Mapping[str, Any]) -> str | None:
+    """The latest checkpoint's tag if it fits this run and is complete; None if the directory has none yet.
+
+    Collective, and cheap: a run can ask before it builds its engine.
+
+    Raises:
+        CheckpointError: as `load`, on every rank.
+    """
+    tag = run_together(lambda: _latest_fitting(Path(directory), description))
+    require_agreement("the latest checkpoint", tag)
+    return tag
+
+
+def _check_complete(directory: Path) -> None:
+    """Compares the files with the sizes that were noted when all ranks had written."""
+    try:
+        sizes = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CheckpointError(f"--load {directory}: no readable {MANIFEST_FILE}; the save was interrupted. Name an "
+                              f"earlier checkpoint in {directory.parent}/latest") from None  # fmt: skip
+    for name, size in sizes.items():
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"--load {directory}: {name} {state}; the checkpoint is damaged or incomplete. Name "
+                                  f"an earlier one in {directory.parent}/latest")  # fmt: skip
 
 
 def _latest_fitting(directory: Path, description: Mapping[str, Any]) -> str | None:
@@ -125,4 +167,5 @@ def _latest_fitting(directory: Path, description: Mapping[str, Any]) -> str | No
             f"{key}: {saved.get(key)!r} in the checkpoint, {wanted.get(key)!r} in this run" for key in keys
         )
         raise CheckpointError(f"--load {directory}/{tag} is a checkpoint of another model or layout: {listed}")
+    _check_complete(directory / tag)
     return tag

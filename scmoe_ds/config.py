@@ -241,6 +241,16 @@ class ScMoEConfig(_Section):
                         f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of "
                         f"{num_layers} layers")  # fmt: skip
 
+    def check_tokens(self, tokens_per_rank: int) -> None:
+        """DeepSpeed's top-1 gate wants at least min_capacity tokens.
+
+        Raises:
+            ScMoEConfigError: fewer tokens in a micro-batch.
+        """
+        if self.top_k == 1 and tokens_per_rank < self.min_capacity:
+            raise _fail("scmoe.min_capacity", self.min_capacity,
+                        f"exceeds the {tokens_per_rank} tokens of a micro-batch; lower it")  # fmt: skip
+
     def check_world(self, world_size: int) -> None:
         """Rules that need the number of ranks.
 

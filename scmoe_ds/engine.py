@@ -61,6 +61,8 @@ def initialize(
     result = deepspeed.initialize(
         model=model, config=whole, mpu=mpu, optimizer=optimizer, model_parameters=model_parameters, **kwargs
     )
+    if dist.get_rank() == 0:
+        warn(whole)
     lines = describe_schedules(model, section)
     lines += choose_all_to_all(model, section, micro_batch_size)
     if dist.get_rank() == 0:
@@ -69,13 +71,24 @@ def initialize(
     return result
 
 
+def warn(whole: Mapping[str, Any]) -> None:
+    """Settings that run, but not as their user expects."""
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and torch.cuda.is_available():
+        logger.warning("CUDA_DEVICE_MAX_CONNECTIONS=1 puts all streams in one queue: communication and computation "
+                       "take turns. Unset it")  # fmt: skip
+    if not whole.get("zero_optimization", {}).get("stage"):
+        logger.warning("zero_optimization.stage is 0: DeepSpeed's gradient norm, and so clipping, is wrong for MoE "
+                       "models there; set stage 1 or 2")  # fmt: skip
+
+
 def connect() -> bool:
     """Joins the process group; a process without a launcher becomes a world of one.
 
     Returns:
         whether it was joined here, and is the caller's to destroy.
     """
-    if dist.is_initialized() and deepspeed.comm.is_initialized():
+    if dist.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # joins what torch.distributed already is
         return False
     _adopt_launcher()
     if "RANK" not in os.environ:
@@ -85,7 +98,7 @@ def connect() -> bool:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
     # NCCL sends Python objects through the current device: without this, every rank of a node would use the first.
-    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.get_accelerator().set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
     deepspeed.init_distributed(auto_mpi_discovery=False)
     return True
 

@@ -186,12 +186,10 @@ class Trainer:
         return interval is not None and self.iteration % interval == 0
 
     def _log(self) -> None:
+        self._check_finite()
         meter, self._meter = self._meter, _Meter()
         lm_loss = _mean_over_ranks(meter.lm_loss / meter.steps)
         moe_loss = _mean_over_ranks(meter.moe_loss / meter.steps)
-        if not math.isfinite(lm_loss) and not self.engine.fp16_enabled():
-            raise TrainingError(f"lm loss is {lm_loss} in the steps up to iteration {self.iteration}; nothing was "
-                                "saved since. Lower the learning rate or set gradient_clipping")  # fmt: skip
         if self.iteration > 1:  # the first step pays for allocations and lazy set-up
             self._timed_steps += meter.steps
             self._timed_seconds += meter.seconds
@@ -212,7 +210,18 @@ class Trainer:
                        "seconds_per_iteration": seconds, "expert_load_min": low, "expert_load_max": high,
                        "grad_norm": float(norm) if norm is not None else math.nan}, "Train")  # fmt: skip
 
+    def _check_finite(self) -> None:
+        """A run that has diverged must neither be saved nor go on; fp16 has its own loss scaling."""
+        if self._meter.steps and not self.engine.fp16_enabled():
+            loss = _mean_over_ranks(self._meter.lm_loss / self._meter.steps)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"lm loss is {loss} in the steps up to iteration {self.iteration}; they were not saved. "
+                    "Lower the learning rate or set gradient_clipping"
+                )
+
     def _validate(self) -> None:
+        self._check_finite()
         if self.valid_set is None:
             return
         loss = self.evaluate(self.valid_set)
@@ -223,6 +232,7 @@ class Trainer:
         self._monitor({"lm_loss": loss, "perplexity": _perplexity(loss)}, "Validation")
 
     def _save(self) -> None:
+        self._check_finite()
         assert self.settings.save is not None
         self._saved = checkpoint.save(
             self.engine, self.settings.save, self.iteration, self.consumed_samples, self.description

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.flags import split_document_ranges
 from scmoe_ds.data.tokenizer import ByteTokenizer
 
 # megatron-core takes seconds to import, so it is imported where a dataset is opened or written.
@@ -231,6 +232,15 @@ def unigram_entropy(source: str | IndexedDataset, documents: range | None = None
         raise DataError("the entropy of no tokens is undefined: the range of documents is empty.")
     nonzero = counts[counts > 0]
     return math.log(total) - float((nonzero * np.log(nonzero)).sum()) / total
+
+
+def validation_entropy(prefix: str, split: str) -> float:
+    """`unigram_entropy` of the documents that `--split` makes the validation set."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    _, validation, _ = split_document_ranges(split, len(dataset.document_indices) - 1)
+    return unigram_entropy(dataset, validation)
 
 
 def _token_blocks(dataset: IndexedDataset, documents: range) -> Iterator[np.ndarray]:

@@ -41,7 +41,7 @@ class PretrainingSampler(Sampler[list[int]]):
         consumed_samples: int = 0,
     ) -> None:
         if micro_batch_size < 1:
-            raise DataError(f"--micro-batch-size is {micro_batch_size}: it must be at least 1.")
+            raise DataError(f"train_micro_batch_size_per_gpu is {micro_batch_size}: it must be at least 1.")
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise DataError(
                 f"data-parallel rank {data_parallel_rank} is outside 0..{data_parallel_size - 1}: pass the "

@@ -148,6 +148,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Feed-forward network, GELU or SwiGLU; the form of a plain MLP, a shared expert and a routed expert."""
 
+    two_projections = True  # see scmoe_ds.moe.experts.TwoProjections
+
     def __init__(self, settings: GPTSettings) -> None:
         super().__init__()
         D, width, bias = settings.hidden_size, settings.ffn_hidden_size, settings.add_bias_linear

@@ -16,8 +16,9 @@ Project = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class TwoProjections(Protocol):
-    """An expert that is output(activate(input(x))): its projections can be computed for all local experts at once."""
+    """An expert that declares to be output(activate(input(x))), so that these may be called apart from each other."""
 
+    two_projections: bool
     input: nn.Linear
     output: nn.Linear
 
@@ -49,7 +50,7 @@ def run_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int
 def is_plain(expert: nn.Module) -> bool:
     """Whether an expert is of the form of `TwoProjections` with nothing hooked into its forward pass."""
     hooked = expert._forward_hooks or expert._forward_pre_hooks
-    return not hooked and isinstance(expert, TwoProjections)
+    return not hooked and isinstance(expert, TwoProjections) and expert.two_projections
 
 
 def activate_and_project(expert: TwoProjections, inner: Tensor, project: Project | None = None) -> Tensor:

@@ -92,7 +92,8 @@ def _logits(gate: TopKGate, tokens_TD: Tensor) -> Tensor:
     tokens_TD = tokens_TD.float()
     if gate.noisy_gate_policy == "Jitter" and gate.training:
         tokens_TD = sharded_moe.multiplicative_jitter(tokens_TD, device=tokens_TD.device)
-    return F.linear(tokens_TD, gate.wg.weight.float())
+    with torch.autocast(tokens_TD.device.type, enabled=False):  # fp32 whatever surrounds the layer
+        return F.linear(tokens_TD, gate.wg.weight.float())
 
 
 def _gating(gate: TopKGate, logits_TE: Tensor, used_token: Tensor | None, group: object) -> tuple[Tensor, ...]:

@@ -228,6 +228,9 @@ class ScMoE(StagedMoE):
         Raises:
             RuntimeError: `routed` was finished before, or its experts have not run.
         """
+        if routed.shape != hidden_states.shape:
+            raise ValueError(f"shortcut {tuple(routed.shape)} and hidden_states {tuple(hidden_states.shape)}: "
+                             "they must be the same tokens")  # fmt: skip
         if shared is None:
             shared = self.shared(hidden_states)
         output = merge_outputs(self.merge, shared, routed.collect(), hidden_states, self.coefficient)

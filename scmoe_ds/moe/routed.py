@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from deepspeed.moe.experts import Experts
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class RoutedTokens:
         deferred: bool,
     ) -> None:
         self.routing = routing
-        self._experts, self._shape = experts, shape
+        self._experts, self.shape = experts, torch.Size(shape)
         self._travel = (transport, blocking, wire_dtype)
         self._ranks_and_experts = (transport.size, experts.num_local_experts)
         self._received: ReceivedRows | None = None
@@ -106,7 +107,7 @@ class RoutedTokens:
         combine, self._combine = self._combine, None
         if combine is None:
             raise RuntimeError("these routed tokens were finished already; begin again for another use")
-        return decode(combine.wait(), self._layout.row_of_choice_KT, self.routing.weight_KT).view(self._shape)
+        return decode(combine.wait(), self._layout.row_of_choice_KT, self.routing.weight_KT).view(self.shape)
 
 
 def _by_rank(counts: list[int], ranks: int, experts: int) -> list[list[int]]:

@@ -105,6 +105,7 @@ class _Transfer:
         self.held_rows = 0
         self._held: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._in_flight: tuple[Wait | None, Tensor, Tensor, torch.dtype] | None = None
+        self._launched: torch.cuda.Event | None = None
 
     def hold(self, rows: Tensor) -> None:
         ready = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
@@ -122,6 +123,7 @@ class _Transfer:
         # since `hold`; from the side stream the rows are all that it waits for.
         side = side_stream(rows.device)
         side.wait_event(ready)
+        rows.record_stream(side)  # a wire format reads them there, after their last reference may have gone
         with torch.cuda.stream(side):
             self._launch(rows, send, receive)
 
@@ -139,6 +141,9 @@ class _Transfer:
         # Both buffers are held until the wait: the caching allocator could otherwise give their memory to work
         # that is enqueued on the compute stream before the transfer has read or written it.
         self._in_flight = (wait, packed, received, rows.dtype)
+        if received.is_cuda:
+            # What the launch itself put on its stream: a rank's rows to itself, and the wait of a blocking transfer.
+            self._launched = torch.cuda.current_stream(received.device).record_event()
 
     def finish(self) -> Tensor:
         assert self._in_flight is not None, "an all-to-all is waited for without having been sent"
@@ -146,7 +151,8 @@ class _Transfer:
         self._in_flight = None
         if wait is not None:
             wait()
-        if received.is_cuda:
+        if self._launched is not None:
+            torch.cuda.current_stream(received.device).wait_event(self._launched)
             # Buffers of a deferred launch belong to the side stream. The host is past the wait long before the
             # transfer is; freed now, they could be reused there. The current stream comes after the transfer.
             for buffer in (packed, received):

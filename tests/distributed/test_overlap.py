@@ -10,9 +10,9 @@ from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import ShortcutRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.overlap import all_to_all
 from scmoe_ds.overlap.executor import Operator
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.overlap.transport import Transport
 from tests.helpers.distributed import run_distributed
 
 SETTINGS = GPTSettings(2, 16, 4, 64, 12, hidden_dropout=0.1)
@@ -77,19 +77,23 @@ class _Log(torch.autograd.Function):
         return grad, None, None
 
 
-def event_order(slot: int) -> tuple[list[str], list[str]]:
+def event_order(slot: int, overlap: bool) -> tuple[list[str], list[str]]:
     """Launches, waits and operators as they happened in one forward and one backward pass of Pos-2."""
     events: list[str] = []
     run = make_run("pos2")
-    plain_launch, plain_finish = all_to_all._Transfer._launch, all_to_all._Transfer.finish
+    plain_launch = Transport.launch
 
-    def launch(self, *arguments):  # type: ignore[no-untyped-def]
+    def launch(self, received, rows, receive, send):  # type: ignore[no-untyped-def]
+        wait = plain_launch(self, received, rows, receive, send)
+        if not rows.is_floating_point():
+            return wait  # row counts
         events.append("launch")
-        plain_launch(self, *arguments)
 
-    def finish(self):  # type: ignore[no-untyped-def]
-        events.append("wait")
-        return plain_finish(self)
+        def logged_wait() -> None:
+            events.append("wait")
+            wait()
+
+        return logged_wait
 
     def logged(operator: Operator) -> Operator:
         def step(stream):  # type: ignore[no-untyped-def]
@@ -103,14 +107,14 @@ def event_order(slot: int) -> tuple[list[str], list[str]]:
 
     operators = run.operators()
     run.operators = lambda: [logged(operator) for operator in operators]  # type: ignore[method-assign]
-    all_to_all._Transfer._launch, all_to_all._Transfer.finish = launch, finish
+    Transport.launch = launch  # type: ignore[method-assign]
     try:
-        run.schedule = Schedule(slot)
+        run.schedule = Schedule(slot, overlap=overlap)
         output = run(torch.randn(2, 12, 16, requires_grad=True))
         forward, events[:] = list(events), []
         output.hidden.sum().backward()
     finally:
-        all_to_all._Transfer._launch, all_to_all._Transfer.finish = plain_launch, plain_finish
+        Transport.launch = plain_launch  # type: ignore[method-assign]
     return forward, events
 
 
@@ -126,7 +130,13 @@ def test_several_routed_in_flight() -> None:
 
 
 def test_backward_mirrors_forward() -> None:
-    for forward, backward in run_distributed(event_order, 2, 2):
+    for forward, backward in run_distributed(event_order, 2, 2, True):
         # The attention of the first block precedes the tap.
         assert forward == ["attention", "launch", "mlp", "wait", "launch", "attention", "shared", "wait"]
         assert backward == ["launch", "shared", "attention", "wait", "launch", "mlp", "wait", "attention"]
+
+
+def test_without_overlap_every_launch_is_waited_for_at_once() -> None:
+    for forward, backward in run_distributed(event_order, 2, 2, False):
+        assert forward == ["attention", "launch", "wait", "mlp", "launch", "wait", "attention", "shared"]
+        assert backward == ["launch", "wait", "shared", "attention", "launch", "wait", "mlp", "attention"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,18 +24,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def launch(
-    directory: Path, corpus: str, *flags: str, port: int = 29611, **changes: object
+    directory: Path, corpus: str, *flags: str, ranks: int = 2, accumulation: int = 1, **changes: object
 ) -> subprocess.CompletedProcess:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     whole = {**CONFIG, "tensorboard": {"enabled": True, "output_path": str(directory / "board"), "job_name": "job"},
              "csv_monitor": {"enabled": True, "output_path": str(directory / "csv"), "job_name": "job"},
-             "scmoe": {**CONFIG["scmoe"], **changes}}  # fmt: skip
+             "gradient_accumulation_steps": accumulation, "scmoe": {**CONFIG["scmoe"], **changes}}  # fmt: skip
     (directory / "ds.json").write_text(json.dumps(whole))
     launcher = [
         sys.executable,
         "-m",
         "deepspeed.launcher.runner",
         "--num_accelerators",
-        "2",
+        str(ranks),
         "--master_port",
         str(port),
     ]
@@ -83,6 +87,42 @@ def check_report(done: subprocess.CompletedProcess, directory: Path) -> None:
     assert re.search(r"unigram entropy +3\.\d+ nats", done.stdout)
     assert list((directory / "board" / "job").glob("events.out.tfevents.*"))
     assert (directory / "csv" / "job" / "Train_lm_loss.csv").read_text().count("\n") >= 8
+
+
+def test_one_process_that_accumulates_prints_what_two_processes_print(tmp_path: Path, corpus: str) -> None:
+    """The loop's own sums, means over ranks, random numbers and data order."""
+    columns = r"lm loss: (\S+) \| moe loss: (\S+).*?grad norm: (\S+).*?load min/max: (\S+)/(\S+)"
+    printed = []
+    for ranks in (1, 2):
+        directory = tmp_path / str(ranks)
+        directory.mkdir()
+        flags = ("--train-iters", "6", "--log-interval", "2")
+        done = launch(directory, corpus, *flags, ranks=ranks, accumulation=4 // ranks, expert_parallel_size=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = re.findall(columns, done.stdout) + re.findall(r"validation at .*?lm loss: (\S+)", done.stdout)
+        printed.append([float(value) for row in rows for value in ([row] if isinstance(row, str) else row)])
+    assert len(printed[0]) == 4 * 5 + 1
+    assert printed[1][:-1] == pytest.approx(printed[0][:-1], rel=2e-4, abs=1e-3)
+    assert printed[1][-1] == pytest.approx(printed[0][-1], rel=0.1), "validation reads other batches on two ranks"
+
+
+def test_validation_loss_falls_below_the_unigram_entropy(tmp_path: Path, corpus: str) -> None:
+    flags = ("--train-iters", "150", "--hidden-size", "64", "--seq-length", "128", "--hidden-dropout", "0")
+    done = launch(tmp_path, corpus, *flags, "--eval-iters", "10")
+    assert done.returncode == 0, done.stdout + done.stderr
+    loss = float(re.search(r"validation loss +(\S+)", done.stdout)[1])  # type: ignore[index]
+    entropy = float(re.search(r"unigram entropy +(\S+)", done.stdout)[1])  # type: ignore[index]
+    assert loss < entropy - 0.2
+
+
+def test_a_file_that_is_missing_on_one_rank_is_one_message(tmp_path: Path, corpus: str) -> None:
+    save = str(tmp_path / "saved")
+    assert launch(tmp_path, corpus, "--train-iters", "1", "--save", save).returncode == 0
+    (tmp_path / "saved" / "global_step1" / "layer_0_expert_3_mp_rank_00_model_states.pt").unlink()
+    done = launch(tmp_path, corpus, "--train-iters", "2", "--load", save)
+    assert done.returncode != 0
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if "pretrain_gpt_scmoe.py: error" in line]
+    assert len(errors) == 1 and "layer_0_expert_3_mp_rank_00_model_states.pt is missing" in errors[0]
 
 
 @pytest.mark.parametrize("architecture", ["scmoe", "shared_expert", "topk", "dgmoe"])

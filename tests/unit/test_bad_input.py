@@ -21,8 +21,10 @@ JSON: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "zero_optimization": {"stage": 1},
+    "tensorboard": {"enabled": True, "output_path": "BOARD", "job_name": "job"},
     "scmoe": {"num_experts": 4},
 }
+OTHER_PRECISION = {"bf16": {"enabled": True}}
 FLAGS = {"--num-layers": "2", "--hidden-size": "16", "--num-attention-heads": "2", "--seq-length": "16",
          "--train-iters": "1", "--eval-iters": "1", "--split": "8,1,1"}  # fmt: skip
 
@@ -60,6 +62,7 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "aux loss": ({"scmoe.aux_loss_coefficient": -0.1}, {}, r"scmoe\.aux_loss_coefficient = -0.1"),
     "dispatch": ({"scmoe.dispatch": "dense"}, {}, r'scmoe\.dispatch = "dense"'),
     "slot": ({"scmoe.overlap": {"expert_slot": 9}}, {}, r"scmoe\.overlap\.expert_slot = 9: the backbone has 3 operators"),
+    "min_capacity above the tokens": ({"scmoe.min_capacity": 100}, {}, r"scmoe\.min_capacity = 100: exceeds the 32 tokens"),
     "slot zero": ({"scmoe.overlap": {"expert_slot": 0}}, {}, r"scmoe\.overlap\.expert_slot = 0"),
     "chunks": ({"scmoe.overlap": {"num_chunks": 2}}, {}, r"scmoe\.overlap\.num_chunks = 2"),
     "ZeRO-3": ({"zero_optimization.stage": 3}, {}, r"zero_optimization\.stage = 3: .*use stage 1 or 2"),
@@ -123,6 +126,7 @@ def run(directory: Path, data: str, json_changes: dict, flag_changes: dict) -> i
             target.pop(key)
         else:
             target[key] = value
+    whole["tensorboard"]["output_path"] = str(directory / "board")
     file = directory / "ds.json"
     file.write_text(json.dumps(whole))
     flags = {**FLAGS, "--deepspeed_config": str(file), "--data-path": data, **flag_changes}
@@ -131,7 +135,7 @@ def run(directory: Path, data: str, json_changes: dict, flag_changes: dict) -> i
 
 
 def snapshot(directory: Path) -> set[str]:
-    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
 
 
 def expect_refusal(
@@ -147,7 +151,7 @@ def expect_refusal(
     assert len(errors) == 1, output.err
     text = output.err[output.err.index(errors[0]) :]
     assert re.search(message, text), text
-    left = {name for name in snapshot(directory) - before if "cache" not in name}
+    left = {name for name in snapshot(directory) - before if "cache" not in name and name != "data"}
     assert not left, f"left behind: {left}"
 
 
@@ -197,6 +201,7 @@ OTHER_SHAPES: dict[str, tuple[dict, dict, str]] = {
     "depth": ({}, {"--num-layers": "4"}, r"num_layers: 2 in the checkpoint, 4 in this run"),
     "experts": ({"scmoe.num_experts": 8}, {}, r"scmoe\.num_experts: 4 in the checkpoint, 8 in this run"),
     "merge": ({"scmoe.merge": "add"}, {}, r"scmoe\.merge: 'cg1' in the checkpoint, 'add'"),
+    "precision": (OTHER_PRECISION, {}, r"precision: 'fp32' in the checkpoint, 'bf16' in this run"),
     "ZeRO stage": ({"zero_optimization.stage": 2}, {}, r"zero_optimization\.stage: 1 in the checkpoint, 2"),
 }
 
@@ -211,10 +216,18 @@ def test_checkpoint_of_another_shape(case: str, tmp_path: Path, data: str, capfd
 def test_damaged_checkpoint(tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:
     save = make_checkpoint(tmp_path, data)
     cut(f"{save}/global_step1/mp_rank_00_model_states.pt", 0.5)
-    expect_refusal(tmp_path, data, {}, {"--load": save}, r"cannot be read .* damaged or incomplete", capfd)
+    expect_refusal(tmp_path, data, {}, {"--load": save}, r"bytes instead of .* damaged or incomplete", capfd)
     (Path(save) / "latest").write_text("global_step9")
     expect_refusal(tmp_path, data, {}, {"--load": save}, r"latest names global_step9, but", capfd)
 
 
 def test_there_are_at_least_forty_cases() -> None:
     assert len(CONFIG_CASES) + len(OTHER_SHAPES) >= 40
+
+
+def test_a_diverged_run_is_not_saved(tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:
+    whole = {"optimizer.params.lr": 1e30}
+    flags = {"--train-iters": "6", "--save": str(tmp_path / "saved"), "--save-interval": "2", "--log-interval": "100"}
+    assert run(tmp_path, data, whole, flags) == 2
+    assert re.search(r"lm loss is (nan|inf) .* were not saved", capfd.readouterr().err)
+    assert not list(tmp_path.glob("saved/global_step[3-9]"))

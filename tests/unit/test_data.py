@@ -546,7 +546,7 @@ def test_batch_contents() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"micro_batch_size": 0}, "--micro-batch-size is 0"),
+        ({"micro_batch_size": 0}, "train_micro_batch_size_per_gpu is 0"),
         ({"data_parallel_rank": 2}, r"rank 2 is outside 0\.\.1"),
         ({"data_parallel_rank": -1}, "rank -1 is outside"),
         ({"consumed_samples": 24}, "24 samples are already consumed, but the dataset has 23"),

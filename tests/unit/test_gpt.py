@@ -13,9 +13,10 @@ from torch import nn
 
 from scmoe_ds.arguments import build_parser, gpt_settings
 from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.engine import parameter_groups
 from scmoe_ds.models.gpt import GPT, masked_cross_entropy
 from scmoe_ds.models.initialization import initialize_parameters
-from scmoe_ds.models.layers import Attention, GPTSettings, RotaryEmbedding, fused_layer_norm_class
+from scmoe_ds.models.layers import MLP, Attention, GPTSettings, RotaryEmbedding, fused_layer_norm_class
 from scmoe_ds.models.presets import PRESETS
 
 SMALL = dict(num_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=64, max_position_embeddings=16)
@@ -217,3 +218,39 @@ def test_rotary_angles_stay_fp32_in_a_bf16_model() -> None:
     heads = torch.ones(1, 1, 1000, 8, dtype=torch.bfloat16)
     exact = RotaryEmbedding(GPTSettings(**SMALL))(heads.float())
     torch.testing.assert_close(rotary(heads).float(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_llama_attention_and_swiglu_against_plain_formulas() -> None:
+    settings = GPTSettings(**{**SMALL, **LLAMA, "num_key_value_heads": 4})
+    attention, mlp = Attention(settings), MLP(settings)
+    x = torch.randn(1, 6, 32)
+    query, key, value = (x @ part.T for part in attention.query_key_value.weight.split(32))
+    frequencies = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+
+    def rotate(vector: torch.Tensor, position: int) -> torch.Tensor:
+        angle = position * frequencies
+        a, b = vector[:4], vector[4:]
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
+
+    rows = []
+    for s in range(6):
+        heads = []
+        for head in range(4):
+            part = slice(8 * head, 8 * head + 8)
+            q = rotate(query[0, s, part], s)
+            scores = torch.stack([q @ rotate(key[0, t, part], t) / 8**0.5 for t in range(s + 1)])
+            heads.append((torch.softmax(scores, 0).unsqueeze(1) * value[0, : s + 1, part]).sum(0))
+        rows.append(torch.cat(heads) @ attention.output.weight.T)
+    torch.testing.assert_close(attention(x)[0], torch.stack(rows), rtol=1e-4, atol=1e-5)
+    gate, up = (x @ part.T for part in mlp.input.weight.split(settings.ffn_hidden_size))
+    torch.testing.assert_close(mlp(x), (gate * torch.sigmoid(gate) * up) @ mlp.output.weight.T, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_and_norms_have_no_weight_decay() -> None:
+    model = build()
+    decayed, plain = parameter_groups(model)
+    assert "weight_decay" not in decayed and plain["weight_decay"] == 0.0
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)

@@ -133,18 +133,31 @@ def test_dgmoe_against_eq_23() -> None:
     layer = make_layer(DGMoE, drop_tokens=False)
     previous, current = tokens(5), tokens(6)
     current.view(-1, HIDDEN)[::2] = previous.view(-1, HIDDEN)[::2]  # every second token: the same first choice
-    output, _, counts = layer(current, shortcut=previous)
+    output, l_aux, counts = layer(current, shortcut=previous)
     experts, gate = layer.deepspeed_moe.experts.deepspeed_experts, layer.deepspeed_moe.gate
-    wanted, conflicts = [], 0
+    wanted, conflicts, shares = [], 0, torch.zeros(2, EXPERTS)
     for before, now in zip(previous.view(-1, HIDDEN), current.view(-1, HIDDEN), strict=True):
         p_before, p_now = torch.softmax(gate.wg(before), -1), torch.softmax(gate.wg(now), -1)
         first, ranking = int(p_before.argmax()), p_now.argsort(descending=True).tolist()
         conflicts += ranking[0] == first
         second = ranking[1] if ranking[0] == first else ranking[0]
+        shares[0, first] += 1 / TOKENS
+        shares[1, second] += 1 / TOKENS
         wanted.append(p_before[first] * experts[first](before) + p_now[second] * experts[second](now))
     assert TOKENS // 2 <= conflicts < TOKENS
     torch.testing.assert_close(output.view(-1, HIDDEN), torch.stack(wanted), rtol=1e-5, atol=1e-6)
     assert counts.sum() == 2 * TOKENS
+    losses = [
+        (torch.softmax(gate.wg(x.view(-1, HIDDEN)), -1).mean(0) * share).sum() * EXPERTS
+        for x, share in zip((previous, current), shares, strict=True)
+    ]
+    torch.testing.assert_close(l_aux, (losses[0] + losses[1]) / 2)
+    parameters = list(layer.parameters())
+    found = torch.autograd.grad(output.square().sum() + l_aux, parameters, materialize_grads=True)
+    loss = torch.stack(wanted).square().sum() + (losses[0] + losses[1]) / 2
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_dgmoe_has_no_shared_expert() -> None:
@@ -285,3 +298,30 @@ def test_experts_keep_one_wide_tensor_for_backward_and_repeat_no_product() -> No
     )
     assert plain_kept == 2 * 80 * wide and kept == 80 * wide
     assert flops == plain_flops
+
+
+@pytest.mark.parametrize("policy", ["Jitter", "RSample"])
+def test_gate_noise_acts_in_training_only(policy: str) -> None:
+    layer = make_layer(noisy_gate_policy=policy, drop_tokens=False)
+    gate, x = layer.deepspeed_moe.gate, tokens().view(-1, HIDDEN)
+    first, second = route(gate, x), route(gate, x)
+    same = torch.equal(first.weight_KT, second.weight_KT) and torch.equal(first.expert_KT, second.expert_KT)
+    assert not same
+    layer.eval()
+    assert torch.equal(route(gate, x).weight_KT, route(gate, x).weight_KT)
+
+
+def test_gate_is_fp32_under_autocast() -> None:
+    gate, x = make_layer(drop_tokens=False).deepspeed_moe.gate, tokens().view(-1, HIDDEN)
+    plain = route(gate, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = route(gate, x)
+    assert torch.equal(cast.weight_KT, plain.weight_KT)
+
+
+def test_shortcut_of_other_tokens() -> None:
+    layer = make_layer()
+    routed = layer.begin(torch.randn(1, TOKENS, HIDDEN))
+    routed.run_experts()
+    with pytest.raises(ValueError, match="must be the same tokens"):
+        layer.finish(routed, torch.randn(3, TOKENS, HIDDEN))
