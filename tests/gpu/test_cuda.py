@@ -1,0 +1,69 @@
+"""The CUDA path on one device: same routing and results as on the CPU, grouped experts, schedules alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.models.blocks import ShortcutRun
+from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.moe.experts import can_group
+from scmoe_ds.overlap.schedule import Schedule
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def make_run(dispatch: str = "exact", drop_tokens: bool = True, **section: object) -> ShortcutRun:
+    fields = {"num_experts": 4, "dispatch": dispatch, "drop_tokens": drop_tokens, "use_rts": False, **section}
+    config = ScMoEConfig.from_deepspeed({"scmoe": fields})
+    run = ShortcutRun(GPTSettings(2, 64, 4, 64, 32), config, 4, config.position, 32)
+    initialize_parameters(run, 3, 0.1, 1)
+    return run
+
+
+def results(run: ShortcutRun, hidden: torch.Tensor) -> list[torch.Tensor]:
+    hidden = hidden.clone().requires_grad_()
+    output = run(hidden)
+    loss = output.hidden.float().square().mean() + output.l_aux
+    return [output.hidden, *torch.autograd.grad(loss, [hidden, *run.parameters()], materialize_grads=True)]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_equals_the_cpu(k: int) -> None:
+    hidden = torch.randn(2, 32, 64)
+    run = make_run(drop_tokens=False, top_k=k)
+    on_cpu = results(run, hidden)
+    for cpu, gpu in zip(on_cpu, results(run.cuda(), hidden.cuda()), strict=True):
+        torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("drop_tokens", [True, False])
+def test_exact_equals_padded(drop_tokens: bool) -> None:
+    hidden = torch.randn(2, 32, 64, device="cuda")
+    padded, exact = (results(make_run(d, drop_tokens, capacity_factor=0.6).cuda(), hidden) for d in ("padded", "exact"))
+    for a, b in zip(padded, exact, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
+
+
+def test_every_slot_with_and_without_overlap() -> None:
+    run, hidden = make_run(position="pos3").cuda(), torch.randn(2, 32, 64, device="cuda")
+    runs = []
+    for slot in range(1, 6):
+        for overlap in (True, False):
+            run.schedule = Schedule(slot, overlap=overlap)
+            runs.append(results(run, hidden)[0])
+    assert all(torch.equal(output, runs[0]) for output in runs)
+
+
+def test_grouped_experts_in_bf16() -> None:
+    run, hidden = make_run(drop_tokens=False).cuda().bfloat16(), torch.randn(2, 32, 64, device="cuda").bfloat16()
+    experts = run.blocks[-1].moe.deepspeed_moe.experts
+    assert can_group(experts, hidden.view(-1, 64))
+    grouped = results(run, hidden)
+    for expert in experts.deepspeed_experts:
+        expert.register_forward_hook(lambda *_: None)  # a hooked expert is called as a module of its own
+    assert not can_group(experts, hidden.view(-1, 64))
+    for a, b in zip(grouped, results(run, hidden), strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
