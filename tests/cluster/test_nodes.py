@@ -146,9 +146,17 @@ def test_the_next_instance_removes_what_a_killed_launcher_left() -> None:
         assert_gone(name, name.replace("node0", "node1"))
 
 
+def default_signals() -> None:
+    """A shell's background job is started with SIGINT ignored, and hands that on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def held() -> tuple[str, list[int], subprocess.Popen[str]]:
     """Name of the first node, the ranks' process ids, and a process that holds two nodes and runs ranks in them."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLD], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, preexec_fn=default_signals
+    )
     assert holder.stdout is not None
     name = holder.stdout.readline().strip()
     pids: list[int] = []
