@@ -6,7 +6,6 @@ deepspeed pretrain_gpt_scmoe.py --deepspeed_config ds_configs/gpt_small_cpu.json
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import sys
@@ -24,7 +23,7 @@ from scmoe_ds.data.corpus import prepare_default_corpus, validation_entropy
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
-from scmoe_ds.engine import batch_sizes, connect, expert_parallel_rank, fingerprint
+from scmoe_ds.engine import batch_sizes, connect, expert_parallel_rank, fingerprint, show_log
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement, run_together
@@ -53,13 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def show_log() -> None:
-    """Lets the package's own log through; DeepSpeed sets the root logger to warnings only."""
-    log = logging.getLogger("scmoe_ds")
-    log.setLevel(logging.INFO)
-    log.handlers = [logging.StreamHandler(sys.stdout)]
-
-
 def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
     """One training job in a process group that exists."""
     ranks = dist.get_world_size()
@@ -70,6 +62,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     settings = RunSettings(
         args.train_iters, micro_batch_size, accumulation_steps, args.seq_length, args.seed, args.log_interval,
         args.eval_interval, args.eval_iters, args.num_workers, args.save, args.save_interval, args.exit_interval,
+        args.scmoe_trace, args.scmoe_trace_dir,
     )  # fmt: skip
     tokenizer = build_tokenizer(args.tokenizer_type, tokenizer_model=args.tokenizer_model,
                                 vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip

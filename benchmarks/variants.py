@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe_ds.config import ScMoEConfig
-from scmoe_ds.models.blocks import PlainRun, ShortcutRun
+from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.schedule import Schedule
@@ -112,7 +112,7 @@ def build(variant: Variant, shape: Shape, skew: float) -> nn.Module:
                 shape.hidden_size, old.deepspeed_moe.experts.deepspeed_experts[0], shape.num_experts, old.ep_size,
                 config.top_k, capacity_factor=shape.capacity_factor, top2_2nd_expert_sampling=False)  # fmt: skip
     else:
-        run = ShortcutRun(settings, config, shape.num_experts, config.position, shape.seq_length)
+        run = ScheduledRun(settings, config, shape.num_experts, config.position, shape.seq_length)
         run.schedule = Schedule(variant.slot or run.schedule.expert_slot, overlap=variant.overlap)
     layer = run.blocks[-1].moe
     layer.set_deepspeed_parallelism()

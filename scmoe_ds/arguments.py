@@ -121,6 +121,10 @@ def _add_moe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--enable-expert-tensor-parallelism", action="store_const", const=True)
     group.add_argument("--scmoe-position", choices=["pos1", "pos2", "pos3"], help="where the shortcut is taken")
     group.add_argument("--scmoe-merge", choices=["add", "cg1", "cg2"], help="how shared and routed output meet")
+    group.add_argument(
+        "--scmoe-trace", type=int, metavar="N", help="draw iteration N: a trace for Perfetto and a figure"
+    )
+    group.add_argument("--scmoe-trace-dir", default="traces", help="directory for them")
     group.add_argument("--scmoe-expert-slot", type=_slot, help='"auto" or the operator before which experts run')
 
 
@@ -227,7 +231,7 @@ def _check(args: argparse.Namespace) -> None:
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     at_least_one = ["num_layers", "hidden_size", "num_attention_heads", "seq_length", "log_interval",
                     "make_vocab_size_divisible_by", "eval_interval", "eval_iters"]  # fmt: skip
-    optional = ["save_interval", "exit_interval"]
+    optional = ["save_interval", "exit_interval", "scmoe_trace"]
     lowest = dict.fromkeys(at_least_one + [name for name in optional if getattr(args, name) is not None], 1)
     lowest |= {"train_iters": 0, "ffn_hidden_size": 0, "num_key_value_heads": 0, "num_workers": 0, "seed": 0}
     for name, minimum in lowest.items():

@@ -78,7 +78,7 @@ def save(engine: Any, directory: str, iteration: int, consumed_samples: int, des
 
     # Before DeepSpeed's files: it points "latest" at the checkpoint as its last act.
     run_together(write_description, on_rank_zero=True)
-    state = {"iteration": iteration, "consumed_samples": consumed_samples}
+    state = {"iteration": iteration, "consumed_samples": consumed_samples, "overlap": engine.overlap.state()}
     engine.save_checkpoint(directory, tag=path.name, client_state=state)
     dist.barrier()  # all ranks have written
 
@@ -91,7 +91,7 @@ def save(engine: Any, directory: str, iteration: int, consumed_samples: int, des
 
 
 def load(engine: Any, directory: str, description: Mapping[str, Any]) -> tuple[int, int]:
-    """Restores the latest checkpoint of a directory: weights, optimizer, learning-rate schedule.
+    """Restores the latest checkpoint of a directory: weights, optimizer, learning-rate schedule, measured times.
 
     Returns:
         (iteration, consumed samples); (0, 0) if the directory has no checkpoint yet.
@@ -113,6 +113,7 @@ def load(engine: Any, directory: str, description: Mapping[str, Any]) -> tuple[i
         raise CheckpointError(
             f"--load {directory}/{tag}: DeepSpeed found no model file there; the checkpoint is incomplete"
         )
+    engine.overlap.resume(state.get("overlap"))
     return int(state["iteration"]), int(state["consumed_samples"])
 
 

@@ -17,20 +17,14 @@ from typing import Any, Literal, Union
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel, dict_raise_error_on_duplicate_keys
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe"]
+from scmoe_ds.config_errors import ScMoEConfigError, explain, fail
+
+Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
 Position = Literal["pos1", "pos2", "pos3"]
 Merge = Literal["add", "cg1", "cg2"]
 Dispatch = Literal["exact", "padded"]
 GateSoftmax = Literal["before_topk", "after_topk"]
 Auto = Literal["auto"]
-
-
-class ScMoEConfigError(ValueError):
-    """A setting that its user can mend: the message has the JSON path, the value, the rule and the remedy."""
-
-
-def _fail(path: str, value: object, rule: str) -> ScMoEConfigError:
-    return ScMoEConfigError(f"{path} = {json.dumps(value, default=str)}: {rule}")
 
 
 class _Section(DeepSpeedConfigModel):
@@ -56,27 +50,29 @@ class OverlapConfig(_Section):
     """`scmoe.overlap`: when the routed experts are computed."""
 
     enabled: bool = Field(True, strict=True, description="false: the same operators with blocking communication.")
-    expert_slot: Union[int, Auto] = Field(
+    expert_slot: Union[int, list[int], Auto] = Field(
         "auto",
-        description="Before which backbone operator the experts run: 1 … number of operators + 1 (after the last).",
+        description="Before which backbone operator the experts run: 1 … number of operators + 1 (after the last); "
+        "a list gives each chunk its own, in ascending order.",
     )
-    num_chunks: Union[int, Auto] = Field("auto", description="Pipelining of the expert computation.")
+    num_chunks: Union[int, Auto] = Field(
+        "auto", description="Pieces that the routed tokens are cut into, so that experts also hide communication."
+    )
     calibration_steps: int = Field(
-        5, ge=0, strict=True, description='Training steps that are timed for "auto"; nothing is timed in this release.'
+        5, ge=0, strict=True, description='Micro-batches that are timed for "auto"; 0: the slot halves the FLOPs.'
+    )
+    calibration_file: Union[str, None] = Field(
+        None, description="JSON of measured times: read if it exists, otherwise written after the calibration."
     )
 
     @field_validator("expert_slot", "num_chunks")
     @classmethod
-    def _positive_or_auto(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
+    def _positive_or_auto(cls, value: int | str | list[int]) -> int | str | list[int]:
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or any(isinstance(number, int) and number < 1 for number in numbers):
             raise ValueError('must be at least 1, or "auto"')
-        return value
-
-    @field_validator("num_chunks")
-    @classmethod
-    def _one_chunk(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value > 1:
-            raise ValueError('this release computes the experts in one chunk; use 1 or "auto"')
+        if isinstance(value, list) and value != sorted(value):
+            raise ValueError("the chunks run in order: their slots must ascend")
         return value
 
 
@@ -89,7 +85,8 @@ class ScMoEConfig(_Section):
 
     architecture: Architecture = Field(
         "scmoe",
-        description="scmoe (paper eq. 7), or a baseline: topk, shared_expert (DeepSpeed's own), dgmoe (eq. 23).",
+        description="scmoe (paper eq. 7), or a baseline: topk, shared_expert (DeepSpeed's own layers), dgmoe (eq. 23), "
+        "pipelined_topk, overlapped_shared_expert (this package's layers, with all overlap that they allow).",
     )
     position: Position = Field("pos2", description="Where the shortcut is taken in the preceding block.")
     first_layer_position: Union[Position, None] = Field(None, description="Another position for the first MoE layer.")
@@ -99,7 +96,8 @@ class ScMoEConfig(_Section):
     moe_every: int = Field(2, ge=1, strict=True, description="MoE frequency 1/moe_every; 1 is every block.")
     num_experts: Union[int, list[int]] = Field(8, description="Routed experts, or one number per MoE layer (pyramid).")
     top_k: Union[int, Auto] = Field(
-        "auto", description="Routed experts per token. auto: 2 for topk, else 1, so that all compute the same amount."
+        "auto",
+        description="Routed experts per token. auto: 2 for top-k architectures, else 1: as much computation in all.",
     )
     merge: Merge = Field("cg1", description="How shared and routed outputs are added (paper eq. 7, 14-15, 16-17).")
     expert_parallel_size: int = Field(1, ge=1, strict=True, description="Ranks that share one set of experts.")
@@ -156,11 +154,13 @@ class ScMoEConfig(_Section):
             )
         section = whole["scmoe"]
         if not isinstance(section, Mapping):
-            raise _fail("scmoe", section, "must be a JSON object")
+            raise fail("scmoe", section, "must be a JSON object")
         try:
             parsed = cls(**section)
         except ValidationError as error:
-            raise ScMoEConfigError(_explain(error, section)) from None
+            raise ScMoEConfigError(
+                explain(error, section, {"": cls.model_fields, "overlap": OverlapConfig.model_fields})
+            ) from None
         _check_deepspeed_settings(whole)
         return parsed
 
@@ -168,22 +168,22 @@ class ScMoEConfig(_Section):
     def _rules(self) -> ScMoEConfig:
         if self.top_k == "auto":
             # Frozen models are set through __dict__; the field is an int for everyone who reads it afterwards.
-            self.__dict__["top_k"] = 2 if self.architecture == "topk" else 1
+            self.__dict__["top_k"] = 2 if self.architecture in ("topk", "pipelined_topk") else 1
         for path, rule, broken in self._broken_rules():
             if broken:
                 value: Any = self
                 for key in path.split("."):
                     value = getattr(value, key)
-                raise _fail(f"scmoe.{path}", value, rule)
+                raise fail(f"scmoe.{path}", value, rule)
         return self
 
     def _broken_rules(self) -> list[tuple[str, str, bool]]:
         """(field, rule with remedy, is it broken) for every rule that spans fields."""
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
-        k, ep, slot = self.top_k, self.expert_parallel_size, self.overlap.expert_slot
+        k, ep, slot, chunks = self.top_k, self.expert_parallel_size, self.overlap.expert_slot, self.overlap.num_chunks
         assert isinstance(k, int)
         positions = {"position": self.position, "first_layer_position": self.first_layer_position or "pos1"}
-        taps = self.architecture in ("scmoe", "dgmoe")
+        taps = self.has_shortcut
         rules = [
             ("num_experts", "needs at least one number, one per MoE layer", not counts),
             ("num_experts", "each number must be at least 1", any(n < 1 for n in counts)),
@@ -204,17 +204,31 @@ class ScMoEConfig(_Section):
              "use pos1, which already gives the longest window", taps and self.moe_every == 1 and position != "pos1")
             for field, position in positions.items()
         ]  # fmt: skip
-        if taps and isinstance(slot, int):
+        if self.is_scheduled and slot != "auto":
             last = min(self.num_operators(p) for p in {self.position, self.first_layer_position or self.position}) + 1
-            rules.append(
-                ("overlap.expert_slot", f"the backbone has {last - 1} operators here; use 1 … {last}", slot > last)
-            )
+            highest = slot[-1] if isinstance(slot, list) else slot
+            rules.append(("overlap.expert_slot", f"the backbone has {last - 1} operators here; use 1 … {last}",
+                          isinstance(highest, int) and highest > last))  # fmt: skip
+            rules.append(("overlap.expert_slot", f"gives each chunk its slot, but num_chunks = {chunks}; remove one",
+                          isinstance(slot, list) and chunks not in ("auto", len(slot))))  # fmt: skip
         return rules
+
+    @property
+    def has_shortcut(self) -> bool:
+        """Whether routed experts read a preceding layer."""
+        return self.architecture in ("scmoe", "dgmoe")
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the MoE runs in stages, under a schedule."""
+        return self.architecture not in ("topk", "shared_expert")
 
     def num_operators(self, position: str | None = None) -> int:
         """How many backbone operators stand between shortcut and join (paper section 3; Pos-2, every second: 3)."""
+        if not self.has_shortcut:
+            return 2 if self.architecture == "overlapped_shared_expert" else 0
         position = position or self.position
-        shared = 0 if self.architecture in ("topk", "dgmoe") else 1
+        shared = 0 if self.architecture == "dgmoe" else 1
         # Pos-1 sees every block after the tapped one, Pos-2 also that block's MLP, Pos-3 also its attention.
         blocks_between = (1 if self.moe_every == 1 else self.shortcut_distance) - 1
         return {"pos1": 0, "pos2": 1, "pos3": 2}[position] + 2 * blocks_between + 1 + shared
@@ -235,9 +249,9 @@ class ScMoEConfig(_Section):
             ScMoEConfigError: a depth that moe_every does not divide, or a pyramid of another length.
         """
         if num_layers % self.moe_every:
-            raise _fail("scmoe.moe_every", self.moe_every, f"must divide --num-layers {num_layers}")
+            raise fail("scmoe.moe_every", self.moe_every, f"must divide --num-layers {num_layers}")
         if isinstance(self.num_experts, list) and len(self.num_experts) != self.moe_layers(num_layers):
-            raise _fail("scmoe.num_experts", self.num_experts,
+            raise fail("scmoe.num_experts", self.num_experts,
                         f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of "
                         f"{num_layers} layers")  # fmt: skip
 
@@ -248,7 +262,7 @@ class ScMoEConfig(_Section):
             ScMoEConfigError: fewer tokens in a micro-batch.
         """
         if self.top_k == 1 and tokens_per_rank < self.min_capacity:
-            raise _fail("scmoe.min_capacity", self.min_capacity,
+            raise fail("scmoe.min_capacity", self.min_capacity,
                         f"exceeds the {tokens_per_rank} tokens of a micro-batch; lower it")  # fmt: skip
 
     def check_world(self, world_size: int) -> None:
@@ -258,7 +272,7 @@ class ScMoEConfig(_Section):
             ScMoEConfigError: an expert-parallel size that does not divide the world size.
         """
         if world_size % self.expert_parallel_size:
-            raise _fail("scmoe.expert_parallel_size", self.expert_parallel_size,
+            raise fail("scmoe.expert_parallel_size", self.expert_parallel_size,
                         f"must divide the world size {world_size}; change it or the number of processes")  # fmt: skip
 
 
@@ -306,51 +320,11 @@ def _check_deepspeed_settings(whole: Mapping[str, Any]) -> None:
     zero = whole.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
     if stage == 3:
-        raise _fail(
-            "zero_optimization.stage", stage, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2"
-        )
+        raise fail("zero_optimization.stage", stage, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2")
     compile_section = whole.get("compile", {})
     if isinstance(compile_section, Mapping) and compile_section.get("deepcompile"):
-        raise _fail("compile.deepcompile", True, "reorders collectives that ScMoE schedules itself; remove it")
+        raise fail("compile.deepcompile", True, "reorders collectives that ScMoE schedules itself; remove it")
     if "expert_parallel" in whole:
         raise ScMoEConfigError(
             '"expert_parallel" (DeepSpeed AutoEP) and "scmoe" both replace MoE layers; remove one of them'
         )
-
-
-def _explain(error: ValidationError, section: Mapping[str, Any]) -> str:
-    """pydantic's findings as lines of `scmoe.<path> = <value>: <rule>`."""
-    lines: dict[str, str] = {}
-    for found in error.errors():
-        # pydantic appends the member of a union that it tried; only the names that the user wrote are of interest.
-        keys = [str(key) for key in found["loc"] if _is_key(section, found["loc"], key)]
-        path = ".".join(["scmoe", *keys])
-        cause = found.get("ctx", {}).get("error")
-        if isinstance(cause, ScMoEConfigError):
-            lines.setdefault(path or "scmoe", str(cause))
-        elif found["type"] == "extra_forbidden":
-            lines[path] = _unknown_key(path, keys)
-        else:
-            message = str(cause) if cause else found["msg"]
-            line = str(_fail(path, found["input"], message))
-            lines[path] = f"{lines[path]}; or {message}" if path in lines and message not in lines[path] else line
-    return "\n".join(lines.values())
-
-
-def _is_key(section: Mapping[str, Any], location: tuple[int | str, ...], key: int | str) -> bool:
-    nested = [section[str(parent)] for parent in location if isinstance(section.get(str(parent)), Mapping)]
-    return isinstance(key, str) and any(key in keys for keys in [section, *nested])
-
-
-def _unknown_key(path: str, keys: list[str]) -> str:
-    owner = OverlapConfig if keys[:-1] == ["overlap"] else ScMoEConfig
-    near = difflib.get_close_matches(keys[-1], owner.model_fields, n=1, cutoff=0.4)
-    elsewhere = keys[-1] in OverlapConfig.model_fields and owner is ScMoEConfig
-    hint = (
-        f' (did you mean "overlap": {{"{keys[-1]}"}}?)'
-        if elsewhere
-        else f' (did you mean "{near[0]}"?)'
-        if near
-        else ""
-    )
-    return f"{path}: unknown key{hint}; valid keys are {', '.join(owner.model_fields)}"

@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from torch import nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
-from scmoe_ds.models.blocks import ShortcutRun
+from scmoe_ds.models.blocks import Block, ScheduledRun
 from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.overlap.calibration import AdaptiveOverlap
+from scmoe_ds.overlap.executor import backbone_names
 from scmoe_ds.overlap.transport import probe
 from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import make_transports, nodes_of_ranks
@@ -44,7 +47,8 @@ def initialize(
         kwargs: handed to `deepspeed.initialize`.
 
     Returns:
-        engine, optimizer, data loader, learning-rate scheduler.
+        engine, optimizer, data loader, learning-rate scheduler. `engine.overlap` (an AdaptiveOverlap) times the first
+        micro-batches and sets the schedules; hand its `state()` and `resume()` to your checkpoints.
 
     Raises:
         ScMoEConfigError: a setting that its user can mend.
@@ -63,8 +67,14 @@ def initialize(
     )
     if dist.get_rank() == 0:
         warn(whole)
-    lines = describe_schedules(model, section)
-    lines += choose_all_to_all(model, section, micro_batch_size)
+    lines = choose_all_to_all(model, section, micro_batch_size)
+    runs = [module for module in model.modules() if isinstance(module, ScheduledRun)]
+    sequence = getattr(model, "sequence", None)
+    descriptions = [describe_pair(run, section, micro_batch_size, sequence) for run in runs]
+    dist.broadcast_object_list(descriptions)  # one wording for all: nodes may hold different devices
+    overlap = AdaptiveOverlap(model, runs, descriptions, section.overlap, device())
+    result[0].overlap = overlap
+    lines += describe_schedules(runs, section, overlap)
     if dist.get_rank() == 0:
         for line in lines:
             logger.info(line)
@@ -79,6 +89,12 @@ def warn(whole: Mapping[str, Any]) -> None:
     if not whole.get("zero_optimization", {}).get("stage"):
         logger.warning("zero_optimization.stage is 0: DeepSpeed's gradient norm, and so clipping, is wrong for MoE "
                        "models there; set stage 1 or 2")  # fmt: skip
+
+
+def show_log() -> None:
+    """Lets the package's own log through; DeepSpeed sets the root logger to warnings only."""
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
 
 
 def connect() -> bool:
@@ -159,17 +175,48 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed, "name": "decay"}, {"params": plain, "weight_decay": 0.0, "name": "no_decay"}]
 
 
-def describe_schedules(model: nn.Module, config: ScMoEConfig) -> list[str]:
+def describe_pair(
+    run: ScheduledRun, config: ScMoEConfig, micro_batch_size: int, sequence: int | None
+) -> dict[str, Any]:
+    """All that a pair's times depend on; times are used again only where all of it agrees."""
+    layer, last = cast(StagedMoE, run.blocks[-1].moe), cast(Block, run.blocks[-1])
+    parameter = next(run.parameters())
+    return {
+        "operators": backbone_names(run),
+        "hidden_size": parameter.shape[-1],
+        "attention_heads": list(last.attention.heads),
+        "parameters": sum(each.numel() for each in run.parameters()),
+        "num_experts": layer.num_experts,
+        "top_k": layer.deepspeed_moe.gate.k,
+        "capacity_factor": config.capacity_factor if config.drop_tokens else None,
+        "dispatch": layer.dispatch,
+        "wire_dtype": layer.wire_dtype,
+        "all_to_all": layer.transport.method,
+        "expert_parallel_size": layer.transport.size,
+        "processes": dist.get_world_size(),
+        "micro_batch_size": micro_batch_size,
+        "seq_length": sequence,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type,
+    }
+
+
+def describe_schedules(runs: Sequence[ScheduledRun], config: ScMoEConfig, overlap: AdaptiveOverlap) -> list[str]:
     """One line per distinct schedule: the backbone, the slot, and where the slot comes from."""
-    if config.overlap.expert_slot == "auto":
-        origin = "auto: splits the backbone's FLOPs in half; no times are measured in this release"
+    if overlap.calibrating:
+        origin = (f"for now; the first {config.overlap.calibration_steps + 1} micro-batches run without overlap and "
+                  "are timed")  # fmt: skip
+    elif overlap.times is not None:
+        origin = f"from the times in {config.overlap.calibration_file}"
+    elif config.overlap.expert_slot == "auto":
+        origin = "auto: splits the backbone's FLOPs in half; nothing is timed"
     else:
         origin = "set by scmoe.overlap.expert_slot"
     lines: dict[str, list[int]] = {}
-    runs = [module for module in model.modules() if isinstance(module, ShortcutRun)]
     for index, run in enumerate(runs):
-        names = [operator.name for operator in run.backbone()]
-        names.insert(run.schedule.expert_slot - 1, "[routed experts]")
+        names = backbone_names(run)
+        for chunk, slot in reversed(list(enumerate(run.schedule.slots, start=1))):
+            names.insert(slot - 1, f"[experts {chunk}]" if run.schedule.num_chunks > 1 else "[routed experts]")
         mode = "overlapped" if run.schedule.overlap else "without overlap"
         lines.setdefault(f"dispatch ⇢ {' → '.join(names)} ⇢ combine ({mode}; {origin})", []).append(index)
     return [f"schedule of MoE layer {_ranges(layers)}: {text}" for text, layers in lines.items()]

@@ -23,6 +23,8 @@ from scmoe_ds import checkpoint
 from scmoe_ds.data.sampler import pretraining_batches
 from scmoe_ds.engine import device
 from scmoe_ds.models.gpt import GPTOutput
+from scmoe_ds.overlap.recorder import Recorder
+from scmoe_ds.overlap.timeline import save_timeline
 
 
 class TrainingError(ValueError):
@@ -31,7 +33,7 @@ class TrainingError(ValueError):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What the loop needs beside engine and data; iterations are optimizer steps."""
+    """What the loop needs beside engine and data; iterations are optimizer steps, `trace` the one to draw."""
 
     train_iters: int
     micro_batch_size: int
@@ -45,6 +47,8 @@ class RunSettings:
     save: str | None = None
     save_interval: int | None = None
     exit_interval: int | None = None
+    trace: int | None = None
+    trace_dir: str = "traces"
 
     @property
     def rank_batch_size(self) -> int:
@@ -111,6 +115,7 @@ class Trainer:
         self._timed_steps, self._timed_seconds = 0, 0.0
         self._saved: Path | None = None
         self._validation: tuple[int, float] | None = None
+        self._traced = False
 
     def run(self) -> Summary:
         """Trains up to `train_iters` (or the exit interval), then validates and saves.
@@ -145,8 +150,10 @@ class Trainer:
     def step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step over `accumulation_steps` micro-batches per rank."""
         started = time.perf_counter()
-        settings = self.settings
+        settings, recorder = self.settings, None
         for micro_step in range(settings.accumulation_steps):
+            if micro_step == settings.accumulation_steps - 1:
+                recorder = self._begin_trace()
             seed_micro_batch(settings.seed, self.iteration, micro_step * self.ranks + self.rank)
             output = self._forward(next(batches))
             self.engine.backward(output.loss)
@@ -156,6 +163,8 @@ class Trainer:
         self.consumed_samples += settings.rank_batch_size * self.ranks
         self._meter.steps += 1
         self._meter.seconds += time.perf_counter() - started
+        if recorder is not None:
+            self._end_trace(recorder)
 
     def evaluate(self, data: Any) -> float:
         """Mean loss in nats per token over the first `eval_iters` batches of every rank, the same each time."""
@@ -171,6 +180,26 @@ class Trainer:
                 total += loss.double()
         self.engine.train()
         return _mean_over_ranks(total / batch_count)
+
+    def _begin_trace(self) -> Recorder | None:
+        """Records one micro-batch of the wanted iteration, or of the first with its final schedule after it."""
+        wanted = self.settings.trace
+        if self._traced or wanted is None or self.iteration + 1 < wanted or self.engine.overlap.calibrating:
+            return None
+        self._traced = True
+        dist.barrier()  # one origin of time for all ranks
+        recorder = Recorder(device())
+        self.engine.overlap.record(recorder)
+        return recorder
+
+    def _end_trace(self, recorder: Recorder) -> None:
+        self.engine.overlap.record(None)
+        spans = recorder.spans()
+        if not spans:
+            self._print("--scmoe-trace: nothing to draw; DeepSpeed's own layers are not recorded")
+            return
+        for path in save_timeline(spans, self.settings.trace_dir, self.iteration):
+            self._print(f"wrote {path}")
 
     def _forward(self, batch: dict[str, Tensor]) -> GPTOutput:
         on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}

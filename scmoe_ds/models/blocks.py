@@ -1,6 +1,6 @@
 """Transformer blocks, and runs of blocks that end in one with an MoE.
 
-A `ShortcutRun` says where its shortcut is taken and which operators follow: it is the executor's pair. A `PlainRun`
+A `ScheduledRun` says where its routed experts read and which operators follow: it is the executor's pair. A `PlainRun`
 holds DeepSpeed's own MoE or Residual MoE and is the baseline. Both map [B, S, D] to a `PairOutput`.
 
 No attribute here may contain the word "expert": DeepSpeed's checkpoints would take it for routed experts.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
+from scmoe_ds.overlap.recorder import SILENT, PairRecorder
 from scmoe_ds.overlap.schedule import Schedule, slot_that_halves
 
 
@@ -52,7 +54,7 @@ class Block(nn.Module):
 
 
 def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> MoE:
-    """The layer that `config.architecture` names; the baselines are DeepSpeed's own classes."""
+    """The layer that `config.architecture` names; "topk" and "shared_expert" are DeepSpeed's own classes."""
     common: dict[str, Any] = dict(
         hidden_size=settings.hidden_size, expert=MLP(settings), num_experts=num_experts,
         ep_size=config.expert_parallel_size, k=config.top_k, capacity_factor=config.capacity_factor,
@@ -61,7 +63,7 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> Mo
         enable_expert_tensor_parallelism=config.expert_tensor_parallelism,
         top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
     )  # fmt: skip
-    if config.architecture in ("topk", "shared_expert"):
+    if not config.is_scheduled:
         return MoE(use_residual=config.architecture == "shared_expert", **common)
     staged: dict[str, Any] = dict(
         dispatch=config.dispatch,
@@ -70,6 +72,10 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> Mo
     )
     if config.architecture == "dgmoe":
         return DGMoE(**common, **staged)
+    if config.architecture == "pipelined_topk":
+        return StagedMoE(**common, **staged)
+    if config.architecture == "overlapped_shared_expert":
+        return ScMoE(merge="cg2", **common, **staged)  # the merge of DeepSpeed's Residual MoE
     return ScMoE(merge=config.merge, **common, **staged)
 
 
@@ -92,11 +98,18 @@ class PlainRun(nn.Module):
         return PairOutput(last.add(stream.hidden, output), l_aux, exp_counts)
 
 
-class ShortcutRun(nn.Module):
-    """Blocks of which the last holds a ScMoE (or DGMoE) that reads an earlier one: the executor's pair.
+class ScheduledRun(nn.Module):
+    """Blocks of which the last holds an MoE that runs in stages under a schedule: the executor's pair.
+
+    A ScMoE or DGMoE reads an earlier block through the shortcut. The strong baselines read the current block: a
+    pipelined top-k MoE (Tutel's strategy) has no operator to hide behind but its own chunks, an overlapped shared
+    expert (as Megatron-core's --moe-shared-expert-overlap) its two halves.
 
     Attributes:
-        schedule: when the routed experts run; replace it to run the same weights under another schedule.
+        schedule: when the routed experts run in training; replace it to run the same weights under another schedule.
+        forward_schedule: the same where no gradient is wanted; None: as in training.
+        recorder: who is told what happens when.
+        tap: the shortcut is taken before operator number `tap`.
     """
 
     def __init__(
@@ -105,39 +118,54 @@ class ShortcutRun(nn.Module):
         super().__init__()
         dense = [Block(settings) for _ in range(config.moe_every - 1)]
         self.blocks = nn.ModuleList([*dense, Block(settings, make_moe(settings, config, num_experts))])
+        self.on_current_layer = not config.has_shortcut
+        self.tap = self._tap(config, position)
+        own_norm = config.has_shortcut and config.shortcut_norm == "own"
+        self.shortcut_norm = make_norm(settings) if own_norm else None
+        self.post_norm = make_norm(settings) if config.post_norm else None
+        self.schedule = self._schedule(config, sequence)
+        self.forward_schedule: Schedule | None = None
+        self.recorder: PairRecorder = SILENT
+
+    def _tap(self, config: ScMoEConfig, position: str) -> int:
+        if self.on_current_layer:
+            return 2 * config.moe_every  # behind the norm that all operators of the last block share
         # The tapped block's index; -1 is the block before this run, whose output is this run's input.
         tapped = config.moe_every - 1 - (config.shortcut_distance if config.moe_every > 1 else 1)
         # Two operators per block: Pos-1 is a block's output, Pos-2 follows its attention, Pos-3 is its input.
-        self.tap = 2 * tapped + {"pos1": 2, "pos2": 1, "pos3": 0}[position]
-        self.shortcut_norm = make_norm(settings) if config.shortcut_norm == "own" else None
-        self.post_norm = make_norm(settings) if config.post_norm else None
-        self.schedule = self._schedule(config, sequence)
+        return 2 * tapped + {"pos1": 2, "pos2": 1, "pos3": 0}[position]
 
     def forward(self, hidden: Tensor) -> PairOutput:
-        return executor.run(self, hidden, self.schedule)
+        training = torch.is_grad_enabled()
+        schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
+        return executor.run(self, hidden, schedule, self.recorder)
 
     def operators(self) -> list[Operator]:
-        """All operators of the run, in order; the tap stands before number `tap`."""
+        """All operators of the run, in order; see `executor.Pair`."""
         operators = []
         for block in cast(Sequence[Block], self.blocks):
             operators += [Operator("attention", block.attend), Operator("mlp", block.feed)]
         del operators[-1]
-        if isinstance(self._last.moe, ScMoE):
-            operators.append(Operator("shared", self._shared))
-        return operators
-
-    def before_tap(self, hidden: Tensor) -> Tensor:
-        stream = Stream(hidden)
-        for operator in self.operators()[: self.tap]:
-            stream = operator.run(stream)
-        return stream.hidden
-
-    def begin(self, tap: Tensor, blocking: bool) -> RoutedTokens:
-        norm = self.shortcut_norm or self._backbone_norm()
-        return cast(StagedMoE, self._last.moe).begin(norm(tap), blocking=blocking)
+        has_shared = isinstance(self._last.moe, ScMoE)
+        if self.on_current_layer:
+            operators.append(Operator("norm", self._normalise))
+            shared = [Operator("shared in", self._shared_in), Operator("shared out", self._shared_out)]
+            return operators + (shared if has_shared else [])
+        return operators + ([Operator("shared", self._shared)] if has_shared else [])
 
     def backbone(self) -> list[Operator]:
+        """The operators between shortcut and join."""
         return self.operators()[self.tap :]
+
+    def begin(self, stream: Stream, schedule: Schedule, recorder: PairRecorder) -> RoutedTokens:
+        shortcut = stream.moe_input
+        if shortcut is None:
+            norm = self.shortcut_norm or self._backbone_norm()
+            (hidden,) = recorder.open("shortcut norm", stream.hidden)
+            (shortcut,) = recorder.close("shortcut norm", norm(hidden))
+        return cast(StagedMoE, self._last.moe).begin(
+            shortcut, blocking=not schedule.overlap, num_chunks=schedule.num_chunks, recorder=recorder
+        )
 
     def join(self, routed: executor.Routed, stream: Stream) -> PairOutput:
         moe_input = self._last.mlp_norm(stream.hidden) if stream.moe_input is None else stream.moe_input
@@ -149,20 +177,33 @@ class ShortcutRun(nn.Module):
 
     def backbone_flops(self, sequence: int) -> list[int]:
         """Forward floating-point operations per token of each backbone operator."""
-        blocks = cast(Sequence[Block], self.blocks)
-        flops: list[int] = []
-        for block in blocks:
+        flops: dict[str, int] = {"norm": 0}
+        for block in cast(Sequence[Block], self.blocks):  # all blocks are alike
             mlp = block.mlp if hasattr(block, "mlp") else getattr(block.moe, "mlp", None)
-            flops += [block.attention.flops_per_token(sequence), cast(MLP, mlp).flops_per_token() if mlp else 0]
-        return flops[self.tap : self.tap + len(self.backbone())]
+            flops["attention"] = block.attention.flops_per_token(sequence)
+            if mlp is not None:
+                flops["mlp"] = flops["shared"] = cast(MLP, mlp).flops_per_token()
+                flops["shared in"] = flops["shared out"] = flops["mlp"] // 2
+        return [flops[operator.name] for operator in self.backbone()]
 
     @property
     def _last(self) -> Block:
         return cast(Block, self.blocks[-1])
 
+    def _normalise(self, stream: Stream) -> Stream:
+        return Stream(stream.hidden, self._last.mlp_norm(stream.hidden))
+
     def _shared(self, stream: Stream) -> Stream:
         moe_input = self._last.mlp_norm(stream.hidden)
         return Stream(stream.hidden, moe_input, cast(ScMoE, self._last.moe).shared(moe_input))
+
+    def _shared_in(self, stream: Stream) -> Stream:
+        mlp = cast(MLP, self._last.moe.mlp)
+        return Stream(stream.hidden, stream.moe_input, mlp.activate(mlp.input(cast(Tensor, stream.moe_input))))
+
+    def _shared_out(self, stream: Stream) -> Stream:
+        mlp = cast(MLP, self._last.moe.mlp)
+        return Stream(stream.hidden, stream.moe_input, mlp.output(cast(Tensor, stream.shared)))
 
     def _backbone_norm(self) -> nn.Module:
         """The norm through which the operator after the tap reads the tapped value (LongCat's shared norm)."""
@@ -170,7 +211,12 @@ class ShortcutRun(nn.Module):
         return block.mlp_norm if self.tap % 2 else block.attention_norm
 
     def _schedule(self, config: ScMoEConfig, sequence: int) -> Schedule:
-        slot = config.overlap.expert_slot
-        if isinstance(slot, str):
+        overlap = config.overlap
+        slot = overlap.expert_slot
+        if slot == "auto":
             slot = slot_that_halves(self.backbone_flops(sequence))
-        return Schedule(slot, overlap=config.overlap.enabled)
+        slots = tuple(slot) if isinstance(slot, list) else slot
+        chunks = overlap.num_chunks
+        if chunks == "auto":
+            chunks = len(slots) if isinstance(slots, tuple) else 1
+        return Schedule(slots, chunks, overlap.enabled)

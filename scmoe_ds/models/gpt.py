@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scmoe_ds.config import ScMoEConfig
-from scmoe_ds.models.blocks import PlainRun, ShortcutRun
+from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.layers import GPTSettings, make_norm
 
 
@@ -53,18 +53,18 @@ class GPT(nn.Module):
         super().__init__()
         config.check_model(settings.num_layers)
         self.settings, self.config = settings, config
-        sequence = sequence or settings.max_position_embeddings
+        self.sequence = sequence = sequence or settings.max_position_embeddings
         D, V = settings.hidden_size, settings.vocab_size
         self.embedding = nn.Embedding(V, D)
         learned = settings.position_embedding == "learned_absolute"
         self.positions = nn.Embedding(settings.max_position_embeddings, D) if learned else None
         runs: list[nn.Module] = []
         for layer, num_experts in enumerate(config.experts_per_layer(settings.num_layers)):
-            if config.architecture in ("topk", "shared_expert"):
+            if not config.is_scheduled:
                 runs.append(PlainRun(settings, config, num_experts))
                 continue
             position = config.first_layer_position if layer == 0 else None
-            runs.append(ShortcutRun(settings, config, num_experts, position or config.position, sequence))
+            runs.append(ScheduledRun(settings, config, num_experts, position or config.position, sequence))
         self.runs = nn.ModuleList(runs)
         self.final_norm = make_norm(settings)
         self.head = None if settings.tie_embeddings else nn.Linear(D, V, bias=False)
@@ -95,9 +95,9 @@ class GPT(nn.Module):
         loss = lm_loss + self.config.aux_loss_coefficient * moe_loss
         return GPTOutput(loss, lm_loss, moe_loss, tuple(counts), None)
 
-    def shortcut_runs(self) -> Sequence[ShortcutRun]:
+    def scheduled_runs(self) -> Sequence[ScheduledRun]:
         """The runs that a schedule drives; empty for the baselines."""
-        return [cast(ShortcutRun, run) for run in self.runs if isinstance(run, ShortcutRun)]
+        return [cast(ScheduledRun, run) for run in self.runs if isinstance(run, ScheduledRun)]
 
 
 def masked_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor:

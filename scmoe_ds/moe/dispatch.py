@@ -3,8 +3,11 @@
 Padded (DeepSpeed's): every expert has `capacity` rows, empty ones are zeros; equal pieces for all ranks.
 Exact: rows of real tokens only, sorted by expert; pieces as large as they are.
 
+Either can be cut into chunks that travel and are computed one after another: padded by places in the buffers, exact by
+tokens. Rows are then in order of chunks first.
+
 Shape suffixes: T tokens, D hidden, E experts, L local experts, K routed experts per token, C capacity,
-R rows that this rank sends, S rows that it receives, P ranks of the expert-parallel group.
+R rows that this rank sends, S rows that it receives, P ranks of the expert-parallel group, N chunks.
 """
 
 from __future__ import annotations
@@ -45,60 +48,76 @@ def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """DeepSpeed's [E, C, D] buffers.
+    """DeepSpeed's [E, C, D] buffers; of several chunks, each has [E, ceil(C / N), D].
 
     Attributes:
-        row_of_choice_KT: row e * C + location of each choice, E * C where dropped.
+        row_of_choice_KT: row (n * E + e) * C + location of each choice, with C per chunk; N * E * C where dropped.
+        rows_per_chunk: E * C.
     """
 
     row_of_choice_KT: Tensor
     num_experts: int
     capacity: int
+    num_chunks: int
 
     @classmethod
-    def of(cls, routing: Routing) -> PaddedLayout:
+    def of(cls, routing: Routing, num_chunks: int = 1) -> PaddedLayout:
         num_experts = routing.exp_counts.shape[0]
         # With drops the capacity follows from shapes and is a CPU tensor, so that int() synchronises nothing.
-        capacity = int(routing.capacity)
-        row_KT = _route_slots(routing.expert_KT, routing.location_KT, num_experts, capacity)
-        return cls(row_KT, num_experts, capacity)
+        capacity = -(-int(routing.capacity) // num_chunks)
+        buffer_KT = routing.expert_KT
+        if num_chunks > 1:
+            chunk_KT = routing.location_KT.div(capacity, rounding_mode="floor")
+            buffer_KT = torch.where(buffer_KT >= 0, chunk_KT * num_experts + buffer_KT, -1)
+        location_KT = routing.location_KT % capacity if num_chunks > 1 else routing.location_KT
+        row_KT = _route_slots(buffer_KT, location_KT, num_chunks * num_experts, capacity)
+        return cls(row_KT, num_experts, capacity, num_chunks)
+
+    @property
+    def rows_per_chunk(self) -> int:
+        return self.num_experts * self.capacity
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
-        """[T, D] → [E * C, D], zeros in the empty rows."""
-        return _sparse_encode(tokens_TD, self.row_of_choice_KT, self.num_experts, self.capacity).flatten(0, 1)
+        """[T, D] → [N * E * C, D], zeros in the empty rows."""
+        buffers = self.num_chunks * self.num_experts
+        return _sparse_encode(tokens_TD, self.row_of_choice_KT, buffers, self.capacity).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class ExactLayout:
-    """Rows of real tokens, sorted by global expert and, within one, by location.
+    """Rows of real tokens, sorted by chunk, within one by global expert, and there by location.
 
     Attributes:
         token_R: int64 source token of each row; on a GPU followed by those of the dropped choices.
         row_of_choice_KT: row of each choice, R where dropped.
-        rows_per_expert_E: int64 rows for each global expert.
+        rows_per_expert_NE: int64 rows of each chunk for each global expert.
     """
 
     token_R: Tensor
     row_of_choice_KT: Tensor
-    rows_per_expert_E: Tensor
+    rows_per_expert_NE: Tensor
 
     @classmethod
-    def of(cls, routing: Routing) -> ExactLayout:
+    def of(cls, routing: Routing, num_chunks: int = 1) -> ExactLayout:
         num_experts = routing.exp_counts.shape[0]
         K, T = routing.expert_KT.shape
         kept_KT = routing.expert_KT >= 0
-        # Dropped choices count for an expert E that does not exist: they sort behind all others and are cut off.
-        expert_N = torch.where(kept_KT, routing.expert_KT, num_experts).flatten()
+        bucket_KT, buckets = routing.expert_KT, num_chunks * num_experts
+        if num_chunks > 1:
+            chunk_T = torch.arange(T, device=kept_KT.device) * num_chunks // max(T, 1)
+            bucket_KT = bucket_KT + chunk_T * num_experts
+        # Dropped choices count for a bucket that does not exist: they sort behind all others and are cut off.
+        bucket_X = torch.where(kept_KT, bucket_KT, buckets).flatten()
         # Not bincount: on a GPU it makes the host wait for the largest id.
-        rows_per_expert = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
-        rows_per_expert = rows_per_expert.scatter_add_(0, expert_N, torch.ones_like(expert_N))[:num_experts]
-        first_row_E1 = torch.cat([rows_per_expert.new_zeros(1), rows_per_expert.cumsum(0)])
-        order_N = torch.sort(expert_N, stable=True).indices
-        row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(K * T, device=order_N.device))
-        row_N = torch.minimum(row_N, first_row_E1[-1])
-        if not order_N.is_cuda:  # on a GPU the number of rows is not known on the host yet: cut them off when sending
-            order_N = order_N[: int(first_row_E1[-1])]
-        return cls(order_N % T, row_N.view(K, T), rows_per_expert)
+        rows = torch.zeros(buckets + 1, dtype=torch.int64, device=bucket_X.device)
+        rows = rows.scatter_add_(0, bucket_X, torch.ones_like(bucket_X))[:buckets]
+        total = rows.sum()
+        order_X = torch.sort(bucket_X, stable=True).indices
+        row_X = torch.empty_like(order_X).scatter_(0, order_X, torch.arange(K * T, device=order_X.device))
+        row_X = torch.minimum(row_X, total)
+        if not order_X.is_cuda:  # on a GPU the number of rows is not known on the host yet: cut them off when sending
+            order_X = order_X[: int(total)]
+        return cls(order_X % T, row_X.view(K, T), rows.view(num_chunks, num_experts))
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [R, D]."""

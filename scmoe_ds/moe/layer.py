@@ -14,6 +14,7 @@ Shape suffixes: T tokens (B * S), D hidden, E experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from scmoe_ds.moe.experts import initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
-from scmoe_ds.moe.routed import RoutedTokens
+from scmoe_ds.moe.routed import RoutedTokens, Travel
+from scmoe_ds.overlap.recorder import SILENT, PairRecorder
 from scmoe_ds.overlap.transport import METHODS, Transport
 from scmoe_ds.overlap.wire import WIRE_DTYPES
 
@@ -121,6 +123,8 @@ class StagedMoE(MoE):
         *,
         exclude: Tensor | None = None,
         blocking: bool = False,
+        num_chunks: int = 1,
+        recorder: PairRecorder = SILENT,
     ) -> RoutedTokens:
         """Gates and encodes the preceding layer's tokens and sends them to their experts.
 
@@ -129,9 +133,11 @@ class StagedMoE(MoE):
             used_token: [T] mask of real tokens, as in DeepSpeed (k = 1).
             exclude: [T] expert that a token may not choose, -1 for none (k = 1).
             blocking: communicate without overlap, forward and backward.
+            num_chunks: pieces that the routed tokens are cut into; `run_experts` is then called once for each.
+            recorder: is told what happens when.
 
         Raises:
-            ValueError: a last dimension other than the hidden size.
+            ValueError: a last dimension other than the hidden size, or fewer than one chunk.
             RuntimeError: an expert-parallel layer without groups.
         """
         hidden_size = self.deepspeed_moe.gate.wg.in_features
@@ -141,20 +147,18 @@ class StagedMoE(MoE):
             raise ValueError(f"shortcut of dtype {shortcut.dtype}: must be floating point")
         if self.ep_size > 1 and self.deepspeed_moe.ep_group is None:
             raise RuntimeError("call layer.set_deepspeed_parallelism() (or initialize the engine) before the first use")
+        if num_chunks < 1:
+            raise ValueError(f"num_chunks = {num_chunks}: must be at least 1")
         tokens_TD = shortcut.reshape(-1, hidden_size)
-        routing = route(self.deepspeed_moe.gate, tokens_TD, used_token, exclude, self.gate_softmax,
+        (gated_TD,) = recorder.open("gate", tokens_TD)
+        routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax,
                         common_capacity=self.dispatch == "padded")  # fmt: skip
-        return RoutedTokens(
-            self.deepspeed_moe.experts,
-            tokens_TD,
-            routing,
-            shortcut.shape,
-            exact=self.dispatch == "exact",
-            transport=self.transport,
-            wire_dtype=self.wire_dtype,
-            blocking=blocking,
-            deferred=shortcut.is_cuda and not blocking,
-        )
+        weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
+        routing = replace(routing, weight_KT=weight_KT, l_aux=l_aux)
+        travel = Travel(self.transport, self.wire_dtype, blocking, num_chunks,
+                        deferred=shortcut.is_cuda and not blocking, recorder=recorder)  # fmt: skip
+        return RoutedTokens(self.deepspeed_moe.experts, tokens_TD, routing, shortcut.shape,
+                            exact=self.dispatch == "exact", travel=travel)  # fmt: skip
 
     def finish(
         self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None
@@ -233,7 +237,10 @@ class ScMoE(StagedMoE):
                              "they must be the same tokens")  # fmt: skip
         if shared is None:
             shared = self.shared(hidden_states)
-        output = merge_outputs(self.merge, shared, routed.collect(), hidden_states, self.coefficient)
+        collected = routed.collect()
+        shared, collected, hidden_states = routed.recorder.open("merge", shared, collected, hidden_states)
+        output = merge_outputs(self.merge, shared, collected, hidden_states, self.coefficient)
+        (output,) = routed.recorder.close("merge", output)
         return output, routed.routing.l_aux, routed.routing.exp_counts
 
 
@@ -257,9 +264,11 @@ class DGMoE(StagedMoE):
         Returns:
             output [..., D], mean of the two load-balancing losses, tokens per expert of both choices [E].
         """
+        (hidden_states,) = routed.recorder.open("merge", hidden_states)  # all of it: nothing is left to overlap with
         current = self.begin(hidden_states, exclude=routed.routing.expert_KT[0])
         current.run_experts()
-        output = current.collect() + routed.collect()
+        (own,) = routed.recorder.close("merge", current.collect())
+        output = own + routed.collect()
         l_aux = torch.stack([routed.routing.l_aux, current.routing.l_aux]).mean()
         return output, l_aux, routed.routing.exp_counts + current.routing.exp_counts
 

@@ -21,11 +21,13 @@ communication logger is on, and so measure an overlap away.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scmoe_ds.overlap.recorder import Phase, Watch
 from scmoe_ds.overlap.side_stream import side_stream
 from scmoe_ds.overlap.transport import Transport, Wait
 from scmoe_ds.overlap.wire import pack, unpack
@@ -39,16 +41,17 @@ class InFlight:
         self._transfer = transfer
         self._token: Tensor | None = token
 
-    def send(self, send_rows: Sequence[int], receive_rows: Sequence[int]) -> None:
+    def send(self, send_rows: Sequence[int], receive_rows: Sequence[int], first_row: int = 0) -> None:
         """Launches a prepared all-to-all; see `prepare`.
 
         Args:
             send_rows, receive_rows: rows to and from each rank of the group.
+            first_row: where this chunk begins among the prepared rows.
         """
         if self._transfer is not None:
-            self._transfer.launch_held(send_rows, receive_rows)
+            self._transfer.launch_held(send_rows, receive_rows, first_row)
         elif self._token is not None and self._token.shape[0] != sum(send_rows):
-            self._token = self._token[: sum(send_rows)]
+            self._token = self._token[first_row : first_row + sum(send_rows)]
 
     def wait(self) -> Tensor:
         """The received rows, [received rows, D], ready for the current stream.
@@ -62,22 +65,32 @@ class InFlight:
         return token if self._transfer is None else _Wait.apply(token, self._transfer)
 
 
-def prepare(rows: Tensor, transport: Transport, blocking: bool = False, wire_dtype: str | None = None) -> InFlight:
-    """An all-to-all whose sizes are not known on the host yet; `InFlight.send` launches it.
+def prepare(
+    rows: Tensor,
+    transport: Transport,
+    blocking: bool = False,
+    wire_dtype: str | None = None,
+    watches: Sequence[Watch | None] = (None,),
+) -> list[InFlight]:
+    """All-to-alls of consecutive chunks of rows whose sizes are not known on the host yet; `InFlight.send` launches
+    each.
 
-    Its place in the backward pass is decided here, not at `send`: the gradient's wait comes where this call stands.
+    Their place in the backward pass is decided here, not at `send`: the wait for all chunks' gradients comes where
+    this call stands.
 
     Args:
-        rows: [N, D], floating point; consecutive pieces go to consecutive ranks. `send` may take fewer than N rows,
-            the last ones then stay (dropped choices that were sorted behind all others).
+        rows: [N, D], floating point; of each chunk, consecutive pieces go to consecutive ranks. The chunks together may
+            take fewer than N rows, the last ones then stay (dropped choices that were sorted behind all others).
         transport: the ranks and the primitive; a world of one sends nothing and gives `rows` back.
         blocking: wait at once, forward and backward (the reference without overlap).
         wire_dtype: None, or a number format of scmoe_ds.overlap.wire for rows and their gradients on the wire.
+        watches: an observer or None for each chunk; as many chunks are made.
     """
     if transport.size == 1:
-        return InFlight(None, rows)
-    transfer = _Transfer(transport, blocking, wire_dtype)
-    return InFlight(transfer, _Start.apply(rows, transfer))
+        return [InFlight(None, rows) for _ in watches]
+    transfers = [_Transfer(transport, blocking, wire_dtype, watch) for watch in watches]
+    tokens = _Start.apply(rows, transfers)
+    return [InFlight(transfer, token) for transfer, token in zip(transfers, tokens, strict=True)]
 
 
 def start(
@@ -87,9 +100,10 @@ def start(
     receive_rows: Sequence[int] | None = None,
     blocking: bool = False,
     wire_dtype: str | None = None,
+    watch: Watch | None = None,
 ) -> InFlight:
     """Launches an all-to-all of rows and returns at once: `prepare` and `send`; equal pieces by default."""
-    flight = prepare(rows, transport, blocking, wire_dtype)
+    (flight,) = prepare(rows, transport, blocking, wire_dtype, [watch])
     equal = [rows.shape[0] // transport.size] * transport.size
     flight.send(send_rows or equal, receive_rows or equal)
     return flight
@@ -98,26 +112,25 @@ def start(
 class _Transfer:
     """What the start and the wait of one all-to-all share: the transport, the sizes, and the rows in flight."""
 
-    def __init__(self, transport: Transport, blocking: bool, wire_dtype: str | None) -> None:
-        self.transport, self.blocking, self.wire_dtype = transport, blocking, wire_dtype
+    def __init__(self, transport: Transport, blocking: bool, wire_dtype: str | None, watch: Watch | None) -> None:
+        self.transport, self.blocking, self.wire_dtype, self.watch = transport, blocking, wire_dtype, watch
         self.send: Sequence[int] = ()
         self.receive: Sequence[int] = ()
-        self.held_rows = 0
         self._held: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._in_flight: tuple[Wait | None, Tensor, Tensor, torch.dtype] | None = None
         self._launched: torch.cuda.Event | None = None
 
     def hold(self, rows: Tensor) -> None:
         ready = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
-        self._held, self.held_rows = (rows.detach(), ready), rows.shape[0]
+        self._held = (rows.detach(), ready)
 
-    def launch_held(self, send: Sequence[int], receive: Sequence[int]) -> None:
+    def launch_held(self, send: Sequence[int], receive: Sequence[int], first_row: int) -> None:
         assert self._held is not None, "an all-to-all was sent twice"
         (rows, ready), self._held = self._held, None
         self.send, self.receive = list(send), list(receive)
-        rows = rows[: sum(send)]
+        rows = rows[first_row : first_row + sum(send)]
         if ready is None:
-            self._launch(rows, send, receive)
+            self._launch(rows, send, receive, "forward")
             return
         # The collective waits for the stream that it is launched from. The main stream has gone on with the backbone
         # since `hold`; from the side stream the rows are all that it waits for.
@@ -125,16 +138,17 @@ class _Transfer:
         side.wait_event(ready)
         rows.record_stream(side)  # a wire format reads them there, after their last reference may have gone
         with torch.cuda.stream(side):
-            self._launch(rows, send, receive)
+            self._launch(rows, send, receive, "forward")
 
     def launch_gradient(self, grad: Tensor) -> None:
-        self._launch(grad, self.receive, self.send)
+        self._launch(grad, self.receive, self.send, "backward")
 
     @torch.no_grad()  # a deferred launch runs outside of autograd's functions
-    def _launch(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> None:
+    def _launch(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], phase: Phase) -> None:
         packed = pack(rows, self.wire_dtype).contiguous()
         received = packed.new_empty((sum(receive), *packed.shape[1:]))
-        wait: Wait | None = self.transport.launch(received, packed, receive, send)
+        launch = partial(self.transport.launch, received, packed, receive, send)
+        wait: Wait | None = launch() if self.watch is None else self.watch.launch(phase, launch)
         if self.blocking and wait is not None:
             wait()
             wait = None  # a second wait on one of gloo's receives never returns
@@ -161,20 +175,23 @@ class _Transfer:
 
 
 class _Start(torch.autograd.Function):
-    """Returns an empty token that ties the wait to the start in autograd's graph; the rows stay in the transfer,
-    so that nobody can read a buffer that is still being filled."""
+    """Returns an empty token per chunk that ties the wait to the start in autograd's graph; the rows stay in the
+    transfers, so that nobody can read a buffer that is still being filled."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
-        ctx.transfer = transfer
-        transfer.hold(rows)
-        return rows.new_empty(0)
+    def forward(ctx: Any, rows: Tensor, transfers: Sequence[_Transfer]) -> tuple[Tensor, ...]:
+        ctx.transfers, ctx.rows = transfers, rows.shape[0]
+        for transfer in transfers:
+            transfer.hold(rows)
+        return tuple(rows.new_empty(0) for _ in transfers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = ctx.transfer.finish()
-        stayed = ctx.transfer.held_rows - grad.shape[0]
-        return (torch.cat([grad, grad.new_zeros(stayed, *grad.shape[1:])]) if stayed else grad), None
+        parts = [transfer.finish() for transfer in ctx.transfers]
+        stayed = ctx.rows - sum(part.shape[0] for part in parts)
+        if stayed:
+            parts.append(parts[0].new_zeros(stayed, *parts[0].shape[1:]))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)), None
 
 
 class _Wait(torch.autograd.Function):

@@ -7,12 +7,14 @@ Only communication overlaps: all computation stays on one stream, in one order.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from scmoe_ds.overlap.recorder import SILENT, PairRecorder
 from scmoe_ds.overlap.schedule import Schedule
 
 
@@ -23,7 +25,8 @@ class Stream:
     Attributes:
         hidden: the residual stream, [B, S, D].
         moe_input: the current layer's normalised input of shared expert and merge, [B, S, D], once it exists.
-        shared: the shared expert's output, [B, S, D], once it is computed.
+        shared: the shared expert's output, [B, S, D], once it is computed; between its two halves, where it is split,
+            its inner activation [B, S, F].
     """
 
     hidden: Tensor
@@ -33,7 +36,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Operator:
-    """One named step of the backbone: "attention", "mlp" or "shared"."""
+    """One named step: "attention", "mlp", "shared", or "shared in" and "shared out"."""
 
     name: str
     run: Callable[[Stream], Stream]
@@ -46,7 +49,7 @@ class Routed(Protocol):
         """Launches the dispatch, if that was left to a later moment."""
 
     def run_experts(self) -> None:
-        """Waits for the dispatch, computes, launches the combine."""
+        """Waits for the dispatch of the next chunk, computes, launches its combine."""
 
 
 @dataclass(frozen=True)
@@ -61,37 +64,61 @@ class PairOutput:
 class Pair(Protocol):
     """What the executor asks of a run of blocks."""
 
-    def before_tap(self, hidden: Tensor) -> Tensor:
-        """Runs the operators that precede the shortcut."""
+    tap: int
 
-    def begin(self, tap: Tensor, blocking: bool) -> Routed:
+    def operators(self) -> Sequence[Operator]:
+        """All operators in order; the shortcut is taken before number `tap` (from 0), the backbone begins there."""
+
+    def begin(self, stream: Stream, schedule: Schedule, recorder: PairRecorder) -> Routed:
         """Normalises the tapped value, gates, encodes, and sends the tokens on their way."""
-
-    def backbone(self) -> Sequence[Operator]:
-        """The operators between shortcut and join, in order."""
 
     def join(self, routed: Routed, stream: Stream) -> PairOutput:
         """Waits for the combine, decodes, merges and adds the residual."""
 
 
-def run(pair: Pair, hidden: Tensor, schedule: Schedule) -> PairOutput:
+def run(pair: Pair, hidden: Tensor, schedule: Schedule, recorder: PairRecorder = SILENT) -> PairOutput:
     """One forward pass of a pair under any schedule; its backward mirrors it by itself (see all_to_all.py).
 
     Raises:
         ValueError: a slot beyond the backbone.
     """
-    hidden = pair.before_tap(hidden)
+    operators = _distinct(pair.operators(), pair.tap)
+    before_tap, backbone = operators[: pair.tap], operators[pair.tap :]
+    if schedule.slots[-1] > len(backbone) + 1:
+        raise ValueError(f"expert_slot {schedule.expert_slot}: the backbone has {len(backbone)} operators")
+    stream = Stream(hidden)
+    for operator in before_tap:
+        stream = _step(operator, stream, recorder)
     # Gate and encode go as early as possible, decode (in join) as late as possible: both windows are then longest.
-    routed = pair.begin(hidden, blocking=not schedule.overlap)
-    stream, operators = Stream(hidden), pair.backbone()
-    if schedule.expert_slot > len(operators) + 1:
-        raise ValueError(f"expert_slot {schedule.expert_slot}: the backbone has {len(operators)} operators")
-    for slot, operator in enumerate(operators, start=1):
-        if slot == schedule.expert_slot:
+    routed = pair.begin(stream, schedule, recorder)
+    for slot, operator in enumerate(backbone, start=1):
+        for _ in range(schedule.chunks_at(slot)):
             routed.run_experts()
-        stream = operator.run(stream)
+        stream = _step(operator, stream, recorder)
         # A GPU has the first operator to work on by now, while the host waits for the row counts to send by.
         routed.send()
-    if schedule.expert_slot == len(operators) + 1:
+    for _ in range(schedule.chunks_at(len(backbone) + 1)):
         routed.run_experts()
     return pair.join(routed, stream)
+
+
+def backbone_names(pair: Pair) -> list[str]:
+    """Names of the operators between shortcut and join, as a recorder hears them."""
+    return [operator.name for operator in _distinct(pair.operators(), pair.tap)[pair.tap :]]
+
+
+def _step(operator: Operator, stream: Stream, recorder: PairRecorder) -> Stream:
+    entering = Stream(*recorder.open(operator.name, stream.hidden, stream.moe_input, stream.shared))
+    leaving = operator.run(entering)
+    return Stream(*recorder.close(operator.name, leaving.hidden, leaving.moe_input, leaving.shared))
+
+
+def _distinct(operators: Sequence[Operator], tap: int) -> list[Operator]:
+    """Names by which spans can be told apart: a second "attention" becomes "attention 2"."""
+    seen: Counter[str] = Counter()
+    distinct = []
+    for index, operator in enumerate(operators):
+        name = operator.name if index >= tap else f"{operator.name} before tap"
+        seen[name] += 1
+        distinct.append(Operator(name if seen[name] == 1 else f"{name} {seen[name]}", operator.run))
+    return distinct

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.config import ScMoEConfig
-from scmoe_ds.models.blocks import ShortcutRun
+from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import Operator
@@ -18,16 +18,16 @@ from tests.helpers.distributed import run_distributed
 SETTINGS = GPTSettings(2, 16, 4, 64, 12, hidden_dropout=0.1)
 
 
-def make_run(position: str, dispatch: str = "exact") -> ShortcutRun:
+def make_run(position: str, dispatch: str = "exact") -> ScheduledRun:
     section = {"num_experts": 4, "expert_parallel_size": 2, "position": position, "capacity_factor": 1.0,
                "dispatch": dispatch}  # fmt: skip
-    run = ShortcutRun(SETTINGS, ScMoEConfig.from_deepspeed({"scmoe": section}), 4, position, 12)
+    run = ScheduledRun(SETTINGS, ScMoEConfig.from_deepspeed({"scmoe": section}), 4, position, 12)
     initialize_parameters(run, 3, 0.4, 1, dist.get_rank())
     run.blocks[-1].moe.set_deepspeed_parallelism()
     return run
 
 
-def forward_and_backward(run: ShortcutRun, schedule: Schedule) -> list[torch.Tensor]:
+def forward_and_backward(run: ScheduledRun, schedule: Schedule) -> list[torch.Tensor]:
     run.schedule = schedule
     torch.manual_seed(dist.get_rank())
     hidden = torch.randn(2, 12, 16, requires_grad=True)

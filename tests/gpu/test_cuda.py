@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scmoe_ds.config import ScMoEConfig
-from scmoe_ds.models.blocks import ShortcutRun
+from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.experts import can_group
@@ -15,15 +15,15 @@ from scmoe_ds.overlap.schedule import Schedule
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def make_run(dispatch: str = "exact", drop_tokens: bool = True, **section: object) -> ShortcutRun:
+def make_run(dispatch: str = "exact", drop_tokens: bool = True, **section: object) -> ScheduledRun:
     fields = {"num_experts": 4, "dispatch": dispatch, "drop_tokens": drop_tokens, "use_rts": False, **section}
     config = ScMoEConfig.from_deepspeed({"scmoe": fields})
-    run = ShortcutRun(GPTSettings(2, 64, 4, 64, 32), config, 4, config.position, 32)
+    run = ScheduledRun(GPTSettings(2, 64, 4, 64, 32), config, 4, config.position, 32)
     initialize_parameters(run, 3, 0.1, 1)
     return run
 
 
-def results(run: ShortcutRun, hidden: torch.Tensor) -> list[torch.Tensor]:
+def results(run: ScheduledRun, hidden: torch.Tensor) -> list[torch.Tensor]:
     hidden = hidden.clone().requires_grad_()
     output = run(hidden)
     loss = output.hidden.float().square().mean() + output.l_aux

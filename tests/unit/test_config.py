@@ -41,12 +41,12 @@ def test_one_line_changes_the_architecture_at_equal_compute(architecture: str, k
     ],
 )
 def test_number_of_operators_is_what_the_model_has(fields: dict, operators: int) -> None:
-    from scmoe_ds.models.blocks import ShortcutRun
+    from scmoe_ds.models.blocks import ScheduledRun
     from scmoe_ds.models.layers import GPTSettings
 
     config = section(**fields)
     assert config.num_operators() == operators
-    assert len(ShortcutRun(GPTSettings(4, 8, 2, 16, 8), config, 8, config.position, 8).backbone()) == operators
+    assert len(ScheduledRun(GPTSettings(4, 8, 2, 16, 8), config, 8, config.position, 8).backbone()) == operators
     section(**fields, overlap={"expert_slot": operators + 1})
     with pytest.raises(
         ScMoEConfigError, match=rf"expert_slot = {operators + 2}: the backbone has {operators} operators"

@@ -86,7 +86,7 @@ def test_misuse_of_routed_tokens_says_what_happened() -> None:
     with pytest.raises(RuntimeError, match="before run_experts"):
         layer.finish(routed, x)
     routed.run_experts()
-    with pytest.raises(RuntimeError, match="called twice"):
+    with pytest.raises(RuntimeError, match="once too often"):
         routed.run_experts()
     layer.finish(routed, x)
     with pytest.raises(RuntimeError, match="finished already"):
@@ -195,7 +195,7 @@ def test_exact_layout_holds_the_rows_that_the_padded_one_holds(logits: str) -> N
     routing = route(gate, x)
     exact, padded = ExactLayout.of(routing), PaddedLayout.of(routing)
     rows, buffer = exact.encode(x), padded.encode(x).view(EXPERTS, -1, HIDDEN)
-    filled = exact.rows_per_expert_E.tolist()
+    filled = exact.rows_per_expert_NE[0].tolist()
     assert sum(filled) == rows.shape[0] == int((routing.expert_KT >= 0).sum())
     for expert, part in enumerate(rows.split(filled)):
         real = buffer[expert][buffer[expert].abs().sum(-1) > 0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.config import ScMoEConfig
-from scmoe_ds.models.blocks import ShortcutRun
+from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from tests.helpers import reference
@@ -16,11 +16,11 @@ HEADS, HIDDEN, BATCH, SEQUENCE = 4, 16, 2, 12
 SETTINGS = GPTSettings(2, HIDDEN, HEADS, 64, SEQUENCE)
 
 
-def make_run(position: str, sequence: int = SEQUENCE, **section: object) -> ShortcutRun:
+def make_run(position: str, sequence: int = SEQUENCE, **section: object) -> ScheduledRun:
     config = ScMoEConfig.from_deepspeed(
         {"scmoe": {"num_experts": 4, "min_capacity": 1, "position": position, **section}}
     )
-    run = ShortcutRun(SETTINGS, config, 4, position, sequence)
+    run = ScheduledRun(SETTINGS, config, 4, position, sequence)
     initialize_parameters(run, 3, 0.4, 1)
     for parameter in run.parameters():
         if parameter.ndim == 1:  # zero biases and unit norms would hide a missing one
@@ -32,7 +32,7 @@ def largest_relative_error(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
 
 
-def check(run: ShortcutRun, **reference_arguments: object) -> None:
+def check(run: ScheduledRun, **reference_arguments: object) -> None:
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
     direction = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)

@@ -22,10 +22,36 @@ def test_slot_halves_as_well_as_any(count: int) -> None:
         assert slot == min(s for s in imbalances if imbalances[s] == imbalances[slot]), "the earlier one wins a tie"
 
 
-@pytest.mark.parametrize("arguments", [{"expert_slot": 0}, {"expert_slot": 1, "num_chunks": 2}])
-def test_impossible_schedules(arguments: dict) -> None:
-    with pytest.raises(ValueError, match="expert_slot counts from 1"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"expert_slot": 0}, "expert_slot counts from 1"),
+        ({"expert_slot": (0, 1), "num_chunks": 2}, "expert_slot counts from 1"),
+        ({"expert_slot": 1, "num_chunks": 0}, "num_chunks counts from 1"),
+        ({"expert_slot": (), "num_chunks": 0}, "num_chunks counts from 1"),
+        ({"expert_slot": (1, 2)}, "expert_slot has 2 slots for 1 chunks"),
+        ({"expert_slot": (1, 2), "num_chunks": 3}, "expert_slot has 2 slots for 3 chunks"),
+        ({"expert_slot": (2, 1), "num_chunks": 2}, "expert_slot decreases"),
+    ],
+)
+def test_impossible_schedules(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Schedule(**arguments)
+
+
+def test_slots_of_chunks() -> None:
+    assert Schedule(2).slots == (2,)
+    assert Schedule(2, 3).slots == (2, 2, 2)
+    schedule = Schedule((1, 3, 3), 3)
+    assert schedule.slots == (1, 3, 3)
+    assert [schedule.chunks_at(slot) for slot in (1, 2, 3, 4)] == [1, 0, 2, 0]
+    assert [Schedule(2, 3).chunks_at(slot) for slot in (1, 2, 3)] == [0, 3, 0]
+
+
+def test_a_list_of_slots_becomes_a_tuple() -> None:
+    schedule = Schedule([1, 2], 2)  # type: ignore[arg-type]
+    assert schedule == Schedule((1, 2), 2)
+    assert {schedule: "usable as a key"}[Schedule((1, 2), 2)]
 
 
 class _Pair:

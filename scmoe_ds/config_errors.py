@@ -1,0 +1,61 @@
+"""How an error in the "scmoe" section reads: the JSON path, the value, the rule, the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+
+class ScMoEConfigError(ValueError):
+    """A setting that its user can mend: the message has the JSON path, the value, the rule and the remedy."""
+
+
+def fail(path: str, value: object, rule: str) -> ScMoEConfigError:
+    """The error for one field."""
+    return ScMoEConfigError(f"{path} = {json.dumps(value, default=str)}: {rule}")
+
+
+def explain(error: ValidationError, section: Mapping[str, Any], valid: Mapping[str, Collection[str]]) -> str:
+    """pydantic's findings as lines of `scmoe.<path> = <value>: <rule>`.
+
+    Args:
+        section: as the user wrote it.
+        valid: the fields of the section (key "") and of each object in it.
+    """
+    lines: dict[str, str] = {}
+    for found in error.errors():
+        # pydantic appends the member of a union that it tried; only the names that the user wrote are of interest.
+        keys = [str(key) for key in found["loc"] if _is_key(section, found["loc"], key)]
+        path = ".".join(["scmoe", *keys])
+        cause = found.get("ctx", {}).get("error")
+        if isinstance(cause, ScMoEConfigError):
+            lines.setdefault(path or "scmoe", str(cause))
+        elif found["type"] == "extra_forbidden":
+            lines[path] = _unknown_key(path, keys, valid)
+        else:
+            message = str(cause) if cause else found["msg"]
+            line = str(fail(path, found["input"], message))
+            lines[path] = f"{lines[path]}; or {message}" if path in lines and message not in lines[path] else line
+    return "\n".join(lines.values())
+
+
+def _is_key(section: Mapping[str, Any], location: tuple[int | str, ...], key: int | str) -> bool:
+    nested = [section[str(parent)] for parent in location if isinstance(section.get(str(parent)), Mapping)]
+    return isinstance(key, str) and any(key in keys for keys in [section, *nested])
+
+
+def _unknown_key(path: str, keys: list[str], valid: Mapping[str, Collection[str]]) -> str:
+    *parents, key = keys
+    fields = valid[".".join(parents)]
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+    elsewhere = [name for name, others in valid.items() if name and not parents and key in others]
+    hint = ""
+    if elsewhere:
+        hint = f' (did you mean "{elsewhere[0]}": {{"{key}"}}?)'
+    elif near:
+        hint = f' (did you mean "{near[0]}"?)'
+    return f"{path}: unknown key{hint}; valid keys are {', '.join(fields)}"

@@ -1,0 +1,85 @@
+"""A plan as a person reads it: the measured times, what every slot would cost, the choice, and whether overlap pays."""
+
+from __future__ import annotations
+
+from scmoe_ds.overlap.schedule import Plan, Schedule, Simulated, break_even, idle_window_ms
+from scmoe_ds.overlap.times import OperatorTimes, PassTimes
+
+
+def plan_lines(name: str, times: OperatorTimes, train: Plan, forward: Plan) -> list[str]:
+    """The measured times of one kind of pair, what every slot would cost, and the choice.
+
+    Args:
+        name: of the layers that share these times.
+        times: measured.
+        train, forward: the plans for a training step and for a forward pass alone.
+    """
+    lines = [f"times of {name} (ms per micro-batch, blocking, median, slowest rank):"]
+    lines += _operator_table(times)
+    lines += ["what each place of the experts leaves exposed (ms; eq. 11 also counts idle window):"]
+    lines += _slot_table(times, train, forward)
+    for title, plan in (("training", train), ("forward alone", forward)):
+        others = [f"{schedule_text(each)}: {costs.total_ms:.1f} ms"
+                  for each, costs in plan.best_per_chunks if each.num_chunks != plan.schedule.num_chunks]  # fmt: skip
+        lines.append(f"choice for {title}: {schedule_text(plan.schedule)}: {_outcome(plan.predicted)}"
+                     + (f" (others: {', '.join(others)})" if others else ""))  # fmt: skip
+    return [*lines, _verdict(times, train)]
+
+
+def schedule_text(schedule: Schedule) -> str:
+    """A schedule in words."""
+    if schedule.num_chunks == 1:
+        return f"experts at {slots_text(schedule)}"
+    return f"{schedule.num_chunks} chunks of experts at {slots_text(schedule)}"
+
+
+def slots_text(schedule: Schedule) -> str:
+    """The slots of a schedule in words: "slot 2" or "slots 2, 3"."""
+    if len(set(schedule.slots)) == 1:
+        return f"slot {schedule.slots[0]}"
+    return "slots " + ", ".join(map(str, schedule.slots))
+
+
+def _outcome(costs: Simulated) -> str:
+    return (
+        f"{costs.total_ms:.1f} ms from shortcut to join, {100 * costs.hidden_share:.0f} % of the communication hidden"
+    )
+
+
+def _operator_table(times: OperatorTimes) -> list[str]:
+    one = times.chunks[1]
+    rows: list[tuple[str, PassTimes]] = [("gate", times.gate), ("encode", times.encode)]
+    rows += [(operator.name, operator) for operator in times.backbone]
+    rows += [("experts", one.experts), ("decode", times.decode), ("dispatch", one.dispatch), ("combine", one.combine)]
+    lines = ["  operator        forward   backward"]
+    lines += [f"  {name:<13} {part.forward_ms:9.2f}  {part.backward_ms:9.2f}" for name, part in rows]
+    window = [sum(getattr(operator, f"{phase}_ms") for operator in times.backbone) for phase in ("forward", "backward")]
+    return [*lines, f"  {'window':<13} {window[0]:9.2f}  {window[1]:9.2f}   (all between shortcut and join)"]
+
+
+def _slot_table(times: OperatorTimes, train: Plan, forward: Plan) -> list[str]:
+    names = [f"before {operator.name}" for operator in times.backbone] + ["after all"]
+    lines = [f"  slot {'':<22} forward  training  training total  eq. 11 forward  backward"]
+    for slot, name in enumerate(names, start=1):
+        costs = train.unchunked[slot - 1][1]
+        idle = [idle_window_ms(times, slot, phase) for phase in ("forward", "backward")]
+        exposed = forward.unchunked[slot - 1][1].exposed_ms
+        lines.append(f"  {slot:4d} {name:<22} {exposed:7.2f}  {costs.exposed_ms:8.2f}  {costs.total_ms:14.2f}  "
+                     f"{idle[0]:14.2f}  {idle[1]:8.2f}")  # fmt: skip
+    return lines
+
+
+def _verdict(times: OperatorTimes, train: Plan) -> str:
+    limits = break_even(times, "train")
+    one = times.chunks[1]
+    each = max(one.dispatch.forward_ms, one.combine.forward_ms, one.dispatch.backward_ms, one.combine.backward_ms)
+    gain = train.serial.total_ms / train.predicted.total_ms
+    pays = "overlap pays" if gain > 1.01 else "overlap gains next to nothing here"
+    text = f"{pays}: {gain:.2f} × as fast as the same without overlap"
+    if times.backbone:
+        text += (f"; one chunk hides all-to-alls of up to {limits.largest_hidden_ms:.1f} ms completely "
+                 f"(the longest takes {each:.1f} ms)")  # fmt: skip
+    if limits.shared_ms:
+        text += (f"; break-even with top-1 MoE without a shared expert at {limits.shared_ms:.1f} ms of communication "
+                 f"per micro-batch (here {train.predicted.communication_ms:.1f} ms)")  # fmt: skip
+    return text

@@ -1,0 +1,95 @@
+"""Does overlap pay on this machine? Times a model's first micro-batches, without training it, and says what they mean.
+
+    deepspeed --module scmoe_ds.overlap.report --deepspeed_config X.json --num-layers 4 …
+    python -m scmoe_ds.overlap.report --deepspeed_config X.json …          (one process, nothing to communicate)
+
+The flags are those of pretrain_gpt_scmoe.py; tokens are random. The tables are those that training logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from scmoe_ds.config import ScMoEConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Builds the model of a training command, times it, and prints the report; returns the exit code."""
+    # These stand above this module in the order of imports; as a program it stands above them.
+    import torch.distributed as dist
+
+    from scmoe_ds.arguments import ArgumentError, parse_arguments
+    from scmoe_ds.config import ScMoEConfigError
+    from scmoe_ds.engine import connect, show_log
+    from scmoe_ds.parallel.agreement import RankDisagreementError
+
+    show_log()
+    connected, code = False, 0
+    try:
+        args, whole, config = parse_arguments(argv)
+        connected = connect()
+        _measure(args, whole, config)
+    except (ArgumentError, ScMoEConfigError, RankDisagreementError) as error:
+        if os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0":
+            print(f"scmoe_ds.overlap.report: error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    if connected:
+        dist.destroy_process_group()
+    return code
+
+
+def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig, rounds: int = 5) -> None:
+    """Calibrates (the engine logs the report as soon as times are known), then looks at the chosen schedule at work."""
+    import torch
+    import torch.distributed as dist
+
+    import scmoe_ds
+    from scmoe_ds.arguments import gpt_settings
+    from scmoe_ds.engine import batch_sizes, device, expert_parallel_rank
+    from scmoe_ds.models.gpt import GPT
+    from scmoe_ds.models.initialization import initialize_parameters
+    from scmoe_ds.overlap.recorder import Recorder
+    from scmoe_ds.overlap.timeline import gather_spans, hidden_share_of_ranks
+
+    config.check_world(dist.get_world_size())
+    shape = gpt_settings(args, padded_vocab_size=256)  # the vocabulary is no part of any pair
+    model = GPT(shape, config, args.seq_length)
+    initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers,
+                          expert_parallel_rank(config.expert_parallel_size))  # fmt: skip
+    engine, *_ = scmoe_ds.initialize(model=model, config=whole)
+    micro_batch_size, _ = batch_sizes(whole, dist.get_world_size())
+
+    def micro_batch() -> None:
+        tokens = torch.randint(256, (micro_batch_size, args.seq_length), device=device())
+        loss = engine.module(tokens, labels=tokens).loss
+        # Not backward(): nothing is to be accumulated, reduced or stepped.
+        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+    while engine.overlap.calibrating:
+        micro_batch()
+    recorder = Recorder(device())
+    engine.overlap.record(recorder)
+    for _ in range(rounds):
+        micro_batch()
+    ranks = gather_spans(recorder.spans())
+    if ranks is None:
+        return
+    found = {phase: hidden_share_of_ranks(ranks, phase) for phase in ("forward", "backward")}
+    if not any(each.communication_ms for each in found.values()):
+        print("nothing travels between ranks: there is no communication to hide (scmoe.expert_parallel_size is 1, or "
+              "the architecture runs DeepSpeed's own layers)", flush=True)  # fmt: skip
+        return
+    shares = ", ".join(f"{100 * each.share:.0f} % {phase} ({each.exposed_ms / rounds / len(ranks):.1f} of "
+                       f"{each.communication_ms / rounds / len(ranks):.1f} ms per micro-batch exposed)"
+                       for phase, each in found.items())  # fmt: skip
+    print(
+        f"measured with the schedules in use, all layers, mean of {rounds} micro-batches: hidden {shares}", flush=True
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
