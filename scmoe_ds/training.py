@@ -195,11 +195,14 @@ class Trainer:
     def _end_trace(self, recorder: Recorder) -> None:
         self.engine.overlap.record(None)
         spans = recorder.spans()
-        if not spans:
+        if not spans:  # on no rank then: all have the same layers
             self._print("--scmoe-trace: nothing to draw; DeepSpeed's own layers are not recorded")
             return
-        for path in save_timeline(spans, self.settings.trace_dir, self.iteration):
-            self._print(f"wrote {path}")
+        try:
+            for path in save_timeline(spans, self.settings.trace_dir, self.iteration):
+                self._print(f"wrote {path}")
+        except (OSError, ImportError) as error:  # on rank 0 alone; a picture is no reason to stop
+            self._print(f"--scmoe-trace: not written: {error}")
 
     def _forward(self, batch: dict[str, Tensor]) -> GPTOutput:
         on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}

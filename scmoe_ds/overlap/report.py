@@ -53,7 +53,7 @@ def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     from scmoe_ds.models.gpt import GPT
     from scmoe_ds.models.initialization import initialize_parameters
     from scmoe_ds.overlap.recorder import Recorder
-    from scmoe_ds.overlap.timeline import gather_spans, hidden_share_of_ranks
+    from scmoe_ds.overlap.spans import gather_spans, hidden_share_of_ranks
 
     config.check_world(dist.get_world_size())
     shape = gpt_settings(args, padded_vocab_size=256)  # the vocabulary is no part of any pair

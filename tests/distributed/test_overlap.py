@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from scmoe_ds.config import ScMoEConfig
-from scmoe_ds.models.blocks import ScheduledRun
+from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import Operator
+from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.overlap.transport import Transport
 from tests.helpers.distributed import run_distributed
@@ -48,6 +51,46 @@ def compare(position: str, dispatch: str) -> int:
     return slots
 
 
+def compare_chunks(position: str, dispatch: str) -> float:
+    """Largest difference of any chunked schedule from the serial one, over output and all gradients, relative to the
+    largest value of each."""
+    run = make_run(position, dispatch)
+    slots = range(1, len(run.backbone()) + 2)
+    reference = forward_and_backward(run, Schedule(1, overlap=False))
+    worst = 0.0
+    for chunks in (2, 3):
+        for chosen in itertools.combinations_with_replacement(slots, chunks):
+            for overlap in (False, True):
+                for found, wanted in zip(
+                    forward_and_backward(run, Schedule(chosen, chunks, overlap)), reference, strict=True
+                ):
+                    worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)))
+    return worst
+
+
+def compare_with_deepspeed(architecture: str, dispatch: str) -> float:
+    """The strong baselines, in one chunk and in three, against DeepSpeed's own layers with the same weights."""
+    stock = {"pipelined_topk": "topk", "overlapped_shared_expert": "shared_expert"}[architecture]
+    results = []
+    for name, slots, chunks in [(stock, 0, 0), (architecture, 1, 1), (architecture, (1,) * 3, 3)]:
+        section = {"num_experts": 4, "expert_parallel_size": 2, "architecture": name, "dispatch": dispatch}
+        config = ScMoEConfig.from_deepspeed({"scmoe": section})
+        run = PlainRun(SETTINGS, config, 4) if not slots else ScheduledRun(SETTINGS, config, 4, "pos2", 12)
+        initialize_parameters(run, 3, 0.4, 1, dist.get_rank())
+        run.blocks[-1].moe.set_deepspeed_parallelism()
+        results.append(forward_and_backward(run, Schedule(slots, chunks)) if slots else plain(run))
+    return max(
+        float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3))
+        for result in results[1:]
+        for found, wanted in zip(result, results[0], strict=True)
+    )
+
+
+def plain(run: PlainRun) -> list[torch.Tensor]:
+    run.schedule = None  # type: ignore[assignment]
+    return forward_and_backward(run, None)  # type: ignore[arg-type]
+
+
 def two_in_flight() -> bool:
     """Two routed sets at once, one of which needs no gradient, finished in the other order."""
     layer = make_run("pos1").blocks[-1].moe
@@ -75,6 +118,24 @@ class _Log(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         ctx.events.append(ctx.name)
         return grad, None, None
+
+
+def recorded(slots: tuple[int, ...]) -> dict[tuple[str, str], list[str]]:
+    """Names of the spans of one step of Pos-2, by lane and phase, in the order of their starts."""
+    run = make_run("pos2")
+    recorder = Recorder(torch.device("cpu"))
+    run.recorder = recorder.pair(0)
+    forward_and_backward(run, Schedule(slots, len(slots)))
+    spans = recorder.spans()
+    assert all(span.start_ms <= span.end_ms and span.layer == 0 for span in spans)
+    compute = [span for span in spans if span.lane != "communication"]
+    for before, after in itertools.pairwise(compute):
+        assert before.end_ms <= after.start_ms, f"one lane, two things at once: {before} {after}"
+    names: dict[tuple[str, str], list[str]] = {}
+    for span in spans:
+        chunk = f" {span.chunk}" if span.name in ("experts", "dispatch", "combine") and len(slots) > 1 else ""
+        names.setdefault((span.lane, span.phase), []).append(span.name + chunk)
+    return names
 
 
 def event_order(slot: int, overlap: bool) -> tuple[list[str], list[str]]:
@@ -123,6 +184,44 @@ def event_order(slot: int, overlap: bool) -> tuple[list[str], list[str]]:
 def test_overlapped_equals_serial_bitwise(position: str, dispatch: str) -> None:
     slots = {"pos1": 3, "pos2": 4, "pos3": 5}[position]
     assert run_distributed(compare, 2, position, dispatch) == [slots, slots]
+
+
+@pytest.mark.parametrize("dispatch", ["exact", "padded"])
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+def test_chunked_equals_serial(position: str, dispatch: str) -> None:
+    assert max(run_distributed(compare_chunks, 2, position, dispatch)) < 1e-6
+
+
+@pytest.mark.parametrize("dispatch", ["exact", "padded"])
+@pytest.mark.parametrize("architecture", ["pipelined_topk", "overlapped_shared_expert"])
+def test_strong_baselines_compute_what_deepspeed_does(architecture: str, dispatch: str) -> None:
+    assert max(run_distributed(compare_with_deepspeed, 2, architecture, dispatch)) < 1e-5
+
+
+BACKWARD = ["merge", "decode", "shared", "attention", "mlp", "encode", "gate", "shortcut norm", "attention before tap"]
+
+
+def test_the_trace_has_everything_in_order() -> None:
+    for names in run_distributed(recorded, 2, (2,)):
+        compute = list(reversed(BACKWARD))
+        compute.insert(compute.index("attention"), "experts")
+        assert names["compute", "forward"] == compute
+        assert names["compute", "backward"] == compute[::-1]
+        assert names["communication", "forward"] == names["wait", "forward"] == ["dispatch", "combine"]
+        assert names["communication", "backward"] == names["wait", "backward"] == ["combine", "dispatch"]
+
+
+def test_chunks_of_the_trace_have_their_own_slots() -> None:
+    """The first chunk's experts after the MLP, the second's after attention: backward is the mirror."""
+    for names in run_distributed(recorded, 2, (2, 3)):
+        compute = list(reversed(BACKWARD))
+        compute.insert(compute.index("attention"), "experts 0")
+        compute.insert(compute.index("shared"), "experts 1")
+        assert names["compute", "forward"] == compute
+        assert names["compute", "backward"] == compute[::-1]
+        travelled = ["dispatch 0", "dispatch 1", "combine 0", "combine 1"]
+        assert names["communication", "forward"] == travelled
+        assert names["communication", "backward"] == travelled[::-1]
 
 
 def test_several_routed_in_flight() -> None:

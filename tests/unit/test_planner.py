@@ -167,6 +167,8 @@ def test_plan_finds_what_the_brute_force_finds(mode: Mode) -> None:
         assert best_ms - 1e-9 <= found.predicted.total_ms <= best_ms * (1 + TIE) + 1e-9
         assert found.predicted.total_ms == pytest.approx(total_by_hand(times, found.schedule.slots, mode))
         assert found.predicted == simulate(times, found.schedule, mode)
+        assert found.serial.total_ms == pytest.approx(sum(sums(times, 1, mode))), "serial means one chunk"
+        assert (found.schedule, found.predicted) in found.best_per_chunks
         assert found.schedule.num_chunks == min(n for n, ms in allowed.items() if ms <= best_ms * (1 + TIE) + 1e-9)
         assert isinstance(found.schedule.expert_slot, int) == (len(set(found.schedule.slots)) == 1)
         chunked += found.schedule.num_chunks > 1
@@ -199,6 +201,13 @@ def test_bounds_that_no_schedule_breaks(mode: Mode) -> None:
                 ), "without overlap the slot is of no account"
                 hidden.add(simulated.hidden_share)
     assert {0.0, 1.0} < hidden, "the cases shall have all hidden, none hidden, and something between"
+
+
+def test_without_communication_all_of_it_is_hidden() -> None:
+    times = make([("mlp", both(3))], {1: chunk(NOTHING, both(1), NOTHING)})
+    found = plan(times, "train")
+    assert found.predicted == Simulated(8, 0, 0, 0)
+    assert found.predicted.hidden_share == found.serial.hidden_share == 1.0
 
 
 def test_slack_is_how_late_the_slowest_transfer_may_be() -> None:
@@ -406,6 +415,28 @@ def test_of_equally_fast_chunk_counts_the_smallest() -> None:
     totals = [costs.total_ms for _, costs in found.best_per_chunks]
     assert totals == pytest.approx([28, 24, 23.992])
     assert found.schedule.num_chunks == 2
+
+
+def test_the_choice_is_in_the_table_of_the_best() -> None:
+    """Four chunks take 999.6 ms. Two take 1000.5 at slot 3, which is equal to that, and 1000.8 at slot 2, which is
+    equal to 1000.5, and earlier, but no longer to 999.6."""
+    chunks = {
+        1: chunk(both(50), both(5000), both(50)),
+        2: chunk(both(50.8), both(449.75), both(50.2)),
+        4: chunk(NOTHING, both(899.1 / 4), NOTHING),
+    }
+    times = make([("a", both(50)), ("b", both(0.5)), ("c", both(50))], chunks)
+    assert simulate(times, Schedule(2, 2), "forward").total_ms == pytest.approx(1000.8)
+    found = plan(times, "forward")
+    assert found.schedule == Schedule(3, 2)
+    assert found.predicted.total_ms == pytest.approx(1000.5)
+    assert found.best_per_chunks[1] == (found.schedule, found.predicted)
+
+
+def test_the_order_of_the_chunk_counts_is_of_no_account() -> None:
+    for times in cases(12):
+        backwards = times.model_copy(update={"chunks": dict(reversed(times.chunks.items()))})
+        assert plan(backwards) == plan(times)
 
 
 def test_empty_backbone_gains_from_chunks_alone() -> None:
