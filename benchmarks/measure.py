@@ -10,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -20,18 +20,24 @@ import torch
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Time of a variant over that of the baseline: median, 10th and 90th percentile over the rounds."""
+class Spread:
+    """Median, 10th and 90th percentile of one value per round."""
 
     median: float
     p10: float
     p90: float
 
     @classmethod
-    def of(cls, times: list[float], baseline: list[float]) -> Ratio:
-        ratios = sorted(time / base for time, base in zip(times, baseline, strict=True))
-        tenth = (len(ratios) - 1) / 10
-        return cls(statistics.median(ratios), ratios[round(tenth)], ratios[round(9 * tenth)])
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of the values of all rounds."""
+        ordered = sorted(values)
+        tenth = (len(ordered) - 1) / 10
+        return cls(statistics.median(ordered), ordered[round(tenth)], ordered[round(9 * tenth)])
+
+    @classmethod
+    def of_ratios(cls, numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+        """Of the quotients within rounds."""
+        return cls.of([over / under for over, under in zip(numerators, denominators, strict=True)])
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ({self.p10:.3f}–{self.p90:.3f})"

@@ -1,9 +1,9 @@
-"""The block pairs that benchmarks compare: DeepSpeed's own MoE layers, and ScMoE with one thing added at a time."""
+"""The block pairs that benchmarks compare: DeepSpeed's own MoE layers, the strong baselines, and ScMoE."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.overlap.schedule import Count, Slots
 from scmoe_ds.overlap.transport import Transport, Wait
 
 
@@ -30,11 +30,18 @@ class Shape:
     num_experts: int
     capacity_factor: float
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of one rank."""
+        return self.sequences * self.seq_length
+
 
 SHAPES = {
+    "swin": Shape("SwinV2-MoE-S stage 3, one expert per rank, 6 windows of 144 tokens per rank",
+                  384, 12, 6, 144, 2, 1.25),
+    "gpt2-medium": Shape("GPT2-MoE-Medium, one expert per rank, 256 tokens per rank", 1024, 16, 1, 256, 2, 2.0),
     "gpt": Shape("GPT2-MoE-Medium cut to 512 wide and 4 experts, 4 × 256 tokens per rank", 512, 8, 4, 256, 4, 2.0),
-    "swin": Shape("SwinV2-MoE-S stage 3, 2 experts, 8 windows of 144 tokens per rank", 384, 12, 8, 144, 2, 1.25),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,82 +50,203 @@ class Variant:
 
     Attributes:
         section: fields of the "scmoe" section that differ from the shape's.
-        staged: for architecture topk, this package's StagedMoE instead of DeepSpeed's MoE.
-        method: all-to-all primitive; "none" replaces the communication by a local copy of as many rows.
-        slot: expert slot; None is the automatic one.
+        overlap: False runs the same operators with blocking communication.
+        communicates: False replaces the communication by a local copy of as many rows.
+        slots: for the planner: "auto", or the expert slot.
+        chunks: for the planner: "auto", a number, or several of which it takes the best.
+        method: all-to-all primitive, if another than that of the benchmark.
     """
 
-    section: dict[str, Any]
-    staged: bool = False
-    method: str = "collective"
+    section: Mapping[str, Any] = field(hash=False)
     overlap: bool = True
-    slot: int | None = None
+    communicates: bool = True
+    slots: Slots = "auto"
+    chunks: Count | tuple[int, ...] = 1
+    method: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The same for variants that compute the same and differ in their schedule only: they share their times."""
+        return ", ".join(f"{key} {value}" for key, value in sorted(self.section.items())) + f" {self.method or ''}"
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether this package runs it; otherwise it is DeepSpeed's own layer."""
+        return self.section["architecture"] not in ("topk", "shared_expert")
+
+    @property
+    def position(self) -> str | None:
+        """Where the shortcut is taken, None without one."""
+        return self.section.get("position")
 
 
-def _scmoe(position: str = "pos2", dispatch: str = "exact", method: str = "send_receive", **kwargs: Any) -> Variant:
-    return Variant({"architecture": "scmoe", "position": position, "dispatch": dispatch}, method=method, **kwargs)
-
+Table = dict[str, Variant]
 
 STOCK = "DeepSpeed top-2"
-ABLATION: dict[str, Variant] = {
+RESIDUAL = "DeepSpeed Residual MoE"
+AGAIN = " again (A/A)"
+BASELINES = {"padded": STOCK, "exact": "top-2"}
+"""The row that all others of a table are compared with, by dispatch. DeepSpeed has no exact one: there it is this
+package's top-2 layer with the same dispatch, in one chunk."""
+_STOCK_TABLE: Table = {
     STOCK: Variant({"architecture": "topk", "top_k": 2}),
-    "+ shared expert (DeepSpeed Residual MoE)": Variant({"architecture": "shared_expert"}),
-    "+ shortcut, serial": _scmoe(dispatch="padded", method="collective", overlap=False),
-    "+ overlap": _scmoe(dispatch="padded", method="collective"),
-    "+ exact dispatch": _scmoe(method="collective"),
-    "+ full-duplex all-to-all = ScMoE Pos-2": _scmoe(),
-}
-MAIN: dict[str, Variant] = {
-    **ABLATION,
-    f"{STOCK} again (A/A)": ABLATION[STOCK],
-    "DeepSpeed top-1": Variant({"architecture": "topk", "top_k": 1}),
-    "top-2, exact dispatch, full duplex": Variant(
-        {"architecture": "topk", "top_k": 2}, staged=True, method="send_receive"
-    ),
-    "ScMoE Pos-1": _scmoe("pos1"),
-    "ScMoE Pos-3": _scmoe("pos3"),
-    "ScMoE Pos-2, serial": _scmoe(overlap=False),
-    "ScMoE Pos-2, no communication": _scmoe(method="none"),
-}
-SLOTS: dict[str, Variant] = {
-    STOCK: ABLATION[STOCK],
-    **{f"ScMoE Pos-{p} serial": _scmoe(f"pos{p}", overlap=False) for p in (1, 2, 3)},
-    **{f"ScMoE Pos-{p} slot {s}": _scmoe(f"pos{p}", slot=s) for p in (1, 2, 3) for s in range(1, p + 3)},
+    RESIDUAL: Variant({"architecture": "shared_expert"}),
 }
 
 
+def _topk(k: int, dispatch: str, **kwargs: Any) -> Variant:
+    return Variant({"architecture": "pipelined_topk", "top_k": k, "dispatch": dispatch}, **kwargs)
+
+
+def _scmoe(position: int, dispatch: str, top_k: int = 1, **kwargs: Any) -> Variant:
+    section = {"architecture": "scmoe", "position": f"pos{position}", "top_k": top_k, "dispatch": dispatch}
+    return Variant(section, **kwargs)
+
+
+def _standard(k: int, dispatch: str) -> tuple[str, Variant]:
+    """A top-k MoE without overlap: DeepSpeed's own where it has the dispatch."""
+    if dispatch == "padded":
+        return f"DeepSpeed top-{k}", Variant({"architecture": "topk", "top_k": k})
+    return f"top-{k}", _topk(k, dispatch)
+
+
+def baseline(dispatch: str) -> Table:
+    """The row that all others are compared with."""
+    return dict([_standard(2, dispatch)])
+
+
+def main_table(dispatch: str) -> Table:
+    """All that the paper compares, and the strong baselines."""
+    name, standard = _standard(2, dispatch)
+    shared = Variant({"architecture": "overlapped_shared_expert", "dispatch": dispatch})
+    table = {name: standard, name + AGAIN: standard, **dict(_standard(k, dispatch) for k in (1, 3))}
+    table |= {f"pipelined top-{k}": _topk(k, dispatch, chunks=(2, 4)) for k in (1, 2)}
+    if dispatch == "padded":
+        table |= {RESIDUAL: _STOCK_TABLE[RESIDUAL]}
+    else:
+        table |= {"shared expert": replace(shared, overlap=False)}
+    table |= {"shared expert, overlapped": shared}
+    for position in (1, 2, 3):
+        scmoe, pair = _scmoe(position, dispatch), f"ScMoE Pos-{position}"
+        table |= {
+            f"{pair}, serial": replace(scmoe, overlap=False),
+            f"{pair}, overlapped": scmoe,
+            f"{pair}, chunked": replace(scmoe, chunks=2),
+            f"{pair}, no communication": replace(scmoe, communicates=False),
+        }
+    table |= {
+        "ScMoE Pos-2, auto": _scmoe(2, dispatch, chunks="auto"),
+        "ScMoE-2 Pos-2, overlapped": _scmoe(2, dispatch, top_k=2),
+        "DGMoE Pos-2, overlapped": Variant({"architecture": "dgmoe", "position": "pos2", "dispatch": dispatch}),
+    }
+    if dispatch == "exact":
+        table |= {f"{name} (stock, padded)": variant for name, variant in _STOCK_TABLE.items()}
+    return table
+
+
+def slots_table(dispatch: str) -> Table:
+    """Every slot of every position in one chunk, and the choice of the planner."""
+    table = baseline(dispatch)
+    for position in (1, 2, 3):
+        table |= {f"ScMoE Pos-{position}, slot {slot}": _scmoe(position, dispatch, slots=slot)
+                  for slot in range(1, position + 3)}  # fmt: skip
+        table |= {f"ScMoE Pos-{position}, auto": _scmoe(position, dispatch, chunks="auto")}
+    return table
+
+
+def crossing_table(dispatch: str) -> Table:
+    """One chunk against several; each ScMoE is compared with its own unchunked row."""
+    chunks = {"unchunked": 1, "2 chunks": 2, "4 chunks": 4, "auto": "auto"}
+    return {f"ScMoE Pos-{position}, {name}": _scmoe(position, dispatch, chunks=count)
+            for position in (1, 2) for name, count in chunks.items()}  # fmt: skip
+
+
+def ablation_table(dispatch: str = "exact") -> Table:
+    """From DeepSpeed's top-2 to ScMoE Pos-2, one thing added at a time; both dispatches and primitives are in it."""
+    padded = _scmoe(2, "padded", method="collective")
+    exact = _scmoe(2, "exact", method="collective")
+    return {
+        STOCK: _STOCK_TABLE[STOCK],
+        "+ shared expert (DeepSpeed Residual MoE)": _STOCK_TABLE[RESIDUAL],
+        "+ shortcut, serial": replace(padded, overlap=False),
+        "+ overlap": padded,
+        "+ exact dispatch": exact,
+        "+ full-duplex all-to-all = ScMoE Pos-2": replace(exact, method="send_receive"),
+        "ScMoE Pos-2, no communication": replace(exact, communicates=False),
+        STOCK + AGAIN: _STOCK_TABLE[STOCK],
+        "top-2, exact dispatch, full duplex": _topk(2, "exact", method="send_receive"),
+    }
+
+
+TABLES: dict[str, Callable[[str], Table]] = {
+    "main": main_table,
+    "slots": slots_table,
+    "crossing": crossing_table,
+    "ablation": ablation_table,
+}
+
+
+def selected(table: Table, kept: str, wanted: Sequence[str]) -> Table:
+    """The row `kept` and those whose name contains one of the wanted strings, with their limits; all if none is."""
+    named = {name for name in table if name == kept or not wanted or any(part in name for part in wanted)}
+    limits = {limit_of(name, table) for name in named}
+    return {name: variant for name, variant in table.items() if name in named | limits}
+
+
+def limit_of(name: str, table: Table) -> str | None:
+    """The row that computes the same without communication, if the table has it."""
+    if not table[name].communicates:
+        return None
+    kind = table[name].kind
+    return next((other for other, variant in table.items() if variant.kind == kind and not variant.communicates), None)
+
+
+@dataclass(frozen=True)
 class LocalCopy(Transport):
-    """Stands in for the link in rows without communication: as many rows arrive, at once, from nowhere."""
+    """Stands in for the link in rows without communication: as many rows arrive, at once, from nowhere.
+
+    Row counts are those that would arrive, so that each rank's experts compute as much as with communication. They are
+    exchanged once for each way to cut the rows, and remembered: tokens and gate stay the same.
+    """
+
+    counts: dict[int, Tensor] = field(default_factory=dict)
 
     def launch(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
+        if not rows.is_floating_point():
+            pieces = rows.shape[0]
+            if pieces not in self.counts:
+                super().launch(received, rows, receive, send)()
+                self.counts[pieces] = received.clone()
+            received.copy_(self.counts[pieces])
+            return lambda: None
         kept = min(received.shape[0], rows.shape[0])
         received[:kept].copy_(rows[:kept])
         received[kept:].zero_()
         return lambda: None
 
 
-def build(variant: Variant, shape: Shape, skew: float) -> nn.Module:
-    """A pair of blocks on this rank, with the same weights for all variants where their names agree."""
-    section = {"num_experts": shape.num_experts, "expert_parallel_size": dist.get_world_size(),
-               "capacity_factor": shape.capacity_factor, **variant.section}  # fmt: skip
+def build(variant: Variant, shape: Shape, skew: float, method: str = "collective") -> nn.Module:
+    """A pair of blocks on this rank, with the same weights for all variants where their names agree.
+
+    Top-3 needs three experts at least; it gets as many as divide among the ranks.
+    """
+    ranks = dist.get_world_size()
+    num_experts = max(shape.num_experts, -(-variant.section.get("top_k", 1) // ranks) * ranks)
+    section = {"num_experts": num_experts, "expert_parallel_size": ranks, "capacity_factor": shape.capacity_factor,
+               **variant.section}  # fmt: skip
     config = ScMoEConfig.from_deepspeed({"scmoe": section})
     settings = GPTSettings(2, shape.hidden_size, shape.heads, 64, shape.seq_length)
     torch.manual_seed(0)
-    if config.architecture in ("topk", "shared_expert"):
-        run: nn.Module = PlainRun(settings, config, shape.num_experts)
-        if variant.staged:
-            old = run.blocks[-1].moe
-            run.blocks[-1].moe = StagedMoE(
-                shape.hidden_size, old.deepspeed_moe.experts.deepspeed_experts[0], shape.num_experts, old.ep_size,
-                config.top_k, capacity_factor=shape.capacity_factor, top2_2nd_expert_sampling=False)  # fmt: skip
+    run: nn.Module
+    if variant.is_scheduled:
+        run = ScheduledRun(settings, config, num_experts, config.position, shape.seq_length)
     else:
-        run = ScheduledRun(settings, config, shape.num_experts, config.position, shape.seq_length)
-        run.schedule = Schedule(variant.slot or run.schedule.expert_slot, overlap=variant.overlap)
+        run = PlainRun(settings, config, num_experts)
     layer = run.blocks[-1].moe
     layer.set_deepspeed_parallelism()
-    if isinstance(layer, StagedMoE):
-        group = layer.transport.group
-        layer.transport = LocalCopy(group) if variant.method == "none" else Transport(group, variant.method)
+    if isinstance(layer, StagedMoE) and layer.transport.size > 1:
+        transport = Transport if variant.communicates else LocalCopy
+        layer.transport = transport(layer.transport.group, variant.method or method)
     _skew(run, skew)
     return run
 

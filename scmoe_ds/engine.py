@@ -70,9 +70,10 @@ def initialize(
     lines = choose_all_to_all(model, section, micro_batch_size)
     runs = [module for module in model.modules() if isinstance(module, ScheduledRun)]
     sequence = getattr(model, "sequence", None)
-    descriptions = [describe_pair(run, section, micro_batch_size, sequence) for run in runs]
-    dist.broadcast_object_list(descriptions)  # one wording for all: nodes may hold different devices
-    overlap = AdaptiveOverlap(model, runs, descriptions, section.overlap, device())
+    # Rank 0's wording for all: the decision to measure must not depend on a node's device.
+    descriptions = [[describe_pair(run, section, micro_batch_size, sequence) for run in runs]]
+    dist.broadcast_object_list(descriptions)
+    overlap = AdaptiveOverlap(model, runs, descriptions[0], section.overlap, device())
     result[0].overlap = overlap
     lines += describe_schedules(runs, section, overlap)
     if dist.get_rank() == 0:

@@ -57,15 +57,21 @@ def test_a_list_of_slots_becomes_a_tuple() -> None:
 class _Pair:
     """Records what the executor calls, in order."""
 
+    tap = 1
+
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def before_tap(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.events.append("before tap")
-        return hidden
+    def operators(self) -> list[Operator]:
+        def step(name: str, stream: Stream) -> Stream:
+            self.events.append(name)
+            return stream
 
-    def begin(self, tap: torch.Tensor, blocking: bool) -> _Pair:
-        self.events.append("begin blocking" if blocking else "begin")
+        names = ("first attention", "mlp", "attention", "shared")
+        return [Operator(name, lambda stream, name=name: step(name, stream)) for name in names]
+
+    def begin(self, stream: Stream, schedule: Schedule, recorder: object) -> _Pair:
+        self.events.append(f"begin {schedule.num_chunks}{'' if schedule.overlap else ' blocking'}")
         return self
 
     def send(self) -> None:
@@ -73,13 +79,6 @@ class _Pair:
 
     def run_experts(self) -> None:
         self.events.append("experts")
-
-    def backbone(self) -> list[Operator]:
-        def step(name: str, stream: Stream) -> Stream:
-            self.events.append(name)
-            return stream
-
-        return [Operator(name, lambda stream, name=name: step(name, stream)) for name in ("mlp", "attention", "shared")]
 
     def join(self, routed: object, stream: Stream) -> PairOutput:
         self.events.append("join")
@@ -92,9 +91,31 @@ def test_experts_run_before_the_operator_that_the_slot_names(slot: int) -> None:
     executor.run(pair, torch.zeros(1), Schedule(slot, overlap=slot != 1))
     operators = ["mlp", "attention", "shared"]
     operators.insert(slot - 1, "experts")
-    assert pair.events == ["before tap", "begin" if slot != 1 else "begin blocking", *operators, "join"]
+    assert pair.events == ["first attention", "begin 1" if slot != 1 else "begin 1 blocking", *operators, "join"]
+
+
+@pytest.mark.parametrize(
+    ("slots", "operators"),
+    [
+        ((1, 4), "experts mlp attention shared experts"),
+        ((2, 3), "mlp experts attention experts shared"),
+        ((2, 2, 4), "mlp experts experts attention shared experts"),
+        (3, "mlp attention experts experts shared"),
+    ],
+)
+def test_every_chunk_has_its_slot(slots: tuple[int, ...] | int, operators: str) -> None:
+    pair, chunks = _Pair(), len(slots) if isinstance(slots, tuple) else 2
+    executor.run(pair, torch.zeros(1), Schedule(slots, chunks))
+    assert pair.events == ["first attention", f"begin {chunks}", *operators.split(), "join"]
 
 
 def test_slot_beyond_the_backbone() -> None:
     with pytest.raises(ValueError, match="the backbone has 3 operators"):
         executor.run(_Pair(), torch.zeros(1), Schedule(5))
+
+
+def test_names_of_a_backbone_can_be_told_apart() -> None:
+    pair = _Pair()
+    pair.tap = 0
+    pair.operators = lambda: [Operator(name, lambda stream: stream) for name in ("mlp", "attention", "mlp")]  # type: ignore[method-assign]
+    assert executor.backbone_names(pair) == ["mlp", "attention", "mlp 2"]
