@@ -192,7 +192,7 @@ def describe_pair(
         "capacity_factor": config.capacity_factor if config.drop_tokens else None,
         "dispatch": layer.dispatch,
         "wire_dtype": layer.wire_dtype,
-        "all_to_all": layer.transport.method,
+        "all_to_all": config.all_to_all,  # the setting: which one "auto" takes can change from start to start
         "expert_parallel_size": layer.transport.size,
         "processes": dist.get_world_size(),
         "micro_batch_size": micro_batch_size,

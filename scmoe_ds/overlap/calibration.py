@@ -137,8 +137,11 @@ class AdaptiveOverlap:
         try:
             times = find_times(saved, self._descriptions, "the checkpoint's calibration")
         except ScMoEConfigError as error:
-            logger.info("times are measured again: %s", error)
+            if dist.get_rank() == 0:
+                logger.info("times are measured again: %s", error)
             return
+        if dist.get_rank() == 0:
+            logger.info("times from the checkpoint, nothing is measured again:")
         self._adopt(times)
 
     def _wanted(self) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = json.loads((ROOT / "ds_configs" / "gpt_small_cpu.json").read_text())
@@ -26,9 +27,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def launch(
     directory: Path, corpus: str, *flags: str, ranks: int = 2, accumulation: int = 1, **changes: object
 ) -> subprocess.CompletedProcess:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     whole = {**CONFIG, "tensorboard": {"enabled": True, "output_path": str(directory / "board"), "job_name": "job"},
              "csv_monitor": {"enabled": True, "output_path": str(directory / "csv"), "job_name": "job"},
              "gradient_accumulation_steps": accumulation, "scmoe": {**CONFIG["scmoe"], **changes}}  # fmt: skip
@@ -40,7 +38,7 @@ def launch(
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(port),
+        str(free_port()),
     ]
     arguments = ["--deepspeed_config", str(directory / "ds.json"), "--corpus-dir", corpus, *FLAGS, *flags]
     command = [*launcher, str(ROOT / "pretrain_gpt_scmoe.py"), *arguments]
@@ -60,9 +58,13 @@ def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: st
     for directory in directories.values():
         directory.mkdir()
     save = str(tmp_path / "saved")
-    whole = launch(directories["whole"], corpus, "--train-iters", "8")
-    first = launch(directories["first"], corpus, "--train-iters", "8", "--save", save, "--exit-interval", "4")
-    second = launch(directories["second"], corpus, "--train-iters", "8", "--save", save, "--load", save)
+    # The number of chunks would change the last bits of sums, and two runs may measure and choose differently.
+    overlap = {"num_chunks": 1, "calibration_steps": 2}
+    whole = launch(directories["whole"], corpus, "--train-iters", "8", "--scmoe-trace", "2", overlap=overlap)
+    first = launch(directories["first"], corpus, "--train-iters", "8", "--save", save, "--exit-interval", "4",
+                   overlap=overlap)  # fmt: skip
+    second = launch(directories["second"], corpus, "--train-iters", "8", "--save", save, "--load", save,
+                    overlap=overlap)  # fmt: skip
     for done in (whole, first, second):
         assert done.returncode == 0, done.stdout + done.stderr
     assert list(losses(first.stdout)) == [1, 2, 3, 4] and list(losses(second.stdout)) == [5, 6, 7, 8]
@@ -71,6 +73,34 @@ def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: st
     final = re.compile(r"validation at iteration 8 \| lm loss: (\S+)")
     assert final.search(whole.stdout)[1] == final.search(second.stdout)[1]  # type: ignore[index]
     check_report(whole, directories["whole"])
+    check_trace(directories["whole"] / "traces")
+    assert "the first 3 micro-batches run without overlap and are timed" in first.stdout
+    assert "nothing is measured again" in second.stdout and "nothing is measured again" not in first.stdout
+    assert choices(second.stdout) == choices(first.stdout), "the times came with the checkpoint"
+
+
+def choices(output: str) -> list[str]:
+    found = re.findall(r"^choice for .*", output, re.MULTILINE)
+    assert len(found) == 2
+    return found
+
+
+def check_trace(directory: Path) -> None:
+    """Iteration 2 was still timed; the first with its final schedule is the fifth."""
+    assert sorted(path.name for path in directory.iterdir()) == [
+        f"scmoe_trace_iteration_5.{kind}" for kind in ("json", "png")
+    ]
+    events = json.loads((directory / "scmoe_trace_iteration_5.json").read_text())["traceEvents"]
+    for rank in (0, 1):
+        names = [event["name"] for event in events if event["pid"] == rank and event["ph"] == "X"]
+        for name, times in {
+            "mlp": 2,
+            "experts": 2,
+            "dispatch": 2,
+            "wait: combine": 2,
+            "attention before tap": 2,
+        }.items():
+            assert names.count(name) == times, (name, names)
 
 
 def check_report(done: subprocess.CompletedProcess, directory: Path) -> None:
@@ -82,7 +112,10 @@ def check_report(done: subprocess.CompletedProcess, directory: Path) -> None:
     low, high = map(float, re.search(r"expert load min/max: (\S+)/(\S+)", line).groups())  # type: ignore[union-attr]
     assert 0 <= low <= 1 / 4 <= high <= 1
     assert "schedule of MoE layer 0: dispatch ⇢ mlp → [routed experts] → attention → shared ⇢ combine" in done.stdout
-    assert "splits the backbone's FLOPs in half" in done.stdout
+    rows = re.findall(r"^  (\w+) +\d+\.\d+ +\d+\.\d+$", done.stdout, re.MULTILINE)
+    assert rows == ["gate", "encode", "mlp", "attention", "shared", "experts", "decode", "dispatch", "combine"]
+    assert re.search(r"^ +4 after all( +\d+\.\d+){5}$", done.stdout, re.MULTILINE)
+    assert re.search(r"choice for training: experts at slot [1-4]: .* % of the communication hidden", done.stdout)
     assert re.search(r"validation loss +\d+\.\d+ nats per token, perplexity", done.stdout)
     assert re.search(r"unigram entropy +3\.\d+ nats", done.stdout)
     assert list((directory / "board" / "job").glob("events.out.tfevents.*"))
@@ -125,7 +158,7 @@ def test_a_file_that_is_missing_on_one_rank_is_one_message(tmp_path: Path, corpu
     assert len(errors) == 1 and "layer_0_expert_3_mp_rank_00_model_states.pt is missing" in errors[0]
 
 
-@pytest.mark.parametrize("architecture", ["scmoe", "shared_expert", "topk", "dgmoe"])
+@pytest.mark.parametrize("architecture", ["scmoe", "shared_expert", "topk", "dgmoe", "pipelined_topk"])
 def test_one_line_of_json_changes_the_architecture(architecture: str, tmp_path: Path, corpus: str) -> None:
     done = launch(tmp_path, corpus, "--train-iters", "30", architecture=architecture)
     assert done.returncode == 0, done.stdout + done.stderr

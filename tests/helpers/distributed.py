@@ -16,6 +16,13 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 240
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def run_distributed(
     function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = TIMEOUT_S
 ) -> list[Any]:
@@ -28,10 +35,7 @@ def run_distributed(
         RuntimeError: a rank failed (with its traceback), or did not end in time.
     """
     with tempfile.TemporaryDirectory() as directory:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = mp.spawn(_worker, (ranks, port, directory, function, arguments), nprocs=ranks, join=False)
+        context = mp.spawn(_worker, (ranks, free_port(), directory, function, arguments), nprocs=ranks, join=False)
         assert context is not None
         # join() returns as soon as one process has ended; it is called until all have.
         deadline = time.monotonic() + timeout_s
