@@ -22,7 +22,17 @@ def test_defaults_are_the_papers_best_setting() -> None:
     assert config.dispatch == "exact" and config.overlap.enabled and config.overlap.expert_slot == "auto"
 
 
-@pytest.mark.parametrize(("architecture", "k"), [("scmoe", 1), ("shared_expert", 1), ("dgmoe", 1), ("topk", 2)])
+@pytest.mark.parametrize(
+    ("architecture", "k"),
+    [
+        ("scmoe", 1),
+        ("shared_expert", 1),
+        ("dgmoe", 1),
+        ("topk", 2),
+        ("pipelined_topk", 2),
+        ("overlapped_shared_expert", 1),
+    ],
+)
 def test_one_line_changes_the_architecture_at_equal_compute(architecture: str, k: int) -> None:
     assert section(architecture=architecture).top_k == k
     assert section(architecture=architecture, top_k="auto").top_k == k
@@ -38,6 +48,9 @@ def test_one_line_changes_the_architecture_at_equal_compute(architecture: str, k
         ({"position": "pos2", "moe_every": 4}, 3),
         ({"position": "pos2", "moe_every": 4, "shortcut_distance": 3}, 7),
         ({"position": "pos2", "architecture": "dgmoe"}, 2),
+        ({"architecture": "pipelined_topk"}, 0),
+        ({"architecture": "overlapped_shared_expert"}, 2),  # the shared expert's two halves
+        ({"architecture": "overlapped_shared_expert", "moe_every": 1}, 2),
     ],
 )
 def test_number_of_operators_is_what_the_model_has(fields: dict, operators: int) -> None:
@@ -52,6 +65,12 @@ def test_number_of_operators_is_what_the_model_has(fields: dict, operators: int)
         ScMoEConfigError, match=rf"expert_slot = {operators + 2}: the backbone has {operators} operators"
     ):
         section(**fields, overlap={"expert_slot": operators + 2})
+
+
+def test_each_chunk_may_have_its_slot() -> None:
+    overlap = section(overlap={"expert_slot": [2, 3, 3]}).overlap
+    assert overlap.expert_slot == [2, 3, 3] and overlap.num_chunks == "auto"
+    section(overlap={"expert_slot": [2, 4], "num_chunks": 2})
 
 
 def test_slot_of_a_first_layer_with_a_shorter_window() -> None:
