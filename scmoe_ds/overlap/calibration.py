@@ -185,13 +185,16 @@ class AdaptiveOverlap:
         for chunks, spans in self._samples:
             for layer in layers:
                 for (name, phase), milliseconds in _totals(spans, layer).items():
-                    samples[chunks, name, phase].append(milliseconds)
+                    # What is not cut takes the same time whatever the number of chunks.
+                    count = chunks if name in _TRANSFERS_AND_EXPERTS else 1
+                    samples[count, name, phase].append(milliseconds)
         backbone = backbone_names(self.pairs[layers[0]])
         measured = [count for count in self._chunk_counts() if any(count == chunks for chunks, _ in self._samples)]
         names = [*_TRANSFERS_AND_EXPERTS, *(name for part in _PARTS.values() for name in part), *backbone]
         # The same list on every rank, whatever each of them has seen.
         keys = list(itertools.product(measured, names, ("forward", "backward")))
-        medians = torch.tensor([statistics.median(samples.get(key, [0.0])) for key in keys], dtype=torch.float64)
+        # The lower of two middle ones: noise adds to a time, it never takes away.
+        medians = torch.tensor([statistics.median_low(samples.get(key, [0.0])) for key in keys], dtype=torch.float64)
         medians = medians.to(self.device)
         dist.all_reduce(medians, op=dist.ReduceOp.MAX)
         return times_from(dict(zip(keys, medians.tolist(), strict=True)), backbone, measured)
