@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
@@ -152,6 +153,11 @@ class ScheduledRun(nn.Module):
             shared = [Operator("shared in", self._shared_in), Operator("shared out", self._shared_out)]
             return operators + (shared if has_shared else [])
         return operators + ([Operator("shared", self._shared)] if has_shared else [])
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks between which rows travel."""
+        return cast(StagedMoE, self._last.moe).transport.group
 
     def backbone(self) -> list[Operator]:
         """The operators between shortcut and join."""

@@ -92,8 +92,7 @@ class RoutedTokens:
         travel, recorder = self._travel, self.recorder
         (tokens_TD,) = recorder.open("encode", tokens_TD)
         (rows_RD,) = recorder.close("encode", self._layout.encode(tokens_TD))
-        group = travel.transport.group
-        watches = [recorder.watch("dispatch", chunk, group) for chunk in range(travel.num_chunks)]
+        watches = [recorder.watch("dispatch", chunk) for chunk in range(travel.num_chunks)]
         return prepare(rows_RD, travel.transport, travel.blocking, travel.wire_dtype, watches)
 
     def send(self) -> None:
@@ -129,7 +128,7 @@ class RoutedTokens:
         (rows_SD,) = recorder.open("experts", self._dispatches[chunk].wait(), chunk=chunk)
         (output_SD,) = recorder.close("experts", self._compute(rows_SD, chunk), chunk=chunk)
         rows_to_P, rows_from_P = self._sizes[chunk]
-        watch = recorder.watch("combine", chunk, transport.group)
+        watch = recorder.watch("combine", chunk)
         self._combines.append(start(output_SD, transport, rows_from_P, rows_to_P, self._travel.blocking,
                                     self._travel.wire_dtype, watch))  # fmt: skip
 

@@ -45,6 +45,10 @@ class ScheduledPair(Pair, Protocol):
     forward_schedule: Schedule | None
     recorder: PairRecorder
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks between which rows travel."""
+
 
 class AdaptiveOverlap:
     """The schedules of a model: fixed ones as they are, automatic ones once their times are known.
@@ -175,7 +179,7 @@ class AdaptiveOverlap:
         for pair in self.pairs:
             pair.schedule = Schedule(pair.schedule.slots[0], chunks, overlap=False)
         if self._micro_batches:
-            self._running = chunks, Recorder(self.device, aligned=True)
+            self._running = chunks, Recorder(self.device)
             self.record(self._running[1])
         self._micro_batches += 1
 
@@ -188,16 +192,26 @@ class AdaptiveOverlap:
                     # What is not cut takes the same time whatever the number of chunks.
                     count = chunks if name in _TRANSFERS_AND_EXPERTS else 1
                     samples[count, name, phase].append(milliseconds)
-        backbone = backbone_names(self.pairs[layers[0]])
+        pair = self.pairs[layers[0]]
+        backbone = backbone_names(pair)
         measured = [count for count in self._chunk_counts() if any(count == chunks for chunks, _ in self._samples)]
         names = [*_TRANSFERS_AND_EXPERTS, *(name for part in _PARTS.values() for name in part), *backbone]
         # The same list on every rank, whatever each of them has seen.
         keys = list(itertools.product(measured, names, ("forward", "backward")))
+        for key in keys:
+            if key[1] in ("dispatch", "combine"):
+                samples[key] = self._of_the_last_rank(samples[key], pair.group)
         # The lower of two middle ones: noise adds to a time, it never takes away.
-        medians = torch.tensor([statistics.median_low(samples.get(key, [0.0])) for key in keys], dtype=torch.float64)
+        medians = torch.tensor([statistics.median_low(samples[key] or [0.0]) for key in keys], dtype=torch.float64)
         medians = medians.to(self.device)
         dist.all_reduce(medians, op=dist.ReduceOp.MAX)
         return times_from(dict(zip(keys, medians.tolist(), strict=True)), backbone, measured)
+
+    def _of_the_last_rank(self, times: list[float], group: dist.ProcessGroup | None) -> list[float]:
+        """Each all-to-all's time on the rank of its group that came last, which had to wait for nobody."""
+        least = torch.tensor(times, dtype=torch.float64, device=self.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+        return least.tolist()
 
     def _adopt(self, times: list[OperatorTimes]) -> None:
         """Takes the times as known, and the schedules that follow from them."""

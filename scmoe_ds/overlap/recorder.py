@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 Phase = Literal["forward", "backward"]
@@ -69,7 +68,7 @@ class PairRecorder(Protocol):
     def close(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
         """Marks the end of a region; returns its results."""
 
-    def watch(self, name: str, chunk: int, group: dist.ProcessGroup | None) -> Watch | None:
+    def watch(self, name: str, chunk: int) -> Watch | None:
         """An observer for an all-to-all, or None."""
 
 
@@ -81,7 +80,7 @@ class _Silent:
 
     close = open
 
-    def watch(self, name: str, chunk: int, group: dist.ProcessGroup | None) -> None:
+    def watch(self, name: str, chunk: int) -> None:
         return None
 
 
@@ -93,12 +92,10 @@ class Recorder:
 
     Args:
         device: where the pairs compute.
-        aligned: let the ranks of a group meet before each all-to-all, so that its time is its own and not the time
-            that one rank waits for a slower one. For measuring without overlap; it would destroy an overlap.
     """
 
-    def __init__(self, device: torch.device, aligned: bool = False) -> None:
-        self.device, self.aligned = device, aligned
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._stamps: list[tuple[tuple[int, str, Lane, Phase, int], Stamp, Stamp]] = []
         self._open: dict[tuple[int, str, Phase, int], Stamp] = {}
         self._watching = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -189,8 +186,8 @@ class _LayerRecorder:
         recorder.end(*place, "forward", chunk)
         return _mark(tensors, lambda: recorder.start(*place, "backward", chunk))
 
-    def watch(self, name: str, chunk: int, group: dist.ProcessGroup | None) -> Watch:
-        return _TransferWatch(self._recorder, self._layer, name, chunk, group)
+    def watch(self, name: str, chunk: int) -> Watch:
+        return _TransferWatch(self._recorder, self._layer, name, chunk)
 
 
 @dataclass(frozen=True)
@@ -199,12 +196,9 @@ class _TransferWatch:
     layer: int
     name: str
     chunk: int
-    group: dist.ProcessGroup | None
 
     def launch(self, phase: Phase, launch: Callable[[], Wait]) -> Wait:
         recorder = self.recorder
-        if recorder.aligned:
-            dist.barrier(self.group)
         start = recorder.stamp()
 
         def note(end: Stamp) -> None:
