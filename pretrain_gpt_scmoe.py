@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import scmoe_ds
 from scmoe_ds import checkpoint
-from scmoe_ds.arguments import ArgumentError, gpt_settings, parse_arguments
+from scmoe_ds.arguments import ArgumentError, comparable, gpt_settings, parse_arguments
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.corpus import prepare_default_corpus, validation_entropy
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets
@@ -103,11 +103,6 @@ def load_data(
     sizes = [len(part) if part is not None else 0 for part in (datasets.train, datasets.valid)]
     require_agreement("the number of samples in the data", sizes)
     return datasets
-
-
-def comparable(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags without what rightly differs between ranks."""
-    return {name: value for name, value in vars(args).items() if name != "local_rank"}
 
 
 def report(summary: Summary, whole: dict[str, Any], prefixes: Sequence[str], split: str) -> None:

@@ -224,6 +224,11 @@ def gpt_settings(args: argparse.Namespace, padded_vocab_size: int) -> GPTSetting
         raise ArgumentError(str(error)) from None
 
 
+def comparable(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags without what rightly differs between ranks."""
+    return {name: value for name, value in vars(args).items() if name != "local_rank"}
+
+
 def _check(args: argparse.Namespace) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "train_iters"):
         if getattr(args, name) is None:

@@ -27,6 +27,10 @@ GateSoftmax = Literal["before_topk", "after_topk"]
 Auto = Literal["auto"]
 
 
+MOST_CHUNKS = 8
+"""The planner tries every slot of every chunk: their number must not explode."""
+
+
 class _Section(DeepSpeedConfigModel):
     """DeepSpeed's config model without its "auto" filter: here "auto" is a value, valid only where declared."""
 
@@ -73,6 +77,13 @@ class OverlapConfig(_Section):
             raise ValueError('must be at least 1, or "auto"')
         if isinstance(value, list) and value != sorted(value):
             raise ValueError("the chunks run in order: their slots must ascend")
+        return value
+
+    @field_validator("num_chunks")
+    @classmethod
+    def _few(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value > MOST_CHUNKS:
+            raise ValueError(f"more than {MOST_CHUNKS} chunks never paid; use fewer")
         return value
 
 

@@ -19,8 +19,9 @@ from torch import nn
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
 from scmoe_ds.models.blocks import Block, ScheduledRun
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.overlap.calibration import AdaptiveOverlap
+from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.overlap.executor import backbone_names
+from scmoe_ds.overlap.plan_text import layers_text
 from scmoe_ds.overlap.transport import probe
 from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import make_transports, nodes_of_ranks
@@ -71,7 +72,8 @@ def initialize(
     runs = [module for module in model.modules() if isinstance(module, ScheduledRun)]
     sequence = getattr(model, "sequence", None)
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
-    descriptions = [[describe_pair(run, section, micro_batch_size, sequence) for run in runs]]
+    nodes = len(set(nodes_of_ranks()))
+    descriptions = [[describe_pair(run, section, micro_batch_size, sequence, nodes) for run in runs]]
     dist.broadcast_object_list(descriptions)
     overlap = AdaptiveOverlap(model, runs, descriptions[0], section.overlap, device())
     result[0].overlap = overlap
@@ -177,7 +179,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def describe_pair(
-    run: ScheduledRun, config: ScMoEConfig, micro_batch_size: int, sequence: int | None
+    run: ScheduledRun, config: ScMoEConfig, micro_batch_size: int, sequence: int | None, nodes: int
 ) -> dict[str, Any]:
     """All that a pair's times depend on; times are used again only where all of it agrees."""
     layer, last = cast(StagedMoE, run.blocks[-1].moe), cast(Block, run.blocks[-1])
@@ -195,6 +197,7 @@ def describe_pair(
         "all_to_all": config.all_to_all,  # the setting: which one "auto" takes can change from start to start
         "expert_parallel_size": layer.transport.size,
         "processes": dist.get_world_size(),
+        "nodes": nodes,
         "micro_batch_size": micro_batch_size,
         "seq_length": sequence,
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -205,8 +208,7 @@ def describe_pair(
 def describe_schedules(runs: Sequence[ScheduledRun], config: ScMoEConfig, overlap: AdaptiveOverlap) -> list[str]:
     """One line per distinct schedule: the backbone, the slot, and where the slot comes from."""
     if overlap.calibrating:
-        origin = (f"for now; the first {config.overlap.calibration_steps + 1} micro-batches run without overlap and "
-                  "are timed")  # fmt: skip
+        origin = f"until {overlap.timed_micro_batches} micro-batches after the first have been timed, without overlap"
     elif overlap.times is not None:
         origin = f"from the times in {config.overlap.calibration_file}"
     elif config.overlap.expert_slot == "auto":
@@ -220,7 +222,7 @@ def describe_schedules(runs: Sequence[ScheduledRun], config: ScMoEConfig, overla
             names.insert(slot - 1, f"[experts {chunk}]" if run.schedule.num_chunks > 1 else "[routed experts]")
         mode = "overlapped" if run.schedule.overlap else "without overlap"
         lines.setdefault(f"dispatch ⇢ {' → '.join(names)} ⇢ combine ({mode}; {origin})", []).append(index)
-    return [f"schedule of MoE layer {_ranges(layers)}: {text}" for text, layers in lines.items()]
+    return [f"schedule of MoE layer {layers_text(layers)}: {text}" for text, layers in lines.items()]
 
 
 def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: int) -> list[str]:
@@ -258,10 +260,6 @@ def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: i
     for each in layers:
         each.transport = transports[chosen]
     return [line]
-
-
-def _ranges(numbers: list[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
 
 
 def expert_parallel_rank(expert_parallel_size: int) -> int:

@@ -138,6 +138,9 @@ class Trainer:
             if self._due(settings.exit_interval):
                 self._print(f"stopping at iteration {self.iteration}: --exit-interval {settings.exit_interval}")
                 break
+        if settings.trace is not None and not self._traced:
+            self._print(f"--scmoe-trace {settings.trace}: not written, the run ended before that iteration, or before "
+                        "its schedule was chosen")  # fmt: skip
         if self._validation is None or self._validation[0] != self.iteration:
             self._validate()
         if settings.save and batches is not None and (self._saved is None or not self._due(settings.save_interval)):
@@ -201,7 +204,7 @@ class Trainer:
         try:
             for path in save_timeline(spans, self.settings.trace_dir, self.iteration):
                 self._print(f"wrote {path}")
-        except (OSError, ImportError) as error:  # on rank 0 alone; a picture is no reason to stop
+        except Exception as error:  # on rank 0 alone, and a picture is no reason to stop
             self._print(f"--scmoe-trace: not written: {error}")
 
     def _forward(self, batch: dict[str, Tensor]) -> GPTOutput:

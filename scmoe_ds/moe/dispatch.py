@@ -13,7 +13,6 @@ R rows that this rank sends, S rows that it receives, P ranks of the expert-para
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,19 +138,20 @@ class ReceivedRows:
     rows_per_expert: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows_PL: Sequence[Sequence[int]], device: torch.device) -> ReceivedRows:
+    def of(cls, rows: Tensor, device: torch.device) -> ReceivedRows:
         """
         Args:
-            rows_PL: rows from each rank for each local expert.
+            rows: [P, L] int64 on the host, rows from each rank for each local expert.
             device: where the rows live.
         """
-        rows = torch.tensor(rows_PL, dtype=torch.int64)
         totals = tuple(rows.sum(0).tolist())
         if rows.shape[0] == 1 or rows.shape[1] == 1:
             return cls(None, totals)
         local_expert = torch.arange(rows.shape[1]).repeat(rows.shape[0])
         order = torch.sort(local_expert.repeat_interleave(rows.flatten()), stable=True).indices
-        return cls(order.to(device), totals)
+        if device.type == "cuda":  # a copy from pageable memory would wait for all that is enqueued before it
+            order = order.pin_memory()
+        return cls(order.to(device, non_blocking=True), totals)
 
     def group(self, rows_SD: Tensor) -> Tensor:
         """Arrival order → expert order."""

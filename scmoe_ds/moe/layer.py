@@ -26,7 +26,7 @@ from scmoe_ds.moe.experts import initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
 from scmoe_ds.moe.routed import RoutedTokens, Travel
-from scmoe_ds.overlap.recorder import SILENT, PairRecorder
+from scmoe_ds.overlap.recorder import SILENT, PairRecorder, Renamed
 from scmoe_ds.overlap.transport import METHODS, Transport
 from scmoe_ds.overlap.wire import WIRE_DTYPES
 
@@ -238,9 +238,9 @@ class ScMoE(StagedMoE):
         if shared is None:
             shared = self.shared(hidden_states)
         collected = routed.collect()
-        shared, collected, hidden_states = routed.recorder.open("merge", shared, collected, hidden_states)
+        shared, collected, hidden_states = routed.travel.recorder.open("merge", shared, collected, hidden_states)
         output = merge_outputs(self.merge, shared, collected, hidden_states, self.coefficient)
-        (output,) = routed.recorder.close("merge", output)
+        (output,) = routed.travel.recorder.close("merge", output)
         return output, routed.routing.l_aux, routed.routing.exp_counts
 
 
@@ -264,11 +264,10 @@ class DGMoE(StagedMoE):
         Returns:
             output [..., D], mean of the two load-balancing losses, tokens per expert of both choices [E].
         """
-        (hidden_states,) = routed.recorder.open("merge", hidden_states)  # all of it: nothing is left to overlap with
-        current = self.begin(hidden_states, exclude=routed.routing.expert_KT[0])
+        current = self.begin(hidden_states, exclude=routed.routing.expert_KT[0], blocking=routed.travel.blocking,
+                             recorder=Renamed(routed.travel.recorder, "current"))  # fmt: skip
         current.run_experts()
-        (own,) = routed.recorder.close("merge", current.collect())
-        output = own + routed.collect()
+        output = current.collect() + routed.collect()
         l_aux = torch.stack([routed.routing.l_aux, current.routing.l_aux]).mean()
         return output, l_aux, routed.routing.exp_counts + current.routing.exp_counts
 

@@ -65,8 +65,7 @@ class RoutedTokens:
         travel: Travel,
     ) -> None:
         self.routing = routing
-        self._experts, self._travel, self.shape = experts, travel, torch.Size(shape)
-        self.recorder = travel.recorder
+        self._experts, self.travel, self.shape = experts, travel, torch.Size(shape)
         self._ranks_and_experts = (travel.transport.size, experts.num_local_experts)
         self._received: list[ReceivedRows] = []
         self._sizes: list[tuple[list[int], list[int]]] = []  # rows to and from each rank, per chunk
@@ -74,26 +73,22 @@ class RoutedTokens:
         self._collected = False
         self._layout: ExactLayout | PaddedLayout
         self._counts: CountsInFlight | None = None
+        recorder, transport, ranks = travel.recorder, travel.transport, travel.transport.size
+        (tokens_TD,) = recorder.open("encode", tokens_TD)
         if exact:
             self._layout = ExactLayout.of(routing, travel.num_chunks)
-            P, L = self._ranks_and_experts
-            rows_PNL = self._layout.rows_per_expert_NE.view(-1, P, L).transpose(0, 1)
-            self._counts = start_counts(rows_PNL.flatten(), travel.transport)
-            self._dispatches = self._prepare(tokens_TD)  # while the counts travel
-            if not travel.deferred:
-                self.send()
+            rows_PNL = self._layout.rows_per_expert_NE.view(-1, *self._ranks_and_experts).transpose(0, 1)
+            self._counts = start_counts(rows_PNL.flatten(), transport, recorder.watch("counts", 0))
         else:
             self._layout = PaddedLayout.of(routing, travel.num_chunks)
-            self._dispatches = self._prepare(tokens_TD)
-            equal = [self._layout.rows_per_chunk // travel.transport.size] * travel.transport.size
-            self._send([(equal, equal)] * travel.num_chunks)
-
-    def _prepare(self, tokens_TD: Tensor) -> list[InFlight]:
-        travel, recorder = self._travel, self.recorder
-        (tokens_TD,) = recorder.open("encode", tokens_TD)
-        (rows_RD,) = recorder.close("encode", self._layout.encode(tokens_TD))
+        (rows_RD,) = recorder.close("encode", self._layout.encode(tokens_TD))  # while the counts travel
         watches = [recorder.watch("dispatch", chunk) for chunk in range(travel.num_chunks)]
-        return prepare(rows_RD, travel.transport, travel.blocking, travel.wire_dtype, watches)
+        self._dispatches = prepare(rows_RD, transport, travel.blocking, travel.wire_dtype, watches)
+        if isinstance(self._layout, PaddedLayout):
+            equal = [self._layout.rows_per_chunk // ranks] * ranks
+            self._send([(equal, equal)] * travel.num_chunks)
+        elif not travel.deferred:
+            self.send()
 
     def send(self) -> None:
         """Launches the dispatch if `begin` left it to a later moment; harmless otherwise."""
@@ -102,10 +97,10 @@ class RoutedTokens:
             return
         P, L = self._ranks_and_experts
         rows_to_PNL, rows_from_PNL = (torch.tensor(numbers).view(P, -1, L) for numbers in counts.wait())
-        device = self._layout.row_of_choice_KT.device
-        self._received = [ReceivedRows.of(rows_PL, device) for rows_PL in rows_from_PNL.transpose(0, 1).tolist()]
         to_NP, from_NP = (rows_PNL.sum(2).t().tolist() for rows_PNL in (rows_to_PNL, rows_from_PNL))
-        self._send(list(zip(to_NP, from_NP, strict=True)))
+        self._send(list(zip(to_NP, from_NP, strict=True)))  # first: the rest can be done while rows travel
+        device = self._layout.row_of_choice_KT.device
+        self._received = [ReceivedRows.of(rows_PL, device) for rows_PL in rows_from_PNL.transpose(0, 1)]
 
     def _send(self, sizes: list[tuple[list[int], list[int]]]) -> None:
         self._sizes, first_row = sizes, 0
@@ -121,16 +116,16 @@ class RoutedTokens:
         """
         self.send()
         chunk = len(self._combines)
-        if chunk == self._travel.num_chunks:
+        if chunk == self.travel.num_chunks:
             raise RuntimeError("run_experts was called once too often on the same routed tokens (it is called once "
                                "per chunk); begin again for another use")  # fmt: skip
-        recorder, transport = self.recorder, self._travel.transport
+        recorder, transport = self.travel.recorder, self.travel.transport
         (rows_SD,) = recorder.open("experts", self._dispatches[chunk].wait(), chunk=chunk)
         (output_SD,) = recorder.close("experts", self._compute(rows_SD, chunk), chunk=chunk)
         rows_to_P, rows_from_P = self._sizes[chunk]
         watch = recorder.watch("combine", chunk)
-        self._combines.append(start(output_SD, transport, rows_from_P, rows_to_P, self._travel.blocking,
-                                    self._travel.wire_dtype, watch))  # fmt: skip
+        self._combines.append(start(output_SD, transport, rows_from_P, rows_to_P, self.travel.blocking,
+                                    self.travel.wire_dtype, watch))  # fmt: skip
 
     def _compute(self, rows_SD: Tensor, chunk: int) -> Tensor:
         if not self._received:
@@ -147,12 +142,12 @@ class RoutedTokens:
         """
         if self._collected:
             raise RuntimeError("these routed tokens were finished already; begin again for another use")
-        if len(self._combines) < self._travel.num_chunks:
+        if len(self._combines) < self.travel.num_chunks:
             raise RuntimeError("finish was called before run_experts (which is called once per chunk)")
         self._collected = True
         parts = [combine.wait() for combine in self._combines]
         rows_RD = parts[0] if len(parts) == 1 else torch.cat(parts)
-        rows_RD, weight_KT = self.recorder.open("decode", rows_RD, self.routing.weight_KT)
+        rows_RD, weight_KT = self.travel.recorder.open("decode", rows_RD, self.routing.weight_KT)
         output_TD = decode(rows_RD, self._layout.row_of_choice_KT, weight_KT)
-        (output_TD,) = self.recorder.close("decode", output_TD)
+        (output_TD,) = self.travel.recorder.close("decode", output_TD)
         return output_TD.view(self.shape)

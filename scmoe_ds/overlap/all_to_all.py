@@ -129,7 +129,7 @@ class _Transfer:
         (rows, ready), self._held = self._held, None
         self.send, self.receive = list(send), list(receive)
         rows = rows[first_row : first_row + sum(send)]
-        if ready is None:
+        if ready is None or self.blocking:  # blocking: the main stream itself waits
             self._launch(rows, send, receive, "forward")
             return
         # The collective waits for the stream that it is launched from. The main stream has gone on with the backbone

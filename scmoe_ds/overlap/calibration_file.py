@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from pydantic import ValidationError
 from scmoe_ds.config import ScMoEConfigError
 from scmoe_ds.overlap.times import OperatorTimes
 from scmoe_ds.parallel.agreement import run_together
+
+logger = logging.getLogger("scmoe_ds")
 
 Description = Mapping[str, Any]
 Saved = list[dict[str, Any]]
@@ -44,54 +48,75 @@ def read_calibration(file: str | None) -> Saved | None:
     return holder[0]
 
 
-def write_calibration(file: str, saved: Saved | None) -> None:
-    """Writes the times on rank 0; all ranks call it.
+def check_writable(file: str | None) -> None:
+    """Makes the file's directory and tries to write in it, now rather than after the measurement.
 
     Raises:
-        ScMoEConfigError: a file that cannot be written, on every rank.
+        ScMoEConfigError: on every rank.
     """
+    if file is None:
+        return
 
-    def write() -> None:
+    def attempt() -> None:
         try:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-            Path(file).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+            with tempfile.TemporaryFile(dir=Path(file).parent):
+                pass
         except OSError as error:
             raise ScMoEConfigError(f"{_PATH} = {file}: cannot be written ({error.strerror})") from None
 
-    run_together(write, on_rank_zero=True)
+    run_together(attempt, on_rank_zero=True)
 
 
-def find_times(saved: Sequence[Mapping[str, Any]], wanted: Sequence[Description], source: str) -> list[OperatorTimes]:
+def write_calibration(file: str | None, saved: Saved | None) -> None:
+    """Writes the times on rank 0. A file that cannot be written any more is no reason to stop: it is logged."""
+    if file is None or dist.get_rank() != 0:
+        return
+    part = Path(f"{file}.part")
+    try:
+        part.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        part.replace(file)  # another run may be reading it
+    except OSError as error:
+        logger.warning("%s = %s: not written (%s)", _PATH, file, error.strerror)
+
+
+def find_times(
+    saved: Sequence[Any], wanted: Sequence[Description], chunk_counts: Sequence[int], source: str
+) -> list[OperatorTimes]:
     """The saved times of each wanted kind of pair.
 
     Args:
         saved: what `AdaptiveOverlap.state` gave.
         wanted: descriptions of this run's kinds.
+        chunk_counts: the numbers of chunks that there must be times for.
         source: where they come from, for the message.
 
     Raises:
-        ScMoEConfigError: there are none, with what differs from the nearest.
+        ScMoEConfigError: there are none, with what differs from the nearest, or they are damaged.
     """
+    remedy = "Remove it to measure again, or name another"
     found = []
     for description in wanted:
-        candidates = []
+        nearest: tuple[list[str], dict[str, Any], Any] | None = None
         for entry in saved:
-            other = entry.get("description", {})
+            other = entry.get("description") if isinstance(entry, dict) else None
+            if not isinstance(other, dict):
+                raise ScMoEConfigError(f"{source} is damaged: an entry has no description. {remedy}")
             keys = [key for key in {**description, **other} if description.get(key) != other.get(key)]
-            candidates.append((len(keys), keys, entry))
-        if not candidates or min(candidate[0] for candidate in candidates):
-            _, keys, entry = min(candidates, key=lambda candidate: candidate[0], default=(0, [], {}))
-            other = entry.get("description", {})
+            if nearest is None or len(keys) < len(nearest[0]):
+                nearest = keys, other, entry.get("times")
+        if nearest is None or nearest[0]:
+            keys, other, _ = nearest or ([], {}, None)
             listed = "; ".join(f"{key}: {other.get(key)!r} there, {description.get(key)!r} in this run" for key in keys)
-            raise ScMoEConfigError(f"{source} is of another model or machine: {listed or 'it is empty'}. "
-                                   "Remove it to measure again, or name another")  # fmt: skip
-        entry = next(candidate[2] for candidate in candidates if not candidate[0])
+            raise ScMoEConfigError(f"{source} is of another model or machine: {listed or 'it is empty'}. {remedy}")
         try:
-            found.append(OperatorTimes.model_validate(entry.get("times")))
+            times = OperatorTimes.model_validate(nearest[2])
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ScMoEConfigError(
-                f"{source} is damaged: {place}: {first['msg']}. Remove it to measure again"
-            ) from None
+            place = ".".join(map(str, first["loc"])) or "times"
+            raise ScMoEConfigError(f"{source} is damaged: {place}: {first['msg']}. {remedy}") from None
+        if missing := set(chunk_counts) - set(times.chunks):
+            raise ScMoEConfigError(f"{source} has times of {sorted(times.chunks)} chunks only, not of "
+                                   f"{sorted(missing)}. {remedy}")  # fmt: skip
+        found.append(times)
     return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from scmoe_ds.overlap.recorder import Watch
 from scmoe_ds.overlap.side_stream import side_stream
 from scmoe_ds.overlap.transport import Transport, Wait
 
@@ -41,14 +44,16 @@ class CountsInFlight:
         return sent.tolist(), received.tolist()
 
 
-def start_counts(rows_per_piece: Tensor, transport: Transport) -> CountsInFlight:
+def start_counts(rows_per_piece: Tensor, transport: Transport, watch: Watch | None = None) -> CountsInFlight:
     """Launches the exchange; not differentiable.
 
     Args:
         rows_per_piece: [ranks * pieces] int64, how many rows go to each piece of each rank.
+        watch: observes the exchange.
     """
     if transport.size == 1:
         return CountsInFlight(rows_per_piece, rows_per_piece, None)
     received = torch.empty_like(rows_per_piece)
     sizes = [rows_per_piece.shape[0] // transport.size] * transport.size
-    return CountsInFlight(rows_per_piece, received, transport.launch(received, rows_per_piece, sizes, sizes))
+    launch = partial(transport.launch, received, rows_per_piece, sizes, sizes)
+    return CountsInFlight(rows_per_piece, received, launch() if watch is None else watch.launch("forward", launch))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from scmoe_ds.overlap.schedule import Plan, Schedule, Simulated, break_even, idle_window_ms
 from scmoe_ds.overlap.times import OperatorTimes, PassTimes
 
@@ -24,6 +26,13 @@ def plan_lines(name: str, times: OperatorTimes, train: Plan, forward: Plan) -> l
         lines.append(f"choice for {title}: {schedule_text(plan.schedule)}: {_outcome(plan.predicted)}"
                      + (f" (others: {', '.join(others)})" if others else ""))  # fmt: skip
     return [*lines, _verdict(times, train)]
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Numbers in words: "3", "0–5", "0, 2"."""
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}–{layers[-1]}"
+    return ", ".join(map(str, layers))
 
 
 def schedule_text(schedule: Schedule) -> str:

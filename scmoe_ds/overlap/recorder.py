@@ -63,7 +63,7 @@ class PairRecorder(Protocol):
     """What a pair reports to."""
 
     def open(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
-        """Marks the start of a region; returns the tensors that it is to work on."""
+        """Marks the start of a region; returns the tensors that it is to work on, and not to change in place."""
 
     def close(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
         """Marks the end of a region; returns its results."""
@@ -85,6 +85,23 @@ class _Silent:
 
 
 SILENT = _Silent()
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Puts a word before all names: for what a pair does twice."""
+
+    recorder: PairRecorder
+    word: str
+
+    def open(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        return self.recorder.open(f"{self.word} {name}", *tensors, chunk=chunk)
+
+    def close(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        return self.recorder.close(f"{self.word} {name}", *tensors, chunk=chunk)
+
+    def watch(self, name: str, chunk: int) -> Watch | None:
+        return self.recorder.watch(f"{self.word} {name}", chunk)
 
 
 class Recorder:

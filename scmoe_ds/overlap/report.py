@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config import OverlapConfig, ScMoEConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,20 +48,31 @@ def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     import torch.distributed as dist
 
     import scmoe_ds
-    from scmoe_ds.arguments import gpt_settings
-    from scmoe_ds.engine import batch_sizes, device, expert_parallel_rank
+    from scmoe_ds.arguments import comparable, gpt_settings
+    from scmoe_ds.engine import batch_sizes, device, expert_parallel_rank, fingerprint
     from scmoe_ds.models.gpt import GPT
     from scmoe_ds.models.initialization import initialize_parameters
     from scmoe_ds.overlap.recorder import Recorder
     from scmoe_ds.overlap.spans import gather_spans, hidden_share_of_ranks
+    from scmoe_ds.parallel.agreement import require_agreement
 
+    require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
     config.check_world(dist.get_world_size())
+    micro_batch_size, _ = batch_sizes(whole, dist.get_world_size())
+    config.check_tokens(micro_batch_size * args.seq_length)
+    overlap = config.overlap
+    if not overlap.enabled or (overlap.expert_slot, overlap.num_chunks) != ("auto", "auto"):
+        if dist.get_rank() == 0:
+            print('the JSON fixes the schedule; this report plans as if slot and number of chunks were "auto"')
+        overlap = OverlapConfig(calibration_file=overlap.calibration_file)
+    steps = overlap.calibration_steps or OverlapConfig().calibration_steps
+    free = {**overlap.model_dump(), "calibration_steps": steps}
+    whole = {**whole, "scmoe": {**whole["scmoe"], "overlap": free}}
     shape = gpt_settings(args, padded_vocab_size=256)  # the vocabulary is no part of any pair
     model = GPT(shape, config, args.seq_length)
     initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers,
                           expert_parallel_rank(config.expert_parallel_size))  # fmt: skip
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
-    micro_batch_size, _ = batch_sizes(whole, dist.get_world_size())
 
     def micro_batch() -> None:
         tokens = torch.randint(256, (micro_batch_size, args.seq_length), device=device())

@@ -46,8 +46,8 @@ class OperatorTimes(_Frozen):
 
     Attributes:
         gate: the shortcut's norm and the gate.
-        encode: permutation into the order of sending, and the exchange of row counts.
-        decode: permutation back, weighting, merge and residual.
+        encode: permutation into the order of sending, and the exchange of row counts, which nothing hides.
+        decode: permutation back, weighting and merge; for DGMoE its second MoE.
         backbone: the operators between shortcut and join, in forward order; may be empty.
         chunks: for every number of chunks that was measured, the times of one of them. 1 is always there.
     """

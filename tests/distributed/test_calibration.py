@@ -18,8 +18,9 @@ from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.calibration import times_from
-from scmoe_ds.overlap.recorder import Recorder
+from scmoe_ds.overlap.recorder import SILENT, Recorder
 from scmoe_ds.overlap.schedule import Schedule
 from tests.helpers.distributed import run_distributed
 
@@ -167,9 +168,7 @@ def losses_with(overlap: dict[str, Any]) -> Any:
     engine = build(overlap=overlap)
     before = schedules(engine)
     losses = train(engine, 8)
-    engine.eval()
-    with torch.no_grad():
-        engine(torch.zeros(2, 12, dtype=torch.int64))
+    assert all(run.recorder is SILENT for run in engine.module.scheduled_runs()), "nobody listens any more"
     return losses, before, schedules(engine), engine.overlap.calibrating
 
 
@@ -182,7 +181,72 @@ def test_calibration_changes_no_number() -> None:
         assert plain[1] == plain[2], "what the user has fixed stays"
         assert not timed[3]
         assert all(schedule.overlap for schedule, _ in timed[2])
-        assert all(forward is not None for _, forward in timed[2]), "a forward pass alone has its own plan"
+
+
+def planned_apart() -> Any:
+    """Times for which training and a forward pass alone want different slots; which is used when."""
+    engine = build(overlap={"calibration_steps": 3, "num_chunks": 1})
+    train(engine, 2)
+    part = {"forward_ms": 1.0, "backward_ms": 1.0}
+    backbone = [{"name": "mlp", "forward_ms": 1.0, "backward_ms": 50.0},
+                {"name": "attention", "forward_ms": 1.0, "backward_ms": 1.0},
+                {"name": "shared", "forward_ms": 50.0, "backward_ms": 50.0}]  # fmt: skip
+    transfer = {"forward_ms": 2.0, "backward_ms": 40.0}
+    chunk = {"dispatch": transfer, "experts": part, "combine": transfer}
+    times = {"gate": part, "encode": part, "decode": part, "backbone": backbone, "chunks": {"1": chunk}}
+    description = engine.overlap._descriptions[0]
+    # In the middle of the calibration, from rank 0's checkpoint alone.
+    engine.overlap.resume([{"description": description, "times": times}] if dist.get_rank() == 0 else None)
+    assert not engine.overlap.calibrating
+    runs = engine.module.scheduled_runs()
+    assert all(run.recorder is SILENT for run in runs)
+    used: list[Schedule] = []
+    plain_run = executor.run
+
+    def noted(pair: Any, hidden: torch.Tensor, schedule: Schedule, recorder: Any) -> Any:
+        used.append(schedule)
+        return plain_run(pair, hidden, schedule, recorder)
+
+    executor.run = noted
+    try:
+        train(engine, 1)
+        with torch.no_grad():
+            engine(torch.zeros(2, 12, dtype=torch.int64))
+    finally:
+        executor.run = plain_run
+    return [schedule.slots for schedule in used]
+
+
+def test_training_and_a_forward_pass_alone_have_plans_of_their_own() -> None:
+    # Forward, dispatch and combine fit beside attention and mlp together (slot 3) only; backward both want 40 ms,
+    # which slots 2 and 3 give, and slot 2 leaves 1 ms of the dispatch exposed.
+    wanted = [(3,), (3,)]
+    for used in run_distributed(planned_apart, 2):
+        assert used[:2] == wanted and len(used) == 4
+        assert used[2:] == wanted
+
+
+def several_kinds() -> Any:
+    """A pyramid, and validation between timed micro-batches."""
+    engine = build(num_experts=[4, 8], overlap={"calibration_steps": 1, "num_chunks": 3})
+    assert engine.overlap.timed_micro_batches == 2, "one for each number of chunks"
+    for _ in range(4):
+        train(engine, 1)
+        engine.eval()
+        with torch.no_grad():
+            engine(torch.zeros(2, 12, dtype=torch.int64))
+        assert all(run.recorder is SILENT for run in engine.module.scheduled_runs()), "validation is not timed"
+        engine.train()
+    layers = [layers for layers, _, _ in engine.overlap.plans]
+    counts = [sorted(times.chunks) for times in engine.overlap.times]
+    return layers, counts, [run.schedule.num_chunks for run in engine.module.scheduled_runs()]
+
+
+def test_pairs_that_differ_have_times_of_their_own() -> None:
+    for layers, counts, chunks in run_distributed(several_kinds, 2):
+        assert layers == [[0], [1]]
+        assert counts == [[1, 3], [1, 3]]
+        assert chunks == [3, 3], "the number that was asked for"
 
 
 def with_file(directory: str) -> Any:
@@ -190,7 +254,7 @@ def with_file(directory: str) -> Any:
     file = f"{directory}/times/calibration.json"
     first = build(overlap={"calibration_steps": 2, "calibration_file": file})
     assert first.overlap.calibrating
-    train(first, 4)
+    train(first, 5)  # one to warm up, one for each of three numbers of chunks
     dist.barrier()
     saved = json.loads(Path(file).read_text())
     again = build(overlap={"calibration_steps": 2, "calibration_file": file})
@@ -201,9 +265,10 @@ def with_file(directory: str) -> Any:
     resumed.overlap.resume(saved)
     assert not resumed.overlap.calibrating
     assert schedules(resumed) == schedules(first)
-    other = build(overlap={"calibration_steps": 2}, position="pos1")
-    other.overlap.resume(saved)
-    assert other.overlap.calibrating
+    for settings in ({"position": "pos1"}, {"overlap": {"num_chunks": 3}}):
+        other = build(**settings)
+        other.overlap.resume(saved)
+        assert other.overlap.calibrating
     messages = []
     for section in ({"position": "pos1"}, {"num_experts": 8, "capacity_factor": 1.0}):
         with pytest.raises(ScMoEConfigError) as caught:
@@ -211,12 +276,16 @@ def with_file(directory: str) -> Any:
         messages.append(str(caught.value))
     broken = json.loads(Path(file).read_text())
     del broken[0]["times"]["chunks"]["1"]
-    for number, text in enumerate((json.dumps(broken), "{}", "not JSON")):
+    for number, text in enumerate((json.dumps(broken), "{}", "not JSON", '[{"description": []}]', "[]")):
         path = f"{directory}/broken{number}.json"
         if dist.get_rank() == 0:
             Path(path).write_text(text)
         with pytest.raises(ScMoEConfigError) as caught:
             build(overlap={"calibration_file": path})
+        messages.append(str(caught.value))
+    for overlap in ({"calibration_file": file, "num_chunks": 3}, {"calibration_file": "/proc/no-such/times.json"}):
+        with pytest.raises(ScMoEConfigError) as caught:
+            build(overlap=overlap)
         messages.append(str(caught.value))
     return messages
 
@@ -231,6 +300,10 @@ def test_calibration_file() -> None:
             assert "damaged: chunks" in messages[2] or "damaged: : Value error, chunks" in messages[2]
             assert "is not a calibration" in messages[3]
             assert "cannot be read" in messages[4]
+            assert "damaged: an entry has no description" in messages[5]
+            assert "it is empty" in messages[6]
+            assert "has times of [1, 2, 4] chunks only, not of [3]" in messages[7]
+            assert "no-such" in messages[8] and "cannot be written" in messages[8]
 
 
 def nothing_to_plan() -> list[bool]:
@@ -240,13 +313,14 @@ def nothing_to_plan() -> list[bool]:
         {"overlap": {"enabled": False}},
         {"overlap": {"expert_slot": 2, "num_chunks": 2}},
         {"overlap": {"calibration_steps": 0}},
+        {"overlap": {"expert_slot": [2, 3]}},
         {"architecture": "topk"},
     ]
     return [build(**case).overlap.calibrating for case in cases]
 
 
 def test_no_calibration_where_nothing_is_to_be_planned() -> None:
-    assert run_distributed(nothing_to_plan, 2) == [[False] * 5] * 2
+    assert run_distributed(nothing_to_plan, 2) == [[False] * 6] * 2
 
 
 def test_pieces_cannot_take_less_than_the_whole() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import Operator
-from scmoe_ds.overlap.recorder import Recorder
+from scmoe_ds.overlap.recorder import Recorder, Span
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.overlap.transport import Transport
 from tests.helpers.distributed import run_distributed
@@ -138,6 +142,44 @@ def recorded(slots: tuple[int, ...]) -> dict[tuple[str, str], list[str]]:
     return names
 
 
+def slow_transfer() -> tuple[list[Span], bool]:
+    """A transfer that is complete long before anyone waits for it; and whether its buffers are gone after the step."""
+    run = make_run("pos2")
+    over, buffers = threading.Event(), []
+    plain_launch = Transport.launch
+
+    def launch(self, received, rows, receive, send):  # type: ignore[no-untyped-def]
+        wait = plain_launch(self, received, rows, receive, send)
+        if not rows.is_floating_point():
+            return wait
+        buffers.extend([weakref.ref(received), weakref.ref(rows)])
+
+        def until_seen() -> None:
+            wait()
+            over.set()
+
+        return until_seen
+
+    Transport.launch = launch  # type: ignore[method-assign]
+    try:
+        recorder = Recorder(torch.device("cpu"))
+        run.recorder = recorder.pair(0)
+
+        def hold(module: object, inputs: object) -> None:
+            assert over.wait(60)
+            time.sleep(0.2)  # the watching thread has yet to note the time
+
+        run.blocks[0].mlp.register_forward_pre_hook(hold)
+        hidden = run(torch.randn(2, 12, 16, requires_grad=True)).hidden
+        hidden.sum().backward()
+        del hidden
+    finally:
+        Transport.launch = plain_launch  # type: ignore[method-assign]
+    run.zero_grad()
+    gc.collect()
+    return recorder.spans(), all(reference() is None for reference in buffers) and len(buffers) == 8
+
+
 def event_order(slot: int, overlap: bool) -> tuple[list[str], list[str]]:
     """Launches, waits and operators as they happened in one forward and one backward pass of Pos-2."""
     events: list[str] = []
@@ -207,7 +249,7 @@ def test_the_trace_has_everything_in_order() -> None:
         compute.insert(compute.index("attention"), "experts")
         assert names["compute", "forward"] == compute
         assert names["compute", "backward"] == compute[::-1]
-        assert names["communication", "forward"] == names["wait", "forward"] == ["dispatch", "combine"]
+        assert names["communication", "forward"] == names["wait", "forward"] == ["counts", "dispatch", "combine"]
         assert names["communication", "backward"] == names["wait", "backward"] == ["combine", "dispatch"]
 
 
@@ -220,8 +262,16 @@ def test_chunks_of_the_trace_have_their_own_slots() -> None:
         assert names["compute", "forward"] == compute
         assert names["compute", "backward"] == compute[::-1]
         travelled = ["dispatch 0", "dispatch 1", "combine 0", "combine 1"]
-        assert names["communication", "forward"] == travelled
+        assert names["communication", "forward"] == ["counts", *travelled]
         assert names["communication", "backward"] == travelled[::-1]
+
+
+def test_a_transfer_ends_when_it_is_complete_not_when_it_is_waited_for() -> None:
+    for spans, buffers_gone in run_distributed(slow_transfer, 2):
+        by_lane = {span.lane: span for span in spans if (span.name, span.phase) == ("dispatch", "forward")}
+        mlp = next(span for span in spans if (span.name, span.phase) == ("mlp", "forward"))
+        assert by_lane["communication"].end_ms < mlp.end_ms <= by_lane["wait"].start_ms
+        assert buffers_gone, "both buffers of each all-to-all are dropped once it is consumed"
 
 
 def test_several_routed_in_flight() -> None:

@@ -65,6 +65,7 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "min_capacity above the tokens": ({"scmoe.min_capacity": 100}, {}, r"scmoe\.min_capacity = 100: exceeds the 32 tokens"),
     "slot zero": ({"scmoe.overlap": {"expert_slot": 0}}, {}, r"scmoe\.overlap\.expert_slot = 0"),
     "chunks": ({"scmoe.overlap": {"num_chunks": 0}}, {}, r'scmoe\.overlap\.num_chunks = 0: must be at least 1, or "auto"'),
+    "too many chunks": ({"scmoe.overlap": {"num_chunks": 9}}, {}, r"scmoe\.overlap\.num_chunks = 9: more than 8"),
     "slots that descend": ({"scmoe.overlap": {"expert_slot": [3, 2]}}, {}, r"expert_slot = \[3, 2\]: .*must ascend"),
     "slots and chunks": ({"scmoe.overlap": {"expert_slot": [2, 3], "num_chunks": 3}}, {}, r"expert_slot = \[2, 3\]: .*num_chunks = 3; remove one"),
     "slots beyond": ({"scmoe.overlap": {"expert_slot": [2, 9]}}, {}, r"expert_slot = \[2, 9\]: the backbone has 3 operators"),

@@ -206,7 +206,7 @@ def test_received_rows_group_and_ungroup() -> None:
     rows_PL = [[2, 0, 1], [0, 3, 1]]
     labels = [label for rank in range(2) for label in range(3) for _ in range(rows_PL[rank][label])]
     rows = torch.tensor(labels, dtype=torch.float32).unsqueeze(1)
-    received = ReceivedRows.of(rows_PL, rows.device)
+    received = ReceivedRows.of(torch.tensor(rows_PL), rows.device)
     grouped = received.group(rows)
     assert grouped.flatten().tolist() == sorted(labels)
     assert received.rows_per_expert == (2, 3, 2)
