@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,30 @@ def interleave(
             if number >= 0:
                 times[name].append(time.perf_counter() - started)
     return times
+
+
+EVICTED_BYTES = 64 << 20  # more than the last level of any cache that a core has to itself
+
+
+def cold(step: Callable[[], object], other: torch.Tensor) -> Callable[[], None]:
+    """The step with nothing of it in the caches, as between other pairs in a round or other layers in a model.
+
+    Args:
+        other: `EVICTED_BYTES` of anything.
+    """
+
+    def run() -> None:
+        other.add_(1)
+        step()
+
+    return run
+
+
+def over_ranks(values: Sequence[float], op: Any = dist.ReduceOp.MAX) -> list[float]:
+    """Each value's maximum over the ranks (of times: the slowest rank's), or another reduction. Collective."""
+    reduced = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(reduced, op=op)
+    return reduced.tolist()
 
 
 def environment() -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.measure import environment, interleave
-from benchmarks.variants import MAIN, SHAPES, STOCK, build
+from benchmarks.variants import SHAPES, STOCK, ablation_table, build
 from scmoe_ds import ScMoE
 from tests.helpers.distributed import run_distributed
 
@@ -62,7 +62,7 @@ def peak_bytes(variant: str, sequences: int) -> int:
     from torch.distributed._tools.mem_tracker import MemTracker
 
     shape = replace(SHAPES["gpt"], sequences=sequences)
-    run = build(MAIN[variant], shape, 0.0)
+    run = build(ablation_table()[variant], shape, 0.0)
     hidden = torch.randn(shape.sequences, shape.seq_length, shape.hidden_size, requires_grad=True)
     tracker = MemTracker()
     tracker.track_external(run, hidden)
