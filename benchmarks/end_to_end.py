@@ -272,8 +272,8 @@ def main() -> None:
         rank_main(json.loads(args.rank_settings))
         return
     if args.accumulation <= WARM_UP:
-        parser.error(f"--accumulation {args.accumulation}: an iteration must not end within the {WARM_UP} micro-batches "
-                     "of the calibration")  # fmt: skip
+        parser.error(f"--accumulation {args.accumulation}: the first {WARM_UP} micro-batches, in which schedules are "
+                     "calibrated, must not end an iteration")  # fmt: skip
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "rank_settings")}
     record = on_two_nodes("benchmarks.end_to_end", settings)
     text = markdown(record)

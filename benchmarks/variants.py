@@ -40,9 +40,9 @@ class Shape:
 
 
 SHAPES = {
-    "swin": Shape("SwinV2-MoE-S stage 3, one expert per rank, 4 windows of 144 tokens per rank",
-                  384, 12, 4, 144, 2, 1.25),
-    "gpt2-medium": Shape("GPT2-MoE-Medium, one expert per rank, 160 tokens per rank", 1024, 16, 1, 160, 2, 2.0),
+    "swin": Shape("SwinV2-MoE-S stage 3, one expert per rank, 8 windows of 144 tokens per rank",
+                  384, 12, 8, 144, 2, 1.25),
+    "gpt2-medium": Shape("GPT2-MoE-Medium, one expert per rank, 128 tokens per rank", 1024, 16, 1, 128, 2, 2.0),
     "gpt": Shape("GPT2-MoE-Medium cut to 512 wide and 4 experts, 4 × 256 tokens per rank", 512, 8, 4, 256, 4, 2.0),
 }  # fmt: skip
 
