@@ -1,6 +1,6 @@
 """How rows move between the ranks of an expert-parallel group: interchangeable primitives, and a probe that picks one.
 
-"collective": `all_to_all_single`, NCCL's and gloo's own. gloo's runs half duplex when the sides are skewed.
+"collective": `all_to_all_single`, NCCL's and gloo's own. gloo's runs half duplex when ranks enter at different times.
 "send_receive": all receives are posted, then all sends; full duplex on a link, one message per pair of ranks.
 "hierarchical": inside the nodes, then across; in scmoe_ds.overlap.hierarchical, for groups that span nodes.
 
@@ -10,7 +10,6 @@ ones would wait for each other forever.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 Wait = Callable[[], object]
 METHODS = ("collective", "send_receive")
+_LATE_S = 2e-3
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Transport:
 
 @dataclass(frozen=True)
 class Probe:
-    """Median milliseconds of one exchange per method, the slowest rank's, and the message that was exchanged."""
+    """Median milliseconds of one exchange per method, and the message that was exchanged."""
 
     milliseconds: dict[str, float]
     row_bytes: int
@@ -103,10 +103,12 @@ def probe(
 ) -> Probe:
     """Times every transport of one group with the message size of a layer; all ranks of the group call it.
 
-    The times are the slowest rank's (MAX-reduced over the group), so that all ranks draw the same conclusion.
+    Ranks that compute between exchanges do not enter them together, and gloo's collective then runs half duplex: here,
+    too, every other rank comes late. The time is that of the last rank to come (the others also waited for it), the
+    same on all ranks, so that all draw the same conclusion.
     """
     group = next(iter(transports.values())).group
-    size = dist.get_world_size(group)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
     rows = torch.zeros(size * rows_per_rank, hidden_size, dtype=dtype, device=device)
     times: dict[str, list[float]] = {method: [] for method in transports}
     sizes = [rows_per_rank] * size
@@ -114,14 +116,15 @@ def probe(
         for method, transport in transports.items():
             dist.barrier(group)
             _synchronize(device)
+            time.sleep(_LATE_S * ((rank + number) % 2))
             started = time.perf_counter()
             transport.launch(torch.empty_like(rows), rows, sizes, sizes)()
             _synchronize(device)
             if number >= 2:  # connections are made at the first use
-                times[method].append(time.perf_counter() - started)
-    medians = torch.tensor([1e3 * statistics.median(times[method]) for method in times], device=device)
-    dist.all_reduce(medians, op=dist.ReduceOp.MAX, group=group)
-    milliseconds = dict(zip(times, medians.tolist(), strict=True))
+                times[method].append(1e3 * (time.perf_counter() - started))
+    of_last = torch.tensor(list(times.values()), device=device)
+    dist.all_reduce(of_last, op=dist.ReduceOp.MIN, group=group)
+    milliseconds = dict(zip(times, of_last.median(1).values.tolist(), strict=True))
     return Probe(milliseconds, rows.element_size() * hidden_size, rows_per_rank)
 
 
