@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.experts import can_group
+from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.schedule import Schedule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -67,3 +70,27 @@ def test_grouped_experts_in_bf16() -> None:
     assert not can_group(experts, hidden.view(-1, 64))
     for a, b in zip(grouped, results(run, hidden), strict=True):
         torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+
+
+def test_chunks_change_last_bits_only() -> None:
+    run, hidden = make_run(position="pos2").cuda(), torch.randn(2, 32, 64, device="cuda")
+    run.schedule = Schedule(2)
+    whole = results(run, hidden)
+    for slots in ((1, 1), (2, 3), (1, 2, 4)):
+        run.schedule = Schedule(slots, len(slots))
+        for found, wanted in zip(results(run, hidden), whole, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_spans_are_the_devices_own_times() -> None:
+    """One lane, in the order of the program, though the host enqueues all of it at once."""
+    run, hidden = make_run(position="pos2").cuda(), torch.randn(2, 32, 64, device="cuda")
+    recorder = Recorder(torch.device("cuda", torch.cuda.current_device()))
+    run.recorder = recorder.pair(0)
+    results(run, hidden)
+    spans = recorder.spans()
+    names = {phase: [span.name for span in spans if span.phase == phase] for phase in ("forward", "backward")}
+    assert names["backward"] == names["forward"][::-1]
+    assert names["forward"].index("mlp") < names["forward"].index("experts") < names["forward"].index("attention")
+    for before, after in itertools.pairwise(spans):
+        assert before.end_ms <= after.start_ms
