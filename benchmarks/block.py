@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ CROSSING_RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0)
 FIRST_CROSSING_MBIT = 400.0
 RECORDED_STEPS = 3
 WARM_UP = 2
+PROCESSOR_ROUNDS = 5
 
 
 class Bench:
@@ -91,6 +94,11 @@ class Bench:
         """Seconds of the slower rank, of every row in every round."""
         times = interleave(self.steps, self.rounds, WARM_UP, before=dist.barrier)
         return {name: over_ranks(values) for name, values in times.items()}
+
+    def processor_ms(self) -> dict[str, float]:
+        """Median processor time of all of a rank's threads in a step of every row, of the busier rank."""
+        times = interleave(self.steps, PROCESSOR_ROUNDS, 1, before=dist.barrier, clock=time.process_time)
+        return {name: 1e3 * over_ranks([statistics.median(values)])[0] for name, values in times.items()}
 
     def prediction(self, name: str, median_ms: float) -> rows.Row:
         """What the plan said; empty for layers of DeepSpeed and rows without communication."""
@@ -134,6 +142,7 @@ def speedups(name: str, shape: Shape, mode: Mode, settings: dict[str, Any]) -> d
     bench = Bench(table, shape, mode, settings)
     bench.calibrate()
     times = bench.measure()
+    processor_ms = bench.processor_ms() if name == "main" else {}
     found = rows.speedup_rows(table, times, base)
     for variant, row in found.items():
         row |= {"table": name, "mode": mode, **bench.prediction(variant, row["median_ms"])}
@@ -141,7 +150,7 @@ def speedups(name: str, shape: Shape, mode: Mode, settings: dict[str, Any]) -> d
         if kind in bench.calibrated:
             row |= rows.limits(variant, table, times, bench.calibrated[kind], mode)
         if name == "main":
-            row |= bench.parts(variant)
+            row |= bench.parts(variant) | rows.processor(variant, table, processor_ms)
     record = {"rows": list(found.values()), "load_max_over_mean": bench.load_max_over_mean}
     record["calibrations"] = bench.times_of_kinds()
     if name == "slots" and not settings["variants"]:

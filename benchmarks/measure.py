@@ -50,6 +50,7 @@ def interleave(
     rounds: int,
     warm_up: int = 3,
     before: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round.
 
@@ -58,6 +59,7 @@ def interleave(
         rounds: timed rounds; round r starts with variant r modulo their number.
         warm_up: untimed rounds before.
         before: called before each timed unit (a barrier, where several ranks measure together).
+        clock: seconds; `time.process_time` has the processor time of all threads instead.
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -66,11 +68,11 @@ def interleave(
         for name in names[shift:] + names[:shift]:
             before()
             _synchronize()
-            started = time.perf_counter()
+            started = clock()
             variants[name]()
             _synchronize()
             if number >= 0:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     return times
 
 

@@ -50,6 +50,16 @@ def limits(name: str, table: Table, times: Times, calibrated: Calibrated, mode: 
     }
 
 
+def processor(name: str, table: Table, processor_ms: Mapping[str, float]) -> Row:
+    """A row's processor time; and what its transfers take of it, if the table has the same without communication.
+
+    On a rank with one core, that part of a transfer runs instead of the computation, not beside it.
+    """
+    row: Row = {"processor_ms": processor_ms[name]}
+    limit = limit_of(name, table)
+    return row if limit is None else row | {"transfers_processor_ms": processor_ms[name] - processor_ms[limit]}
+
+
 def prediction(calibrated: Calibrated, schedule: Schedule, mode: Mode, median_ms: float) -> Row:
     """A row's schedule and what the plan said that it would take; predicted times are simulated."""
     predicted_ms = calibrated.predicted_ms(schedule, mode)

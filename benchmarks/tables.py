@@ -81,7 +81,7 @@ def _speedups(modes: dict[str, Any]) -> list[str]:
 
 
 _PLANNED = ["variant", "schedule", "predicted ms", "predicted / measured"]
-_LIMITED = ["communication ms", "exposed ms", "hidden", "not waited for (forward / backward)",
+_LIMITED = ["communication ms", "exposed ms", "processor ms of transfers", "hidden", "not waited for (forward / backward)",
             "time / time without communication"]  # fmt: skip
 
 
@@ -97,6 +97,7 @@ def _limits(rows: Sequence[Row]) -> list[str]:
             cells += [
                 f"{row['communication_ms']:.0f}",
                 f"{row['exposed_ms']['median']:.1f}",
+                f"{row['transfers_processor_ms']:.1f}" if "transfers_processor_ms" in row else "",
                 f"{100 * row['hidden_share']:.0f} %",
                 " / ".join(f"{100 * share:.0f} %" for share in waits.values()),
                 str(Spread(**row["over_no_communication"])),
@@ -109,7 +110,8 @@ def _limits(rows: Sequence[Row]) -> list[str]:
         return [predicted, "", *table(_PLANNED, lines)]
     return [
         f"{predicted} Communication: dispatch and combine with nothing beside them, as calibrated. Exposed: time "
-        "beyond the same step without communication; hidden: the share of the communication that is not exposed. Not "
+        "beyond the same step without communication; hidden: the share of the communication that is not exposed. "
+        "Processor: what the transfers take of the rank's only core, which no schedule can hide. Not "
         "waited for: by the recorder, in each pass; leaves out what transfers cost the computation beside them.",
         "",
         *table([*_PLANNED, *_LIMITED], lines),

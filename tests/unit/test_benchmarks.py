@@ -205,7 +205,7 @@ def bar(name: str, median_ms: float, **more: object) -> dict[str, object]:
 
 PLANNED = {
     "schedule": "experts at slot 2", "predicted_ms": 81.0, "predicted_over_measured": 0.9, "communication_ms": 40.0,
-    "exposed_ms": {"median": 2.0, "p10": 1.0, "p90": 3.0}, "hidden_share": 0.95,
+    "exposed_ms": {"median": 2.0, "p10": 1.0, "p90": 3.0}, "hidden_share": 0.95, "transfers_processor_ms": 1.5,
     "over_no_communication": {"median": 1.02, "p10": 1.0, "p90": 1.04}, "hidden_by_waits": {"forward": 0.5},
 }  # fmt: skip
 RECORD = {
@@ -235,7 +235,7 @@ def test_markdown_of_the_main_table():
     assert (
         "| variant | forward ms | speed-up |\n|---|---:|---:|\n| DeepSpeed top-2 | 100 | 1.500 (1.250–1.750) |" in text
     )
-    row = "| ScMoE | experts at slot 2 | 81 | 0.90 | 40 | 2.0 | 95 % | 50 % | 1.020 (1.000–1.040) |"
+    row = "| ScMoE | experts at slot 2 | 81 | 0.90 | 40 | 2.0 | 1.5 | 95 % | 50 % | 1.020 (1.000–1.040) |"
     assert row in text.splitlines()
     assert text.count("DeepSpeed top-2") == 1  # nothing was predicted for it
 
