@@ -20,7 +20,7 @@ _CAPTION = (
     "Measured in {steps} steps of each schedule, mean of both ranks; other: what is left of the median step of the "
     "rounds.\nExposed communication: the computation stood still for it. In DeepSpeed's layers, which block, it is "
     "their all-to-alls, and gate, encode, decode, merge\nis what experts, shared expert and all-to-alls leave of the "
-    "layer. DGMoE's second routing, communication included, is in its merge."
+    "layer."
 )
 
 

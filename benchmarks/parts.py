@@ -37,7 +37,8 @@ def kind_of(span: Span) -> str:
     """Which part of a bar a span belongs to."""
     if span.lane == "wait":
         return EXPOSED
-    return next((kind for prefix, kind in _KIND_OF_PREFIX.items() if span.name.startswith(prefix)), REST_OF_LAYER)
+    name = span.name.removeprefix("current ")  # of DGMoE's second routing
+    return next((kind for prefix, kind in _KIND_OF_PREFIX.items() if name.startswith(prefix)), REST_OF_LAYER)
 
 
 def parts_of(spans: list[Span]) -> dict[str, float]:
