@@ -81,8 +81,8 @@ def _speedups(modes: dict[str, Any]) -> list[str]:
 
 
 _PLANNED = ["variant", "schedule", "predicted ms", "predicted / measured"]
-_LIMITED = ["communication ms", "exposed ms", "processor ms of transfers", "hidden", "not waited for (forward / backward)",
-            "time / time without communication"]  # fmt: skip
+_LIMITED = ["communication ms", "exposed ms", "processor ms of transfers", "hidden",
+            "not waited for (forward / backward)", "time / time without communication"]  # fmt: skip
 
 
 def _limits(rows: Sequence[Row]) -> list[str]:
