@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from scmoe_ds.engine import batch_sizes, connect, expert_parallel_rank, fingerpr
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement, run_together
+from scmoe_ds.parallel.timeouts import set_timeouts
 from scmoe_ds.training import RunSettings, Summary, Trainer, TrainingError
 
 USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError, RankDisagreementError,
@@ -62,7 +64,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     settings = RunSettings(
         args.train_iters, micro_batch_size, accumulation_steps, args.seq_length, args.seed, args.log_interval,
         args.eval_interval, args.eval_iters, args.num_workers, args.save, args.save_interval, args.exit_interval,
-        args.scmoe_trace, args.scmoe_trace_dir,
+        args.scmoe_trace, args.scmoe_trace_dir, args.exit_duration_in_mins,
     )  # fmt: skip
     tokenizer = build_tokenizer(args.tokenizer_type, tokenizer_model=args.tokenizer_model,
                                 vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
@@ -79,6 +81,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     ep_rank = expert_parallel_rank(config.expert_parallel_size)
     initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers, ep_rank)
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
+    set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
 
     iteration, consumed_samples = checkpoint.load(engine, args.load, description) if args.load else (0, 0)
     if dist.get_rank() == 0:

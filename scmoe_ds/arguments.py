@@ -95,6 +95,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training, validation and checkpoints")
     group.add_argument("--train-iters", type=int, help="optimizer steps of the whole run, over all resumes")
+    group.add_argument("--exit-duration-in-mins", type=float, help="save and stop after so many minutes")
     group.add_argument("--exit-interval", type=int, help="save and stop at an iteration that this divides")
     group.add_argument("--log-interval", type=int, default=100, help="iterations per log line")
     group.add_argument("--eval-interval", type=int, default=1000, help="iterations per validation")
@@ -130,6 +131,8 @@ def _add_moe(parser: argparse.ArgumentParser) -> None:
 
 def _add_deepspeed(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("DeepSpeed")
+    group.add_argument("--distributed-timeout-minutes", type=float, default=10.0,
+                       help="end the job when a collective of any process group takes longer")  # fmt: skip
     group.add_argument("--deepspeed", action="store_true", help="accepted for habit; DeepSpeed is always on")
     group.add_argument("--deepspeed_config", "--deepspeed-config", help="the DeepSpeed JSON")
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
@@ -242,6 +245,10 @@ def _check(args: argparse.Namespace) -> None:
     for name, minimum in lowest.items():
         if getattr(args, name) < minimum:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum}")
+    for name in ("distributed_timeout_minutes", "exit_duration_in_mins"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be above 0")
     if args.seq_length > args.max_position_embeddings:
         raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
                             f"{args.max_position_embeddings}")  # fmt: skip

@@ -67,6 +67,9 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
 def save(engine: Any, directory: str, iteration: int, consumed_samples: int, description: Mapping[str, Any]) -> Path:
     """Writes `<directory>/global_step<iteration>`; all ranks call it.
 
+    "latest" is switched as the last act, when every rank has written and the manifest is there: a save that is
+    interrupted anywhere leaves the previous checkpoint in use.
+
     Returns:
         the checkpoint's directory.
     """
@@ -76,17 +79,19 @@ def save(engine: Any, directory: str, iteration: int, consumed_samples: int, des
         path.mkdir(parents=True, exist_ok=True)
         (path / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
-    # Before DeepSpeed's files: it points "latest" at the checkpoint as its last act.
     run_together(write_description, on_rank_zero=True)
     state = {"iteration": iteration, "consumed_samples": consumed_samples, "overlap": engine.overlap.state()}
-    engine.save_checkpoint(directory, tag=path.name, client_state=state)
+    engine.save_checkpoint(directory, tag=path.name, client_state=state, save_latest=False)
     dist.barrier()  # all ranks have written
 
-    def write_manifest() -> None:
+    def publish() -> None:
         sizes = {file.name: file.stat().st_size for file in sorted(path.glob("*.pt"))}
         (path / MANIFEST_FILE).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        part = Path(directory) / "latest.part"
+        part.write_text(path.name, encoding="utf-8")
+        part.replace(part.with_name("latest"))  # whole or not at all
 
-    run_together(write_manifest, on_rank_zero=True)
+    run_together(publish, on_rank_zero=True)
     return path
 
 

@@ -25,6 +25,7 @@ from scmoe_ds.engine import device
 from scmoe_ds.models.gpt import GPTOutput
 from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.timeline import save_timeline
+from scmoe_ds.parallel.stopping import StopRequest
 
 
 class TrainingError(ValueError):
@@ -49,6 +50,7 @@ class RunSettings:
     exit_interval: int | None = None
     trace: int | None = None
     trace_dir: str = "traces"
+    exit_duration_min: float | None = None
 
     @property
     def rank_batch_size(self) -> int:
@@ -118,7 +120,7 @@ class Trainer:
         self._traced = False
 
     def run(self) -> Summary:
-        """Trains up to `train_iters` (or the exit interval), then validates and saves.
+        """Trains up to `train_iters` (or until something else ends it), then validates and saves.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -127,7 +129,26 @@ class Trainer:
         batches = (
             self._batches(self.train_set, self.consumed_samples) if self.iteration < settings.train_iters else None
         )
-        while batches is not None and self.iteration < settings.train_iters:
+        with StopRequest(settings.exit_duration_min) as stop:  # to the end: a second signal must not cut the save
+            stopped = batches is not None and self._train(batches, stop)
+            # A scheduler that wants the machine back does not wait for a validation.
+            if not stopped and (self._validation is None or self._validation[0] != self.iteration):
+                self._validate()
+            saved = self._saved is not None and self._due(settings.save_interval)
+            if settings.save and batches is not None and not saved:
+                self._save()
+        if settings.trace is not None and not self._traced:
+            self._print(f"--scmoe-trace {settings.trace}: not written, the run ended before that iteration, or before "
+                        "its schedule was chosen")  # fmt: skip
+        loss = self._validation[1] if self._validation else None
+        return Summary(
+            self.iteration, loss, self._tokens_per_second(self._timed_steps, self._timed_seconds), self._saved
+        )
+
+    def _train(self, batches: Iterator[dict[str, Tensor]], stop: StopRequest) -> bool:
+        """Steps until the last iteration; returns whether a signal or the limit of time ended it before."""
+        settings = self.settings
+        while self.iteration < settings.train_iters:
             self.step(batches)
             if self._due(settings.log_interval) or self.iteration in (1, settings.train_iters):
                 self._log()
@@ -138,17 +159,10 @@ class Trainer:
             if self._due(settings.exit_interval):
                 self._print(f"stopping at iteration {self.iteration}: --exit-interval {settings.exit_interval}")
                 break
-        if settings.trace is not None and not self._traced:
-            self._print(f"--scmoe-trace {settings.trace}: not written, the run ended before that iteration, or before "
-                        "its schedule was chosen")  # fmt: skip
-        if self._validation is None or self._validation[0] != self.iteration:
-            self._validate()
-        if settings.save and batches is not None and (self._saved is None or not self._due(settings.save_interval)):
-            self._save()
-        loss = self._validation[1] if self._validation else None
-        return Summary(
-            self.iteration, loss, self._tokens_per_second(self._timed_steps, self._timed_seconds), self._saved
-        )
+            if (reason := stop.agreed()) is not None:
+                self._print(f"stopping at iteration {self.iteration}: {reason}")
+                return True
+        return False
 
     def step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step over `accumulation_steps` micro-batches per rank."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -67,12 +68,18 @@ class Transport:
         operations += [dist.P2POp(dist.isend, outgoing[r], peer, group) for r, peer in peers if send[r]]
         works = dist.batch_isend_irecv(operations) if operations else []
         incoming[me].copy_(outgoing[me])  # while the others travel
+        # gloo's sends and receives do not know their group's timeout; NCCL's do, and would block the host for one.
+        limit = () if rows.is_cuda else (_timeout(group, rows.device),)
 
         def wait() -> None:
             for work in works:
-                work.wait()
+                work.wait(*limit)
 
         return wait
+
+
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    return group._get_backend(device).options._timeout  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

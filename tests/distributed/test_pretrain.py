@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from tests.helpers.distributed import free_port
@@ -24,9 +27,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("corpus"))
 
 
-def launch(
+def launch(directory: Path, corpus: str, *flags: str, **changes: Any) -> subprocess.CompletedProcess:
+    command, environment = job(directory, corpus, *flags, **changes)
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+def job(
     directory: Path, corpus: str, *flags: str, ranks: int = 2, accumulation: int = 1, **changes: object
-) -> subprocess.CompletedProcess:
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of a training job; `changes` are fields of the "scmoe" section."""
     whole = {**CONFIG, "tensorboard": {"enabled": True, "output_path": str(directory / "board"), "job_name": "job"},
              "csv_monitor": {"enabled": True, "output_path": str(directory / "csv"), "job_name": "job"},
              "gradient_accumulation_steps": accumulation, "scmoe": {**CONFIG["scmoe"], **changes}}  # fmt: skip
@@ -42,10 +53,7 @@ def launch(
     ]
     arguments = ["--deepspeed_config", str(directory / "ds.json"), "--corpus-dir", corpus, *FLAGS, *flags]
     command = [*launcher, str(ROOT / "pretrain_gpt_scmoe.py"), *arguments]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
+    return command, {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def losses(output: str) -> dict[int, str]:
@@ -137,6 +145,34 @@ def test_one_process_that_accumulates_prints_what_two_processes_print(tmp_path: 
     assert len(printed[0]) == 4 * 5 + 1
     assert printed[1][:-1] == pytest.approx(printed[0][:-1], rel=2e-4, abs=1e-3)
     assert printed[1][-1] == pytest.approx(printed[0][-1], rel=0.1), "validation reads other batches on two ranks"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_stops_all(number: signal.Signals, tmp_path: Path, corpus: str) -> None:
+    save = tmp_path / "saved"
+    command, environment = job(tmp_path, corpus, "--train-iters", "100000", "--save", str(save))
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        lines = iter(launcher.stdout.readline, "")
+        assert any(line.startswith("iteration       3/") for line in lines)
+        ranks = [child for child in psutil.Process(launcher.pid).children(recursive=True)
+                 if "--local_rank=1" in child.cmdline()]  # fmt: skip
+        assert len(ranks) == 1
+        ranks[0].send_signal(number)
+        rest = "".join(lines)
+        assert launcher.wait(60) == 0, rest
+    stopped = re.search(rf"stopping at iteration (\d+): {number.name} received", rest)
+    assert stopped, rest
+    assert (save / "latest").read_text() == f"global_step{stopped[1]}"
+    assert "validation" not in rest.split("finished at")[0], "whoever wants the machine back is not kept waiting"
+
+
+def test_a_limit_of_time(tmp_path: Path, corpus: str) -> None:
+    save = str(tmp_path / "saved")
+    done = launch(tmp_path, corpus, "--train-iters", "100000", "--save", save, "--exit-duration-in-mins", "0.0001")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stopping at iteration 1: --exit-duration-in-mins is over" in done.stdout
+    assert (tmp_path / "saved" / "latest").read_text() == "global_step1"
 
 
 def test_validation_loss_falls_below_the_unigram_entropy(tmp_path: Path, corpus: str) -> None:
