@@ -24,7 +24,7 @@ from scmoe_ds.overlap.executor import backbone_names
 from scmoe_ds.overlap.plan_text import layers_text
 from scmoe_ds.overlap.transport import probe
 from scmoe_ds.parallel.agreement import require_agreement
-from scmoe_ds.parallel.groups import make_transports, nodes_of_ranks
+from scmoe_ds.parallel.groups import describe_groups, make_transports, nodes_of_ranks
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -72,8 +72,9 @@ def initialize(
     runs = [module for module in model.modules() if isinstance(module, ScheduledRun)]
     sequence = getattr(model, "sequence", None)
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
-    nodes = len(set(nodes_of_ranks()))
-    descriptions = [[describe_pair(run, section, micro_batch_size, sequence, nodes) for run in runs]]
+    nodes = nodes_of_ranks()
+    lines.insert(0, describe_groups(section.expert_parallel_size, nodes))
+    descriptions = [[describe_pair(run, section, micro_batch_size, sequence, len(set(nodes))) for run in runs]]
     dist.broadcast_object_list(descriptions)
     overlap = AdaptiveOverlap(model, runs, descriptions[0], section.overlap, device())
     result[0].overlap = overlap

@@ -19,6 +19,26 @@ def nodes_of_ranks() -> list[Hashable]:
     return nodes
 
 
+def describe_groups(ep_size: int, nodes: Sequence[Hashable], shown: int = 8) -> str:
+    """Which ranks share the experts of a layer, and which of these groups send tokens between nodes, in words.
+
+    Args:
+        ep_size: ranks per group; consecutive ones.
+        nodes: the node of every rank of the world.
+        shown: the most groups to list.
+    """
+    groups = [range(first, first + ep_size) for first in range(0, len(nodes), ep_size)]
+    texts = []
+    for ranks in groups[:shown]:
+        members = f"{ranks[0]}–{ranks[-1]}" if ep_size > 1 else str(ranks[0])
+        spanned = len({nodes[rank] for rank in ranks})
+        texts.append(f"{members} (over {spanned} nodes)" if spanned > 1 else members)
+    crossing = sum(len({nodes[rank] for rank in ranks}) > 1 for ranks in groups)
+    rest = f", … ({len(groups)} in all)" if len(groups) > shown else ""
+    where = f"{crossing} of {len(groups)} send tokens between nodes" if crossing else "all stay inside their node"
+    return f"expert-parallel groups of ranks {', '.join(texts)}{rest}: {where} ({len(set(nodes))} node(s))"
+
+
 def ranks_by_node(ranks: Sequence[int], nodes: Sequence[Hashable]) -> list[list[int]] | None:
     """The ranks of a group node by node, if a hierarchical all-to-all makes sense for it.
 
