@@ -99,7 +99,7 @@ def bytes_on_the_wire(wire_dtype: str | None) -> tuple[int, int]:
     finally:
         transport_module.Transport.launch = plain  # type: ignore[method-assign]
     # Rows come back from the combine as many as went out; what this rank returns to others is what it received.
-    received = sum(routed._received.rows_per_expert)  # type: ignore[union-attr]
+    received = sum(routed._received[0].rows_per_expert)
     row = {None: 4 * HIDDEN, "bf16": 2 * HIDDEN, "fp8": HIDDEN + 4}[wire_dtype]
     return sent, 2 * (kept + received) * row + EXPERTS * 8
 
