@@ -18,17 +18,18 @@ import torch.distributed as dist
 
 import scmoe_ds
 from scmoe_ds import checkpoint
-from scmoe_ds.arguments import ArgumentError, comparable, gpt_settings, parse_arguments
+from scmoe_ds.arguments import ArgumentError, comparable, gpt_settings
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.corpus import prepare_default_corpus, validation_entropy
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
-from scmoe_ds.engine import batch_sizes, connect, expert_parallel_rank, fingerprint, show_log
+from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement, run_together
 from scmoe_ds.parallel.timeouts import set_timeouts
+from scmoe_ds.program import run_program
 from scmoe_ds.training import RunSettings, Summary, Trainer, TrainingError
 
 USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError, RankDisagreementError,
@@ -36,22 +37,8 @@ USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.Checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a training job; returns the exit code. What a user can mend ends in one sentence, not in a traceback."""
-    show_log()
-    connected, code = False, 0
-    try:
-        args, whole, config = parse_arguments(argv)
-        connected = connect()
-        pretrain(args, whole, config)
-    except USER_ERRORS as error:
-        # Before the ranks have met, each node speaks for itself; afterwards all of them fail alike.
-        if os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0":
-            print(f"pretrain_gpt_scmoe.py: error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    # Not in a finally: after any other error the traceback matters, and other ranks may be inside a collective.
-    if connected:
-        dist.destroy_process_group()
-    return code
+    """Runs a training job; returns the exit code."""
+    return run_program("pretrain_gpt_scmoe.py", argv, pretrain, USER_ERRORS)
 
 
 def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:

@@ -9,7 +9,6 @@ The flags are those of pretrain_gpt_scmoe.py; tokens are random. The tables are 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,26 +19,13 @@ from scmoe_ds.config import OverlapConfig, ScMoEConfig
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds the model of a training command, times it, and prints the report; returns the exit code."""
     # These stand above this module in the order of imports; as a program it stands above them.
-    import torch.distributed as dist
-
-    from scmoe_ds.arguments import ArgumentError, parse_arguments
+    from scmoe_ds.arguments import ArgumentError
     from scmoe_ds.config import ScMoEConfigError
-    from scmoe_ds.engine import connect, show_log
     from scmoe_ds.parallel.agreement import RankDisagreementError
+    from scmoe_ds.program import run_program
 
-    show_log()
-    connected, code = False, 0
-    try:
-        args, whole, config = parse_arguments(argv)
-        connected = connect()
-        _measure(args, whole, config)
-    except (ArgumentError, ScMoEConfigError, RankDisagreementError) as error:
-        if os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0":
-            print(f"scmoe_ds.overlap.report: error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    if connected:
-        dist.destroy_process_group()
-    return code
+    return run_program("scmoe_ds.overlap.report", argv, _measure,
+                       (ArgumentError, ScMoEConfigError, RankDisagreementError))  # fmt: skip
 
 
 def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig, rounds: int = 5) -> None:
