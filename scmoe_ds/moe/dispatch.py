@@ -7,12 +7,14 @@ Either can be cut into chunks that travel and are computed one after another: pa
 tokens. Rows are then in order of chunks first.
 
 Shape suffixes: T tokens, D hidden, E experts, L local experts, K routed experts per token, C capacity,
-R rows that this rank sends, S rows that it receives, P ranks of the expert-parallel group, N chunks.
+R rows of this rank's tokens, S rows that it receives, P ranks of the travel group, N chunks, V senders of one token's
+rows to an expert rank (1 without tensor parallelism; see shares.py).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ from deepspeed.moe.sharded_moe import _route_slots, _sparse_encode
 from torch import Tensor
 
 from scmoe_ds.moe.gate import Routing
+from scmoe_ds.moe.shares import Shares
 
 
 def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tensor:
@@ -49,62 +52,74 @@ def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tens
 class PaddedLayout:
     """DeepSpeed's [E, C, D] buffers; of several chunks, each has [E, ceil(C / N), D].
 
+    Under tensor parallelism each expert has one buffer per sender, [P, V, L, C, D], with C as much smaller.
+
     Attributes:
-        row_of_choice_KT: row (n * E + e) * C + location of each choice, with C per chunk; N * E * C where dropped.
-        rows_per_chunk: E * C.
+        row_of_choice_KT: row bucket * C + location of each choice; the number of rows where dropped.
+        buffers: of one chunk.
+        capacity: rows of a buffer.
     """
 
     row_of_choice_KT: Tensor
-    num_experts: int
+    buffers: int
     capacity: int
     num_chunks: int
 
     @classmethod
-    def of(cls, routing: Routing, num_chunks: int = 1) -> PaddedLayout:
-        num_experts = routing.exp_counts.shape[0]
+    def of(cls, routing: Routing, shares: Shares, num_chunks: int = 1) -> PaddedLayout:
+        local_experts = routing.exp_counts.shape[0] // shares.expert_ranks
+        buffers = shares.ranks * shares.senders * local_experts
         # With drops the capacity follows from shapes and is a CPU tensor, so that int() synchronises nothing.
-        capacity = -(-int(routing.capacity) // num_chunks)
-        buffer_KT = routing.expert_KT
+        capacity = -(-int(routing.capacity) // (shares.holders * num_chunks))
+        kept_KT, location_KT = routing.expert_KT >= 0, routing.location_KT
+        buffer_KT = shares.bucket(routing.expert_KT, location_KT, local_experts)
+        if shares.holders > 1:
+            location_KT = location_KT.div(shares.holders, rounding_mode="floor")
         if num_chunks > 1:
-            chunk_KT = routing.location_KT.div(capacity, rounding_mode="floor")
-            buffer_KT = torch.where(buffer_KT >= 0, chunk_KT * num_experts + buffer_KT, -1)
-        location_KT = routing.location_KT % capacity if num_chunks > 1 else routing.location_KT
-        row_KT = _route_slots(buffer_KT, location_KT, num_chunks * num_experts, capacity)
-        return cls(row_KT, num_experts, capacity, num_chunks)
+            buffer_KT = location_KT.div(capacity, rounding_mode="floor") * buffers + buffer_KT
+            location_KT = location_KT % capacity
+        buffer_KT = torch.where(kept_KT, buffer_KT, -1)
+        row_KT = _route_slots(buffer_KT, location_KT, num_chunks * buffers, capacity)
+        return cls(row_KT, buffers, capacity, num_chunks)
 
     @property
     def rows_per_chunk(self) -> int:
-        return self.num_experts * self.capacity
+        return self.buffers * self.capacity
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
-        """[T, D] → [N * E * C, D], zeros in the empty rows."""
-        buffers = self.num_chunks * self.num_experts
-        return _sparse_encode(tokens_TD, self.row_of_choice_KT, buffers, self.capacity).flatten(0, 1)
+        """[T, D] → [N * P * V * L * C, D], zeros in the empty rows."""
+        return _sparse_encode(tokens_TD, self.row_of_choice_KT, self.num_chunks * self.buffers, self.capacity).flatten(
+            0, 1
+        )
 
 
 @dataclass(frozen=True)
 class ExactLayout:
-    """Rows of real tokens, sorted by chunk, within one by global expert, and there by location.
+    """Rows of real tokens, sorted by chunk, within one by destination, sender and expert, and there by location.
 
     Attributes:
         token_R: int64 source token of each row; on a GPU followed by those of the dropped choices.
         row_of_choice_KT: row of each choice, R where dropped.
-        rows_per_expert_NE: int64 rows of each chunk for each global expert.
+        rows_NPVL: int64 rows of each chunk for each rank, from each sender, for each of its experts.
+        checksum: int64 scalar over all rows' places: equal on ranks that route alike; zero where no others do.
     """
 
     token_R: Tensor
     row_of_choice_KT: Tensor
-    rows_per_expert_NE: Tensor
+    rows_NPVL: Tensor
+    checksum: Tensor
 
     @classmethod
-    def of(cls, routing: Routing, num_chunks: int = 1) -> ExactLayout:
-        num_experts = routing.exp_counts.shape[0]
+    def of(cls, routing: Routing, shares: Shares, num_chunks: int = 1) -> ExactLayout:
+        local_experts = routing.exp_counts.shape[0] // shares.expert_ranks
         K, T = routing.expert_KT.shape
         kept_KT = routing.expert_KT >= 0
-        bucket_KT, buckets = routing.expert_KT, num_chunks * num_experts
+        bucket_KT = shares.bucket(routing.expert_KT, routing.location_KT, local_experts)
+        shape = (num_chunks, shares.ranks, shares.senders, local_experts)
+        buckets = math.prod(shape)
         if num_chunks > 1:
             chunk_T = torch.arange(T, device=kept_KT.device) * num_chunks // max(T, 1)
-            bucket_KT = bucket_KT + chunk_T * num_experts
+            bucket_KT = bucket_KT + chunk_T * (buckets // num_chunks)
         # Dropped choices count for a bucket that does not exist: they sort behind all others and are cut off.
         bucket_X = torch.where(kept_KT, bucket_KT, buckets).flatten()
         # Not bincount: on a GPU it makes the host wait for the largest id.
@@ -112,11 +127,13 @@ class ExactLayout:
         rows = rows.scatter_add_(0, bucket_X, torch.ones_like(bucket_X))[:buckets]
         total = rows.sum()
         order_X = torch.sort(bucket_X, stable=True).indices
-        row_X = torch.empty_like(order_X).scatter_(0, order_X, torch.arange(K * T, device=order_X.device))
+        places_X = torch.arange(K * T, device=order_X.device)
+        row_X = torch.empty_like(order_X).scatter_(0, order_X, places_X)
         row_X = torch.minimum(row_X, total)
+        checksum = (row_X * (places_X + 1)).sum() if shares.holders > 1 else torch.zeros((), dtype=torch.int64)
         if not order_X.is_cuda:  # on a GPU the number of rows is not known on the host yet: cut them off when sending
             order_X = order_X[: int(total)]
-        return cls(order_X % T, row_X.view(K, T), rows.view(num_chunks, num_experts))
+        return cls(order_X % T, row_X.view(K, T), rows.view(shape), checksum)
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [R, D]."""

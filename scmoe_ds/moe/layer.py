@@ -20,12 +20,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
+from deepspeed.utils import bwc, groups
 from torch import Tensor, nn
 
 from scmoe_ds.moe.experts import initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
 from scmoe_ds.moe.routed import RoutedTokens, Travel
+from scmoe_ds.moe.shares import Shares
 from scmoe_ds.overlap.recorder import SILENT, PairRecorder, Renamed
 from scmoe_ds.overlap.transport import METHODS, Transport
 from scmoe_ds.overlap.wire import WIRE_DTYPES
@@ -76,9 +78,10 @@ class StagedMoE(MoE):
         if self.deepspeed_moe.use_tutel:
             raise ValueError("use_tutel: this layer brings its own dispatch; leave it False")
         self.dispatch, self.gate_softmax, self.wire_dtype = dispatch, gate_softmax, wire_dtype
-        self.transport = Transport(None, all_to_all)
+        self.transport, self.shares = Transport(None, all_to_all), Shares.of(0, 1, 1)
         # DeepSpeed gives the experts of one layer to consecutive ranks; set_deepspeed_parallelism checks it.
-        self.ep_rank = dist.get_rank() % ep_size if ep_size > 1 else 0
+        stride = self._tensor_parallel_size() if self.enable_expert_tensor_parallelism else 1
+        self.ep_rank = dist.get_rank() // stride % ep_size if ep_size > 1 else 0
         initialize_experts(self.deepspeed_moe.experts, self.ep_rank * self.num_local_experts)
 
     @staticmethod
@@ -94,17 +97,35 @@ class StagedMoE(MoE):
         """Takes (or creates) DeepSpeed's expert-parallel groups; DeepSpeed's engine calls it, once more is harmless.
 
         Raises:
-            ValueError: a rank order for which the experts were not initialised.
+            ValueError: a rank order for which the experts were not initialised, or an expert-parallel size that does
+                not fit the tensor-parallel one.
         """
         if self.deepspeed_moe.ep_group is not None:
             return
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
         if dist.get_rank(self.deepspeed_moe.ep_group) != self.ep_rank:
-            raise ValueError("ScMoE's experts are laid out over consecutive ranks; "
-                             'remove "use_data_before_expert_parallelism" from the DeepSpeed JSON')  # fmt: skip
+            raise ValueError("ScMoE's experts are laid out over consecutive ranks (with expert tensor parallelism, over "
+                             'those of one tensor-parallel rank): remove "use_data_before_expert_parallelism" from the '
+                             "DeepSpeed JSON, and set deepspeed.utils.groups.mpu before the model is built")  # fmt: skip
         if self.ep_size > 1:
             self._check_experts_agree()
-            self.transport = Transport(self.deepspeed_moe.ep_group, self.transport.method)
+        holders = 1 if self.enable_expert_tensor_parallelism else self._tensor_parallel_size()
+        if self.ep_size % holders and holders % self.ep_size:
+            raise ValueError(f"ep_size = {self.ep_size} and tensor-parallel size {holders}: one must divide the other")
+        self.shares = Shares.of(dist.get_rank() if holders > 1 else self.ep_rank, holders, self.ep_size)
+        if holders > 1:
+            for parameter in self.deepspeed_moe.experts.parameters():
+                # ZeRO divides experts over all ranks: without the mark, those of tensor-parallel ranks other than the
+                # first would be missing in the gradient norm.
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        if self.shares.ranks > 1:
+            inside = self.ep_size >= holders
+            group = self.deepspeed_moe.ep_group if inside else bwc.bwc_tensor_model_parallel_group(groups.mpu)
+            self.transport = Transport(group, self.transport.method)
+
+    @staticmethod
+    def _tensor_parallel_size() -> int:
+        return int(bwc.bwc_tensor_model_parallel_world_size(groups.mpu))
 
     def _check_experts_agree(self) -> None:
         """Experts of one layer that differ in shape between ranks would exchange rows that do not fit."""
@@ -145,7 +166,7 @@ class StagedMoE(MoE):
             raise ValueError(f"shortcut of shape {tuple(shortcut.shape)}: the last dimension must be {hidden_size}")
         if not shortcut.is_floating_point():
             raise ValueError(f"shortcut of dtype {shortcut.dtype}: must be floating point")
-        if self.ep_size > 1 and self.deepspeed_moe.ep_group is None:
+        if self.deepspeed_moe.ep_group is None and (self.ep_size > 1 or self._tensor_parallel_size() > 1):
             raise RuntimeError("call layer.set_deepspeed_parallelism() (or initialize the engine) before the first use")
         if num_chunks < 1:
             raise ValueError(f"num_chunks = {num_chunks}: must be at least 1")
@@ -155,7 +176,7 @@ class StagedMoE(MoE):
                         common_capacity=self.dispatch == "padded")  # fmt: skip
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
         routing = replace(routing, weight_KT=weight_KT, l_aux=l_aux)
-        travel = Travel(self.transport, self.wire_dtype, blocking, num_chunks,
+        travel = Travel(self.transport, self.shares, self.wire_dtype, blocking, num_chunks,
                         deferred=shortcut.is_cuda and not blocking, recorder=recorder)  # fmt: skip
         return RoutedTokens(self.deepspeed_moe.experts, tokens_TD, routing, shortcut.shape,
                             exact=self.dispatch == "exact", travel=travel)  # fmt: skip

@@ -21,6 +21,7 @@ communication logger is on, and so measure an overlap away.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,38 @@ from scmoe_ds.overlap.transport import Transport, Wait
 from scmoe_ds.overlap.wire import pack, unpack
 
 
+@dataclass(frozen=True)
+class Route:
+    """The sizes of an exchange, and of the one that carries its gradients back.
+
+    Attributes:
+        send, receive: rows to and from each rank of the group.
+        picked: which of the rows at hand go out, in order; None: all of them.
+        send_back, receive_back, picked_back: the same for the way back.
+    """
+
+    send: Sequence[int]
+    receive: Sequence[int]
+    send_back: Sequence[int]
+    receive_back: Sequence[int]
+    picked: Sequence[slice] | None = None
+    picked_back: Sequence[slice] | None = None
+
+    @classmethod
+    def plain(cls, send: Sequence[int], receive: Sequence[int]) -> Route:
+        """All rows go out, consecutive pieces to consecutive ranks, and the same ones come back."""
+        return cls(send, receive, receive, send)
+
+    @property
+    def rows(self) -> int:
+        """Rows at hand before the exchange, or after the way back."""
+        return sum(self.receive_back)
+
+    def reversed(self) -> Route:
+        """The way back as an exchange of its own: a combine, where this is the dispatch."""
+        return Route(self.send_back, self.receive_back, self.send, self.receive, self.picked_back, self.picked)
+
+
 class InFlight:
     """Rows on their way between the ranks of a group. `send` may be left to a later moment; only `wait` yields the
     tensor, once."""
@@ -41,17 +74,17 @@ class InFlight:
         self._transfer = transfer
         self._token: Tensor | None = token
 
-    def send(self, send_rows: Sequence[int], receive_rows: Sequence[int], first_row: int = 0) -> None:
+    def send(self, route: Route, first_row: int = 0) -> None:
         """Launches a prepared all-to-all; see `prepare`.
 
         Args:
-            send_rows, receive_rows: rows to and from each rank of the group.
+            route: how many rows go where.
             first_row: where this chunk begins among the prepared rows.
         """
         if self._transfer is not None:
-            self._transfer.launch_held(send_rows, receive_rows, first_row)
-        elif self._token is not None and self._token.shape[0] != sum(send_rows):
-            self._token = self._token[first_row : first_row + sum(send_rows)]
+            self._transfer.launch_held(route, first_row)
+        elif self._token is not None and self._token.shape[0] != route.rows:
+            self._token = self._token[first_row : first_row + route.rows]
 
     def wait(self) -> Tensor:
         """The received rows, [received rows, D], ready for the current stream.
@@ -79,8 +112,8 @@ def prepare(
     this call stands.
 
     Args:
-        rows: [N, D], floating point; of each chunk, consecutive pieces go to consecutive ranks. The chunks together may
-            take fewer than N rows, the last ones then stay (dropped choices that were sorted behind all others).
+        rows: [N, D], floating point; chunk by chunk. The chunks together may take fewer than N rows, the last ones then
+            stay (dropped choices that were sorted behind all others).
         transport: the ranks and the primitive; a world of one sends nothing and gives `rows` back.
         blocking: wait at once, forward and backward (the reference without overlap).
         wire_dtype: None, or a number format of scmoe_ds.overlap.wire for rows and their gradients on the wire.
@@ -96,8 +129,7 @@ def prepare(
 def start(
     rows: Tensor,
     transport: Transport,
-    send_rows: Sequence[int] | None = None,
-    receive_rows: Sequence[int] | None = None,
+    route: Route | None = None,
     blocking: bool = False,
     wire_dtype: str | None = None,
     watch: Watch | None = None,
@@ -105,17 +137,16 @@ def start(
     """Launches an all-to-all of rows and returns at once: `prepare` and `send`; equal pieces by default."""
     (flight,) = prepare(rows, transport, blocking, wire_dtype, [watch])
     equal = [rows.shape[0] // transport.size] * transport.size
-    flight.send(send_rows or equal, receive_rows or equal)
+    flight.send(route or Route.plain(equal, equal))
     return flight
 
 
 class _Transfer:
-    """What the start and the wait of one all-to-all share: the transport, the sizes, and the rows in flight."""
+    """What the start and the wait of one all-to-all share: the transport, the route, and the rows in flight."""
 
     def __init__(self, transport: Transport, blocking: bool, wire_dtype: str | None, watch: Watch | None) -> None:
         self.transport, self.blocking, self.wire_dtype, self.watch = transport, blocking, wire_dtype, watch
-        self.send: Sequence[int] = ()
-        self.receive: Sequence[int] = ()
+        self.route = Route.plain((), ())
         self._held: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._in_flight: tuple[Wait | None, Tensor, Tensor, torch.dtype] | None = None
         self._launched: torch.cuda.Event | None = None
@@ -124,13 +155,13 @@ class _Transfer:
         ready = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
         self._held = (rows.detach(), ready)
 
-    def launch_held(self, send: Sequence[int], receive: Sequence[int], first_row: int) -> None:
+    def launch_held(self, route: Route, first_row: int) -> None:
         assert self._held is not None, "an all-to-all was sent twice"
         (rows, ready), self._held = self._held, None
-        self.send, self.receive = list(send), list(receive)
-        rows = rows[first_row : first_row + sum(send)]
+        self.route = route
+        rows = rows[first_row : first_row + route.rows]
         if ready is None or self.blocking:  # blocking: the main stream itself waits
-            self._launch(rows, send, receive, "forward")
+            self._launch(rows, route, "forward")
             return
         # The collective waits for the stream that it is launched from. The main stream has gone on with the backbone
         # since `hold`; from the side stream the rows are all that it waits for.
@@ -138,16 +169,18 @@ class _Transfer:
         side.wait_event(ready)
         rows.record_stream(side)  # a wire format reads them there, after their last reference may have gone
         with torch.cuda.stream(side):
-            self._launch(rows, send, receive, "forward")
+            self._launch(rows, route, "forward")
 
     def launch_gradient(self, grad: Tensor) -> None:
-        self._launch(grad, self.receive, self.send, "backward")
+        self._launch(grad, self.route.reversed(), "backward")
 
     @torch.no_grad()  # a deferred launch runs outside of autograd's functions
-    def _launch(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], phase: Phase) -> None:
+    def _launch(self, rows: Tensor, route: Route, phase: Phase) -> None:
+        if route.picked is not None:
+            rows = torch.cat([rows[piece] for piece in route.picked])
         packed = pack(rows, self.wire_dtype).contiguous()
-        received = packed.new_empty((sum(receive), *packed.shape[1:]))
-        launch = partial(self.transport.launch, received, packed, receive, send)
+        received = packed.new_empty((sum(route.receive), *packed.shape[1:]))
+        launch = partial(self.transport.launch, received, packed, route.receive, route.send)
         wait: Wait | None = launch() if self.watch is None else self.watch.launch(phase, launch)
         if self.blocking and wait is not None:
             wait()

@@ -15,8 +15,8 @@ from scmoe_ds.overlap.transport import Transport, Wait
 class CountsInFlight:
     """Row counts on their way to the other ranks, from them, and on a GPU from there to the host."""
 
-    def __init__(self, sent: Tensor, received: Tensor, wait: Wait | None) -> None:
-        self._device_tensors = self._tensors = (sent, received)
+    def __init__(self, local: Tensor, received: Tensor, wait: Wait | None) -> None:
+        self._device_tensors = self._tensors = (local, received)
         self._wait = wait
         self._on_host: torch.cuda.Event | None = None
         if received.is_cuda:
@@ -35,25 +35,29 @@ class CountsInFlight:
         self._wait = None
 
     def wait(self) -> tuple[list[int], list[int]]:
-        """Rows for each piece of each rank, and rows from each rank for each piece of this one."""
+        """The local numbers, and rows from each rank for each piece of this one."""
         if self._wait is not None:
             self._wait()
         if self._on_host is not None:
             self._on_host.synchronize()
-        sent, received = self._tensors
-        return sent.tolist(), received.tolist()
+        local, received = self._tensors
+        return local.tolist(), received.tolist()
 
 
-def start_counts(rows_per_piece: Tensor, transport: Transport, watch: Watch | None = None) -> CountsInFlight:
+def start_counts(
+    rows_per_piece: Tensor, transport: Transport, watch: Watch | None = None, local: Tensor | None = None
+) -> CountsInFlight:
     """Launches the exchange; not differentiable.
 
     Args:
         rows_per_piece: [ranks * pieces] int64, how many rows go to each piece of each rank.
         watch: observes the exchange.
+        local: int64 numbers that this rank's host wants to know at the same time; default: `rows_per_piece`.
     """
+    local = rows_per_piece if local is None else local
     if transport.size == 1:
-        return CountsInFlight(rows_per_piece, rows_per_piece, None)
+        return CountsInFlight(local, rows_per_piece, None)
     received = torch.empty_like(rows_per_piece)
     sizes = [rows_per_piece.shape[0] // transport.size] * transport.size
     launch = partial(transport.launch, received, rows_per_piece, sizes, sizes)
-    return CountsInFlight(rows_per_piece, received, launch() if watch is None else watch.launch("forward", launch))
+    return CountsInFlight(local, received, launch() if watch is None else watch.launch("forward", launch))

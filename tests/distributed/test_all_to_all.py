@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe_ds.overlap.all_to_all import start
+from scmoe_ds.overlap.all_to_all import Route, start
 from scmoe_ds.overlap.counts import start_counts
 from scmoe_ds.overlap.transport import METHODS, Transport
 from scmoe_ds.parallel.groups import make_transports, ranks_by_node
@@ -30,7 +30,7 @@ def row_sizes(ranks: int, rank: int) -> tuple[list[int], list[int]]:
 def exchange(
     rows: Tensor, sizes: tuple[list[int], list[int]] | tuple[None, None], blocking: bool, method: str
 ) -> Tensor:
-    return start(rows, transport_of(method), *sizes, blocking=blocking).wait()
+    return start(rows, transport_of(method), Route.plain(*sizes) if sizes[0] else None, blocking=blocking).wait()
 
 
 def global_loss(rows: Tensor, sizes: tuple, blocking: bool, method: str) -> Tensor:
@@ -97,7 +97,7 @@ def hierarchical_case() -> list[float]:
     transport = transport_of("hierarchical")
     sizes = row_sizes(4, dist.get_rank())
     rows = [torch.full((sum(sizes[0]), 3), float(10 * n + dist.get_rank())) for n in range(5)]
-    flights = [start(part, transport, *sizes) for part in rows]
+    flights = [start(part, transport, Route.plain(*sizes)) for part in rows]
     wanted = [float(source) for source, count in enumerate(sizes[1]) for _ in range(count)]
     for n, flight in enumerate(flights):
         assert flight.wait()[:, 0].tolist() == [10 * n + source for source in wanted]

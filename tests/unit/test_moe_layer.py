@@ -14,6 +14,7 @@ from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows
 from scmoe_ds.moe.experts import TwoProjections, grouped_experts, run_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.layer import DGMoE
+from scmoe_ds.moe.shares import Shares
 from scmoe_ds.overlap.wire import bytes_per_row, pack, unpack
 
 HIDDEN, TOKENS, EXPERTS = 16, 40, 4
@@ -193,9 +194,9 @@ def test_exact_layout_holds_the_rows_that_the_padded_one_holds(logits: str) -> N
         gate.wg.weight.data[2:] = -gate.wg.weight.data[:2].sum(0)
         x = x + 5 * gate.wg.weight.data[:2].sum(0)
     routing = route(gate, x)
-    exact, padded = ExactLayout.of(routing), PaddedLayout.of(routing)
+    exact, padded = ExactLayout.of(routing, Shares.of(0, 1, 1)), PaddedLayout.of(routing, Shares.of(0, 1, 1))
     rows, buffer = exact.encode(x), padded.encode(x).view(EXPERTS, -1, HIDDEN)
-    filled = exact.rows_per_expert_NE[0].tolist()
+    filled = exact.rows_NPVL.flatten().tolist()
     assert sum(filled) == rows.shape[0] == int((routing.expert_KT >= 0).sum())
     for expert, part in enumerate(rows.split(filled)):
         real = buffer[expert][buffer[expert].abs().sum(-1) > 0]
