@@ -276,15 +276,26 @@ class ScMoEConfig(_Section):
             raise fail("scmoe.min_capacity", self.min_capacity,
                         f"exceeds the {tokens_per_rank} tokens of a micro-batch; lower it")  # fmt: skip
 
-    def check_world(self, world_size: int) -> None:
+    def check_world(self, world_size: int, tensor_parallel_size: int = 1) -> None:
         """Rules that need the number of ranks.
 
         Raises:
-            ScMoEConfigError: an expert-parallel size that does not divide the world size.
+            ScMoEConfigError: an expert-parallel size that does not fit the world size or the tensor-parallel one.
         """
-        if world_size % self.expert_parallel_size:
-            raise fail("scmoe.expert_parallel_size", self.expert_parallel_size,
-                        f"must divide the world size {world_size}; change it or the number of processes")  # fmt: skip
+        ep, tp = self.expert_parallel_size, tensor_parallel_size
+        if world_size % tp:
+            raise ScMoEConfigError(f"--tensor-model-parallel-size {tp}: must divide the world size {world_size}; "
+                                   "change it or the number of processes")  # fmt: skip
+        if world_size % ep:
+            raise fail("scmoe.expert_parallel_size", ep,
+                       f"must divide the world size {world_size}; change it or the number of processes")  # fmt: skip
+        if self.expert_tensor_parallelism and world_size // tp % ep:
+            raise fail("scmoe.expert_parallel_size", ep,
+                       f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; change "
+                       "it, or set expert_tensor_parallelism to false")  # fmt: skip
+        if not self.expert_tensor_parallelism and ep % tp and tp % ep:
+            raise fail("scmoe.expert_parallel_size", ep,
+                       f"it or --tensor-model-parallel-size {tp} must divide the other; change one of them")  # fmt: skip
 
 
 def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:

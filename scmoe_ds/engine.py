@@ -14,17 +14,21 @@ from typing import Any, cast
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
 from scmoe_ds.models.blocks import Block, ScheduledRun
-from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.overlap.executor import backbone_names
 from scmoe_ds.overlap.plan_text import layers_text
 from scmoe_ds.overlap.transport import probe
 from scmoe_ds.parallel.agreement import require_agreement
-from scmoe_ds.parallel.groups import describe_groups, make_transports, nodes_of_ranks
+from scmoe_ds.parallel import tensor
+from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -42,7 +46,7 @@ def initialize(
     Args:
         model: has its parameters; expert-parallel layers were built after `deepspeed.init_distributed()`.
         config: the DeepSpeed JSON (path or dict) with its "scmoe" section.
-        mpu: as for DeepSpeed.
+        mpu: as for DeepSpeed; default: the groups of scmoe_ds.parallel.tensor, if it was started.
         optimizer, model_parameters: as for DeepSpeed. By default all parameters that require a gradient, in
             Megatron's two groups: biases and norms have no weight decay.
         kwargs: handed to `deepspeed.initialize`.
@@ -59,8 +63,11 @@ def initialize(
     whole = load_deepspeed_json(config)
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
     section = ScMoEConfig.from_deepspeed(whole)
-    section.check_world(dist.get_world_size())
-    micro_batch_size, _ = batch_sizes(whole, dist.get_world_size())
+    if mpu is None and tensor.tensor_parallel_size() > 1:
+        mpu = tensor.ModelParallelUnit()
+    holders = bwc_tensor_model_parallel_world_size(mpu)
+    section.check_world(dist.get_world_size(), holders)
+    micro_batch_size, _ = batch_sizes(whole, dist.get_world_size() // holders)
     if optimizer is None and model_parameters is None:
         model_parameters = parameter_groups(model)
     result = deepspeed.initialize(
@@ -68,12 +75,15 @@ def initialize(
     )
     if dist.get_rank() == 0:
         warn(whole)
-    lines = choose_all_to_all(model, section, micro_batch_size)
+    if holders > 1 and not section.expert_tensor_parallelism:
+        prepare_whole_experts(model, section)
+    layout = Layout(dist.get_world_size(), holders, section.expert_parallel_size, section.expert_tensor_parallelism)
+    lines = choose_all_to_all(model, section, micro_batch_size, layout)
     runs = [module for module in model.modules() if isinstance(module, ScheduledRun)]
     sequence = getattr(model, "sequence", None)
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
     nodes = nodes_of_ranks()
-    lines.insert(0, describe_groups(section.expert_parallel_size, nodes))
+    lines[:0] = describe_groups(layout, nodes)
     descriptions = [[describe_pair(run, section, micro_batch_size, sequence, len(set(nodes))) for run in runs]]
     dist.broadcast_object_list(descriptions)
     overlap = AdaptiveOverlap(model, runs, descriptions[0], section.overlap, device())
@@ -83,6 +93,22 @@ def initialize(
         for line in lines:
             logger.info(line)
     return result
+
+
+def prepare_whole_experts(model: nn.Module, config: ScMoEConfig) -> None:
+    """Experts that are not divided, in a model whose other layers are: what DeepSpeed's own MoE layers need for that.
+
+    Raises:
+        ScMoEConfigError: DeepSpeed's own layers on gloo.
+    """
+    if not config.is_scheduled and dist.get_backend() == "gloo":
+        instead = "pipelined_topk" if config.architecture == "topk" else "overlapped_shared_expert"
+        raise ScMoEConfigError(f'scmoe.architecture = "{config.architecture}": DeepSpeed\'s own layer gathers tokens of '
+                               "tensor-parallel ranks in a way that gloo refuses; use "
+                               f'"{instead}", the same layer of this package, or one tensor-parallel rank')  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, MoE):
+            count_on_all_ranks(module.deepspeed_moe.experts)
 
 
 def warn(whole: Mapping[str, Any]) -> None:
@@ -196,7 +222,9 @@ def describe_pair(
         "dispatch": layer.dispatch,
         "wire_dtype": layer.wire_dtype,
         "all_to_all": config.all_to_all,  # the setting: which one "auto" takes can change from start to start
-        "expert_parallel_size": layer.transport.size,
+        "expert_parallel_size": layer.ep_size,
+        "tensor_parallel_size": bwc_tensor_model_parallel_world_size(groups.mpu),
+        "expert_tensor_parallelism": config.expert_tensor_parallelism,
         "processes": dist.get_world_size(),
         "nodes": nodes,
         "micro_batch_size": micro_batch_size,
@@ -226,9 +254,9 @@ def describe_schedules(runs: Sequence[ScheduledRun], config: ScMoEConfig, overla
     return [f"schedule of MoE layer {layers_text(layers)}: {text}" for text, layers in lines.items()]
 
 
-def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: int) -> list[str]:
-    """Hands every expert-parallel ScMoE layer its all-to-all: the one that the section names, or for "auto" the fastest
-    in a probe with a layer's balanced message. Collective over the world.
+def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: int, layout: Layout) -> list[str]:
+    """Hands every ScMoE layer whose rows travel its all-to-all: the one that the section names, or for "auto" the
+    fastest in a probe with a layer's balanced message. Collective over the world.
 
     Returns:
         a line for the log, or none if the model has no such layer.
@@ -239,16 +267,14 @@ def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: i
     layers = [module for module in model.modules() if isinstance(module, StagedMoE) and module.transport.size > 1]
     if not layers:
         return []
-    layer, ep_size = layers[0], config.expert_parallel_size
+    layer = layers[0]
     group = layer.transport.group
     assert group is not None
-    world = list(range(dist.get_world_size()))
-    all_groups = [world[first : first + ep_size] for first in range(0, len(world), ep_size)]
-    transports = make_transports(group, all_groups, nodes_of_ranks())
+    transports = make_transports(group, layout.travel, nodes_of_ranks())
     if config.all_to_all == "auto":
         weight, gate = next(layer.deepspeed_moe.experts.parameters()), layer.deepspeed_moe.gate
         sequence = getattr(getattr(model, "settings", None), "max_position_embeddings", 1024)
-        rows = max(micro_batch_size * sequence * gate.k // ep_size, 1)
+        rows = max(micro_batch_size * sequence * gate.k // layer.transport.size, 1)
         times = probe(transports, rows, gate.wg.in_features, weight.dtype, weight.device)
         chosen, line = times.fastest, f"all-to-all: {times.fastest} (auto; {times})"
     elif config.all_to_all in transports:
@@ -263,9 +289,10 @@ def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: i
     return [line]
 
 
-def expert_parallel_rank(expert_parallel_size: int) -> int:
-    """This rank's place in its expert-parallel group (consecutive ranks)."""
-    return dist.get_rank() % expert_parallel_size
+def expert_parallel_rank(expert_parallel_size: int, expert_tensor_parallelism: bool = False) -> int:
+    """This rank's place in its expert-parallel group: consecutive ranks, or those of one tensor-parallel rank."""
+    stride = tensor.tensor_parallel_size() if expert_tensor_parallelism else 1
+    return dist.get_rank() // stride % expert_parallel_size
 
 
 def device() -> torch.device:

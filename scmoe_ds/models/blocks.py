@@ -19,25 +19,27 @@ from torch import Tensor, nn
 
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
+from scmoe_ds.models.parallel_layers import Group
 from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
 from scmoe_ds.overlap.recorder import SILENT, PairRecorder
 from scmoe_ds.overlap.schedule import Schedule, slot_that_halves
+from scmoe_ds.parallel.tensor import mark, split_of
 
 
 class Block(nn.Module):
     """Pre-norm Transformer block; its second half is an MLP, or an MoE that the run drives."""
 
-    def __init__(self, settings: GPTSettings, moe: MoE | None = None) -> None:
+    def __init__(self, settings: GPTSettings, group: Group, moe: MoE | None = None) -> None:
         super().__init__()
         self.dropout = settings.hidden_dropout
         self.attention_norm = make_norm(settings)
-        self.attention = Attention(settings)
+        self.attention = Attention(settings, group)
         self.mlp_norm = make_norm(settings)
         if moe is None:
-            self.mlp = MLP(settings)
+            self.mlp = MLP(settings, group)
         else:
             self.moe = moe
 
@@ -54,10 +56,26 @@ class Block(nn.Module):
         return hidden + F.dropout(update, self.dropout, self.training)
 
 
-def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> MoE:
-    """The layer that `config.architecture` names; "topk" and "shared_expert" are DeepSpeed's own classes."""
+def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group) -> MoE:
+    """The layer that `config.architecture` names; "topk" and "shared_expert" are DeepSpeed's own classes.
+
+    The shared expert is divided among the tensor-parallel ranks; a routed expert only where the section says so.
+    """
+    divisible = config.expert_tensor_parallelism
+    routed_mlp = MLP(settings, group if divisible else None)
+    layer = _make_moe(settings, config, num_experts, routed_mlp)
+    for copied in layer.deepspeed_moe.experts.deepspeed_experts:  # copies of a parameter lose what was noted on it
+        for original, parameter in zip(routed_mlp.parameters(), copied.parameters(), strict=True):
+            rule = split_of(original) if divisible else None
+            mark(parameter, rule, divided=rule is not None and group is not None)
+    if layer.use_residual and group is not None:
+        layer.mlp = MLP(settings, group)  # DeepSpeed's would be of one form with the routed experts
+    return layer
+
+
+def _make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, routed_mlp: MLP) -> MoE:
     common: dict[str, Any] = dict(
-        hidden_size=settings.hidden_size, expert=MLP(settings), num_experts=num_experts,
+        hidden_size=settings.hidden_size, expert=routed_mlp, num_experts=num_experts,
         ep_size=config.expert_parallel_size, k=config.top_k, capacity_factor=config.capacity_factor,
         eval_capacity_factor=config.eval_capacity_factor, min_capacity=config.min_capacity,
         noisy_gate_policy=config.noisy_gate_policy, drop_tokens=config.drop_tokens, use_rts=config.use_rts,
@@ -80,13 +98,18 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> Mo
     return ScMoE(merge=config.merge, **common, **staged)
 
 
+def make_blocks(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group) -> nn.ModuleList:
+    """Dense blocks and, last, one with the MoE; `group` are the tensor-parallel ranks."""
+    dense = [Block(settings, group) for _ in range(config.moe_every - 1)]
+    return nn.ModuleList([*dense, Block(settings, group, make_moe(settings, config, num_experts, group))])
+
+
 class PlainRun(nn.Module):
     """Blocks of which the last holds a standard MoE on its own layer (baselines topk and shared_expert)."""
 
-    def __init__(self, settings: GPTSettings, config: ScMoEConfig, num_experts: int) -> None:
+    def __init__(self, settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group = None) -> None:
         super().__init__()
-        dense = [Block(settings) for _ in range(config.moe_every - 1)]
-        self.blocks = nn.ModuleList([*dense, Block(settings, make_moe(settings, config, num_experts))])
+        self.blocks = make_blocks(settings, config, num_experts, group)
 
     def forward(self, hidden: Tensor) -> PairOutput:
         blocks = cast(Sequence[Block], self.blocks)
@@ -114,11 +137,16 @@ class ScheduledRun(nn.Module):
     """
 
     def __init__(
-        self, settings: GPTSettings, config: ScMoEConfig, num_experts: int, position: str, sequence: int
+        self,
+        settings: GPTSettings,
+        config: ScMoEConfig,
+        num_experts: int,
+        position: str,
+        sequence: int,
+        group: Group = None,
     ) -> None:
         super().__init__()
-        dense = [Block(settings) for _ in range(config.moe_every - 1)]
-        self.blocks = nn.ModuleList([*dense, Block(settings, make_moe(settings, config, num_experts))])
+        self.blocks = make_blocks(settings, config, num_experts, group)
         self.on_current_layer = not config.has_shortcut
         self.tap = self._tap(config, position)
         own_norm = config.has_shortcut and config.shortcut_norm == "own"

@@ -16,6 +16,15 @@ from torch import Tensor, nn
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.layers import GPTSettings, make_norm
+from scmoe_ds.models.parallel_layers import (
+    Group,
+    column_parallel,
+    gather_vocabulary,
+    size_of,
+    vocabulary_cross_entropy,
+    vocabulary_embedding,
+    vocabulary_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -44,30 +53,35 @@ class GPT(nn.Module):
         settings: shape and style.
         config: the "scmoe" section; its architecture, position and placement decide the runs.
         sequence: tokens per sequence for the FLOPs behind the "auto" slot; default: the longest possible.
+        group: the tensor-parallel ranks (scmoe_ds.parallel.tensor); None: every rank holds whole layers.
 
     Raises:
         ScMoEConfigError: a depth that the placement does not divide.
+        ValueError: sizes that the tensor-parallel ranks do not divide.
     """
 
-    def __init__(self, settings: GPTSettings, config: ScMoEConfig, sequence: int | None = None) -> None:
+    def __init__(
+        self, settings: GPTSettings, config: ScMoEConfig, sequence: int | None = None, group: Group = None
+    ) -> None:
         super().__init__()
         config.check_model(settings.num_layers)
-        self.settings, self.config = settings, config
+        settings.check_tensor_parallel(size_of(group))
+        self.settings, self.config, self.group = settings, config, group
         self.sequence = sequence = sequence or settings.max_position_embeddings
         D, V = settings.hidden_size, settings.vocab_size
-        self.embedding = nn.Embedding(V, D)
+        self.embedding = vocabulary_embedding(V, D, group)
         learned = settings.position_embedding == "learned_absolute"
         self.positions = nn.Embedding(settings.max_position_embeddings, D) if learned else None
         runs: list[nn.Module] = []
         for layer, num_experts in enumerate(config.experts_per_layer(settings.num_layers)):
             if not config.is_scheduled:
-                runs.append(PlainRun(settings, config, num_experts))
+                runs.append(PlainRun(settings, config, num_experts, group))
                 continue
             position = config.first_layer_position if layer == 0 else None
-            runs.append(ScheduledRun(settings, config, num_experts, position or config.position, sequence))
+            runs.append(ScheduledRun(settings, config, num_experts, position or config.position, sequence, group))
         self.runs = nn.ModuleList(runs)
         self.final_norm = make_norm(settings)
-        self.head = None if settings.tie_embeddings else nn.Linear(D, V, bias=False)
+        self.head = None if settings.tie_embeddings else column_parallel(D, [V], False, group)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> GPTOutput:
         """
@@ -87,11 +101,11 @@ class GPT(nn.Module):
             losses.append(output.l_aux)
             counts.append(output.exp_counts)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        logits_BSV = F.linear(self.final_norm(hidden), weight)
+        logits_BSV = vocabulary_logits(self.final_norm(hidden), weight, self.group)
         moe_loss = torch.stack(losses).sum()
         if labels is None:
-            return GPTOutput(None, None, moe_loss, tuple(counts), logits_BSV)
-        lm_loss = masked_cross_entropy(logits_BSV, labels, loss_mask)
+            return GPTOutput(None, None, moe_loss, tuple(counts), gather_vocabulary(logits_BSV, self.group))
+        lm_loss = masked_mean(vocabulary_cross_entropy(logits_BSV, labels, self.group), loss_mask)
         loss = lm_loss + self.config.aux_loss_coefficient * moe_loss
         return GPTOutput(loss, lm_loss, moe_loss, tuple(counts), None)
 
@@ -100,10 +114,9 @@ class GPT(nn.Module):
         return [cast(ScheduledRun, run) for run in self.runs if isinstance(run, ScheduledRun)]
 
 
-def masked_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor:
-    """Mean cross entropy in fp32 over the tokens whose mask is not zero; 0 if there is none."""
-    losses = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
+def masked_mean(losses_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor:
+    """Mean over the tokens whose mask is not zero; 0 if there is none."""
     if loss_mask_BS is None:
-        return losses.mean()
-    mask = loss_mask_BS.flatten().float()
-    return (losses * mask).sum() / mask.sum().clamp(min=1)
+        return losses_BS.mean()
+    mask_BS = loss_mask_BS.float()
+    return (losses_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1)

@@ -13,10 +13,14 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import nn
 
+from scmoe_ds.parallel.tensor import split, split_of
+
 _LOCAL_ID = re.compile(r"(?<=\.deepspeed_experts\.)\d+")
 
 
-def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: int, ep_rank: int = 0) -> None:
+def initialize_parameters(
+    model: nn.Module, seed: int, std: float, num_layers: int, ep_rank: int = 0, tp_rank: int = 0, tp_size: int = 1
+) -> None:
     """Megatron's initialisation, in place: N(0, std), output projections N(0, std / sqrt(2 * num_layers)), norms 1,
     biases 0.
 
@@ -24,6 +28,7 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
         model: on the CPU; routed experts in DeepSpeed's layout.
         ep_rank: this rank's place in its expert-parallel group: local expert i is global expert
             ep_rank * num_local_experts + i.
+        tp_rank, tp_size: this rank's place among the tensor-parallel ranks, which divide one set of random numbers.
     """
     first_id = {
         name: module.num_local_experts * (ep_rank if module.ep_size > 1 else 0)
@@ -36,7 +41,12 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
                 continue
             scale = std / (2 * num_layers) ** 0.5 if name.endswith(".output.weight") else std
-            parameter.normal_(0.0, scale, generator=_generator(seed, _global_name(name, first_id)))
+            rule, shape = split_of(parameter), list(parameter.shape)
+            if rule is not None:
+                shape[rule.dim] = sum(rule.sections)
+            generator = _generator(seed, _global_name(name, first_id))
+            whole = torch.empty(shape, dtype=parameter.dtype).normal_(0.0, scale, generator=generator)
+            parameter.copy_(split(whole, rule, tp_rank, tp_size))
 
 
 def _global_name(name: str, first_id: dict[str, int]) -> str:

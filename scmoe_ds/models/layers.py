@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scmoe_ds.models.parallel_layers import Group, column_parallel, own_random_numbers, row_parallel, size_of
+
 
 @dataclass(frozen=True)
 class GPTSettings:
@@ -66,6 +68,17 @@ class GPTSettings:
             if broken:
                 raise ValueError(rule)
 
+    def check_tensor_parallel(self, ranks: int) -> None:
+        """
+        Raises:
+            ValueError: heads, feed-forward size or vocabulary that cannot be divided among so many ranks.
+        """
+        divided = {"--num-attention-heads": self.num_attention_heads, "--num-key-value-heads": self.num_key_value_heads,
+                   "--ffn-hidden-size": self.ffn_hidden_size, "the padded vocabulary": self.vocab_size}  # fmt: skip
+        for name, size in divided.items():
+            if size % ranks:
+                raise ValueError(f"--tensor-model-parallel-size {ranks} must divide {name} {size}")
+
 
 def make_norm(settings: GPTSettings) -> nn.Module:
     """torch's own fused LayerNorm or RMSNorm over the hidden size; NVIDIA apex's LayerNorm where it is installed."""
@@ -117,15 +130,24 @@ class RotaryEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads through torch's scaled_dot_product_attention."""
+    """Causal self-attention with grouped key/value heads through torch's scaled_dot_product_attention.
 
-    def __init__(self, settings: GPTSettings) -> None:
+    Args:
+        settings: sizes.
+        group: tensor-parallel ranks, among which the heads are divided.
+
+    Attributes:
+        heads: query, key and value heads of this rank.
+    """
+
+    def __init__(self, settings: GPTSettings, group: Group = None) -> None:
         super().__init__()
-        self.heads = (settings.num_attention_heads, settings.num_key_value_heads, settings.num_key_value_heads)
-        self.head_size, self.dropout = settings.head_size, settings.attention_dropout
+        self.group, self.head_size, self.dropout = group, settings.head_size, settings.attention_dropout
+        heads = (settings.num_attention_heads, settings.num_key_value_heads, settings.num_key_value_heads)
+        self.heads = tuple(number // size_of(group) for number in heads)
         D, bias = settings.hidden_size, settings.add_bias_linear
-        self.query_key_value = nn.Linear(D, sum(self.heads) * self.head_size, bias=bias)
-        self.output = nn.Linear(self.heads[0] * self.head_size, D, bias=bias)
+        self.query_key_value = column_parallel(D, [number * self.head_size for number in heads], bias, group)
+        self.output = row_parallel(heads[0] * self.head_size, D, bias, group)
         self.rotary = RotaryEmbedding(settings) if settings.position_embedding == "rope" else None
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
@@ -134,9 +156,11 @@ class Attention(nn.Module):
         query, key, value = (part.transpose(1, 2) for part in heads_BSNH.split(self.heads, dim=2))
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
-        mixed_BNSH = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.heads[0] != self.heads[1])  # fmt: skip
+        dropout = self.dropout if self.training else 0.0
+        with own_random_numbers(self.group if dropout else None, hidden_BSD.device):
+            mixed_BNSH = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, dropout_p=dropout, enable_gqa=self.heads[0] != self.heads[1]
+            )
         return self.output(mixed_BNSH.transpose(1, 2).reshape(B, S, -1))
 
     def flops_per_token(self, sequence: int) -> int:
@@ -146,16 +170,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward network, GELU or SwiGLU; the form of a plain MLP, a shared expert and a routed expert."""
+    """Feed-forward network, GELU or SwiGLU; the form of a plain MLP, a shared expert and a routed expert.
 
-    two_projections = True  # see scmoe_ds.moe.experts.TwoProjections
+    Args:
+        settings: sizes.
+        group: tensor-parallel ranks, among which the inner dimension is divided.
+    """
 
-    def __init__(self, settings: GPTSettings) -> None:
+    def __init__(self, settings: GPTSettings, group: Group = None) -> None:
         super().__init__()
         D, width, bias = settings.hidden_size, settings.ffn_hidden_size, settings.add_bias_linear
         self.swiglu = settings.swiglu
-        self.input = nn.Linear(D, 2 * width if self.swiglu else width, bias=bias)
-        self.output = nn.Linear(width, D, bias=bias)
+        # See scmoe_ds.moe.experts.TwoProjections; divided projections communicate and are not called apart.
+        self.two_projections = group is None
+        self.input = column_parallel(D, [width, width] if self.swiglu else [width], bias, group)
+        self.output = row_parallel(width, D, bias, group)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.output(self.activate(self.input(hidden)))

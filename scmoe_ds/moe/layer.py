@@ -114,10 +114,7 @@ class StagedMoE(MoE):
             raise ValueError(f"ep_size = {self.ep_size} and tensor-parallel size {holders}: one must divide the other")
         self.shares = Shares.of(dist.get_rank() if holders > 1 else self.ep_rank, holders, self.ep_size)
         if holders > 1:
-            for parameter in self.deepspeed_moe.experts.parameters():
-                # ZeRO divides experts over all ranks: without the mark, those of tensor-parallel ranks other than the
-                # first would be missing in the gradient norm.
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            count_on_all_ranks(self.deepspeed_moe.experts)
         if self.shares.ranks > 1:
             inside = self.ep_size >= holders
             group = self.deepspeed_moe.ep_group if inside else bwc.bwc_tensor_model_parallel_group(groups.mpu)
@@ -291,6 +288,15 @@ class DGMoE(StagedMoE):
         output = current.collect() + routed.collect()
         l_aux = torch.stack([routed.routing.l_aux, current.routing.l_aux]).mean()
         return output, l_aux, routed.routing.exp_counts + current.routing.exp_counts
+
+
+def count_on_all_ranks(experts: nn.Module) -> None:
+    """Marks whole experts as different on every tensor-parallel rank, as ZeRO's pieces of them are.
+
+    Without it DeepSpeed would leave those of all ranks but the first out of the gradient norm.
+    """
+    for parameter in experts.parameters():
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

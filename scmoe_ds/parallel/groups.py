@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
@@ -19,24 +20,73 @@ def nodes_of_ranks() -> list[Hashable]:
     return nodes
 
 
-def describe_groups(ep_size: int, nodes: Sequence[Hashable], shown: int = 8) -> str:
-    """Which ranks share the experts of a layer, and which of these groups send tokens between nodes, in words.
+@dataclass(frozen=True)
+class Layout:
+    """Which ranks form which groups; as megatron-core and DeepSpeed make them.
+
+    Attributes:
+        ranks: of the world.
+        tensor_size, expert_size: ranks per tensor-parallel and per expert-parallel group.
+        divided_experts: expert tensor parallelism: each expert is in pieces on the ranks of a tensor-parallel group.
+    """
+
+    ranks: int
+    tensor_size: int = 1
+    expert_size: int = 1
+    divided_experts: bool = False
+
+    @property
+    def tensor_parallel(self) -> list[Sequence[int]]:
+        """Groups that share layers."""
+        return self._consecutive(self.tensor_size)
+
+    @property
+    def expert_parallel(self) -> list[Sequence[int]]:
+        """Groups that share one set of experts."""
+        if not self.divided_experts:
+            return self._consecutive(self.expert_size)
+        width = self.tensor_size * self.expert_size
+        starts = [block + place for block in range(0, self.ranks, width) for place in range(self.tensor_size)]
+        return [range(start, start + width, self.tensor_size) for start in starts]
+
+    @property
+    def travel(self) -> list[Sequence[int]]:
+        """Groups in which tokens travel to experts and back (see scmoe_ds.moe.shares)."""
+        return (
+            self.expert_parallel
+            if self.divided_experts or self.expert_size >= self.tensor_size
+            else self.tensor_parallel
+        )
+
+    def _consecutive(self, size: int) -> list[Sequence[int]]:
+        return [range(first, first + size) for first in range(0, self.ranks, size)]
+
+
+def describe_groups(layout: Layout, nodes: Sequence[Hashable], shown: int = 8) -> list[str]:
+    """Which ranks share the experts, and the layers, of a model, and which of these groups cross nodes, in words.
 
     Args:
-        ep_size: ranks per group; consecutive ones.
+        layout: of the world's ranks.
         nodes: the node of every rank of the world.
-        shown: the most groups to list.
+        shown: the most groups of a kind to list.
     """
-    groups = [range(first, first + ep_size) for first in range(0, len(nodes), ep_size)]
+    lines = [_describe("expert-parallel", "send tokens", layout.expert_parallel, nodes, shown)]
+    if layout.tensor_size > 1:
+        lines.insert(0, _describe("tensor-parallel", "add up activations", layout.tensor_parallel, nodes, shown))
+    return lines
+
+
+def _describe(kind: str, purpose: str, groups: Sequence[Sequence[int]], nodes: Sequence[Hashable], shown: int) -> str:
     texts = []
     for ranks in groups[:shown]:
-        members = f"{ranks[0]}–{ranks[-1]}" if ep_size > 1 else str(ranks[0])
+        follow = ranks[-1] - ranks[0] + 1 == len(ranks)
+        members = f"{ranks[0]}–{ranks[-1]}" if follow and len(ranks) > 1 else "+".join(map(str, ranks))
         spanned = len({nodes[rank] for rank in ranks})
         texts.append(f"{members} (over {spanned} nodes)" if spanned > 1 else members)
     crossing = sum(len({nodes[rank] for rank in ranks}) > 1 for ranks in groups)
     rest = f", … ({len(groups)} in all)" if len(groups) > shown else ""
-    where = f"{crossing} of {len(groups)} send tokens between nodes" if crossing else "all stay inside their node"
-    return f"expert-parallel groups of ranks {', '.join(texts)}{rest}: {where} ({len(set(nodes))} node(s))"
+    where = f"{crossing} of {len(groups)} {purpose} between nodes" if crossing else "all stay inside their node"
+    return f"{kind} groups of ranks {', '.join(texts)}{rest}: {where} ({len(set(nodes))} node(s))"
 
 
 def ranks_by_node(ranks: Sequence[int], nodes: Sequence[Hashable]) -> list[list[int]] | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import Tensor
 
 
@@ -30,7 +31,17 @@ class Split:
 
 def split_of(parameter: Tensor) -> Split | None:
     """The rule of a parameter, or None for one that all tensor-parallel ranks hold alike."""
-    return getattr(parameter, "tensor_split", None)
+    return getattr(parameter, "parallel_split", None)
+
+
+def mark(parameter: Tensor, rule: Split | None, divided: bool) -> None:
+    """Notes a parameter's rule; `divided`: it is in pieces now.
+
+    DeepSpeed counts a parameter that it does not know to be divided for the first tensor-parallel rank's norm only.
+    """
+    parameter.parallel_split = rule  # type: ignore[attr-defined]
+    if divided:
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def split(full: Tensor, rule: Split | None, rank: int, size: int) -> Tensor:
@@ -59,6 +70,7 @@ def start(size: int) -> None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
     _Groups.tensor_parallel = parallel_state.get_tensor_model_parallel_group()
     _Groups.data_parallel = parallel_state.get_data_parallel_group()
+    groups.mpu = ModelParallelUnit()  # layers ask it while the model is built, before the engine would set it
 
 
 class _Groups:

@@ -1,20 +1,25 @@
-"""One run, three layouts: one process that accumulates micro-batches, two expert-parallel ones, and two times two."""
+"""One run, many layouts: one process that accumulates micro-batches, and the same split over ranks in every way."""
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
 from torch import Tensor
 
 import scmoe_ds
-from scmoe_ds.engine import connect, expert_parallel_rank
+from scmoe_ds.engine import expert_parallel_rank
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.parallel import tensor
 from scmoe_ds.training import seed_micro_batch
 from tests.helpers.distributed import run_distributed
 
@@ -26,31 +31,34 @@ def micro_batch(number: int) -> Tensor:
     return torch.randint(VOCABULARY, (2, SEQUENCE + 1), generator=generator)
 
 
-def train(ep_size: int, zero_stage: int, architecture: str) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def train(
+    ep: int, zero_stage: int, tp: int = 1, settings: dict | None = None, **section: object
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses and gradient norms of 20 steps, and the final weights by global name.
 
     Capacity factor 1 with random token selection and dropout: drops and random numbers must agree as well.
     """
-    connect()
-    ranks = dist.get_world_size()
+    replicas, replica = tensor.data_parallel_size(), tensor.data_parallel_rank()
     config = {
         "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": MICRO_BATCHES // ranks,
+        "gradient_accumulation_steps": MICRO_BATCHES // replicas,
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "eps": 1e-4, "torch_adam": True, "weight_decay": 0.1}},
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": zero_stage},
-        "scmoe": {"architecture": architecture, "num_experts": 4, "expert_parallel_size": ep_size,
-                  "capacity_factor": 1.0, "min_capacity": 1, "top2_2nd_expert_sampling": False},
+        "scmoe": {"num_experts": 4, "expert_parallel_size": ep, "capacity_factor": 1.0, "min_capacity": 1,
+                  "top2_2nd_expert_sampling": False, **section},
     }  # fmt: skip
-    settings = GPTSettings(4, 32, 4, VOCABULARY, SEQUENCE, hidden_dropout=0.1)
-    model = GPT(settings, scmoe_ds.ScMoEConfig.from_deepspeed(config))
-    initialize_parameters(model, 7, 0.1, settings.num_layers, expert_parallel_rank(ep_size))
+    shape = GPTSettings(4, 32, 4, VOCABULARY, SEQUENCE, hidden_dropout=0.1, **(settings or {}))
+    parsed = scmoe_ds.ScMoEConfig.from_deepspeed(config)
+    model = GPT(shape, parsed, group=tensor.tensor_parallel_group())
+    ep_rank = expert_parallel_rank(ep, parsed.expert_tensor_parallelism)
+    initialize_parameters(model, 7, 0.1, shape.num_layers, ep_rank, tensor.tensor_parallel_rank(), tp)
     engine, *_ = scmoe_ds.initialize(model=model, config=config)
     losses, norms = [], []
     for step in range(STEPS):
         total = torch.zeros(())
-        for micro_step in range(MICRO_BATCHES // ranks):
-            number = micro_step * ranks + dist.get_rank()
+        for micro_step in range(MICRO_BATCHES // replicas):
+            number = micro_step * replicas + replica
             seed_micro_batch(1, step, number)
             tokens = micro_batch(step * MICRO_BATCHES + number)
             output = engine(tokens[:, :-1], labels=tokens[:, 1:])
@@ -58,9 +66,9 @@ def train(ep_size: int, zero_stage: int, architecture: str) -> tuple[list[float]
             engine.step()
             total += output.loss.detach() / MICRO_BATCHES
         dist.all_reduce(total)
-        losses.append(total.item())
+        losses.append(total.item() / tp)
         norms.append(float(engine.get_global_grad_norm()))
-    return losses, norms, global_weights(engine.module, expert_parallel_rank(ep_size))
+    return losses, norms, global_weights(engine.module, ep_rank)
 
 
 def global_weights(model: torch.nn.Module, ep_rank: int) -> dict[str, Tensor]:
@@ -69,20 +77,113 @@ def global_weights(model: torch.nn.Module, ep_rank: int) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         first = ep_rank * local.get(name.split(".deepspeed_moe.")[0], 0)
         name = re.sub(r"(?<=deepspeed_experts\.)\d+", lambda match, first=first: str(int(match[0]) + first), name)
-        weights[name] = parameter.detach().clone()
+        weights[name] = whole(parameter)
     return weights
 
 
-@pytest.mark.parametrize(("zero_stage", "architecture"), [(1, "scmoe"), (2, "scmoe"), (2, "dgmoe")])
-def test_layouts_train_alike(zero_stage: int, architecture: str) -> None:
-    [(losses, norms, weights)] = run_distributed(train, 1, 1, zero_stage, architecture)
+def whole(parameter: Tensor) -> Tensor:
+    rule, group = tensor.split_of(parameter), tensor.tensor_parallel_group()
+    mine = parameter.detach().clone()
+    if rule is None or group is None:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    return tensor.merge(parts, rule)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and a model; the cases of one number of ranks share their processes."""
+
+    ranks: int
+    tp: int
+    ep: int
+    zero_stage: int
+    section: str = "{}"  # JSON
+    style: str = "GPT-2"
+
+    def __str__(self) -> str:
+        layout = f"{self.ranks} ranks, TP{self.tp}, EP{self.ep}, ZeRO-{self.zero_stage}"
+        return f"{layout}, {self.style}, {self.section}"
+
+    @property
+    def alone(self) -> Case:
+        """The same in one process."""
+        return replace(self, ranks=1, tp=1, ep=1)
+
+
+def case(ranks: int, tp: int, ep: int, zero_stage: int, style: str = "GPT-2", **section: object) -> Case:
+    return Case(ranks, tp, ep, zero_stage, json.dumps(section), style)
+
+
+STYLES = {
+    "GPT-2": {},
+    "LLaMA": {"swiglu": True, "num_key_value_heads": 2, "tie_embeddings": False, "add_bias_linear": False,
+              "position_embedding": "rope", "normalization": "RMSNorm"},
+}  # fmt: skip
+MOST_DROPPED = 0.3  # as a capacity factor
+DIVIDED = {"expert_tensor_parallelism": True}
+IN_CHUNKS = {"overlap": {"expert_slot": 2, "num_chunks": 2}}
+CASES = [
+    *(case(*layout, 1) for layout in [(2, 1, 2), (2, 1, 1), (4, 1, 2)]),  # EP2, DP2, EP2 x DP2
+    *(case(*layout, 2) for layout in [(2, 1, 2), (2, 1, 1), (4, 1, 2)]),
+    case(4, 1, 2, 2, architecture="dgmoe"),
+    case(2, 1, 2, 2, capacity_factor=MOST_DROPPED),
+    case(2, 2, 1, 1),
+    case(2, 2, 1, 2),
+    case(2, 2, 1, 2, "LLaMA", **DIVIDED),
+    case(2, 2, 2, 2, "LLaMA", top_k=2),
+    case(2, 2, 2, 1, architecture="dgmoe"),
+    case(2, 2, 2, 2, architecture="overlapped_shared_expert"),
+    case(4, 2, 2, 1),
+    case(4, 2, 2, 2),
+    case(4, 2, 2, 2, capacity_factor=MOST_DROPPED),
+    case(4, 2, 2, 1, **DIVIDED),
+    case(4, 2, 2, 2, **DIVIDED, capacity_factor=MOST_DROPPED),
+    case(4, 2, 4, 2, dispatch="padded", top_k=2),
+    case(4, 4, 2, 1, **IN_CHUNKS),
+    case(4, 4, 2, 2, dispatch="padded", **IN_CHUNKS),
+]
+
+
+def train_all(cases: list[Case]) -> list[tuple]:
+    results = []
+    for each in cases:
+        forget_groups()
+        tensor.start(each.tp)
+        results.append(train(each.ep, each.zero_stage, each.tp, STYLES[each.style], **json.loads(each.section)))
+    return results
+
+
+def forget_groups() -> None:
+    """DeepSpeed caches groups by the expert-parallel size alone; one process sees several layouts here."""
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    tensor._Groups.tensor_parallel = tensor._Groups.data_parallel = None
+    groups._release_process_group_references()
+
+
+@cache
+def results(ranks: int) -> dict[Case, list[tuple]]:
+    """What every rank returned, for all cases of so many ranks."""
+    cases = sorted({each if ranks > 1 else each.alone for each in CASES if ranks in (1, each.ranks)}, key=str)
+    by_rank = run_distributed(train_all, ranks, cases, timeout_s=600)
+    return dict(zip(cases, zip(*by_rank, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("layout", CASES, ids=str)
+def test_layouts_train_alike(layout: Case) -> None:
+    """Losses, norms and weights of every rank against those of one process; all experts are somewhere."""
+    [(losses, norms, weights)] = results(1)[layout.alone]
+    by_rank = results(layout.ranks)[layout]
     assert losses[-1] < losses[0]
-    for ranks in (2, 4):  # expert-parallel size 2 both times
-        by_rank = run_distributed(train, ranks, 2, zero_stage, architecture)
-        for split_losses, split_norms, split_weights in by_rank:
-            assert split_losses == pytest.approx(losses, rel=1e-5)
-            assert split_norms == pytest.approx(norms, rel=1e-4)
-            for name, weight in split_weights.items():
-                assert (weight - weights[name]).abs().max() <= 1e-5 * max(1, weights[name].abs().max()), name
-        assert by_rank[0][2].keys() | by_rank[1][2].keys() == weights.keys()
-        assert by_rank[0][2].keys() != by_rank[1][2].keys(), "each rank holds experts of its own"
+    for split_losses, split_norms, split_weights in by_rank:
+        assert split_losses == pytest.approx(losses, rel=1e-5)
+        assert split_norms == pytest.approx(norms, rel=1e-5)
+        for name, weight in split_weights.items():
+            assert (weight - weights[name]).abs().max() <= 1e-5 * max(1, weights[name].abs().max()), name
+    assert set().union(*(held.keys() for _, _, held in by_rank)) == weights.keys()
+    different = {frozenset(held.keys()) for _, _, held in by_rank}
+    assert len(different) == layout.ep, "each expert-parallel rank holds experts of its own"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from deepspeed.utils import groups
 
-from scmoe_ds.parallel.groups import describe_groups
+from scmoe_ds.parallel.groups import Layout, describe_groups
 
 
 @pytest.mark.parametrize(
@@ -19,4 +20,31 @@ from scmoe_ds.parallel.groups import describe_groups
     ],
 )  # fmt: skip
 def test_who_shares_experts_and_who_crosses_nodes(ep_size: int, nodes: str, text: str) -> None:
-    assert describe_groups(ep_size, nodes) == text
+    assert describe_groups(Layout(len(nodes), expert_size=ep_size), nodes) == [text]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tp", "ep", "divided", "expert_parallel", "travel"),
+    [
+        (4, 2, 2, False, [[0, 1], [2, 3]], [[0, 1], [2, 3]]),
+        (4, 2, 2, True, [[0, 2], [1, 3]], [[0, 2], [1, 3]]),
+        (4, 2, 1, False, [[0], [1], [2], [3]], [[0, 1], [2, 3]]),
+        (4, 2, 4, False, [[0, 1, 2, 3]], [[0, 1, 2, 3]]),
+        (8, 2, 2, True, [[0, 2], [1, 3], [4, 6], [5, 7]], [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ],
+)
+def test_groups_are_those_of_deepspeed(
+    ranks: int, tp: int, ep: int, divided: bool, expert_parallel: list, travel: list
+) -> None:
+    layout = Layout(ranks, tp, ep, divided)
+    assert [list(group) for group in layout.expert_parallel] == expert_parallel
+    assert [list(group) for group in layout.travel] == travel
+    if divided:
+        theirs, _ = groups._get_expert_parallel_ranks(ranks, tp, ep)
+        assert sorted(theirs) == sorted(expert_parallel)
+
+
+def test_who_shares_layers_is_said_where_any_do() -> None:
+    tensor, expert = describe_groups(Layout(4, 2, 2, True), "aabb")
+    assert tensor == "tensor-parallel groups of ranks 0–1, 2–3: all stay inside their node (2 node(s))"
+    assert expert.startswith("expert-parallel groups of ranks 0+2 (over 2 nodes), 1+3 (over 2 nodes): 2 of 2 send")
