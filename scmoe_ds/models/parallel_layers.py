@@ -134,7 +134,9 @@ class _NotCopied:
 @cache
 def _config() -> Any:
     from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as linear
 
+    linear.warned = True  # that CUDA_DEVICE_MAX_CONNECTIONS should be 1: with it nothing of an MoE would overlap
     return ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False)
 
 

@@ -18,7 +18,7 @@ import scmoe_ds
 from scmoe_ds.engine import expert_parallel_rank
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
-from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.parallel import tensor
 from scmoe_ds.training import seed_micro_batch
 from tests.helpers.distributed import run_distributed
@@ -124,6 +124,7 @@ STYLES = {
 MOST_DROPPED = 0.3  # as a capacity factor
 DIVIDED = {"expert_tensor_parallelism": True}
 IN_CHUNKS = {"overlap": {"expert_slot": 2, "num_chunks": 2}}
+SERIAL, OVERLAPPED = ({"enabled": enabled, "num_chunks": 1, "calibration_steps": 0} for enabled in (False, True))
 CASES = [
     *(case(*layout, 1) for layout in [(2, 1, 2), (2, 1, 1), (4, 1, 2)]),  # EP2, DP2, EP2 x DP2
     *(case(*layout, 2) for layout in [(2, 1, 2), (2, 1, 1), (4, 1, 2)]),
@@ -136,7 +137,8 @@ CASES = [
     case(2, 2, 2, 1, architecture="dgmoe"),
     case(2, 2, 2, 2, architecture="overlapped_shared_expert"),
     case(4, 2, 2, 1),
-    case(4, 2, 2, 2),
+    case(4, 2, 2, 2, overlap=SERIAL),
+    case(4, 2, 2, 2, overlap=OVERLAPPED),
     case(4, 2, 2, 2, capacity_factor=MOST_DROPPED),
     case(4, 2, 2, 1, **DIVIDED),
     case(4, 2, 2, 2, **DIVIDED, capacity_factor=MOST_DROPPED),
@@ -144,6 +146,26 @@ CASES = [
     case(4, 4, 2, 1, **IN_CHUNKS),
     case(4, 4, 2, 2, dispatch="padded", **IN_CHUNKS),
 ]
+
+
+def drifted_gate() -> str:
+    """The error of a tensor-parallel rank whose gate is not that of the other."""
+    tensor.start(2)
+    layer = scmoe_ds.ScMoE(8, MLP(GPTSettings(1, 8, 2, 16, 8)), num_experts=4, ep_size=2)
+    layer.set_deepspeed_parallelism()
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    layer.deepspeed_moe.gate.wg.weight.data.normal_(generator=generator)
+    tokens = torch.randn(1, 32, 8, generator=torch.Generator().manual_seed(3))
+    try:
+        layer(tokens)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_tensor_parallel_ranks_that_have_drifted_apart_say_so() -> None:
+    for message in run_distributed(drifted_gate, 2):
+        assert message.startswith("tensor-parallel ranks have routed the same tokens differently")
 
 
 def train_all(cases: list[Case]) -> list[tuple]:
@@ -187,3 +209,12 @@ def test_layouts_train_alike(layout: Case) -> None:
     assert set().union(*(held.keys() for _, _, held in by_rank)) == weights.keys()
     different = {frozenset(held.keys()) for _, _, held in by_rank}
     assert len(different) == layout.ep, "each expert-parallel rank holds experts of its own"
+
+
+def test_overlap_changes_no_bit_under_tensor_parallelism() -> None:
+    overlapped, serial = (
+        results(4)[case(4, 2, 2, 2, **section)] for section in ({"overlap": OVERLAPPED}, {"overlap": SERIAL})
+    )
+    for (losses, norms, weights), (serial_losses, serial_norms, serial_weights) in zip(overlapped, serial, strict=True):
+        assert (losses, norms) == (serial_losses, serial_norms)
+        assert all(torch.equal(weights[name], serial_weights[name]) for name in weights)
