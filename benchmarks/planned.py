@@ -69,7 +69,7 @@ def calibrate(run: ScheduledRun, step: Callable[[], None], several_chunks: bool)
     """
     counts = CHUNK_COUNTS if several_chunks else (1,)
     settings = OverlapConfig(num_chunks="auto" if several_chunks else 1, calibration_steps=SAMPLES * len(counts))
-    overlap = AdaptiveOverlap(run, [run], [{"expert_parallel_size": dist.get_world_size()}], settings, CPU)
+    overlap = AdaptiveOverlap(run, [run], [{"ranks_that_exchange": dist.get_world_size()}], settings, CPU)
     while overlap.calibrating:
         step()
     assert overlap.times is not None

@@ -55,7 +55,7 @@ class AdaptiveOverlap:
     Args:
         model: its forward pass is one micro-batch.
         pairs: the model's pairs, in order.
-        descriptions: for each pair, all that its times depend on (JSON values, "expert_parallel_size" among them), the
+        descriptions: for each pair, all that its times depend on (JSON values, "ranks_that_exchange" among them), the
             same on every rank. Pairs that agree share their times.
         settings: the section's "overlap".
         device: where the pairs compute.
@@ -156,7 +156,7 @@ class AdaptiveOverlap:
 
     def _wanted(self) -> bool:
         settings = self.settings
-        travels = any(description["expert_parallel_size"] > 1 for description in self._descriptions)
+        travels = any(description["ranks_that_exchange"] > 1 for description in self._descriptions)
         free = settings.expert_slot == "auto" or (
             settings.num_chunks == "auto" and isinstance(settings.expert_slot, int)
         )
