@@ -18,6 +18,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel, dict_raise_erro
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from scmoe_ds.config_errors import ScMoEConfigError, explain, fail
+from scmoe_ds.deepspeed_settings import check_settings
 
 Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
 Position = Literal["pos1", "pos2", "pos3"]
@@ -143,6 +144,15 @@ class ScMoEConfig(_Section):
     wire_dtype: Union[Literal["bf16", "fp8"], None] = Field(
         None, description="Number format of tokens between ranks; null: as they are computed."
     )
+    replace: bool = Field(
+        False, strict=True, description="Make DeepSpeed MoE layers of a model that others wrote ScMoE layers, at start."
+    )
+    tap: Union[str, None] = Field(
+        None, description='Where a replaced layer\'s shortcut is taken, e.g. "{previous}.ln_2:input"; null: by position.'
+    )
+    shared_from: Union[int, Literal["fresh", "mean"]] = Field(
+        "fresh", description="Shared expert of a replaced MoE that has none: new, mean of its experts, or one of them."
+    )
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
 
     @classmethod
@@ -172,7 +182,7 @@ class ScMoEConfig(_Section):
             raise ScMoEConfigError(
                 explain(error, section, {"": cls.model_fields, "overlap": OverlapConfig.model_fields})
             ) from None
-        _check_deepspeed_settings(whole)
+        check_settings(whole)
         return parsed
 
     @model_validator(mode="after")
@@ -335,18 +345,3 @@ def json_schema() -> dict[str, Any]:
         "required": ["scmoe"],
         "$defs": definitions,
     }
-
-
-def _check_deepspeed_settings(whole: Mapping[str, Any]) -> None:
-    """DeepSpeed's own keys that native MoE layers cannot run with: better here than after minutes of start-up."""
-    zero = whole.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
-    if stage == 3:
-        raise fail("zero_optimization.stage", stage, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2")
-    compile_section = whole.get("compile", {})
-    if isinstance(compile_section, Mapping) and compile_section.get("deepcompile"):
-        raise fail("compile.deepcompile", True, "reorders collectives that ScMoE schedules itself; remove it")
-    if "expert_parallel" in whole:
-        raise ScMoEConfigError(
-            '"expert_parallel" (DeepSpeed AutoEP) and "scmoe" both replace MoE layers; remove one of them'
-        )

@@ -1,0 +1,154 @@
+"""A `deepspeed.moe.layer.MoE` as a `ScMoE` that holds the very same parameters under the same names."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal, Union
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.moe.layer import ScMoE
+from scmoe_ds.moe.merge import coefficient_network
+from scmoe_ds.moe.shares import Shares
+from scmoe_ds.overlap.transport import Transport
+from scmoe_ds.replace.hooked import HookedPair
+
+SharedFrom = Union[int, Literal["fresh", "mean"]]
+
+
+class HookedScMoE(ScMoE):
+    """A ScMoE in the place of a MoE; a `HookedPair` feeds it from an earlier layer.
+
+    Attributes:
+        pair: None: the routed experts read the layer's own input, as DeepSpeed's do.
+    """
+
+    pair: HookedPair | None = None
+    shortcut_norm: nn.Module | None = None
+
+    def forward(
+        self, hidden_states: Tensor, used_token: Tensor | None = None, shortcut: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As DeepSpeed's MoE; the shortcut comes from the pair."""
+        if self.pair is None or shortcut is not None:
+            return super().forward(hidden_states, used_token, shortcut)
+        return self.pair.join(hidden_states, used_token)
+
+
+def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
+    """The layer that takes the place of a MoE before an engine is made.
+
+    Gate, experts and, of a Residual MoE, shared expert and coefficient are the same modules. A plain MoE gets a shared
+    expert and, unless the section says otherwise, routes to one expert where it routed to two or more: as much
+    computation as before.
+
+    Args:
+        name: its path in the model, for errors.
+        config: its fields about the merge, the dispatch and the wire are used; sizes are the layer's own.
+
+    Raises:
+        ScMoEConfigError: a layer or a setting that cannot be replaced.
+    """
+    if type(moe) is not MoE:
+        raise ScMoEConfigError(f"{name} is a {type(moe).__name__}, not DeepSpeed's own MoE: it cannot be replaced")
+    if moe.deepspeed_moe.ep_group is not None:
+        raise ScMoEConfigError(f"{name} has its process groups already: replace layers before deepspeed.initialize")
+    if moe.deepspeed_moe.use_tutel:
+        raise ScMoEConfigError(f"{name} is built with use_tutel=True; build it without, ScMoE brings its own dispatch")
+    layer = HookedScMoE.__new__(HookedScMoE)
+    nn.Module.__init__(layer)
+    fresh = set(layer.__dict__)
+    layer.__dict__.update({key: value for key, value in moe.__dict__.items() if key not in fresh})
+    layer.training = moe.training
+    for child, module in moe.named_children():
+        layer.add_module(child, module)
+    layer.dispatch, layer.gate_softmax, layer.wire_dtype = config.dispatch, config.gate_softmax, config.wire_dtype
+    layer.transport, layer.shares = Transport(None), Shares.of(0, 1, 1)
+    layer.ep_rank = dist.get_rank() % moe.ep_size if moe.ep_size > 1 else 0
+    hidden_size = moe.deepspeed_moe.gate.wg.in_features
+    chosen = config.model_fields_set
+    if moe.use_residual:
+        layer.merge = config.merge if "merge" in chosen else "cg2"  # DeepSpeed's own
+    else:
+        layer.use_residual, layer.merge = True, config.merge
+        layer.mlp = shared_expert(moe, config.shared_from)
+    if layer.merge != "cg2" or not moe.use_residual:
+        layer.coefficient = coefficient_network(layer.merge, hidden_size)
+    _place_like(layer, moe)
+    return layer
+
+
+def routed_experts_per_token(moe: MoE, config: ScMoEConfig) -> int:
+    """k of the layer that takes the place of `moe`.
+
+    Raises:
+        ScMoEConfigError: more than it has experts.
+    """
+    if "top_k" in config.model_fields_set:
+        if int(config.top_k) > moe.num_experts:
+            raise ScMoEConfigError(f"scmoe.top_k = {config.top_k}: exceeds the {moe.num_experts} experts of a layer")
+        return int(config.top_k)
+    return int(moe.deepspeed_moe.gate.k) if moe.use_residual else 1
+
+
+def shared_expert(moe: MoE, source: SharedFrom) -> nn.Module:
+    """A shared expert for a plain MoE, of the form of its routed experts. Collective where the experts are divided.
+
+    Args:
+        moe: the layer.
+        source: "fresh": initialised anew; "mean": of all experts; a number: a copy of that expert.
+
+    Raises:
+        ScMoEConfigError: the number of an expert that does not exist.
+    """
+    members = list(moe.deepspeed_moe.experts.deepspeed_experts)
+    new = copy.deepcopy(members[0])
+    for parameter in new.parameters():
+        for mark in ("allreduce", "group_name"):  # DeepSpeed's marks of a routed expert
+            parameter.__dict__.pop(mark, None)
+    if source == "fresh":
+        new.apply(_reset)
+        return new
+    if isinstance(source, int) and not 0 <= source < moe.num_experts:
+        raise ScMoEConfigError(f"scmoe.shared_from = {source}: the layer has experts 0 … {moe.num_experts - 1}")
+    for name, parameter in new.named_parameters():
+        held = [member.get_parameter(name).detach() for member in members]
+        with torch.no_grad():
+            parameter.copy_(_mean(held, moe.ep_size) if source == "mean" else _one(held, int(source), moe))
+    return new
+
+
+def _mean(held: list[Tensor], ep_size: int) -> Tensor:
+    mean = torch.stack(held).mean(0)
+    if ep_size > 1:  # every rank has as many experts, and every expert is on as many ranks
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean
+
+
+def _one(held: list[Tensor], number: int, moe: MoE) -> Tensor:
+    owner, place = divmod(number, moe.num_local_experts)
+    found = held[place].clone()
+    if moe.ep_size > 1:
+        dist.broadcast(found, src=owner)  # expert-parallel groups are consecutive ranks: the first one's
+    return found
+
+
+def _reset(module: nn.Module) -> None:
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
+
+
+def _place_like(layer: nn.Module, moe: MoE) -> None:
+    """New parts go where the old ones are, in their precision."""
+    old = next(moe.deepspeed_moe.experts.parameters())
+    kept = {id(parameter) for parameter in moe.parameters()}
+    for module in layer.modules():
+        parts: dict[str, Any] = module._parameters
+        if any(part is not None and id(part) not in kept for part in parts.values()):
+            module.to(device=old.device, dtype=old.dtype)

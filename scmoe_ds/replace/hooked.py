@@ -1,0 +1,312 @@
+"""The executor's loop taken apart into hooks, for models whose forward pass is somebody else's.
+
+    hook at the tap                  begin: gate, encode, dispatch in flight
+    hook before every operator       the experts' chunks whose slot it is
+    the MoE layer's own forward      what is left of the chunks, shared expert, finish
+
+Which operators run between tap and layer is seen in the first forward pass, which does everything in the layer, without
+overlap. Operators are the children of the blocks between the two that have parameters and are no norms.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scmoe_ds.config import OverlapConfig, ScMoEConfigError
+from scmoe_ds.moe.routed import RoutedTokens
+from scmoe_ds.overlap.executor import Operator, Stream
+from scmoe_ds.overlap.recorder import SILENT, PairRecorder
+from scmoe_ds.overlap.schedule import Schedule, slot_that_halves
+
+if TYPE_CHECKING:
+    from scmoe_ds.replace.convert import HookedScMoE
+    from scmoe_ds.replace.taps import Tap
+
+logger = logging.getLogger("scmoe_ds")
+
+
+@dataclass
+class _Flight:
+    """One forward pass between tap and layer."""
+
+    value: Tensor
+    boundary: object
+    schedule: Schedule
+    recorder: PairRecorder
+    routed: RoutedTokens | None = None
+    chunks_run: int = 0
+    operators: list[str] = field(default_factory=list)
+
+    def run_experts(self, chunks: int) -> None:
+        if self.routed is not None:
+            for _ in range(chunks):
+                self.routed.run_experts()
+            self.chunks_run += chunks
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the first forward pass of a mode (with or without gradients) has shown.
+
+    Attributes:
+        operators: names of those between tap and layer, in order.
+        is_cut: an activation checkpoint begins between the two.
+    """
+
+    operators: tuple[str, ...]
+    is_cut: bool
+
+
+class HookedPair:
+    """Feeds one MoE layer from its tap; a pair for planner, calibration and trace like the executor's.
+
+    Args:
+        name: the layer's path.
+        layer: the layer, which calls `join`.
+        tap: where its shortcut comes from.
+        norm: what the tapped value goes through; None: nothing.
+        overlap: the section's "overlap".
+
+    Attributes:
+        schedule, forward_schedule, recorder: as those of models.blocks.ScheduledRun.
+    """
+
+    tap = 0  # all of `operators` is backbone
+
+    def __init__(self, name: str, layer: HookedScMoE, tap: Tap, norm: nn.Module | None, overlap: OverlapConfig) -> None:
+        self.name, self.layer, self.place, self.norm, self.overlap = name, layer, tap, norm, overlap
+        slot, chunks = overlap.expert_slot, overlap.num_chunks
+        slots = tuple(slot) if isinstance(slot, list) else 1 if isinstance(slot, str) else slot
+        if isinstance(chunks, str):
+            chunks = len(slots) if isinstance(slots, tuple) else 1
+        self.schedule = Schedule(slots, chunks, overlap.enabled)
+        self.forward_schedule: Schedule | None = None
+        self.recorder: PairRecorder = SILENT
+        self._seen: dict[bool, _Seen] = {}  # by whether gradients are wanted
+        self._flight: _Flight | None = None
+        self._kept: Tensor | None = None  # the tapped value of a pair that is cut, for the recomputation
+        self._apart = False  # whether the last forward pass ran in pieces, not all of it in the layer
+        self._sizes: dict[str, int] = {}
+        self._handles: list[Any] = []
+        self._attach()
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks between which rows travel."""
+        return self.layer.transport.group
+
+    def operators(self) -> list[Operator]:
+        """The backbone's operators by name, once a forward pass has shown them; for reading, not to be run."""
+        seen = self._seen.get(True) or self._seen.get(False)
+        names = [*(seen.operators if seen else ()), "shared"]
+        return [Operator(name, _not_to_be_run) for name in names]
+
+    def detach(self) -> None:
+        """Removes all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._flight = self._kept = None
+
+    def _attach(self) -> None:
+        if self.place.side == "input":
+            handle = self.place.module.register_forward_pre_hook(self._before_tap, with_kwargs=True)
+        else:
+            handle = self.place.module.register_forward_hook(self._after_tap)
+        self._handles.append(handle)
+        for name, module in self._candidates():
+            self._sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+            self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after(name)))
+
+    def _candidates(self) -> list[tuple[str, nn.Module]]:
+        found = []
+        for _, block in self.place.blocks:
+            for name, child in block.named_children():
+                is_norm = "norm" in type(child).__name__.lower()
+                holds_layer = any(module is self.layer for module in child.modules())
+                if not is_norm and not holds_layer and any(True for _ in child.parameters()):
+                    found.append((name, child))
+        return found
+
+    def _before_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._take(_hidden(args, kwargs))
+
+    def _after_tap(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._take(_hidden((output,), {}))
+
+    def _take(self, value: Tensor | None) -> None:
+        if value is None:
+            raise RuntimeError(
+                f"{self.place.module_name}: no floating-point tensor to tap for {self.name}; set scmoe.tap"
+            )
+        training = torch.is_grad_enabled()
+        schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
+        region = _checkpoint_region()
+        self._flight = _Flight(value, _RECOMPUTED if _recomputes(region) else region, schedule, self.recorder)
+        if not _recomputes(region):  # which has to do what the first pass did
+            seen = self._seen.get(training)
+            self._apart = seen is not None and not seen.is_cut
+        if self._apart:
+            self._flight.routed = self._begin(self._flight)
+
+    def _begin(self, flight: _Flight) -> RoutedTokens:
+        (value,) = flight.recorder.open("shortcut norm", flight.value)
+        # Past the module's hooks: the backbone calls it as well, and may not be seen to do so twice.
+        shortcut = value if self.norm is None else self.norm.forward(value)
+        (shortcut,) = flight.recorder.close("shortcut norm", shortcut)
+        return self.layer.begin(shortcut, blocking=not flight.schedule.overlap, num_chunks=flight.schedule.num_chunks,
+                                recorder=flight.recorder)  # fmt: skip
+
+    def _before(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            flight = self._flight
+            if flight is None:
+                return None
+            flight.operators.append(name)
+            flight.run_experts(flight.schedule.chunks_at(len(flight.operators)))
+            if flight.routed is None or flight.recorder is SILENT:
+                return None
+            return _marked_inputs(flight.recorder, self._distinct(flight), args, kwargs)
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            flight = self._flight
+            if flight is None or flight.routed is None or name not in flight.operators:
+                return None
+            marked = None
+            if flight.recorder is not SILENT:
+                first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+                (first,) = flight.recorder.close(self._distinct(flight), first)
+                marked = first if rest is None else (first, *rest)
+            flight.routed.send()
+            return marked
+
+        return hook
+
+    @staticmethod
+    def _distinct(flight: _Flight) -> str:
+        name = flight.operators[-1]
+        number = flight.operators.count(name)
+        return name if number == 1 else f"{name} {number}"
+
+    def join(self, hidden_states: Tensor, used_token: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's forward: what has not run yet, shared expert, finish.
+
+        Raises:
+            RuntimeError: the tap has not run, or taps something of another shape.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            flight = self._recomputed()
+        if flight.value.shape != hidden_states.shape:
+            raise RuntimeError(
+                f"{self.name} reads {tuple(hidden_states.shape)}, but its tap {self.place.module_name} "
+                f"{tuple(flight.value.shape)}: a stage boundary lies between them. Choose another position for this "
+                "layer (scmoe.first_layer_position for the first one), or set scmoe.tap"
+            )
+        if used_token is not None:
+            raise RuntimeError(f"{self.name}: used_token is not supported in a replaced layer; call it without")
+        if flight.routed is None:
+            self._look_back(flight)
+            flight.schedule = replace(flight.schedule, expert_slot=1, num_chunks=1)
+            flight.routed = self._begin(flight)
+        shared_slot = len(flight.operators) + 1
+        flight.run_experts(self._due(flight, shared_slot))
+        (entering,) = flight.recorder.open("shared", hidden_states)
+        (shared,) = flight.recorder.close("shared", self.layer.shared(entering))
+        flight.run_experts(flight.schedule.num_chunks - flight.chunks_run)
+        return self.layer.finish(flight.routed, entering, shared)
+
+    @staticmethod
+    def _due(flight: _Flight, slot: int) -> int:
+        """Chunks up to a slot that have not run: more than that slot's own where operators were left out."""
+        return sum(flight.schedule.chunks_at(each) for each in range(1, slot + 1)) - flight.chunks_run
+
+    def _recomputed(self) -> _Flight:
+        """A block is computed again in the backward pass, and its tap, in another block, is not."""
+        if self._kept is not None:
+            value = self._kept.detach().requires_grad_(self._kept.requires_grad)
+            return _Flight(value, _RECOMPUTED, self.schedule, SILENT)
+        if torch.is_grad_enabled() and self._seen.keys() == {False}:
+            raise RuntimeError(
+                f"{self.name} is computed again, but not its tap {self.place.module_name}: activation checkpointing "
+                "with use_reentrant=True cuts them apart; set use_reentrant=False"
+            )
+        raise RuntimeError(
+            f"{self.name} ran, but not its tap {self.place.module_name} before it; set scmoe.tap to a module that does"
+        )
+
+    def _look_back(self, flight: _Flight) -> None:
+        """Notes what the first forward pass of this mode has shown."""
+        training = torch.is_grad_enabled()
+        if flight.boundary is _RECOMPUTED:
+            return
+        is_cut = flight.boundary is not _checkpoint_region()
+        self._kept = flight.value if is_cut else None
+        if training in self._seen:
+            return
+        self._seen[training] = _Seen(tuple(flight.operators), is_cut)
+        if is_cut:
+            logger.warning("%s: an activation checkpoint begins between it and its tap %s; it runs without overlap. "
+                           "Checkpoint runs of blocks that hold both", self.name, self.place.module_name)  # fmt: skip
+        sizes = [self._sizes[name] for name in flight.operators]
+        sizes.append(sum(parameter.numel() for parameter in self.layer.mlp.parameters()))
+        if isinstance(self.overlap.expert_slot, str):
+            self.schedule = replace(self.schedule, expert_slot=slot_that_halves(sizes))
+        elif self.schedule.slots[-1] > len(sizes) + 1:
+            names = ", ".join([*flight.operators, "shared"])
+            raise ScMoEConfigError(
+                f"scmoe.overlap.expert_slot = {self.overlap.expert_slot}: the backbone of {self.name} has {len(sizes)} "
+                f"operators ({names}); use 1 … {len(sizes) + 1}"
+            )
+
+
+_RECOMPUTED = object()
+
+
+def _checkpoint_region() -> object:
+    """Identifies the activation checkpoint that surrounds the call; None outside of any."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def _recomputes(region: object) -> bool:
+    """Whether torch's activation checkpointing repeats a forward pass there."""
+    return getattr(region, "__qualname__", "").startswith("_recomputation_hook")
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first floating-point tensor among a module's arguments, or in a tuple that comes first."""
+    for value in (*args, *kwargs.values()):
+        first = value[0] if isinstance(value, (tuple, list)) and value else value
+        if isinstance(first, Tensor) and first.is_floating_point():
+            return first
+    return None
+
+
+def _marked_inputs(
+    recorder: PairRecorder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for index, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            (marked,) = recorder.open(name, value)
+            return (*args[:index], marked, *args[index + 1 :]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            (marked,) = recorder.open(name, value)
+            return args, {**kwargs, key: marked}
+    return args, kwargs
+
+
+def _not_to_be_run(stream: Stream) -> Stream:
+    raise RuntimeError("the operators of a replaced layer are the model's own modules")

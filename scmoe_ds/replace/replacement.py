@@ -1,0 +1,101 @@
+"""`replace_moe_layers` and its undoing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from deepspeed.moe.layer import MoE
+from torch import nn
+
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.replace.convert import HookedScMoE, convert, routed_experts_per_token
+from scmoe_ds.replace.hooked import HookedPair
+from scmoe_ds.replace.taps import Tap, find_tap
+
+
+def replace_moe_layers(model: nn.Module, config: ScMoEConfig) -> nn.Module:
+    """Makes every `deepspeed.moe.layer.MoE` of a model a ScMoE that reads a preceding layer, in place.
+
+    The layers keep their paths and parameters, so that checkpoints of the model still load; what a plain MoE lacks
+    (shared expert, coefficient, a norm for the shortcut) keeps its fresh values then. Call it before
+    `deepspeed.initialize`; `scmoe_ds.initialize` does where the section says `"replace": true`.
+
+    Args:
+        model: any model whose blocks are members of an nn.ModuleList.
+        config: the "scmoe" section; sizes (experts, capacity) stay those of the layers.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ScMoEConfigError: no MoE layer, or one that cannot be replaced; the model is then as it was.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    _check(found, config)
+    taps = []
+    for index, (name, _) in enumerate(found):
+        position = config.first_layer_position if index == 0 else None
+        taps.append(find_tap(model, name, position or config.position, config))
+    layers = [(convert(name, moe, config), routed_experts_per_token(moe, config)) for name, moe in found]
+    for (name, moe), tap, (layer, top_k) in zip(found, taps, layers, strict=True):
+        layer.replaced = (moe, moe.deepspeed_moe.gate.k)
+        layer.deepspeed_moe.gate.k = top_k
+        _put(model, moe, layer)
+        layer.pair = HookedPair(name, layer, tap, _shortcut_norm(layer, tap, config), config.overlap)
+        layer.register_load_state_dict_pre_hook(_keep_fresh_values)
+    return model
+
+
+def undo_replacement(model: nn.Module) -> nn.Module:
+    """Puts the replaced layers back, with the weights that they have now, and removes all hooks."""
+    for layer in [module for module in model.modules() if isinstance(module, HookedScMoE)]:
+        assert layer.pair is not None
+        layer.pair.detach()
+        moe, top_k = layer.replaced
+        moe.deepspeed_moe.gate.k = top_k
+        _put(model, layer, moe)
+    return model
+
+
+def _check(found: list[tuple[str, Any]], config: ScMoEConfig) -> None:
+    if not found:
+        raise ScMoEConfigError("scmoe.replace: the model holds no deepspeed.moe.layer.MoE")
+    if config.architecture != "scmoe" or config.post_norm or config.shortcut_distance != 1:
+        raise ScMoEConfigError('scmoe.replace makes layers of architecture "scmoe" with shortcut_distance 1 and '
+                               "without post_norm; remove what says otherwise")  # fmt: skip
+    for name, layer in found:
+        if isinstance(layer, HookedScMoE):
+            raise ScMoEConfigError(f"{name} has been replaced already")
+        for field, value in (("num_experts", layer.num_experts), ("expert_parallel_size", layer.ep_size)):
+            wanted = getattr(config, field)
+            if field in config.model_fields_set and wanted != value:
+                raise ScMoEConfigError(f"scmoe.{field} = {wanted}: {name} has {value}; a replaced layer keeps its own, "
+                                       "remove the field")  # fmt: skip
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Wherever a parent holds `old`, it holds `new` afterwards."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def _shortcut_norm(layer: HookedScMoE, tap: Tap, config: ScMoEConfig) -> nn.Module | None:
+    if tap.norm is None or config.shortcut_norm == "shared":
+        return tap.norm
+    norm = copy.deepcopy(tap.norm)
+    for hooks in (norm._forward_pre_hooks, norm._forward_hooks):
+        hooks.clear()
+    for name, parameter in norm.named_parameters():
+        nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+    layer.shortcut_norm = norm
+    return norm
+
+
+def _keep_fresh_values(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A checkpoint from before the replacement has no values for the parts that came with it."""
+    for name, parameter in module.named_parameters():
+        if not name.startswith("deepspeed_moe."):
+            state.setdefault(prefix + name, parameter.detach())

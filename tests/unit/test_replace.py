@@ -1,0 +1,320 @@
+"""DeepSpeed MoE layers in a model that somebody else wrote, replaced: against the same model written with ScMoE."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scmoe_ds import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.models.blocks import ScheduledRun
+from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
+from scmoe_ds.overlap.recorder import Recorder
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.replace import replace_moe_layers, undo_replacement
+from scmoe_ds.replace.convert import HookedScMoE
+
+SETTINGS = GPTSettings(4, 16, 2, 32, 12)
+EXPERTS = 4
+
+
+class TheirBlock(nn.Module):
+    """A block as others write it, with the names of LLaMA's."""
+
+    def __init__(self, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(SETTINGS), feed_forward
+        self.input_layernorm, self.post_attention_layernorm = make_norm(SETTINGS), make_norm(SETTINGS)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class TheirFeedForward(nn.Module):
+    def __init__(self, **moe: Any) -> None:
+        super().__init__()
+        self.moe = MoE(
+            16, MLP(SETTINGS), EXPERTS, **{"capacity_factor": 1.0, "min_capacity": 1, "use_rts": False, **moe}
+        )
+        self.l_aux: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output, self.l_aux, _ = self.moe(hidden_states)
+        return output
+
+
+class TheirModel(nn.Module):
+    def __init__(self, checkpointing: bool = False, **moe: Any) -> None:
+        super().__init__()
+        self.checkpointing: str | None = "block" if checkpointing else None
+        feeds = [MLP(SETTINGS), TheirFeedForward(**moe), MLP(SETTINGS), TheirFeedForward(**moe)]
+        self.layers = nn.ModuleList([TheirBlock(each) for each in feeds])
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.checkpointing == "all":
+            return checkpoint(self._layers, hidden, use_reentrant=False)
+        return self._layers(hidden)
+
+    def _layers(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            cut = self.checkpointing == "block" and torch.is_grad_enabled()
+            hidden = checkpoint(layer, hidden, use_reentrant=False) if cut else layer(hidden)
+        return hidden
+
+
+def section(**fields: Any) -> ScMoEConfig:
+    return ScMoEConfig.from_deepspeed({"scmoe": {"shortcut_norm": "shared", **fields}})
+
+
+def make(seed: int = 0, **moe: Any) -> TheirModel:
+    torch.manual_seed(seed)
+    return TheirModel(**moe)
+
+
+def hidden(seed: int = 1) -> Tensor:
+    return torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+def run(model: nn.Module, value: Tensor | None = None) -> dict[str, Tensor]:
+    """Output and all gradients by name."""
+    value = hidden() if value is None else value
+    model.zero_grad()
+    torch.manual_seed(2)  # DeepSpeed's top-2 gate draws random numbers
+    output = model(value)
+    (output.square().mean() + sum(each.l_aux for each in feeds(model) if each.l_aux is not None)).backward()
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return {**found, "input": value.grad, "output": output.detach()}
+
+
+def feeds(model: nn.Module) -> list[TheirFeedForward]:
+    return [module for module in model.modules() if isinstance(module, TheirFeedForward)]
+
+
+def replaced_layers(model: nn.Module) -> list[HookedScMoE]:
+    return [module for module in model.modules() if isinstance(module, HookedScMoE)]
+
+
+def require_equal(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert (value - other[name]).abs().max() <= tolerance * max(1.0, float(value.abs().max())), name
+
+
+def test_fed_with_its_own_input_a_residual_moe_is_what_it_was() -> None:
+    model = make(use_residual=True)
+    before, names = run(copy.deepcopy(model)), list(model.state_dict())
+    replace_moe_layers(model, section())
+    for layer in replaced_layers(model):
+        layer.pair = None
+    require_equal(run(model), before, 1e-6)
+    assert list(model.state_dict()) == names, "old checkpoints load"
+
+
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+@pytest.mark.parametrize("shortcut_norm", ["shared", "own"])
+def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> None:
+    """Each pair of TheirModel against a run of this package's GPT with the same weights."""
+    config = section(position=position, merge="cg2", shortcut_norm=shortcut_norm, capacity_factor=1.0, min_capacity=1,
+                     use_rts=False)  # fmt: skip
+    model = make(use_residual=True)
+    replace_moe_layers(model, config)
+    direct = nn.ModuleList([ScheduledRun(SETTINGS, config, EXPERTS, position, 12) for _ in range(2)])
+    theirs = dict(model.named_parameters())
+    ours: dict[str, str] = {}
+    for name, parameter in direct.named_parameters():
+        ours[name] = their_name(name, position)
+        parameter.data.copy_(theirs[ours[name]])
+    value, l_aux = hidden(), torch.zeros(())
+    output = value
+    for each in direct:
+        result = each(output)
+        output, l_aux = result.hidden, l_aux + result.l_aux
+    (output.square().mean() + l_aux).backward()
+    wanted = {ours[name]: each.grad for name, each in direct.named_parameters()}
+    wanted |= {"input": value.grad, "output": output.detach()}
+    for _ in range(2):  # the first pass looks for operators and overlaps nothing
+        require_equal(run(model), wanted, 1e-6)
+    assert [layer.pair.schedule.slots for layer in replaced_layers(model)] == [each.schedule.slots for each in direct]
+
+
+def their_name(name: str, position: str) -> str:
+    run_index, rest = name.split(".", 1)
+    if rest.startswith("shortcut_norm"):
+        return f"layers.{2 * int(run_index) + 1}.mlp.moe.{rest}"
+    _, block, rest = rest.split(".", 2)
+    for ours, theirs in [("attention_norm.", "input_layernorm."), ("mlp_norm.", "post_attention_layernorm."),
+                         ("attention.", "self_attn."), ("moe.", "mlp.moe.")]:  # fmt: skip
+        if rest.startswith(ours):
+            rest = theirs + rest.removeprefix(ours)
+            break
+    return f"layers.{2 * int(run_index) + int(block)}.{rest}"
+
+
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+def test_every_slot_and_chunk_gives_the_same(position: str) -> None:
+    model = make(use_residual=True)
+    replace_moe_layers(model, section(position=position))
+    serial = run(model)
+    operators = len(replaced_layers(model)[0].pair.operators())
+    assert operators == {"pos1": 2, "pos2": 3, "pos3": 4}[position]
+    for slot in range(1, operators + 2):
+        for chunks in (1, 2):
+            for layer in replaced_layers(model):
+                layer.pair.schedule = Schedule(slot, chunks)
+            require_equal(run(model), serial, 1e-6)
+
+
+def test_undone_it_is_what_it_was() -> None:
+    model = make(k=2)
+    before, layers = run(copy.deepcopy(model)), feeds(model)
+    kept = [each.moe for each in layers]
+    replace_moe_layers(model, section())
+    assert all(layer.deepspeed_moe.gate.k == 1 for layer in replaced_layers(model))
+    run(model)
+    undo_replacement(model)
+    assert [each.moe for each in layers] == kept and not replaced_layers(model)
+    require_equal(run(model), before)
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("source", ["fresh", "mean", 2])
+def test_a_plain_moe_gets_a_shared_expert(source: str | int) -> None:
+    model = make(k=2)
+    experts = [dict(each.named_parameters()) for each in feeds(model)[0].moe.deepspeed_moe.experts.deepspeed_experts]
+    replace_moe_layers(model, section(shared_from=source))
+    layer = replaced_layers(model)[0]
+    for name, parameter in layer.mlp.named_parameters():
+        assert getattr(parameter, "allreduce", True), "not a routed expert"
+        held = [each[name].detach() for each in experts]
+        if source == "mean":
+            torch.testing.assert_close(parameter.detach(), torch.stack(held).mean(0))
+        elif isinstance(source, int):
+            assert torch.equal(parameter, held[source]) and parameter is not experts[source][name]
+        elif parameter.ndim > 1:
+            assert not any(torch.equal(parameter, each) for each in held)
+    assert layer.coefficient.out_features == 1, "cg1"
+
+
+def test_old_checkpoints_load_and_new_parts_keep_their_values() -> None:
+    old = make(seed=5, k=2)
+    model = make()
+    replace_moe_layers(model, section(shortcut_norm="own"))
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(old.state_dict())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, old.state_dict().get(name, fresh[name])), name
+    assert any(name not in old.state_dict() for name in fresh)
+
+
+def test_without_gradients_and_in_evaluation() -> None:
+    model = make(use_residual=True)
+    replace_moe_layers(model, section())
+    model.eval()
+    with torch.no_grad():
+        first, second = model(hidden()), model(hidden())
+    assert torch.equal(first, second)
+    torch.testing.assert_close(model(hidden()).detach(), first, rtol=1e-5, atol=1e-6)
+
+
+def test_several_forwards_before_a_backward() -> None:
+    model = make(use_residual=True)
+    replace_moe_layers(model, section())
+    apart = [run(model, hidden(seed)) for seed in (1, 2)]
+    model.zero_grad()
+    values = [hidden(seed) for seed in (1, 2)]
+    losses = []
+    for value in values:
+        output = model(value)
+        losses.append(output.square().mean() + sum(each.l_aux for each in feeds(model)))
+    sum(losses).backward()
+    for value, one in zip(values, apart, strict=True):
+        torch.testing.assert_close(value.grad, one["input"])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, apart[0][name] + apart[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["block", "all"])
+def test_under_activation_checkpointing(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = make(use_residual=True)
+    replace_moe_layers(model, section())
+    plain = run(model)
+    model = make(use_residual=True)
+    replace_moe_layers(model, section())
+    model.checkpointing = where
+    for _ in range(2 if where == "block" else 1):
+        require_equal(run(model), plain, 1e-6)
+    said = "an activation checkpoint begins between it and its tap" in caplog.text
+    assert said == (where == "block")
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model = make(use_residual=True)
+    replace_moe_layers(model, section())
+    for layer in model.layers:
+        layer.forward = lambda value, inner=layer.forward: checkpoint(inner, value, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="set use_reentrant=False"):
+        run(model)
+
+
+def test_a_recorder_hears_of_every_operator() -> None:
+    model = make(use_residual=True)
+    replace_moe_layers(model, section(position="pos3"))
+    run(model)
+    recorder = Recorder(torch.device("cpu"))
+    replaced_layers(model)[1].pair.recorder = recorder.pair(0)
+    run(model)
+    heard = {(span.name, span.phase) for span in recorder.spans()}
+    for name in ("gate", "encode", "self_attn", "mlp", "self_attn 2", "shared", "experts", "decode"):
+        assert {(name, "forward"), (name, "backward")} <= heard, name
+
+
+BAD = {
+    "no MoE": (lambda: nn.ModuleList([nn.Linear(2, 2)]), {}, "holds no deepspeed.moe.layer.MoE"),
+    "first block": (lambda: nn.Sequential(nn.ModuleList([TheirBlock(TheirFeedForward())])), {},
+                    r"0\.0\.mlp\.moe is in the first block of 0"),
+    "no ModuleList": (lambda: nn.Sequential(TheirFeedForward()), {}, "in no nn.ModuleList"),
+    "wrong number of experts": (make, {"num_experts": 8}, r"scmoe\.num_experts = 8: layers\.1\.mlp\.moe has 4"),
+    "another architecture": (make, {"architecture": "dgmoe"}, 'architecture "scmoe"'),
+    "no such tap": (make, {"tap": "{previous}.nowhere:input"}, "has no such module"),
+    "tap without a side": (make, {"tap": "{previous}.mlp"}, "must end in"),
+    "shared from nobody": (make, {"shared_from": 9}, r"experts 0 … 3"),
+    "tutel": (lambda: make_tutel(), {}, "use_tutel"),
+}  # fmt: skip
+
+
+def make_tutel() -> nn.Module:
+    model = make()
+    feeds(model)[0].moe.deepspeed_moe.use_tutel = True
+    return model
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_replaced_says_why_and_stays(case: str) -> None:
+    build, fields, message = BAD[case]
+    model = build()
+    with pytest.raises(ScMoEConfigError, match=message):
+        replace_moe_layers(model, section(**fields))
+    assert not replaced_layers(model) and not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_tap_that_does_not_run_before_or_has_another_shape_says_so() -> None:
+    model = make()
+    replace_moe_layers(model, section(tap="{block}.mlp:output"))
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.moe ran, but not its tap layers\.1\.mlp before it"):
+        run(model)
+    model = make()
+    replace_moe_layers(model, section())
+    model.layers[0].post_attention_layernorm.register_forward_pre_hook(lambda _, args: (args[0][:, :6],), prepend=True)
+    with pytest.raises(RuntimeError, match="a stage boundary lies between them"):
+        model.layers[0].post_attention_layernorm(hidden())
+        model.layers[1](hidden())
