@@ -10,10 +10,13 @@ export PATH := $(BIN):$(PATH)
 # One thread per rank: more of them fight for the cores of the other ranks.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test check pretrain schema clean
+# What tests/cluster makes two machines of.
+CLUSTER_PACKAGES := iproute2 openssh-server pdsh openmpi-bin procps
+
+.PHONY: help setup test check pretrain schema cluster-packages clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(STAMP): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'scmoe_ds needs Python 3.10 or later' >&2; exit 1; }
@@ -36,6 +39,15 @@ pretrain: $(STAMP)  ## train a small ScMoE GPT for a few minutes, on the GPUs th
 
 schema: $(STAMP)  ## write ds_configs/scmoe.schema.json
 	$(BIN)/python tools/write_schema.py
+
+# Where a service manager runs, openssh-server would start a system-wide sshd: not as a side effect of a test.
+cluster-packages:  ## Debian packages for the tests on two machines, as root in a container; without them those tests skip
+	@if PATH="$$PATH:/usr/sbin" which ip sshd pdsh mpirun pkill >/dev/null; then :; \
+	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || [ -d /run/systemd/system ]; then \
+		echo 'Tests on two machines skip: install $(CLUSTER_PACKAGES) yourself (this target does so as root on Debian without systemd)'; \
+	elif ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES); } >/dev/null; then \
+		echo 'Tests on two machines skip: apt-get could not install $(CLUSTER_PACKAGES)'; \
+	fi
 
 clean:  ## remove the environment, the default corpus and its runs
 	rm -rf $(VENV) data runs checkpoints

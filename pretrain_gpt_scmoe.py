@@ -24,13 +24,17 @@ from scmoe_ds.data.corpus import prepare_default_corpus, validation_entropy
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
+from scmoe_ds.deepspeed_settings import check_accelerator
 from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement, run_together
 from scmoe_ds.parallel.timeouts import set_timeouts
 from scmoe_ds.program import run_program
-from scmoe_ds.training import RunSettings, Summary, Trainer, TrainingError
+from scmoe_ds.step_health import TrainingError
+from scmoe_ds.training import RunSettings, Summary, Trainer
 
 USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError, RankDisagreementError,
                TrainingError)  # fmt: skip
@@ -45,32 +49,32 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     """One training job in a process group that exists."""
     ranks = dist.get_world_size()
     require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
-    config.check_world(ranks)
-    micro_batch_size, accumulation_steps = batch_sizes(whole, ranks)
+    check_accelerator(whole)
+    config.check_world(ranks, args.tensor_model_parallel_size)
+    tensor.start(args.tensor_model_parallel_size)
+    replicas = tensor.data_parallel_size()
+    micro_batch_size, accumulation_steps = batch_sizes(whole, replicas)
     config.check_tokens(micro_batch_size * args.seq_length)
     settings = RunSettings(
         args.train_iters, micro_batch_size, accumulation_steps, args.seq_length, args.seed, args.log_interval,
         args.eval_interval, args.eval_iters, args.num_workers, args.save, args.save_interval, args.exit_interval,
-        args.scmoe_trace, args.scmoe_trace_dir, args.exit_duration_in_mins,
+        args.scmoe_trace, args.scmoe_trace_dir, args.exit_duration_in_mins, args.keep_last,
     )  # fmt: skip
     tokenizer = build_tokenizer(args.tokenizer_type, tokenizer_model=args.tokenizer_model,
                                 vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     prefixes = args.data_path or [run_together(lambda: prepare_default_corpus(args.corpus_dir))]
-    datasets = load_data(args, settings, tokenizer, prefixes, ranks)
+    datasets = load_data(args, settings, tokenizer, prefixes, replicas)
     description = checkpoint.describe(shape, config, ranks, whole)
-    if args.load:
-        checkpoint.find(args.load, description)
+    source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
     if args.save:
         checkpoint.check_writable(args.save)
 
-    model = GPT(shape, config, args.seq_length)
-    ep_rank = expert_parallel_rank(config.expert_parallel_size)
-    initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers, ep_rank)
+    model = build_model(shape, config, args)
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
     set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
 
-    iteration, consumed_samples = checkpoint.load(engine, args.load, description) if args.load else (0, 0)
+    iteration, consumed_samples = checkpoint.load(engine, source)
     if dist.get_rank() == 0:
         print(f"training {config.architecture} from iteration {iteration} to {args.train_iters} on {ranks} "
               f"{'GPU' if torch.cuda.is_available() else 'CPU'} process(es), expert-parallel size "
@@ -82,13 +86,29 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     return summary
 
 
+def build_model(shape: GPTSettings, config: ScMoEConfig, args: argparse.Namespace) -> GPT:
+    """This rank's part of the model, with weights that depend on the seed alone.
+
+    Raises:
+        ArgumentError: sizes that the tensor-parallel ranks do not divide.
+    """
+    try:
+        model = GPT(shape, config, args.seq_length, tensor.tensor_parallel_group(), args.recompute_granularity)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+    ep_rank = expert_parallel_rank(config.expert_parallel_size, config.expert_tensor_parallelism)
+    initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers, ep_rank,
+                          tensor.tensor_parallel_rank(), tensor.tensor_parallel_size())  # fmt: skip
+    return model
+
+
 def load_data(
-    args: argparse.Namespace, settings: RunSettings, tokenizer: Tokenizer, prefixes: Sequence[str], ranks: int
+    args: argparse.Namespace, settings: RunSettings, tokenizer: Tokenizer, prefixes: Sequence[str], replicas: int
 ) -> Datasets:
     """Training samples for the whole run, validation samples for one validation; the same on every rank."""
     data = DataSettings(tuple(prefixes), args.split, args.seq_length, args.seed, tokenizer, args.data_cache_path)
-    per_iteration = settings.rank_batch_size * ranks
-    validation = args.eval_iters * settings.micro_batch_size * ranks
+    per_iteration = settings.rank_batch_size * replicas
+    validation = args.eval_iters * settings.micro_batch_size * replicas
     datasets = build_datasets(data, max(args.train_iters, 1) * per_iteration, validation, 0)
     sizes = [len(part) if part is not None else 0 for part in (datasets.train, datasets.valid)]
     require_agreement("the number of samples in the data", sizes)

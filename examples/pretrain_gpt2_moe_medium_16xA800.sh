@@ -17,6 +17,9 @@ if [[ "${CUDA_DEVICE_MAX_CONNECTIONS:-}" == 1 ]]; then
     exit 1
 fi
 
+# Lets the launcher notice a node that has lost its power or its link.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:--oServerAliveInterval=5 -oServerAliveCountMax=3}"
+
 deepspeed --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
     pretrain_gpt_scmoe.py \
     --preset gpt2-moe-medium \
@@ -24,5 +27,5 @@ deepspeed --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" ${MASTER_ADDR:+--m
     --tokenizer-type GPT2BPETokenizer --vocab-file "$VOCAB" --merge-file "$MERGES" \
     --data-path "$DATA" --num-workers 2 \
     --train-iters 1907 --log-interval 10 --eval-interval 200 --eval-iters 10 \
-    --save "$CHECKPOINTS" --load "$CHECKPOINTS" --save-interval 500 \
+    --save "$CHECKPOINTS" --auto-resume --save-interval 500 \
     "$@"

@@ -14,6 +14,7 @@ from scmoe_ds.config import ScMoEConfig, load_deepspeed_json
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.presets import PRESETS
+from scmoe_ds.models.recompute import GRANULARITIES
 
 MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}
 """Megatron-DeepSpeed's --mlp-type, with ours added, to `scmoe.architecture`."""
@@ -102,8 +103,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval-iters", type=int, default=100, help="batches per validation")
     group.add_argument("--save", help="directory of checkpoints; default: none are written")
     group.add_argument("--save-interval", type=int, help="iterations per checkpoint; one is always saved at the end")
-    group.add_argument("--load", help="directory to resume from; an empty or missing one starts from scratch")
-    group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="1 in this release")
+    group.add_argument("--keep-last", type=int, help="checkpoints that --save keeps; default: all")
+    group.add_argument("--load", help="directory of checkpoints to resume from (an empty or missing one starts from "
+                       "scratch), one checkpoint, or exported weights to start with")  # fmt: skip
+    group.add_argument("--auto-resume", action="store_true",
+                       help="resume from the newest whole checkpoint in --save; if none, from --load")  # fmt: skip
+    group.add_argument("--recompute-granularity", choices=GRANULARITIES, help="activation checkpointing: keep the "
+                       "input of each run of blocks (full) or of each dense operator (selective)")  # fmt: skip
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer")
 
 
 def _add_moe(parser: argparse.ArgumentParser) -> None:
@@ -238,8 +245,9 @@ def _check(args: argparse.Namespace) -> None:
             raise ArgumentError(f"--{name.replace('_', '-')} is missing (--preset sets the sizes of a known model)")
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     at_least_one = ["num_layers", "hidden_size", "num_attention_heads", "seq_length", "log_interval",
-                    "make_vocab_size_divisible_by", "eval_interval", "eval_iters"]  # fmt: skip
-    optional = ["save_interval", "exit_interval", "scmoe_trace"]
+                    "make_vocab_size_divisible_by", "eval_interval", "eval_iters",
+                    "tensor_model_parallel_size"]  # fmt: skip
+    optional = ["save_interval", "exit_interval", "scmoe_trace", "keep_last"]
     lowest = dict.fromkeys(at_least_one + [name for name in optional if getattr(args, name) is not None], 1)
     lowest |= {"train_iters": 0, "ffn_hidden_size": 0, "num_key_value_heads": 0, "num_workers": 0, "seed": 0}
     for name, minimum in lowest.items():
@@ -255,11 +263,9 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("attention_dropout", "hidden_dropout"):
         if not 0 <= getattr(args, name) < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be in [0, 1)")
-    if args.tensor_model_parallel_size != 1:
-        raise ArgumentError(f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: this release has "
-                            "expert and data parallelism only; set 1")  # fmt: skip
-    if args.save_interval and not args.save:
-        raise ArgumentError("--save-interval needs --save, the directory of the checkpoints")
+    for name in ("save_interval", "keep_last", "auto_resume"):
+        if getattr(args, name) and not args.save:
+            raise ArgumentError(f"--{name.replace('_', '-')} needs --save, the directory of the checkpoints")
 
 
 def _fill_in_schedule(whole: dict[str, Any], train_iters: int) -> None:

@@ -148,7 +148,8 @@ class ScMoEConfig(_Section):
         False, strict=True, description="Make DeepSpeed MoE layers of a model that others wrote ScMoE layers, at start."
     )
     tap: Union[str, None] = Field(
-        None, description='Where a replaced layer\'s shortcut is taken, e.g. "{previous}.ln_2:input"; null: by position.'
+        None,
+        description='Where a replaced layer\'s shortcut is taken, e.g. "{previous}.ln_2:input"; null: by position.',
     )
     shared_from: Union[int, Literal["fresh", "mean"]] = Field(
         "fresh", description="Shared expert of a replaced MoE that has none: new, mean of its experts, or one of them."
@@ -301,11 +302,11 @@ class ScMoEConfig(_Section):
                        f"must divide the world size {world_size}; change it or the number of processes")  # fmt: skip
         if self.expert_tensor_parallelism and world_size // tp % ep:
             raise fail("scmoe.expert_parallel_size", ep,
-                       f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; change "
-                       "it, or set expert_tensor_parallelism to false")  # fmt: skip
+                       f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; "
+                       "change it, or set expert_tensor_parallelism to false")  # fmt: skip
         if not self.expert_tensor_parallelism and ep % tp and tp % ep:
             raise fail("scmoe.expert_parallel_size", ep,
-                       f"it or --tensor-model-parallel-size {tp} must divide the other; change one of them")  # fmt: skip
+                       f"it or --tensor-model-parallel-size {tp} must divide the other")  # fmt: skip
 
 
 def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:

@@ -19,16 +19,19 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
+from scmoe_ds.client_optimizer import with_expert_groups
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
+from scmoe_ds.deepspeed_settings import check_accelerator, check_model_and_optimizer, warn
 from scmoe_ds.models.blocks import Block, ScheduledRun
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.overlap.executor import backbone_names
 from scmoe_ds.overlap.plan_text import layers_text
 from scmoe_ds.overlap.transport import probe
-from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel import tensor
+from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
+from scmoe_ds.parallel.shared_memory import forget_names
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -48,7 +51,7 @@ def initialize(
         config: the DeepSpeed JSON (path or dict) with its "scmoe" section.
         mpu: as for DeepSpeed; default: the groups of scmoe_ds.parallel.tensor, if it was started.
         optimizer, model_parameters: as for DeepSpeed. By default all parameters that require a gradient, in
-            Megatron's two groups: biases and norms have no weight decay.
+            Megatron's two groups: biases and norms have no weight decay. Experts get groups of their own.
         kwargs: handed to `deepspeed.initialize`.
 
     Returns:
@@ -63,6 +66,8 @@ def initialize(
     whole = load_deepspeed_json(config)
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
     section = ScMoEConfig.from_deepspeed(whole)
+    check_accelerator(whole)
+    check_model_and_optimizer(whole, model, optimizer)
     if mpu is None and tensor.tensor_parallel_size() > 1:
         mpu = tensor.ModelParallelUnit()
     holders = bwc_tensor_model_parallel_world_size(mpu)
@@ -70,6 +75,11 @@ def initialize(
     micro_batch_size, _ = batch_sizes(whole, dist.get_world_size() // holders)
     if optimizer is None and model_parameters is None:
         model_parameters = parameter_groups(model)
+    if optimizer is not None:
+        optimizer = with_expert_groups(optimizer, kwargs.get("lr_scheduler"))
+        model_parameters = model_parameters or parameter_groups(model)
+    if dist.get_rank() == 0:
+        warn(whole)
     result = deepspeed.initialize(
         model=model, config=whole, mpu=mpu, optimizer=optimizer, model_parameters=model_parameters, **kwargs
     )
@@ -103,22 +113,14 @@ def prepare_whole_experts(model: nn.Module, config: ScMoEConfig) -> None:
     """
     if not config.is_scheduled and dist.get_backend() == "gloo":
         instead = "pipelined_topk" if config.architecture == "topk" else "overlapped_shared_expert"
-        raise ScMoEConfigError(f'scmoe.architecture = "{config.architecture}": DeepSpeed\'s own layer gathers tokens of '
-                               "tensor-parallel ranks in a way that gloo refuses; use "
-                               f'"{instead}", the same layer of this package, or one tensor-parallel rank')  # fmt: skip
+        raise ScMoEConfigError(
+            f'scmoe.architecture = "{config.architecture}": DeepSpeed\'s own layer gathers tokens of tensor-parallel '
+            f'ranks in a way that gloo refuses; use "{instead}", the same layer of this package, or a tensor-parallel '
+            "size of 1"
+        )
     for module in model.modules():
         if isinstance(module, MoE):
             count_on_all_ranks(module.deepspeed_moe.experts)
-
-
-def warn(whole: Mapping[str, Any]) -> None:
-    """Settings that run, but not as their user expects."""
-    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and torch.cuda.is_available():
-        logger.warning("CUDA_DEVICE_MAX_CONNECTIONS=1 puts all streams in one queue: communication and computation "
-                       "take turns. Unset it")  # fmt: skip
-    if not whole.get("zero_optimization", {}).get("stage"):
-        logger.warning("zero_optimization.stage is 0: DeepSpeed's gradient norm, and so clipping, is wrong for MoE "
-                       "models there; set stage 1 or 2")  # fmt: skip
 
 
 def show_log() -> None:
@@ -135,6 +137,7 @@ def connect() -> bool:
     """
     if dist.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False)  # joins what torch.distributed already is
+        forget_names()
         return False
     _adopt_launcher()
     if "RANK" not in os.environ:
@@ -146,6 +149,7 @@ def connect() -> bool:
     # NCCL sends Python objects through the current device: without this, every rank of a node would use the first.
     deepspeed.get_accelerator().set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
     deepspeed.init_distributed(auto_mpi_discovery=False)
+    forget_names()
     return True
 
 
@@ -223,12 +227,14 @@ def describe_pair(
         "wire_dtype": layer.wire_dtype,
         "all_to_all": config.all_to_all,  # the setting: which one "auto" takes can change from start to start
         "expert_parallel_size": layer.ep_size,
+        "ranks_that_exchange": layer.transport.size,
         "tensor_parallel_size": bwc_tensor_model_parallel_world_size(groups.mpu),
         "expert_tensor_parallelism": config.expert_tensor_parallelism,
         "processes": dist.get_world_size(),
         "nodes": nodes,
         "micro_batch_size": micro_batch_size,
         "seq_length": sequence,
+        **({"recompute": run.recompute} if run.recompute else {}),  # an operator's backward then repeats its forward
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type,
     }

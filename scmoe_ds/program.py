@@ -13,6 +13,10 @@ import torch.distributed as dist
 from scmoe_ds.arguments import parse_arguments
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import connect, show_log
+from scmoe_ds.parallel.failures import FailureReporter, leave
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell's."""
 
 Job = Callable[[argparse.Namespace, dict[str, Any], ScMoEConfig], object]
 
@@ -27,17 +31,34 @@ def run_program(name: str, argv: Sequence[str] | None, job: Job, errors: tuple[t
         errors: what a user can mend; it ends in one sentence, not in a traceback.
     """
     show_log()
+    reporter: FailureReporter | None = None
     connected, code = False, 0
     try:
         args, whole, config = parse_arguments(argv)
         connected = connect()
+        if connected and dist.get_world_size() > 1:
+            reporter = FailureReporter(name)
         job(args, whole, config)
     except errors as error:
-        # Before the ranks have met, each node speaks for itself; afterwards all of them fail alike.
-        if os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0":
-            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         code = 2
-    # Not in a finally: after any other error the traceback matters, and other ranks may be inside a collective.
+        # Before the ranks have met, each node speaks for itself; afterwards all of them fail alike.
+        alone = os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0"
+        if alone if reporter is None else reporter.speaks(str(error)):
+            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        if reporter is not None:
+            leave(code)  # a rank that failed alone leaves others inside a collective
+    except KeyboardInterrupt:
+        if not connected:
+            return INTERRUPTED
+        if reporter is not None:
+            reporter.note("interrupted")
+        if dist.get_rank() == 0:
+            print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        leave(INTERRUPTED)  # the others may be inside a collective
+    except Exception as error:
+        if reporter is None:
+            raise
+        reporter.end(error)
     if connected:
         dist.destroy_process_group()
     return code

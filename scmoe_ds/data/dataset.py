@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import parse_data_path, plain_split, split_document_ranges
-from scmoe_ds.data.indexed import IndexedLayout, check_indexed_dataset, check_token_range, read_layout
+from scmoe_ds.data.indexed import IndexedLayout, check_indexed_dataset, check_token_range, content_digest, read_layout
 from scmoe_ds.data.sampler import PretrainingSampler, pretraining_batches
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.parallel.agreement import require_agreement, run_together
@@ -117,7 +117,9 @@ class _Inspection:
     """What every rank must have found alike before the first barrier of the builder."""
 
     request: str
+    tokenizer: dict[str, Any]
     data_fingerprint: str
+    content: tuple[str, ...]
     num_tokens: tuple[int, ...]
 
 
@@ -139,7 +141,9 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
     samples = (train_samples, valid_samples, test_samples)
     inspection = run_together(lambda: _inspect(settings, samples))
     assert inspection is not None
-    require_agreement("the training data", inspection)
+    require_agreement("the training data", inspection.request)
+    require_agreement("the tokenizer", inspection.tokenizer)
+    require_agreement("the training data", (inspection.data_fingerprint, inspection.num_tokens, inspection.content))
     if not any(samples):
         return Datasets(None, None, None)
     config = _megatron_config(settings, samples, inspection)
@@ -151,6 +155,25 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
             f"wrote: {error.filename}. Set --data-cache-path to a directory that all nodes share."
         ) from error
     return Datasets(*built)
+
+
+def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]:
+    """The documents that samples of a data set were cut from, in words; empty for data of another make."""
+    found: dict[str, list[int]] = {}
+    for index in samples:
+        source, position = data, index
+        if isinstance(data, BlendedDataset):
+            data[index]  # maps its index into memory
+            source, position = data.datasets[data.dataset_index[index]], int(data.dataset_sample_index[index])
+        if isinstance(source, GPTDataset):
+            _, documents = source._query_document_sample_shuffle_indices(position)
+            found.setdefault(source.dataset_path, []).extend(map(int, documents))
+    texts = []
+    for path, numbers in found.items():
+        unique = list(dict.fromkeys(numbers))
+        rest = f", … ({len(unique)} in all)" if len(unique) > shown else ""
+        texts.append(f"documents {', '.join(map(str, unique[:shown]))}{rest} of {path}")
+    return texts
 
 
 def _megatron_config(
@@ -201,10 +224,15 @@ def _inspect(settings: DataSettings, samples: tuple[int, int, int]) -> _Inspecti
             _check_cache_writable(settings.data_cache_path or _default_cache(layout.prefix))
     request = (
         f"split {settings.split}, sequence length {settings.seq_length}, seed {settings.seed}, samples "
-        f"{samples}, data path {' '.join(settings.data_path)}, {dict(settings.tokenizer.unique_identifiers)}"
+        f"{samples}, data path {' '.join(settings.data_path)}"
     )
-    fingerprint = " ".join(layout.fingerprint for layout in layouts)
-    return _Inspection(request, fingerprint, tuple(layout.num_tokens for layout in layouts))
+    return _Inspection(
+        request,
+        dict(settings.tokenizer.unique_identifiers),
+        " ".join(layout.fingerprint for layout in layouts),
+        tuple(content_digest(layout) for layout in layouts),
+        tuple(layout.num_tokens for layout in layouts),
+    )
 
 
 def _check_split_lengths(layout: IndexedLayout, settings: DataSettings, samples: Sequence[int]) -> None:

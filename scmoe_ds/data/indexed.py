@@ -26,6 +26,7 @@ _REBUILD = "Build the dataset again with tools/preprocess_data.py"
 _SCAN_BLOCK_TOKENS = 1 << 24
 _FULL_SCAN_TOKENS = 1_000_000_000
 _NUM_SAMPLED_BLOCKS = 16
+_DIGEST_BLOCK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,18 @@ def check_token_range(layout: IndexedLayout, vocab_size: int) -> None:
             f"tokenizer: give that one with --tokenizer-type and its files. Otherwise: {_REBUILD} and the "
             "tokenizer of this run."
         )
+
+
+def content_digest(layout: IndexedLayout) -> str:
+    """Hex digest of 16 evenly spaced blocks of the tokens, the first and the last included: 1 MiB at most, so that
+    every rank can afford to compare its copy with the others'."""
+    digest = hashlib.sha256()
+    last = max(layout.num_tokens * layout.dtype.itemsize - _DIGEST_BLOCK_BYTES, 0)
+    with open(layout.prefix + ".bin", "rb") as stream:
+        for number in range(_NUM_SAMPLED_BLOCKS):
+            stream.seek(last * number // (_NUM_SAMPLED_BLOCKS - 1))
+            digest.update(stream.read(_DIGEST_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def _block_starts(num_tokens: int) -> list[int]:

@@ -9,6 +9,7 @@ No attribute here may contain the word "expert": DeepSpeed's checkpoints would t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
 from scmoe_ds.models.parallel_layers import Group
+from scmoe_ds.models.recompute import Recompute, recompute_operator, recompute_run
 from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap import executor
@@ -110,16 +112,31 @@ class PlainRun(nn.Module):
     def __init__(self, settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group = None) -> None:
         super().__init__()
         self.blocks = make_blocks(settings, config, num_experts, group)
+        self.recompute: Recompute | None = None
 
     def forward(self, hidden: Tensor) -> PairOutput:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return recompute_run(self._run, hidden)
+        return self._run(hidden)
+
+    def _run(self, hidden: Tensor) -> PairOutput:
         blocks = cast(Sequence[Block], self.blocks)
-        stream = Stream(hidden)
-        for block in blocks[:-1]:
-            stream = block.feed(block.attend(stream))
-        last = blocks[-1]
-        stream = last.attend(stream)
+        operators = [step for block in blocks for step in (block.attend, block.feed)][:-1]
+        stream, last = Stream(hidden), blocks[-1]
+        for operator in operators:
+            stream = recompute_operator(operator, stream) if self.recompute == "selective" else operator(stream)
         output, l_aux, exp_counts = last.moe(last.mlp_norm(stream.hidden))
         return PairOutput(last.add(stream.hidden, output), l_aux, exp_counts)
+
+
+def tap_of(config: ScMoEConfig, position: str) -> int:
+    """The number of a run's operators before the tap."""
+    if not config.has_shortcut:
+        return 2 * config.moe_every  # behind the norm that all operators of the last block share
+    # The tapped block's index; -1 is the block before this run, whose output is this run's input.
+    tapped = config.moe_every - 1 - (config.shortcut_distance if config.moe_every > 1 else 1)
+    # Two operators per block: Pos-1 is a block's output, Pos-2 follows its attention, Pos-3 is its input.
+    return 2 * tapped + {"pos1": 2, "pos2": 1, "pos3": 0}[position]
 
 
 class ScheduledRun(nn.Module):
@@ -133,6 +150,7 @@ class ScheduledRun(nn.Module):
         schedule: when the routed experts run in training; replace it to run the same weights under another schedule.
         forward_schedule: the same where no gradient is wanted; None: as in training.
         recorder: who is told what happens when.
+        recompute: what is computed again in the backward pass instead of being kept.
         tap: the shortcut is taken before operator number `tap`.
     """
 
@@ -146,9 +164,10 @@ class ScheduledRun(nn.Module):
         group: Group = None,
     ) -> None:
         super().__init__()
+        self.recompute: Recompute | None = None
         self.blocks = make_blocks(settings, config, num_experts, group)
         self.on_current_layer = not config.has_shortcut
-        self.tap = self._tap(config, position)
+        self.tap = tap_of(config, position)
         own_norm = config.has_shortcut and config.shortcut_norm == "own"
         self.shortcut_norm = make_norm(settings) if own_norm else None
         self.post_norm = make_norm(settings) if config.post_norm else None
@@ -167,10 +186,19 @@ class ScheduledRun(nn.Module):
     def forward(self, hidden: Tensor) -> PairOutput:
         training = torch.is_grad_enabled()
         schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
-        return executor.run(self, hidden, schedule, self.recorder)
+        if self.recompute != "full" or not training:
+            return executor.run(self, hidden, schedule, self.recorder)
+        recorders = iter([self.recorder])  # for the first pass alone: the second is nobody's forward
+        return recompute_run(lambda hidden: executor.run(self, hidden, schedule, next(recorders, SILENT)), hidden)
 
     def operators(self) -> list[Operator]:
         """All operators of the run, in order; see `executor.Pair`."""
+        operators = self._operators()
+        if self.recompute == "selective":
+            return [Operator(each.name, partial(recompute_operator, each.run)) for each in operators]
+        return operators
+
+    def _operators(self) -> list[Operator]:
         operators = []
         for block in cast(Sequence[Block], self.blocks):
             operators += [Operator("attention", block.attend), Operator("mlp", block.feed)]

@@ -25,6 +25,7 @@ from scmoe_ds.models.parallel_layers import (
     vocabulary_embedding,
     vocabulary_logits,
 )
+from scmoe_ds.models.recompute import Recompute
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class GPT(nn.Module):
         config: the "scmoe" section; its architecture, position and placement decide the runs.
         sequence: tokens per sequence for the FLOPs behind the "auto" slot; default: the longest possible.
         group: the tensor-parallel ranks (scmoe_ds.parallel.tensor); None: every rank holds whole layers.
+        recompute: what the backward pass computes again instead of keeping it, see models/recompute.py.
 
     Raises:
         ScMoEConfigError: a depth that the placement does not divide.
@@ -61,7 +63,12 @@ class GPT(nn.Module):
     """
 
     def __init__(
-        self, settings: GPTSettings, config: ScMoEConfig, sequence: int | None = None, group: Group = None
+        self,
+        settings: GPTSettings,
+        config: ScMoEConfig,
+        sequence: int | None = None,
+        group: Group = None,
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
         config.check_model(settings.num_layers)
@@ -72,13 +79,15 @@ class GPT(nn.Module):
         self.embedding = vocabulary_embedding(V, D, group)
         learned = settings.position_embedding == "learned_absolute"
         self.positions = nn.Embedding(settings.max_position_embeddings, D) if learned else None
-        runs: list[nn.Module] = []
+        runs: list[PlainRun | ScheduledRun] = []
         for layer, num_experts in enumerate(config.experts_per_layer(settings.num_layers)):
             if not config.is_scheduled:
                 runs.append(PlainRun(settings, config, num_experts, group))
                 continue
             position = config.first_layer_position if layer == 0 else None
             runs.append(ScheduledRun(settings, config, num_experts, position or config.position, sequence, group))
+        for run in runs:
+            run.recompute = recompute
         self.runs = nn.ModuleList(runs)
         self.final_norm = make_norm(settings)
         self.head = None if settings.tie_embeddings else column_parallel(D, [V], False, group)

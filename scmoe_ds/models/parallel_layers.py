@@ -1,7 +1,7 @@
 """Linear layers and embeddings that tensor-parallel ranks share: megatron-core's, or torch's where there are no others.
 
-Either way a parameter has the same name and carries its rule (scmoe_ds.parallel.tensor.Split), so that initialisation and checkpoints
-need not know on how many ranks a model runs.
+Either way a parameter has the same name and carries its rule (scmoe_ds.parallel.tensor.Split), so that initialisation
+and checkpoints need not know on how many ranks a model runs.
 
 Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Optional, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.parallel.tensor import Split, mark
 
-Group = Optional[dist.ProcessGroup]  # a type for annotations alone
+Group: TypeAlias = "dist.ProcessGroup | None"
 
 
 def size_of(group: Group) -> int:

@@ -113,8 +113,8 @@ class Shares:
         if any(other != checksum for other in fellows):
             raise RuntimeError(
                 "tensor-parallel ranks have routed the same tokens differently: their weights or inputs have drifted "
-                "apart. Resume from a checkpoint; if it comes back, look for random numbers or data that differ between "
-                "ranks of a tensor-parallel group"
+                "apart. Resume from a checkpoint; if it comes back, look for random numbers or data that differ "
+                "between ranks of a tensor-parallel group"
             )
 
 

@@ -11,7 +11,8 @@ ones would wait for each other forever.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,6 +23,21 @@ from torch import Tensor
 Wait = Callable[[], object]
 METHODS = ("collective", "send_receive")
 _LATE_S = 2e-3
+
+
+class ExchangeError(RuntimeError):
+    """An exchange that failed.
+
+    Attributes:
+        collective: what it was, in words that the ranks follow.
+        ranks: global ranks of its group.
+        peers: those of them whose connection failed, or all others.
+        reason: the library's message.
+    """
+
+    def __init__(self, collective: str, ranks: Sequence[int], peers: Sequence[int], reason: str) -> None:
+        super().__init__(f"{collective} {', '.join(map(str, ranks))} failed: {reason}")
+        self.collective, self.ranks, self.peers, self.reason = collective, list(ranks), list(peers), reason
 
 
 @dataclass(frozen=True)
@@ -54,10 +70,16 @@ class Transport:
             receive, send: rows from and to each rank of the group.
         """
         assert self.group is not None
-        if self.method == "collective":
+        if self.method != "collective":
+            return self._send_receive(received, rows, receive, send)
+        with _named(self.group):
             work = dist.all_to_all_single(received, rows, list(receive), list(send), group=self.group, async_op=True)
-            return work.wait
-        return self._send_receive(received, rows, receive, send)
+
+        def wait() -> None:
+            with _named(self.group):
+                work.wait()
+
+        return wait
 
     def _send_receive(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
         group = self.group
@@ -66,16 +88,34 @@ class Transport:
         peers = [(rank, dist.get_global_rank(group, rank)) for rank in range(len(send)) if rank != me]
         operations = [dist.P2POp(dist.irecv, incoming[r], peer, group) for r, peer in peers if receive[r]]
         operations += [dist.P2POp(dist.isend, outgoing[r], peer, group) for r, peer in peers if send[r]]
-        works = dist.batch_isend_irecv(operations) if operations else []
+        with _named(group):
+            works = dist.batch_isend_irecv(operations) if operations else []
         incoming[me].copy_(outgoing[me])  # while the others travel
         # gloo's sends and receives do not know their group's timeout; NCCL's do, and would block the host for one.
         limit = () if rows.is_cuda else (_timeout(group, rows.device),)
 
+        # NCCL makes one work of them all, gloo one of each.
+        partners: list[int | None] = [operation.peer for operation in operations]
+        partners = partners if len(works) == len(partners) else [None] * len(works)
+
         def wait() -> None:
-            for work in works:
-                work.wait(*limit)
+            for work, partner in zip(works, partners, strict=True):
+                with _named(group, partner):
+                    work.wait(*limit)
 
         return wait
+
+
+@contextmanager
+def _named(group: dist.ProcessGroup | None, peer: int | None = None) -> Iterator[None]:
+    """Puts into words, for an exchange that fails, between which ranks it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
+        peers = [rank for rank in ranks if rank != me] if peer is None else [peer]
+        part = "" if peer is None else f"the part with rank {peer} of "
+        raise ExchangeError(f"{part}the all-to-all of expert-parallel ranks", ranks, peers, str(error)) from error
 
 
 def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:

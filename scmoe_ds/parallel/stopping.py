@@ -1,18 +1,28 @@
-"""Stopping all ranks at the same iteration, for a signal to one of them or a limit of time."""
+"""Stopping all ranks at the same iteration: for a signal to one of them, a limit of time, or a bad step."""
 
 from __future__ import annotations
 
 import signal
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send ahead of a preemption."""
 _TIME_IS_UP = 1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know after a step: why they are to stop, or None, and the largest finding of any of them."""
+
+    reason: str | None
+    finding: int
 
 
 class StopRequest:
@@ -38,14 +48,19 @@ class StopRequest:
     def _note(self, number: int, frame: object) -> None:
         self._heard = number
 
-    def agreed(self) -> str | None:
-        """Why all ranks are to stop now, or None; the same on every rank. Collective."""
+    def agreed(self, finding: Tensor | int = 0) -> Agreement:
+        """The same on every rank. Collective, once per step: the host waits for the device here.
+
+        Args:
+            finding: this rank's, 0 for none; a scalar on any device.
+        """
         time_is_up = self._deadline is not None and time.monotonic() >= self._deadline
         code = self._heard or (_TIME_IS_UP if time_is_up else 0)
         device = torch.device(deepspeed.get_accelerator().current_device_name())
-        heard = torch.tensor(code, device=device)
-        dist.all_reduce(heard, op=dist.ReduceOp.MAX)
-        found = int(heard)
-        if found == 0:
-            return None
-        return "--exit-duration-in-mins is over" if found == _TIME_IS_UP else f"{signal.Signals(found).name} received"
+        both = torch.stack([torch.as_tensor(each, dtype=torch.int64, device=device) for each in (code, finding)])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        heard, found = both.tolist()
+        if heard == 0:
+            return Agreement(None, found)
+        reason = "--exit-duration-in-mins is over" if heard == _TIME_IS_UP else f"{signal.Signals(heard).name} received"
+        return Agreement(reason, found)

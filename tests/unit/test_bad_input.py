@@ -24,7 +24,6 @@ JSON: dict[str, Any] = {
     "tensorboard": {"enabled": True, "output_path": "BOARD", "job_name": "job"},
     "scmoe": {"num_experts": 4},
 }
-OTHER_PRECISION = {"bf16": {"enabled": True}}
 FLAGS = {"--num-layers": "2", "--hidden-size": "16", "--num-attention-heads": "2", "--seq-length": "16",
          "--train-iters": "1", "--eval-iters": "1", "--split": "8,1,1"}  # fmt: skip
 
@@ -76,6 +75,12 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "trace": ({}, {"--scmoe-trace": "0"}, r"--scmoe-trace 0: must be at least 1"),
     "ZeRO-3": ({"zero_optimization.stage": 3}, {}, r"zero_optimization\.stage = 3: .*use stage 1 or 2"),
     "DeepCompile": ({"compile": {"deepcompile": True}}, {}, r"compile\.deepcompile"),
+    "pipeline": ({"pipeline": {"stages": 2}}, {}, r'pipeline = {"stages": 2}: .*remove the section'),
+    "offloaded parameters": ({"zero_optimization.offload_param": {"device": "cpu"}}, {}, r"zero_optimization\.offload_param = .*ZeRO-3 only"),
+    "offload to NVMe": ({"zero_optimization.offload_optimizer": {"device": "nvme"}}, {}, r'offload_optimizer\.device = "nvme": .*use "cpu"'),
+    "activation checkpointing": ({"activation_checkpointing": {"partition_activations": True}}, {},
+                                 r"activation_checkpointing\.partition_activations = true: .*--recompute-granularity"),
+    "fp16 without support": ({"fp16": {"enabled": True}}, {}, r"fp16\.enabled = true: the accelerator .* use bf16"),
     "AutoEP": ({"expert_parallel": {"enabled": True}}, {}, r'"expert_parallel" \(DeepSpeed AutoEP\)'),
     "expert-parallel size and world": ({"scmoe.expert_parallel_size": 2}, {}, r"must divide the world size 1"),
     "batch sizes": ({"train_batch_size": 7}, {}, r"train_batch_size = 7: must equal .* = 6; leave one"),
@@ -94,6 +99,9 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "dropout": ({}, {"--hidden-dropout": "1.5"}, r"--hidden-dropout 1.5: must be in \[0, 1\)"),
     "tensor parallel": ({}, {"--tensor-model-parallel-size": "2"}, r"--tensor-model-parallel-size 2"),
     "save interval without save": ({}, {"--save-interval": "5"}, r"--save-interval needs --save"),
+    "keep-last without save": ({}, {"--keep-last": "2"}, r"--keep-last needs --save"),
+    "keep-last 0": ({}, {"--keep-last": "0", "--save": "saved"}, r"--keep-last 0: must be at least 1"),
+    "auto-resume without save": ({}, {"--auto-resume": None}, r"--auto-resume needs --save"),
     "no JSON given": ({}, {"--deepspeed_config": "REMOVE"}, r"--deepspeed_config is missing"),
     "JSON missing": ({}, {"--deepspeed_config": "absent.json"}, r"absent\.json: cannot read the DeepSpeed JSON"),
     "tokenizer without model": ({}, {"--tokenizer-type": "HuggingFaceTokenizer"}, r"--tokenizer-model"),
@@ -210,8 +218,11 @@ OTHER_SHAPES: dict[str, tuple[dict, dict, str]] = {
     "depth": ({}, {"--num-layers": "4"}, r"num_layers: 2 in the checkpoint, 4 in this run"),
     "experts": ({"scmoe.num_experts": 8}, {}, r"scmoe\.num_experts: 4 in the checkpoint, 8 in this run"),
     "merge": ({"scmoe.merge": "add"}, {}, r"scmoe\.merge: 'cg1' in the checkpoint, 'add'"),
-    "precision": (OTHER_PRECISION, {}, r"precision: 'fp32' in the checkpoint, 'bf16' in this run"),
-    "ZeRO stage": ({"zero_optimization.stage": 2}, {}, r"zero_optimization\.stage: 1 in the checkpoint, 2"),
+    "without ZeRO": (
+        {"zero_optimization.stage": 0},
+        {},
+        r"\(this run\): zero_optimization\.stage = 0 binds a checkpoint to its layout.* stage 1 or 2",
+    ),
 }
 
 
@@ -230,6 +241,23 @@ def test_damaged_checkpoint(tmp_path: Path, data: str, capfd: pytest.CaptureFixt
     expect_refusal(tmp_path, data, {}, {"--load": save}, r"latest names global_step9, but", capfd)
 
 
+def test_auto_resume_passes_over_a_damaged_checkpoint(tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:
+    flags: dict = {"--save": str(tmp_path / "saved"), "--save-interval": "1", "--keep-last": "2", "--auto-resume": None}
+    assert run(tmp_path, data, {}, {**flags, "--train-iters": "4"}) == 0
+    assert "from iteration 0 to 4" in capfd.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("saved/global_step*")) == ["global_step3", "global_step4"]
+    damaged = tmp_path / "saved/global_step4/layer_0_expert_2_mp_rank_00_model_states.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-9] + b"scrambled")
+    assert run(tmp_path, data, {}, {**flags, "--train-iters": "5"}) == 0
+    output = capfd.readouterr().out
+    assert re.search(r"passed over: .*global_step4: layer_0_expert_2_mp_rank_00_model_states\.pt is damaged", output)
+    assert "from iteration 3 to 5" in output
+    assert sorted(path.name for path in tmp_path.glob("saved/global_step*")) == ["global_step4", "global_step5"]
+    expect_refusal(
+        tmp_path, data, {}, {**flags, "--hidden-size": "32"}, r"--auto-resume .*another model: .*hidden_size: 16", capfd
+    )
+
+
 def test_there_are_at_least_forty_cases() -> None:
     assert len(CONFIG_CASES) + len(OTHER_SHAPES) >= 40
 
@@ -238,5 +266,8 @@ def test_a_diverged_run_is_not_saved(tmp_path: Path, data: str, capfd: pytest.Ca
     whole = {"optimizer.params.lr": 1e30}
     flags = {"--train-iters": "6", "--save": str(tmp_path / "saved"), "--save-interval": "2", "--log-interval": "100"}
     assert run(tmp_path, data, whole, flags) == 2
-    assert re.search(r"lm loss is (nan|inf) .* were not saved", capfd.readouterr().err)
+    assert re.search(
+        r"iteration \d: loss is (nan|inf) in micro-batch 1 of 1 on data-parallel rank 0, training samples \d+–\d+ \(documents .* was not saved",
+        capfd.readouterr().err,
+    )
     assert not list(tmp_path.glob("saved/global_step[3-9]"))

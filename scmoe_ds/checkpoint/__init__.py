@@ -1,0 +1,23 @@
+"""Checkpoints: DeepSpeed's own MoE files, checked, durable, and readable by any layout of the same model.
+
+`files` which are whole and which can go; `saving`; `loading` which one a run starts from; `saved_state` the files as
+whole parameters; `reshard` these into an engine; `safetensors_files` and `convert` weights for others and from others.
+"""
+
+from scmoe_ds.checkpoint.description import describe, rebuild
+from scmoe_ds.checkpoint.files import DESCRIPTION_FILE, MANIFEST_FILE, CheckpointError
+from scmoe_ds.checkpoint.loading import Source, choose, load
+from scmoe_ds.checkpoint.saving import check_writable, save
+
+__all__ = [
+    "DESCRIPTION_FILE",
+    "MANIFEST_FILE",
+    "CheckpointError",
+    "Source",
+    "check_writable",
+    "choose",
+    "describe",
+    "load",
+    "rebuild",
+    "save",
+]

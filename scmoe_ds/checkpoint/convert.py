@@ -1,0 +1,107 @@
+"""Weights from a checkpoint to safetensors, as they are or as those of another architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scmoe_ds.checkpoint import description as fields
+from scmoe_ds.checkpoint import files
+from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.checkpoint.reshard import Weights
+from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export, write_weights
+from scmoe_ds.checkpoint.saved_state import SavedState
+from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.models.blocks import tap_of
+
+Readers = dict[str, Callable[[], Tensor]]
+
+
+def open_weights(path: Path) -> tuple[Weights, dict[str, Any]]:
+    """Whole parameters and description of a checkpoint (a directory of them stands for its latest), or of an export.
+
+    Raises:
+        CheckpointError: neither, or damaged.
+    """
+    if not is_export(path) and not (path / files.DESCRIPTION_FILE).is_file():
+        tag = files.read_latest(path)
+        if tag is None:
+            raise CheckpointError(f"{path} is neither a checkpoint nor a directory of them nor an export; name one "
+                                  "that pretrain_gpt_scmoe.py has saved")  # fmt: skip
+        path = path / tag
+    files.verify(path, "reading")
+    if is_export(path):
+        return SafetensorsWeights(path), files.read_json(path / CONFIG_FILE, "reading")
+    description = files.read_json(path / files.DESCRIPTION_FILE, "reading")
+    if "layout" not in description:
+        raise CheckpointError(f"{path} was written by an earlier version of scmoe_ds; export it with that version")
+    return SavedState(path, description), description
+
+
+def export(source: Path, out: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = 5 * 10**9) -> int:
+    """Writes the weights of a checkpoint as safetensors under their global names; see `write_weights`."""
+    weights, description = open_weights(source)
+    return write_weights(out, _readers(weights).items(), _config(description), dtype, shard_bytes)
+
+
+def residual_to_scmoe(
+    source: Path,
+    out: Path,
+    changes: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = 5 * 10**9,
+) -> int:
+    """Turns a model with DeepSpeed's Residual MoE (architecture shared_expert) into a ScMoE with the same weights.
+
+    Gate, experts, shared expert and coefficient network keep names and layout: the merge is cg2, whose weights are
+    DeepSpeed's. A norm of the shortcut's own starts as a copy of the norm through which the operator after the tap
+    reads the tapped value, so that "own" starts where "shared" would.
+
+    Args:
+        source: a checkpoint or an export.
+        changes: fields of the "scmoe" section that the new model shall have, such as position and shortcut_norm.
+
+    Returns:
+        the number of shards; `--load` starts a run with `out`.
+
+    Raises:
+        CheckpointError: the source is of another architecture.
+        ScMoEConfigError: settings that do not go together.
+    """
+    weights, description = open_weights(source)
+    settings, old = fields.rebuild(description)
+    if old.architecture not in ("shared_expert", "overlapped_shared_expert"):
+        raise CheckpointError(f'{source} is a checkpoint of architecture "{old.architecture}"; only a Residual MoE '
+                              '("shared_expert") has the parts of a ScMoE')  # fmt: skip
+    section = {**old.model_dump(mode="json"), "architecture": "scmoe", "merge": "cg2", **changes}
+    config = ScMoEConfig.from_deepspeed({"scmoe": section})
+    config.check_model(settings.num_layers)
+    readers = _readers(weights)
+    if config.shortcut_norm == "own":
+        for run in range(config.moe_layers(settings.num_layers)):
+            for name, copied in _shortcut_norm(config, run, readers).items():
+                readers[name] = readers[copied]
+    return write_weights(out, sorted(readers.items()), fields.describe_model(settings, config), dtype, shard_bytes)
+
+
+def _shortcut_norm(config: ScMoEConfig, run: int, readers: Readers) -> dict[str, str]:
+    """Parameters of a run's shortcut norm to those that they start from."""
+    position = config.first_layer_position if run == 0 else None
+    tap = tap_of(config, position or config.position)
+    norm = f"runs.{run}.blocks.{tap // 2}.{'mlp_norm' if tap % 2 else 'attention_norm'}."
+    return {f"runs.{run}.shortcut_norm.{name.removeprefix(norm)}": name for name in readers if name.startswith(norm)}
+
+
+def _readers(weights: Weights) -> Readers:
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: weights.read(name)
+
+    return {name: reader(name) for name in weights.names()}
+
+
+def _config(description: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: description[key] for key in ("model", "gpt", "scmoe")}

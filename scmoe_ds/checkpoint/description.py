@@ -1,0 +1,112 @@
+"""What a checkpoint's tensors belong to: the model, which binds, and the layout, which may change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.parallel.tensor import tensor_parallel_size
+
+# Fields that neither the weights nor the optimizer state depend on; a resume may change them.
+_FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std"}
+_BINDING_SECTION_FIELDS = ("architecture", "position", "first_layer_position", "shortcut_distance", "moe_every",
+                           "num_experts", "top_k", "merge", "shortcut_norm", "post_norm")  # fmt: skip
+
+PROCESSES = "number of processes"
+EXPERT_PARALLEL = "scmoe.expert_parallel_size"
+TENSOR_PARALLEL = "--tensor-model-parallel-size"
+EXPERT_TENSOR_PARALLEL = "scmoe.expert_tensor_parallelism"
+ZERO_STAGE = "zero_optimization.stage"
+ROUND_ROBIN = "zero_optimization.round_robin_gradients"
+PRECISION = "precision"
+BATCH = "sequences per step"
+
+
+def describe(
+    settings: GPTSettings, config: ScMoEConfig, world_size: int, deepspeed_json: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A JSON object: "model" (what the tensors depend on), "layout" (how they are spread over ranks and files), and all
+    fields of "gpt" and "scmoe", from which the model can be built again."""
+    precisions = [name for name in ("bf16", "fp16") if deepspeed_json.get(name, {}).get("enabled")]
+    zero = deepspeed_json.get("zero_optimization", {})
+    layout = {
+        PROCESSES: world_size,
+        EXPERT_PARALLEL: config.expert_parallel_size,
+        TENSOR_PARALLEL: tensor_parallel_size(),
+        EXPERT_TENSOR_PARALLEL: config.expert_tensor_parallelism,
+        ZERO_STAGE: zero.get("stage", 0),
+        ROUND_ROBIN: bool(zero.get("round_robin_gradients", False)),
+        PRECISION: precisions[0] if precisions else "fp32",
+    }
+    gpt = {key: value for key, value in asdict(settings).items() if key != "head_size"}
+    return {"model": _model(gpt, config), "layout": layout, "gpt": gpt, "scmoe": config.model_dump(mode="json")}
+
+
+def describe_model(settings: GPTSettings, config: ScMoEConfig) -> dict[str, Any]:
+    """The part of `describe` that needs no process group: "model", "gpt" and "scmoe"."""
+    whole = describe(settings, config, 1, {})
+    return {key: whole[key] for key in ("model", "gpt", "scmoe")}
+
+
+def rebuild(description: Mapping[str, Any]) -> tuple[GPTSettings, ScMoEConfig]:
+    """Settings of the model that a checkpoint or an export is of, for one process: `GPT(*rebuild(description))`."""
+    whole_on_each_rank = {"expert_parallel_size": 1, "expert_tensor_parallelism": False, "overlap": {}}
+    section = {**description["scmoe"], **whole_on_each_rank}
+    return GPTSettings(**description["gpt"]), ScMoEConfig.from_deepspeed({"scmoe": section})
+
+
+def _model(gpt: Mapping[str, Any], config: ScMoEConfig) -> dict[str, Any]:
+    shape = {key: value for key, value in gpt.items() if key not in _FREE_MODEL_FIELDS}
+    return shape | {f"scmoe.{key}": getattr(config, key) for key in _BINDING_SECTION_FIELDS}
+
+
+def check_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:
+    """
+    Args:
+        saved, wanted: what `describe` gave, then and now.
+        name: of the checkpoint, with its flag.
+
+    Raises:
+        CheckpointError: another model; lists what differs.
+    """
+    if not isinstance(saved.get("model"), dict):
+        raise CheckpointError(f"{name} was written by an earlier version of scmoe_ds, whose description does not say "
+                              "how its tensors are laid out; resume it with that version")  # fmt: skip
+    then, now = saved["model"], json.loads(json.dumps(wanted["model"]))
+    keys = [key for key in now | then if now.get(key) != then.get(key)]
+    if keys:
+        listed = "; ".join(
+            f"{key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} in this run" for key in sorted(keys)
+        )
+        raise CheckpointError(f"{name} is a checkpoint of another model: {listed}")
+
+
+def changed_layout(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Field to (then, now) for each field of the layout that differs."""
+    then, now = saved.get("layout", {}), json.loads(json.dumps(wanted["layout"]))
+    return {key: (then.get(key), now.get(key)) for key in now | then if now.get(key) != then.get(key)}
+
+
+def check_layout_is_free(layout: Mapping[str, Any], whose: str) -> None:
+    """Whether the tensors of a layout can be told apart from it.
+
+    Raises:
+        CheckpointError: a setting under which DeepSpeed does not note where the parameters lie.
+    """
+    tied = {ZERO_STAGE: layout[ZERO_STAGE] not in (1, 2), ROUND_ROBIN: bool(layout[ROUND_ROBIN])}
+    for key, is_tied in tied.items():
+        if is_tied:
+            raise CheckpointError(f"{whose}: {key} = {layout[key]} binds a checkpoint to its layout; resume with the "
+                                  "very layout that saved it, or save and resume with ZeRO stage 1 or 2 and without "
+                                  "round_robin_gradients")  # fmt: skip
+
+
+def layout_text(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """ "number of processes 2 … to number of processes 4 …" """
+    then, now = (", ".join(f"{key} {pair[place]}" for key, pair in changed.items()) for place in (0, 1))
+    return f"from {then} to {now}"

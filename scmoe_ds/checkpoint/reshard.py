@@ -1,0 +1,101 @@
+"""Putting whole parameters and optimizer states into an engine of any layout.
+
+Each rank reads what it holds: its tensor-parallel part of the weights for the model, and of that the piece that ZeRO
+gave it for the fp32 weights and the optimizer's states. Nothing is communicated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scmoe_ds.checkpoint import description as fields
+from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.checkpoint.names import global_names
+from scmoe_ds.checkpoint.saved_state import SavedState
+from scmoe_ds.parallel.tensor import split, split_of, tensor_parallel_rank, tensor_parallel_size
+
+
+class Weights(Protocol):
+    """Where whole parameters come from."""
+
+    def names(self) -> list[str]:
+        """Global names."""
+
+    def read(self, name: str) -> Tensor:
+        """A whole parameter."""
+
+
+def put_weights(engine: Any, weights: Weights) -> None:
+    """Sets every parameter of the model, and the fp32 copies that the optimizer steps.
+
+    Raises:
+        CheckpointError: another set of parameters, or other shapes.
+    """
+    names = global_names(engine.module)
+    missing = sorted(set(names.values()) - set(weights.names()))
+    if missing:
+        raise CheckpointError(f"the checkpoint has no {missing[0]} (and {len(missing) - 1} others that this model has)")
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            value = _own_part(weights.read(names[name]), parameter, names[name])
+            parameter.data.copy_(value)
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                mapping.hp_fragment.data.copy_(_own_piece(value, mapping))
+
+
+def put_state(engine: Any, saved: SavedState) -> None:
+    """Sets weights, optimizer states, learning-rate schedule, loss scale and counters of an engine that has not made a
+    step.
+
+    Raises:
+        CheckpointError: another model.
+    """
+    put_weights(engine, saved)
+    names = global_names(engine.module)
+    inner = engine.optimizer.optimizer
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is None:
+                continue
+            group = inner.param_groups[mapping.param_group_index]
+            group.update(saved.group_options(names[name]))
+            flat = group["params"][0]
+            whole, other = saved.optimizer_state(names[name])
+            inner.state[flat].update(other)
+            for key in whole:
+                value = _own_part(saved.read(names[name], key), parameter, names[name])
+                buffer = inner.state[flat].setdefault(key, torch.zeros_like(flat))
+                address = mapping.hp_fragment_address
+                buffer.narrow(0, address.start, address.numel).copy_(_own_piece(value, mapping))
+    _put_counters(engine, saved)
+
+
+def _put_counters(engine: Any, saved: SavedState) -> None:
+    header = saved.header
+    if engine.lr_scheduler is not None and header["lr_scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(header["lr_scheduler"])
+    engine.global_steps, engine.skipped_steps = header["global_steps"], header["skipped_steps"]
+    engine.global_samples = header["global_samples"]
+    scaler = saved.optimizer_header.get("loss_scaler")
+    if engine.fp16_enabled() and saved.layout[fields.PRECISION] == "fp16" and scaler is not None:
+        engine.optimizer.loss_scaler = scaler
+
+
+def _own_part(value: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
+    """This rank's tensor-parallel part."""
+    part = split(value, split_of(parameter), tensor_parallel_rank(), tensor_parallel_size())
+    if part.shape != parameter.shape:
+        raise CheckpointError(f"the checkpoint's {name} has shape {tuple(part.shape)}, this model's "
+                              f"{tuple(parameter.shape)}")  # fmt: skip
+    return part
+
+
+def _own_piece(value: Tensor, mapping: Any) -> Tensor:
+    """Of it, the elements that ZeRO gave this rank."""
+    address = mapping.lp_fragment_address
+    return value.reshape(-1).narrow(0, address.start, address.numel)

@@ -1,0 +1,115 @@
+"""Model weights as safetensors, in Hugging Face's way: shards, an index and a config.json. No pickle in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scmoe_ds.checkpoint import files
+from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def is_export(path: Path) -> bool:
+    """Whether a directory holds what `write_weights` writes."""
+    return (path / INDEX_FILE).is_file()
+
+
+class SafetensorsWeights:
+    """The whole parameters of an export, read one at a time.
+
+    Raises:
+        DamagedCheckpointError: an index or a shard that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._shards: dict[str, str] = files.read_json(path / INDEX_FILE, "--load")["weight_map"]
+
+    def names(self) -> list[str]:
+        return sorted(self._shards)
+
+    def read(self, name: str) -> Tensor:
+        shard = self.path / self._shards[name]
+        try:
+            with safe_open(shard, framework="pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise DamagedCheckpointError(f"--load {self.path}: {name} cannot be read from {shard.name} ({error}); "
+                                         "export it again") from None  # fmt: skip
+
+
+def write_weights(
+    out: Path,
+    weights: Iterable[tuple[str, Callable[[], Tensor]]],
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> int:
+    """Writes a directory that `--load` accepts, one shard in memory at a time.
+
+    Args:
+        out: must not hold an export yet.
+        weights: global name and reader of each parameter.
+        config: "model", "gpt" and "scmoe" of `describe`.
+        shard_bytes: a shard is closed before it exceeds this; a larger parameter gets one of its own.
+
+    Returns:
+        the number of shards.
+
+    Raises:
+        CheckpointError: `out` is in use or cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise CheckpointError(f"{out} is not empty; name another directory for the export")
+        shards, total_bytes = _write_shards(out, weights, dtype, shard_bytes)
+        weight_map: dict[str, str] = {}
+        for number, (part, names) in enumerate(shards, start=1):
+            final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            part.rename(out / final)
+            weight_map |= dict.fromkeys(names, final)
+        whole = {**config, "format": "scmoe_ds", "torch_dtype": str(dtype).removeprefix("torch.")}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        for name, content in ((CONFIG_FILE, whole), (INDEX_FILE, index)):
+            (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        manifest = {file.name: files.entry(file) for file in sorted(out.iterdir())}
+        files.write_whole(out / files.MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out}: the export was not written ({error}); make room or choose another "
+                              "directory") from error  # fmt: skip
+    return len(shards)
+
+
+def _write_shards(
+    out: Path, weights: Iterable[tuple[str, Callable[[], Tensor]]], dtype: torch.dtype, shard_bytes: int
+) -> tuple[list[tuple[Path, list[str]]], int]:
+    shards: list[tuple[Path, list[str]]] = []
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def close() -> None:
+        if held:
+            part = out / f"shard_{len(shards):05d}{files.PART}"
+            save_file(held, part, metadata={"format": "pt"})
+            shards.append((part, list(held)))
+            held.clear()
+
+    for name, read in weights:
+        tensor = read().to(dtype).contiguous()
+        if sum(each.nbytes for each in held.values()) + tensor.nbytes > shard_bytes:
+            close()
+        held[name] = tensor
+        total += tensor.nbytes
+    close()
+    return shards, total

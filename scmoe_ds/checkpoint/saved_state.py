@@ -1,0 +1,187 @@
+"""A checkpoint of DeepSpeed's as whole parameters, whatever layout wrote it.
+
+ZeRO-1 and ZeRO-2 keep per rank one flat fp32 buffer for each group of parameters, and buffers of its shape for the
+optimizer's moments; `param_slice_mappings` says which part of the buffer is a piece of which parameter. A parameter's
+pieces in order of the data-parallel (for experts: expert-data-parallel) ranks are the tensor that one tensor-parallel
+rank holds, and these merge into the whole parameter.
+
+The files are mapped into memory: only what is read of them is loaded, one parameter at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16 import loss_scaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
+
+from scmoe_ds.checkpoint import description as fields
+from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError, remedy
+from scmoe_ds.checkpoint.names import expert_of, layer_of, read_splits, with_expert
+from scmoe_ds.parallel.tensor import Split, merge
+
+MASTER = "fp32"
+"""The key of a parameter's fp32 weights; other keys are the optimizer's, such as "exp_avg"."""
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_SAFE_CLASSES = [fragment_address, ZeroStageEnum, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where a run of a parameter's elements lies in the files."""
+
+    file: int
+    group: int
+    start: int
+    numel: int
+
+
+class SavedState:
+    """The whole parameters and optimizer states of a checkpoint.
+
+    Args:
+        path: its directory.
+        description: its scmoe.json.
+
+    Raises:
+        CheckpointError: a layout whose files do not say what they hold (with the remedy), or files that are not there.
+    """
+
+    def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
+        self.path, self.layout = path, description["layout"]
+        self._splits = read_splits(description.get("splits", {}))
+        fields.check_layout_is_free(self.layout, str(path))
+        self._models = [self._load(path / f"mp_rank_{rank:02d}_model_states.pt") for rank in range(self._tensor_ranks)]
+        self._files: list[Any] = []
+        self._pieces: dict[str, dict[int, list[_Piece]]] = {}  # by global name, then by tensor-parallel rank
+        self._index()
+        self._shapes = {
+            with_expert(name, 0): torch.Size(shape)
+            for group in self.header["param_shapes"]
+            for name, shape in group.items()
+        }
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What is the same for all ranks: counters, learning-rate schedule, client state."""
+        return self._models[0]
+
+    @property
+    def optimizer_header(self) -> dict[str, Any]:
+        """The ZeRO optimizer's own settings, such as the loss scaler; the same for all ranks."""
+        return self._files[0]
+
+    def names(self) -> list[str]:
+        """Global names of all parameters that are trained."""
+        return sorted(self._pieces)
+
+    def read(self, name: str, key: str = MASTER) -> Tensor:
+        """A whole parameter, or an optimizer state of its shape.
+
+        Raises:
+            DamagedCheckpointError: pieces that do not add up to it.
+        """
+        rule = self._splits.get(with_expert(name, 0))
+        ranks = sorted(self._pieces[name]) if rule is not None else [min(self._pieces[name])]
+        return merge([self._part(name, rank, key, rule) for rank in ranks], rule)
+
+    def shape(self, name: str) -> list[int]:
+        """Of the whole parameter."""
+        shape, rule = list(self._shapes[with_expert(name, 0)]), self._splits.get(with_expert(name, 0))
+        if rule is not None:
+            shape[rule.dim] = sum(rule.sections)
+        return shape
+
+    def optimizer_state(self, name: str) -> tuple[list[str], dict[str, Any]]:
+        """The keys under which `read` finds states of the parameter's shape, and the other ones (the step count)."""
+        piece = next(iter(self._pieces[name].values()))[0]
+        osd = self._files[piece.file]
+        flat = osd["single_partition_of_fp32_groups"][piece.group]
+        whole, other = [], {}
+        for key, value in osd["base_optimizer_state"]["state"].get(piece.group, {}).items():
+            if isinstance(value, Tensor) and value.dim() and value.numel() >= flat.numel():
+                whole.append(key)
+            else:
+                other[key] = value.clone() if isinstance(value, Tensor) else value
+        return whole, other
+
+    def group_options(self, name: str) -> dict[str, Any]:
+        """Learning rate, betas, … of the parameter's group."""
+        piece = next(iter(self._pieces[name].values()))[0]
+        group = self._files[piece.file]["base_optimizer_state"]["param_groups"][piece.group]
+        return {key: value for key, value in group.items() if key not in ("params", "name", "moe")}
+
+    @property
+    def _tensor_ranks(self) -> int:
+        return self.layout[fields.TENSOR_PARALLEL]
+
+    def _load(self, file: Path) -> Any:
+        try:
+            with torch.serialization.safe_globals(_SAFE_CLASSES):
+                return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise DamagedCheckpointError(f"{self.path}: {file.name} cannot be read ({first}). "
+                                         f"{remedy(self.path)}") from None  # fmt: skip
+
+    def _index(self) -> None:
+        places = {}
+        for file in self.path.iterdir():
+            if match := _OPTIMIZER_FILE.fullmatch(file.name):
+                places[int(match[1]) * self._tensor_ranks + int(match[2])] = file
+        if sorted(places) != list(range(self.layout[fields.PROCESSES])):
+            raise DamagedCheckpointError(f"{self.path}: has optimizer files of ranks {sorted(places)}, not of all "
+                                         f"{self.layout[fields.PROCESSES]}. {remedy(self.path)}")  # fmt: skip
+        self._files = [self._load(places[rank])["optimizer_state_dict"] for rank in sorted(places)]
+        if not all(isinstance(each["base_optimizer_state"], dict) for each in self._files):
+            raise CheckpointError(f"{self.path} was written with zero_optimization.elastic_checkpoint = true; resume "
+                                  "on the same layout, or save without")  # fmt: skip
+        found = [(rank, group, name, address) for rank, each in enumerate(self._files)
+                 for group, members in enumerate(each["param_slice_mappings"])
+                 for name, address in members.items()]  # fmt: skip
+        local: dict[str, int] = {}
+        for _, _, name, _ in found:
+            if (layer := layer_of(name)) is not None:
+                local[layer] = max(local.get(layer, 0), expert_of(name) + 1)
+        for rank, group, name, address in found:  # ranks ascend, and so do the pieces
+            name, tensor_rank = self._place(name, rank, local)
+            pieces = self._pieces.setdefault(name, {}).setdefault(tensor_rank, [])
+            pieces.append(_Piece(rank, group, address.start, address.numel))
+
+    def _place(self, name: str, rank: int, local: Mapping[str, int]) -> tuple[str, int]:
+        """The global name of what a rank calls `name`, and the tensor-parallel rank whose part it is."""
+        tensor_rank, layer = rank % self._tensor_ranks, layer_of(name)
+        if layer is None:
+            return name, tensor_rank
+        # Expert-parallel groups are consecutive ranks, or with expert tensor parallelism consecutive ones among those
+        # of one tensor-parallel rank.
+        split = self.layout[fields.EXPERT_TENSOR_PARALLEL]
+        place = (rank // self._tensor_ranks if split else rank) % self.layout[fields.EXPERT_PARALLEL]
+        return with_expert(name, place * local[layer] + expert_of(name)), tensor_rank if split else 0
+
+    def _part(self, name: str, tensor_rank: int, key: str, rule: Split | None) -> Tensor:
+        shape = self.shape(name)
+        if rule is not None:
+            shape[rule.dim] //= len(self._pieces[name])
+        pieces = [self._flat(piece, key)[piece.start : piece.start + piece.numel]
+                  for piece in self._pieces[name][tensor_rank]]  # fmt: skip
+        if sum(piece.numel() for piece in pieces) != math.prod(shape):
+            raise DamagedCheckpointError(f"{self.path}: the pieces of {name} ({key}) have "
+                                         f"{sum(piece.numel() for piece in pieces)} elements instead of "
+                                         f"{math.prod(shape)}. {remedy(self.path)}")  # fmt: skip
+        return torch.cat(pieces).view(shape)
+
+    def _flat(self, piece: _Piece, key: str) -> Tensor:
+        osd = self._files[piece.file]
+        if key == MASTER:
+            return osd["single_partition_of_fp32_groups"][piece.group]
+        return osd["base_optimizer_state"]["state"][piece.group][key]

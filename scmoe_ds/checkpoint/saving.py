@@ -1,0 +1,194 @@
+"""Saving: DeepSpeed's own MoE files, made durable, checked in, and only then the latest checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from scmoe_ds.checkpoint import files
+from scmoe_ds.checkpoint.description import BATCH
+from scmoe_ds.checkpoint.files import CheckpointError, FileEntry
+from scmoe_ds.checkpoint.names import saved_splits
+from scmoe_ds.parallel.agreement import run_together
+
+_PROBE_BYTES = 1 << 22
+
+
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Makes the directory and tries to write in it, on rank 0, now rather than after the first thousand steps.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+
+    def probe() -> None:
+        try:
+            os.makedirs(directory, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise CheckpointError(f"--save {directory}: cannot write there ({error.strerror}); "
+                                  "choose another directory or mend its permissions") from None  # fmt: skip
+
+    run_together(probe, on_rank_zero=True)
+
+
+def save(
+    engine: Any,
+    directory: str,
+    iteration: int,
+    consumed_samples: int,
+    description: Mapping[str, Any],
+    keep_last: int | None = None,
+) -> Path:
+    """Writes `<directory>/global_step<iteration>`; all ranks call it.
+
+    The directory gets its name, and "latest" is switched, when every rank's files are on the disk and the manifest has
+    their sizes and checksums: a save that is interrupted anywhere leaves the previous checkpoint in use.
+
+    Args:
+        engine: DeepSpeed's, with `overlap`.
+        description: what `describe` gave.
+        keep_last: then removes all but so many checkpoints; None keeps all.
+
+    Returns:
+        the checkpoint's directory.
+
+    Raises:
+        CheckpointError: on every rank, if any of them could not write.
+    """
+    final = Path(directory) / f"global_step{iteration}"
+    part = final.with_name(final.name + files.PART)
+
+    def prepare() -> None:
+        files.remove_unfinished(part.parent)
+        part.mkdir(parents=True, exist_ok=True)
+        batch = getattr(engine, "train_batch_size", lambda: None)()
+        whole = {**description, BATCH: batch, "splits": saved_splits(engine)}
+        (part / files.DESCRIPTION_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+    state = {"iteration": iteration, "consumed_samples": consumed_samples, "overlap": engine.overlap.state()}
+    with _one_sentence(part):
+        run_together(prepare, on_rank_zero=True)
+        written = _write(engine, part, state)
+        if dist.get_rank() == 0:
+            written.append(part / files.DESCRIPTION_FILE)
+        manifest = _check_in(part, written)
+        run_together(lambda: files.publish(part, final, manifest), on_rank_zero=True)
+    if keep_last is not None:
+        run_together(lambda: files.remove_old(final.parent, keep_last), on_rank_zero=True)
+    return final
+
+
+@contextmanager
+def _one_sentence(part: Path) -> Iterator[None]:
+    """An error of the operating system that all ranks know of becomes one for the user, and its remains are removed:
+    on a full disk they would be in the way of everything else."""
+    try:
+        yield
+    except OSError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(
+            f"--save {part.parent}: the checkpoint {part.stem} was not written: {error}. Make room there or choose "
+            "another directory; the checkpoint before it is whole"
+        ) from error
+
+
+def _write(engine: Any, part: Path, state: dict[str, Any]) -> list[Path]:
+    """DeepSpeed's save; all ranks come out of it together.
+
+    Returns:
+        the files that this rank wrote.
+
+    Raises:
+        OSError: on every rank, if a file could not be written on any.
+        CheckpointError: on this rank alone, for what else the operating system refused.
+    """
+    with _collected_failures(engine) as (written, failures):
+        try:
+            engine.save_checkpoint(str(part.parent), tag=part.name, client_state=state, save_latest=False)
+        except OSError as error:  # not from a write
+            # The others may wait for this rank inside DeepSpeed: nothing can be agreed on any more. This rank says
+            # why and ends; they end with it, or at the latest with the distributed timeout.
+            raise CheckpointError(
+                f"--save {part.parent}: rank {dist.get_rank()} could not write {part.stem}: {_reason(error)}; the "
+                "checkpoint before it is whole"
+            ) from error
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, failures[:1])
+    for rank, found in enumerate(everywhere):
+        if found:
+            raise OSError(f"rank {rank}: {found[0]}")
+    return written
+
+
+@contextmanager
+def _collected_failures(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
+    """While it lasts, a file that cannot be written is noted instead of raised.
+
+    DeepSpeed's save has barriers behind its writes: a rank that left by an exception would keep all others waiting.
+    """
+    written: list[Path] = []
+    failures: list[str] = []
+    owner = getattr(engine, "checkpoint_engine", None)
+    if owner is None:
+        yield written, failures
+        return
+    write, copy_script = owner.save, engine._copy_recovery_script
+
+    def guarded_write(state_dict: Any, path: str) -> None:
+        if failures:  # the checkpoint is lost; do not fill what is left of the disk
+            return
+        try:
+            write(state_dict, path)
+            written.append(Path(path))
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            failures.append(f"{os.path.basename(path)}: {_reason(error, os.path.dirname(path))}")
+
+    def guarded_copy(path: str) -> None:
+        try:
+            copy_script(path)
+        except OSError as error:
+            failures.append(f"zero_to_fp32.py: {_reason(error)}")
+
+    owner.save, engine._copy_recovery_script = guarded_write, guarded_copy
+    try:
+        yield written, failures
+    finally:
+        del owner.save, engine._copy_recovery_script  # the classes' own show again
+
+
+def _check_in(part: Path, written: list[Path]) -> dict[str, FileEntry]:
+    """Sizes and checksums of all ranks' files, each taken by the rank that wrote it, once they are on the disk."""
+
+    def own() -> dict[str, FileEntry]:
+        for file in written:
+            files.flush(file)
+        return {str(file.relative_to(part)): files.entry(file) for file in written}
+
+    entries: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(entries, run_together(own))
+    return {name: each for found in entries for name, each in found.items()}
+
+
+def _reason(error: Exception, directory: str | None = None) -> str:
+    """A line about an error. torch.save hides why it could not write: writing into the directory once more shows it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if directory is not None:
+        try:
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                probe.write(bytes(_PROBE_BYTES))
+        except OSError as found:
+            return found.strerror or str(found)
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

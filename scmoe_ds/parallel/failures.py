@@ -1,0 +1,219 @@
+"""When a rank cannot go on while others count on it: one message at each rank that notices, and a prompt end.
+
+A process that is killed says nothing itself; the others see a connection that closes, or wait until their timeout. Each
+of them then tells what it was doing and with whom. Ranks that end this way leave a note in the job's key-value store,
+so that every message can name those that have not: there the cause is to be found.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from scmoe_ds.overlap.transport import ExchangeError
+
+T = TypeVar("T")
+
+_NOTES_WAIT_S = 1.5
+"""How long a failing rank waits for the others' notes; the one that keeps the store stays a little longer."""
+_SIGNS = re.compile(r"connection (closed|reset|refused|abort)|timed out|timeout|broken pipe|no route to host|"
+                    r"network is unreachable|nccl|socket|remote process exited", re.IGNORECASE)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FailedCollective:
+    """What is known of a collective that failed: its name (in words that the ranks follow), its global ranks, those of
+    them that the failure may come from, and the library's words."""
+
+    name: str
+    ranks: Sequence[int]
+    peers: Sequence[int]
+    reason: str
+
+
+def failed_collective(error: BaseException) -> FailedCollective | None:
+    """What an exception says about a collective; None if it is no matter of communication."""
+    for each in _chain(error):
+        if isinstance(each, ExchangeError):
+            return FailedCollective(each.collective, each.ranks, each.peers, _short(each.reason))
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _SIGNS.search(str(error)))):
+        return None
+    name, ranks = _in_traceback(error)
+    return FailedCollective(name, ranks, [rank for rank in ranks if rank != dist.get_rank()], _short(str(error)))
+
+
+def at_iteration(error: Exception, iteration: int) -> None:
+    """Notes on an exception during which iteration it was raised; the message will say so."""
+    error.scmoe_iteration = iteration  # type: ignore[attr-defined]
+
+
+class FailureReporter:
+    """Ends a process that failed in the middle of a job. Made by all ranks together.
+
+    Args:
+        program: for the message.
+    """
+
+    def __init__(self, program: str) -> None:
+        self.program, self.rank = program, dist.get_rank()
+        self.hosts = [""] * dist.get_world_size()
+        dist.all_gather_object(self.hosts, socket.gethostname())
+
+    def note(self, text: str, is_cause: bool = True) -> None:
+        """Tells the other ranks why this one ends."""
+        value = ("cause " if is_cause else "effect ") + text
+        _briefly(lambda: distributed_c10d._get_default_store().set(f"scmoe/ended/{self.rank}", value))
+
+    def speaks(self, text: str) -> bool:
+        """Whether this rank is to print an error that is usually the same on all ranks: rank 0, or one that failed
+        alone."""
+        self.note(text)
+        if self.rank == 0:
+            self._notes(range(1, len(self.hosts)))  # keeps the store until the others have looked
+            return True
+        notes = self._notes([0])
+        return notes is not None and notes.get(0) != f"cause {text}"
+
+    def end(self, error: Exception) -> NoReturn:
+        """Prints the traceback and, last, a sentence; ends the process with exit code 1.
+
+        Nothing is destroyed in order: other ranks may hang in a collective, and would hold this one up.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it as soon as any rank has ended
+        traceback.print_exception(error)
+        collective = failed_collective(error)
+        if collective is None:
+            self.note(f"{type(error).__name__}: {_short(str(error))}")
+        else:
+            self.note(_describe(collective), is_cause=False)
+        told = self._tell(error, collective)
+        print(f"{self.program}: error: {told}", file=sys.stderr, flush=True)
+        if self.rank == 0:
+            time.sleep(_NOTES_WAIT_S / 3)  # the store, where the others may still be reading
+        leave(1)
+
+    def _tell(self, error: Exception, collective: FailedCollective | None) -> str:
+        iteration = getattr(error, "scmoe_iteration", None)
+        where = f"{self._named(self.rank)}{'' if iteration is None else f', iteration {iteration}'}"
+        if collective is None:
+            return f"{where}: {type(error).__name__}: {_short(str(error))} (see the traceback above)"
+        notes = self._notes(collective.peers)
+        return f"{where}: {_describe(collective)}. {self._who(collective, notes)}. {_remedy(collective.reason)}"
+
+    def _who(self, collective: FailedCollective, notes: dict[int, str] | None) -> str:
+        if notes is None:
+            return f"R{self._named(0)[1:]}, which keeps the ranks' notes, does not answer: look at the end of its log"
+        silent = [self._named(rank) for rank in collective.peers if rank not in notes]
+        words = [f'{self._named(rank)} ended with "{note.removeprefix("cause ")}"'
+                 for rank, note in notes.items() if note.startswith("cause ")]  # fmt: skip
+        if silent:
+            has, its = ("has", "its") if len(silent) == 1 else ("have", "their")
+            words.append(f"{_listed(silent)} {has} not said why: look at the end of {its} log, and whether process "
+                         "and host are alive")  # fmt: skip
+        told = "; ".join(words) or "no rank names a cause: look at the network between their hosts"
+        return told[0].upper() + told[1:]
+
+    def _named(self, rank: int) -> str:
+        return f"rank {rank} (host {self.hosts[rank]})"
+
+    def _notes(self, ranks: Sequence[int]) -> dict[int, str] | None:
+        """The notes of other ranks, as far as they come within a moment; None if the store is gone."""
+        store = distributed_c10d._get_default_store()
+        found: dict[int, str] = {}
+
+        def look() -> dict[int, str]:
+            deadline = time.monotonic() + _NOTES_WAIT_S
+            while len(found) < len(ranks) and time.monotonic() < deadline:
+                for rank in ranks:
+                    if rank not in found and store.check([f"scmoe/ended/{rank}"]):
+                        found[rank] = store.get(f"scmoe/ended/{rank}").decode()
+                time.sleep(0.05)
+            return found
+
+        return _briefly(look)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process now: no handler at exit may wait for ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _briefly(act: Callable[[], T]) -> T | None:
+    """`act()`, or None if it fails or does not come back; a store on a host that is gone answers nothing."""
+    results: list[T] = []
+
+    def attempt() -> None:
+        try:
+            results.append(act())
+        except Exception:  # whatever it is, the message that is under way matters more
+            return
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(2 * _NOTES_WAIT_S)
+    return results[0] if results else None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _in_traceback(error: BaseException) -> tuple[str, Sequence[int]]:
+    """Name and ranks of the call of torch.distributed in which an exception was raised; the world if there is none."""
+    name, group = "a collective over ranks", None
+    inside = False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        of_torch = "torch/distributed/" in frame.f_code.co_filename.replace(os.sep, "/")
+        if of_torch and not inside and frame.f_code.co_name != "wrapper":
+            inside, group = True, frame.f_locals.get("group")
+            name = f"{frame.f_code.co_name.strip('_')} over ranks"
+        elif not of_torch:
+            inside = False
+    ranks = dist.get_process_group_ranks(group if isinstance(group, dist.ProcessGroup) else None)
+    return name, ranks
+
+
+def _describe(collective: FailedCollective) -> str:
+    return f"{collective.name} {_spans(collective.ranks)} failed: {collective.reason}"
+
+
+def _spans(ranks: Sequence[int]) -> str:
+    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"{ranks[0]}–{ranks[-1]}"
+    return _listed([str(rank) for rank in ranks])
+
+
+def _listed(items: Sequence[str], shown: int = 8) -> str:
+    rest = f", … ({len(items)} in all)" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + rest
+
+
+def _remedy(reason: str) -> str:
+    resume = "start the job again with --load (or --auto-resume) to go on from the last checkpoint"
+    if re.search(r"timed out|timeout", reason, re.IGNORECASE):
+        return f"If a rank was only slow, raise --distributed-timeout-minutes; otherwise {resume}"
+    return resume[0].upper() + resume[1:]
+
+
+def _short(text: str) -> str:
+    """A library's message without source lines, advice and cheers."""
+    line = next(iter(text.strip().splitlines()), "")
+    line = re.sub(r"^\[[^\]]*\.(cc|cpp|h|hpp):\d+\] ", "", line)
+    return re.split(r"\. This is typically caused|, NCCL version", line)[0][:200]

@@ -1,0 +1,126 @@
+"""What a run says while it trains: sums between two log lines, the line itself, and DeepSpeed's monitors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe_ds.engine import device
+from scmoe_ds.models.gpt import GPTOutput
+
+
+@dataclass
+class _Sums:
+    """Since the last log line; tensors stay on the device so that a step does not wait for the host."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    lm_loss: Tensor | float = 0.0
+    moe_loss: Tensor | float = 0.0
+    exp_counts: list[Tensor] = field(default_factory=list)
+
+    def add(self, output: GPTOutput, share: float) -> None:
+        assert output.lm_loss is not None
+        self.lm_loss = self.lm_loss + output.lm_loss.detach() * share
+        self.moe_loss = self.moe_loss + output.moe_loss.detach() * share
+        counts = [count.detach().clone() for count in output.exp_counts]
+        if self.exp_counts:
+            counts = [old + new for old, new in zip(self.exp_counts, counts, strict=True)]
+        self.exp_counts = counts
+
+
+class TrainingLog:
+    """Collects what the steps of a run yield, and prints it on rank 0.
+
+    Args:
+        engine: DeepSpeed's, for the gradient norm, the learning rate and the monitors.
+        train_iters: iterations of the whole run.
+        tokens_per_iteration: of all ranks.
+    """
+
+    def __init__(self, engine: Any, train_iters: int, tokens_per_iteration: int) -> None:
+        self.engine, self.train_iters, self.tokens_per_iteration = engine, train_iters, tokens_per_iteration
+        self._sums = _Sums()
+        self._timed_steps, self._timed_seconds = 0, 0.0
+
+    def add_micro_batch(self, output: GPTOutput, share: float) -> None:
+        """Notes what a forward pass returned, as a share of its iteration."""
+        self._sums.add(output, share)
+
+    def add_step(self, seconds: float) -> None:
+        """Notes that an iteration is over."""
+        self._sums.steps += 1
+        self._sums.seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks, over the training steps of the whole run but the first."""
+        return self._speed(self._timed_steps, self._timed_seconds)
+
+    def write(self, iteration: int, consumed_samples: int) -> None:
+        """The log line of an iteration and the same numbers to the monitors. Collective."""
+        sums, self._sums = self._sums, _Sums()
+        lm_loss = mean_over_ranks(sums.lm_loss / sums.steps)
+        moe_loss = mean_over_ranks(sums.moe_loss / sums.steps)
+        if iteration > 1:  # the first step pays for allocations and lazy set-up
+            self._timed_steps += sums.steps
+            self._timed_seconds += sums.seconds
+        seconds = sums.seconds / sums.steps
+        norm, rate = self.engine.get_global_grad_norm(), self.engine.get_lr()[0]
+        norm = float(norm) if norm is not None else math.nan
+        tokens_per_second = self._speed(sums.steps, sums.seconds)
+        low, high = _load_shares(sums.exp_counts)
+        left = (self.train_iters - iteration) * seconds
+        say(
+            f"iteration {iteration:7d}/{self.train_iters} | consumed samples: {consumed_samples} | "
+            f"lm loss: {lm_loss:.8E} | moe loss: {moe_loss:.6E} | learning rate: {rate:.3E} | "
+            f"grad norm: {norm:.6f} | "
+            f"tokens per second: {tokens_per_second:.0f} | seconds per iteration: {seconds:.3f} | "
+            f"expert load min/max: {low:.3f}/{high:.3f} | skipped: {self.engine.skipped_steps} | "
+            f"left: {int(left) // 60}:{int(left) % 60:02d}"
+        )
+        self._monitor("Train", consumed_samples, {
+            "lm_loss": lm_loss, "moe_loss": moe_loss, "tokens_per_second": tokens_per_second,
+            "seconds_per_iteration": seconds, "expert_load_min": low, "expert_load_max": high, "grad_norm": norm,
+        })  # fmt: skip
+
+    def write_validation(self, iteration: int, consumed_samples: int, loss: float) -> None:
+        """The line of a validation; loss in nats per token."""
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        say(f"validation at iteration {iteration} | lm loss: {loss:.8E} | perplexity: {perplexity:.4f}")
+        self._monitor("Validation", consumed_samples, {"lm_loss": loss, "perplexity": perplexity})
+
+    def _speed(self, steps: int, seconds: float) -> float:
+        return steps * self.tokens_per_iteration / seconds if seconds else 0.0
+
+    def _monitor(self, prefix: str, consumed_samples: int, values: dict[str, float]) -> None:
+        if self.engine.monitor.enabled and dist.get_rank() == 0:
+            self.engine.monitor.write_events([(f"{prefix}/{k}", v, consumed_samples) for k, v in values.items()])
+
+
+def say(line: str) -> None:
+    """Prints a line on rank 0."""
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def mean_over_ranks(value: Tensor | float) -> float:
+    """Over all ranks: those of one tensor-parallel group hold the same value. Collective."""
+    mean = torch.as_tensor(value, dtype=torch.float64, device=device()).clone()
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
+
+
+def _load_shares(exp_counts: list[Tensor]) -> tuple[float, float]:
+    """Least and largest share of the routed tokens that any expert of any layer got, over all ranks."""
+    shares = []
+    for counts in exp_counts:
+        total = counts.to(device=device(), dtype=torch.float64)
+        dist.all_reduce(total)
+        shares.append(total / total.sum().clamp(min=1))
+    return min(float(share.min()) for share in shares), max(float(share.max()) for share in shares)

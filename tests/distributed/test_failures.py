@@ -1,0 +1,223 @@
+"""How a job ends that cannot go on: on all ranks, with one sentence that says where to look."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import pretrain_gpt_scmoe
+from scmoe_ds.data.corpus import write_indexed_dataset
+from scmoe_ds.data.dataset import DataSettings, build_datasets
+from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
+from scmoe_ds.models.gpt import GPTOutput
+from scmoe_ds.overlap.transport import ExchangeError
+from scmoe_ds.parallel.failures import failed_collective
+from scmoe_ds.step_health import MOST_SKIPPED_STEPS, StepHealth, TrainingError, is_loss_scale_exhausted
+from scmoe_ds.training import Trainer
+from tests.helpers.distributed import free_port, run_distributed
+
+ROOT = Path(__file__).parents[2]
+JSON = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "zero_optimization": {"stage": 1},
+    "scmoe": {"num_experts": 4, "expert_parallel_size": 2, "all_to_all": "send_receive",
+              "overlap": {"calibration_steps": 0}},
+}  # fmt: skip
+FLAGS = ("--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --eval-iters 1 --split 8,1,1 "
+         "--log-interval 1").split()  # fmt: skip
+
+
+def prepare(directory: Path, *flags: str) -> list[str]:
+    """A data set, a JSON, and the arguments that name them."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, 300).tolist() for _ in range(20)]
+    prefix = write_indexed_dataset(str(directory / "data"), documents, 257).prefix
+    (directory / "ds.json").write_text(json.dumps(JSON))
+    return [*FLAGS, "--data-path", prefix, "--deepspeed_config", str(directory / "ds.json"), *flags]
+
+
+def poisoned_run(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and messages of a run whose 2nd micro-batch of iteration 3 has a bad loss on rank 1."""
+    original, calls = Trainer._forward, iter(range(10**6))
+
+    def poisoned(trainer: Trainer, batch: dict[str, torch.Tensor]) -> GPTOutput:
+        output = original(trainer, batch)
+        bad = dist.get_rank() == 1 and next(calls) == 2 * 2 + 1
+        assert output.loss is not None
+        return replace(output, loss=output.loss * float("nan")) if bad else output
+
+    Trainer._forward = poisoned  # type: ignore[method-assign]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = pretrain_gpt_scmoe.main(arguments)
+    return code, errors.getvalue()
+
+
+def test_a_bad_loss_stops_all_ranks_at_its_step(tmp_path: Path) -> None:
+    save = tmp_path / "saved"
+    arguments = prepare(tmp_path, "--train-iters", "9", "--save", str(save), "--save-interval", "1")
+    (code, message), (other_code, silence) = run_distributed(poisoned_run, 2, arguments)
+    assert (code, other_code) == (2, 2)
+    # 8 samples an iteration; micro-batch 2 of rank 1 is the 4th of the iteration, two samples each.
+    assert re.search(r"iteration 3: loss is nan in micro-batch 2 of 2 on data-parallel rank 1, training samples "
+                     r"22–23 \(documents \d+.* of .*data\); this step was not saved", message), message  # fmt: skip
+    assert "error" not in silence, "one message for the job"
+    assert (save / "latest").read_text() == "global_step2"
+
+
+def fake_engine(**attributes: object) -> SimpleNamespace:
+    return SimpleNamespace(**{"fp16_enabled": lambda: False, "skipped_steps": 0,
+                              "get_global_grad_norm": lambda: 1.0, **attributes})  # fmt: skip
+
+
+def test_findings_of_a_step() -> None:
+    health = StepHealth(fake_engine(), micro_batches=4)
+    health.note(torch.tensor(1.0), 0)
+    assert int(health.finding()) == 0
+    for number, loss in [(2, float("inf")), (3, float("nan"))]:
+        health.note(torch.tensor(loss), number)
+    assert health.explain(int(health.finding())) == ("loss is inf", 2), "the first counts"
+    health.note(torch.tensor(1.0), 0)
+    assert int(health.finding()) == 0, "a step's findings are its own"
+    health = StepHealth(fake_engine(get_global_grad_norm=lambda: float("inf")), micro_batches=4)
+    health.note(torch.tensor(1.0), 3)
+    what, number = health.explain(int(health.finding()))
+    assert "gradient norm is not finite" in what and number is None
+    health = StepHealth(fake_engine(fp16_enabled=lambda: True), micro_batches=4)
+    health.note(torch.tensor(float("nan")), 0)
+    assert int(health.finding()) == 0, "left to loss scaling"
+
+
+def test_fp16_that_skips_every_step_ends() -> None:
+    engine = fake_engine(fp16_enabled=lambda: True)
+    health = StepHealth(engine, micro_batches=1)
+    for step in range(MOST_SKIPPED_STEPS - 1):
+        engine.skipped_steps += 1
+        health.check_skipped_steps(step)
+    health.check_skipped_steps(100)  # one that was not skipped
+    with pytest.raises(TrainingError, match=rf"iteration 7: the last {MOST_SKIPPED_STEPS} steps were skipped"):
+        for _ in range(MOST_SKIPPED_STEPS):
+            engine.skipped_steps += 1
+            health.check_skipped_steps(7)
+
+
+def test_deepspeeds_own_words_for_an_exhausted_loss_scale() -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(init_scale=1, scale_window=10, min_scale=1, delayed_shift=1,
+                               consecutive_hysteresis=False, dtype=torch.float32)  # fmt: skip
+    with pytest.raises(Exception, match="minimum") as raised:
+        scaler.update_scale(True)
+    assert is_loss_scale_exhausted(raised.value)
+
+
+@contextlib.contextmanager
+def ranks_of_a_job(arguments: Sequence[str], directory: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes of the main job; yielded when they have trained a few iterations."""
+    port, processes = str(free_port()), []
+    for rank in ("0", "1"):
+        environment = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
+        command = [sys.executable, str(ROOT / "pretrain_gpt_scmoe.py"), *arguments]
+        with open(directory / f"errors{rank}", "w") as errors:
+            processes.append(subprocess.Popen(command, env={**environment, "PYTHONPATH": str(ROOT)}, cwd=directory,
+                                              stdout=subprocess.PIPE, stderr=errors, text=True))  # fmt: skip
+    try:
+        assert processes[0].stdout is not None
+        assert any(line.startswith("iteration       3/") for line in processes[0].stdout)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_with_a_sentence(victim: int, tmp_path: Path) -> None:
+    with ranks_of_a_job(prepare(tmp_path, "--train-iters", "100000"), tmp_path) as processes:
+        processes[victim].kill()
+        assert processes[1 - victim].wait(60) == 1
+    lines = (tmp_path / f"errors{1 - victim}").read_text().splitlines()
+    assert any(line.startswith("Traceback") for line in lines)
+    found = re.match(r"pretrain_gpt_scmoe.py: error: rank (\d) \(host \S+\), iteration \d+: (.*) ranks 0, 1 failed: "
+                     r".*(?:Connection|connection).*\. Rank (\d) \(host \S+\).* look at the end of its log.*--load",
+                     lines[-1])  # fmt: skip
+    assert found, lines[-1]
+    assert (int(found[1]), int(found[3])) == (1 - victim, victim)
+    assert re.match(r"(the part with rank \d of )?the all-to-all of expert-parallel|all_reduce over", found[2])
+
+
+def test_ctrl_c_is_no_error(tmp_path: Path) -> None:
+    with ranks_of_a_job(prepare(tmp_path, "--train-iters", "100000"), tmp_path) as processes:
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        assert [process.wait(60) for process in processes] == [130, 130]
+    errors = [(tmp_path / f"errors{rank}").read_text() for rank in (0, 1)]
+    assert errors[0].splitlines()[-1] == "pretrain_gpt_scmoe.py: interrupted"
+    assert not any("Traceback" in text for text in errors)
+
+
+def test_words_and_peers_of_a_failure() -> None:
+    error = ExchangeError("the all-to-all of expert-parallel ranks", [2, 3], [3], "[/x/pair.cc:5] Connection closed by "
+                          "peer [10.0.0.1]:5. This is typically caused by a remote worker crashing")  # fmt: skip
+    wrapped = RuntimeError("while training")
+    wrapped.__cause__ = error
+    found = failed_collective(wrapped)
+    assert found is not None
+    assert (found.ranks, found.peers, found.reason) == ([2, 3], [3], "Connection closed by peer [10.0.0.1]:5")
+    assert failed_collective(RuntimeError("shape '[2]' is invalid")) is None
+    assert failed_collective(ValueError("timed out")) is None
+
+
+class OtherBytes(Tokenizer):
+    """As many ids as ByteTokenizer, with other meanings."""
+
+    name = "ByteTokenizer"
+
+    def __init__(self) -> None:
+        self.vocab_size, self.eod = 257, 256
+        self._describe([b"latin-1"])
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(text.encode("latin-1"))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("latin-1")
+
+
+def build_with_differences(directory: str) -> list[str]:
+    """The errors of data sets that differ between ranks in content, then in vocabulary, and in nothing else."""
+    rank, errors = dist.get_rank(), []
+    for difference in ("content", "vocabulary"):
+        os.makedirs(f"{directory}/{difference}{rank}", exist_ok=True)
+        os.chdir(f"{directory}/{difference}{rank}")
+        first = rank if difference == "content" else 0
+        write_indexed_dataset("data", [[first + token for token in range(200)]] * 20, 257)
+        tokenizer = OtherBytes() if difference == "vocabulary" and rank == 1 else ByteTokenizer()
+        with pytest.raises(ValueError) as raised:
+            build_datasets(DataSettings(("data",), "8,1,1", 16, 1, tokenizer), 8, 0, 0)
+        errors.append(str(raised.value))
+    return errors
+
+
+def test_ranks_with_other_data_or_vocabulary(tmp_path: Path) -> None:
+    for content, vocabulary in run_distributed(build_with_differences, 2, str(tmp_path)):
+        assert content.startswith("the training data differs between ranks") and "rank 1:" in content
+        assert vocabulary.startswith("the tokenizer differs between ranks") and "rank 1:" in vocabulary

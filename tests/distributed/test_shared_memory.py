@@ -1,0 +1,45 @@
+"""What DeepSpeed's CPU collectives share must not stay in the machine's memory when a job has ended, however it ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scmoe_ds.parallel.shared_memory import DIRECTORY
+from tests.helpers.distributed import free_port
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import os, sys, torch, deepspeed.comm
+import scmoe_ds.engine as engine
+names = lambda: [name for name in os.listdir("/dev/shm") if name.split("_")[-2] == os.environ["MASTER_PORT"]]
+forget = engine.forget_names
+engine.forget_names = lambda: (print("named:", len(names())), forget())
+engine.connect()
+deepspeed.comm.barrier()
+summed = torch.ones(4096)
+deepspeed.comm.inference_all_reduce(summed)
+print("left:", len(names()), "sum:", summed[0].item(), flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(not DIRECTORY.is_dir(), reason="no /dev/shm")
+def test_no_buffer_outlives_its_job() -> None:
+    port, ranks = free_port(), []
+    for rank in ("0", "1"):
+        environment = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}  # fmt: skip
+        ranks.append(
+            subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate(timeout=240)[0] for process in ranks]
+    if "named: 0" in outputs[0] + outputs[1]:
+        pytest.skip("DeepSpeed shares no memory here")
+    for output in outputs:
+        assert "left: 0 sum: 2.0" in output
+    assert not list(DIRECTORY.glob(f"deepspeed_*_{port}_*"))
