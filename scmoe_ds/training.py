@@ -260,10 +260,14 @@ class Trainer:
 
     def _save(self) -> None:
         assert self.settings.save is not None
-        self._saved = checkpoint.save(
-            self.engine, self.settings.save, self.iteration, self.consumed_samples, self.description,
-            self.settings.keep_last,
-        )  # fmt: skip
+        try:
+            self._saved = checkpoint.save(
+                self.engine, self.settings.save, self.iteration, self.consumed_samples, self.description,
+                self.settings.keep_last,
+            )  # fmt: skip
+        except Exception as error:
+            at_iteration(error, self.iteration)
+            raise
         say(f"saved {self._saved}")
 
 

@@ -106,8 +106,8 @@ class StagedMoE(MoE):
         if dist.get_rank(self.deepspeed_moe.ep_group) != self.ep_rank:
             raise ValueError(
                 "ScMoE's experts are laid out over consecutive ranks (with expert tensor parallelism, over those of "
-                'one tensor-parallel rank): remove "use_data_before_expert_parallelism" from the DeepSpeed JSON, and set '
-                "deepspeed.utils.groups.mpu before the model is built"
+                'one tensor-parallel rank): remove "use_data_before_expert_parallelism" from the DeepSpeed JSON, and '
+                "set deepspeed.utils.groups.mpu before the model is built"
             )
         if self.ep_size > 1:
             self._check_experts_agree()
