@@ -8,30 +8,28 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from scmoe_ds.client_optimizer import with_expert_groups
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
 from scmoe_ds.deepspeed_settings import check_accelerator, check_model_and_optimizer, warn
-from scmoe_ds.models.blocks import Block, ScheduledRun
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.overlap.adaptive import AdaptiveOverlap
-from scmoe_ds.overlap.executor import backbone_names
-from scmoe_ds.overlap.plan_text import layers_text
 from scmoe_ds.overlap.transport import probe
+from scmoe_ds.pairs import describe_pair, describe_schedules, pairs_of
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
 from scmoe_ds.parallel.shared_memory import forget_names
+from scmoe_ds.replace.replacement import replace_moe_layers, with_sizes_of
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -66,6 +64,9 @@ def initialize(
     whole = load_deepspeed_json(config)
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
     section = ScMoEConfig.from_deepspeed(whole)
+    if section.replace:
+        replace_moe_layers(model, section)
+    section = with_sizes_of(model, section)
     check_accelerator(whole)
     check_model_and_optimizer(whole, model, optimizer)
     if mpu is None and tensor.tensor_parallel_size() > 1:
@@ -83,22 +84,20 @@ def initialize(
     result = deepspeed.initialize(
         model=model, config=whole, mpu=mpu, optimizer=optimizer, model_parameters=model_parameters, **kwargs
     )
-    if dist.get_rank() == 0:
-        warn(whole)
     if holders > 1 and not section.expert_tensor_parallelism:
         prepare_whole_experts(model, section)
     layout = Layout(dist.get_world_size(), holders, section.expert_parallel_size, section.expert_tensor_parallelism)
     lines = choose_all_to_all(model, section, micro_batch_size, layout)
-    runs = [module for module in model.modules() if isinstance(module, ScheduledRun)]
+    pairs = pairs_of(model)
     sequence = getattr(model, "sequence", None)
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
     nodes = nodes_of_ranks()
     lines[:0] = describe_groups(layout, nodes)
-    descriptions = [[describe_pair(run, section, micro_batch_size, sequence, len(set(nodes))) for run in runs]]
+    descriptions = [[describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]]
     dist.broadcast_object_list(descriptions)
-    overlap = AdaptiveOverlap(model, runs, descriptions[0], section.overlap, device())
+    overlap = AdaptiveOverlap(model, pairs, descriptions[0], section.overlap, device())
     result[0].overlap = overlap
-    lines += describe_schedules(runs, section, overlap)
+    lines += describe_schedules(pairs, section, overlap)
     if dist.get_rank() == 0:
         for line in lines:
             logger.info(line)
@@ -207,57 +206,6 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     decayed = [parameter for parameter in trainable if parameter.ndim > 1]
     plain = [parameter for parameter in trainable if parameter.ndim <= 1]
     return [{"params": decayed, "name": "decay"}, {"params": plain, "weight_decay": 0.0, "name": "no_decay"}]
-
-
-def describe_pair(
-    run: ScheduledRun, config: ScMoEConfig, micro_batch_size: int, sequence: int | None, nodes: int
-) -> dict[str, Any]:
-    """All that a pair's times depend on; times are used again only where all of it agrees."""
-    layer, last = cast(StagedMoE, run.blocks[-1].moe), cast(Block, run.blocks[-1])
-    parameter = next(run.parameters())
-    return {
-        "operators": backbone_names(run),
-        "hidden_size": parameter.shape[-1],
-        "attention_heads": list(last.attention.heads),
-        "parameters": sum(each.numel() for each in run.parameters()),
-        "num_experts": layer.num_experts,
-        "top_k": layer.deepspeed_moe.gate.k,
-        "capacity_factor": config.capacity_factor if config.drop_tokens else None,
-        "dispatch": layer.dispatch,
-        "wire_dtype": layer.wire_dtype,
-        "all_to_all": config.all_to_all,  # the setting: which one "auto" takes can change from start to start
-        "expert_parallel_size": layer.ep_size,
-        "ranks_that_exchange": layer.transport.size,
-        "tensor_parallel_size": bwc_tensor_model_parallel_world_size(groups.mpu),
-        "expert_tensor_parallelism": config.expert_tensor_parallelism,
-        "processes": dist.get_world_size(),
-        "nodes": nodes,
-        "micro_batch_size": micro_batch_size,
-        "seq_length": sequence,
-        **({"recompute": run.recompute} if run.recompute else {}),  # an operator's backward then repeats its forward
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type,
-    }
-
-
-def describe_schedules(runs: Sequence[ScheduledRun], config: ScMoEConfig, overlap: AdaptiveOverlap) -> list[str]:
-    """One line per distinct schedule: the backbone, the slot, and where the slot comes from."""
-    if overlap.calibrating:
-        origin = f"until {overlap.timed_micro_batches} micro-batches after the first have been timed, without overlap"
-    elif overlap.times is not None:
-        origin = f"from the times in {config.overlap.calibration_file}"
-    elif config.overlap.expert_slot == "auto":
-        origin = "auto: splits the backbone's FLOPs in half; nothing is timed"
-    else:
-        origin = "set by scmoe.overlap.expert_slot"
-    lines: dict[str, list[int]] = {}
-    for index, run in enumerate(runs):
-        names = backbone_names(run)
-        for chunk, slot in reversed(list(enumerate(run.schedule.slots, start=1))):
-            names.insert(slot - 1, f"[experts {chunk}]" if run.schedule.num_chunks > 1 else "[routed experts]")
-        mode = "overlapped" if run.schedule.overlap else "without overlap"
-        lines.setdefault(f"dispatch ⇢ {' → '.join(names)} ⇢ combine ({mode}; {origin})", []).append(index)
-    return [f"schedule of MoE layer {layers_text(layers)}: {text}" for text, layers in lines.items()]
 
 
 def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: int, layout: Layout) -> list[str]:

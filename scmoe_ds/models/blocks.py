@@ -211,9 +211,21 @@ class ScheduledRun(nn.Module):
         return operators + ([Operator("shared", self._shared)] if has_shared else [])
 
     @property
+    def layer(self) -> StagedMoE:
+        """The MoE layer."""
+        return cast(StagedMoE, self._last.moe)
+
+    @property
     def group(self) -> dist.ProcessGroup | None:
         """The ranks between which rows travel."""
-        return cast(StagedMoE, self._last.moe).transport.group
+        return self.layer.transport.group
+
+    def facts(self) -> dict[str, Any]:
+        """What this run's times depend on, beside its MoE layer; JSON values."""
+        facts = {"operators": executor.backbone_names(self), "attention_heads": list(self._last.attention.heads),
+                 "parameters": sum(each.numel() for each in self.parameters())}  # fmt: skip
+        # An operator's backward then repeats its forward.
+        return {**facts, "recompute": self.recompute} if self.recompute else facts
 
     def backbone(self) -> list[Operator]:
         """The operators between shortcut and join."""

@@ -24,7 +24,7 @@ from scmoe_ds.overlap.calibration_file import (
     read_calibration,
     write_calibration,
 )
-from scmoe_ds.overlap.executor import Pair, backbone_names
+from scmoe_ds.overlap.executor import Backbone, backbone_names
 from scmoe_ds.overlap.plan_text import layers_text, plan_lines
 from scmoe_ds.overlap.recorder import SILENT, PairRecorder, Recorder
 from scmoe_ds.overlap.schedule import Mode, Plan, Schedule, plan
@@ -37,8 +37,8 @@ CHUNK_COUNTS = (1, 2, 4)
 matrix products eat what is gained."""
 
 
-class ScheduledPair(Pair, Protocol):
-    """What the adaptive schedule asks of a pair; see models.blocks.ScheduledRun."""
+class ScheduledPair(Backbone, Protocol):
+    """What the adaptive schedule asks of a pair; see models.blocks.ScheduledRun and replace.hooked.HookedPair."""
 
     schedule: Schedule
     forward_schedule: Schedule | None

@@ -61,13 +61,17 @@ class PairOutput:
     exp_counts: Tensor
 
 
-class Pair(Protocol):
-    """What the executor asks of a run of blocks."""
+class Backbone(Protocol):
+    """Operators by name, and where among them the shortcut is taken."""
 
     tap: int
 
     def operators(self) -> Sequence[Operator]:
         """All operators in order; the shortcut is taken before number `tap` (from 0), the backbone begins there."""
+
+
+class Pair(Backbone, Protocol):
+    """What the executor asks of a run of blocks."""
 
     def begin(self, stream: Stream, schedule: Schedule, recorder: PairRecorder) -> Routed:
         """Normalises the tapped value, gates, encodes, and sends the tokens on their way."""
@@ -102,7 +106,7 @@ def run(pair: Pair, hidden: Tensor, schedule: Schedule, recorder: PairRecorder =
     return pair.join(routed, stream)
 
 
-def backbone_names(pair: Pair) -> list[str]:
+def backbone_names(pair: Backbone) -> list[str]:
     """Names of the operators between shortcut and join, as a recorder hears them."""
     return [operator.name for operator in _distinct(pair.operators(), pair.tap)[pair.tap :]]
 

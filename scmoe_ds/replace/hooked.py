@@ -108,6 +108,13 @@ class HookedPair:
         names = [*(seen.operators if seen else ()), "shared"]
         return [Operator(name, _not_to_be_run) for name in names]
 
+    def facts(self) -> dict[str, Any]:
+        """What this pair's times depend on, beside its layer; JSON values."""
+        blocks = [type(block).__name__ for _, block in self.place.blocks]
+        parameters = sum(self._sizes.values()) + sum(each.numel() for each in self.layer.parameters())
+        origin = f"from the {self.place.side} of {type(self.place.module).__name__}"
+        return {"operators": [*blocks, origin], "parameters": parameters}
+
     def detach(self) -> None:
         """Removes all hooks."""
         for handle in self._handles:
