@@ -19,6 +19,7 @@ from scmoe_ds.engine import expert_parallel_rank
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, GPTSettings
+from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.parallel import tensor
 from scmoe_ds.training import seed_micro_batch
 from tests.helpers.distributed import run_distributed
@@ -32,7 +33,7 @@ def micro_batch(number: int) -> Tensor:
 
 
 def train(
-    ep: int, zero_stage: int, tp: int = 1, settings: dict | None = None, **section: object
+    ep: int, zero_stage: int, tp: int, settings: dict, recompute: Recompute | None, **section: object
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses and gradient norms of 20 steps, and the final weights by global name.
 
@@ -48,9 +49,9 @@ def train(
         "scmoe": {"num_experts": 4, "expert_parallel_size": ep, "capacity_factor": 1.0, "min_capacity": 1,
                   "top2_2nd_expert_sampling": False, **section},
     }  # fmt: skip
-    shape = GPTSettings(4, 32, 4, VOCABULARY, SEQUENCE, hidden_dropout=0.1, **(settings or {}))
+    shape = GPTSettings(4, 32, 4, VOCABULARY, SEQUENCE, hidden_dropout=0.1, **settings)
     parsed = scmoe_ds.ScMoEConfig.from_deepspeed(config)
-    model = GPT(shape, parsed, group=tensor.tensor_parallel_group())
+    model = GPT(shape, parsed, group=tensor.tensor_parallel_group(), recompute=recompute)
     ep_rank = expert_parallel_rank(ep, parsed.expert_tensor_parallelism)
     initialize_parameters(model, 7, 0.1, shape.num_layers, ep_rank, tensor.tensor_parallel_rank(), tp)
     engine, *_ = scmoe_ds.initialize(model=model, config=config)
@@ -101,15 +102,17 @@ class Case:
     zero_stage: int
     section: str = "{}"  # JSON
     style: str = "GPT-2"
+    recompute: Recompute | None = None
 
     def __str__(self) -> str:
         layout = f"{self.ranks} ranks, TP{self.tp}, EP{self.ep}, ZeRO-{self.zero_stage}"
-        return f"{layout}, {self.style}, {self.section}"
+        again = f", recompute {self.recompute}" if self.recompute else ""
+        return f"{layout}, {self.style}, {self.section}{again}"
 
     @property
     def alone(self) -> Case:
         """The same in one process."""
-        return replace(self, ranks=1, tp=1, ep=1)
+        return replace(self, ranks=1, tp=1, ep=1, recompute=None)
 
 
 def case(ranks: int, tp: int, ep: int, zero_stage: int, style: str = "GPT-2", **section: object) -> Case:
@@ -135,6 +138,8 @@ CASES = [
     case(2, 2, 1, 2, "LLaMA", **DIVIDED),
     case(2, 2, 2, 2, "LLaMA", top_k=2),
     case(2, 2, 2, 1, architecture="dgmoe"),
+    replace(case(2, 2, 2, 1), recompute="full"),
+    replace(case(2, 2, 1, 2, **DIVIDED), recompute="selective"),
     case(2, 2, 2, 2, architecture="overlapped_shared_expert"),
     case(4, 2, 2, 1),
     case(4, 2, 2, 2, overlap=SERIAL),
@@ -173,7 +178,9 @@ def train_all(cases: list[Case]) -> list[tuple]:
     for each in cases:
         forget_groups()
         tensor.start(each.tp)
-        results.append(train(each.ep, each.zero_stage, each.tp, STYLES[each.style], **json.loads(each.section)))
+        results.append(
+            train(each.ep, each.zero_stage, each.tp, STYLES[each.style], each.recompute, **json.loads(each.section))
+        )
     return results
 
 
