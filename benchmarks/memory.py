@@ -29,11 +29,13 @@ from torch import Tensor
 import scmoe_ds
 from benchmarks.measure import environment
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
 from tests.helpers.distributed import run_distributed
 
-VOCABULARY, SEQUENCE, EXPERTS = 4096, 32, 8
+SHAPE, EXPERTS, BUCKET = GPTSettings(24, 128, 4, 512, 32), 8, 10_000
+"""Many small parameters: under ZeRO-2 a gradient that lies across the border of two ranks' pieces is whole on both."""
 LAYOUTS = [(2, 1, 1), (2, 1, 2), (4, 1, 2), (2, 2, 1), (4, 2, 2), (4, 2, 4)]
 """(ranks, tensor-parallel size, expert-parallel size)."""
 
@@ -58,12 +60,14 @@ def measure(ep: int, stage: int, precision: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        "zero_optimization": {"stage": stage},
+        # DeepSpeed holds a buffer of one bucket, by default 5e8 elements: here next to nothing, to see the rest.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
         "bf16": {"enabled": precision == "bf16"},
         "scmoe": {"num_experts": EXPERTS, "expert_parallel_size": ep, "overlap": {"calibration_steps": 0}},
     }
-    shape = GPTSettings(2, 256, 8, VOCABULARY, SEQUENCE)
-    model = GPT(shape, scmoe_ds.ScMoEConfig.from_deepspeed(config), group=tensor.tensor_parallel_group())
+    model = GPT(SHAPE, scmoe_ds.ScMoEConfig.from_deepspeed(config), group=tensor.tensor_parallel_group())
+    initialize_parameters(model, 1, 0.02, SHAPE.num_layers, tp_rank=tensor.tensor_parallel_rank(),
+                          tp_size=tensor.tensor_parallel_size())  # fmt: skip
     others = live().keys() - {each.untyped_storage().data_ptr() for each in model.parameters()}
     engine, *_ = scmoe_ds.initialize(model=model, config=config)
     kept: dict[int, int] = {}
@@ -71,7 +75,7 @@ def measure(ep: int, stage: int, precision: str) -> dict[str, Any]:
     for _ in range(2):  # the first step makes the moments
         gradients = 0
         for _ in range(2):
-            tokens = torch.zeros(1, SEQUENCE + 1, dtype=torch.int64)
+            tokens = torch.zeros(1, SHAPE.max_position_embeddings + 1, dtype=torch.int64)
             engine.backward(engine(tokens[:, :-1], labels=tokens[:, 1:]).loss)
             gradients = max(gradients, sum(size for address, size in live().items() if address not in kept))
             engine.step()

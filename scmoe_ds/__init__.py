@@ -4,5 +4,16 @@ from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.engine import initialize
 from scmoe_ds.moe.layer import ScMoE
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.replace import load_balancing_loss, moe_from_dense, replace_moe_layers, undo_replacement
 
-__all__ = ["ScMoE", "ScMoEConfig", "ScMoEConfigError", "Schedule", "initialize"]
+__all__ = [
+    "ScMoE",
+    "ScMoEConfig",
+    "ScMoEConfigError",
+    "Schedule",
+    "initialize",
+    "load_balancing_loss",
+    "moe_from_dense",
+    "replace_moe_layers",
+    "undo_replacement",
+]

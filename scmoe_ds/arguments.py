@@ -7,9 +7,10 @@ can be set in either; a flag and the JSON that disagree are an error that names 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_rates, check_training, require_flags
 from scmoe_ds.config import ScMoEConfig, load_deepspeed_json
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
 from scmoe_ds.models.layers import GPTSettings
@@ -38,10 +39,6 @@ SECTION_FLAGS: dict[str, str] = {
 """Flag (as argparse stores it) to field of the "scmoe" section."""
 
 
-class ArgumentError(ValueError):
-    """A flag that its user can mend."""
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of pretrain_gpt_scmoe.py; a preset, if one is named, has to be applied as defaults afterwards."""
     parser = argparse.ArgumentParser(
@@ -50,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    for add in (_add_network, _add_data, _add_training, _add_moe, _add_deepspeed):
+    for add in (_add_network, _add_data, add_training, add_moe, add_deepspeed):
         add(parser)
     return parser
 
@@ -93,7 +90,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=1234, help="weights, data order, dropout, gate noise")
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Flags of the training loop."""
     group = parser.add_argument_group("training, validation and checkpoints")
     group.add_argument("--train-iters", type=int, help="optimizer steps of the whole run, over all resumes")
     group.add_argument("--exit-duration-in-mins", type=float, help="save and stop after so many minutes")
@@ -113,7 +111,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer")
 
 
-def _add_moe(parser: argparse.ArgumentParser) -> None:
+def add_moe(parser: argparse.ArgumentParser) -> None:
+    """Flags that set fields of the "scmoe" section."""
     group = parser.add_argument_group("mixture of experts", 'set fields of the JSON\'s "scmoe" section')
     group.add_argument("--num-experts", type=int, nargs="+", help="one number, or one per MoE layer")
     group.add_argument("--topk", type=int, help="routed experts per token")
@@ -136,7 +135,8 @@ def _add_moe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scmoe-expert-slot", type=_slot, help='"auto" or the operator before which experts run')
 
 
-def _add_deepspeed(parser: argparse.ArgumentParser) -> None:
+def add_deepspeed(parser: argparse.ArgumentParser) -> None:
+    """DeepSpeed's own flags."""
     group = parser.add_argument_group("DeepSpeed")
     group.add_argument("--distributed-timeout-minutes", type=float, default=10.0,
                        help="end the job when a collective of any process group takes longer")  # fmt: skip
@@ -156,21 +156,43 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         ArgumentError, ScMoEConfigError: a setting that its user can mend.
         SystemExit: argparse's own findings (unknown flag, not a number), and --help.
     """
-    parser = build_parser()
+    args = parse_flags(build_parser(), {name: preset.arguments for name, preset in PRESETS.items()}, argv)
+    _check(args)
+    whole, config = read_section(args)
+    config.check_model(args.num_layers)
+    return args, whole, config
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, presets: Mapping[str, Mapping[str, Any]], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """The flags, over the values of the preset that they name.
+
+    Raises:
+        ArgumentError: no --deepspeed_config.
+        SystemExit: argparse's own findings.
+    """
     args = parser.parse_args(argv)
     if args.preset:
-        parser.set_defaults(**PRESETS[args.preset].arguments)
+        parser.set_defaults(**presets[args.preset])
         args = parser.parse_args(argv)
     if args.deepspeed_config is None:
         raise ArgumentError("--deepspeed_config is missing: name a JSON, e.g. ds_configs/gpt_small_cpu.json")
-    _check(args)
+    return args
+
+
+def read_section(args: argparse.Namespace) -> tuple[dict[str, Any], ScMoEConfig]:
+    """The DeepSpeed JSON that the flags name, with the flags merged into its "scmoe" section, and that section.
+
+    Raises:
+        ArgumentError, ScMoEConfigError: a setting that its user can mend.
+    """
     whole = load_deepspeed_json(args.deepspeed_config)
     if "scmoe" in whole:
         whole["scmoe"] = merge_flags(whole["scmoe"], args, args.deepspeed_config)
     config = ScMoEConfig.from_deepspeed(whole)
-    config.check_model(args.num_layers)
     _fill_in_schedule(whole, args.train_iters)
-    return args, whole, config
+    return whole, config
 
 
 def merge_flags(section: Any, args: argparse.Namespace, source: str) -> Any:
@@ -240,32 +262,16 @@ def comparable(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "train_iters"):
-        if getattr(args, name) is None:
-            raise ArgumentError(f"--{name.replace('_', '-')} is missing (--preset sets the sizes of a known model)")
+    require_flags(args, ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "train_iters"))
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
-    at_least_one = ["num_layers", "hidden_size", "num_attention_heads", "seq_length", "log_interval",
-                    "make_vocab_size_divisible_by", "eval_interval", "eval_iters",
-                    "tensor_model_parallel_size"]  # fmt: skip
-    optional = ["save_interval", "exit_interval", "scmoe_trace", "keep_last"]
-    lowest = dict.fromkeys(at_least_one + [name for name in optional if getattr(args, name) is not None], 1)
-    lowest |= {"train_iters": 0, "ffn_hidden_size": 0, "num_key_value_heads": 0, "num_workers": 0, "seed": 0}
-    for name, minimum in lowest.items():
-        if getattr(args, name) < minimum:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum}")
-    for name in ("distributed_timeout_minutes", "exit_duration_in_mins"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    check_lowest(args, 1, ("num_layers", "hidden_size", "num_attention_heads", "seq_length",
+                           "make_vocab_size_divisible_by"))  # fmt: skip
+    check_lowest(args, 0, ("ffn_hidden_size", "num_key_value_heads"))
+    check_training(args)
     if args.seq_length > args.max_position_embeddings:
         raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
                             f"{args.max_position_embeddings}")  # fmt: skip
-    for name in ("attention_dropout", "hidden_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be in [0, 1)")
-    for name in ("save_interval", "keep_last", "auto_resume"):
-        if getattr(args, name) and not args.save:
-            raise ArgumentError(f"--{name.replace('_', '-')} needs --save, the directory of the checkpoints")
+    check_rates(args, ("attention_dropout", "hidden_dropout"))
 
 
 def _fill_in_schedule(whole: dict[str, Any], train_iters: int) -> None:

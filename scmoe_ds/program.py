@@ -19,22 +19,30 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell's."""
 
 Job = Callable[[argparse.Namespace, dict[str, Any], ScMoEConfig], object]
+Parse = Callable[[Sequence[str] | None], tuple[argparse.Namespace, dict[str, Any], ScMoEConfig]]
 
 
-def run_program(name: str, argv: Sequence[str] | None, job: Job, errors: tuple[type[Exception], ...]) -> int:
+def run_program(
+    name: str,
+    argv: Sequence[str] | None,
+    job: Job,
+    errors: tuple[type[Exception], ...],
+    parse: Parse = parse_arguments,
+) -> int:
     """Runs a job in a process group; returns the exit code.
 
     Args:
         name: for the error message.
-        argv: flags of pretrain_gpt_scmoe.py; default: the command line's.
+        argv: flags; default: the command line's.
         job: gets the flags, the DeepSpeed JSON and its "scmoe" section.
         errors: what a user can mend; it ends in one sentence, not in a traceback.
+        parse: reads the flags; default: those of pretrain_gpt_scmoe.py.
     """
     show_log()
     reporter: FailureReporter | None = None
     connected, code = False, 0
     try:
-        args, whole, config = parse_arguments(argv)
+        args, whole, config = parse(argv)
         connected = connect()
         if connected and dist.get_world_size() > 1:
             reporter = FailureReporter(name)

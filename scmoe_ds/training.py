@@ -23,14 +23,13 @@ from scmoe_ds import checkpoint
 from scmoe_ds.data.dataset import documents_of
 from scmoe_ds.data.sampler import pretraining_batches
 from scmoe_ds.engine import device
-from scmoe_ds.models.gpt import GPTOutput
 from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.timeline import save_timeline
 from scmoe_ds.parallel.failures import at_iteration
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
 from scmoe_ds.step_health import StepHealth, is_loss_scale_exhausted, not_finite, overflows_at_any_scale
-from scmoe_ds.training_log import TrainingLog, mean_over_ranks, say
+from scmoe_ds.training_log import TrainingLog, TrainingOutput, mean_over_ranks, say
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,8 @@ class Trainer:
         iteration, consumed_samples: where a resumed run stands.
     """
 
+    log_class: type[TrainingLog] = TrainingLog
+
     def __init__(
         self,
         engine: Any,
@@ -97,7 +98,7 @@ class Trainer:
         # Tensor-parallel ranks of a group read the same data and draw the same random numbers.
         self.data_rank, self.data_ranks = data_parallel_rank(), data_parallel_size()
         batch_size = settings.rank_batch_size * self.data_ranks
-        self.log = TrainingLog(engine, settings.train_iters, batch_size * settings.seq_length)
+        self.log = self.log_class(engine, settings.train_iters, batch_size * settings.seq_length)
         self.health = StepHealth(engine, settings.accumulation_steps * self.data_ranks)
         self._saved: Path | None = None
         self._validation: tuple[int, float] | None = None
@@ -207,7 +208,7 @@ class Trainer:
         with torch.no_grad():
             for batch_count, batch in zip(range(1, self.settings.eval_iters + 1), batches, strict=False):
                 seed_micro_batch(self.settings.seed, -1, batch_count * self.data_ranks + self.data_rank)
-                loss = self._forward(batch).lm_loss
+                loss = self._forward(batch).task_loss
                 assert loss is not None
                 total += loss.double()
         self.engine.train()
@@ -236,7 +237,7 @@ class Trainer:
         except Exception as error:  # on rank 0 alone, and a picture is no reason to stop
             say(f"--scmoe-trace: not written: {error}")
 
-    def _forward(self, batch: dict[str, Tensor]) -> GPTOutput:
+    def _forward(self, batch: dict[str, Tensor]) -> TrainingOutput:
         on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
         return self.engine(on_device["tokens"], labels=on_device["labels"], loss_mask=on_device["loss_mask"])
 

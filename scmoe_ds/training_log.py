@@ -6,14 +6,29 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.engine import device
-from scmoe_ds.models.gpt import GPTOutput
+
+
+class TrainingOutput(Protocol):
+    """What a model's forward pass returns for a training loop; see models.gpt.GPTOutput."""
+
+    @property
+    def loss(self) -> Tensor | None: ...
+
+    @property
+    def task_loss(self) -> Tensor | None: ...
+
+    @property
+    def moe_loss(self) -> Tensor: ...
+
+    @property
+    def exp_counts(self) -> tuple[Tensor, ...]: ...
 
 
 @dataclass
@@ -22,13 +37,13 @@ class _Sums:
 
     steps: int = 0
     seconds: float = 0.0
-    lm_loss: Tensor | float = 0.0
+    task_loss: Tensor | float = 0.0
     moe_loss: Tensor | float = 0.0
     exp_counts: list[Tensor] = field(default_factory=list)
 
-    def add(self, output: GPTOutput, share: float) -> None:
-        assert output.lm_loss is not None
-        self.lm_loss = self.lm_loss + output.lm_loss.detach() * share
+    def add(self, output: TrainingOutput, share: float) -> None:
+        assert output.task_loss is not None
+        self.task_loss = self.task_loss + output.task_loss.detach() * share
         self.moe_loss = self.moe_loss + output.moe_loss.detach() * share
         counts = [count.detach().clone() for count in output.exp_counts]
         if self.exp_counts:
@@ -43,14 +58,19 @@ class TrainingLog:
         engine: DeepSpeed's, for the gradient norm, the learning rate and the monitors.
         train_iters: iterations of the whole run.
         tokens_per_iteration: of all ranks.
+
+    Attributes:
+        loss_name, unit: what a model calls its loss without the balancing term, and its tokens.
     """
+
+    loss_name, unit = "lm loss", "tokens"
 
     def __init__(self, engine: Any, train_iters: int, tokens_per_iteration: int) -> None:
         self.engine, self.train_iters, self.tokens_per_iteration = engine, train_iters, tokens_per_iteration
         self._sums = _Sums()
         self._timed_steps, self._timed_seconds = 0, 0.0
 
-    def add_micro_batch(self, output: GPTOutput, share: float) -> None:
+    def add_micro_batch(self, output: TrainingOutput, share: float) -> None:
         """Notes what a forward pass returned, as a share of its iteration."""
         self._sums.add(output, share)
 
@@ -67,7 +87,7 @@ class TrainingLog:
     def write(self, iteration: int, consumed_samples: int) -> None:
         """The log line of an iteration and the same numbers to the monitors. Collective."""
         sums, self._sums = self._sums, _Sums()
-        lm_loss = mean_over_ranks(sums.lm_loss / sums.steps)
+        task_loss = mean_over_ranks(sums.task_loss / sums.steps)
         moe_loss = mean_over_ranks(sums.moe_loss / sums.steps)
         if iteration > 1:  # the first step pays for allocations and lazy set-up
             self._timed_steps += sums.steps
@@ -80,14 +100,15 @@ class TrainingLog:
         left = (self.train_iters - iteration) * seconds
         say(
             f"iteration {iteration:7d}/{self.train_iters} | consumed samples: {consumed_samples} | "
-            f"lm loss: {lm_loss:.8E} | moe loss: {moe_loss:.6E} | learning rate: {rate:.3E} | "
+            f"{self.loss_name}: {task_loss:.8E} | moe loss: {moe_loss:.6E} | learning rate: {rate:.3E} | "
             f"grad norm: {norm:.6f} | "
-            f"tokens per second: {tokens_per_second:.0f} | seconds per iteration: {seconds:.3f} | "
+            f"{self.unit} per second: {tokens_per_second:.0f} | seconds per iteration: {seconds:.3f} | "
             f"expert load min/max: {low:.3f}/{high:.3f} | skipped: {self.engine.skipped_steps} | "
             f"left: {int(left) // 60}:{int(left) % 60:02d}"
         )
         self._monitor("Train", consumed_samples, {
-            "lm_loss": lm_loss, "moe_loss": moe_loss, "tokens_per_second": tokens_per_second,
+            self.loss_name.replace(" ", "_"): task_loss, "moe_loss": moe_loss,
+            f"{self.unit}_per_second": tokens_per_second,
             "seconds_per_iteration": seconds, "expert_load_min": low, "expert_load_max": high, "grad_norm": norm,
         })  # fmt: skip
 

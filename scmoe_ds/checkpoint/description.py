@@ -10,10 +10,11 @@ from typing import Any
 from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.parallel.tensor import tensor_parallel_size
 
 # Fields that neither the weights nor the optimizer state depend on; a resume may change them.
-_FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std"}
+_FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std", "drop_path_rate"}
 _BINDING_SECTION_FIELDS = ("architecture", "position", "first_layer_position", "shortcut_distance", "moe_every",
                            "num_experts", "top_k", "merge", "shortcut_norm", "post_norm")  # fmt: skip
 
@@ -28,10 +29,10 @@ BATCH = "sequences per step"
 
 
 def describe(
-    settings: GPTSettings, config: ScMoEConfig, world_size: int, deepspeed_json: Mapping[str, Any]
+    settings: GPTSettings | SwinSettings, config: ScMoEConfig, world_size: int, deepspeed_json: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A JSON object: "model" (what the tensors depend on), "layout" (how they are spread over ranks and files), and all
-    fields of "gpt" and "scmoe", from which the model can be built again."""
+    fields of "gpt" (or "swin") and "scmoe", from which the model can be built again."""
     precisions = [name for name in ("bf16", "fp16") if deepspeed_json.get(name, {}).get("enabled")]
     zero = deepspeed_json.get("zero_optimization", {})
     layout = {
@@ -43,8 +44,9 @@ def describe(
         ROUND_ROBIN: bool(zero.get("round_robin_gradients", False)),
         PRECISION: precisions[0] if precisions else "fp32",
     }
-    gpt = {key: value for key, value in asdict(settings).items() if key != "head_size"}
-    return {"model": _model(gpt, config), "layout": layout, "gpt": gpt, "scmoe": config.model_dump(mode="json")}
+    shape = {key: value for key, value in asdict(settings).items() if key != "head_size"}
+    kind = "gpt" if isinstance(settings, GPTSettings) else "swin"
+    return {"model": _model(shape, config), "layout": layout, kind: shape, "scmoe": config.model_dump(mode="json")}
 
 
 def describe_model(settings: GPTSettings, config: ScMoEConfig) -> dict[str, Any]:

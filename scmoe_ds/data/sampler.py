@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from scmoe_ds.data.errors import DataError
 
-_BATCH_KEYS = ("tokens", "labels", "loss_mask")
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "images")
 
 
 class PretrainingSampler(Sampler[list[int]]):
@@ -82,7 +82,8 @@ def pretraining_batches(
 ) -> DataLoader[dict[str, torch.Tensor]]:
     """A loader over this rank's micro-batches, each a dict of CPU tensors of B samples of length S.
 
-    Keys: ``tokens`` int64 [B, S], ``labels`` int64 [B, S] (tokens one later), ``loss_mask`` float32 [B, S].
+    Keys: ``tokens`` int64 [B, S], ``labels`` int64 [B, S] (tokens one later), ``loss_mask`` float32 [B, S]; of image
+    sets ``images`` [B, C, H, W] and ``labels`` int64 [B] instead.
     The loader is finite, has a length, and does not wrap around.
 
     Args:
@@ -122,4 +123,4 @@ def pretraining_batches(
 
 def _stack(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     # Blends add "dataset_id" and GPTDataset "position_ids"; the model needs neither.
-    return {key: torch.stack([sample[key] for sample in samples]) for key in _BATCH_KEYS}
+    return {key: torch.stack([sample[key] for sample in samples]) for key in _BATCH_KEYS if key in samples[0]}

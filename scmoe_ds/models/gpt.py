@@ -46,9 +46,15 @@ class GPTOutput:
     exp_counts: tuple[Tensor, ...]
     logits: Tensor | None
 
+    @property
+    def task_loss(self) -> Tensor | None:
+        """What the training loop reports: the loss without the balancing term."""
+        return self.lm_loss
+
 
 class GPT(nn.Module):
-    """A decoder-only Transformer. Built with torch's default initialisation; see models/initialization.py.
+    """A decoder-only Transformer. Built with torch's default initialisation, where ranks share layers with none; see
+    models/initialization.py.
 
     Args:
         settings: shape and style.

@@ -28,7 +28,7 @@ class HookedScMoE(ScMoE):
     """
 
     pair: HookedPair | None = None
-    shortcut_norm: nn.Module | None = None
+    shortcut_norm: nn.Module | None  # a default here would hide the module of that name
 
     def forward(
         self, hidden_states: Tensor, used_token: Tensor | None = None, shortcut: Tensor | None = None
@@ -62,6 +62,7 @@ def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
     layer = HookedScMoE.__new__(HookedScMoE)
     nn.Module.__init__(layer)
     fresh = set(layer.__dict__)
+    layer.shortcut_norm = None
     layer.__dict__.update({key: value for key, value in moe.__dict__.items() if key not in fresh})
     layer.training = moe.training
     for child, module in moe.named_children():

@@ -21,6 +21,8 @@ POST_ATTENTION_NORMS = ("ln_2", "post_attention_layernorm", "layernorm_after", "
 """GPT-2; LLaMA, Mistral, Qwen, GPT-NeoX, Megatron; ViT, Swin; megatron-core; this package; timm; MegatronBert."""
 INPUT_NORMS = ("ln_1", "input_layernorm", "layernorm_before", "attention_norm", "norm1", "attention.ln")
 """The norms through which the same models' attention reads a block's input."""
+RES_POST_NORM_BLOCKS = {"Swinv2Layer": "intermediate"}
+"""Classes whose norms end the branches: attention and the feed-forward of this name read the raw residual stream."""
 POST_NORMS = ("attention.output.LayerNorm",)
 """BERT, RoBERTa: norms behind the residual sum, so that there is no unnormalised stream to tap."""
 
@@ -69,6 +71,10 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
     first = block_name if position == "pos1" else previous_name
     names = [first] if first == block_name else [previous_name, block_name]
     window = tuple((name, model.get_submodule(name)) for name in names)
+    feed_forward = RES_POST_NORM_BLOCKS.get(type(window[0][1]).__name__)
+    if feed_forward is not None:
+        name = f"{first}.{feed_forward}" if position == "pos2" else first
+        return Tap(name, model.get_submodule(name), "input", None, None, window)
     for norm_name in POST_NORMS:
         if _has(window[0][1], norm_name):
             raise ScMoEConfigError(f"{first} normalises behind its residual sums ({norm_name}): a shortcut wants a "
