@@ -65,6 +65,9 @@ def initialize(
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
     section = ScMoEConfig.from_deepspeed(whole)
     if section.replace:
+        if isinstance(optimizer, torch.optim.Optimizer) or model_parameters is not None:
+            raise ScMoEConfigError("scmoe.replace = true adds parameters that the optimizer or parameter groups given to "
+                                   "initialize do not hold: remove it, and call replace_moe_layers first")  # fmt: skip
         replace_moe_layers(model, section)
     section = with_sizes_of(model, section)
     check_accelerator(whole)
@@ -79,14 +82,20 @@ def initialize(
     if optimizer is not None:
         optimizer = with_expert_groups(optimizer, kwargs.get("lr_scheduler"))
         model_parameters = model_parameters or parameter_groups(model)
+    if holders > 1 and not section.expert_tensor_parallelism:
+        prepare_whole_experts(model, section)
     if dist.get_rank() == 0:
         warn(whole)
     result = deepspeed.initialize(
         model=model, config=whole, mpu=mpu, optimizer=optimizer, model_parameters=model_parameters, **kwargs
     )
-    if holders > 1 and not section.expert_tensor_parallelism:
-        prepare_whole_experts(model, section)
     layout = Layout(dist.get_world_size(), holders, section.expert_parallel_size, section.expert_tensor_parallelism)
+    result[0].overlap = overlap_of(model, section, layout, micro_batch_size)
+    return result
+
+
+def overlap_of(model: nn.Module, section: ScMoEConfig, layout: Layout, micro_batch_size: int) -> AdaptiveOverlap:
+    """Chooses the all-to-all, sets up the schedules of all pairs, and says both in the log. Collective."""
     lines = choose_all_to_all(model, section, micro_batch_size, layout)
     pairs = pairs_of(model)
     sequence = getattr(model, "sequence", None)
@@ -96,12 +105,11 @@ def initialize(
     descriptions = [[describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]]
     dist.broadcast_object_list(descriptions)
     overlap = AdaptiveOverlap(model, pairs, descriptions[0], section.overlap, device())
-    result[0].overlap = overlap
     lines += describe_schedules(pairs, section, overlap)
     if dist.get_rank() == 0:
         for line in lines:
             logger.info(line)
-    return result
+    return overlap
 
 
 def prepare_whole_experts(model: nn.Module, config: ScMoEConfig) -> None:
