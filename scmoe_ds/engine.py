@@ -66,8 +66,8 @@ def initialize(
     section = ScMoEConfig.from_deepspeed(whole)
     if section.replace:
         if isinstance(optimizer, torch.optim.Optimizer) or model_parameters is not None:
-            raise ScMoEConfigError("scmoe.replace = true adds parameters that the optimizer or parameter groups given to "
-                                   "initialize do not hold: remove it, and call replace_moe_layers first")  # fmt: skip
+            raise ScMoEConfigError("scmoe.replace = true adds parameters that the optimizer or parameter groups given "
+                                   "to initialize do not hold: remove it, and call replace_moe_layers first")  # fmt: skip
         replace_moe_layers(model, section)
     section = with_sizes_of(model, section)
     check_accelerator(whole)

@@ -36,6 +36,7 @@ class Training:
     def __init__(self, machines: TwoMachines, files: Path, save: Path, reference: dict[int, str]) -> None:
         self.machines, self.files, self.save, self.reference = machines, files, save, reference
         self.step, self.checked = 0, True
+        self.damaged: dict[Path, bytes] = {}  # files as they were left
 
     def start(self, timeout_s: float = TIMEOUT_S, *flags: str) -> Job:
         arguments = ["--save", str(self.save), "--save-interval", "2", "--auto-resume",
@@ -77,7 +78,9 @@ class Training:
             self.check(job)
         file = next((self.save / f"global_step{self.step}").glob("*expert_2_*.pt"))
         file.write_bytes(change(file.read_bytes()))
-        names = [path.name.removeprefix("global_step") for path in self.save.glob("global_step*")]
+        self.damaged[file] = file.read_bytes()
+        still = {each.parent for each, left in self.damaged.items() if each.is_file() and each.read_bytes() == left}
+        names = [path.name.removeprefix("global_step") for path in set(self.save.glob("global_step*")) - still]
         self.step = max(int(name) for name in names if name.isdecimal() and int(name) < self.step)
         return file
 
