@@ -67,7 +67,7 @@ def initialize(
     if section.replace:
         if isinstance(optimizer, torch.optim.Optimizer) or model_parameters is not None:
             raise ScMoEConfigError("scmoe.replace = true adds parameters that the optimizer or parameter groups given "
-                                   "to initialize do not hold: remove it, and call replace_moe_layers first")  # fmt: skip
+                                   "to initialize lack: remove it, and call replace_moe_layers first")  # fmt: skip
         replace_moe_layers(model, section)
     section = with_sizes_of(model, section)
     check_accelerator(whole)
