@@ -1,0 +1,102 @@
+"""Trains a SwinV2-MoE with ScMoE layers: arguments → images → model → engine → loop.
+
+deepspeed pretrain_swin_scmoe.py --deepspeed_config ds_configs/swin_digits_cpu.json --preset swin-digits …
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+import scmoe_ds
+from scmoe_ds import checkpoint
+from scmoe_ds.arguments import ArgumentError, comparable
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
+from scmoe_ds.deepspeed_settings import check_accelerator
+from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
+from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
+from scmoe_ds.image_training import ImageTrainer
+from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
+from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement
+from scmoe_ds.parallel.timeouts import set_timeouts
+from scmoe_ds.program import run_program
+from scmoe_ds.step_health import TrainingError
+from scmoe_ds.training import RunSettings, Summary
+
+USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError, RankDisagreementError,
+               TrainingError)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a training job; returns the exit code."""
+    return run_program("pretrain_swin_scmoe.py", argv, train, USER_ERRORS, parse_image_arguments)
+
+
+def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
+    """One training job in a process group that exists."""
+    ranks = dist.get_world_size()
+    require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
+    check_accelerator(whole)
+    config.check_world(ranks)
+    shape = swin_settings(args)
+    settings = run_settings(args, whole, ranks)
+    sets = load_images(args.data_path, args.dataset, shape.image_size, shape.num_channels, shape.num_classes,
+                       args.split, args.seed)  # fmt: skip
+    check_agreement(sets)
+    training = Epochs(sets.train, max(args.train_iters, 1) * settings.rank_batch_size * ranks, args.seed)
+    validation = Padded(sets.valid, settings.micro_batch_size * ranks, IGNORED)
+    description = checkpoint.describe(shape, config, ranks, whole)
+    source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
+    if args.save:
+        checkpoint.check_writable(args.save)
+
+    model = SwinMoE(shape, config)
+    config.check_tokens(settings.micro_batch_size * model.sequence)
+    initialize_swin(model, args.seed, expert_parallel_rank(config.expert_parallel_size))
+    engine, *_ = scmoe_ds.initialize(model=model, config=whole)
+    set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
+
+    iteration, consumed_samples = checkpoint.load(engine, source)
+    trainer = ImageTrainer(engine, training, validation, settings, description, iteration, consumed_samples)
+    summary = trainer.run()
+    if dist.get_rank() == 0:
+        report(summary, trainer)
+    return summary
+
+
+def run_settings(args: argparse.Namespace, whole: dict[str, Any], ranks: int) -> RunSettings:
+    """What the loop needs; it counts images, so that a "sequence" is one long."""
+    micro_batch_size, accumulation_steps = batch_sizes(whole, ranks)
+    return RunSettings(
+        train_iters=args.train_iters, micro_batch_size=micro_batch_size, accumulation_steps=accumulation_steps,
+        seq_length=1, seed=args.seed, log_interval=args.log_interval, eval_interval=args.eval_interval,
+        eval_iters=args.eval_iters, num_workers=args.num_workers, save=args.save, save_interval=args.save_interval,
+        exit_interval=args.exit_interval, trace=args.scmoe_trace, trace_dir=args.scmoe_trace_dir,
+        exit_duration_min=args.exit_duration_in_mins, keep_last=args.keep_last,
+    )  # fmt: skip
+
+
+def check_agreement(sets: ImageSets) -> None:
+    """Ranks that saw other files would train on other labels, or wait for each other in the last step."""
+    require_agreement("the images", [len(sets.train), len(sets.valid), list(sets.classes)])  # type: ignore[arg-type]
+
+
+def report(summary: Summary, trainer: ImageTrainer) -> None:
+    """The last lines of a run."""
+    print(f"\nfinished at iteration {summary.iteration}")
+    if summary.validation_loss is not None and trainer.log.accuracy is not None:
+        print(f"  accuracy      {100 * trainer.log.accuracy:.2f} % of the validation images, loss "
+              f"{summary.validation_loss:.4f} nats")  # fmt: skip
+    print(f"  speed         {summary.tokens_per_second:.0f} images per second")
+    print(f"  checkpoint    {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

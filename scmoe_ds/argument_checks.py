@@ -1,0 +1,46 @@
+"""Rules for flags that several programs have, and the error that explains them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+class ArgumentError(ValueError):
+    """A flag that its user can mend."""
+
+
+def require_flags(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises an ArgumentError for a flag that neither the command line nor a preset sets."""
+    for name in names:
+        if getattr(args, name) is None:
+            raise ArgumentError(f"--{name.replace('_', '-')} is missing (--preset sets the sizes of a known model)")
+
+
+def check_lowest(args: argparse.Namespace, lowest: int, names: Sequence[str]) -> None:
+    """Raises an ArgumentError for a number below `lowest`; flags that are not set are left out."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+
+
+def check_rates(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises an ArgumentError for what is no probability of leaving something out."""
+    for name in names:
+        if not 0 <= getattr(args, name) < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be in [0, 1)")
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Raises an ArgumentError for a flag of the training loop that is out of range."""
+    check_lowest(args, 1, ("log_interval", "eval_interval", "eval_iters", "tensor_model_parallel_size",
+                           "save_interval", "exit_interval", "scmoe_trace", "keep_last"))  # fmt: skip
+    check_lowest(args, 0, ("train_iters", "num_workers", "seed"))
+    for name in ("distributed_timeout_minutes", "exit_duration_in_mins"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    for name in ("save_interval", "keep_last", "auto_resume"):
+        if getattr(args, name) and not args.save:
+            raise ArgumentError(f"--{name.replace('_', '-')} needs --save, the directory of the checkpoints")

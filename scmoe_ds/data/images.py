@@ -1,0 +1,219 @@
+"""Images and their classes: a folder of files, or the handwritten digits that scikit-learn ships.
+
+Shape suffixes: N images, C channels, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.flags import split_document_ranges
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+MODES = {1: "L", 3: "RGB"}
+"""PIL's name of a number of channels."""
+Sample = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Training and validation images, and the names of the classes by label."""
+
+    train: Dataset[Sample]
+    valid: Dataset[Sample]
+    classes: tuple[str, ...]
+
+
+class Digits(Dataset[Sample]):
+    """1797 grey digits of 8 × 8 pixels, enlarged: {"images": [1, S, S] in -1 … 1, "labels": int64}.
+
+    Raises:
+        DataError: scikit-learn is missing.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(self, image_size: int) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise DataError(
+                "--dataset digits needs scikit-learn: pip install scikit-learn, or use --data-path"
+            ) from None
+        found = load_digits()
+        pixels_N1SS = torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1  # its values are 0 … 16
+        self.images = F.interpolate(pixels_N1SS, size=(image_size, image_size), mode="bilinear", align_corners=False)
+        self.labels = torch.from_numpy(found.target).long()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"images": self.images[index], "labels": self.labels[index]}
+
+
+class ImageFolder(Dataset[Sample]):
+    """`<directory>/<class>/<image>`, classes in alphabetical order: {"images": [C, S, S] in -1 … 1, "labels": int64}.
+
+    An image of another size is scaled until its shorter side fits and cut to its centre. Nothing is cached, and
+    nothing is random: augmentation is left to whoever hands another data set to the trainer.
+
+    Args:
+        classes: names by label; default: the sub-directories.
+
+    Raises:
+        DataError: no such directory, no class, no image; when an image is read: not an image.
+    """
+
+    def __init__(
+        self, directory: str | Path, image_size: int, num_channels: int = 3, classes: Sequence[str] | None = None
+    ) -> None:
+        root = Path(directory)
+        if not root.is_dir():
+            raise DataError(f"--data-path {root}: no such directory; it holds one sub-directory of images per class")
+        self.classes = tuple(classes or sorted(each.name for each in root.iterdir() if each.is_dir()))
+        if num_channels not in MODES:
+            raise DataError(f"--num-channels {num_channels}: images have 1 (grey) or 3 (colours)")
+        self.image_size, self.mode = image_size, MODES[num_channels]
+        self.files = [
+            (path, label)
+            for label, name in enumerate(self.classes)
+            for path in sorted((root / name).rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+        ]
+        if not self.files:
+            raise DataError(f"--data-path {root}: no images in it; they are expected as {root}/<class>/<image>, "
+                            f"with names that end in {', '.join(SUFFIXES)}")  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as image:
+                square = self._square(image.convert(self.mode))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path}: cannot be read as an image ({error}); remove or replace it") from None
+        pixels = torch.from_numpy(np.array(square)).float().reshape(self.image_size, self.image_size, -1)
+        return {"images": pixels.permute(2, 0, 1) / 127.5 - 1, "labels": torch.tensor(label)}
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        if image.size == (self.image_size, self.image_size):
+            return image
+        scale = self.image_size / min(image.size)
+        width, height = (max(round(side * scale), self.image_size) for side in image.size)
+        left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
+        scaled = image.resize((width, height), Image.Resampling.BICUBIC)
+        return scaled.crop((left, top, left + self.image_size, top + self.image_size))
+
+
+class Part(Dataset[Sample]):
+    """Some members of a data set, by number."""
+
+    def __init__(self, whole: Dataset[Sample], members: Sequence[int]) -> None:
+        self.whole, self.members = whole, members
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.whole[self.members[index]]
+
+
+class Epochs(Dataset[Sample]):
+    """A data set again and again, each time in another order that depends on the seed and the epoch alone.
+
+    A resumed run therefore reads on where it stopped, and every rank sees the same order.
+    """
+
+    def __init__(self, whole: Dataset[Sample], num_samples: int, seed: int) -> None:
+        self.whole, self.num_samples, self.seed = whole, num_samples, seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        epoch, position = divmod(index, len(self.whole))  # type: ignore[arg-type]
+        if self._order[0] != epoch:
+            self._order = (epoch, shuffled(len(self.whole), self.seed, epoch + 1))  # type: ignore[arg-type]
+        return self.whole[self._order[1][position]]
+
+
+class Padded(Dataset[Sample]):
+    """A data set filled up to a multiple of the ranks' batches by images whose label is `ignored`."""
+
+    def __init__(self, whole: Dataset[Sample], multiple: int, ignored: int) -> None:
+        self.whole, self.ignored = whole, ignored
+        self.num_samples = -(-len(whole) // multiple) * multiple  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < len(self.whole):  # type: ignore[arg-type]
+            return self.whole[index]
+        return {**self.whole[0], "labels": torch.tensor(self.ignored)}
+
+
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The numbers below `count` in an order of their own for each seed and epoch; epoch 0 is the split's."""
+    return [int(number) for number in np.random.default_rng((seed, epoch)).permutation(count)]
+
+
+def split_in_two(whole: Dataset[Sample], split: str, seed: int, source: str) -> tuple[Part, Part]:
+    """Training and validation images, drawn at random by the seed in the shares of `split`.
+
+    Raises:
+        DataError: not a split, or one that leaves either part empty.
+    """
+    order = shuffled(len(whole), seed, 0)  # type: ignore[arg-type]
+    train, valid, _ = (Part(whole, [order[place] for place in places])
+                       for places in split_document_ranges(split, len(order)))  # fmt: skip
+    if not len(train) or not len(valid):
+        raise DataError(f"--split {split} of the {len(order)} images of {source} leaves none for "
+                        f"{'validation' if len(train) else 'training'}; change it, or add images")  # fmt: skip
+    return train, valid
+
+
+def load_images(
+    directory: str | None, dataset: str, image_size: int, num_channels: int, num_classes: int, split: str, seed: int
+) -> ImageSets:
+    """
+    Args:
+        directory: of an image folder. If it has sub-directories train and val, they are the two parts; otherwise the
+            images are divided by `split`.
+        dataset: "folder" or "digits".
+
+    Raises:
+        DataError: images that cannot be found or divided, or more classes than the model has.
+    """
+    if dataset == "digits":
+        if num_channels != 1:
+            raise DataError(f"--num-channels {num_channels}: the digits are grey; use 1")
+        whole: Digits | ImageFolder = Digits(image_size)
+        sets = ImageSets(*split_in_two(whole, split, seed, "the digits"), whole.classes)
+    elif directory is None:
+        raise DataError("--data-path is missing: name a directory of images, or use --dataset digits")
+    elif (Path(directory) / "train").is_dir() and (Path(directory) / "val").is_dir():
+        whole = ImageFolder(Path(directory) / "train", image_size, num_channels)
+        valid = ImageFolder(Path(directory) / "val", image_size, num_channels, whole.classes)
+        sets = ImageSets(whole, valid, whole.classes)
+    else:
+        whole = ImageFolder(directory, image_size, num_channels)
+        sets = ImageSets(*split_in_two(whole, split, seed, directory), whole.classes)
+    if len(sets.classes) > num_classes:
+        raise DataError(f"{len(sets.classes)} classes in {directory or dataset}, but --num-classes {num_classes}; "
+                        f"set --num-classes {len(sets.classes)}")  # fmt: skip
+    return sets

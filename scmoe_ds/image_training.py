@@ -1,0 +1,58 @@
+"""The training loop for image classifiers: images in the place of tokens, and accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe_ds.engine import device
+from scmoe_ds.models.swin import IGNORED, SwinOutput
+from scmoe_ds.training import Trainer
+from scmoe_ds.training_log import TrainingLog, say
+
+
+class ImageLog(TrainingLog):
+    """As for text, with accuracy; `accuracy` is the last validation's, a share."""
+
+    loss_name, unit = "class loss", "images"
+    accuracy: float | None = None
+
+    def write_validation(self, iteration: int, consumed_samples: int, loss: float) -> None:
+        """The line of a validation; loss in nats per image."""
+        assert self.accuracy is not None
+        say(f"validation at iteration {iteration} | class loss: {loss:.8E} | accuracy: {100 * self.accuracy:.2f} %")
+        self._monitor("Validation", consumed_samples, {"class_loss": loss, "accuracy": self.accuracy})
+
+
+class ImageTrainer(Trainer):
+    """A `Trainer` whose data sets yield {"images", "labels"} and whose engine's module is a SwinMoE.
+
+    `settings.seq_length` is 1: what is counted are images. Validation reads the whole set, not `eval_iters` batches.
+    """
+
+    log_class = ImageLog
+    log: ImageLog
+
+    def evaluate(self, data: Any) -> float:
+        """Mean loss in nats over all images whose label is not `IGNORED`; notes the accuracy. Collective."""
+        self.engine.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=device())  # loss, hits, images
+        with torch.no_grad():
+            for batch in self._batches(data, 0):
+                output, labels = self._forward(batch), batch["labels"].to(device())
+                assert output.class_loss is not None
+                count = (labels != IGNORED).sum()
+                hits = (output.logits.argmax(-1) == labels).sum()
+                sums += torch.stack([output.class_loss.double() * count, hits.double(), count.double()])
+        self.engine.train()
+        dist.all_reduce(sums)
+        loss, hits, images = sums.tolist()
+        self.log.accuracy = hits / images
+        return loss / images
+
+    def _forward(self, batch: dict[str, Tensor]) -> SwinOutput:
+        output: SwinOutput = self.engine(batch["images"].to(device()), labels=batch["labels"].to(device()))
+        return output

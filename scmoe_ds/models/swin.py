@@ -1,0 +1,222 @@
+"""SwinV2-MoE image classifiers: transformers' Swinv2 with DeepSpeed MoE layers, and their ScMoE form (paper A.8).
+
+What the paper says, and table 9 with it: MoE in stages 3 and 4, the ScMoE change in stage 3 only, 8 or 16 experts,
+capacity factor 1.25. Where it is silent this follows Swin-MoE (Tutel's model): an MoE in every second block, stage 4
+keeping its one in the ScMoE models too, experts as wide as the MLP that they replace, a linear gate. That MoE stays
+the standard one (top-2), so that a token passes two experts in every architecture. Swin-MoE itself is pre-norm; here
+the blocks are those of Swinv2, whose norms end the branches:
+
+    h = h + norm(attention(h));  h = h + norm(MLP or MoE(h))
+
+MLP, MoE and attention read the raw residual stream h, and so does a shortcut with `shortcut_norm` "shared": the
+backbone has no norm of the tapped value that could be shared. "own" gives the shortcut a LayerNorm. Then the routed
+experts and their gate read values of one scale in all blocks, while h grows with every branch that is added to it.
+
+Shape suffixes: B images, C channels, S pixels a side, L tokens of an image, D hidden, N classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+from transformers import Swinv2Config, Swinv2Model
+from transformers.models.swinv2.modeling_swinv2 import Swinv2Intermediate, Swinv2Output
+
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
+from scmoe_ds.replace import replace_moe_layers
+from scmoe_ds.replace.convert import HookedScMoE
+
+IGNORED = -100
+"""A label that counts in no loss and no accuracy; fills up the last batch of a validation."""
+ARCHITECTURES = ("topk", "shared_expert", "scmoe")
+
+
+@dataclass(frozen=True)
+class SwinOutput:
+    """What a forward pass returns.
+
+    Attributes:
+        loss: class_loss + aux_loss_coefficient * moe_loss (scalar fp32), or None without labels.
+        class_loss: mean cross entropy in nats per image (scalar fp32), or None without labels.
+        moe_loss: sum of the MoE layers' load-balancing losses (scalar fp32).
+        exp_counts: per MoE layer, [E] tokens per expert before drops.
+        logits: [B, N].
+    """
+
+    loss: Tensor | None
+    class_loss: Tensor | None
+    moe_loss: Tensor
+    exp_counts: tuple[Tensor, ...]
+    logits: Tensor
+
+    @property
+    def task_loss(self) -> Tensor | None:
+        """What the training loop reports: the loss without the balancing term."""
+        return self.class_loss
+
+
+class MoEFeedForward(nn.Module):
+    """A MoE where a block of Swinv2 has its `intermediate`; the block's `output` passes its result on.
+
+    Swinv2's own forward pass hands on hidden states alone: loss and counts wait here until `take`.
+    """
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+        self._side_results: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        output_BLD, l_aux, exp_counts = self.moe(hidden_BLD)
+        self._side_results = (l_aux, exp_counts)
+        return output_BLD
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Load-balancing loss and tokens per expert [E] of the last forward pass, once."""
+        assert self._side_results is not None, "take() follows a forward pass"
+        found, self._side_results = self._side_results, None
+        return found
+
+
+class SwinMoE(nn.Module):
+    """A SwinV2-MoE with a linear head. Built with transformers' initialisation; see `initialize_swin`.
+
+    Args:
+        settings: shape; `SWIN_PRESETS` has those of the paper.
+        config: the "scmoe" section. Its position, merge, tap and overlap are those of the ScMoE layers of stage 3.
+
+    Attributes:
+        sequence: tokens of an image in stage 3, where most of the MoE layers are.
+
+    Raises:
+        ScMoEConfigError: an architecture that is not made for Swin, no MoE at all, or a pyramid of another length.
+    """
+
+    def __init__(self, settings: SwinSettings, config: ScMoEConfig) -> None:
+        super().__init__()
+        self.settings, self.config = settings, config
+        self.sequence = settings.side_of(MOE_STAGES[0]) ** 2
+        self.swin = Swinv2Model(_transformers_config(settings))
+        self.head = nn.Linear(settings.width_of(MOE_STAGES[-1]), settings.num_classes)
+        for (stage, index), num_experts in zip(*_placement(settings, config), strict=True):
+            block = self.swin.encoder.layers[stage].blocks[index]
+            residual = config.architecture == "shared_expert"
+            # Without a shared expert a token needs a second routed one; what a ScMoE routes, the replacement decides.
+            block.intermediate = MoEFeedForward(_make_moe(self.swin.config, settings, config, stage, num_experts,
+                                                          residual))  # fmt: skip
+            block.output = nn.Identity()
+        if config.architecture == "scmoe":
+            self._connect_shortcuts()
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> SwinOutput:
+        """
+        Args:
+            images: [B, C, S, S] floating point.
+            labels: [B] int64, `IGNORED` where an image does not count; None: no loss.
+
+        Raises:
+            ValueError: images of another shape than the model's.
+        """
+        C, S = self.settings.num_channels, self.settings.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (C, S, S):
+            raise ValueError(f"images of shape {tuple(images.shape)}: the model wants [batch, {C}, {S}, {S}] "
+                             "(--num-channels, --img-size)")  # fmt: skip
+        pooled_BD = self.swin(images.to(self.head.weight.dtype)).pooler_output
+        logits_BN = self.head(pooled_BD)
+        losses, counts = zip(*(feed.take() for feed in self.feeds()), strict=True)
+        moe_loss = torch.stack(losses).sum()
+        if labels is None:
+            return SwinOutput(None, None, moe_loss, counts, logits_BN)
+        summed = F.cross_entropy(logits_BN.float(), labels, ignore_index=IGNORED, reduction="sum")
+        class_loss = summed / (labels != IGNORED).sum().clamp(min=1)
+        loss = class_loss + self.config.aux_loss_coefficient * moe_loss
+        return SwinOutput(loss, class_loss, moe_loss, counts, logits_BN)
+
+    def feeds(self) -> list[MoEFeedForward]:
+        """The blocks' MoE, in order."""
+        return [module for module in self.modules() if isinstance(module, MoEFeedForward)]
+
+    def _connect_shortcuts(self) -> None:
+        stage = self.swin.encoder.layers[MOE_STAGES[0]]
+        fields = self.config.model_dump(exclude_unset=True)
+        # The layers have their sizes already, and these fields are about all MoE layers of a model.
+        section = {key: value for key, value in fields.items() if key not in ("num_experts", "replace")}
+        replace_moe_layers(stage, ScMoEConfig(**section))
+        if self.config.shortcut_norm == "shared" or self.config.tap is not None:
+            return
+        for layer in stage.modules():
+            if isinstance(layer, HookedScMoE):
+                assert layer.pair is not None
+                width = self.settings.width_of(MOE_STAGES[0])
+                layer.shortcut_norm = layer.pair.norm = nn.LayerNorm(width, eps=self.settings.layernorm_epsilon)
+
+
+def initialize_swin(model: SwinMoE, seed: int, ep_rank: int = 0) -> None:
+    """Weights that depend on the seed and on each parameter's name only; attention starts as in transformers' Swinv2.
+
+    Args:
+        model: on the CPU.
+        ep_rank: this rank's place in its expert-parallel group.
+    """
+    initialize_parameters(model, seed, model.settings.init_method_std, sum(model.settings.depths), ep_rank)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("logit_scale"):  # of cosine attention, in logarithms
+                parameter.fill_(math.log(10.0))
+            elif name.endswith("patch_embeddings.projection.bias"):
+                # A patch of zeros would be a query of length 0, at which the gradient of its direction is 1e12.
+                generator = torch.Generator().manual_seed(seed)
+                parameter.normal_(0.0, model.settings.init_method_std, generator=generator)
+
+
+def _placement(settings: SwinSettings, config: ScMoEConfig) -> tuple[list[tuple[int, int]], Sequence[int]]:
+    """(stage, block) of every MoE layer, and its number of experts."""
+    if config.architecture not in ARCHITECTURES:
+        raise ScMoEConfigError(f'scmoe.architecture = "{config.architecture}": a SwinV2-MoE is one of '
+                               f"{', '.join(ARCHITECTURES)}")  # fmt: skip
+    places = settings.moe_blocks(config.moe_every)
+    if not any(stage == MOE_STAGES[0] for stage, _ in places):
+        raise ScMoEConfigError(f"scmoe.moe_every = {config.moe_every}: stage 3 has {settings.depths[MOE_STAGES[0]]} "
+                               "block(s) and no MoE then; lower it, or raise --depths")  # fmt: skip
+    if isinstance(config.num_experts, int):
+        return places, [config.num_experts] * len(places)
+    if len(config.num_experts) != len(places):
+        raise ScMoEConfigError(f"scmoe.num_experts = {config.num_experts}: needs {len(places)} numbers, one per MoE "
+                               "layer of stages 3 and 4")  # fmt: skip
+    return places, config.num_experts
+
+
+def _make_moe(
+    swin: Swinv2Config, settings: SwinSettings, config: ScMoEConfig, stage: int, num_experts: int, residual: bool
+) -> MoE:
+    """DeepSpeed's own layer with experts of the form of Swinv2's MLP."""
+    width = settings.width_of(stage)
+    standard = config.architecture == "scmoe" and stage != MOE_STAGES[0]
+    return MoE(
+        hidden_size=width, expert=nn.Sequential(Swinv2Intermediate(swin, width), Swinv2Output(swin, width)),
+        num_experts=num_experts, ep_size=config.expert_parallel_size, k=2 if standard else config.top_k,
+        capacity_factor=config.capacity_factor, eval_capacity_factor=config.eval_capacity_factor,
+        min_capacity=config.min_capacity, use_residual=residual, noisy_gate_policy=config.noisy_gate_policy,
+        drop_tokens=config.drop_tokens, use_rts=config.use_rts,
+        top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
+    )  # fmt: skip
+
+
+def _transformers_config(settings: SwinSettings) -> Swinv2Config:
+    shape: dict[str, Any] = dict(
+        image_size=settings.image_size, patch_size=settings.patch_size, num_channels=settings.num_channels,
+        embed_dim=settings.embed_dim, depths=list(settings.depths), num_heads=list(settings.num_heads),
+        window_size=settings.window_size, mlp_ratio=settings.mlp_ratio, drop_path_rate=settings.drop_path_rate,
+        hidden_dropout_prob=settings.hidden_dropout, attention_probs_dropout_prob=settings.attention_dropout,
+        layer_norm_eps=settings.layernorm_epsilon,
+    )  # fmt: skip
+    return Swinv2Config(**shape)

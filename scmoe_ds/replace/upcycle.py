@@ -1,0 +1,218 @@
+"""MLPs of a dense model as mixtures of experts that start as copies of them ("sparse upcycling", arXiv 2212.05055)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.replacement import replace_moe_layers
+from scmoe_ds.replace.taps import POST_ATTENTION_NORMS
+
+MLP_NAMES = ("mlp", "feed_forward")
+"""Where a block holds its MLP: GPT-2, LLaMA, Mistral, Qwen2, GPT-NeoX, ViT, Swin; Megatron calls it mlp as well."""
+
+
+class MoEFeedForward(nn.Module):
+    """A MoE in the place of an MLP: returns the hidden states alone, as the block around it expects.
+
+    Attributes:
+        moe: DeepSpeed's layer, or the ScMoE that took its place.
+        l_aux: load-balancing loss of the last forward pass; None before the first.
+    """
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+        self.l_aux: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., D] → [..., D]."""
+        output, self.l_aux, _ = self.moe(hidden_states)
+        return output
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block whose MLP can be taken; `index` counts within its ModuleList."""
+
+    name: str
+    index: int
+    module: nn.Module
+    mlp_name: str
+    hidden_size: int
+
+    @property
+    def mlp(self) -> nn.Module:
+        return self.module.get_submodule(self.mlp_name)
+
+
+def moe_from_dense(
+    model: nn.Module, config: ScMoEConfig, layers: Sequence[int] | None = None, *, noise: float = 0.0, seed: int = 0
+) -> nn.Module:
+    """Makes MLPs of a dense model MoE layers, in place; every expert is a copy of the MLP that it comes from.
+
+    Architecture "topk" puts DeepSpeed's MoE there, "shared_expert" its Residual MoE, "scmoe" a ScMoE that is fed by
+    hooks (see `replace_moe_layers`). The shared expert of the latter two is the old MLP itself, and a shortcut norm of
+    its own starts as a copy of the norm through which the backbone reads the tapped value.
+
+    Args:
+        model: its blocks are members of an nn.ModuleList and have an `mlp` behind a norm: GPT-2, LLaMA, Mistral, Qwen2,
+            GPT-NeoX, ViT, Swin of transformers 5, and models with their names.
+        config: the "scmoe" section; all sizes are taken from it.
+        layers: numbers of the blocks, counted through the model; None: the last of every `moe_every` of a ModuleList.
+        noise: standard deviation of what is added to each expert's parameters, relative to their root mean square;
+            0: exact copies, which the gate's weights alone tell apart in training.
+        seed: of the noise; an expert's depends on its number in the model, not on how many ranks share the experts.
+
+    Returns:
+        the same model; add `load_balancing_loss(model)` to its loss.
+
+    Raises:
+        ScMoEConfigError: no such blocks, a number that does not exist, MoE already; the model is then as it was.
+    """
+    if config.architecture not in ("scmoe", "topk", "shared_expert"):
+        raise ScMoEConfigError(
+            f'scmoe.architecture = "{config.architecture}": moe_from_dense makes "scmoe", "topk" and "shared_expert"'
+        )
+    if noise < 0:
+        raise ScMoEConfigError(f"noise = {noise}: must be at least 0")
+    if config.expert_parallel_size > 1 and not dist.is_initialized():
+        raise ScMoEConfigError(
+            f"scmoe.expert_parallel_size = {config.expert_parallel_size}: call moe_from_dense after "
+            "deepspeed.init_distributed(), which experts to make depends on the rank"
+        )
+    blocks = _chosen(_dense_blocks(model), config, layers)
+    _require_dense(model, blocks)
+    numbers = _numbers_of_experts(config, len(blocks))
+    kept = [block.mlp for block in blocks]
+    for number, (block, experts) in enumerate(zip(blocks, numbers, strict=True)):
+        moe = _make_moe(block, experts, config)
+        if noise:
+            _perturb(moe, noise, (seed * 1_000_003 + number) * 1_000_003)
+        setattr(block.module, block.mlp_name, MoEFeedForward(moe).train(block.mlp.training))
+    try:
+        if config.architecture == "scmoe":
+            _shortcut(model, config)
+    except ScMoEConfigError:
+        for block, mlp in zip(blocks, kept, strict=True):
+            setattr(block.module, block.mlp_name, mlp)
+        raise
+    return model
+
+
+def load_balancing_loss(model: nn.Module) -> Tensor:
+    """Sum of the load-balancing losses of the last forward pass: a scalar with gradients, to be weighted and added.
+
+    Args:
+        model: what `moe_from_dense` returned, or an engine of it.
+
+    Raises:
+        ScMoEConfigError: it holds no layer made by `moe_from_dense`.
+        RuntimeError: no forward pass has been run.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoEFeedForward)]
+    if not layers:
+        raise ScMoEConfigError("the model holds no layer made by moe_from_dense")
+    losses = [layer.l_aux for layer in layers if layer.l_aux is not None]
+    if not losses:
+        raise RuntimeError("load_balancing_loss: call the model first, its layers keep the loss of the last forward")
+    return torch.stack([loss.float() for loss in losses]).sum()
+
+
+def _dense_blocks(model: nn.Module) -> list[_Block]:
+    found = []
+    for list_name, blocks in model.named_modules():
+        for index, block in enumerate(blocks) if isinstance(blocks, nn.ModuleList) else ():
+            children = dict(block.named_children())
+            mlp = next((name for name in MLP_NAMES if name in children), None)
+            norm = next((children[name] for name in POST_ATTENTION_NORMS if name in children), None)
+            if mlp is not None and isinstance(getattr(norm, "weight", None), Tensor):
+                hidden_size = norm.weight.shape[-1]  # type: ignore[union-attr]
+                found.append(_Block(f"{list_name}.{index}", index, block, mlp, hidden_size))
+    if not found:
+        raise ScMoEConfigError(
+            f"moe_from_dense: {type(model).__name__} has no nn.ModuleList of blocks with an MLP "
+            f"({', '.join(MLP_NAMES)}) behind a norm ({', '.join(POST_ATTENTION_NORMS)}); give them these names, or "
+            "put deepspeed.moe.layer.MoE there yourself and call replace_moe_layers"
+        )
+    return found
+
+
+def _chosen(blocks: list[_Block], config: ScMoEConfig, layers: Sequence[int] | None) -> list[_Block]:
+    if layers is None:
+        chosen = [block for block in blocks if (block.index + 1) % config.moe_every == 0]
+        if not chosen:
+            raise ScMoEConfigError(f"scmoe.moe_every = {config.moe_every}: the model has only {len(blocks)} blocks; "
+                                   "use less, or give moe_from_dense the layers")  # fmt: skip
+    else:
+        for number in layers:
+            if not 0 <= number < len(blocks):
+                raise ScMoEConfigError(f"layers = {list(layers)}: there is no block {number}, the model has "
+                                       f"0 … {len(blocks) - 1}")  # fmt: skip
+        if not layers or len(set(layers)) < len(layers):
+            raise ScMoEConfigError(f"layers = {list(layers)}: name at least one block, and each of them once")
+        chosen = [blocks[number] for number in sorted(layers)]
+    return chosen
+
+
+def _require_dense(model: nn.Module, blocks: list[_Block]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            raise ScMoEConfigError(f"{name} is a MoE already: moe_from_dense wants a dense model, replace_moe_layers "
+                                   "takes one with DeepSpeed's MoE")  # fmt: skip
+    for block in blocks:
+        if any("expert" in name for name, _ in block.mlp.named_modules()):
+            raise ScMoEConfigError(f"{block.name}.{block.mlp_name} ({type(block.mlp).__name__}) is a MoE already: "
+                                   "moe_from_dense wants an MLP there; leave the block out of layers")  # fmt: skip
+
+
+def _numbers_of_experts(config: ScMoEConfig, layers: int) -> list[int]:
+    if not isinstance(config.num_experts, list):
+        return [config.num_experts] * layers
+    if len(config.num_experts) != layers:
+        raise ScMoEConfigError(f"scmoe.num_experts = {config.num_experts}: needs {layers} numbers, one per MoE layer")
+    return config.num_experts
+
+
+def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
+    moe = MoE(
+        block.hidden_size, block.mlp, num_experts, config.expert_parallel_size, int(config.top_k),
+        config.capacity_factor, config.eval_capacity_factor, config.min_capacity,
+        use_residual=config.architecture != "topk", noisy_gate_policy=config.noisy_gate_policy,
+        drop_tokens=config.drop_tokens, use_rts=config.use_rts,
+        enable_expert_tensor_parallelism=config.expert_tensor_parallelism,
+        top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
+    )  # fmt: skip
+    dense = next(block.mlp.parameters())
+    return moe.to(device=dense.device, dtype=dense.dtype)
+
+
+def _perturb(moe: MoE, noise: float, first_seed: int) -> None:
+    """Adds to every expert's parameters what depends on its global number alone."""
+    ep_rank = dist.get_rank() % moe.ep_size if moe.ep_size > 1 else 0
+    for place, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
+        generator = torch.Generator().manual_seed((first_seed + ep_rank * moe.num_local_experts + place) % 2**63)
+        for parameter in expert.parameters():
+            held = parameter.detach()
+            random = torch.randn(held.shape, generator=generator).to(held)
+            held.add_(random, alpha=noise * float(held.float().square().mean().sqrt()))
+
+
+def _shortcut(model: nn.Module, config: ScMoEConfig) -> None:
+    """DeepSpeed's Residual MoEs → ScMoE, with the merge of the section."""
+    own: dict[str, Any] = {"merge": config.merge, "top_k": config.top_k}  # counts as chosen, also where it is a default
+    config = config.model_copy(update=own)
+    config.model_fields_set.discard("num_experts")  # the layers have it, one by one
+    replace_moe_layers(model, config)
+    for layer in model.modules():
+        if isinstance(layer, HookedScMoE) and layer.shortcut_norm is not None:
+            assert layer.pair is not None and layer.pair.place.norm is not None
+            layer.shortcut_norm.load_state_dict(layer.pair.place.norm.state_dict())

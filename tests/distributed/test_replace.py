@@ -1,0 +1,163 @@
+"""Five families of Hugging Face models, upcycled and replaced, trained by DeepSpeed on two ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import scmoe_ds
+from scmoe_ds import ScMoEConfig, load_balancing_loss, moe_from_dense
+from tests.helpers.distributed import run_distributed
+from tests.helpers.hugging_face import FAMILIES
+
+STEPS, MICRO_BATCHES = 20, 2
+FIVE = ["GPT-2", "LLaMA", "GPT-NeoX", "ViT", "Swin"]
+BY_SECTION = ["LLaMA", "ViT"]
+"""Made DeepSpeed's Residual MoE, and replaced by `"replace": true`; the others are ScMoE before they are initialised."""
+NOISE = 0.02
+
+
+@dataclass
+class Trained:
+    """What a rank has seen.
+
+    Attributes:
+        losses: means over the ranks.
+        weights: final ones by name, local to the rank.
+        overlapped: whether all layers began at their taps, and their communication was not blocking.
+        after_save, after_load: loss in evaluation right after a save, and after more steps and a load.
+    """
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+    overlapped: bool
+    after_save: float = 0.0
+    after_load: float = 0.0
+
+
+def make_json(ep: int, overlap: bool, **section: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": MICRO_BATCHES // dist.get_world_size(),
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "eps": 1e-4, "torch_adam": True}},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1},
+        "scmoe": {"num_experts": 4, "expert_parallel_size": ep, "capacity_factor": 1.0, "min_capacity": 1,
+                  "use_rts": False, "overlap": {"enabled": overlap, "num_chunks": 1, "calibration_steps": 0},
+                  **section},
+    }  # fmt: skip
+
+
+def micro_batch(model: nn.Module, number: int) -> dict[str, Tensor]:
+    """Numbers that count up, or images whose class is their brightest row."""
+    generator = torch.Generator().manual_seed(number)
+    if hasattr(model.config, "image_size"):
+        size = model.config.image_size
+        labels = torch.randint(3, (4,), generator=generator)
+        images = torch.randn(4, 1, size, size, generator=generator)
+        images[torch.arange(4), 0, labels] += 3.0
+        return {"pixel_values": images, "labels": labels}
+    first = torch.randint(32, (4, 1), generator=generator)
+    tokens = (first + torch.arange(12)) % 32
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def loss_of(engine: Any, number: int) -> Tensor:
+    output = engine(**micro_batch(engine.module, number))
+    return output.loss + 0.01 * load_balancing_loss(engine)
+
+
+def train_one(family: str, ep: int, overlap: bool, directory: str | None) -> Trained:
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    in_two_steps = family in BY_SECTION
+    dense_to = make_json(ep, overlap, architecture="shared_expert" if in_two_steps else "scmoe")
+    moe_from_dense(model, ScMoEConfig.from_deepspeed(dense_to), noise=NOISE)
+    engine, *_ = scmoe_ds.initialize(model=model, config=make_json(ep, overlap, replace=in_two_steps))
+    losses: list[float] = []
+    train(engine, losses, STEPS)
+    weights = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    assert len(engine.overlap.pairs) == 2
+    overlapped = all(pair._apart and pair.schedule.overlap for pair in engine.overlap.pairs)
+    trained = Trained(losses, weights, overlapped)
+    if directory is not None:
+        engine.save_checkpoint(directory, tag=family)
+        trained.after_save = evaluated(engine)
+        train(engine, [], 2)
+        assert evaluated(engine) != trained.after_save, "two more steps have changed nothing"
+        engine.load_checkpoint(directory, tag=family)
+        trained.after_load = evaluated(engine)
+    return trained
+
+
+def train(engine: Any, losses: list[float], steps: int) -> None:
+    ranks = dist.get_world_size()
+    for step in range(steps):
+        total = torch.zeros(())
+        for micro_step in range(MICRO_BATCHES // ranks):
+            torch.manual_seed(step)
+            loss = loss_of(engine, step * MICRO_BATCHES + micro_step * ranks + dist.get_rank())
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / MICRO_BATCHES
+        dist.all_reduce(total)
+        losses.append(total.item())
+
+
+@torch.no_grad()
+def evaluated(engine: Any) -> float:
+    engine.eval()
+    loss = loss_of(engine, 10_000).item()
+    engine.train()
+    return loss
+
+
+def train_all(cases: list[tuple[str, int, bool]], directory: str) -> list[Trained]:
+    results = []
+    for family, ep, overlap in cases:
+        results.append(train_one(family, ep, overlap, directory if ep > 1 and overlap else None))
+    return results
+
+
+@cache
+def results(ranks: int, directory: str) -> dict[tuple[str, bool], list[Trained]]:
+    """By family and whether overlapped, of every rank."""
+    modes = (True, False) if ranks > 1 else (True,)
+    cases = [(family, ranks, overlap) for family in FIVE for overlap in modes]
+    by_rank = run_distributed(train_all, ranks, cases, directory, timeout_s=240)
+    keys = [(family, overlap) for family, _, overlap in cases]
+    return dict(zip(keys, zip(*by_rank, strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_a_family_trains_saves_and_loads(family: str, directory: str) -> None:
+    for rank in results(2, directory)[family, True]:
+        assert sum(rank.losses[-3:]) < 0.9 * sum(rank.losses[:3])
+        assert rank.after_load == rank.after_save
+        assert rank.overlapped
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_overlap_changes_no_bit(family: str, directory: str) -> None:
+    overlapped, serial = (results(2, directory)[family, overlap] for overlap in (True, False))
+    for one, other in zip(overlapped, serial, strict=True):
+        assert one.losses == other.losses and not other.overlapped
+        assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_two_ranks_train_as_one_does(family: str, directory: str) -> None:
+    [alone] = results(1, directory)[family, True]
+    for rank in results(2, directory)[family, True]:
+        assert rank.losses == pytest.approx(alone.losses, rel=1e-5)
