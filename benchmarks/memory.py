@@ -34,7 +34,7 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
 from tests.helpers.distributed import run_distributed
 
-SHAPE, EXPERTS, BUCKET = GPTSettings(24, 128, 4, 512, 32), 8, 10_000
+SHAPE, EXPERTS, BUCKET = GPTSettings(16, 128, 4, 512, 32), 8, 10_000
 """Many small parameters: under ZeRO-2 a gradient that lies across the border of two ranks' pieces is whole on both."""
 LAYOUTS = [(2, 1, 1), (2, 1, 2), (4, 1, 2), (2, 2, 1), (4, 2, 2), (4, 2, 4)]
 """(ranks, tensor-parallel size, expert-parallel size)."""
@@ -118,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for ranks, tp, ep in LAYOUTS:
-        for found in zip(*run_distributed(measure_all, ranks, tp, ep), strict=True):
+        for found in zip(*run_distributed(measure_all, ranks, tp, ep, timeout_s=900), strict=True):
             by_rank = [{"ranks": ranks, "tp": tp, "ep": ep, "measured": each, "formula": formulas(each, ranks, tp, ep)}
                        for each in found]  # fmt: skip
             rows.append(max(by_rank, key=distance))
