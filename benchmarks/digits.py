@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,10 @@ def run_once(variant: str, seed: int, iterations: int) -> dict[str, Any]:
     flags, alone = flags_of(variant, seed, iterations), {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     paths = [str(ROOT / flag) if flag.endswith((".py", ".json")) else flag for flag in flags]
     started = time.monotonic()
+    environ = {**os.environ, **alone, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as directory:  # TensorBoard's files
-        done = subprocess.run([sys.executable, *paths], cwd=directory, env={**os.environ, **alone, "PYTHONPATH": str(ROOT)},
-                              capture_output=True, text=True, check=False)  # fmt: skip
+        command = [sys.executable, *paths]
+        done = subprocess.run(command, cwd=directory, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{variant}, seed {seed}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     return {"seed": seed, **last_lines(done.stdout), "seconds": round(time.monotonic() - started, 1)}
@@ -65,14 +66,22 @@ def last_lines(text: str) -> dict[str, float]:
     return {"accuracy_percent": float(found[0][0]), "loss": float(found[0][1])}
 
 
+def start_record(seeds: Sequence[int], iterations: int) -> dict[str, Any]:
+    """A record without runs."""
+    command = f"python -m benchmarks.digits --seeds {' '.join(map(str, seeds))} --iterations {iterations}"
+    rows = [{"variant": variant, "flags": " ".join(flags), "runs": []} for variant, flags in VARIANTS.items()]
+    return {"command": command, "environment": environment(), "seeds": list(seeds), "iterations": iterations,
+            "rows": rows}  # fmt: skip
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     rows = []
     for row in record["rows"]:
         accuracies = [run["accuracy_percent"] for run in row["runs"]]
         losses = [run["loss"] for run in row["runs"]]
-        rows.append([row["variant"], f"{statistics.mean(accuracies):.2f}", f"{min(accuracies):.2f}–{max(accuracies):.2f}",
-                     f"{statistics.mean(losses):.3f}"])  # fmt: skip
+        spread = f"{min(accuracies):.2f}–{max(accuracies):.2f}"
+        rows.append([row["variant"], f"{statistics.mean(accuracies):.2f}", spread, f"{statistics.mean(losses):.3f}"])
     hardware = ", ".join(f"{key} {value}" for key, value in record["environment"].items())
     seeds = ", ".join(str(seed) for seed in record["seeds"])
     lines = [
@@ -95,25 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--parallel", type=int, default=1, help="runs at the same time, one core each")
     args = parser.parse_args(argv)
-    runs = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
+    record = start_record(args.seeds, args.iterations)
     with ThreadPoolExecutor(args.parallel) as pool:
-        found = list(pool.map(lambda each: run_once(*each, args.iterations), runs))
-    rows = [
-        {
-            "variant": variant,
-            "flags": " ".join(VARIANTS[variant]),
-            "runs": [run for (name, _), run in zip(runs, found, strict=True) if name == variant],
-        }
-        for variant in VARIANTS
-    ]
-    seeds = " ".join(map(str, args.seeds))
-    command = f"python -m benchmarks.digits --seeds {seeds} --iterations {args.iterations}"
-    record = {"command": command, "environment": environment(), "seeds": args.seeds, "iterations": args.iterations,
-              "rows": rows}  # fmt: skip
-    text = markdown(record)
+        # The first seed's runs come first, and the record is written after each: a long table can be cut short.
+        futures = {pool.submit(run_once, row["variant"], seed, args.iterations): row
+                   for seed in args.seeds for row in record["rows"]}  # fmt: skip
+        for future in as_completed(futures):
+            futures[future]["runs"].append(future.result())
+            futures[future]["runs"].sort(key=lambda run: run["seed"])
+            if args.output:
+                Path(f"{args.output}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    text, rows = markdown(record), record["rows"]
     print(text)
     if args.output:
-        Path(f"{args.output}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         Path(f"{args.output}.md").write_text(text, encoding="utf-8")
     lowest = min(run["accuracy_percent"] for row in rows for run in row["runs"])
     print(f"lowest accuracy: {lowest:.2f} % (wanted: {WANTED} %)")

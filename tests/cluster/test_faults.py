@@ -235,5 +235,5 @@ def stop_in_a_save(job: Job, save: Path) -> int:
 def fill(file: Path) -> None:
     """Leaves 64 KiB on the disk: enough for a checkpoint's description, not for its tensors."""
     disk = os.statvfs(file.parent)
-    with open(file, "wb") as filler:
-        filler.write(bytes(disk.f_bavail * disk.f_frsize - (64 << 10)))
+    with suppress(OSError), open(file, "wb", buffering=0) as filler:  # the job may be writing, too: then less is left
+        filler.write(bytes(max(disk.f_bavail * disk.f_frsize - (64 << 10), 0)))

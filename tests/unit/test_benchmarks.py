@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from benchmarks import bars, end_to_end, rows, tables
+from benchmarks import bars, end_to_end, replace, rows, tables
 from benchmarks.link import HIGHEST_MBIT, LOWEST_MBIT, next_rate
 from benchmarks.measure import Spread, interleave
 from benchmarks.parts import EXPOSED, KINDS, REST_OF_LAYER, layer_ms, parts_of
 from benchmarks.planned import Calibrated, schedule_of
 from benchmarks.variants import AGAIN, BASELINES, STOCK, TABLES, Variant, baseline, limit_of, main_table, selected
 from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.recorder import Lane, Span
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
@@ -283,3 +285,27 @@ def test_slots_draw_every_slot_and_the_choice():
     (axes,) = bars.slots(record).axes
     assert list(axes.get_xticks()) == [1, 2, 3]
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"auto", "one chunk"}
+
+
+# --- the cost of hooks
+
+
+def test_the_models_that_the_cost_of_hooks_is_taken_from_compute_the_same():
+    """`measure` raises otherwise; both sizes, both modes, and for each the replaced model and the A/A pair."""
+    settings = {"hidden_size": 64, "tokens": 16, "num_experts": 2, "pairs": 2, "positions": ["pos1", "pos3"],
+                "rounds": 1, "clock": "wall"}  # fmt: skip
+    found = replace.measure(settings)
+    assert len(found) == 2 * 2 * 2 * 2
+    assert {row["variant"] for row in found} == {replace.REPLACED, replace.AGAIN}
+
+
+def test_models_that_differ_are_not_compared():
+    config = ScMoEConfig.from_deepspeed({"scmoe": {"merge": "cg2", "use_rts": False}})
+    shape = GPTSettings(2, 16, 2, 64, 8)
+    replaced = replace.Replaced(shape, config, 2)
+    direct = replace.Direct(shape, config, 2, replaced)
+    hidden = torch.randn(1, 8, 16)
+    replace.require_same(direct, replaced, hidden)
+    replaced.layers[0].mlp.input.weight.data.mul_(1.5)
+    with pytest.raises(RuntimeError, match="differs by"):
+        replace.require_same(direct, replaced, hidden)

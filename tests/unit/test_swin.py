@@ -150,21 +150,20 @@ def test_routed_experts_read_the_raw_stream_at_the_position(variant: str) -> Non
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_learns_and_every_parameter_gets_a_gradient(variant: str) -> None:
     model, data = make(**VARIANTS[variant]), Digits(16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     without = {name for name, _ in model.named_parameters()}
     losses = []
-    for step in range(24):
+    for step in range(20):
         torch.manual_seed(step)  # DeepSpeed's gates draw random numbers
         output = model(data.images[:48], data.labels[:48])
         assert output.loss is not None and output.class_loss is not None
         optimizer.zero_grad()
         output.loss.backward()
         without -= {name for name, each in model.named_parameters() if each.grad is not None and each.grad.any()}
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(float(output.class_loss.detach()))
     assert not without
-    assert min(losses) < losses[0] - 0.2 and losses[0] == pytest.approx(np.log(10), abs=0.5)
+    assert losses[-1] < losses[0] - 0.4 and losses[0] == pytest.approx(np.log(10), abs=0.5)
     assert [int(each.sum()) for each in output.exp_counts] == [tokens_routed(feed.moe) for feed in model.feeds()]
     assert output.logits.shape == (48, 10)
 
