@@ -29,7 +29,7 @@ from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
 from scmoe_ds.parallel.shared_memory import forget_names
-from scmoe_ds.replace.replacement import replace_moe_layers, with_sizes_of
+from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers, with_sizes_of
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -64,7 +64,7 @@ def initialize(
     whole = load_deepspeed_json(config)
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
     section = ScMoEConfig.from_deepspeed(whole)
-    if section.replace:
+    if section.replace and not is_replaced(model):
         if isinstance(optimizer, torch.optim.Optimizer) or model_parameters is not None:
             raise ScMoEConfigError("scmoe.replace = true adds parameters that the optimizer or parameter groups given "
                                    "to initialize lack: remove it, and call replace_moe_layers first")  # fmt: skip

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from transformers import Swinv2Config, Swinv2Model
-from transformers.models.swinv2.modeling_swinv2 import Swinv2Intermediate, Swinv2Output
+from transformers.models.swinv2.modeling_swinv2 import Swinv2Intermediate, Swinv2Output, Swinv2SelfAttention
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.models.initialization import initialize_parameters
@@ -106,6 +106,9 @@ class SwinMoE(nn.Module):
         self.settings, self.config = settings, config
         self.sequence = settings.side_of(MOE_STAGES[0]) ** 2
         self.swin = Swinv2Model(_transformers_config(settings))
+        for module in self.swin.modules():
+            if isinstance(module, Swinv2SelfAttention):
+                module.continuous_position_bias_mlp.register_forward_pre_hook(_in_its_precision)
         self.head = nn.Linear(settings.width_of(MOE_STAGES[-1]), settings.num_classes)
         for (stage, index), num_experts in zip(*_placement(settings, config), strict=True):
             block = self.swin.encoder.layers[stage].blocks[index]
@@ -158,6 +161,11 @@ class SwinMoE(nn.Module):
                 assert layer.pair is not None
                 width = self.settings.width_of(MOE_STAGES[0])
                 layer.shortcut_norm = layer.pair.norm = nn.LayerNorm(width, eps=self.settings.layernorm_epsilon)
+
+
+def _in_its_precision(mlp: nn.Sequential, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Relative coordinates for the MLP that makes a bias of them: a bf16 engine converts parameters, but no buffers."""
+    return (args[0].to(mlp[0].weight.dtype),)
 
 
 def initialize_swin(model: SwinMoE, seed: int, ep_rank: int = 0) -> None:

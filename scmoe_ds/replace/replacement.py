@@ -58,6 +58,11 @@ def undo_replacement(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_replaced(model: nn.Module) -> bool:
+    """Whether a model's layers have been replaced already."""
+    return any(isinstance(module, HookedScMoE) for module in model.modules())
+
+
 def with_sizes_of(model: nn.Module, config: ScMoEConfig) -> ScMoEConfig:
     """The section with the expert-parallel size of a model's replaced layers, which bring their own.
 

@@ -183,6 +183,18 @@ def test_images_without_a_label_do_not_count() -> None:
     assert float(model(data.images[:2], torch.full((2,), IGNORED)).class_loss) == 0.0  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("variant", ["topk", "pos2"])
+def test_parameters_in_bf16_as_an_engine_makes_them(variant: str) -> None:
+    model, data = make(**VARIANTS[variant]), Digits(16)
+    whole = model.eval()(data.images[:8], data.labels[:8])
+    for parameter in model.parameters():  # buffers stay in fp32
+        parameter.data = parameter.data.bfloat16()
+    half = model(data.images[:8], data.labels[:8])
+    assert half.logits.dtype == torch.bfloat16 and half.loss.dtype == torch.float32
+    half.loss.backward()
+    assert abs(float(whole.class_loss.detach() - half.class_loss.detach())) < 0.05
+
+
 def run_script(directory: str, *flags: str) -> tuple[int, dict[str, Any]]:
     """pretrain_swin_scmoe.py on this rank; the state of the run, where one was made."""
     os.chdir(directory)
