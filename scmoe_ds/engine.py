@@ -235,7 +235,7 @@ def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: i
     transports = make_transports(group, layout.travel, nodes_of_ranks())
     if config.all_to_all == "auto":
         weight, gate = next(layer.deepspeed_moe.experts.parameters()), layer.deepspeed_moe.gate
-        sequence = getattr(getattr(model, "settings", None), "max_position_embeddings", 1024)
+        sequence = getattr(model, "sequence", None) or 1024  # of a model that others wrote it is not known
         rows = max(micro_batch_size * sequence * gate.k // layer.transport.size, 1)
         times = probe(transports, rows, gate.wg.in_features, weight.dtype, weight.device)
         chosen, line = times.fastest, f"all-to-all: {times.fastest} (auto; {times})"
