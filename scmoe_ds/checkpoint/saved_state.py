@@ -32,7 +32,17 @@ from scmoe_ds.parallel.tensor import Split, merge
 MASTER = "fp32"
 """The key of a parameter's fp32 weights; other keys are the optimizer's, such as "exp_avg"."""
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_SAFE_CLASSES = [fragment_address, ZeroStageEnum, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]
+
+
+def _zero_stage(owner: Any, name: str) -> Any:
+    """In the place of `getattr`, by which Python up to 3.11.3 pickles a member of an enumeration."""
+    if owner is not ZeroStageEnum:
+        raise pickle.UnpicklingError(f"getattr of {owner!r}")
+    return ZeroStageEnum(ZeroStageEnum.__members__[name])
+
+
+_SAFE_CLASSES: list[Any] = [fragment_address, ZeroStageEnum, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler,
+                            (_zero_stage, "builtins.getattr")]  # fmt: skip
 
 
 @dataclass(frozen=True)
