@@ -3,14 +3,15 @@
     python -m benchmarks.memory --output benchmarks/results/memory
 
 Counts the bytes of all live tensors on every rank of small gloo runs: parameters; optimizer state (all else that is
-left after a step); gradients (what is there on top after a backward pass: with ZeRO-1 the whole ones while
-micro-batches accumulate, with ZeRO-2 always this rank's piece). Activations and communication buffers come on top.
+left after a step); gradients (what is there on top after a backward pass, the larger of two that accumulate).
+Activations, what a backward pass needs while it runs, and communication buffers come on top.
 
 Formulas, for a rank with D parameters of dense layers on Nd data-parallel ranks and E parameters of routed experts on
 Ne expert-data-parallel ranks, b bytes per parameter:
 
     parameters  b (D + E)
-    gradients   b (D + E) with ZeRO-1, b (D / Nd + E / Ne) with ZeRO-2
+    gradients   b (D / Nd + E / Ne): ZeRO-2's. DeepSpeed 0.19 keeps no more under ZeRO-1 either, where the paper has
+                b (D + E): each backward pass reduces, and leaves a rank its piece.
     optimizer   12 (D / Nd + E / Ne): fp32 weights and Adam's two moments
 """
 
@@ -93,7 +94,7 @@ def formulas(row: dict[str, Any], ranks: int, tp: int, ep: int) -> dict[str, flo
     """Bytes as the ZeRO paper counts them."""
     size, dense, routed = {"bf16": 2, "fp32": 4}[row["precision"]], row["dense"], row["routed"]
     part = dense / (ranks // tp) + routed / (ranks // ep)
-    return {"parameters": size * (dense + routed), "gradients": size * (dense + routed if row["stage"] == 1 else part),
+    return {"parameters": size * (dense + routed), "gradients": size * part,
             "optimizer": 12 * part}  # fmt: skip
 
 
