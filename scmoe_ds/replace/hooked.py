@@ -91,7 +91,8 @@ class HookedPair:
         self.recorder: PairRecorder = SILENT
         self._seen: dict[bool, _Seen] = {}  # by whether gradients are wanted
         self._flight: _Flight | None = None
-        self._kept: Tensor | None = None  # the tapped value of a pair that is cut, for the recomputation
+        # Of a pair that is cut, for the recomputation: the tapped value, and some of what the layer read then.
+        self._kept: tuple[Tensor, Tensor] | None = None
         self._apart = False  # whether the last forward pass ran in pieces, not all of it in the layer
         self._sizes: dict[str, int] = {}
         self._handles: list[Any] = []
@@ -157,6 +158,8 @@ class HookedPair:
         training = torch.is_grad_enabled()
         schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
         region = _checkpoint_region()
+        if _recomputes(region) and not self._apart and self._kept is not None:
+            return  # the tap's own block is repeated; the layer's was before, with the value that is kept
         self._flight = _Flight(value, _RECOMPUTED if _recomputes(region) else region, schedule, self.recorder)
         if not _recomputes(region):  # which has to do what the first pass did
             seen = self._seen.get(training)
@@ -214,7 +217,7 @@ class HookedPair:
         """
         flight, self._flight = self._flight, None
         if flight is None:
-            flight = self._recomputed()
+            flight = self._recomputed(hidden_states)
         if flight.value.shape != hidden_states.shape:
             raise RuntimeError(
                 f"{self.name} reads {tuple(hidden_states.shape)}, but its tap {self.place.module_name} "
@@ -224,7 +227,7 @@ class HookedPair:
         if used_token is not None:
             raise RuntimeError(f"{self.name}: used_token is not supported in a replaced layer; call it without")
         if flight.routed is None:
-            self._look_back(flight)
+            self._look_back(flight, hidden_states)
             flight.schedule = replace(flight.schedule, expert_slot=1, num_chunks=1)
             flight.routed = self._begin(flight)
         shared_slot = len(flight.operators) + 1
@@ -239,10 +242,17 @@ class HookedPair:
         """Chunks up to a slot that have not run: more than that slot's own where operators were left out."""
         return sum(flight.schedule.chunks_at(each) for each in range(1, slot + 1)) - flight.chunks_run
 
-    def _recomputed(self) -> _Flight:
+    def _recomputed(self, hidden_states: Tensor) -> _Flight:
         """A block is computed again in the backward pass, and its tap, in another block, is not."""
         if self._kept is not None:
-            value = self._kept.detach().requires_grad_(self._kept.requires_grad)
+            tapped, read = self._kept
+            if not torch.equal(read, _sample(hidden_states)):
+                raise RuntimeError(
+                    f"{self.name}: several forward passes before a backward pass, while an activation checkpoint cuts "
+                    f"it from its tap {self.place.module_name}, which is known of the last pass alone. Run each backward "
+                    "pass after its forward pass, or checkpoint runs of blocks that hold both"
+                )
+            value = tapped.detach().requires_grad_(tapped.requires_grad)
             return _Flight(value, _RECOMPUTED, self.schedule, SILENT)
         if torch.is_grad_enabled() and self._seen.keys() == {False}:
             raise RuntimeError(
@@ -253,13 +263,13 @@ class HookedPair:
             f"{self.name} ran, but not its tap {self.place.module_name} before it; set scmoe.tap to a module that does"
         )
 
-    def _look_back(self, flight: _Flight) -> None:
+    def _look_back(self, flight: _Flight, hidden_states: Tensor) -> None:
         """Notes what the first forward pass of this mode has shown."""
         training = torch.is_grad_enabled()
         if flight.boundary is _RECOMPUTED:
             return
         is_cut = flight.boundary is not _checkpoint_region()
-        self._kept = flight.value if is_cut else None
+        self._kept = (flight.value, _sample(hidden_states)) if is_cut else None
         if training in self._seen:
             return
         self._seen[training] = _Seen(tuple(flight.operators), is_cut)
@@ -279,6 +289,11 @@ class HookedPair:
 
 
 _RECOMPUTED = object()
+
+
+def _sample(hidden_states: Tensor) -> Tensor:
+    """Enough of a value to tell it from that of another forward pass."""
+    return hidden_states.detach().flatten()[:256].clone()
 
 
 def _checkpoint_region() -> object:

@@ -257,6 +257,16 @@ def test_under_activation_checkpointing(where: str, caplog: pytest.LogCaptureFix
     assert said == (where == "block")
 
 
+def test_a_cut_pair_knows_one_forward_pass_only() -> None:
+    model = make(use_residual=True)
+    replace_moe_layers(model, section())
+    model.checkpointing = "block"
+    outputs = [model(hidden(seed)) for seed in (1, 2)]
+    outputs[1].square().mean().backward()
+    with pytest.raises(RuntimeError, match="several forward passes before a backward pass"):
+        outputs[0].square().mean().backward()
+
+
 def test_reentrant_checkpointing_is_refused() -> None:
     model = make(use_residual=True)
     replace_moe_layers(model, section())
