@@ -249,8 +249,8 @@ class HookedPair:
             if not torch.equal(read, _sample(hidden_states)):
                 raise RuntimeError(
                     f"{self.name}: several forward passes before a backward pass, while an activation checkpoint cuts "
-                    f"it from its tap {self.place.module_name}, which is known of the last pass alone. Run each backward "
-                    "pass after its forward pass, or checkpoint runs of blocks that hold both"
+                    f"it from its tap {self.place.module_name}, which is known of the last pass alone. Run each "
+                    "backward pass after its forward pass, or checkpoint runs of blocks that hold both"
                 )
             value = tapped.detach().requires_grad_(tapped.requires_grad)
             return _Flight(value, _RECOMPUTED, self.schedule, SILENT)
