@@ -56,8 +56,9 @@ class Replaced(nn.Module):
         super().__init__()
         blocks = []
         for _ in range(shape.num_layers // 2):
-            moe = MoE(shape.hidden_size, MLP(shape), num_experts, capacity_factor=config.capacity_factor,
-                      use_residual=True, use_rts=False)  # fmt: skip
+            moe = MoE(shape.hidden_size, MLP(shape), num_experts, config.expert_parallel_size,
+                      capacity_factor=config.capacity_factor, min_capacity=config.min_capacity, use_residual=True,
+                      use_rts=False)  # fmt: skip
             blocks += [Block(shape, MLP(shape)), Block(shape, MoEFeedForward(moe))]
         self.layers = nn.ModuleList(blocks)
         replace_moe_layers(self, config)
@@ -70,9 +71,16 @@ class Replaced(nn.Module):
 
 
 class Direct(nn.Module):
-    """The same pairs as this package's own runs, with the weights of `Replaced`."""
+    """The same pairs as this package's own runs.
 
-    def __init__(self, shape: GPTSettings, config: ScMoEConfig, num_experts: int, same: Replaced) -> None:
+    Args:
+        same: a `Replaced`, or a model with the same modules, whose weights are copied.
+
+    Attributes:
+        names: of each parameter, what it is called in `same`.
+    """
+
+    def __init__(self, shape: GPTSettings, config: ScMoEConfig, num_experts: int, same: nn.Module) -> None:
         super().__init__()
         runs = [ScheduledRun(shape, config, num_experts, config.position, shape.max_position_embeddings)
                 for _ in range(shape.num_layers // 2)]  # fmt: skip
@@ -103,13 +111,16 @@ def replaced_name(name: str) -> str:
     return f"layers.{2 * int(run) + int(block)}.{theirs.get(part, part)}.{rest}"
 
 
-def gradients(model: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
-    """Of all parameters by name, and the output."""
+def results(model: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
+    """Gradients of all parameters by their names in `Replaced`, that of the input, output and loss."""
+    names = model.names if isinstance(model, Direct) else {}
+    hidden = hidden.detach().requires_grad_()
     output, l_aux = model(hidden)
-    (output.square().mean() + l_aux).backward()
-    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    loss = output.square().mean() + l_aux
+    loss.backward()
+    found = {names.get(name, name): each.grad for name, each in model.named_parameters() if each.grad is not None}
     model.zero_grad(set_to_none=True)
-    return {**found, "output": output.detach()}
+    return {**found, "input": hidden.grad, "output": output.detach(), "loss": loss.detach()}
 
 
 def require_same(direct: Direct, replaced: Replaced, hidden: Tensor) -> None:
@@ -118,11 +129,11 @@ def require_same(direct: Direct, replaced: Replaced, hidden: Tensor) -> None:
     Raises:
         RuntimeError: they do not.
     """
-    wanted = gradients(direct, hidden)
+    wanted = results(direct, hidden)
     for _ in range(2):
-        found = gradients(replaced, hidden)
+        found = results(replaced, hidden)
         for name, value in wanted.items():
-            difference = float((found[direct.names.get(name, name)] - value).abs().max())
+            difference = float((found[name] - value).abs().max())
             if difference > 1e-5 * max(1.0, float(value.abs().max())):
                 raise RuntimeError(f"{name} differs by {difference} between the models to be compared")
 

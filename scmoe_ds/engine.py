@@ -216,9 +216,14 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed, "name": "decay"}, {"params": plain, "weight_decay": 0.0, "name": "no_decay"}]
 
 
-def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: int, layout: Layout) -> list[str]:
+def choose_all_to_all(
+    model: nn.Module, config: ScMoEConfig, micro_batch_size: int, layout: Layout, sequence: int | None = None
+) -> list[str]:
     """Hands every ScMoE layer whose rows travel its all-to-all: the one that the section names, or for "auto" the
     fastest in a probe with a layer's balanced message. Collective over the world.
+
+    Args:
+        sequence: tokens of each sequence of the micro-batch; None: of the model's training.
 
     Returns:
         a line for the log, or none if the model has no such layer.
@@ -235,7 +240,8 @@ def choose_all_to_all(model: nn.Module, config: ScMoEConfig, micro_batch_size: i
     transports = make_transports(group, layout.travel, nodes_of_ranks())
     if config.all_to_all == "auto":
         weight, gate = next(layer.deepspeed_moe.experts.parameters()), layer.deepspeed_moe.gate
-        sequence = getattr(model, "sequence", None) or 1024  # of a model that others wrote it is not known
+        # Of a model that others wrote the length is not known.
+        sequence = sequence or getattr(model, "sequence", None) or 1024
         rows = max(micro_batch_size * sequence * gate.k // layer.transport.size, 1)
         times = probe(transports, rows, gate.wg.in_features, weight.dtype, weight.device)
         chosen, line = times.fastest, f"all-to-all: {times.fastest} (auto; {times})"

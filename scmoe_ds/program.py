@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,15 +10,14 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds.arguments import parse_arguments
-from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import connect, show_log
 from scmoe_ds.parallel.failures import FailureReporter, leave
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell's."""
 
-Job = Callable[[argparse.Namespace, dict[str, Any], ScMoEConfig], object]
-Parse = Callable[[Sequence[str] | None], tuple[argparse.Namespace, dict[str, Any], ScMoEConfig]]
+Job = Callable[..., object]
+Parse = Callable[[Sequence[str] | None], tuple[Any, ...]]
 
 
 def run_program(
@@ -34,7 +32,7 @@ def run_program(
     Args:
         name: for the error message.
         argv: flags; default: the command line's.
-        job: gets the flags, the DeepSpeed JSON and its "scmoe" section.
+        job: gets what `parse` returns; of the default, the flags, the DeepSpeed JSON and its "scmoe" section.
         errors: what a user can mend; it ends in one sentence, not in a traceback.
         parse: reads the flags; default: those of pretrain_gpt_scmoe.py.
     """
@@ -42,11 +40,11 @@ def run_program(
     reporter: FailureReporter | None = None
     connected, code = False, 0
     try:
-        args, whole, config = parse(argv)
+        parsed = parse(argv)
         connected = connect()
         if connected and dist.get_world_size() > 1:
             reporter = FailureReporter(name)
-        job(args, whole, config)
+        job(*parsed)
     except errors as error:
         code = 2
         # Before the ranks have met, each node speaks for itself; afterwards all of them fail alike.

@@ -40,7 +40,7 @@ def put_weights(engine: Any, weights: Weights) -> None:
         raise CheckpointError(f"the checkpoint has no {missing[0]} (and {len(missing) - 1} others that this model has)")
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
-            value = _own_part(weights.read(names[name]), parameter, names[name])
+            value = own_part(weights.read(names[name]), parameter, names[name])
             parameter.data.copy_(value)
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
@@ -68,7 +68,7 @@ def put_state(engine: Any, saved: SavedState) -> None:
             whole, other = saved.optimizer_state(names[name])
             inner.state[flat].update(other)
             for key in whole:
-                value = _own_part(saved.read(names[name], key), parameter, names[name])
+                value = own_part(saved.read(names[name], key), parameter, names[name])
                 buffer = inner.state[flat].setdefault(key, torch.zeros_like(flat))
                 address = mapping.hp_fragment_address
                 buffer.narrow(0, address.start, address.numel).copy_(_own_piece(value, mapping))
@@ -86,7 +86,7 @@ def _put_counters(engine: Any, saved: SavedState) -> None:
         engine.optimizer.loss_scaler = scaler
 
 
-def _own_part(value: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
+def own_part(value: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
     """This rank's tensor-parallel part."""
     part = split(value, split_of(parameter), tensor_parallel_rank(), tensor_parallel_size())
     if part.shape != parameter.shape:

@@ -175,14 +175,6 @@ class ScheduledRun(nn.Module):
         self.forward_schedule: Schedule | None = None
         self.recorder: PairRecorder = SILENT
 
-    def _tap(self, config: ScMoEConfig, position: str) -> int:
-        if self.on_current_layer:
-            return 2 * config.moe_every  # behind the norm that all operators of the last block share
-        # The tapped block's index; -1 is the block before this run, whose output is this run's input.
-        tapped = config.moe_every - 1 - (config.shortcut_distance if config.moe_every > 1 else 1)
-        # Two operators per block: Pos-1 is a block's output, Pos-2 follows its attention, Pos-3 is its input.
-        return 2 * tapped + {"pos1": 2, "pos2": 1, "pos3": 0}[position]
-
     def forward(self, hidden: Tensor) -> PairOutput:
         training = torch.is_grad_enabled()
         schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule

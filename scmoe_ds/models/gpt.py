@@ -5,7 +5,8 @@ Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,6 +27,7 @@ from scmoe_ds.models.parallel_layers import (
     vocabulary_logits,
 )
 from scmoe_ds.models.recompute import Recompute
+from scmoe_ds.overlap.executor import PairOutput
 
 
 @dataclass(frozen=True)
@@ -105,24 +107,47 @@ class GPT(nn.Module):
             labels: [B, S] int64 next tokens; None returns logits.
             loss_mask: [B, S], 1 where a token counts; default: everywhere.
         """
-        hidden = self.embedding(tokens)
-        if self.positions is not None:
-            hidden = hidden + self.positions.weight[: tokens.shape[1]]
-        hidden = F.dropout(hidden, self.settings.hidden_dropout, self.training)
-        losses, counts = [], []
-        for run in self.runs:
-            output = run(hidden)
-            hidden = output.hidden
-            losses.append(output.l_aux)
-            counts.append(output.exp_counts)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits_BSV = vocabulary_logits(self.final_norm(hidden), weight, self.group)
-        moe_loss = torch.stack(losses).sum()
+        outputs = list(self._through_runs(tokens, None))
+        hidden, counts = outputs[-1].hidden, tuple(output.exp_counts for output in outputs)
+        moe_loss = torch.stack([output.l_aux for output in outputs]).sum()
+        logits_BSV = self._own_logits(hidden)
         if labels is None:
-            return GPTOutput(None, None, moe_loss, tuple(counts), gather_vocabulary(logits_BSV, self.group))
+            return GPTOutput(None, None, moe_loss, counts, gather_vocabulary(logits_BSV, self.group))
         lm_loss = masked_mean(vocabulary_cross_entropy(logits_BSV, labels, self.group), loss_mask)
         loss = lm_loss + self.config.aux_loss_coefficient * moe_loss
-        return GPTOutput(loss, lm_loss, moe_loss, tuple(counts), None)
+        return GPTOutput(loss, lm_loss, moe_loss, counts, None)
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What `logits` reads of each token.
+
+        Args:
+            tokens: [B, S] int64.
+            positions: [B, S] int64 place of each token in its sequence; None: from 0 in all of them.
+
+        Returns:
+            [B, S, D].
+        """
+        (last,) = deque(self._through_runs(tokens, positions), maxlen=1)
+        return last.hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] of `hidden_states` → [..., V], the whole vocabulary on every rank."""
+        return gather_vocabulary(self._own_logits(hidden), self.group)
+
+    def _through_runs(self, tokens: Tensor, positions: Tensor | None) -> Iterator[PairOutput]:
+        hidden = self.embedding(tokens)
+        if self.positions is not None:
+            table = self.positions.weight
+            hidden = hidden + (table[: tokens.shape[1]] if positions is None else table[positions])
+        hidden = F.dropout(hidden, self.settings.hidden_dropout, self.training)
+        for run in self.runs:
+            output = run(hidden)
+            yield output
+            hidden = output.hidden
+
+    def _own_logits(self, hidden: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return vocabulary_logits(self.final_norm(hidden), weight, self.group)
 
     def scheduled_runs(self) -> Sequence[ScheduledRun]:
         """The runs that a schedule drives; empty for the baselines."""

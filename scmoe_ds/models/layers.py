@@ -6,6 +6,7 @@ Shape suffixes: B batch, S sequence, D hidden, N query heads, G key/value heads,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -114,11 +115,20 @@ class RotaryEmbedding(nn.Module):
         self.base, self.head_size = settings.rotary_base, settings.head_size
         self._table: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, heads_BNSH: Tensor) -> Tensor:
-        cosine_SH, sine_SH = self._angles(heads_BNSH.shape[2], heads_BNSH.device)
+    def forward(self, heads_BNSH: Tensor, positions_BS: Tensor | None = None, capacity: int = 0) -> Tensor:
+        """
+        Args:
+            positions_BS: int64 place of each token in its sequence; None: 0, 1, … in all of them.
+            capacity: no position reaches it.
+        """
+        cosine, sine = self._angles(max(heads_BNSH.shape[2], capacity), heads_BNSH.device)
+        if positions_BS is None:
+            cosine, sine = cosine[: heads_BNSH.shape[2]], sine[: heads_BNSH.shape[2]]
+        else:
+            cosine, sine = cosine[positions_BS].unsqueeze(1), sine[positions_BS].unsqueeze(1)
         first, second = heads_BNSH.float().chunk(2, dim=-1)
         rotated = torch.cat([-second, first], dim=-1)
-        return (heads_BNSH.float() * cosine_SH + rotated * sine_SH).to(heads_BNSH.dtype)
+        return (heads_BNSH.float() * cosine + rotated * sine).to(heads_BNSH.dtype)
 
     def _angles(self, sequence: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._table is None or self._table[0].shape[0] < sequence or self._table[0].device != device:
@@ -126,7 +136,28 @@ class RotaryEmbedding(nn.Module):
             positions = torch.arange(sequence, dtype=torch.float32, device=device)
             angle_SH = torch.outer(positions, self.base**-exponent).repeat(1, 2)
             self._table = (angle_SH.cos(), angle_SH.sin())
-        return self._table[0][:sequence], self._table[1][:sequence]
+        return self._table
+
+
+class AttentionCache(Protocol):
+    """Keys and values of the tokens that an attention layer has seen; see scmoe_ds.inference.kv_cache.
+
+    Attributes:
+        capacity: most tokens of a sequence.
+    """
+
+    capacity: int
+
+    def positions(self, sequence: int) -> Tensor:
+        """[B, S] int64 places of the next `sequence` tokens of every row."""
+
+    def extend(self, key_BGSH: Tensor, value_BGSH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Takes in the next tokens.
+
+        Returns:
+            keys and values that they may look at, [B, G, kept, H], and [B, 1, S, kept] which of them each may; None
+            for a plain causal mask.
+        """
 
 
 class Attention(nn.Module):
@@ -138,6 +169,7 @@ class Attention(nn.Module):
 
     Attributes:
         heads: query, key and value heads of this rank.
+        cache: tokens that came before, while text is generated; None: there are none.
     """
 
     def __init__(self, settings: GPTSettings, group: Group = None) -> None:
@@ -149,18 +181,24 @@ class Attention(nn.Module):
         self.query_key_value = column_parallel(D, [number * self.head_size for number in heads], bias, group)
         self.output = row_parallel(heads[0] * self.head_size, D, bias, group)
         self.rotary = RotaryEmbedding(settings) if settings.position_embedding == "rope" else None
+        self.cache: AttentionCache | None = None
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         B, S, _ = hidden_BSD.shape
         heads_BSNH = self.query_key_value(hidden_BSD).view(B, S, sum(self.heads), self.head_size)
         query, key, value = (part.transpose(1, 2) for part in heads_BSNH.split(self.heads, dim=2))
+        cache, mask = self.cache, None
         if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
+            places = () if cache is None else (cache.positions(S), cache.capacity)
+            query, key = self.rotary(query, *places), self.rotary(key, *places)
+        if cache is not None:
+            key, value, mask = cache.extend(key, value)
         dropout = self.dropout if self.training else 0.0
         with own_random_numbers(self.group if dropout else None, hidden_BSD.device):
             mixed_BNSH = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, dropout_p=dropout, enable_gqa=self.heads[0] != self.heads[1]
-            )
+                query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
+                enable_gqa=self.heads[0] != self.heads[1],
+            )  # fmt: skip
         return self.output(mixed_BNSH.transpose(1, 2).reshape(B, S, -1))
 
     def flops_per_token(self, sequence: int) -> int:

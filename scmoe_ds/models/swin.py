@@ -32,8 +32,9 @@ from transformers.models.swinv2.modeling_swinv2 import Swinv2Intermediate, Swinv
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
-from scmoe_ds.replace import replace_moe_layers
+from scmoe_ds.replace import load_balancing_loss, replace_moe_layers
 from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.upcycle import MoEFeedForward
 
 IGNORED = -100
 """A label that counts in no loss and no accuracy; fills up the last batch of a validation."""
@@ -62,29 +63,6 @@ class SwinOutput:
     def task_loss(self) -> Tensor | None:
         """What the training loop reports: the loss without the balancing term."""
         return self.class_loss
-
-
-class MoEFeedForward(nn.Module):
-    """A MoE where a block of Swinv2 has its `intermediate`; the block's `output` passes its result on.
-
-    Swinv2's own forward pass hands on hidden states alone: loss and counts wait here until `take`.
-    """
-
-    def __init__(self, moe: MoE) -> None:
-        super().__init__()
-        self.moe = moe
-        self._side_results: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, hidden_BLD: Tensor) -> Tensor:
-        output_BLD, l_aux, exp_counts = self.moe(hidden_BLD)
-        self._side_results = (l_aux, exp_counts)
-        return output_BLD
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Load-balancing loss and tokens per expert [E] of the last forward pass, once."""
-        assert self._side_results is not None, "take() follows a forward pass"
-        found, self._side_results = self._side_results, None
-        return found
 
 
 class SwinMoE(nn.Module):
@@ -116,7 +94,7 @@ class SwinMoE(nn.Module):
             # Without a shared expert a token needs a second routed one; what a ScMoE routes, the replacement decides.
             block.intermediate = MoEFeedForward(_make_moe(self.swin.config, settings, config, stage, num_experts,
                                                           residual))  # fmt: skip
-            block.output = nn.Identity()
+            block.output = nn.Identity()  # the second half of Swinv2's MLP; an expert has both
         if config.architecture == "scmoe":
             self._connect_shortcuts()
 
@@ -135,8 +113,8 @@ class SwinMoE(nn.Module):
                              "(--num-channels, --img-size)")  # fmt: skip
         pooled_BD = self.swin(images.to(self.head.weight.dtype)).pooler_output
         logits_BN = self.head(pooled_BD)
-        losses, counts = zip(*(feed.take() for feed in self.feeds()), strict=True)
-        moe_loss = torch.stack(losses).sum()
+        moe_loss = load_balancing_loss(self)
+        counts = tuple(feed.exp_counts for feed in self.feeds())
         if labels is None:
             return SwinOutput(None, None, moe_loss, counts, logits_BN)
         summed = F.cross_entropy(logits_BN.float(), labels, ignore_index=IGNORED, reduction="sum")
@@ -145,7 +123,7 @@ class SwinMoE(nn.Module):
         return SwinOutput(loss, class_loss, moe_loss, counts, logits_BN)
 
     def feeds(self) -> list[MoEFeedForward]:
-        """The blocks' MoE, in order."""
+        """The blocks' MoE, in order; each stands where Swinv2 has its `intermediate`."""
         return [module for module in self.modules() if isinstance(module, MoEFeedForward)]
 
     def _connect_shortcuts(self) -> None:

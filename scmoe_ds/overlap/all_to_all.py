@@ -95,7 +95,9 @@ class InFlight:
         token, self._token = self._token, None
         if token is None:
             raise RuntimeError("this all-to-all has been waited for already; its tensor was handed out then")
-        return token if self._transfer is None else _Wait.apply(token, self._transfer)
+        if self._transfer is None:
+            return token
+        return _Wait.apply(token, self._transfer) if torch.is_grad_enabled() else self._transfer.finish()
 
 
 def prepare(
@@ -122,7 +124,7 @@ def prepare(
     if transport.size == 1:
         return [InFlight(None, rows) for _ in watches]
     transfers = [_Transfer(transport, blocking, wire_dtype, watch) for watch in watches]
-    tokens = _Start.apply(rows, transfers)
+    tokens = _Start.apply(rows, transfers) if torch.is_grad_enabled() else _hold(rows, transfers)
     return [InFlight(transfer, token) for transfer, token in zip(transfers, tokens, strict=True)]
 
 
@@ -207,6 +209,12 @@ class _Transfer:
         return unpack(received, self.wire_dtype, dtype)
 
 
+def _hold(rows: Tensor, transfers: Sequence[_Transfer]) -> tuple[Tensor, ...]:
+    for transfer in transfers:
+        transfer.hold(rows)
+    return tuple(rows.new_empty(0) for _ in transfers)
+
+
 class _Start(torch.autograd.Function):
     """Returns an empty token per chunk that ties the wait to the start in autograd's graph; the rows stay in the
     transfers, so that nobody can read a buffer that is still being filled."""
@@ -214,9 +222,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfers: Sequence[_Transfer]) -> tuple[Tensor, ...]:
         ctx.transfers, ctx.rows = transfers, rows.shape[0]
-        for transfer in transfers:
-            transfer.hold(rows)
-        return tuple(rows.new_empty(0) for _ in transfers)
+        return _hold(rows, transfers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -26,16 +26,18 @@ class MoEFeedForward(nn.Module):
     Attributes:
         moe: DeepSpeed's layer, or the ScMoE that took its place.
         l_aux: load-balancing loss of the last forward pass; None before the first.
+        exp_counts: [E] tokens per expert before drops, of the same pass.
     """
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
         self.moe = moe
         self.l_aux: Tensor | None = None
+        self.exp_counts: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
-        output, self.l_aux, _ = self.moe(hidden_states)
+        output, self.l_aux, self.exp_counts = self.moe(hidden_states)
         return output
 
 

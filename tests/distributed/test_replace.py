@@ -1,7 +1,9 @@
-"""Five families of Hugging Face models, upcycled and replaced, trained by DeepSpeed on two ranks."""
+"""Replaced models on two ranks: against the same model written directly, and five families of Hugging Face models,
+upcycled and replaced, trained by DeepSpeed."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -9,10 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 import scmoe_ds
+from benchmarks.replace import Direct, Replaced
+from benchmarks.replace import results as computed
 from scmoe_ds import ScMoEConfig, load_balancing_loss, moe_from_dense
+from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.replace.convert import HookedScMoE
 from tests.helpers.distributed import run_distributed
 from tests.helpers.hugging_face import FAMILIES
 
@@ -21,6 +29,11 @@ FIVE = ["GPT-2", "LLaMA", "GPT-NeoX", "ViT", "Swin"]
 BY_SECTION = ["LLaMA", "ViT"]
 """Made DeepSpeed's Residual MoE, and replaced by `"replace": true`; the others are ScMoE before they are initialised."""
 NOISE = 0.02
+
+
+SHAPE = GPTSettings(num_layers=4, hidden_size=16, num_attention_heads=2, vocab_size=32, max_position_embeddings=12)
+EXPERTS = 4
+CASES = [(position, norm) for position in ("pos1", "pos2", "pos3") for norm in ("shared", "own")]
 
 
 @dataclass
@@ -161,3 +174,58 @@ def test_two_ranks_train_as_one_does(family: str, directory: str) -> None:
     [alone] = results(1, directory)[family, True]
     for rank in results(2, directory)[family, True]:
         assert rank.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+def compute(position: str, shortcut_norm: str, ep: int) -> dict[str, dict[str, Tensor]]:
+    """Of the two models, with equal weights whatever the number of ranks that share the experts.
+
+    Tokens differ from rank to rank. An expert's number in a gradient's name is that among the experts of all ranks.
+    """
+    config = ScMoEConfig.from_deepspeed({"scmoe": {
+        "position": position, "shortcut_norm": shortcut_norm, "merge": "cg2", "num_experts": EXPERTS,
+        "expert_parallel_size": ep, "capacity_factor": 1.0, "min_capacity": 1, "use_rts": False}})  # fmt: skip
+    replaced = Replaced(SHAPE, config, EXPERTS)
+    ep_rank = dist.get_rank() % ep
+    initialize_parameters(replaced, 0, 0.2, SHAPE.num_layers, ep_rank)
+    direct = Direct(SHAPE, config, EXPERTS, replaced)
+    for module in (*replaced.modules(), *direct.modules()):
+        if isinstance(module, MoE):
+            module.set_deepspeed_parallelism()
+    hidden = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
+    computed(replaced, hidden)  # the first pass looks for operators and overlaps nothing
+    found = {"replaced": computed(replaced, hidden), "direct": computed(direct, hidden)}
+    assert all(each.pair._apart for each in replaced.modules() if isinstance(each, HookedScMoE))
+    first = ep_rank * EXPERTS // ep
+    return {model: {numbered(name, first): value for name, value in each.items()} for model, each in found.items()}
+
+
+def numbered(name: str, first: int) -> str:
+    return re.sub(r"(?<=deepspeed_experts\.)\d+", lambda local: str(int(local[0]) + first), name)
+
+
+def compute_all() -> dict[tuple[str, str, int], dict[str, dict[str, Tensor]]]:
+    return {(*case, ep): compute(*case, ep) for case in CASES for ep in (1, 2)}
+
+
+@cache
+def computed_by_two() -> list[dict[tuple[str, str, int], dict[str, dict[str, Tensor]]]]:
+    return run_distributed(compute_all, 2)
+
+
+@pytest.mark.parametrize(("position", "shortcut_norm"), CASES)
+def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> None:
+    """Also where the directly written model has all experts on every rank: what ranks share changes no value, and an
+    expert that two ranks share gets the sum of the gradients that it gets on either."""
+    ranks = computed_by_two()
+    shared = [rank[position, shortcut_norm, 2] for rank in ranks]
+    alone = [rank[position, shortcut_norm, 1]["direct"] for rank in ranks]
+    experts = {name for name in alone[0] if "deepspeed_experts" in name}
+    assert {name for rank in shared for name in rank["replaced"]} == set(alone[0])
+    assert not experts & shared[0]["replaced"].keys() & shared[1]["replaced"].keys()
+    for rank, own in zip(shared, alone, strict=True):
+        assert rank["replaced"].keys() == rank["direct"].keys()
+        for name, value in rank["replaced"].items():
+            both = alone[0][name] + alone[1][name] if name in experts else own[name]
+            for wanted in (rank["direct"][name], both):
+                assert wanted.any(), f"{name} would be equal to anything that is 0"
+                assert (value - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name

@@ -11,9 +11,9 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.replace import Block, Direct, results
 from scmoe_ds import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.models.blocks import ScheduledRun
-from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
+from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace import replace_moe_layers, undo_replacement
@@ -21,19 +21,6 @@ from scmoe_ds.replace.convert import HookedScMoE
 
 SETTINGS = GPTSettings(4, 16, 2, 32, 12)
 EXPERTS = 4
-
-
-class TheirBlock(nn.Module):
-    """A block as others write it, with the names of LLaMA's."""
-
-    def __init__(self, feed_forward: nn.Module) -> None:
-        super().__init__()
-        self.self_attn, self.mlp = Attention(SETTINGS), feed_forward
-        self.input_layernorm, self.post_attention_layernorm = make_norm(SETTINGS), make_norm(SETTINGS)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class TheirFeedForward(nn.Module):
@@ -54,7 +41,7 @@ class TheirModel(nn.Module):
         super().__init__()
         self.checkpointing: str | None = "block" if checkpointing else None
         feeds = [MLP(SETTINGS), TheirFeedForward(**moe), MLP(SETTINGS), TheirFeedForward(**moe)]
-        self.layers = nn.ModuleList([TheirBlock(each) for each in feeds])
+        self.layers = nn.ModuleList([Block(SETTINGS, each) for each in feeds])
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.2)
@@ -127,36 +114,13 @@ def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> 
                      use_rts=False)  # fmt: skip
     model = make(use_residual=True)
     replace_moe_layers(model, config)
-    direct = nn.ModuleList([ScheduledRun(SETTINGS, config, EXPERTS, position, 12) for _ in range(2)])
-    theirs = dict(model.named_parameters())
-    ours: dict[str, str] = {}
-    for name, parameter in direct.named_parameters():
-        ours[name] = their_name(name, position)
-        parameter.data.copy_(theirs[ours[name]])
-    value, l_aux = hidden(), torch.zeros(())
-    output = value
-    for each in direct:
-        result = each(output)
-        output, l_aux = result.hidden, l_aux + result.l_aux
-    (output.square().mean() + l_aux).backward()
-    wanted = {ours[name]: each.grad for name, each in direct.named_parameters()}
-    wanted |= {"input": value.grad, "output": output.detach()}
+    direct = Direct(SETTINGS, config, EXPERTS, model)
+    wanted = results(direct, hidden())
+    del wanted["loss"]
     for _ in range(2):  # the first pass looks for operators and overlaps nothing
         require_equal(run(model), wanted, 1e-6)
-    assert [layer.pair.schedule.slots for layer in replaced_layers(model)] == [each.schedule.slots for each in direct]
-
-
-def their_name(name: str, position: str) -> str:
-    run_index, rest = name.split(".", 1)
-    if rest.startswith("shortcut_norm"):
-        return f"layers.{2 * int(run_index) + 1}.mlp.moe.{rest}"
-    _, block, rest = rest.split(".", 2)
-    for ours, theirs in [("attention_norm.", "input_layernorm."), ("mlp_norm.", "post_attention_layernorm."),
-                         ("attention.", "self_attn."), ("moe.", "mlp.moe.")]:  # fmt: skip
-        if rest.startswith(ours):
-            rest = theirs + rest.removeprefix(ours)
-            break
-    return f"layers.{2 * int(run_index) + int(block)}.{rest}"
+    slots = [layer.pair.schedule.slots for layer in replaced_layers(model)]
+    assert slots == [each.schedule.slots for each in direct.runs]
 
 
 @pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
@@ -290,7 +254,7 @@ def test_a_recorder_hears_of_every_operator() -> None:
 
 BAD = {
     "no MoE": (lambda: nn.ModuleList([nn.Linear(2, 2)]), {}, "holds no deepspeed.moe.layer.MoE"),
-    "first block": (lambda: nn.Sequential(nn.ModuleList([TheirBlock(TheirFeedForward())])), {},
+    "first block": (lambda: nn.Sequential(nn.ModuleList([Block(SETTINGS, TheirFeedForward())])), {},
                     r"0\.0\.mlp\.moe is in the first block of 0"),
     "no ModuleList": (lambda: nn.Sequential(TheirFeedForward()), {}, "in no nn.ModuleList"),
     "wrong number of experts": (make, {"num_experts": 8}, r"scmoe\.num_experts = 8: layers\.1\.mlp\.moe has 4"),

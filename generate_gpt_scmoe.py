@@ -1,0 +1,178 @@
+"""Generates text with a trained GPT: one process, or several under the deepspeed launcher.
+
+python generate_gpt_scmoe.py --load checkpoints/gpt --prompt "def main():" --max-new-tokens 200 --temperature 0.8
+deepspeed --num_gpus 8 generate_gpt_scmoe.py --load export --moe-expert-parallel-size 8 --prompt-file prompts.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from scmoe_ds.argument_checks import ArgumentError, check_lowest
+from scmoe_ds.checkpoint import CheckpointError
+from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.tokenizer import Tokenizer
+from scmoe_ds.engine import device
+from scmoe_ds.inference import arguments
+from scmoe_ds.inference.generate import Completion, GenerationError, GenerationTimes, Request, TextGenerator
+from scmoe_ds.inference.phases import Phases
+from scmoe_ds.inference.sampling import Sampling
+from scmoe_ds.parallel.agreement import RankDisagreementError
+from scmoe_ds.program import run_program
+
+USER_ERRORS = (ArgumentError, CheckpointError, DataError, GenerationError, RankDisagreementError, ScMoEConfigError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generates; returns the exit code."""
+    return run_program("generate_gpt_scmoe.py", argv, generate, USER_ERRORS, parse)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this program."""
+    parser = argparse.ArgumentParser(
+        description="Generate text with a GPT that pretrain_gpt_scmoe.py has trained.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments.add_model(parser)
+    group = parser.add_argument_group("text")
+    group.add_argument("--prompt", action="append", default=[], help="text to go on from; may be given several times")
+    group.add_argument("--prompt-file", help="a text file with one prompt a line")
+    group.add_argument("--interactive", action="store_true", help="asks for prompts until the end of input (Ctrl-D)")
+    group.add_argument("--max-new-tokens", type=int, default=100, help="most tokens after each prompt")
+    group.add_argument("--stop", action="append", default=[], help="text that ends a completion; may be given several "
+                       "times. The end-of-document token always does")  # fmt: skip
+    group.add_argument("--batch-size", type=int, default=8, help="prompts that a rank completes together")
+    group.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
+    group.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all")
+    group.add_argument("--top-p", type=float, default=1.0, help="choose among the most likely tokens that together "
+                       "have this probability")  # fmt: skip
+    group.add_argument("--seed", type=int, default=1234, help="of the random numbers, which each prompt has its own of")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sampling]:
+    """The flags, the prompts and how to sample.
+
+    Raises:
+        ArgumentError: a setting that its user can mend.
+        SystemExit: argparse's own findings, and --help.
+    """
+    args = build_parser().parse_args(argv)
+    arguments.check_model_flags(args)
+    check_lowest(args, 1, ("max_new_tokens", "batch_size"))
+    try:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+    prompts = list(args.prompt)
+    if args.prompt_file is not None:
+        try:
+            prompts += Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArgumentError(f"--prompt-file {args.prompt_file} cannot be read as UTF-8 text: {error}") from None
+    if not prompts and not args.interactive:
+        raise ArgumentError("there is nothing to go on from: give --prompt, --prompt-file or --interactive")
+    if "" in prompts:
+        raise ArgumentError(f"prompt {prompts.index('') + 1} is empty; give at least one character to go on from")
+    return args, prompts, sampling
+
+
+def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -> None:
+    """One job in a process group that exists."""
+    loaded = arguments.load(args)
+    tokenizer = loaded.tokenizer
+    stop = ((tokenizer.eod,), *(tuple(tokenizer.tokenize(text)) for text in args.stop))
+    request = Request(args.max_new_tokens, sampling, stop, tokenizer.vocab_size)
+    tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
+    length = max(map(len, tokens), default=loaded.trained.settings.max_position_embeddings)
+    rows = min(args.batch_size, max(len(prompts), 1))
+    phases = Phases.of_model(loaded.model, loaded.config, loaded.layout, rows, length, device())
+    generator = TextGenerator(loaded.model, phases, args.batch_size)
+    if prompts:
+        # Several texts at once would mix on the terminal: those are printed when all are done.
+        stream = _Stream(tokenizer, prompts[0]) if len(prompts) == 1 and dist.get_rank() == 0 else None
+        completions = generator.generate(tokens, request, stream)
+        if stream is not None:
+            stream.end(completions[0])
+        elif dist.get_rank() == 0:
+            for completion, prompt in zip(completions, prompts, strict=True):
+                _Stream(tokenizer, prompt).end(completion)
+    if args.interactive:
+        _talk(generator, tokenizer, request)
+    if dist.get_rank() == 0:
+        print(_speed(generator.times), file=sys.stderr)
+
+
+def _talk(generator: TextGenerator, tokenizer: Tokenizer, request: Request) -> None:
+    """Prompts from rank 0's terminal, each on its own, until its input ends."""
+    while True:
+        line: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            with contextlib.suppress(EOFError):
+                line[0] = input("\nprompt> " if sys.stdin.isatty() else "")
+        dist.broadcast_object_list(line)
+        if line[0] is None:
+            return
+        if not line[0]:
+            continue
+        stream = _Stream(tokenizer, line[0]) if dist.get_rank() == 0 else None
+        try:
+            (completion,) = generator.generate([tokenizer.tokenize(line[0])], request, stream)
+        except GenerationError as error:  # on all ranks alike; the next prompt may do
+            if stream is not None:
+                print(error, file=sys.stderr)
+            continue
+        if stream is not None:
+            stream.end(completion)
+
+
+class _Stream:
+    """Prints a prompt and its completion as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._tokens: list[int] = []
+        self._printed = ""
+        self._begun = False
+
+    def __call__(self, prompt: int, token: int) -> None:
+        """Another token of the text."""
+        self._tokens.append(token)
+        self._print(self._tokens, complete=False)
+
+    def end(self, completion: Completion) -> None:
+        """The whole completion."""
+        self._print(completion.tokens, complete=True)
+        print(flush=True)
+
+    def _print(self, tokens: list[int], complete: bool) -> None:
+        if not self._begun:
+            print(self._prompt, end="")
+            self._begun = True
+        text = self._tokenizer.detokenize([token for token in tokens if token != self._tokenizer.eod])
+        # A character can be several tokens: until all are there, it shows as U+FFFD.
+        whole = text if complete else text.rstrip("\ufffd")
+        print(whole[len(self._printed) :], end="", flush=True)
+        self._printed = whole
+
+
+def _speed(times: GenerationTimes) -> str:
+    prefill = f"prefill {times.prefill_tokens} tokens in {1e3 * times.prefill_s:.0f} ms"
+    if not times.decode_steps:
+        return prefill
+    step = 1e3 * times.decode_s / times.decode_steps
+    return (f"{prefill} · decode {times.decode_tokens} tokens in {times.decode_s:.2f} s, "
+            f"{times.decode_tokens / times.decode_s:.1f} tokens per second, {step:.1f} ms per step")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

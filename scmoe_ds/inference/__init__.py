@@ -1,0 +1,2 @@
+"""Text from a trained model: `model` loads it, `kv_cache` keeps what was read, `sampling` chooses tokens, `generate`
+loops, `phases` schedules prefill and decode apart, `offload` keeps routed experts out of the device's memory."""

@@ -1,0 +1,259 @@
+"""Generation: prompts in batches, a prefill pass for each, then one token per step for all rows together.
+
+On several ranks each data-parallel rank has its share of the prompts, and all take their steps together: an
+expert-parallel rank serves tokens of the others even when its own texts have ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe_ds.inference.kv_cache import KeyValueCache
+from scmoe_ds.inference.phases import Phases
+from scmoe_ds.inference.sampling import Sampling, choose
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.parallel.tensor import (
+    data_parallel_rank,
+    data_parallel_size,
+    tensor_parallel_group,
+    tensor_parallel_rank,
+    tensor_parallel_size,
+)
+
+OnToken = Callable[[int, int], None]
+
+
+class GenerationError(ValueError):
+    """A prompt or a setting of generation that its user can mend."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of every prompt.
+
+    Attributes:
+        max_new_tokens: most tokens of a completion.
+        sampling: how they are chosen.
+        stop: sequences of tokens, each of which ends a completion and is part of it.
+        vocab_size: tokens of the tokenizer; the padding of the vocabulary behind them is never chosen. None: all.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[tuple[int, ...], ...] = ()
+    vocab_size: int | None = None
+
+
+@dataclass
+class Completion:
+    """What followed a prompt.
+
+    Attributes:
+        prompt: its number.
+        tokens: the new ones.
+        ended: "stop", "length" (max_new_tokens), "context" (no further position), or None while it goes on.
+    """
+
+    prompt: int
+    tokens: list[int] = field(default_factory=list)
+    ended: Literal["stop", "length", "context"] | None = None
+
+
+@dataclass
+class GenerationTimes:
+    """Seconds and tokens of this rank, prefill and decode apart; padding is not counted."""
+
+    prefill_s: float = 0.0
+    prefill_tokens: int = 0
+    decode_s: float = 0.0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+
+
+class TextGenerator:
+    """Completes prompts with a model of `scmoe_ds.inference.model.load_model`.
+
+    Args:
+        model: this rank's part.
+        phases: schedules of prefill and decode; None: the model's own schedule for both.
+        batch_size: prompts that this rank completes together.
+
+    Attributes:
+        times: of everything that was generated so far.
+    """
+
+    def __init__(self, model: GPT, phases: Phases | None = None, batch_size: int = 8) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.phases = phases or Phases([])
+        self.device = model.embedding.weight.device
+        self.times = GenerationTimes()
+        self._cache: KeyValueCache | None = None
+        self._ranks = dist.get_world_size() if dist.is_initialized() else 1
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], request: Request, on_token: OnToken | None = None
+    ) -> list[Completion]:
+        """Completions of all prompts, in their order. Collective: every rank has the same prompts.
+
+        Args:
+            prompts: token ids, at least one each.
+            request: what is wanted of each.
+            on_token: is called with a prompt's number and each of its new tokens, on the ranks that complete it.
+
+        Raises:
+            GenerationError: an empty prompt, a token that is not in the vocabulary, or one as long as the context.
+        """
+        self._check(prompts)
+        share = range(len(prompts))[self._data_rank :: self._data_ranks]
+        most = -(-len(prompts) // self._data_ranks)  # of any rank: all make as many batches
+        done: list[Completion] = []
+        for first in range(0, most, self.batch_size):
+            numbers = share[first : first + self.batch_size]
+            done += self._complete([(number, prompts[number]) for number in numbers], request, on_token)
+        if self._data_ranks > 1:
+            done = _from_all_ranks(done)
+        return sorted(done, key=lambda completion: completion.prompt)
+
+    def _complete(
+        self, batch: Sequence[tuple[int, Sequence[int]]], request: Request, on_token: OnToken | None
+    ) -> list[Completion]:
+        completions = [Completion(number) for number, _ in batch]
+        prompts = [prompt for _, prompt in batch] or [[0]]  # a rank without prompts still serves the others
+        generators = [request.sampling.generator(number) for number, _ in batch] or [torch.Generator()]
+        longest = max(map(len, prompts))
+        cache = self._cache_for(len(prompts), min(longest + request.max_new_tokens, self.context))
+        cache.begin(len(prompts))
+        times, started = self.times, self._now()
+        with cache.attached():
+            logits_BV = self._prefill(prompts, cache)
+            while True:
+                chosen_B = choose(logits_BV[:, : request.vocab_size], request.sampling, generators)
+                tokens_B = self._agreed(chosen_B)
+                added = self._note(tokens_B.tolist(), prompts, completions, request, on_token)
+                now = self._now()
+                if cache.grown:
+                    times.decode_s, times.decode_steps = times.decode_s + now - started, times.decode_steps + 1
+                    times.decode_tokens += added
+                else:
+                    times.prefill_s += now - started
+                    times.prefill_tokens += sum(map(len, prompts)) if batch else 0
+                started = now
+                if not self._any(any(completion.ended is None for completion in completions)):
+                    return completions
+                logits_BV = self._decode(tokens_B, cache, completions)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
+        """[B, V] logits of the token after each prompt."""
+        lengths = [len(prompt) for prompt in prompts]
+        tokens_BS = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens_BS[row, : len(prompt)] = torch.tensor(prompt)
+        with self.phases.of("prefill"):
+            hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), cache.positions(max(lengths)))
+        cache.advance(lengths)
+        rows_B = torch.arange(len(prompts), device=self.device)
+        return self.model.logits(hidden_BSD[rows_B, torch.tensor(lengths, device=self.device) - 1])
+
+    def _decode(self, tokens_B: Tensor, cache: KeyValueCache, completions: Sequence[Completion]) -> Tensor:
+        """[B, V] logits of the token after these."""
+        with self.phases.of("decode"):
+            hidden_BSD = self.model.hidden_states(tokens_B.unsqueeze(1), cache.positions(1))
+        # A row that has ended stays where it is: its place is written over and over.
+        cache.advance([int(completion.ended is None) for completion in completions] or [0])
+        return self.model.logits(hidden_BSD[:, 0])
+
+    def _note(
+        self,
+        tokens: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Completion],
+        request: Request,
+        on_token: OnToken | None,
+    ) -> int:
+        """Adds a token to each completion that goes on; returns to how many."""
+        added = 0
+        for completion, prompt, token in zip(completions, prompts, tokens, strict=False):
+            if completion.ended is not None:
+                continue
+            added += 1
+            completion.tokens.append(token)
+            completion.ended = _ending(completion.tokens, request, self.context - len(prompt))
+            if on_token is not None:
+                on_token(completion.prompt, token)
+        return added
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and completion together."""
+        return self.model.settings.max_position_embeddings
+
+    def _cache_for(self, rows: int, capacity: int) -> KeyValueCache:
+        """One for all batches and calls, as long as it is large enough."""
+        if self._cache is None or self._cache.rows < rows or self._cache.capacity < capacity:
+            old = self._cache
+            self._cache = None  # first: both need not fit at once
+            rows, capacity = (max(rows, old.rows), max(capacity, old.capacity)) if old else (rows, capacity)
+            del old
+            self._cache = KeyValueCache(self.model, rows, capacity)
+        return self._cache
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        for number, prompt in enumerate(prompts, start=1):
+            if not prompt:
+                raise GenerationError(f"prompt {number} is empty; give at least one token to go on from")
+            if len(prompt) >= self.context:
+                raise GenerationError(f"prompt {number} has {len(prompt)} tokens, but the model's context is "
+                                      f"{self.context}: shorten it to at most {self.context - 1}")  # fmt: skip
+            if not 0 <= min(prompt) <= max(prompt) < self.model.settings.vocab_size:
+                raise GenerationError(f"prompt {number} has a token outside of the model's vocabulary of "
+                                      f"{self.model.settings.vocab_size}: is this its tokenizer?")  # fmt: skip
+
+    @property
+    def _data_rank(self) -> int:
+        return data_parallel_rank() if self._ranks > 1 else 0
+
+    @property
+    def _data_ranks(self) -> int:
+        return data_parallel_size() if self._ranks > 1 else 1
+
+    def _agreed(self, tokens_B: Tensor) -> Tensor:
+        """The first tensor-parallel rank's choice: a last bit must not send the others along another text."""
+        if self._ranks > 1 and tensor_parallel_size() > 1:
+            dist.broadcast(tokens_B, dist.get_rank() - tensor_parallel_rank(), group=tensor_parallel_group())
+        return tokens_B
+
+    def _any(self, value: bool) -> bool:
+        """Whether it is true on any rank."""
+        if self._ranks == 1:
+            return value
+        flag = torch.tensor(int(value), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _ending(tokens: list[int], request: Request, room: int) -> Literal["stop", "length", "context"] | None:
+    if any(tuple(tokens[-len(stop) :]) == stop for stop in request.stop):
+        return "stop"
+    if len(tokens) >= request.max_new_tokens:
+        return "length"
+    return "context" if len(tokens) >= room else None
+
+
+def _from_all_ranks(own: list[Completion]) -> list[Completion]:
+    found: list[list[Completion]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, own)
+    by_prompt = {completion.prompt: completion for part in found for completion in part}  # tensor-parallel ranks agree
+    return list(by_prompt.values())

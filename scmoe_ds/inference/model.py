@@ -1,0 +1,146 @@
+"""A trained GPT for inference: from any checkpoint to this rank's part of it, one parameter in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+from scmoe_ds.checkpoint.convert import open_weights
+from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.checkpoint.names import global_names, layer_of
+from scmoe_ds.checkpoint.reshard import Weights, own_part
+from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.engine import prepare_whole_experts
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.parallel import tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SAME_LAYER = {"topk": "pipelined_topk", "shared_expert": "overlapped_shared_expert"}
+"""DeepSpeed's own layers to those of this package with the same parameters and the same function."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a checkpoint is of.
+
+    Attributes:
+        path: where its weights are.
+        weights: the whole parameters, read one at a time.
+        settings, config: of the model; the section as it was trained.
+        dtype: in which it was saved or exported.
+    """
+
+    path: Path
+    weights: Weights
+    settings: GPTSettings
+    config: ScMoEConfig
+    dtype: str
+
+    @classmethod
+    def open(cls, path: str | Path) -> TrainedModel:
+        """
+        Args:
+            path: a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export.
+
+        Raises:
+            CheckpointError: none of these, damaged, or not a GPT.
+        """
+        weights, description = open_weights(Path(path))
+        if "gpt" not in description:
+            raise CheckpointError(f"{path} is not a checkpoint of a GPT; only text models can be loaded here")
+        settings = GPTSettings(**description["gpt"])
+        config = ScMoEConfig.from_deepspeed({"scmoe": description["scmoe"]})
+        return cls(getattr(weights, "path", Path(path)), weights, settings, config, _dtype_of(description))
+
+
+def _dtype_of(description: Mapping[str, Any]) -> str:
+    if "layout" in description:
+        return str(description["layout"]["precision"])
+    saved = description.get("torch_dtype", "float32")
+    return next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{saved}")
+
+
+def serving_config(
+    trained: ScMoEConfig, expert_parallel_size: int = 1, expert_tensor_parallelism: bool = False
+) -> ScMoEConfig:
+    """The section of the same function without what depends on the batch: no token is dropped, nothing is random.
+
+    DeepSpeed's own MoE layers become the equal ones of this package, whose exchange has no padding: without drops
+    DeepSpeed's buffers would be as large as the fullest expert's.
+
+    Raises:
+        ScMoEConfigError: an expert-parallel size that does not divide the number of experts.
+    """
+    section = trained.model_dump(mode="json")
+    changes = {
+        "architecture": _SAME_LAYER.get(trained.architecture, trained.architecture),
+        "expert_parallel_size": expert_parallel_size,
+        "expert_tensor_parallelism": expert_tensor_parallelism,
+        "drop_tokens": False,
+        "min_capacity": 0,  # DeepSpeed refuses fewer tokens than that
+        "use_rts": False,
+        "top2_2nd_expert_sampling": False,
+        "noisy_gate_policy": None,
+        "dispatch": "exact",
+        "overlap": {"num_chunks": 1},
+    }
+    return ScMoEConfig.from_deepspeed({"scmoe": {**section, **changes}})
+
+
+Offload = Callable[[GPT], None]
+
+
+def load_model(
+    trained: TrainedModel,
+    config: ScMoEConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: Offload | None = None,
+) -> GPT:
+    """This rank's part of the model, in evaluation mode. Collective where experts or layers are divided.
+
+    Args:
+        trained: what to load.
+        config: of `serving_config`.
+        dtype: of all parameters; gates compute in fp32 whatever it is.
+        device: where they go.
+        offload: is handed the model with its routed experts on the meta device, and takes them over; None: they are
+            loaded like everything else.
+
+    Raises:
+        CheckpointError: weights that are missing or of another shape.
+        ValueError: sizes that the tensor-parallel ranks do not divide.
+    """
+    with torch.device("meta"):  # neither memory nor time for random numbers
+        model = GPT(trained.settings, config, group=tensor.tensor_parallel_group())
+    if tensor.tensor_parallel_size() > 1 and not config.expert_tensor_parallelism:
+        prepare_whole_experts(model, config)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.set_deepspeed_parallelism()
+    names = global_names(model)
+    missing = sorted(set(names.values()) - set(trained.weights.names()))
+    if missing:
+        raise CheckpointError(f"{trained.path} has no {missing[0]} (and {len(missing) - 1} others of this model)")
+    for name, parameter in list(model.named_parameters()):
+        if offload is not None and layer_of(name) is not None:
+            continue
+        value = own_part(trained.weights.read(names[name]), parameter, names[name])
+        _put(model, name, value.to(device, dtype, copy=True))
+    if offload is not None:
+        offload(model)
+    return model.eval()
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
