@@ -24,6 +24,7 @@ from scmoe_ds.inference import arguments
 from scmoe_ds.inference.generate import Completion, GenerationError, GenerationTimes, Request, TextGenerator
 from scmoe_ds.inference.phases import Phases
 from scmoe_ds.inference.sampling import Sampling
+from scmoe_ds.inference.store import StoreCounts
 from scmoe_ds.parallel.agreement import RankDisagreementError
 from scmoe_ds.program import run_program
 
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     arguments.add_model(parser)
+    arguments.add_experts(parser)
     group = parser.add_argument_group("text")
     group.add_argument("--prompt", action="append", default=[], help="text to go on from; may be given several times")
     group.add_argument("--prompt-file", help="a text file with one prompt a line")
@@ -110,6 +112,8 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
         _talk(generator, tokenizer, request)
     if dist.get_rank() == 0:
         print(_speed(generator.times), file=sys.stderr)
+        if loaded.store is not None:
+            print(_migrations(loaded.store.counts), file=sys.stderr)
 
 
 def _talk(generator: TextGenerator, tokenizer: Tokenizer, request: Request) -> None:
@@ -172,6 +176,11 @@ def _speed(times: GenerationTimes) -> str:
     step = 1e3 * times.decode_s / times.decode_steps
     return (f"{prefill} · decode {times.decode_tokens} tokens in {times.decode_s:.2f} s, "
             f"{times.decode_tokens / times.decode_s:.1f} tokens per second, {step:.1f} ms per step")  # fmt: skip
+
+
+def _migrations(counts: StoreCounts) -> str:
+    return (f"experts: {counts.used} computed, {counts.migrations} migrated ({counts.migrated_bytes / 1e9:.2f} GB), "
+            f"{counts.hits} found on the device, {counts.waited_s:.2f} s waited for")  # fmt: skip
 
 
 if __name__ == "__main__":

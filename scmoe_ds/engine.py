@@ -239,7 +239,7 @@ def choose_all_to_all(
     assert group is not None
     transports = make_transports(group, layout.travel, nodes_of_ranks())
     if config.all_to_all == "auto":
-        weight, gate = next(layer.deepspeed_moe.experts.parameters()), layer.deepspeed_moe.gate
+        weight, gate = next(layer.parameters()), layer.deepspeed_moe.gate
         # Of a model that others wrote the length is not known.
         sequence = sequence or getattr(model, "sequence", None) or 1024
         rows = max(micro_batch_size * sequence * gate.k // layer.transport.size, 1)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
 from scmoe_ds.argument_checks import ArgumentError, check_lowest
 from scmoe_ds.arguments import comparable
+from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from scmoe_ds.engine import device, fingerprint
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
+from scmoe_ds.inference.offload import MODES, expert_bytes, offload_experts
+from scmoe_ds.inference.store import ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement, run_together
@@ -41,6 +44,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
 
 
+def add_experts(parser: argparse.ArgumentParser) -> None:
+    """Flags that keep routed experts out of the device's memory."""
+    group = parser.add_argument_group("experts", "where the routed experts live")
+    group.add_argument("--experts", choices=MODES, default="resident", help="resident: on the device; offload: fetched "
+                       "when they are computed; offload-async: fetched as soon as the gate has chosen, while the "
+                       "backbone computes. They come from pinned host memory to a GPU, from the files of an export "
+                       "otherwise")  # fmt: skip
+    group.add_argument("--expert-cache", help="experts that are kept on the device: a number, or a size such as 2GB, of "
+                       "all layers together; default: twice the experts of a token")  # fmt: skip
+    group.add_argument("--expert-tier", choices=["host", "disk"], help="where they come from; default: host for a GPU")
+
+
 def check_model_flags(args: argparse.Namespace) -> None:
     """Raises an ArgumentError for a flag of `add_model` that is out of range."""
     check_lowest(args, 1, ("moe_expert_parallel_size", "tensor_model_parallel_size"))
@@ -58,6 +73,7 @@ class Loaded:
         config: under which it runs.
         layout: of the ranks.
         tokenizer: whose vocabulary fits.
+        store: of offloaded experts.
     """
 
     trained: TrainedModel
@@ -65,13 +81,11 @@ class Loaded:
     config: ScMoEConfig
     layout: Layout
     tokenizer: Tokenizer
+    store: ExpertStore | None
 
 
-def load(args: argparse.Namespace, **options: Any) -> Loaded:
-    """What the flags of `add_model` name. Collective.
-
-    Args:
-        options: handed to `load_model`.
+def load(args: argparse.Namespace) -> Loaded:
+    """What the flags of `add_model`, and if there are any those of `add_experts`, name. Collective.
 
     Raises:
         ArgumentError, CheckpointError, DataError, ScMoEConfigError: what a user can mend.
@@ -92,9 +106,43 @@ def load(args: argparse.Namespace, **options: Any) -> Loaded:
                             f"--load {args.load} {size}: name the tokenizer that it was trained with")  # fmt: skip
     tensor.start(holders)
     try:
-        model = load_model(trained, config, DTYPES[args.dtype or trained.dtype], device(), **options)
+        stores: list[ExpertStore] = []
+        model = _load_model(args, trained, config, stores)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise ArgumentError(str(error)) from None
     set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
     layout = Layout(ranks, holders, config.expert_parallel_size, config.expert_tensor_parallelism)
-    return Loaded(trained, model, config, layout, tokenizer)
+    return Loaded(trained, model, config, layout, tokenizer, stores[0] if stores else None)
+
+
+def _load_model(args: argparse.Namespace, trained: TrainedModel, config: ScMoEConfig, stores: list[ExpertStore]) -> GPT:
+    dtype, mode = DTYPES[args.dtype or trained.dtype], getattr(args, "experts", "resident")
+
+    def offload(model: GPT) -> None:
+        places = 2 * int(config.top_k)
+        if args.expert_cache is not None:
+            places = expert_places(args.expert_cache, expert_bytes(model, dtype))
+        stores.append(offload_experts(model, trained, mode, places, dtype, device(), args.expert_tier))
+
+    return load_model(trained, config, dtype, device(), None if mode == "resident" else offload)
+
+
+def expert_places(text: str, each_bytes: int) -> int:
+    """How many experts --expert-cache has room for.
+
+    Raises:
+        ArgumentError: neither a number nor a size, or no room for one.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text, re.IGNORECASE)
+    if match:
+        unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+        places = int(float(match[1]) * unit / each_bytes)
+    elif text.isdecimal():
+        places = int(text)
+    else:
+        raise ArgumentError(f"--expert-cache {text}: must be a number of experts, or a size such as 500MB or 2GB")
+    if places < 1:
+        raise ArgumentError(f"--expert-cache {text}: has no room for one expert, which takes {each_bytes} bytes")
+    return places

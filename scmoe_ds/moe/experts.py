@@ -26,18 +26,34 @@ class TwoProjections(Protocol):
         """[rows, F or 2F] → [rows, F], element by element."""
 
 
-def run_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+@runtime_checkable
+class MovingExperts(Protocol):
+    """Experts that are elsewhere until they are needed, in the place of DeepSpeed's container; see
+    scmoe_ds.inference.offload."""
+
+    num_local_experts: int
+
+    def announce(self, rows_per_expert: Sequence[int]) -> None:
+        """How many rows each local expert will get, as soon as that is known; once for each `run`."""
+
+    def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+        """As `run_experts`."""
+
+
+def run_experts(experts: Experts | MovingExperts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
     """Each local expert on its own rows.
 
     Args:
-        experts: DeepSpeed's container; an expert maps [rows, D] to [rows, D], or to a tuple that starts with it
-            (Megatron's MLP returns its bias as well, which DeepSpeed ignores too).
+        experts: DeepSpeed's container, or what stands in for it; an expert maps [rows, D] to [rows, D], or to a tuple
+            that starts with it (Megatron's MLP returns its bias as well, which DeepSpeed ignores too).
         rows_SD: rows in expert order.
         rows_per_expert: rows of each; zero is fine, the expert's gradients are then zeros.
 
     Returns:
         [S, D] in the same order.
     """
+    if isinstance(experts, MovingExperts):
+        return experts.run(rows_SD, rows_per_expert)
     if len(rows_per_expert) > 1 and can_group(experts, rows_SD):
         return grouped_experts(experts, rows_SD, rows_per_expert)
     outputs = []

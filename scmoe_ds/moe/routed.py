@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from deepspeed.moe.experts import Experts
 from torch import Tensor
 
 from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows, decode
-from scmoe_ds.moe.experts import run_experts
+from scmoe_ds.moe.experts import MovingExperts, run_experts
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.shares import Shares
 from scmoe_ds.overlap.all_to_all import InFlight, Route, prepare, start
@@ -59,7 +60,7 @@ class RoutedTokens:
 
     def __init__(
         self,
-        experts: Experts,
+        experts: Experts | MovingExperts,
         tokens_TD: Tensor,
         routing: Routing,
         shape: Sequence[int],
@@ -131,6 +132,9 @@ class RoutedTokens:
         self._send([shares.route(*rows) for rows in zip(to_NPV, from_NP, strict=True)])  # first: the rest can be done
         device = self._layout.row_of_choice_KT.device  # while rows travel
         self._received = [ReceivedRows.of(rows_PL, device) for rows_PL in from_PNL.transpose(0, 1)]
+        if isinstance(self._experts, MovingExperts):
+            for received in self._received:
+                self._experts.announce(received.rows_per_expert)
 
     def _send(self, routes: list[Route]) -> None:
         self._routes, first_row = routes, 0
@@ -160,7 +164,7 @@ class RoutedTokens:
         if not self._received:
             local_experts = self._experts.num_local_experts
             buffer_PLCD = rows_SD.view(self.travel.shares.expert_ranks, local_experts, -1, rows_SD.shape[-1])
-            return self._experts(buffer_PLCD).reshape(rows_SD.shape)
+            return cast(Experts, self._experts)(buffer_PLCD).reshape(rows_SD.shape)
         received = self._received[chunk]
         return received.ungroup(run_experts(self._experts, received.group(rows_SD), received.rows_per_expert))
 

@@ -1,0 +1,129 @@
+"""Routed experts out of the device's memory, brought there as they are needed (paper appendix A.3).
+
+The gate of a ScMoE reads the preceding layer: which experts a token needs is known, not guessed, as early as the
+shortcut is taken, and their parameters migrate while the backbone computes. The expert computation waits for exactly
+those that it needs.
+
+    "offload"        asks for an expert when its computation is due: the migration blocks
+    "offload-async"  asks for all of them as soon as the gate has chosen
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from scmoe_ds.checkpoint.names import global_names, layer_of
+from scmoe_ds.inference.model import TrainedModel
+from scmoe_ds.inference.sources import DiskExperts, ExpertSource, HostExperts
+from scmoe_ds.inference.store import ExpertKey, ExpertStore
+from scmoe_ds.models.gpt import GPT
+
+Mode = Literal["offload", "offload-async"]
+MODES = ("resident", "offload", "offload-async")
+
+
+class OffloadedExperts(nn.Module):
+    """Takes the place of a layer's experts; see scmoe_ds.moe.experts.MovingExperts.
+
+    Args:
+        store: of all layers.
+        layer: MoE layer of this model, from 0.
+        num_local_experts: of this rank.
+        early: ask for experts as soon as they are known.
+    """
+
+    def __init__(self, store: ExpertStore, layer: int, num_local_experts: int, early: bool) -> None:
+        super().__init__()
+        self.store, self.layer, self.num_local_experts, self.early = store, layer, num_local_experts, early
+
+    def announce(self, rows_per_expert: Sequence[int]) -> None:
+        """Which experts the next `run` needs."""
+        if self.early:
+            self.store.fetch(self.needed(rows_per_expert))
+
+    def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+        """[S, D] → [S, D]: each needed expert on its own rows."""
+        parts = rows_SD.split(list(rows_per_expert))
+        outputs = list(parts)  # those of experts without rows are empty
+        for key in self.needed(rows_per_expert):
+            if not self.early:
+                self.store.fetch([key])
+            module = self.store.take(key)
+            outputs[key.expert] = module(parts[key.expert])
+            self.store.release(key)
+        return torch.cat(outputs)
+
+    def needed(self, rows_per_expert: Sequence[int]) -> list[ExpertKey]:
+        """Experts that have rows, in the order in which `run` computes them."""
+        return [ExpertKey(self.layer, expert) for expert, rows in enumerate(rows_per_expert) if rows]
+
+
+def offload_experts(
+    model: GPT,
+    trained: TrainedModel,
+    mode: Mode,
+    places: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tier: Literal["host", "disk"] | None = None,
+) -> ExpertStore:
+    """Hands a model's experts, which are on the meta device, over to a store.
+
+    Args:
+        places: experts that fit on the device at once, of all layers together; at least 1, for "offload-async" 2.
+        tier: "host" is pinned memory beside a GPU; "disk" the files of an export; None: host for a GPU, else disk.
+
+    Raises:
+        CheckpointError: a checkpoint from which the tier cannot be read.
+        ValueError: too few places, experts of different shapes, or divided ones.
+    """
+    least = 2 if mode == "offload-async" else 1
+    if places < least:
+        raise ValueError(f"--expert-cache: --experts {mode} needs room for {least} experts at least, not {places}")
+    layers = [run.layer for run in model.scheduled_runs()]
+    if any(layer.enable_expert_tensor_parallelism for layer in layers):
+        raise ValueError("--experts: divided experts cannot be offloaded; leave --enable-expert-tensor-parallelism out")
+    named = _names(model)
+    shapes = {tuple((part, model.get_parameter(local).shape) for part, local in _local_names(model, key).items())
+              for key in named}  # fmt: skip
+    if len(shapes) > 1:
+        raise ValueError("--experts: experts of different shapes cannot share their places; use resident")
+    parameters = [name for parts in named.values() for name in parts.values()]
+    source: ExpertSource
+    if (tier or ("host" if device.type == "cuda" else "disk")) == "host":
+        source = HostExperts(trained.weights, parameters, dtype, device)
+    else:
+        source = DiskExperts(trained.path, parameters, dtype)
+    pattern = layers[0].deepspeed_moe.experts.deepspeed_experts[0]
+    slots = [copy.deepcopy(pattern).to(dtype).to_empty(device=device) for _ in range(places)]
+    store = ExpertStore(source, named.__getitem__, slots)
+    for index, layer in enumerate(layers):
+        layer.deepspeed_moe.experts = OffloadedExperts(store, index, layer.num_local_experts, mode == "offload-async")
+    return store
+
+
+def expert_bytes(model: GPT, dtype: torch.dtype) -> int:
+    """Size of one routed expert."""
+    expert = model.scheduled_runs()[0].layer.deepspeed_moe.experts.deepspeed_experts[0]
+    return sum(parameter.numel() for parameter in expert.parameters()) * dtype.itemsize
+
+
+def _names(model: GPT) -> dict[ExpertKey, Mapping[str, str]]:
+    whole = global_names(model)
+    keys = [ExpertKey(layer, expert) for layer, run in enumerate(model.scheduled_runs())
+            for expert in range(run.layer.num_local_experts)]  # fmt: skip
+    return {key: {part: whole[local] for part, local in _local_names(model, key).items()} for key in keys}
+
+
+def _local_names(model: GPT, key: ExpertKey) -> dict[str, str]:
+    """Parameters of an expert, by their names within it: their names in this rank's model."""
+    last = len(model.scheduled_runs()[key.layer].blocks) - 1
+    prefix = f"runs.{key.layer}.blocks.{last}.moe.deepspeed_moe.experts.deepspeed_experts.{key.expert}."
+    assert layer_of(prefix + "x") is not None
+    expert = model.get_submodule(prefix.removesuffix("."))
+    return {part: prefix + part for part, _ in expert.named_parameters()}

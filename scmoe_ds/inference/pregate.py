@@ -1,0 +1,53 @@
+"""Guessing which experts a standard MoE will need: the row that a ScMoE's certain migration is compared with.
+
+Without a shortcut the gate reads the current layer, and when it has chosen there is nothing left to hide a migration
+behind. The usual remedy is to ask the same gate about an earlier representation, fetch what it says, and fetch again
+where it was wrong. Representations of neighbouring layers are alike (paper fig. 10), so that it is often right.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from scmoe_ds.inference.offload import OffloadedExperts
+from scmoe_ds.inference.store import ExpertKey
+from scmoe_ds.models.blocks import Block, ScheduledRun
+from scmoe_ds.models.gpt import GPT
+
+
+def guess_experts(model: GPT) -> list[Any]:
+    """Has every offloaded MoE layer that reads its own block guess its experts where a ScMoE Pos-2 would know them.
+
+    That is the input of the preceding block's MLP; with an MoE in every block, the input of its own block. The guess is
+    the top-k of the layer's own gate, read through its own norm.
+
+    Returns:
+        handles of the hooks.
+
+    Raises:
+        ValueError: experts that are not offloaded one expert-parallel rank, or layers that need no guess.
+    """
+    hooks = []
+    for run in model.scheduled_runs():
+        experts = run.layer.deepspeed_moe.experts
+        if not isinstance(experts, OffloadedExperts) or run.layer.ep_size > 1:
+            raise ValueError("experts are guessed for offloaded ones of one expert-parallel rank")
+        if not run.on_current_layer:
+            raise ValueError("a layer with a shortcut knows its experts: there is nothing to guess")
+        blocks: list[Any] = list(run.blocks)
+        norm = blocks[-1].attention_norm if len(blocks) == 1 else blocks[-2].mlp_norm
+        hooks.append(norm.register_forward_pre_hook(partial(_guess, run, experts)))
+    return hooks
+
+
+def _guess(run: ScheduledRun, experts: OffloadedExperts, norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    block, gate = run.blocks[-1], run.layer.deepspeed_moe.gate
+    assert isinstance(block, Block)
+    read = block.mlp_norm(inputs[0]).flatten(0, -2).float()
+    logits_TE = read @ gate.wg.weight.float().t()
+    chosen = logits_TE.topk(gate.k, dim=1).indices.unique().tolist()
+    experts.store.guess([ExpertKey(experts.layer, expert) for expert in chosen])

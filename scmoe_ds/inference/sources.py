@@ -1,0 +1,230 @@
+"""Slower tiers that routed experts are read from: a file, or pinned host memory beside a GPU.
+
+A source copies one expert into tensors that it is given and returns at once; what it returns waits for the copy.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from scmoe_ds.checkpoint import files
+from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.checkpoint.reshard import Weights
+from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE, is_export
+
+PAGE_BYTES = 4096
+PIECE_BYTES = 4 << 20
+"""What one thread reads at a time: enough for a disk's full rate, little enough that threads share an expert."""
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class ExpertFileError(CheckpointError):
+    """An expert that cannot be read from its file."""
+
+
+class Arrival(Protocol):
+    """A copy under way."""
+
+    def wait(self) -> None:
+        """After it, work that is enqueued on the current stream may read the tensors.
+
+        Raises:
+            ExpertFileError: the file did not give what it should.
+        """
+
+
+class ExpertSource(Protocol):
+    """Where experts are read from, parameter by parameter."""
+
+    def load(self, into: Mapping[str, Tensor], after: torch.cuda.Event | None) -> Arrival:
+        """Copies whole parameters.
+
+        Args:
+            into: global name to the tensor that is filled; contiguous.
+            after: the last work that reads what the tensors hold now; None: there is none.
+        """
+
+
+class HostExperts:
+    """Experts in pinned host memory, copied to a GPU on a stream of their own.
+
+    Args:
+        weights: the whole parameters; those of `names` are read now.
+        names: global names of this rank's routed experts.
+        dtype: of the model.
+        device: the GPU.
+    """
+
+    def __init__(self, weights: Weights, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+        self._tensors = {name: weights.read(name).to(dtype).contiguous().pin_memory() for name in names}
+        self._stream = torch.cuda.Stream(device)
+
+    def load(self, into: Mapping[str, Tensor], after: torch.cuda.Event | None) -> Arrival:
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            for name, tensor in into.items():
+                tensor.copy_(self._tensors[name], non_blocking=True)
+            return _OnStream(self._stream.record_event())
+
+
+@dataclass(frozen=True)
+class _OnStream:
+    copied: torch.cuda.Event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.copied)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class DiskExperts:
+    """Experts in the files of an export (safetensors), read by threads past the page cache.
+
+    The file is not mapped into memory: a mapping counts as resident, and a file that is cut short ends a process that
+    reads its mapping. Reading directly (O_DIRECT) takes a tenth of the processor time and comes at twice the rate; a
+    file system without it is read the ordinary way.
+
+    Args:
+        path: of an export of tools/convert_checkpoint.py.
+        names: global names of this rank's routed experts.
+        dtype: of the model; that of the export.
+        threads: that read at the same time.
+
+    Raises:
+        CheckpointError: not an export, of another dtype, or without one of the names.
+        ExpertFileError: a file that is missing or too short.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str], dtype: torch.dtype, threads: int = 4) -> None:
+        if not is_export(path):
+            raise CheckpointError(f"--load {path}: experts can only be read from files of an export; make one with "
+                                  f"python tools/convert_checkpoint.py export {path} OUT")  # fmt: skip
+        self._places = _places(path, names)
+        for name, place in self._places.items():
+            if place.dtype != dtype:
+                raise CheckpointError(f"--load {path}: {name} is {_name(place.dtype)} there, --dtype asks for "
+                                      f"{_name(dtype)}; export the checkpoint again, with that --dtype")  # fmt: skip
+        self._files = {place.file: _File(place.file) for place in self._places.values()}
+        for place in self._places.values():
+            self._files[place.file].check(place.offset + place.nbytes)
+        self._pool = ThreadPoolExecutor(threads, "expert-reader")
+        self._own = threading.local()
+
+    def load(self, into: Mapping[str, Tensor], after: torch.cuda.Event | None) -> Arrival:
+        pieces = []
+        for name, tensor in into.items():
+            place, octets = self._places[name], tensor.view(-1).view(torch.uint8)
+            assert octets.numel() == place.nbytes, name
+            for start in range(0, place.nbytes, PIECE_BYTES):
+                part = octets[start : start + PIECE_BYTES]
+                pieces.append(self._pool.submit(self._read, place.file, place.offset + start, part, after))
+        return _FromFile(pieces)
+
+    def _read(self, file: Path, offset: int, into: Tensor, after: torch.cuda.Event | None) -> None:
+        """One piece, on a thread of the pool: through a buffer of whole pages, which direct reads need."""
+        buffer = getattr(self._own, "buffer", None)
+        if buffer is None:
+            # Memory of its own mapping starts at a page.
+            buffer = torch.frombuffer(mmap.mmap(-1, PIECE_BYTES + 2 * PAGE_BYTES), dtype=torch.uint8)
+            self._own.buffer = buffer = buffer.pin_memory() if into.is_cuda else buffer
+        first = offset // PAGE_BYTES * PAGE_BYTES
+        skipped = offset - first
+        wanted = skipped + into.numel()
+        self._files[file].read(first, wanted, memoryview(buffer.numpy()))
+        with torch.inference_mode():
+            if after is not None:
+                after.synchronize()
+            into.copy_(buffer[skipped:wanted])  # blocks, also from pinned memory: the buffer is used again
+
+
+@dataclass(frozen=True)
+class _FromFile:
+    pieces: Sequence[Future[None]]
+
+    def wait(self) -> None:
+        for piece in self.pieces:
+            piece.result()
+
+
+class _File:
+    """A file of an export, open for direct reading where that is possible."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError:
+            try:
+                self._descriptor = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise self._error(f"cannot be opened ({error.strerror})") from None
+
+    def check(self, end: int) -> None:
+        found = os.fstat(self._descriptor).st_size
+        if found < end:
+            raise self._error(f"has {found} bytes, but its experts end at {end}: it was cut short")
+
+    def read(self, offset: int, wanted: int, buffer: memoryview) -> None:
+        """Fills the first `wanted` bytes and perhaps more; offset and buffer begin at a page."""
+        whole, got = -(-wanted // PAGE_BYTES) * PAGE_BYTES, 0
+        while got < wanted:
+            try:
+                count = os.preadv(self._descriptor, [buffer[got:whole]], offset + got)
+            except OSError as error:
+                raise self._error(f"cannot be read at byte {offset + got} ({error.strerror})") from None
+            if count == 0:
+                raise self._error(f"ends at byte {offset + got}, {wanted - got} bytes before the end of an expert")
+            got += count
+
+    def _error(self, what: str) -> ExpertFileError:
+        return ExpertFileError(f"{self._path} {what}. Export the checkpoint again, or run with --experts resident")
+
+
+def _places(path: Path, names: Sequence[str]) -> dict[str, _Place]:
+    shards: dict[str, str] = files.read_json(path / INDEX_FILE, "--load")["weight_map"]
+    found: dict[str, _Place] = {}
+    for shard in sorted({shards[name] for name in names if name in shards}):
+        file = path / shard
+        try:
+            with file.open("rb") as opened:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                header = json.loads(opened.read(length))
+        except (OSError, ValueError, struct.error) as error:
+            raise ExpertFileError(f"{file} is no readable safetensors file ({error}). Export the checkpoint again, or "
+                                  "run with --experts resident") from None  # fmt: skip
+        for name in set(names) & header.keys():
+            first, end = header[name]["data_offsets"]
+            shape, dtype = tuple(header[name]["shape"]), _DTYPES[header[name]["dtype"]]
+            assert end - first == prod(shape) * dtype.itemsize, name
+            found[name] = _Place(file, 8 + length + first, end - first, dtype, shape)
+    missing = sorted(set(names) - found.keys())
+    if missing:
+        raise CheckpointError(f"--load {path} has no {missing[0]} (and {len(missing) - 1} other experts' parameters)")
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

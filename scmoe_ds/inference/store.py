@@ -1,0 +1,175 @@
+"""Room for a few experts on the device: which are there, which are coming, and which has to go for the next.
+
+Experts that were asked for keep their place until they have been used; among the others the least recently used one
+goes. What does not fit waits its turn: more experts than places are streamed through, one after another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scmoe_ds.inference.sources import Arrival, ExpertSource
+
+
+class ExpertKey(NamedTuple):
+    """MoE layer, from 0, and local expert of this rank."""
+
+    layer: int
+    expert: int
+
+
+Names = Callable[[ExpertKey], Mapping[str, str]]
+"""An expert's parameters, by the name within the expert: their global names."""
+
+
+@dataclass
+class StoreCounts:
+    """What a store has done; numbers of experts.
+
+    Attributes:
+        used: computations with an expert.
+        hits: of them, those whose expert was asked for when it was there or coming already.
+        migrations: experts copied from the slower tier, and bytes of them.
+        predicted, confirmed: experts fetched on a guess, and those of them that were then asked for.
+        waited_s: seconds that computations stood still for an expert (on a GPU: the host's part alone).
+    """
+
+    used: int = 0
+    hits: int = 0
+    migrations: int = 0
+    migrated_bytes: int = 0
+    predicted: int = 0
+    confirmed: int = 0
+    waited_s: float = 0.0
+
+
+class _Slot:
+    """One expert's room."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.tensors: dict[str, Tensor] = dict(module.named_parameters())
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        self.key: ExpertKey | None = None
+        self.arrival: Arrival | None = None
+        self.last_use: torch.cuda.Event | None = None
+
+
+class ExpertStore:
+    """Experts of all MoE layers of a rank, some of them on the device.
+
+    Args:
+        source: the slower tier.
+        names: of every expert.
+        slots: modules of one expert's shape, on the device; their weights are written over. At least one.
+    """
+
+    def __init__(self, source: ExpertSource, names: Names, slots: Sequence[nn.Module]) -> None:
+        self._source, self._names = source, names
+        self._slots = [_Slot(module) for module in slots]
+        self._held: OrderedDict[ExpertKey, _Slot] = OrderedDict()  # there or coming; least recently used first
+        self._empty = list(self._slots)
+        self._asked: Counter[ExpertKey] = Counter()  # and not used yet
+        self._waiting: deque[ExpertKey] = deque()  # asked for, without a place
+        self._guessed: set[ExpertKey] = set()
+        self.counts = StoreCounts()
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of all slots."""
+        return sum(slot.nbytes for slot in self._slots)
+
+    def fetch(self, keys: Sequence[ExpertKey]) -> None:
+        """Asks for experts, in the order in which they will be used, each time once. Returns at once."""
+        for key in keys:
+            self.counts.hits += key in self._held
+            if key in self._guessed:
+                self._guessed.discard(key)
+                self.counts.confirmed += 1
+            self._asked[key] += 1
+            if key in self._held:
+                self._held.move_to_end(key)
+            elif key not in self._waiting:
+                self._waiting.append(key)
+        self._fill()
+
+    def guess(self, keys: Sequence[ExpertKey]) -> None:
+        """Fetches experts that may be asked for, as far as there is a place that nobody has asked for."""
+        for key in keys:
+            if key in self._held:
+                self._held.move_to_end(key)
+                continue
+            slot = self._room()
+            if slot is None:
+                return
+            self.counts.predicted += 1
+            self._guessed.add(key)
+            self._start(key, slot)
+
+    def take(self, key: ExpertKey) -> nn.Module:
+        """The expert, which was asked for; waits until it is there. Give it back with `release`.
+
+        Raises:
+            ExpertFileError: it cannot be read.
+        """
+        self.counts.used += 1
+        if key not in self._held:
+            self._waiting.remove(key)
+            self._start(key, self._room() or self._take_back())
+        slot = self._held[key]
+        arrival, slot.arrival = slot.arrival, None
+        if arrival is not None:
+            started = time.perf_counter()
+            arrival.wait()
+            self.counts.waited_s += time.perf_counter() - started
+        return slot.module
+
+    def release(self, key: ExpertKey) -> None:
+        """The computation with it has been enqueued."""
+        slot = self._held[key]
+        parameter = next(iter(slot.tensors.values()))
+        if parameter.is_cuda:
+            slot.last_use = torch.cuda.current_stream(parameter.device).record_event()
+        self._asked[key] -= 1
+        if not self._asked[key]:
+            del self._asked[key]
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._waiting and (slot := self._room()) is not None:
+            self._start(self._waiting.popleft(), slot)
+
+    def _room(self) -> _Slot | None:
+        """A slot that nobody has asked for, without what it held."""
+        if self._empty:
+            return self._empty.pop()
+        key = next((key for key in self._held if key not in self._asked), None)
+        return None if key is None else self._forget(key)
+
+    def _take_back(self) -> _Slot:
+        """The slot of the expert that will be needed last; it is fetched again then."""
+        key = next(reversed(self._held))
+        self._waiting.appendleft(key)
+        return self._forget(key)
+
+    def _forget(self, key: ExpertKey) -> _Slot:
+        slot = self._held.pop(key)
+        self._guessed.discard(key)
+        if slot.arrival is not None:  # still coming: what is written next must come after it
+            slot.arrival.wait()
+        slot.key = slot.arrival = None
+        return slot
+
+    def _start(self, key: ExpertKey, slot: _Slot) -> None:
+        into = {name: slot.tensors[part] for part, name in self._names(key).items()}
+        slot.key, slot.arrival = key, self._source.load(into, slot.last_use)
+        self._held[key] = slot
+        self.counts.migrations += 1
+        self.counts.migrated_bytes += slot.nbytes
