@@ -51,8 +51,8 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
                        "when they are computed; offload-async: fetched as soon as the gate has chosen, while the "
                        "backbone computes. They come from pinned host memory to a GPU, from the files of an export "
                        "otherwise")  # fmt: skip
-    group.add_argument("--expert-cache", help="experts that are kept on the device: a number, or a size such as 2GB, of "
-                       "all layers together; default: twice the experts of a token")  # fmt: skip
+    group.add_argument("--expert-cache", help="experts that are kept on the device: a number, or a size such as 2GB, "
+                       "of all layers together; default: twice the experts of a token")  # fmt: skip
     group.add_argument("--expert-tier", choices=["host", "disk"], help="where they come from; default: host for a GPU")
 
 

@@ -23,7 +23,6 @@ from scmoe_ds.inference.sources import DiskExperts, ExpertSource, HostExperts
 from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 
-Mode = Literal["offload", "offload-async"]
 MODES = ("resident", "offload", "offload-async")
 
 
@@ -66,7 +65,7 @@ class OffloadedExperts(nn.Module):
 def offload_experts(
     model: GPT,
     trained: TrainedModel,
-    mode: Mode,
+    mode: str,
     places: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -75,6 +74,7 @@ def offload_experts(
     """Hands a model's experts, which are on the meta device, over to a store.
 
     Args:
+        mode: "offload" or "offload-async".
         places: experts that fit on the device at once, of all layers together; at least 1, for "offload-async" 2.
         tier: "host" is pinned memory beside a GPU; "disk" the files of an export; None: host for a GPU, else disk.
 

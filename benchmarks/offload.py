@@ -1,0 +1,284 @@
+"""Experts outside of the memory: what one token costs in time and memory, resident, fetched late, fetched early.
+
+    python -m benchmarks.offload --shape medium --output benchmarks/results
+
+A model of random weights is written as an export, then one process for each row loads it and generates token by token
+(one sequence; every token needs one of eight experts in each MoE layer). The processes take turns, a few tokens each,
+in rotating order; a ratio is taken within a round, and the median of the rounds is reported with its 10th and 90th
+percentile. Latency is that of the blocks alone, per pair of blocks: embedding and vocabulary are left out.
+
+Experts come from a file past the page cache (O_DIRECT), or on a machine with a GPU from pinned host memory. Memory is
+the highest resident set of a process (VmHWM), loading included; on a GPU the most that torch has allocated there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Spread, environment
+from scmoe_ds.checkpoint.description import describe_model
+from scmoe_ds.checkpoint.safetensors_files import write_weights
+from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.inference.generate import Request, TextGenerator
+from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
+from scmoe_ds.inference.offload import offload_experts
+from scmoe_ds.inference.pregate import guess_experts
+from scmoe_ds.inference.sampling import Sampling
+from scmoe_ds.inference.store import ExpertStore
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.layers import GPTSettings
+
+SHAPES = {
+    "medium": (GPTSettings(24, 1024, 16, 50304, 2048), "GPT2-MoE-Medium with 8 experts, 24 layers"),
+    "xl": (GPTSettings(12, 2048, 32, 50304, 2048), "GPT3-MoE-XL cut to 12 of its 24 layers"),
+    "tiny": (GPTSettings(4, 64, 4, 512, 128), "a tiny model, to try the program"),
+}
+MODES = ("resident", "offload", "offload-async")
+PROMPT = list(range(1, 9))
+
+
+def write_model(shape: str, architecture: str, position: str, dtype: str, out: Path) -> None:
+    """An export of random weights, one parameter in memory at a time."""
+    settings = SHAPES[shape][0]
+    section = {"architecture": architecture, "position": position, "num_experts": 8}
+    config = ScMoEConfig.from_deepspeed({"scmoe": section})
+    with torch.device("meta"):
+        model = GPT(settings, config)
+
+    def reader(name: str, like: Tensor) -> Callable[[], Tensor]:
+        generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+        if like.ndim == 1:
+            return lambda: torch.full(like.shape, float("norm" in name and name.endswith("weight")))
+        # Gates of this scale choose evenly and not by a hair.
+        scale = 0.5 if name.endswith("gate.wg.weight") else 0.02
+        return lambda: torch.empty(like.shape).normal_(0.0, scale, generator=generator)
+
+    weights = [(name, reader(name, parameter)) for name, parameter in sorted(model.named_parameters())]
+    write_weights(out, weights, describe_model(settings, config), DTYPES[dtype], 2 * 10**9)
+
+
+class Worker:
+    """One row, in a process of its own."""
+
+    def __init__(self, flags: dict[str, Any]) -> None:
+        torch.set_num_threads(1)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        trained = TrainedModel.open(flags["path"])
+        dtype = DTYPES[trained.dtype]
+        stores: list[ExpertStore] = []
+
+        def offload(model: GPT) -> None:
+            stores.append(offload_experts(model, trained, flags["mode"], flags["places"], dtype, device))
+
+        config = serving_config(trained.config)
+        model = load_model(trained, config, dtype, device, None if flags["mode"] == "resident" else offload)
+        if flags["guess"]:
+            guess_experts(model)
+        self.store = stores[0] if stores else None
+        self.generator, self.device, self.pairs = TextGenerator(model, batch_size=1), device, len(model.runs)
+        self._entered, self._passes = 0.0, [0.0]
+        model.runs[0].register_forward_pre_hook(lambda *_: self._enter())
+        model.runs[-1].register_forward_hook(lambda *_: self._leave())
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _enter(self) -> None:
+        self._entered = self._clock()
+
+    def _leave(self) -> None:
+        self._passes.append(self._clock() - self._entered)
+
+    def turn(self, tokens: int, seed: int) -> dict[str, Any]:
+        """Generates, and tells the median milliseconds of a pair in a decode step."""
+        self._passes = []
+        request = Request(tokens + 1, Sampling(1.0, seed=seed))
+        (completion,) = self.generator.generate([PROMPT], request)
+        milliseconds = 1e3 * statistics.median(self._passes[1:]) / self.pairs  # the first is the prefill
+        return {"pair_ms": milliseconds, "tokens": completion.tokens}
+
+    def totals(self) -> dict[str, Any]:
+        """Memory and counts of the whole process."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            status = Path("/proc/self/status").read_text()
+            peak = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+        return {"peak_bytes": peak, "counts": vars(self.store.counts) if self.store else {}}
+
+
+def work(flags: dict[str, Any]) -> None:
+    """Serves turns that are asked for on the standard input, one JSON object a line."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
+        worker = Worker(flags)
+        print(json.dumps("ready"), file=answers, flush=True)
+        for line in sys.stdin:
+            order = json.loads(line)
+            answer = worker.totals() if order is None else worker.turn(**order)
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+class Row:
+    """A worker process, from outside."""
+
+    def __init__(self, flags: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.offload", "--worker", json.dumps(flags)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._answer()
+
+    def ask(self, order: dict[str, Any] | None) -> dict[str, Any]:
+        """The answer to one order."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return dict(self._answer())
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                return json.loads(line)
+        raise RuntimeError("a row's process has ended; see above")
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def started(rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, Row]]:
+    """All rows' processes, one after another loaded."""
+    running: dict[str, Row] = {}
+    try:
+        for name, flags in rows.items():
+            running[name] = Row(flags)
+        yield running
+    finally:
+        for row in running.values():
+            row.close()
+
+
+def measure(rows: dict[str, dict[str, Any]], rounds: int, tokens: int) -> dict[str, Any]:
+    """Milliseconds per pair of every row in every round, memory and counts."""
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    texts: dict[str, list[Any]] = {name: [] for name in rows}
+    with started(rows) as running:
+        names = list(running)
+        for number in range(-1, rounds):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                answer = running[name].ask({"tokens": tokens, "seed": number})
+                texts[name].append(answer["tokens"])
+                if number >= 0:
+                    times[name].append(answer["pair_ms"])
+        totals = {name: row.ask(None) for name, row in running.items()}
+    return {"times": times, "totals": totals, "texts": texts}
+
+
+def table(found: dict[str, Any], family: str) -> list[dict[str, Any]]:
+    """One entry per mode of a family of rows that compute the same; resident is what they are compared with."""
+    times, totals, texts = found["times"], found["totals"], found["texts"]
+    resident, late = times[f"{family} resident"], times[f"{family} offload"]
+    entries = []
+    for name in (name for name in times if name.startswith(family + " ")):
+        own = times[name]
+        extra = [100 * (mine / base - 1) for mine, base in zip(own, resident, strict=True)]
+        removed = [100 * (1 - (mine - base) / (blocking - base))
+                   for mine, base, blocking in zip(own, resident, late, strict=True)]  # fmt: skip
+        entries.append({
+            "row": name, "pair_ms": vars(Spread.of(own)), "extra_percent": vars(Spread.of(extra)),
+            "removed_percent": vars(Spread.of(removed)) if name not in (f"{family} resident", f"{family} offload")
+            else None,
+            "peak_bytes": totals[name]["peak_bytes"],
+            "memory_of_resident": totals[name]["peak_bytes"] / totals[f"{family} resident"]["peak_bytes"],
+            "counts": totals[name]["counts"], "same_text": texts[name] == texts[f"{family} resident"],
+        })  # fmt: skip
+    return entries
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table as a person reads it."""
+
+    def spread(value: dict[str, float] | None, digits: int) -> str:
+        if value is None:
+            return "–"
+        return f"{value['median']:.{digits}f} ({value['p10']:.{digits}f}–{value['p90']:.{digits}f})"
+
+    lines = [f"# Experts from {record['tier']}: {record['model']}, one token at a time", "", f"`{record['command']}`, "
+             f"{record['environment']['date']}, {record['environment']['device']}, torch "
+             f"{record['environment']['torch']}, commit {record['environment']['commit']}; {record['dtype']}, "
+             f"{record['rounds']} rounds of {record['tokens']} tokens; room for {record['places']} experts.", "",
+             "| | ms per pair of blocks | against resident, % | of offload's extra time removed, % | peak memory, GB | "
+             "of resident | experts used / found there / guessed right | same text |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for entry in record["rows"]:
+        counts = entry["counts"]
+        used = f"{counts['used']} / {counts['hits']} / {counts['confirmed']}" if counts else "–"
+        lines.append(
+            f"| {entry['row']} | {spread(entry['pair_ms'], 2)} | {spread(entry['extra_percent'], 0)} | "
+            f"{spread(entry['removed_percent'], 0)} | {entry['peak_bytes'] / 1e9:.2f} | "
+            f"{entry['memory_of_resident']:.2f} | {used} | {'yes' if entry['same_text'] else 'NO'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="medium")
+    parser.add_argument("--positions", nargs="+", default=["pos2"], choices=["pos1", "pos2", "pos3"])
+    parser.add_argument("--standard", action="store_true", help="also a top-2 MoE, with and without guessed experts")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--places", type=int, default=2, help="experts that fit into memory, of all layers together")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--scratch", type=Path, help="where the models are written; default: the temporary directory")
+    parser.add_argument("--output", type=Path, help="directory for JSON and table")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(json.loads(args.worker))
+        return
+    families = [("ScMoE " + position, "scmoe", position) for position in args.positions]
+    families += [("top-2", "topk", "pos2")] if args.standard else []
+    entries: list[dict[str, Any]] = []
+    for family, architecture, position in families:  # one at a time: several would not fit
+        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+            path = Path(scratch) / "model"
+            write_model(args.shape, architecture, position, args.dtype, path)
+            common = {"path": str(path), "places": args.places * (2 if architecture == "topk" else 1), "guess": False}
+            rows = {f"{family} {mode}": {**common, "mode": mode} for mode in MODES}
+            if architecture == "topk":
+                rows[f"{family} guessed"] = {**common, "mode": "offload-async", "guess": True}
+            entries += table(measure(rows, args.rounds, args.tokens), family)
+    tier = "pinned host memory" if torch.cuda.is_available() else "a file, past the page cache"
+    record = {"command": "python -m benchmarks.offload " + " ".join(sys.argv[1:]), "environment": environment(),
+              "model": SHAPES[args.shape][1], "tier": tier, "dtype": args.dtype, "rounds": args.rounds,
+              "tokens": args.tokens, "places": args.places, "rows": entries}  # fmt: skip
+    text = markdown(record)
+    print(text)
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / f"offload_{args.shape}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (args.output / f"offload_{args.shape}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
