@@ -1,20 +1,32 @@
-"""The examples of docs/replace.md, run as a reader runs them, and quoted as they are."""
+"""What a reader copies: the examples of docs/replace.md run and are quoted as they are, the files of examples/ are
+valid, and every command line of a page is one that the launcher and the program accept."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
+from deepspeed.launcher.runner import fetch_hostfile
+from deepspeed.launcher.runner import parse_args as launcher_arguments
+
+from scmoe_ds.arguments import parse_arguments
+from scmoe_ds.engine import batch_sizes
+from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ["replace_moe", "upcycle_gpt2"]
+EXAMPLES = ROOT / "examples"
+RUNNABLE = ["replace_moe", "upcycle_gpt2"]
+PROGRAMS = {"pretrain_gpt_scmoe.py": parse_arguments, "pretrain_swin_scmoe.py": parse_image_arguments}
+PAGES = ["README.md", "docs/replace.md", "ds_configs/README.md"]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_an_example_runs_and_its_loss_falls(name: str) -> None:
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     run = subprocess.run([sys.executable, "-m", f"examples.{name}"], cwd=ROOT, capture_output=True, text=True,
@@ -25,7 +37,7 @@ def test_an_example_runs_and_its_loss_falls(name: str) -> None:
     assert losses[-1] < 0.85 * losses[0]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_the_page_has_what_the_example_has(name: str) -> None:
     """Every line of Python that docs/replace.md quotes under an example's name is in the file."""
     page = (ROOT / "docs/replace.md").read_text(encoding="utf-8")
@@ -35,3 +47,74 @@ def test_the_page_has_what_the_example_has(name: str) -> None:
     assert block is not None
     for line in block[1].splitlines():
         assert line.strip() in {*source, "", "..."}, line
+
+
+def commands(page: str) -> list[str]:
+    """The command lines of a page that start one of the two programs."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))  # lines that a backslash continues
+    return re.findall(r"^(?:\w+=\S+ )*deepspeed .*\bpretrain_\w+\.py .*$", text, re.MULTILINE)
+
+
+LINES = {f"{page} {number}": line for page in PAGES for number, line in enumerate(commands(page), 1)}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_command_line_of_a_page_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags, presets, files and batch sizes; data and tokenizers are the reader's own."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    launcher = launcher_arguments(words[words.index("deepspeed") + 1 :])
+    args, whole, config = PROGRAMS[launcher.user_script](launcher.user_args)
+    ranks = launcher.num_gpus if launcher.num_gpus > 0 else sum(fetch_hostfile(launcher.hostfile).values())
+    config.check_world(ranks)
+    batch_sizes(whole, ranks)
+    if launcher.user_script == "pretrain_swin_scmoe.py":
+        swin_settings(args)
+
+
+def test_commands_are_found_where_the_pages_have_them() -> None:
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert len(commands(page)) == len(re.findall(r"\.py --", text)) >= 1
+
+
+@pytest.mark.parametrize(("name", "slots"), [("hostfile_1x8", [8]), ("hostfile_2x8", [8, 8])])
+def test_hostfiles(name: str, slots: list[int]) -> None:
+    assert list(fetch_hostfile(str(EXAMPLES / name)).values()) == slots
+
+
+def test_environment_file() -> None:
+    """DeepSpeed splits every line at "=" and exports it: a blank line is an error there, a comment an export."""
+    lines = (EXAMPLES / "deepspeed_env.example").read_text(encoding="utf-8").splitlines()
+    assert lines and all(re.fullmatch(r"[A-Z][A-Z0-9_]*=[\w@%+=:,./-]+", line) for line in lines)
+    assert not any(line.startswith("CUDA_DEVICE_MAX_CONNECTIONS") for line in lines)
+    runner = PDSHRunner(launcher_arguments(["train.py"]), "")
+    for line in lines:
+        runner.add_export(*line.split("=", maxsplit=1))
+    assert len(runner.exports) == len(lines)
+
+
+@pytest.mark.parametrize("name", ["pretrain_gpt2_moe_medium_16xA800.sh", "pretrain_gpt2_moe_medium.slurm"])
+def test_scripts(name: str) -> None:
+    """Shell syntax, launcher flags and training flags, read by the parsers that will read them."""
+    path = EXAMPLES / name
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
+    launcher, training = re.findall(r"deepspeed (--hostfile.*?) pretrain_gpt_scmoe\.py (.*?)(?:'|\"\$@\"|\n)", text)[0]
+    launcher = re.sub(r"\$\{MASTER_ADDR:\+(.*?)\}", r"\1", launcher).replace('"$SLURM_NODEID"', "0")
+    launcher = launcher.replace('"$MASTER_PORT"', "29500")
+    assert launcher_arguments([*launcher.split(), "pretrain_gpt_scmoe.py"]).user_script == "pretrain_gpt_scmoe.py"
+    flags = training.split()
+    at = flags.index("--deepspeed_config") + 1
+    assert flags[at] == "ds_configs/gpt2_moe_medium_16xA800.json"
+    flags[at] = str(ROOT / flags[at])
+    args, whole, config = parse_arguments(flags)
+    config.check_world(16)
+    assert args.train_iters * whole["train_batch_size"] * args.seq_length == pytest.approx(1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("page", ["ds_configs/README.md", "examples/README.md"])
+def test_paths_in_the_readmes_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    paths = re.findall(r"\b(?:ds_configs|examples|tools)/[\w./-]*\w", text)
+    assert paths and [path for path in paths if not (ROOT / path).exists()] == []
