@@ -77,7 +77,7 @@ class Worker:
         torch.set_num_threads(1)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         trained = TrainedModel.open(flags["path"])
-        dtype = DTYPES[trained.dtype]
+        dtype = DTYPES[flags["dtype"]]
         stores: list[ExpertStore] = []
 
         def offload(model: GPT) -> None:
@@ -225,10 +225,11 @@ def markdown(record: dict[str, Any]) -> str:
 
     lines = [f"# Experts from {record['tier']}: {record['model']}, one token at a time", "", f"`{record['command']}`, "
              f"{record['environment']['date']}, {record['environment']['device']}, torch "
-             f"{record['environment']['torch']}, commit {record['environment']['commit']}; {record['dtype']}, "
-             f"{record['rounds']} rounds of {record['tokens']} tokens; room for {record['places']} experts.", "",
+             f"{record['environment']['torch']}, commit {record['environment']['commit']}; {record['dtype']} "
+             f"({record['file_dtype']} in the file), {record['rounds']} rounds of {record['tokens']} tokens; room for {record['places']} experts.", "",
              "| | ms per pair of blocks | against resident, % | of offload's extra time removed, % | peak memory, GB | "
-             "of resident | experts used / found there / guessed right | same text |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+             "of resident | experts used / found there / guessed right | same text |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for entry in record["rows"]:
         counts = entry["counts"]
         used = f"{counts['used']} / {counts['hits']} / {counts['confirmed']}" if counts else "–"
@@ -245,7 +246,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="medium")
     parser.add_argument("--positions", nargs="+", default=["pos2"], choices=["pos1", "pos2", "pos3"])
     parser.add_argument("--standard", action="store_true", help="also a top-2 MoE, with and without guessed experts")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the computation")
+    parser.add_argument("--file-dtype", choices=sorted(DTYPES), help="of the export; default: the same")
     parser.add_argument("--places", type=int, default=2, help="experts that fit into memory, of all layers together")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=16)
@@ -259,25 +261,32 @@ def main() -> None:
     families = [("ScMoE " + position, "scmoe", position) for position in args.positions]
     families += [("top-2", "topk", "pos2")] if args.standard else []
     entries: list[dict[str, Any]] = []
+    file_dtype = args.file_dtype or args.dtype
     for family, architecture, position in families:  # one at a time: several would not fit
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             path = Path(scratch) / "model"
-            write_model(args.shape, architecture, position, args.dtype, path)
-            common = {"path": str(path), "places": args.places * (2 if architecture == "topk" else 1), "guess": False}
+            write_model(args.shape, architecture, position, file_dtype, path)
+            common = {
+                "path": str(path),
+                "dtype": args.dtype,
+                "places": args.places * (2 if architecture == "topk" else 1),
+                "guess": False,
+            }
             rows = {f"{family} {mode}": {**common, "mode": mode} for mode in MODES}
             if architecture == "topk":
                 rows[f"{family} guessed"] = {**common, "mode": "offload-async", "guess": True}
             entries += table(measure(rows, args.rounds, args.tokens), family)
     tier = "pinned host memory" if torch.cuda.is_available() else "a file, past the page cache"
     record = {"command": "python -m benchmarks.offload " + " ".join(sys.argv[1:]), "environment": environment(),
-              "model": SHAPES[args.shape][1], "tier": tier, "dtype": args.dtype, "rounds": args.rounds,
+              "model": SHAPES[args.shape][1], "tier": tier, "dtype": args.dtype, "file_dtype": file_dtype, "rounds": args.rounds,
               "tokens": args.tokens, "places": args.places, "rows": entries}  # fmt: skip
     text = markdown(record)
     print(text)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / f"offload_{args.shape}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.output / f"offload_{args.shape}.md").write_text(text)
+        name = f"offload_{args.shape}" + (f"_{file_dtype}_file" if file_dtype != args.dtype else "")
+        (args.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (args.output / f"{name}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def offload_experts(
     if (tier or ("host" if device.type == "cuda" else "disk")) == "host":
         source = HostExperts(trained.weights, parameters, dtype, device)
     else:
-        source = DiskExperts(trained.path, parameters, dtype)
+        source = DiskExperts(trained.path, parameters)
     pattern = layers[0].deepspeed_moe.experts.deepspeed_experts[0]
     slots = [copy.deepcopy(pattern).to(dtype).to_empty(device=device) for _ in range(places)]
     store = ExpertStore(source, named.__getitem__, slots)

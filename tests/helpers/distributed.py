@@ -28,6 +28,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def environment_of_one() -> dict[str, str]:
+    """For a program of its own: without the variables of the process group that this process is in."""
+    joined = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in joined}
+
+
 def run_distributed(
     function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = TIMEOUT_S
 ) -> list[Any]:
