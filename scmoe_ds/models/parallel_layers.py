@@ -95,11 +95,24 @@ def vocabulary_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, group: Group
 
 def gather_vocabulary(logits_BSV: Tensor, group: Group) -> Tensor:
     """The logits of the whole vocabulary on every rank, [B, S, V]."""
-    if group is None:
-        return logits_BSV
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    return logits_BSV if group is None else cast(Tensor, _GatherVocabulary.apply(logits_BSV, group))
 
-    return cast(Tensor, gather_from_tensor_model_parallel_region(logits_BSV, group=group))
+
+class _GatherVocabulary(torch.autograd.Function):
+    """As megatron-core's gather, which allocates on a GPU only. All ranks use the whole result alike, so that each
+    takes back the gradient of its own range."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        logits = logits.contiguous()
+        parts = [torch.empty_like(logits) for _ in range(size_of(group))]
+        dist.all_gather(parts, logits, group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].chunk(size_of(ctx.group), dim=-1)[dist.get_rank(ctx.group)].contiguous(), None
 
 
 @contextmanager
