@@ -223,10 +223,11 @@ def markdown(record: dict[str, Any]) -> str:
             return "–"
         return f"{value['median']:.{digits}f} ({value['p10']:.{digits}f}–{value['p90']:.{digits}f})"
 
-    lines = [f"# Experts from {record['tier']}: {record['model']}, one token at a time", "", f"`{record['command']}`, "
-             f"{record['environment']['date']}, {record['environment']['device']}, torch "
-             f"{record['environment']['torch']}, commit {record['environment']['commit']}; {record['dtype']} "
-             f"({record['file_dtype']} in the file), {record['rounds']} rounds of {record['tokens']} tokens; room for {record['places']} experts.", "",
+    where = record["environment"]
+    lines = [f"# Experts from {record['tier']}: {record['model']}, one token at a time", "",
+             f"`{record['command']}`, {where['date']}, {where['device']}, torch {where['torch']}, commit "
+             f"{where['commit']}; {record['dtype']} ({record['file_dtype']} in the file), {record['rounds']} rounds of "
+             f"{record['tokens']} tokens; room for {record['places']} experts (top-2: twice as many).", "",
              "| | ms per pair of blocks | against resident, % | of offload's extra time removed, % | peak memory, GB | "
              "of resident | experts used / found there / guessed right | same text |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -278,8 +279,8 @@ def main() -> None:
             entries += table(measure(rows, args.rounds, args.tokens), family)
     tier = "pinned host memory" if torch.cuda.is_available() else "a file, past the page cache"
     record = {"command": "python -m benchmarks.offload " + " ".join(sys.argv[1:]), "environment": environment(),
-              "model": SHAPES[args.shape][1], "tier": tier, "dtype": args.dtype, "file_dtype": file_dtype, "rounds": args.rounds,
-              "tokens": args.tokens, "places": args.places, "rows": entries}  # fmt: skip
+              "model": SHAPES[args.shape][1], "tier": tier, "dtype": args.dtype, "file_dtype": file_dtype,
+              "rounds": args.rounds, "tokens": args.tokens, "places": args.places, "rows": entries}  # fmt: skip
     text = markdown(record)
     print(text)
     if args.output:
