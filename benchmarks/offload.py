@@ -76,7 +76,7 @@ class Worker:
     def __init__(self, flags: dict[str, Any]) -> None:
         torch.set_num_threads(1)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        trained = TrainedModel.open(flags["path"])
+        trained = TrainedModel.open(flags["path"], contents=False)
         dtype = DTYPES[flags["dtype"]]
         stores: list[ExpertStore] = []
 

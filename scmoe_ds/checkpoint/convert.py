@@ -21,8 +21,11 @@ from scmoe_ds.models.blocks import tap_of
 Readers = dict[str, Callable[[], Tensor]]
 
 
-def open_weights(path: Path) -> tuple[Weights, dict[str, Any]]:
+def open_weights(path: Path, contents: bool = True) -> tuple[Weights, dict[str, Any]]:
     """Whole parameters and description of a checkpoint (a directory of them stands for its latest), or of an export.
+
+    Args:
+        contents: compare all files with their checksums, which reads them once; otherwise only their sizes.
 
     Raises:
         CheckpointError: neither, or damaged.
@@ -33,7 +36,7 @@ def open_weights(path: Path) -> tuple[Weights, dict[str, Any]]:
             raise CheckpointError(f"{path} is neither a checkpoint nor a directory of them nor an export; name one "
                                   "that pretrain_gpt_scmoe.py has saved")  # fmt: skip
         path = path / tag
-    files.verify(path, "reading")
+    files.verify(path, "reading", contents)
     if is_export(path):
         return SafetensorsWeights(path), files.read_json(path / CONFIG_FILE, "reading")
     description = files.read_json(path / files.DESCRIPTION_FILE, "reading")

@@ -94,7 +94,9 @@ def load(args: argparse.Namespace) -> Loaded:
     require_agreement("the command line", fingerprint(comparable(args)))
     if ranks % holders:
         raise ArgumentError(f"--tensor-model-parallel-size {holders}: must divide the number of processes, {ranks}")
-    trained = run_together(lambda: TrainedModel.open(args.load))
+    # Experts that stay in their files are not read before they are needed.
+    resident = getattr(args, "experts", "resident") == "resident"
+    trained = run_together(lambda: TrainedModel.open(args.load, contents=resident))
     assert trained is not None
     config = serving_config(trained.config, args.moe_expert_parallel_size, args.enable_expert_tensor_parallelism)
     config.check_world(ranks, holders)

@@ -45,15 +45,16 @@ class TrainedModel:
     dtype: str
 
     @classmethod
-    def open(cls, path: str | Path) -> TrainedModel:
+    def open(cls, path: str | Path, contents: bool = True) -> TrainedModel:
         """
         Args:
             path: a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export.
+            contents: compare all files with their checksums, which reads them once; otherwise only their sizes.
 
         Raises:
             CheckpointError: none of these, damaged, or not a GPT.
         """
-        weights, description = open_weights(Path(path))
+        weights, description = open_weights(Path(path), contents)
         if "gpt" not in description:
             raise CheckpointError(f"{path} is not a checkpoint of a GPT; only text models can be loaded here")
         settings = GPTSettings(**description["gpt"])
