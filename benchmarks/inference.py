@@ -40,10 +40,12 @@ from scmoe_ds.overlap.transport import METHODS, Transport
 LAYERS, VOCABULARY, PROMPT = 4, 1024, 144
 STOCK = "DeepSpeed top-2"
 WARM_UP = 8  # passes, in which schedules are timed and chosen
-SERVED: dict[Phase, Shape] = {
-    "prefill": SHAPES["swin"],
-    "decode": Shape("GPT2-MoE-Medium, one expert per rank, 64 sequences per rank", 1024, 16, 64, 1, 2, 2.0),
-}
+DECODED = Shape("GPT2-MoE-Medium, one expert per rank, 64 sequences per rank", 1024, 16, 64, 1, 2, 2.0)
+
+
+def shape_of(phase: Phase, settings: dict[str, Any]) -> Shape:
+    """What a rank computes in one pass of a phase."""
+    return SHAPES[settings["shape"]] if phase == "prefill" else DECODED
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def rows() -> dict[str, Served]:
 class Server:
     """One row's model on this rank, and its two passes."""
 
-    def __init__(self, row: Served, phase: Phase, method: str) -> None:
-        shape, ranks = SERVED[phase], dist.get_world_size()
+    def __init__(self, row: Served, phase: Phase, shape: Shape, method: str) -> None:
+        ranks = dist.get_world_size()
+        self._length = shape.seq_length if phase == "prefill" else PROMPT
         trained = ScMoEConfig.from_deepspeed({"scmoe": {
             "num_experts": shape.num_experts, "expert_parallel_size": ranks, **row.section,
             "eval_capacity_factor": shape.capacity_factor,
@@ -98,7 +101,7 @@ class Server:
             config = serving_config(trained, ranks)
             overlap = OverlapConfig(**{"num_chunks": 1, **row.overlap})
             config = config.model_copy(update={"overlap": overlap})
-        settings = GPTSettings(LAYERS, shape.hidden_size, shape.heads, VOCABULARY, PROMPT + 1)
+        settings = GPTSettings(LAYERS, shape.hidden_size, shape.heads, VOCABULARY, self._length + 1)
         self.model = GPT(settings, config).eval().requires_grad_(False)
         initialize_parameters(self.model, 1, settings.init_method_std, LAYERS, expert_parallel_rank(ranks))
         for run in self.model.runs:
@@ -108,8 +111,8 @@ class Server:
                 layer.transport = (Transport if row.communicates else LocalCopy)(layer.transport.group, method)
         self.phases = Phases(self.model.scheduled_runs(), config.overlap)
         generator = torch.Generator().manual_seed(dist.get_rank())
-        self._prompts = torch.randint(VOCABULARY, (shape.sequences, PROMPT), generator=generator)
-        self._cache = KeyValueCache(self.model, shape.sequences, PROMPT + 1)
+        self._prompts = torch.randint(VOCABULARY, (shape.sequences, self._length), generator=generator)
+        self._cache = KeyValueCache(self.model, shape.sequences, self._length + 1)
         self._phase = phase
 
     def prefill(self) -> None:
@@ -118,9 +121,9 @@ class Server:
         self._cache.begin(rows)
         with torch.inference_mode(), self._cache.attached():
             with self.phases.of("prefill"):
-                hidden = self.model.hidden_states(self._prompts, self._cache.positions(PROMPT))
+                hidden = self.model.hidden_states(self._prompts, self._cache.positions(self._length))
             self.model.logits(hidden[:, -1])
-            self._cache.advance([PROMPT] * rows)
+            self._cache.advance([self._length] * rows)
 
     def decode(self) -> None:
         """One token for every prompt; always the same one, so that all steps are alike."""
@@ -132,7 +135,7 @@ class Server:
     def warm_up(self) -> None:
         """Until its schedules are chosen. What the prompts' keys and values are plays no part in a step's time."""
         self._cache.begin(len(self._prompts))
-        self._cache.advance([PROMPT] * len(self._prompts))
+        self._cache.advance([self._length] * len(self._prompts))
         for _ in range(WARM_UP):
             dist.barrier()
             self.step()
@@ -149,10 +152,11 @@ class Server:
 
 def serve(phase: Phase, wanted: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """One phase's table. Collective."""
-    bench = Bench(baseline("padded"), SERVED[phase], "forward", {"rounds": 0, "skew": 0.0, **settings})
+    shape = shape_of(phase, settings)
+    bench = Bench(baseline("padded"), shape, "forward", {"rounds": 0, "skew": 0.0, **settings})
     link = find_rate(bench.runs[STOCK], bench.cold_steps[STOCK], settings["share"])
     del bench
-    servers = {name: Server(row, phase, settings["method"]) for name, row in rows().items()
+    servers = {name: Server(row, phase, shape, settings["method"]) for name, row in rows().items()
                if name == STOCK or not wanted or any(part in name for part in wanted)}  # fmt: skip
     for server in servers.values():
         server.warm_up()
@@ -187,10 +191,9 @@ def markdown(record: dict[str, Any]) -> str:
              f"rows: {settings['method']}. Speed-up over the first row: median (10th–90th percentile) of the ratios in "
              "rounds. Slots: before which backbone operator the experts run, for each MoE layer.", ""]  # fmt: skip
     for phase, found in record["phases"].items():
-        link, shape = found["link"], SERVED[phase]
-        tokens = shape.sequences * (PROMPT if phase == "prefill" else 1)
-        lines += [f"## {phase}", "", f"{shape.name}; {tokens} tokens per rank and pass. Link {link['rate_mbit']:.0f} "
-                  f"Mbit/s, where the all-to-all takes {100 * link['share']:.0f} % of the baseline's MoE layer "
+        link, shape = found["link"], shape_of(phase, settings)
+        lines += [f"## {phase}", "", f"{shape.name}; {shape.tokens} tokens per rank and pass. Link "
+                  f"{link['rate_mbit']:.0f} Mbit/s, where the all-to-all takes {100 * link['share']:.0f} % of the baseline's MoE layer "
                   f"({link['all_to_all_ms']:.1f} of {link['layer_ms']:.1f} ms).", ""]  # fmt: skip
         cells = [[row["row"], f"{row['median_ms']:.1f}", str(Spread(**row["speedup"])), row["slots"] or "–"]
                  for row in found["rows"]]  # fmt: skip
@@ -200,6 +203,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="swin", help="of the prefill; a decode step has its own")
     parser.add_argument("--share", type=float, default=0.6, help="all-to-all share of the baseline's MoE layer")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--rows", nargs="+", default=[], metavar="PART", help="only rows whose name has a PART")
