@@ -193,8 +193,8 @@ def markdown(record: dict[str, Any]) -> str:
     for phase, found in record["phases"].items():
         link, shape = found["link"], shape_of(phase, settings)
         lines += [f"## {phase}", "", f"{shape.name}; {shape.tokens} tokens per rank and pass. Link "
-                  f"{link['rate_mbit']:.0f} Mbit/s, where the all-to-all takes {100 * link['share']:.0f} % of the baseline's MoE layer "
-                  f"({link['all_to_all_ms']:.1f} of {link['layer_ms']:.1f} ms).", ""]  # fmt: skip
+                  f"{link['rate_mbit']:.0f} Mbit/s, where the all-to-all takes {100 * link['share']:.0f} % of the "
+                  f"baseline's MoE layer ({link['all_to_all_ms']:.1f} of {link['layer_ms']:.1f} ms).", ""]  # fmt: skip
         cells = [[row["row"], f"{row['median_ms']:.1f}", str(Spread(**row["speedup"])), row["slots"] or "–"]
                  for row in found["rows"]]  # fmt: skip
         lines += [*tables.table(["row", "ms", "speed-up", "slots"], cells), ""]
