@@ -67,4 +67,7 @@ def run_program(
         reporter.end(error)
     if connected:
         dist.destroy_process_group()
+    if reporter is not None:
+        # Threads of a process group whose peers ended at another moment can abort an interpreter that is shutting down.
+        leave(code)
     return code

@@ -1,0 +1,189 @@
+"""Evaluates a trained GPT: loss and perplexity of a text, or benchmarks of lm_eval.
+
+python evaluate_gpt_scmoe.py --load checkpoints/gpt --data-path data/corpus_text_document --split 969,30,1
+python evaluate_gpt_scmoe.py --load export --text-file wikitext.test.tokens --stride 256 --output wikitext.json
+deepspeed --num_gpus 8 evaluate_gpt_scmoe.py --load export --moe-expert-parallel-size 8 \\
+    --tasks hellaswag,piqa --include-path tasks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scmoe_ds.argument_checks import ArgumentError, check_lowest
+from scmoe_ds.checkpoint import CheckpointError
+from scmoe_ds.checkpoint.files import write_whole
+from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.data.errors import DataError
+from scmoe_ds.engine import device
+from scmoe_ds.evaluation import tasks
+from scmoe_ds.evaluation.errors import EvaluationError
+from scmoe_ds.evaluation.perplexity import evaluate_documents
+from scmoe_ds.evaluation.scoring import Scorer
+from scmoe_ds.evaluation.text import open_documents
+from scmoe_ds.evaluation.windows import SlidingWindow
+from scmoe_ds.inference import arguments
+from scmoe_ds.inference.arguments import Loaded
+from scmoe_ds.inference.phases import Phases
+from scmoe_ds.parallel.agreement import RankDisagreementError, run_together
+from scmoe_ds.program import run_program
+
+USER_ERRORS = (ArgumentError, CheckpointError, DataError, EvaluationError, RankDisagreementError, ScMoEConfigError)
+_LABELS = {"loss": "loss, nats per token"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates; returns the exit code."""
+    return run_program("evaluate_gpt_scmoe.py", argv, evaluate, USER_ERRORS, parse)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this program."""
+    parser = argparse.ArgumentParser(
+        description="Loss and perplexity of a GPT that pretrain_gpt_scmoe.py has trained, on a text or data set, or "
+        "its results on tasks of lm_eval. No token is dropped here, while the validation of a training run applies "
+        "the section's eval_capacity_factor: the two losses may differ a little.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments.add_model(parser)
+    group = parser.add_argument_group("what to evaluate on")
+    what = group.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data-path", help="prefix of a .bin and .idx of tools/preprocess_data.py")
+    what.add_argument("--text-file", help="a UTF-8 text, evaluated as one document")
+    what.add_argument("--tasks", help="tasks of lm_eval, separated by commas; nothing is downloaded")
+    group.add_argument("--split", help="with --data-path: shares of train, valid and test as in pretraining, of which "
+                       "the validation documents are evaluated; default: all documents")  # fmt: skip
+    group.add_argument("--include-path", help="with --tasks: a directory of task files")
+    group.add_argument("--num-fewshot", type=int, help="with --tasks: examples before each question; default: the "
+                       "task's")  # fmt: skip
+    group.add_argument("--limit", type=int, help="with --tasks: questions of each; default: all")
+    group = parser.add_argument_group("how")
+    group.add_argument("--seq-length", type=int, help="tokens of a window; default: the model's context")
+    group.add_argument("--stride", type=int, help="tokens by which a window moves on; all but the first score only "
+                       "their last so many. Equal to --seq-length: disjoint windows. Default: half of it, with --tasks "
+                       "all of it, as lm_eval does")  # fmt: skip
+    group.add_argument("--batch-size", type=int, default=8, help="windows, questions or prompts that a rank reads "
+                       "together")  # fmt: skip
+    group.add_argument("--output", help="a JSON file for the results")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
+    """The flags.
+
+    Raises:
+        ArgumentError: a setting that its user can mend.
+        SystemExit: argparse's own findings, and --help.
+    """
+    args = build_parser().parse_args(argv)
+    arguments.check_model_flags(args)
+    check_lowest(args, 1, ("seq_length", "stride", "batch_size", "limit"))
+    check_lowest(args, 0, ("num_fewshot",))
+    needs = {"split": "data_path", "include_path": "tasks", "num_fewshot": "tasks", "limit": "tasks"}
+    for name, other in needs.items():
+        if getattr(args, name) is not None and getattr(args, other) is None:
+            raise ArgumentError(f"--{name.replace('_', '-')} goes with --{other.replace('_', '-')}: remove it")
+    if args.include_path is not None and not Path(args.include_path).is_dir():
+        raise ArgumentError(f"--include-path {args.include_path} is not a directory; give that of the task files")
+    if args.output is not None:
+        out = Path(args.output)
+        if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+            raise ArgumentError(f"--output {out} cannot be written: name a file in a directory that is there")
+    if args.tasks is not None:
+        if not all(_names(args)):
+            raise ArgumentError(f"--tasks {args.tasks!r}: give names of tasks, separated by commas")
+        tasks.prepare()
+    return (args,)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """One job in a process group that exists."""
+    started = time.monotonic()
+    loaded = arguments.load(args)
+    rule = _rule(args, loaded.trained.settings.max_position_embeddings)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    documents = None
+    if args.tasks is None:
+        documents = open_documents(args.data_path, args.split, args.text_file, tokenizer)
+    phases = Phases.of_model(model, loaded.config, loaded.layout, args.batch_size, rule.seq_length, device())
+    scorer = Scorer(model, args.batch_size, tokenizer.vocab_size, phases)
+    if documents is not None:
+        results: dict[str, Any] = evaluate_documents(scorer, documents, rule, tokenizer).record()
+        lines = [f"{_LABELS.get(name, name.replace('_', ' ')):22} {_text(value)}" for name, value in results.items()]
+        text = "\n".join([f"{args.data_path or args.text_file}, windows of {rule.seq_length} tokens, stride "
+                          f"{rule.stride}", *lines])  # fmt: skip
+    else:
+        found = tasks.evaluate_tasks(scorer, tokenizer, rule, _names(args), args.include_path, args.num_fewshot,
+                                     args.limit)  # fmt: skip
+        text, results = (found.table, found.record) if found is not None else ("", {})
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+        if results.get("truncated"):
+            print(f"{results['truncated']} requests were longer than the model's context and lost their left end",
+                  file=sys.stderr)  # fmt: skip
+    run_together(lambda: _write(args, loaded, rule, results, time.monotonic() - started), on_rank_zero=True)
+
+
+def _rule(args: argparse.Namespace, context: int) -> SlidingWindow:
+    seq_length = args.seq_length or context
+    if seq_length > context:
+        raise ArgumentError(f"--seq-length {seq_length} exceeds the model's context of {context} tokens; give at most "
+                            "that")  # fmt: skip
+    stride = args.stride or (seq_length if args.tasks else max(seq_length // 2, 1))
+    if stride > seq_length:
+        raise ArgumentError(f"--stride {stride} exceeds --seq-length {seq_length}: tokens between the windows would "
+                            "not be scored; give at most that")  # fmt: skip
+    return SlidingWindow(seq_length, stride)
+
+
+def _write(args: argparse.Namespace, loaded: Loaded, rule: SlidingWindow, results: Any, seconds: float) -> None:
+    if args.output is None:
+        return
+    flags = {**vars(args), "seq_length": rule.seq_length, "stride": rule.stride}
+    record = {
+        "results": results,
+        "flags": {name: value for name, value in flags.items() if name != "local_rank"},
+        "checkpoint": str(loaded.trained.path.resolve()),
+        "processes": dist.get_world_size(),
+        "dtype": args.dtype or loaded.trained.dtype,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: _version(name) for name in ("scmoe_ds", "torch", "deepspeed", "lm_eval")},
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+    }
+    try:
+        write_whole(Path(args.output), json.dumps(record, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise ArgumentError(f"--output {args.output} cannot be written ({error}); the results are above") from None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    return [name.strip() for name in args.tasks.split(",")]
+
+
+def _text(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

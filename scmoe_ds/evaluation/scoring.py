@@ -1,0 +1,112 @@
+"""Log likelihoods of given tokens: batches of rows through a model, divided over the data-parallel ranks.
+
+Shape suffixes: B rows, S tokens of each, D hidden, T scored tokens of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from scmoe_ds.evaluation.windows import Row
+from scmoe_ds.inference.phases import Phases
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.parallel.tensor import ModelParallelUnit, data_parallel_rank, data_parallel_size
+
+T = TypeVar("T")
+
+_LOGITS_AT_ONCE = 512
+"""Tokens whose logits are in memory together: with a vocabulary of 50 000, 100 MB of fp32."""
+
+
+class Scorer:
+    """Scores rows with a model of `scmoe_ds.inference.model.load_model`.
+
+    Args:
+        model: this rank's part, in evaluation mode.
+        batch_size: rows that this rank reads together.
+        vocab_size: tokens of the tokenizer; greedy decoding never chooses the padding of the vocabulary behind them.
+            Log likelihoods are over the whole padded vocabulary, as in training. None: no padding.
+        phases: whose prefill schedule the passes run under; None: the model's own schedule.
+    """
+
+    def __init__(
+        self, model: GPT, batch_size: int = 8, vocab_size: int | None = None, phases: Phases | None = None
+    ) -> None:
+        self.model, self.batch_size, self.vocab_size = model, batch_size, vocab_size
+        self.phases = phases or Phases([])
+        self.device = model.embedding.weight.device
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[Row]) -> Tensor:
+        """One forward pass. Collective over expert- and tensor-parallel ranks, whatever rows each of them has.
+
+        Args:
+            rows: of any lengths; none: the pass only serves other ranks' tokens.
+
+        Returns:
+            [B, 2] float64 on the host: of each row the nats of its labels together (their negative log likelihood),
+            and how many of them greedy decoding would have chosen.
+        """
+        lengths = [len(row.tokens) for row in rows]
+        # Padding comes behind a row's tokens, which do not look at it; without drops it takes no expert's place.
+        tokens_BS = torch.zeros(max(len(rows), 1), max(lengths, default=1), dtype=torch.int64)
+        for number, row in enumerate(rows):
+            tokens_BS[number, : len(row.tokens)] = torch.from_numpy(np.array(row.tokens))
+        with self.phases.of("prefill"):
+            hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device))
+        sums_B2 = torch.zeros(len(rows), 2, dtype=torch.float64)
+        if not rows:
+            return sums_B2
+        scored = [len(row.labels) for row in rows]
+        row_T = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(scored))
+        place_T = torch.cat([torch.arange(S - K, S) for S, K in zip(lengths, scored, strict=True)])
+        label_T = torch.from_numpy(np.concatenate([row.labels for row in rows]))
+        for chunk in torch.arange(len(row_T)).split(_LOGITS_AT_ONCE):
+            row, place, label = (each[chunk].to(self.device) for each in (row_T, place_T, label_T))
+            logits_TV = self.model.logits(hidden_BSD[row, place]).float()
+            nats_T = F.cross_entropy(logits_TV, label, reduction="none").double()
+            greedy_T = (logits_TV[:, : self.vocab_size].argmax(1) == label).double()
+            sums_B2.index_add_(0, row_T[chunk], torch.stack([nats_T, greedy_T], dim=1).cpu())
+        return sums_B2
+
+    def score_all(self, rows: Sequence[Row]) -> Tensor:
+        """[N, 2] as `score`, for any number of rows and in their order, on every rank.
+
+        Collective over the world: every rank has the same rows.
+        """
+        sums_N2 = torch.zeros(len(rows), 2, dtype=torch.float64)
+        longest_first = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))  # little padding
+        for numbers in self.own_batches(longest_first, len(rows)):
+            sums_N2[numbers] = self.score([rows[number] for number in numbers]).clone()
+        return self.sum_over_replicas(sums_N2)
+
+    def own_batches(self, items: Iterable[T], count: int) -> Iterator[list[T]]:
+        """This data-parallel rank's share of `count` items, at most `batch_size` at a time.
+
+        Every rank gets as many batches, some of them empty: expert-parallel ranks serve each other in every pass.
+        """
+        rank, ranks = replica()
+        rest = iter(items)
+        for _ in range(-(-count // (self.batch_size * ranks))):
+            yield list(islice(rest, self.batch_size * ranks))[rank::ranks]
+
+    def sum_over_replicas(self, values: Tensor) -> Tensor:
+        """Sums over the data-parallel ranks; tensor-parallel ranks, which hold the same numbers, count once."""
+        if replica()[1] == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total, group=ModelParallelUnit.get_data_parallel_group())
+        return total.cpu()
+
+
+def replica() -> tuple[int, int]:
+    """This rank's place among the data-parallel ranks, and their number."""
+    return (data_parallel_rank(), data_parallel_size()) if dist.is_initialized() else (0, 1)

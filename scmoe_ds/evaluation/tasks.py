@@ -1,0 +1,125 @@
+"""Benchmarks of EleutherAI's lm_eval, from local files only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from scmoe_ds.argument_checks import ArgumentError
+from scmoe_ds.data.tokenizer import Tokenizer
+from scmoe_ds.evaluation.errors import EvaluationError
+from scmoe_ds.evaluation.scoring import Scorer
+from scmoe_ds.evaluation.windows import SlidingWindow
+from scmoe_ds.parallel.agreement import run_together
+
+_BOOTSTRAP_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """What lm_eval found.
+
+    Attributes:
+        table: for people.
+        record: "results" (and "groups") by task, "n-shot" and "n-samples"; "truncated": requests that were longer
+            than the model's context.
+    """
+
+    table: str
+    record: dict[str, Any]
+
+
+def prepare() -> None:
+    """Keeps lm_eval and what it imports from the network. Before anything imports `huggingface_hub`.
+
+    Raises:
+        ArgumentError: lm_eval is not installed.
+    """
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    # Its standard errors would otherwise come from as many processes as there are cores, forked from each rank.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise _needed(f" ({error})") from None
+    if not hasattr(TaskManager, "load"):
+        raise _needed(", and the installed one is older")
+
+
+def evaluate_tasks(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    rule: SlidingWindow,
+    names: Sequence[str],
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> TaskResults | None:
+    """Runs tasks; on all ranks but the first of each machine, returns None. Collective over the world.
+
+    Args:
+        names: of tasks, groups or tags.
+        include_path: directory of more tasks, which go before those of the same name that lm_eval has.
+        num_fewshot: examples before each question; None: as the task says.
+        limit: questions of each task; None: all.
+
+    Raises:
+        ArgumentError, EvaluationError: what a user can mend.
+    """
+    import lm_eval
+    from lm_eval.utils import make_table
+
+    from scmoe_ds.evaluation.harness import ScMoELM
+
+    loaded = run_together(lambda: _load(names, include_path))
+    assert loaded is not None
+    manager, tasks = loaded
+    model = ScMoELM(scorer, tokenizer, rule)
+    alone = not dist.is_initialized() or dist.get_rank() == 0
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False,
+        bootstrap_iters=_BOOTSTRAP_SAMPLES if alone else 0,
+    )  # fmt: skip
+    if found is None:
+        return None
+    columns = [column for column in ("results", "groups") if found.get(column)]
+    table = "\n".join(make_table(found, column) for column in columns)
+    record = {key: found[key] for key in (*columns, "n-shot", "n-samples", "versions") if key in found}
+    return TaskResults(table, {**record, "truncated": model.truncated})
+
+
+def _load(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any]]:
+    from lm_eval.tasks import TaskManager
+
+    # lm_eval reads each of its thousands of task files for a list of them, which takes longer than a small task.
+    manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
+    if manager is None or set(names) - set(manager.all_tasks):
+        own = manager.all_tasks if manager else []
+        manager = TaskManager(include_path=include_path)
+        unknown = sorted(set(names) - set(manager.all_tasks))
+        if unknown:
+            where = f"--include-path {include_path} has {', '.join(own) or 'none'}" if include_path else (
+                "give --include-path for tasks of your own")  # fmt: skip
+            raise ArgumentError(f"--tasks {','.join(unknown)}: neither a task of lm_eval nor of yours; {where}")
+    tasks = []
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # data sets, YAML, Jinja and the tasks' own code raise anything
+            said = " ".join(str(error).split())
+            raise EvaluationError(
+                f"--tasks {name}: its definition or data cannot be read from local files ({type(error).__name__}: "
+                f"{said[:300]}): nothing is downloaded; name your files as dataset_kwargs.data_files in a task of "
+                "--include-path"
+            ) from None
+        group = loaded.get("groups", {}).get(name)
+        tasks += [group] if group is not None else list(loaded["tasks"].values())
+    return manager, tasks
+
+
+def _needed(why: str) -> ArgumentError:
+    return ArgumentError(f'--tasks needs the package lm_eval{why}: pip install "lm_eval>=0.4.13,<0.5"')

@@ -1,0 +1,168 @@
+"""What is evaluated: the documents of an indexed dataset, or one text file."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from scmoe_ds.data.flags import split_document_ranges
+from scmoe_ds.data.indexed import check_token_range, content_digest, read_layout
+from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
+from scmoe_ds.evaluation.errors import EvaluationError
+from scmoe_ds.parallel.agreement import require_agreement, run_together
+
+_PIECE_BYTES = 1 << 20
+
+
+class Documents(ABC):
+    """Documents of tokens.
+
+    Attributes:
+        lengths: int64 [N], tokens of each.
+        num_words: whitespace-separated words of all of them; None where the text itself is not there.
+        identity: the same on all ranks, or else they read different texts.
+    """
+
+    lengths: np.ndarray
+    num_words: int | None
+    identity: tuple[str, int]
+
+    @abstractmethod
+    def tokens(self, document: int) -> np.ndarray:
+        """[lengths[document]] token ids, of any integer dtype."""
+
+    @abstractmethod
+    def num_bytes(self, document: int) -> int:
+        """Bytes of its text in UTF-8."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.lengths.sum())
+
+
+class IndexedDocuments(Documents):
+    """The documents of `<prefix>.bin` and `.idx`, memory-mapped: no more than one document is in memory.
+
+    Args:
+        split: of the shares of train, valid and test, the validation documents; None: all documents.
+
+    Raises:
+        DataError: files that are missing, damaged or of another tokenizer; a split that is none.
+        EvaluationError: fewer than two tokens.
+    """
+
+    def __init__(self, prefix: str, split: str | None, tokenizer: Tokenizer) -> None:
+        layout = read_layout(prefix)
+        count = len(layout.lengths)
+        self._range = range(count) if split is None else split_document_ranges(split, count)[1]
+        self.lengths = layout.lengths[self._range.start : self._range.stop].astype(np.int64)
+        if self.num_tokens < 2:
+            part = "" if split is None else f" the validation part of --split {split}"
+            raise EvaluationError(
+                f"--data-path {prefix}:{part or ' the data set'} is {len(self._range)} of {count} documents with "
+                f"{self.num_tokens} tokens; at least 2 are needed: give more data"
+                + (" or another split" if part else "")
+            )
+        self._offsets = np.concatenate([[0], np.cumsum(layout.lengths, dtype=np.int64)])
+        self._data = np.memmap(prefix + ".bin", dtype=layout.dtype, mode="r")
+        self._layout, self._tokenizer = layout, tokenizer
+        self.num_words = None
+        self.identity = (f"{layout.fingerprint} {content_digest(layout)}", self.num_tokens)
+
+    def check_tokens(self) -> None:
+        """Looks at all token ids.
+
+        Raises:
+            DataError: one that is not in the vocabulary.
+        """
+        check_token_range(self._layout, self._tokenizer.vocab_size)
+
+    def tokens(self, document: int) -> np.ndarray:
+        number = self._range[document]
+        return self._data[self._offsets[number] : self._offsets[number + 1]]
+
+    def num_bytes(self, document: int) -> int:
+        """Bytes of its text in UTF-8; end-of-document tokens are no text."""
+        tokens = self.tokens(document)
+        text = tokens[tokens != self._tokenizer.eod]
+        if isinstance(self._tokenizer, ByteTokenizer):  # also where a document ends within a character
+            return len(text)
+        return len(self._tokenizer.detokenize(text.tolist()).encode("utf-8", errors="replace"))
+
+
+class TextDocument(Documents):
+    """A UTF-8 text file as one document, byte for byte.
+
+    The ids of ByteTokenizer are the file's bytes, which stay on disk. Other tokenizers may look any distance ahead:
+    for them the whole text is read and tokenized at once.
+
+    Raises:
+        EvaluationError: a file that is not there or no UTF-8 text, or one with fewer than two tokens.
+    """
+
+    def __init__(self, path: str, tokenizer: Tokenizer) -> None:
+        digest, self.num_words, self._num_bytes = hashlib.sha256(), 0, 0
+        within_word = False
+        try:
+            for piece in _pieces(path):
+                digest.update(piece.encode("utf-8"))
+                self._num_bytes += len(piece.encode("utf-8"))
+                # A word that goes on from one piece to the next is one word.
+                self.num_words += len(piece.split()) - (within_word and not piece[0].isspace())
+                within_word = not piece[-1].isspace()
+            if not self._num_bytes:
+                self._tokens = np.empty(0, np.uint8)
+            elif isinstance(tokenizer, ByteTokenizer):
+                self._tokens = np.memmap(path, dtype=np.uint8, mode="r")
+            else:
+                self._tokens = np.array(tokenizer.tokenize("".join(_pieces(path))), dtype=np.int32)
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"--text-file {path} cannot be read as UTF-8 text: {error}") from None
+        if len(self._tokens) < 2:
+            raise EvaluationError(f"--text-file {path} has {len(self._tokens)} token(s); at least 2 are needed: give a "
+                                  "longer text")  # fmt: skip
+        self.lengths = np.array([len(self._tokens)])
+        self.identity = (digest.hexdigest(), len(self._tokens))
+
+    def tokens(self, document: int) -> np.ndarray:
+        return self._tokens
+
+    def num_bytes(self, document: int) -> int:
+        return self._num_bytes
+
+
+def _pieces(path: str) -> Iterator[str]:
+    """A file's characters; line ends stay as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(_PIECE_BYTES):
+            if text := decoder.decode(block):
+                yield text
+    decoder.decode(b"", final=True)
+
+
+def open_documents(data_path: str | None, split: str | None, text_file: str | None, tokenizer: Tokenizer) -> Documents:
+    """What the flags name. Collective: a problem of one rank is raised on all, and so is another text.
+
+    Raises:
+        DataError, EvaluationError, RankDisagreementError: what a user can mend.
+    """
+
+    def read() -> Documents:
+        if data_path is None:
+            assert text_file is not None
+            return TextDocument(text_file, tokenizer)
+        return IndexedDocuments(data_path, split, tokenizer)
+
+    documents = run_together(read)
+    assert documents is not None
+    require_agreement("the text to evaluate", documents.identity)
+    if isinstance(documents, IndexedDocuments):
+        run_together(documents.check_tokens, on_rank_zero=True)  # the same files on all ranks
+    return documents
