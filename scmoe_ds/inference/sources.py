@@ -113,14 +113,14 @@ class DiskExperts:
     Args:
         path: of an export of tools/convert_checkpoint.py.
         names: global names of this rank's routed experts.
-        threads: that read at the same time.
+        threads: that read at the same time: one fills a buffer while another's is copied.
 
     Raises:
         CheckpointError: not an export, or one without one of the names.
         ExpertFileError: a file that is missing or too short.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], threads: int = 4) -> None:
+    def __init__(self, path: Path, names: Sequence[str], threads: int = 2) -> None:
         if not is_export(path):
             raise CheckpointError(f"--load {path}: experts can only be read from files of an export; make one with "
                                   f"python tools/convert_checkpoint.py export {path} OUT")  # fmt: skip
