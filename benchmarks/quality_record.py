@@ -1,0 +1,216 @@
+"""What benchmarks.quality runs (a preset of benchmarks/quality.json), and what it has found so far (the record)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality_run import active_parameters, forward_flops
+from scmoe_ds.arguments import ArgumentError, build_parser, gpt_settings
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.data.tokenizer import pad_vocab_size
+from scmoe_ds.engine import batch_sizes, fingerprint
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.presets import PRESETS
+
+RELATIONS = ("<", "≈")
+_CORPUS_IDENTITY = ("sha256", "settings", "tokens")
+
+
+class QualityError(ValueError):
+    """Settings or a record that this benchmark cannot go on with; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A preset with its variants.
+
+    Attributes:
+        preset: "environment", "corpus", "evaluation", "flags" and "deepspeed" of the settings file.
+        sections: each variant's whole "scmoe" section.
+        common: "references", "claims" and "equivalence_margin_nats", which the table reads.
+    """
+
+    name: str
+    preset: dict[str, Any]
+    sections: dict[str, dict[str, Any]]
+    common: dict[str, Any]
+
+    @property
+    def model_flags(self) -> list[str]:
+        """Of pretrain_gpt_scmoe.py, without data, seed and directories."""
+        flags = []
+        for name, value in self.preset["flags"].items():
+            flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return flags
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        """Of one process: all there is."""
+        micro_batch_size, steps = batch_sizes(self.preset["deepspeed"], 1)
+        return micro_batch_size * steps * int(self._arguments().seq_length)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of a run."""
+        return self.tokens_per_iteration * int(self._arguments().train_iters)
+
+    def deepspeed(self, variant: str) -> dict[str, Any]:
+        """The DeepSpeed JSON of a variant."""
+        return {**self.preset["deepspeed"], "scmoe": self.sections[variant]}
+
+    def select(self, parts: Sequence[str]) -> list[str]:
+        """Variants whose name has one of the parts; all without parts.
+
+        Raises:
+            QualityError: a part that is in no name.
+        """
+        for part in parts:
+            if not any(part in name for name in self.sections):
+                raise QualityError(
+                    f"--only {part}: no variant has it in its name; there are {', '.join(self.sections)}"
+                )
+        return [name for name in self.sections if not parts or any(part in name for part in parts)]
+
+    def identity(self, corpus: Mapping[str, Any]) -> dict[str, Any]:
+        """What the runs of one record have in common, beside the variants."""
+        return {"preset": self.name, **self.preset, "corpus": {key: corpus[key] for key in _CORPUS_IDENTITY}}
+
+    def fingerprint(self, corpus: Mapping[str, Any]) -> str:
+        """Names the directory of checkpoints: those of other sizes must not be resumed."""
+        return fingerprint([self.identity(corpus), self.sections])
+
+    def compute(self, variant: str, vocab_size: int) -> dict[str, float]:
+        """Active parameters and forward floating-point operations per token."""
+        args = self._arguments()
+        config = ScMoEConfig.from_deepspeed(self.deepspeed(variant))
+        with torch.device("meta"):
+            model = GPT(gpt_settings(args, pad_vocab_size(vocab_size)), config, args.seq_length)
+        return {"active_parameters": active_parameters(model), "forward_flops_per_token": forward_flops(model),
+                "parameters": sum(each.numel() for each in model.parameters())}  # fmt: skip
+
+    def _arguments(self) -> Any:
+        parser = build_parser()
+        name = self.preset["flags"].get("preset")
+        if name:
+            parser.set_defaults(**PRESETS[name].arguments)
+        return parser.parse_args(self.model_flags)
+
+
+def load_plan(path: Path, preset: str) -> Plan:
+    """A preset of the settings file, checked.
+
+    Raises:
+        QualityError: no such file or preset, a section that is no valid "scmoe" section, a claim about no variant.
+    """
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QualityError(f"--settings {path}: cannot be read ({error})") from None
+    if preset not in whole["presets"]:
+        raise QualityError(f"--preset {preset}: {path} has {', '.join(whole['presets'])}")
+    sections = {name: {**whole["section"], **own} for name, own in whole["variants"].items()}
+    plan = Plan(preset, whole["presets"][preset], sections,
+                {key: whole[key] for key in ("references", "claims", "equivalence_margin_nats")})  # fmt: skip
+    for name in sections:
+        try:
+            ScMoEConfig.from_deepspeed(plan.deepspeed(name))
+        except (ScMoEConfigError, ArgumentError) as error:
+            raise QualityError(f"{path}: variant {name}: {error}") from None
+    named = {*whole["references"], *(claim[side] for claim in whole["claims"] for side in (0, 2))}
+    if unknown := sorted(named - set(sections)):
+        raise QualityError(f"{path}: references or claims name {', '.join(unknown)}, which is no variant; there are "
+                           f"{', '.join(sections)}")  # fmt: skip
+    if other := [relation for _, relation, _ in whole["claims"] if relation not in RELATIONS]:
+        raise QualityError(f"{path}: a claim says {other[0]!r}; it can say {' or '.join(RELATIONS)}")
+    return plan
+
+
+class Record:
+    """A JSON file that is whole at any time: identity, corpus, variants and all runs, the failed ones too."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path, self.content = path, content
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """
+        Raises:
+            QualityError: no such file, or another kind of file.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise QualityError(f"{path} cannot be read ({error})") from None
+        if not isinstance(content, dict) or not {"identity", "corpus", "variants", "runs"} <= content.keys():
+            raise QualityError(f"{path} is not a record of benchmarks.quality")
+        return cls(path, content)
+
+    @classmethod
+    def open(cls, path: Path, plan: Plan, corpus: dict[str, Any]) -> Record:
+        """The record to go on with, or a new one.
+
+        Raises:
+            QualityError: the file is of other sizes, data or variants; runs of both cannot be compared.
+        """
+        identity = plan.identity(corpus)
+        variants = {name: {"section": section, **plan.compute(name, corpus["vocab_size"])}
+                    for name, section in plan.sections.items()}  # fmt: skip
+        content: dict[str, Any] = {"commands": [], "seeds": [], "identity": identity, "tokens": plan.tokens,
+                                   "corpus": corpus, "variants": variants, "environments": [], "runs": []}  # fmt: skip
+        if path.exists():
+            content = cls.read(path).content
+            for key, wanted in identity.items():
+                _require_same(path, key, content["identity"].get(key), wanted)
+            for name in variants.keys() & content["variants"].keys():
+                _require_same(path, f"variant {name}", content["variants"][name]["section"], plan.sections[name])
+            content["variants"] = {**content["variants"], **variants}
+        return cls(path, {**content, **plan.common})
+
+    def want(self, seeds: Sequence[int], command: str) -> None:
+        """Notes what was asked for, and by which command."""
+        self.content["seeds"] = sorted({*self.content["seeds"], *seeds})
+        if command not in self.content["commands"]:
+            self.content["commands"].append(command)
+
+    def lacks(self, variant: str, seed: int, retry_failed: bool = False) -> bool:
+        """Whether the pair has not run yet, or, to be retried, has only failed."""
+        states = {run["status"] for run in self.content["runs"] if (run["variant"], run["seed"]) == (variant, seed)}
+        return not states or (retry_failed and "finished" not in states)
+
+    def environment_number(self, found: dict[str, str]) -> int:
+        """Place in "environments", to which it is added if it is new."""
+        environments = self.content["environments"]
+        if found not in environments:
+            environments.append(found)
+        return int(environments.index(found))
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Notes a run and writes the file: the old one or the new one is there at any time."""
+        self.content["runs"].append(run)
+        staged = self.path.with_name(self.path.name + ".tmp")
+        staged.write_text(to_json(self.content), encoding="utf-8")
+        os.replace(staged, self.path)
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON with a line for each run: hundreds of sequence losses would be a line each."""
+    head = json.dumps({key: value for key, value in content.items() if key != "runs"}, indent=1, ensure_ascii=False)
+    runs = ",\n".join("  " + json.dumps(run, ensure_ascii=False) for run in content["runs"])
+    return f'{head[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
+
+
+def _require_same(path: Path, name: str, found: Any, wanted: Any) -> None:
+    if found == wanted:
+        return
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in {**found, **wanted}:
+            _require_same(path, f"{name}.{key}", found.get(key), wanted.get(key))
+    raise QualityError(f"{path} is of another configuration: its {name} is {json.dumps(found)}, now it is "
+                       f"{json.dumps(wanted)}; give another --output, or restore the setting")  # fmt: skip
