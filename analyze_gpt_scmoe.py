@@ -1,0 +1,170 @@
+"""Analyses a trained GPT: similarity of representations, choices of gates, gradients. One process.
+
+python analyze_gpt_scmoe.py similarity --load checkpoints/gpt --data-path data/corpus_text_document \\
+    --max-tokens 100000 --output similarity.json
+python analyze_gpt_scmoe.py similarity --hf-model models/gpt2 --text-file book.txt --output gpt2.json
+python analyze_gpt_scmoe.py gating --load checkpoints/gpt --all-checkpoints --text-file book.txt --output gating.json
+python analyze_gpt_scmoe.py gradients --load checkpoints/scmoe --load checkpoints/top2 --text-file book.txt \\
+    --output gradients.json
+python analyze_gpt_scmoe.py similarity --load checkpoints/swin --images digits --output swin.json
+python analyze_gpt_scmoe.py similarity --from-json similarity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from scmoe_ds.analysis import gating, gradients, records, similarity, swin
+from scmoe_ds.analysis.arguments import parse
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.analysis.subjects import (
+    Subject,
+    gpt_subject,
+    hugging_face_subject,
+    open_gpt,
+    open_hugging_face,
+    swin_subject,
+)
+from scmoe_ds.analysis.tokens import TokenSequences, read_data_set, read_text
+from scmoe_ds.argument_checks import ArgumentError
+from scmoe_ds.checkpoint import CheckpointError
+from scmoe_ds.checkpoint.files import iteration_of, newest_first
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer
+from scmoe_ds.engine import device
+from scmoe_ds.program import run_program
+
+USER_ERRORS = (AnalysisError, ArgumentError, CheckpointError, DataError, ScMoEConfigError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Analyses; returns the exit code."""
+    return run_program("analyze_gpt_scmoe.py", argv, analyze, USER_ERRORS, parse)
+
+
+def analyze(args: argparse.Namespace) -> None:
+    """One job in a process group of one."""
+    if dist.get_world_size() > 1:
+        raise ArgumentError("an analysis runs in one process: start it with python, not with a launcher")
+    if args.from_json is not None:
+        print(f"wrote {records.redraw(args.from_json, args.analysis)}", flush=True)
+        return
+    found, lines = _ANALYSES[args.analysis](args)
+    for line in lines:
+        print(line, flush=True)
+    for path in records.save({**records.heading(args.analysis), **found}, args.output):
+        print(f"wrote {path}", flush=True)
+
+
+def _similarity(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    if args.images is not None:
+        return _similarity_of_images(args)
+    if args.hf_model is not None:
+        subject = hugging_face_subject(open_hugging_face(args.hf_model, args.dtype, device()), args.moe_every)
+        name, tokenizer = args.hf_model, None
+    else:
+        loaded = open_gpt(args, args.load)
+        subject, name, tokenizer = gpt_subject(loaded.model, args.moe_every), str(loaded.trained.path), loaded.tokenizer
+    sequences = _sequences(args, subject, tokenizer)
+    found = similarity.measure(subject, sequences.batches(args.batch_size))
+    verdict = similarity.verdict(found, subject.moe_blocks, subject.distance, subject.trained)
+    return {"model": name, "seq_length": sequences.seq_length, **found.record(), "verdict": verdict}, verdict["text"]
+
+
+def _similarity_of_images(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    if args.hf_model is not None:
+        model, name = swin.open_hugging_face_swin(args.hf_model, device()), args.hf_model
+    else:
+        model, name = swin.open_swin(args.load, device()), args.load
+    subject = swin_subject(model)
+    found = similarity.measure(subject, swin.image_batches(args.images, model, args.batch_size, args.max_images))
+    verdict = similarity.verdict(found, subject.moe_blocks)
+    return {"model": name, **found.record(), "verdict": verdict}, verdict["text"]
+
+
+def _gating(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    paths = [args.load]
+    if args.all_checkpoints:
+        root = Path(args.load)
+        paths = [str(root / tag) for tag in reversed(newest_first(root))]
+        if not paths:
+            raise ArgumentError(f"--all-checkpoints: there is no global_step* in --load {root}")
+    checkpoints = [_gating_of(args, path) for path in paths]
+    lines = [_gating_line(Path(each["model"]).name, layer) for each in checkpoints for layer in each["layers"]]
+    return {"model": args.load, "batch_size": args.batch_size, "checkpoints": checkpoints}, lines
+
+
+def _gating_of(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    loaded = open_gpt(args, path)
+    trained, subject = loaded.trained, gpt_subject(loaded.model)
+    sequences = _sequences(args, subject, loaded.tokenizer)
+    layers = gating.measure(loaded.model, trained.config, subject.run, sequences.batches(args.batch_size))
+    return {
+        "model": str(trained.path), "iteration": iteration_of(trained.path.name), **_architecture(trained.config),
+        "capacity_factor": trained.config.capacity_factor if trained.config.drop_tokens else None,
+        "seq_length": sequences.seq_length, "tokens": len(sequences) * sequences.seq_length, "layers": layers,
+    }  # fmt: skip
+
+
+def _gating_line(name: str, layer: dict[str, Any]) -> str:
+    return (f"{name}, MoE of block {layer['block']} ({layer['preceding']} / {layer['current']}): same expert "
+            f"{layer['same_expert_share']:.1%}, L2 distance {layer['l2']:.3f}, cosine {layer['cosine']:.3f}, scores "
+            f"{layer['preceding_score']:.3f} / {layer['current_score']:.3f}, busiest expert "
+            f"{layer['load_max_over_mean']:.2f} x the mean, dropped {layer['drop_rate']:.1%}")  # fmt: skip
+
+
+def _architecture(config: ScMoEConfig) -> dict[str, Any]:
+    return {"architecture": config.architecture, "position": config.position if config.has_shortcut else None}
+
+
+def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    checkpoints = [_gradients_of(args, path) for path in args.load]
+    lines = [f"{each['label']}: {name}: gradient norm {branch['norm']:.3e}, signal-to-noise ratio "
+             + ("none" if branch["snr"] is None else f"{branch['snr']:.3g}")
+             for each in checkpoints for name, branch in each["branches"].items()]  # fmt: skip
+    lines.append(f"noise alone would have a ratio of about {checkpoints[0]['noise_floor']:.3g}")
+    return {"batch_size": args.batch_size, "checkpoints": checkpoints}, lines
+
+
+def _gradients_of(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    loaded = open_gpt(args, path)
+    architecture = _architecture(loaded.trained.config)
+    sequences = _sequences(args, gpt_subject(loaded.model), loaded.tokenizer)
+    found = gradients.measure(loaded.model, sequences.labelled_batches(args.batch_size, args.micro_batches))
+    label = f"{path} ({' '.join(filter(None, architecture.values()))})"
+    return {"model": str(loaded.trained.path), "label": label, **architecture, "seq_length": sequences.seq_length,
+            **found}  # fmt: skip
+
+
+def _sequences(args: argparse.Namespace, subject: Subject, tokenizer: Tokenizer | None) -> TokenSequences:
+    context, vocab_size = subject.context, subject.vocab_size
+    length = args.seq_length or context
+    if length is None:
+        raise ArgumentError("--seq-length is missing: the model does not say how long its context is")
+    if context is not None and length > context:
+        raise ArgumentError(f"--seq-length {length} exceeds the model's context of {context} tokens; give at most that")
+    tokens: np.ndarray
+    if args.data_path is not None:
+        tokens, source = read_data_set(args.data_path, vocab_size), f"--data-path {args.data_path}"
+    else:
+        tokenizer = tokenizer or build_tokenizer(
+            args.tokenizer_type, tokenizer_model=args.tokenizer_model, vocab_file=args.vocab_file,
+            merge_file=args.merge_file,
+        )  # fmt: skip
+        tokens, source = read_text(args.text_file, tokenizer, vocab_size), f"--text-file {args.text_file}"
+    return TokenSequences(tokens, length, getattr(args, "max_tokens", None), source)
+
+
+_ANALYSES = {"similarity": _similarity, "gating": _gating, "gradients": _gradients}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

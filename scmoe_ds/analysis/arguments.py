@@ -1,0 +1,103 @@
+"""Flags of analyze_gpt_scmoe.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.analysis.records import check_output
+from scmoe_ds.argument_checks import ArgumentError, check_lowest
+from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
+from scmoe_ds.inference.model import DTYPES
+
+_CHECKPOINT = "a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, with one sub-command for each analysis."""
+    parser = argparse.ArgumentParser(
+        description="Analyse a trained GPT: similarity of its representations, choices of its gates, norms and noise "
+        "of its gradients. One process on one device; no token is dropped.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="analysis", required=True, metavar="{similarity,gating,gradients}")
+    similarity = _add(commands, "similarity", "cosine similarity and L2 distance between all intermediate "
+                      "representations (paper figure 10), and what a shortcut would connect")  # fmt: skip
+    similarity.add_argument("--load", help=_CHECKPOINT)
+    similarity.add_argument("--hf-model", help="local directory of a Hugging Face causal language model: GPT-2, LLaMA, "
+                            "Mistral, Qwen, GPT-NeoX")  # fmt: skip
+    similarity.add_argument("--moe-every", type=int, help="an MoE layer in the last of every so many blocks; default: "
+                            "the model's, or 2 for a dense --hf-model")  # fmt: skip
+    similarity.add_argument("--images", help='for a SwinV2: directory of <class>/<image>, or "digits" of scikit-learn')
+    similarity.add_argument("--max-images", type=int, help="most images to read; default: all")
+    gating = _add(commands, "gating", "choices, scores, load and drops of the gates (paper figure 9)")
+    gating.add_argument("--load", help=_CHECKPOINT)
+    gating.add_argument("--all-checkpoints", action="store_true", help="every global_step* of the directory --load, "
+                        "with curves over iterations")  # fmt: skip
+    gradients = _add(commands, "gradients", "norm and signal-to-noise ratio of the gradients, by sub-layer and branch "
+                     "(paper appendix A.1)")  # fmt: skip
+    gradients.add_argument("--load", action="append", help=_CHECKPOINT + "; several times: side by side")
+    gradients.add_argument("--micro-batches", type=int, default=16, help="between which the noise is taken")
+    return parser
+
+
+def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    group = parser.add_argument_group("record")
+    group.add_argument("--output", help="a .json file; the figure goes beside it, as .png")
+    group.add_argument("--from-json", help="make the figure of such a file anew, without a model")
+    group = parser.add_argument_group("what is read")
+    group.add_argument("--data-path", help="prefix of a .bin and .idx of tools/preprocess_data.py")
+    group.add_argument("--text-file", help="a UTF-8 text")
+    group.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the model's context")
+    group.add_argument("--batch-size", type=int, default=8, help="sequences of a micro-batch")
+    if name != "gradients":
+        group.add_argument("--max-tokens", type=int, help="most tokens to read; default: all")
+    group = parser.add_argument_group("model and tokenizer")
+    group.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it was trained or exported")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: ByteTokenizer, or for --hf-model "
+                       "the tokenizer in its directory")  # fmt: skip
+    group.add_argument("--tokenizer-model", help="local directory of a Hugging Face tokenizer")
+    group.add_argument("--vocab-file", help="vocab.json of GPT-2's BPE")
+    group.add_argument("--merge-file", help="merges.txt of GPT-2's BPE")
+    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
+    """The flags.
+
+    Raises:
+        AnalysisError, ArgumentError: a setting that its user can mend.
+        SystemExit: argparse's own findings, and --help.
+    """
+    args = build_parser().parse_args(argv)
+    check_lowest(args, 1, [name for name in ("seq_length", "batch_size", "max_tokens", "max_images", "moe_every")
+                           if hasattr(args, name)])  # fmt: skip
+    if args.analysis == "gradients" and args.micro_batches < 2:
+        raise ArgumentError(f"--micro-batches {args.micro_batches}: noise is between at least 2")
+    if args.from_json is not None:
+        return (args,)
+    is_similarity = args.analysis == "similarity"
+    _require_one(args, ["load", "hf_model"] if is_similarity else ["load"])
+    _require_one(args, ["data_path", "text_file", "images"] if is_similarity else ["data_path", "text_file"])
+    if args.output is None:
+        raise AnalysisError("--output is missing: name a .json file for the record")
+    check_output(args.output)
+    if args.tokenizer_type is None:
+        hf_model = getattr(args, "hf_model", None)
+        args.tokenizer_type = "ByteTokenizer" if hf_model is None else "HuggingFaceTokenizer"
+        args.tokenizer_model = args.tokenizer_model or hf_model
+    return (args,)
+
+
+def _require_one(args: argparse.Namespace, names: Sequence[str]) -> None:
+    flags = " or ".join("--" + name.replace("_", "-") for name in names)
+    given = sum(bool(getattr(args, name)) for name in names)
+    if given != 1:
+        raise AnalysisError(f"{flags} is missing" if not given else f"{flags}: give one of them, not several")

@@ -1,0 +1,229 @@
+"""Where a model computes its intermediate representations, and hooks that pick them up during a forward pass.
+
+They are the input of the first block and each sub-layer's output with its residual added: 2 * blocks + 1 of them. The
+norm or module behind a sub-layer reads exactly that sum, so that hooks on norms find it in a pre-norm Transformer.
+
+Shape suffixes: B batch, S sequence, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.models.blocks import Block
+from scmoe_ds.models.gpt import GPT
+
+Kind = Literal["input", "attention", "mlp"]
+Side = Literal["input", "output"]
+
+HUGGING_FACE_FAMILIES = {
+    "GPT-2": ("ln_1", "attn", "ln_2"),
+    "LLaMA, Mistral, Qwen": ("input_layernorm", "self_attn", "post_attention_layernorm"),
+    "GPT-NeoX": ("input_layernorm", "attention", "post_attention_layernorm"),
+}
+"""A block's norm before the attention, its attention, and the norm before its MLP."""
+_RESIDUAL_TOLERANCE = 0.02
+"""Of the sum of a residual connection, relative to its largest element: bf16 rounds to 0.004."""
+
+
+@dataclass(frozen=True)
+class Representation:
+    """One intermediate representation.
+
+    Attributes:
+        kind: "input" of a model's (or stage's) first block, or the output of a block's "attention" or "mlp".
+        block: number of the block, from 0 in its stage.
+        stage: of a pyramid, from 1; 0 for a model without stages.
+        is_moe: whether the "mlp" is an MoE.
+    """
+
+    kind: Kind
+    block: int
+    stage: int = 0
+    is_moe: bool = False
+
+    @property
+    def name(self) -> str:
+        """For records and figures."""
+        stage = f"stage {self.stage} " if self.stage else ""
+        what = {"attention": "attention", "mlp": "MoE" if self.is_moe else "MLP"}
+        return f"{stage}input" if self.kind == "input" else f"{stage}block {self.block} {what[self.kind]}"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A module whose first input or output is a representation, or with that of a second module adds up to it.
+
+    Attributes:
+        representation: which one.
+        places: modules and sides; the sum over them is the representation.
+    """
+
+    representation: Representation
+    places: tuple[tuple[nn.Module, Side], ...]
+
+
+class Capture(AbstractContextManager["Capture"]):
+    """Hooks that keep the representations of the last forward pass.
+
+    A module that runs twice in a pass (a norm that shortcut and backbone share) reads the same value both times; the
+    first is kept. Values are copies: a model may add to its residual stream in place.
+
+    Args:
+        probes: what to pick up.
+    """
+
+    def __init__(self, probes: Sequence[Probe]) -> None:
+        self._probes = probes
+        self._found: dict[tuple[int, Side], Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Capture:
+        for module, side in dict.fromkeys(place for probe in self._probes for place in probe.places):
+            hook = partial(self._keep, (id(module), side))
+            if side == "input":
+                self._handles.append(module.register_forward_pre_hook(
+                    lambda _, args, kwargs, hook=hook: hook(args[0] if args else kwargs["hidden_states"]),
+                    with_kwargs=True))  # fmt: skip
+            else:
+                self._handles.append(module.register_forward_hook(lambda _, args, out, hook=hook: hook(_first(out))))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._found.clear()
+
+    def _keep(self, place: tuple[int, Side], value: Tensor) -> None:
+        if place not in self._found:
+            self._found[place] = value.detach().clone()
+
+    def take(self) -> list[Tensor]:
+        """[..., D] of every probe since the last call, in order; they are then forgotten.
+
+        Raises:
+            AnalysisError: a module that did not run.
+        """
+        values = []
+        for probe in self._probes:
+            parts = [self._found.get((id(module), side)) for module, side in probe.places]
+            if any(part is None for part in parts):
+                raise AnalysisError(f"{probe.representation.name}: its module did not run in the forward pass, so "
+                                    "that the representation cannot be picked up")  # fmt: skip
+            values.append(sum(cast(list[Tensor], parts[1:]), start=cast(Tensor, parts[0])))
+        self._found.clear()
+        return values
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden states of what a block returns: a tensor, a tuple that begins with it, or a PairOutput."""
+    if isinstance(output, tuple):
+        return cast(Tensor, output[0])
+    return cast(Tensor, getattr(output, "hidden", output))
+
+
+def gpt_probes(model: GPT) -> list[Probe]:
+    """Of this package's GPT, whatever its architecture."""
+    blocks = [cast(Block, block) for run in model.runs for block in run.blocks]  # type: ignore[union-attr]
+    entrances: list[tuple[nn.Module, Side]] = [(block.attention_norm, "input") for block in blocks]
+    outputs = [*entrances[1:], (model.runs[-1], "output")]
+    probes = [Probe(Representation("input", 0), (entrances[0],))]
+    for number, (block, output) in enumerate(zip(blocks, outputs, strict=True)):
+        probes.append(Probe(Representation("attention", number), ((block.mlp_norm, "input"),)))
+        probes.append(Probe(Representation("mlp", number, is_moe=hasattr(block, "moe")), (output,)))  # type: ignore[arg-type]
+    return probes
+
+
+def hugging_face_probes(model: nn.Module) -> list[Probe]:
+    """Of a causal model of transformers whose blocks are named as those of `HUGGING_FACE_FAMILIES`.
+
+    GPT-NeoX with `use_parallel_residual` has no norm behind its attention's sum: there the attention sub-layer's
+    output is the block's input plus what the attention adds to it.
+
+    Raises:
+        AnalysisError: other blocks.
+    """
+    blocks, (first_norm, _, second_norm) = _hugging_face_blocks(model)
+    probes = [Probe(Representation("input", 0), ((blocks[0], "input"),))]
+    for number, block in enumerate(blocks):
+        places: tuple[tuple[nn.Module, Side], ...] = ((block.get_submodule(second_norm), "input"),)
+        if getattr(block, "use_parallel_residual", False):
+            added = block.get_submodule("post_attention_dropout")
+            places = ((block.get_submodule(first_norm), "input"), (added, "output"))
+        probes.append(Probe(Representation("attention", number), places))
+        is_moe = any("expert" in name for name, _ in block.named_modules())
+        probes.append(Probe(Representation("mlp", number, is_moe=is_moe), ((block, "output"),)))
+    return probes
+
+
+def check_hugging_face(model: nn.Module, run: Any) -> None:
+    """Whether the norm in front of a block's MLP reads the block's input plus its attention's output.
+
+    Families with other residual connections use the same names: Gemma 2 normalises the attention's output alone.
+
+    Args:
+        run: a function without arguments that makes a forward pass.
+
+    Raises:
+        AnalysisError: it does not.
+    """
+    blocks, (_, attention, second_norm) = _hugging_face_blocks(model)
+    if getattr(blocks[0], "use_parallel_residual", False):
+        return
+    unnamed = Representation("input", 0)
+    places: list[tuple[nn.Module, Side]] = [(blocks[0], "input"), (blocks[0].get_submodule(attention), "output"),
+                                            (blocks[0].get_submodule(second_norm), "input")]  # fmt: skip
+    with Capture([Probe(unnamed, (place,)) for place in places]) as capture:
+        run()
+        before, update, after = (value.float() for value in capture.take())
+    if (before + update - after).abs().max() > _RESIDUAL_TOLERANCE * after.abs().max():
+        raise AnalysisError(
+            f"--hf-model: {type(blocks[0]).__name__} has the module names of a known family, but {second_norm} does "
+            f"not read the block's input plus the output of {attention}; its representations cannot be picked up"
+        )
+
+
+def _hugging_face_blocks(model: nn.Module) -> tuple[list[nn.Module], tuple[str, str, str]]:
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        for names in HUGGING_FACE_FAMILIES.values():
+            if all(isinstance(getattr(block, name, None), nn.Module) for block in module for name in names):
+                return list(module), names
+    known = "; ".join(f"{', '.join(names)} ({family})" for family, names in HUGGING_FACE_FAMILIES.items())
+    raise AnalysisError(f"--hf-model: {type(model).__name__} has no nn.ModuleList of blocks that hold a norm, an "
+                        f"attention and a norm under one of these names: {known}")  # fmt: skip
+
+
+def swin_probes(model: nn.Module) -> list[Probe]:
+    """Of a SwinV2: scmoe_ds.models.swin.SwinMoE, or any model of transformers with Swinv2 stages.
+
+    The representations of one stage have one shape, those of different stages cannot be compared.
+
+    Raises:
+        AnalysisError: no such stages.
+    """
+    stages = [module for module in model.modules() if type(module).__name__ == "Swinv2Stage"]
+    if not stages:
+        raise AnalysisError(f"{type(model).__name__} has no Swinv2Stage of transformers; only SwinV2 is known")
+    probes = []
+    for stage, module in enumerate(stages, start=1):
+        blocks = list(cast(nn.ModuleList, module.blocks))
+        probes.append(Probe(Representation("input", 0, stage), ((blocks[0], "input"),)))
+        for number, block in enumerate(blocks):
+            feed = block.get_submodule("intermediate")
+            is_moe = any("expert" in name for name, _ in feed.named_modules())
+            probes.append(Probe(Representation("attention", number, stage), ((feed, "input"),)))
+            probes.append(Probe(Representation("mlp", number, stage, is_moe), ((block, "output"),)))
+    return probes

@@ -1,0 +1,101 @@
+"""Records of analyses: JSON files, and the figures that can be made from them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.checkpoint.files import write_whole
+
+KINDS = ("similarity", "gating", "gradients")
+
+
+def heading(kind: str, command: str | None = None) -> dict[str, Any]:
+    """What every record begins with: its kind, the command, versions and date."""
+    if command is None:
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    packages = {name: _version(name) for name in ("scmoe_ds", "torch", "deepspeed", "transformers")}
+    return {
+        "kind": kind,
+        "command": command,
+        "versions": {"python": platform.python_version(), **packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "date": date.today().isoformat(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check_output(path: str) -> None:
+    """
+    Raises:
+        AnalysisError: --output is no .json file in a directory that is there and can be written.
+    """
+    out = Path(path)
+    if out.suffix != ".json":
+        raise AnalysisError(f"--output {out}: must end in .json; the figure gets the same name with .png")
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise AnalysisError(f"--output {out} cannot be written: name a file in a directory that is there")
+
+
+def save(record: dict[str, Any], path: str) -> list[Path]:
+    """Writes a record, and its figure beside it; returns both paths.
+
+    Raises:
+        AnalysisError: they cannot be written.
+    """
+    out = Path(path)
+    try:
+        # Not a number is no JSON: a value that does not exist has to be null already.
+        write_whole(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise AnalysisError(f"--output {out} cannot be written ({error})") from None
+    return [out, draw(record, out)]
+
+
+def draw(record: dict[str, Any], json_path: Path) -> Path:
+    """Writes a record's figure beside its JSON file."""
+    from scmoe_ds.analysis import figures  # matplotlib takes a second to import
+
+    drawn = {"similarity": figures.similarity, "gating": figures.gating, "gradients": figures.gradients}
+    picture = json_path.with_suffix(".png")
+    try:
+        drawn[record["kind"]](record).savefig(picture, dpi=150)
+    except OSError as error:
+        raise AnalysisError(f"{picture} cannot be written ({error})") from None
+    return picture
+
+
+def redraw(path: str, kind: str) -> Path:
+    """Makes the figure of a record anew.
+
+    Raises:
+        AnalysisError: not a record of that kind.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AnalysisError(f"--from-json {path} cannot be read as JSON: {error}") from None
+    found = record.get("kind") if isinstance(record, dict) else None
+    if found != kind:
+        remedy = f'; use the sub-command "{found}"' if found in KINDS else ", which analyze_gpt_scmoe.py writes"
+        raise AnalysisError(f'--from-json {path} is no record of "{kind}"{remedy}')
+    try:
+        return draw(record, Path(path))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise AnalysisError(f"--from-json {path} is incomplete ({type(error).__name__}: {error}); run the analysis "
+                            "again") from None  # fmt: skip

@@ -1,0 +1,150 @@
+"""Models that can be analysed, with what an analysis has to know of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.analysis.probes import Probe, check_hugging_face, gpt_probes, hugging_face_probes, swin_probes
+from scmoe_ds.inference import arguments
+from scmoe_ds.inference.arguments import Loaded
+from scmoe_ds.inference.model import DTYPES
+from scmoe_ds.models.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode.
+
+    Attributes:
+        probes: where its representations are.
+        run: a forward pass without a language model's logits, over a batch on its device.
+        device: of its parameters.
+        moe_blocks: (stage, block) of every MoE layer; of a dense model: where an MoE would be.
+        distance: blocks between a shortcut's tap and its MoE.
+        trained: position of the shortcut that all MoE layers were trained with; None: there is no such one.
+        check: raises an AnalysisError if a batch shows that the probes are not what they are meant to be.
+        context: most tokens of a sequence; None: of images.
+        vocab_size: token ids are below it; 0: of images.
+    """
+
+    probes: list[Probe]
+    run: Callable[[Tensor], object]
+    device: torch.device
+    moe_blocks: list[tuple[int, int]]
+    distance: int = 1
+    check: Callable[[Tensor], None] = lambda batch: None
+    context: int | None = None
+    vocab_size: int = 0
+    trained: str | None = None
+
+
+def moe_blocks(num_blocks: int, moe_every: int) -> list[tuple[int, int]]:
+    """The last of every `moe_every` blocks.
+
+    Raises:
+        AnalysisError: fewer blocks than that.
+    """
+    found = [(0, block) for block in range(moe_every - 1, num_blocks, moe_every)]
+    if not found:
+        raise AnalysisError(f"--moe-every {moe_every}: the model has {num_blocks} blocks; give at most that")
+    return found
+
+
+def gpt_subject(model: GPT, moe_every: int | None = None) -> Subject:
+    """This package's GPT.
+
+    Args:
+        moe_every: another frequency of MoE layers than the model's, to ask what a shortcut would connect.
+    """
+    settings, config = model.settings, model.config
+    blocks = moe_blocks(settings.num_layers, moe_every or config.moe_every)
+    is_trained = config.has_shortcut and config.first_layer_position in (None, config.position)
+    return Subject(gpt_probes(model), model.hidden_states, model.embedding.weight.device, blocks,
+                   config.shortcut_distance, context=settings.max_position_embeddings,
+                   vocab_size=settings.vocab_size,
+                   trained=config.position if is_trained else None)  # fmt: skip
+
+
+def hugging_face_subject(model: Any, moe_every: int | None = None) -> Subject:
+    """A causal language model of transformers.
+
+    Args:
+        moe_every: where an MoE layer would be; None: where they are, in a dense model in every second block.
+
+    Raises:
+        AnalysisError: an unknown family.
+    """
+    probes = hugging_face_probes(model)
+    model.eval()
+
+    def run(tokens: Tensor) -> object:
+        return model.base_model(tokens, use_cache=False)
+
+    weight = model.get_input_embeddings().weight
+    context = getattr(model.config, "max_position_embeddings", None)
+    found = [(0, probe.representation.block) for probe in probes if probe.representation.is_moe]
+    blocks = found if found and moe_every is None else moe_blocks(len(probes) // 2, moe_every or 2)
+    return Subject(probes, run, weight.device, blocks,
+                   check=lambda batch: check_hugging_face(model, lambda: run(batch)), context=context,
+                   vocab_size=weight.shape[0])  # fmt: skip
+
+
+def swin_subject(model: nn.Module) -> Subject:
+    """A SwinV2 of this package or of transformers; batches are images [B, C, S, S].
+
+    The MoE layers of a dense SwinV2 would be in every second block of stages 3 and 4, as in scmoe_ds.models.swin.
+    """
+    probes = swin_probes(model)
+    model.eval()
+    outputs = [probe.representation for probe in probes if probe.representation.kind == "mlp"]
+    found = [(each.stage, each.block) for each in outputs if each.is_moe]
+    blocks = found or [(each.stage, each.block) for each in outputs if each.stage > 2 and each.block % 2]
+    return Subject(probes, cast(Callable[[Tensor], object], model), next(model.parameters()).device, blocks)
+
+
+def open_gpt(args: argparse.Namespace, path: str) -> Loaded:
+    """A checkpoint or export for one process; flags as those of `generate_gpt_scmoe.py`.
+
+    Raises:
+        ArgumentError, CheckpointError, DataError, ScMoEConfigError: what a user can mend.
+    """
+    flags = {name: getattr(args, name) for name in ("dtype", "tokenizer_type", "tokenizer_model", "vocab_file",
+                                                    "merge_file")}  # fmt: skip
+    alone = {"moe_expert_parallel_size": 1, "tensor_model_parallel_size": 1, "distributed_timeout_minutes": 10.0}
+    return arguments.load(argparse.Namespace(load=path, enable_expert_tensor_parallelism=False, **alone, **flags))
+
+
+def open_hugging_face(directory: str, dtype: str | None, device: torch.device) -> Any:
+    """A causal model from a local directory; nothing is downloaded.
+
+    Raises:
+        AnalysisError: no such directory, or none that transformers can load.
+    """
+    local_directory(directory)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AnalysisError(f"--hf-model {directory} does not load as a causal language model: {reason}") from None
+    return model.to(device=device, dtype=DTYPES[dtype] if dtype else None).eval()
+
+
+def local_directory(directory: str) -> Path:
+    """
+    Raises:
+        AnalysisError: --hf-model is none.
+    """
+    if not Path(directory).is_dir():
+        raise AnalysisError(f"--hf-model {directory} is not a local directory; save the model with transformers' "
+                            "save_pretrained and give that directory: names on a hub are not downloaded")  # fmt: skip
+    return Path(directory)

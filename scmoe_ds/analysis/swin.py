@@ -1,0 +1,93 @@
+"""SwinV2 models and the images that they are analysed on.
+
+Shape suffixes: B images, C channels, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.analysis.subjects import local_directory
+from scmoe_ds.checkpoint import CheckpointError
+from scmoe_ds.checkpoint.convert import open_weights
+from scmoe_ds.checkpoint.names import global_names
+from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.data.images import Digits, ImageFolder
+from scmoe_ds.models.swin import SwinMoE
+from scmoe_ds.models.swin_settings import SwinSettings
+
+
+def open_swin(path: str, device: torch.device) -> SwinMoE:
+    """A checkpoint of pretrain_swin_scmoe.py for one process, without drops.
+
+    Raises:
+        CheckpointError: none, damaged, or of another model.
+    """
+    weights, description = open_weights(Path(path))
+    if "swin" not in description:
+        raise CheckpointError(f"--images goes with a SwinV2; {path} is a checkpoint of another model")
+    free: dict[str, Any] = {
+        "expert_parallel_size": 1,
+        "drop_tokens": False,
+        "min_capacity": 0,
+        "noisy_gate_policy": None,
+        "overlap": {},
+    }
+    config = ScMoEConfig.from_deepspeed({"scmoe": {**description["scmoe"], **free}})
+    model = SwinMoE(SwinSettings(**description["swin"]), config)
+    names = global_names(model)
+    missing = sorted(set(names.values()) - set(weights.names()))
+    if missing:
+        raise CheckpointError(f"{path} has no {missing[0]} (and {len(missing) - 1} others of this model)")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.read(names[name]))
+    return model.to(device).eval()
+
+
+def open_hugging_face_swin(directory: str, device: torch.device) -> nn.Module:
+    """A Swinv2 of transformers from a local directory, without its head; nothing is downloaded.
+
+    Raises:
+        AnalysisError: no such directory, or another model in it.
+    """
+    try:
+        config = json.loads((local_directory(directory) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AnalysisError(f"--hf-model {directory}: its config.json cannot be read ({error})") from None
+    if config.get("model_type") != "swinv2":
+        raise AnalysisError(f'--images goes with a SwinV2; --hf-model {directory} is a "{config.get("model_type")}"')
+    from transformers import Swinv2Model
+
+    model: Any = Swinv2Model.from_pretrained(directory, local_files_only=True)
+    return model.to(device).eval()
+
+
+def image_batches(source: str, model: Any, batch_size: int, max_images: int | None) -> Iterator[Tensor]:
+    """[B, C, S, S] in -1 … 1, scaled to the model's size.
+
+    Args:
+        source: "digits", or a directory of <class>/<image>.
+        model: of `open_swin` or `open_hugging_face_swin`.
+
+    Raises:
+        DataError: no such images.
+    """
+    shape = model.settings if isinstance(model, SwinMoE) else model.config
+    images = Digits(shape.image_size) if source == "digits" else ImageFolder(source, shape.image_size,
+                                                                             shape.num_channels)  # fmt: skip
+    count = len(images) if max_images is None else min(len(images), max_images)
+    for first in range(0, count, batch_size):
+        members = [images[number]["images"] for number in range(first, min(first + batch_size, count))]
+        batch_BCSS = torch.stack(members)
+        if batch_BCSS.shape[1] != shape.num_channels:
+            raise AnalysisError(f"--images {source}: the images have {batch_BCSS.shape[1]} channel(s), the model "
+                                f"{shape.num_channels}")  # fmt: skip
+        yield batch_BCSS

@@ -1,0 +1,107 @@
+"""What a language model reads in an analysis: disjoint sequences of a token stream, in order.
+
+Documents follow each other as in pretraining. A data set stays on disk; a text is tokenized as a whole.
+
+Shape suffixes: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.data.indexed import check_token_range, read_layout
+from scmoe_ds.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenSequences:
+    """Sequences of a stream of tokens.
+
+    Attributes:
+        tokens: [N] ids of any integer dtype; may be memory-mapped.
+        seq_length: tokens of a sequence; what is left over at the end is not read.
+        max_tokens: most tokens to read; None: all.
+        source: flag and file, for errors.
+
+    Raises:
+        AnalysisError: less than one sequence.
+    """
+
+    tokens: np.ndarray
+    seq_length: int
+    max_tokens: int | None
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < self.seq_length:
+            raise AnalysisError(f"--max-tokens {self.max_tokens}: less than one sequence of {self.seq_length} tokens; "
+                                "raise it, or give a smaller --seq-length")  # fmt: skip
+        if len(self.tokens) < self.seq_length:
+            raise AnalysisError(f"{self.source} has {len(self.tokens)} tokens, less than one sequence of "
+                                f"{self.seq_length}; give more text, or a smaller --seq-length")  # fmt: skip
+
+    def __len__(self) -> int:
+        available = len(self.tokens) if self.max_tokens is None else min(len(self.tokens), self.max_tokens)
+        return available // self.seq_length
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """[B, S] int64; the last one may have fewer rows."""
+        for first in range(0, len(self), batch_size):
+            last = min(first + batch_size, len(self))
+            block = self.tokens[first * self.seq_length : last * self.seq_length].astype(np.int64)
+            yield torch.from_numpy(block).view(last - first, self.seq_length)
+
+    def labelled_batches(self, batch_size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `count` full batches of tokens and next tokens, each [B, S] int64.
+
+        Raises:
+            AnalysisError: fewer of them.
+        """
+        per_batch = batch_size * self.seq_length
+        available = (min(len(self) * self.seq_length, len(self.tokens) - 1)) // per_batch
+        if available < count:
+            raise AnalysisError(f"{self.source} has {available} micro-batches of {batch_size} sequences of "
+                                f"{self.seq_length} tokens, but {count} are asked for; give more text, or lower "
+                                "--micro-batches, --batch-size or --seq-length")  # fmt: skip
+        for number in range(count):
+            begin = number * per_batch
+            block = torch.from_numpy(self.tokens[begin : begin + per_batch + 1].astype(np.int64))
+            yield block[:-1].view(batch_size, -1), block[1:].reshape(batch_size, -1)
+
+
+def read_data_set(prefix: str, vocab_size: int) -> np.ndarray:
+    """The tokens of `<prefix>.bin` in order, memory-mapped.
+
+    Raises:
+        DataError: files that are missing or damaged, or ids outside of the vocabulary.
+    """
+    layout = read_layout(prefix)
+    check_token_range(layout, vocab_size)
+    return np.memmap(prefix + ".bin", dtype=layout.dtype, mode="r")
+
+
+def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """The tokens of a UTF-8 text file.
+
+    Raises:
+        AnalysisError: a file that cannot be read, or a tokenizer of another model.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnalysisError(f"--text-file {path} cannot be read as UTF-8 text: {error}") from None
+    tokens = np.array(tokenizer.tokenize(text), dtype=np.int32)
+    if text and not len(tokens):  # transformers makes an empty tokenizer of a directory without one
+        raise AnalysisError(f"--tokenizer-type {tokenizer.name} finds no token in --text-file {path}: its vocabulary "
+                            "is empty; name the model's tokenizer with --tokenizer-type and its files")  # fmt: skip
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        raise AnalysisError(f"--tokenizer-type {tokenizer.name} gives token {int(tokens.max())}, but the model has "
+                            f"{vocab_size} tokens: name the tokenizer that it was trained with")  # fmt: skip
+    return tokens
