@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 import scmoe_ds
 from scmoe_ds import checkpoint
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.arguments import ArgumentError, comparable, gpt_settings
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.corpus import prepare_default_corpus, validation_entropy
@@ -36,8 +38,8 @@ from scmoe_ds.program import run_program
 from scmoe_ds.step_health import TrainingError
 from scmoe_ds.training import RunSettings, Summary, Trainer
 
-USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError, RankDisagreementError,
-               TrainingError)  # fmt: skip
+USER_ERRORS = (AnalysisError, ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError,
+               RankDisagreementError, TrainingError)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +77,8 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
 
     iteration, consumed_samples = checkpoint.load(engine, source)
+    if args.log_gating_interval:
+        GatingMonitor(engine, args.log_gating_interval)
     if dist.get_rank() == 0:
         print(f"training {config.architecture} from iteration {iteration} to {args.train_iters} on {ranks} "
               f"{'GPU' if torch.cuda.is_available() else 'CPU'} process(es), expert-parallel size "

@@ -34,8 +34,9 @@ def check_rates(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Raises an ArgumentError for a flag of the training loop that is out of range."""
-    check_lowest(args, 1, ("log_interval", "eval_interval", "eval_iters", "tensor_model_parallel_size",
-                           "save_interval", "exit_interval", "scmoe_trace", "keep_last"))  # fmt: skip
+    check_lowest(args, 1, ("log_interval", "log_gating_interval", "eval_interval", "eval_iters",
+                           "tensor_model_parallel_size", "save_interval", "exit_interval", "scmoe_trace",
+                           "keep_last"))  # fmt: skip
     check_lowest(args, 0, ("train_iters", "num_workers", "seed"))
     for name in ("distributed_timeout_minutes", "exit_duration_in_mins"):
         value = getattr(args, name)

@@ -97,6 +97,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exit-duration-in-mins", type=float, help="save and stop after so many minutes")
     group.add_argument("--exit-interval", type=int, help="save and stop at an iteration that this divides")
     group.add_argument("--log-interval", type=int, default=100, help="iterations per log line")
+    group.add_argument("--log-gating-interval", type=int, help="iterations between the gates' choices (paper figure 9) "
+                       "that go to DeepSpeed's monitors; default: never")  # fmt: skip
     group.add_argument("--eval-interval", type=int, default=1000, help="iterations per validation")
     group.add_argument("--eval-iters", type=int, default=100, help="batches per validation")
     group.add_argument("--save", help="directory of checkpoints; default: none are written")

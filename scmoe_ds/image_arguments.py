@@ -62,8 +62,9 @@ def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.N
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: each must be at least 1")
     check_rates(args, ("drop_path_rate", "hidden_dropout", "attention_dropout"))
     check_training(args)
-    if args.tensor_model_parallel_size > 1 or args.recompute_granularity:
-        raise ArgumentError("--tensor-model-parallel-size and --recompute-granularity are for the GPT; leave them out")
+    if args.tensor_model_parallel_size > 1 or args.recompute_granularity or args.log_gating_interval:
+        raise ArgumentError("--tensor-model-parallel-size, --recompute-granularity and --log-gating-interval are for "
+                            "the GPT; leave them out")  # fmt: skip
     return args, *read_section(args)
 
 

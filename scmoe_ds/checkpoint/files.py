@@ -109,13 +109,26 @@ def remedy(directory: Path, flag: str = "--load") -> str:
     return f"Name an earlier checkpoint in {directory.parent}/latest, or resume with --auto-resume, which looks for one"
 
 
+def read_manifest(directory: Path, flag: str) -> dict[str, FileEntry]:
+    """Size and checksum of each file.
+
+    Raises:
+        DamagedCheckpointError: missing, unreadable, or of an earlier version, which knew sizes only.
+    """
+    manifest = read_json(directory / MANIFEST_FILE, flag)
+    if not all(isinstance(expected, dict) for expected in manifest.values()):
+        raise DamagedCheckpointError(f"{flag} {directory}: {MANIFEST_FILE} has no checksums; an earlier version of "
+                                     f"scmoe_ds wrote it, or it is damaged. {remedy(directory, flag)}")  # fmt: skip
+    return manifest
+
+
 def read_description(directory: Path, name: str, flag: str) -> dict:
     """The checked content of a description; a directory without a manifest has none.
 
     Raises:
         DamagedCheckpointError: not all there, or not what was written.
     """
-    manifest = read_json(directory / MANIFEST_FILE, flag)
+    manifest = read_manifest(directory, flag)
     description = read_json(directory / name, flag)
     _check_size(directory, name, manifest.get(name), flag)
     _check_content(directory, name, manifest[name], flag)
@@ -133,7 +146,7 @@ def verify(directory: Path, flag: str, contents: bool = True) -> None:
     """
 
     def verify_share() -> None:
-        manifest = read_json(directory / MANIFEST_FILE, flag)
+        manifest = read_manifest(directory, flag)
         for name, expected in manifest.items():
             _check_size(directory, name, expected, flag)
         if not contents:
