@@ -267,7 +267,8 @@ def markdown(record: dict[str, Any]) -> str:
              f"{where['commit']}; {record['dtype']} ({record['file_dtype']} in the file), {record['rounds']} rounds of "
              f"{record['tokens']} tokens; room for {record['places']} experts (top-2: twice as many).", "",
              "| | ms per pair of blocks | against resident, % | of offload's extra time removed, %; window / "
-             "migration | peak memory, GB | of resident | experts used / found there / guessed right | same text |",
+             "migration | peak memory, GB | of resident | experts used / found there / migrated / guessed / "
+             "guessed right | same text |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for entry in record["rows"]:
         counts = entry["counts"]
@@ -275,13 +276,28 @@ def markdown(record: dict[str, Any]) -> str:
         limit = f"; {entry['window_ms']:.1f} / {entry['migration_ms']:.1f} ms = {most:.0f} %" * bool(
             entry["removed_percent"]
         )
-        used = f"{counts['used']} / {counts['hits']} / {counts['confirmed']}" if counts else "–"
+        names = ("used", "hits", "migrations", "predicted", "confirmed")
+        used = " / ".join(str(counts[name]) for name in names) if counts else "–"
         lines.append(
             f"| {entry['row']} | {spread(entry['pair_ms'], 2)} | {spread(entry['extra_percent'], 0)} | "
             f"{spread(entry['removed_percent'], 0)}{limit} | {entry['peak_bytes'] / 1e9:.2f} | "
             f"{entry['memory_of_resident']:.2f} | {used} | {'yes' if entry['same_text'] else 'NO'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def models(args: argparse.Namespace, file_dtype: str) -> Iterator[tuple[str, bool, Path]]:
+    """The rows' name, whether it is a standard MoE, and an export of it; one at a time, several would not fit."""
+    for path in map(Path, args.exports):
+        architecture = TrainedModel.open(path, contents=False).config.architecture
+        yield architecture, architecture == "topk", path
+    families = [("ScMoE " + position, "scmoe", position) for position in args.positions]
+    families += [("top-2", "topk", "pos2")] if args.standard else []
+    for family, architecture, position in families if not args.exports else []:
+        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+            path = Path(scratch) / "model"
+            write_model(args.shape, architecture, position, file_dtype, path)
+            yield family, architecture == "topk", path
 
 
 def main() -> None:
@@ -296,32 +312,31 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--scratch", type=Path, help="where the models are written; default: the temporary directory")
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
+    parser.add_argument("--exports", nargs="+", default=[], help="trained models instead of random weights, each in "
+                        "rows of its own")  # fmt: skip
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(json.loads(args.worker))
         return
-    families = [("ScMoE " + position, "scmoe", position) for position in args.positions]
-    families += [("top-2", "topk", "pos2")] if args.standard else []
     entries: list[dict[str, Any]] = []
     file_dtype = args.file_dtype or args.dtype
-    for family, architecture, position in families:  # one at a time: several would not fit
-        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-            path = Path(scratch) / "model"
-            write_model(args.shape, architecture, position, file_dtype, path)
-            standard = architecture == "topk"
-            flags = {"path": str(path), "dtype": args.dtype, "places": args.places * (1 + standard)}
-            modes = [*MODES, GUESSED] if standard else MODES
-            entries += table(measure(flags, modes, args.rounds, args.tokens), family)
+    for family, standard, path in models(args, file_dtype):
+        flags = {"path": str(path), "dtype": args.dtype, "places": args.places * (1 + standard)}
+        modes = [*MODES, GUESSED] if standard else MODES
+        entries += table(measure(flags, modes, args.rounds, args.tokens), family)
     tier = "pinned host memory" if torch.cuda.is_available() else "a file, past the page cache"
     record = {"command": "python -m benchmarks.offload " + " ".join(sys.argv[1:]), "environment": environment(),
-              "model": SHAPES[args.shape][1], "tier": tier, "dtype": args.dtype, "file_dtype": file_dtype,
+              "model": "trained models" if args.exports else SHAPES[args.shape][1], "tier": tier,
+              "dtype": args.dtype, "file_dtype": file_dtype,
               "rounds": args.rounds, "tokens": args.tokens, "places": args.places, "rows": entries}  # fmt: skip
     text = markdown(record)
     print(text)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        name = f"offload_{args.shape}" + (f"_{file_dtype}_file" if file_dtype != args.dtype else "")
+        name = f"offload_{'trained' if args.exports else args.shape}" + (
+            f"_{file_dtype}_file" if file_dtype != args.dtype else ""
+        )
         (args.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         (args.output / f"{name}.md").write_text(text)
 

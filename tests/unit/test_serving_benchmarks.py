@@ -57,7 +57,7 @@ def test_offloaded_rows_say_the_same(tmp_path: Path) -> None:
 
 def test_offload_table() -> None:
     times = {"resident": [10.0, 10.0, 20.0], "offload": [20.0, 30.0, 40.0], "offload-async": [15.0, 15.0, 25.0]}
-    late = {"waited_s": 0.024, "migrations": 2, "used": 3, "hits": 1, "confirmed": 0}
+    late = {"waited_s": 0.024, "migrations": 2, "used": 3, "hits": 1, "predicted": 0, "confirmed": 0}
     found = {
         "times": times,
         "totals": {"resident": {"peak_bytes": 1000, "window_ms": 6.0}, "offload": {"peak_bytes": 500}},
