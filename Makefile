@@ -26,8 +26,9 @@ $(STAMP): requirements.txt requirements-dev.txt
 
 setup: $(STAMP)  ## install everything into .venv
 
+# Two files at a time: many tests wait for processes more than they compute.
 test: $(STAMP)  ## all tests; those that need a GPU skip themselves
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

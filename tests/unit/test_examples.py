@@ -15,6 +15,8 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import fetch_hostfile
 from deepspeed.launcher.runner import parse_args as launcher_arguments
 
+import evaluate_gpt_scmoe
+import generate_gpt_scmoe
 from scmoe_ds.arguments import parse_arguments
 from scmoe_ds.engine import batch_sizes
 from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
@@ -24,6 +26,8 @@ EXAMPLES = ROOT / "examples"
 RUNNABLE = ["replace_moe", "upcycle_gpt2"]
 PROGRAMS = {"pretrain_gpt_scmoe.py": parse_arguments, "pretrain_swin_scmoe.py": parse_image_arguments}
 PAGES = ["README.md", "docs/replace.md", "ds_configs/README.md"]
+SERVING = {"generate_gpt_scmoe.py": generate_gpt_scmoe.build_parser,
+           "evaluate_gpt_scmoe.py": evaluate_gpt_scmoe.build_parser}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -72,10 +76,26 @@ def test_a_command_line_of_a_page_is_accepted(line: str, monkeypatch: pytest.Mon
         swin_settings(args)
 
 
+def serving(page: str) -> list[list[str]]:
+    """Program and flags of a page's command lines that serve a trained model."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))
+    lines = re.findall(
+        r"^(?:\S*python|deepspeed) (?:.* )?((?:generate|evaluate)_gpt_scmoe\.py --.*)$", text, re.MULTILINE
+    )
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/inference.md", "docs/evaluation.md"])
+def test_serving_command_lines_are_accepted(page: str) -> None:
+    assert serving(page)
+    for program, *flags in serving(page):
+        SERVING[program]().parse_args(flags)
+
+
 def test_commands_are_found_where_the_pages_have_them() -> None:
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        assert len(commands(page)) == len(re.findall(r"\.py --", text)) >= 1
+        assert len(commands(page)) + len(serving(page)) == len(re.findall(r"\.py --", text)) >= 1
 
 
 @pytest.mark.parametrize(("name", "slots"), [("hostfile_1x8", [8]), ("hostfile_2x8", [8, 8])])
