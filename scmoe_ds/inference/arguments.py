@@ -108,19 +108,21 @@ def load(args: argparse.Namespace) -> Loaded:
                             f"--load {args.load} {size}: name the tokenizer that it was trained with")  # fmt: skip
     tensor.start(holders)
     try:
-        stores: list[ExpertStore] = []
-        model = _load_model(args, trained, config, stores)
+        model, store = _load_model(args, trained, config)
     except CheckpointError:
         raise
     except ValueError as error:
         raise ArgumentError(str(error)) from None
     set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
     layout = Layout(ranks, holders, config.expert_parallel_size, config.expert_tensor_parallelism)
-    return Loaded(trained, model, config, layout, tokenizer, stores[0] if stores else None)
+    return Loaded(trained, model, config, layout, tokenizer, store)
 
 
-def _load_model(args: argparse.Namespace, trained: TrainedModel, config: ScMoEConfig, stores: list[ExpertStore]) -> GPT:
+def _load_model(args: argparse.Namespace, trained: TrainedModel, config: ScMoEConfig) -> tuple[GPT, ExpertStore | None]:
     dtype, mode = DTYPES[args.dtype or trained.dtype], getattr(args, "experts", "resident")
+    if mode == "resident":
+        return load_model(trained, config, dtype, device()), None
+    stores: list[ExpertStore] = []
 
     def offload(model: GPT) -> None:
         places = 2 * int(config.top_k)
@@ -128,7 +130,8 @@ def _load_model(args: argparse.Namespace, trained: TrainedModel, config: ScMoECo
             places = expert_places(args.expert_cache, expert_bytes(model, dtype))
         stores.append(offload_experts(model, trained, mode, places, dtype, device(), args.expert_tier))
 
-    return load_model(trained, config, dtype, device(), None if mode == "resident" else offload)
+    model = load_model(trained, config, dtype, device(), offload)
+    return model, stores[0]
 
 
 def expert_places(text: str, each_bytes: int) -> int:

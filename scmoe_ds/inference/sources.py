@@ -104,8 +104,8 @@ class DiskExperts:
     """Experts in the files of an export (safetensors), read by threads past the page cache.
 
     The file is not mapped into memory: a mapping counts as resident, and a file that is cut short ends a process that
-    reads its mapping. Reading directly (O_DIRECT) takes a tenth of the processor time and comes at twice the rate; a
-    file system without it is read the ordinary way.
+    reads its mapping. Reading directly (O_DIRECT) leaves the processor to the computation; a file system without it
+    is read the ordinary way.
 
     An export may be of another dtype than the model, and is converted as it arrives: bf16 experts that are computed in
     fp32 migrate in half the time.
