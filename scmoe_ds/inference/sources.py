@@ -5,6 +5,7 @@ A source copies one expert into tensors that it is given and returns at once; wh
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -173,13 +174,18 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._direct = getattr(os, "O_DIRECT", 0)
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            self._open()
         except OSError:
+            self._direct = 0
             try:
-                self._descriptor = os.open(path, os.O_RDONLY)
+                self._open()
             except OSError as error:
                 raise self._error(f"cannot be opened ({error.strerror})") from None
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self._path, os.O_RDONLY | self._direct)
 
     def check(self, end: int) -> None:
         found = os.fstat(self._descriptor).st_size
@@ -193,6 +199,10 @@ class _File:
             try:
                 count = os.preadv(self._descriptor, [buffer[got:whole]], offset + got)
             except OSError as error:
+                if self._direct and error.errno == errno.EINVAL:  # some file systems open so, and then read otherwise
+                    self._direct = 0
+                    self._open()
+                    continue
                 raise self._error(f"cannot be read at byte {offset + got} ({error.strerror})") from None
             if count == 0:
                 raise self._error(f"ends at byte {offset + got}, {wanted - got} bytes before the end of an expert")

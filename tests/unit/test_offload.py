@@ -219,6 +219,39 @@ def test_missing_and_short_files(export: Path, capsys: pytest.CaptureFixture[str
         DiskExperts(export, ["x.weight"])
 
 
+def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that refuse to open so, and those that refuse to read so: the same experts."""
+    tokens = torch.randint(384, (3, 20), generator=torch.Generator().manual_seed(2))
+    wanted, original_open, original_read = serve(export, "resident")[0](tokens).logits, os.open, os.preadv
+    refused: list[str] = []
+    direct: set[int] = set()
+
+    def refuse_to_open(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            refused.append("open")
+            raise OSError(22, "Invalid argument")
+        return original_open(path, flags, *rest)
+
+    def note(path: Path, flags: int, *rest: int) -> int:
+        descriptor = original_open(path, flags, *rest)
+        if flags & os.O_DIRECT:
+            direct.add(descriptor)
+        return descriptor
+
+    def refuse_to_read(descriptor: int, *rest: Any) -> int:
+        if descriptor in direct:
+            refused.append("read")
+            raise OSError(22, "Invalid argument")
+        return original_read(descriptor, *rest)
+
+    monkeypatch.setattr(os, "open", refuse_to_open)
+    assert torch.equal(serve(export, "offload", 2)[0](tokens).logits, wanted)
+    monkeypatch.setattr(os, "open", note)
+    monkeypatch.setattr(os, "preadv", refuse_to_read)
+    assert torch.equal(serve(export, "offload-async", 2)[0](tokens).logits, wanted)
+    assert {"open", "read"} == set(refused)
+
+
 def test_checkpoint_that_is_no_export(export: Path) -> None:
     with pytest.raises(CheckpointError, match=r"convert_checkpoint\.py export"):
         DiskExperts(export.parent, [])
