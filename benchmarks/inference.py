@@ -25,6 +25,7 @@ from benchmarks import tables
 from benchmarks.block import Bench, on_two_nodes, write
 from benchmarks.link import find_rate
 from benchmarks.measure import Spread, interleave, over_ranks
+from benchmarks.serving_figures import speedups
 from benchmarks.variants import AGAIN, SHAPES, LocalCopy, Shape, baseline, one_primitive
 from scmoe_ds.config import OverlapConfig, ScMoEConfig
 from scmoe_ds.engine import expert_parallel_rank
@@ -220,7 +221,7 @@ def main() -> None:
     text = markdown(record)
     print(text)
     if args.output:
-        write(args.output, f"inference_{round(100 * args.share)}", record, text)
+        write(args.output, f"inference_{round(100 * args.share)}", record, text, speedups(record))
 
 
 if __name__ == "__main__":

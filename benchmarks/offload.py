@@ -35,7 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.block import write
 from benchmarks.measure import Spread, environment
+from benchmarks.serving_figures import latencies
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.config import ScMoEConfig
@@ -333,12 +335,10 @@ def main() -> None:
     text = markdown(record)
     print(text)
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
         name = f"offload_{'trained' if args.exports else args.shape}" + (
             f"_{file_dtype}_file" if file_dtype != args.dtype else ""
         )
-        (args.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.output / f"{name}.md").write_text(text)
+        write(args.output, name, record, text, latencies(record))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import inference, offload
+from benchmarks import inference, offload, serving_figures
 from benchmarks.variants import Shape
 from scmoe_ds.engine import connect
 from scmoe_ds.inference.phases import PHASES, Phase
@@ -77,3 +77,13 @@ def test_offload_table() -> None:
         **dict.fromkeys(("tier", "model", "command", "dtype", "file_dtype", "rounds", "tokens", "places"), "x"),
     }
     assert "6.0 / 12.0 ms = 50 %" in offload.markdown(record)
+    drawn = serving_figures.latencies(record)
+    assert [len(panel.patches) for panel in drawn.axes] == [3, 3]
+    assert drawn.axes[0].patches[1].get_width() == 30 and drawn.axes[1].patches[0].get_width() == 1000 / 1e9
+
+
+def test_figure_of_speedups() -> None:
+    row = {"row": "ScMoE", "speedup": {"median": 2.0, "p10": 1.5, "p90": 2.25}}
+    record = {"phases": {phase: {"rows": [row, row], "link": {"share": 0.6}} for phase in PHASES}}
+    drawn = serving_figures.speedups(record)
+    assert [[bar.get_width() for bar in panel.patches] for panel in drawn.axes] == [[2.0, 2.0]] * 2
