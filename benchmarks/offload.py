@@ -328,7 +328,8 @@ def main() -> None:
         modes = [*MODES, GUESSED] if standard else MODES
         entries += table(measure(flags, modes, args.rounds, args.tokens), family)
     tier = "pinned host memory" if torch.cuda.is_available() else "a file, past the page cache"
-    record = {"command": "python -m benchmarks.offload " + " ".join(sys.argv[1:]), "environment": environment(),
+    said = " ".join(sys.argv[1:]).replace(f" --scratch {args.scratch}", "")  # where, is no part of the record
+    record = {"command": f"python -m benchmarks.offload {said}", "environment": environment(),
               "model": "trained models" if args.exports else SHAPES[args.shape][1], "tier": tier,
               "dtype": args.dtype, "file_dtype": file_dtype,
               "rounds": args.rounds, "tokens": args.tokens, "places": args.places, "rows": entries}  # fmt: skip
