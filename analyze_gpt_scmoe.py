@@ -1,4 +1,4 @@
-"""Analyses a trained GPT: similarity of representations, choices of gates, gradients. One process.
+"""Analyses a trained GPT: similarity of representations, choices of gates, gradients, feasibility. One process.
 
 python analyze_gpt_scmoe.py similarity --load checkpoints/gpt --data-path data/corpus_text_document \\
     --max-tokens 100000 --output similarity.json
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from scmoe_ds.analysis import gating, gradients, records, similarity, swin
+from scmoe_ds.analysis import feasibility, gating, gradients, records, similarity, swin
 from scmoe_ds.analysis.arguments import parse
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.subjects import (
@@ -47,7 +47,37 @@ USER_ERRORS = (AnalysisError, ArgumentError, CheckpointError, DataError, ScMoECo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Analyses; returns the exit code."""
+    if (flags := list(sys.argv[1:] if argv is None else argv))[:1] == ["feasibility"]:  # needs no process group
+        return _feasibility(flags[1:])
     return run_program("analyze_gpt_scmoe.py", argv, analyze, USER_ERRORS, parse)
+
+
+def feasibility_parser() -> argparse.ArgumentParser:
+    """Flags of `feasibility`."""
+    text = "Would ScMoE pay for a model on a machine? One page, from two files: needs neither of them."
+    parser = argparse.ArgumentParser(prog="analyze_gpt_scmoe.py feasibility", description=text, allow_abbrev=False)
+    parser.add_argument("--similarity", help='a record of the sub-command "similarity" of the model')
+    parser.add_argument("--calibration", help='measured times: a "calibration_file"')
+    parser.add_argument("--output-prefix", help="writes <prefix>.md, <prefix>.html and <prefix>.png")
+    return parser
+
+
+def _feasibility(flags: Sequence[str]) -> int:
+    args = feasibility_parser().parse_args(flags)
+    try:
+        if missing := [name for name, value in vars(args).items() if value is None]:
+            raise ArgumentError(f"--{missing[0].replace('_', '-')} is missing")
+        record = feasibility.read_similarity(args.similarity)
+        kinds = [feasibility.study(*each) for each in feasibility.read_times(args.calibration)]
+        from scmoe_ds.analysis import feasibility_page  # matplotlib takes a second to import
+
+        paths = feasibility_page.write(record, kinds, args.output_prefix)
+    except USER_ERRORS as error:
+        print(f"analyze_gpt_scmoe.py: error: {error}", file=sys.stderr)
+        return 2
+    lines = [f"ScMoE {feasibility.conclude(kind, record['verdict'])[0]}" for kind in kinds]
+    print("\n".join([*lines, *(f"wrote {path}" for path in paths)]), flush=True)
+    return 0
 
 
 def analyze(args: argparse.Namespace) -> None:

@@ -1,0 +1,161 @@
+"""What `feasibility` found, as one page: Markdown with the figure beside it, and HTML that holds the figure."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.analysis.feasibility import MODES, KindStudy, conclude
+from scmoe_ds.overlap.plan_text import schedule_text
+
+Part = tuple[str, Any]  # a tag of HTML ("h1", "h2", "p", "pre", "img") and its text, or "table" and its rows
+_PHASES = ("forward", "backward")
+# Okabe and Ito's colours, as in the other figures.
+_COLOURS = {"attention": "#0072B2", "mlp": "#56B4E9", "shared": "#009E73", "dispatch": "#E69F00", "combine": "#CC79A7"}
+_STYLE = ("body{font:15px sans-serif;max-width:70em;margin:auto}table{border-collapse:collapse}img{max-width:100%}"
+          "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}")  # fmt: skip
+
+
+def _title(position: str) -> str:
+    return f"Pos-{position[-1]}"
+
+
+def _ms(*values: float | None) -> list[str]:
+    return ["" if value is None else f"{value:.2f}" for value in values]
+
+
+def parts(record: dict[str, Any], kinds: list[KindStudy]) -> list[Part]:
+    """The page from top to bottom."""
+    verdict = record["verdict"]
+    named = [f", kind {n} of {len(kinds)} of MoE layers" if len(kinds) > 1 else "" for n in range(1, len(kinds) + 1)]
+    page: list[Part] = [("h1", "Would ScMoE pay?"), ("p", f"Similarity was measured in {record['model']}. Whether the "
+                        "times are of that model, the files do not tell. A JSON has one position for all kinds of MoE "
+                        "layers.")]  # fmt: skip
+    for name, kind in zip(named, kinds, strict=True):
+        page += [("h2", f"Conclusion{name}"), *_conclusion(kind, verdict)]
+    rows = [["position", "mean cosine (measured)", "least (measured)", f"at the threshold {verdict['threshold']}"]]
+    for position, found in verdict["positions"].items():
+        cosines = ["" if found[key] is None else f"{found[key]:.3f}" for key in ("mean", "least")]
+        rows.append([_title(position), *cosines, "passes" if found["passes"] else "does not pass"])
+    page += [("h2", "Similarity"), ("table", rows), *(("p", line) for line in verdict["text"])]
+    for name, kind in zip(named, kinds, strict=True):
+        page += [("h2", f"Times{name}"), *_times(kind), ("h2", f"Predictions{name}"), *_predictions(kind)]
+    return [*page, ("h2", "Windows and communication"), ("img", "window against communication by position, measured")]
+
+
+def _conclusion(kind: KindStudy, verdict: dict[str, Any]) -> list[Part]:
+    word, position, settings = conclude(kind, verdict)
+    found: list[Part] = [("p", f"ScMoE {word}.")]
+    if position is not None:
+        each, least = kind.positions[position].predictions["train"], verdict["positions"][position]["least"]
+        faster = "faster" if each.hidden_ms > each.limits.shared_ms else "not faster"
+        similar = "no MoE layer has such a tap" if least is None else f"the least similar MoE layer has {least:.3f}"
+        if settings and settings["first_layer_position"]:
+            similar += f"; it is the first one, which {_title(settings['first_layer_position'])} suits"
+        found.append(("p", f"{_title(position)}, predicted for training: {each.plan.predicted.hidden_share:.0%} of the "
+                      f"communication hidden, {each.speedups[0]:.2f} × as fast as without overlap, "
+                      f"{each.speedups[1]:.2f} × as fast as top-{kind.top_k + 1} MoE without a shared expert; {faster} "
+                      f"than top-{kind.top_k} without one: {each.hidden_ms:.2f} ms are hidden, the shared expert takes "
+                      f"{each.limits.shared_ms:.2f} ms. Similarity: {similar}."))  # fmt: skip
+    found += [("p", f'{_title(name)} is left out, {each.source}; a "scmoe" calibration at "position": "{name}" has it.')
+              for name, each in kind.positions.items() if not each.predictions]  # fmt: skip
+    return [*found, ("pre", json.dumps({"scmoe": settings}, indent=2))] if settings else found
+
+
+def _times(kind: KindStudy) -> list[Part]:
+    one, times = kind.times.chunks[1], kind.times
+    facts = ", ".join(f"{key}: {value}" for key, value in kind.description.items())
+    named = {"gate": times.gate, "encode": times.encode, **{each.name: each for each in times.backbone}}
+    named |= {"experts": one.experts, "decode": times.decode, "dispatch": one.dispatch, "combine": one.combine}
+    rows = [[name, *_ms(each.forward_ms, each.backward_ms)] for name, each in named.items()]
+    windows = [[_title(n), *_ms(*map(each.window_ms, _PHASES)), each.source] for n, each in kind.positions.items()]
+    sums = " and ".join(f"{kind.communication_ms(phase):.2f} ms {phase}" for phase in _PHASES)
+    return [("p", f"Measured per MoE layer and micro-batch (blocking, median, slowest rank): dispatch and combine take "
+             f"{sums}. {facts}"), ("table", [["operator (measured)", "forward ms", "backward ms"], *rows]),
+            ("p", "The window is the computation between shortcut and join, a sum of measured times."),
+            ("table", [["position", "window forward ms", "window backward ms", "its times"], *windows])]  # fmt: skip
+
+
+def _predictions(kind: KindStudy) -> list[Part]:
+    top, standard = f"top-{kind.top_k}", f"top-{kind.top_k + 1} without shared expert"
+    rows = [f"position|mode|schedule|hidden|ScMoE ms|without overlap ms|speed-up|{standard} ms|speed-up".split("|")]
+    limits = [f"position|mode|hidden ms|to beat {top}: above, ms|longest all-to-all hidden completely, ms".split("|")]
+    for (name, position), mode in itertools.product(kind.positions.items(), MODES):
+        first, totals, limit = [_title(name), "training" if mode == "train" else mode], [""] * 7, [""] * 3
+        if each := position.predictions.get(mode):
+            chosen, (overlap, gain), costs = each.plan.schedule, each.speedups, each.plan.predicted
+            times = _ms(costs.total_ms, each.plan.serial.total_ms, each.standard_ms)
+            totals = [schedule_text(chosen), f"{costs.hidden_share:.0%}", *times[:2], f"{overlap:.2f} ×", times[2],
+                      f"{gain:.2f} ×"]  # fmt: skip
+            limit = _ms(each.hidden_ms, each.limits.shared_ms, each.limits.largest_hidden_ms)
+        rows.append(first + totals)
+        limits.append(first + limit)
+    share = "twice" if kind.top_k == 1 else f"{kind.top_k + 1}/{kind.top_k} of"
+    return [("p", "Predicted, not measured: the times above played through on two lanes, from shortcut to join. Empty: "
+             "an operator was not timed."), ("table", rows),
+            ("p", f"Assumed of {standard}: the same blocks; its dispatch, combine and experts take {share} the "
+             "measured time and block; gate, encode and decode take the measured time."),
+            ("p", f"Break-even: ScMoE is faster than {top} without a shared expert where it hides more communication "
+             "per layer than the shared expert takes. The last column: in one chunk."), ("table", limits)]  # fmt: skip
+
+
+def figure(kinds: list[KindStudy]) -> Figure:
+    """A row per kind of layers, forward and backward: each position's window beside the communication."""
+    drawn = Figure(figsize=(11, 3.6 * len(kinds)), layout="constrained")
+    panels = drawn.subplots(len(kinds), 2, squeeze=False)
+    for (row, kind), (column, phase) in itertools.product(enumerate(kinds), enumerate(_PHASES)):
+        axes, transfers = panels[row][column], [(n, getattr(kind.times.chunks[1], n)) for n in ("dispatch", "combine")]
+        for place, position in enumerate(kind.positions.values()):
+            window = [(each.name.split(" ")[0], each) for each in position.backbone or ()]
+            for shift, stack in ((-0.2, window), (0.2, transfers)):
+                times = [getattr(each, f"{phase}_ms") for _, each in stack]
+                axes.bar([place + shift] * len(stack), times, 0.36, [sum(times[:n]) for n in range(len(times))],
+                         color=[_COLOURS[name] for name, _ in stack], edgecolor="white")  # fmt: skip
+            if not window:
+                axes.text(place - 0.2, 0, " " + position.source, rotation=90, ha="center", va="bottom", fontsize=8)
+        axes.set_xticks(range(len(kind.positions)), map(_title, kind.positions))
+        axes.set(title=f"{phase}: window (left), communication (right), measured", ylabel="ms")
+    drawn.legend([Patch(color=colour) for colour in _COLOURS.values()], _COLOURS, loc="outside lower center", ncols=5)
+    return drawn
+
+
+def _markdown(tag: str, value: Any, picture: str) -> str:
+    if tag == "table":
+        head, *rows = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in value)
+        return "\n".join([head, "|---" * len(value[0]) + "|", *rows])
+    before = {"h1": "# ", "h2": "## ", "pre": "```json\n", "img": "!["}.get(tag, "")
+    return f"{before}{value}" + {"pre": "\n```", "img": f"]({picture})"}.get(tag, "")
+
+
+def _html(tag: str, value: Any, png: bytes) -> str:
+    if tag == "table":
+        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in value]
+        return "<table><tr>" + "</tr>\n<tr>".join([rows[0].replace("td>", "th>"), *rows[1:]]) + "</tr></table>"
+    if tag == "img":
+        return f'<img alt="{html.escape(value)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f"<{tag}>{html.escape(value)}</{tag}>"
+
+
+def write(record: dict[str, Any], kinds: list[KindStudy], prefix: str) -> list[Path]:
+    """Writes <prefix>.md, .html and .png; an AnalysisError if they cannot be written."""
+    picture, page = io.BytesIO(), parts(record, kinds)
+    figure(kinds).savefig(picture, format="png", dpi=120)
+    markdown, web, png = (Path(prefix + suffix) for suffix in (".md", ".html", ".png"))
+    head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ScMoE</title><style>{_STYLE}</style>'
+    body = "\n".join(_html(tag, value, picture.getvalue()) for tag, value in page)
+    try:
+        markdown.write_text("\n\n".join(_markdown(*part, png.name) for part in page) + "\n", encoding="utf-8")
+        web.write_text(f"{head}</head><body>\n{body}\n</body></html>\n", encoding="utf-8")
+        png.write_bytes(picture.getvalue())
+    except OSError as error:
+        raise AnalysisError(f"--output-prefix {prefix} cannot be written ({error})") from None
+    return [markdown, web, png]

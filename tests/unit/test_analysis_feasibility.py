@@ -1,0 +1,194 @@
+"""analyze_gpt_scmoe.py feasibility: numbers against a computation by hand, both pages, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import analyze_gpt_scmoe
+from scmoe_ds.analysis import feasibility
+from scmoe_ds.analysis.feasibility import conclude, settings, study
+from scmoe_ds.overlap.times import OperatorTimes
+
+MS = {"attention": (6, 10), "attention 2": (6, 10), "mlp": (4, 8), "shared": (4, 8)}
+
+
+def part(forward: float, backward: float) -> dict[str, float]:
+    return {"forward_ms": forward, "backward_ms": backward}
+
+
+def entry(*operators: str, transfer: float = 5, experts: float = 3, top_k: int = 1) -> dict[str, Any]:
+    """An entry of a calibration whose four transfers are alike; the gate takes 1 ms, encode and decode none."""
+    moved = part(transfer, transfer)
+    times = {"gate": part(1, 1), "encode": part(0, 0), "decode": part(0, 0),
+             "backbone": [{"name": name, **part(*MS[name])} for name in operators],
+             "chunks": {"1": {"dispatch": moved, "combine": moved, "experts": part(experts, 2 * experts)}}}  # fmt: skip
+    return {"description": {"operators": list(operators), "top_k": top_k, "ranks_that_exchange": 8}, "times": times}
+
+
+def studied(*operators: str, **changes: Any) -> feasibility.KindStudy:
+    made = entry(*operators, **changes)
+    return study(made["description"], OperatorTimes.model_validate(made["times"]))
+
+
+def verdict(**cosines: tuple[float, ...]) -> dict[str, Any]:
+    """Cosines by position, one for each MoE layer (blocks 1, 3, …)."""
+    positions = {}
+    for name in ("pos1", "pos2", "pos3"):
+        found = cosines.get(name, (0.95, 0.95))
+        layers = [{"stage": 0, "block": 2 * n + 1, "cosine": each} for n, each in enumerate(found)]
+        positions[name] = {
+            "layers": layers,
+            "mean": sum(found) / len(found),
+            "least": min(found),
+            "passes": min(found) >= 0.8,
+        }
+    return {"threshold": 0.8, "positions": positions, "text": [f"{name}: a sentence <of> it" for name in positions]}
+
+
+POS2 = ("mlp", "attention", "shared")
+POS3 = ("attention", "mlp", "attention 2", "shared")
+# position: window forward and backward, ScMoE, without overlap, top-2 without shared expert (ms, forward), hidden share,
+# the largest hidden all-to-all (forward).
+FORWARD = {
+    "pos1": (10, 18, 1 + 6 + 3 + 5, 1 + 10 + 3 + 10, 1 + 6 + 2 * (3 + 10), 0.9, 4),
+    "pos2": (14, 26, 1 + 10 + 3 + 5, 1 + 14 + 3 + 10, 1 + 10 + 2 * (3 + 10), 0.9, 4),
+    "pos3": (20, 36, 1 + 20 + 3, 1 + 20 + 3 + 10, 1 + 16 + 2 * (3 + 10), 1.0, 10),
+}
+
+
+@pytest.mark.parametrize("operators", [POS2, POS3])
+@pytest.mark.parametrize("position", FORWARD)
+def test_numbers(position: str, operators: tuple[str, ...]) -> None:
+    kind = studied(*operators)
+    forward_ms, backward_ms, scmoe, serial, standard, hidden, largest = FORWARD[position]
+    found = kind.positions[position]
+    assert (found.window_ms("forward"), found.window_ms("backward")) == (forward_ms, backward_ms)
+    assert ("standing for two" in found.source) == (position == "pos3" and operators == POS2)
+    assert kind.communication_ms("forward") == 10
+    each = found.predictions["forward"]
+    assert each.plan.predicted.total_ms == pytest.approx(scmoe) and each.plan.serial.total_ms == pytest.approx(serial)
+    assert each.standard_ms == pytest.approx(standard)
+    assert each.speedups == pytest.approx((serial / scmoe, standard / scmoe))
+    assert each.plan.predicted.hidden_share == pytest.approx(hidden) and each.hidden_ms == pytest.approx(10 * hidden)
+    assert (each.limits.largest_hidden_ms, each.limits.shared_ms) == (largest, 4)
+
+
+def test_training_and_top_k() -> None:
+    each = studied(*POS3).positions["pos3"].predictions["train"]
+    assert each.plan.predicted.total_ms == pytest.approx(24 + (1 + 36 + 6))
+    assert each.plan.serial.total_ms == pytest.approx(34 + (1 + 36 + 6 + 10))
+    assert each.standard_ms == pytest.approx(43 + (1 + 28 + 2 * (6 + 10))) and each.limits.shared_ms == 12
+    # The standard MoE of a top-2 ScMoE is top-3: one and a half times its transfers and experts.
+    assert studied(*POS3, top_k=2).positions["pos3"].predictions["forward"].standard_ms == pytest.approx(17 + 1.5 * 13)
+
+
+def test_what_was_not_timed_stays_empty() -> None:
+    kind = studied("attention", "shared")
+    assert kind.positions["pos1"].predictions
+    for name in ("pos2", "pos3"):
+        found = kind.positions[name]
+        assert found.source == "not timed: mlp" and not found.predictions and found.window_ms("forward") is None
+    assert conclude(studied("mlp", "attention"), verdict())[0].startswith("cannot be said")
+
+
+def test_conclusion() -> None:
+    assert conclude(studied(*POS2), verdict()) == ("pays", "pos3", {"position": "pos3", "first_layer_position": None})
+    # Pos-3 hides more, but its similarity is too low in more than the first layer.
+    assert conclude(studied(*POS2), verdict(pos3=(0.9, 0.7)))[1] in ("pos1", "pos2")
+    first = conclude(studied(*POS2), verdict(pos3=(0.7, 0.9), pos2=(0.85, 0.9), pos1=(0.9, 0.9)))
+    assert first == ("pays", "pos3", {"position": "pos3", "first_layer_position": "pos1"})
+    low = {"pos1": (0.5, 0.7), "pos2": (0.4, 0.6), "pos3": (0.3, 0.4)}
+    word, position, _ = conclude(studied(*POS2), verdict(**low))
+    assert word.startswith("pays if") and position == "pos1"
+    assert conclude(studied(*POS2, transfer=0), verdict())[0].startswith("does not pay: nothing travels")
+    word, _, chosen = conclude(studied(*POS2, transfer=0.01), verdict())
+    assert word.startswith("does not pay: it is predicted") and chosen is None
+    assert settings("pos2", verdict(pos1=(0.7, 0.9), pos2=(0.7, 0.9), pos3=(0.7, 0.9))) is None
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    whole = {"kind": "similarity", "model": "gpt|2 & co", "verdict": verdict(pos3=(0.91, 0.7))}
+    (tmp_path / "similarity.json").write_text(json.dumps(whole))
+    (tmp_path / "times.json").write_text(json.dumps([entry(*POS2)]))
+    (tmp_path / "kinds.json").write_text(json.dumps([entry("attention", "shared"), entry(*POS2, transfer=7.25)]))
+    (tmp_path / "gating.json").write_text('{"kind": "gating"}')
+    (tmp_path / "broken.json").write_text('{"kind": "similarity", "model": "m"}')
+    (tmp_path / "text.json").write_text("text")
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "no_times.json").write_text('[{"description": {}}]')
+    (tmp_path / "no_description.json").write_text(json.dumps([{"times": {}}]))
+    (tmp_path / "top_k.json").write_text(json.dumps([entry(*POS2) | {"description": {"top_k": "two"}}]))
+    return tmp_path
+
+
+def run(directory: Path, *flags: str) -> int:
+    return analyze_gpt_scmoe.main(["feasibility", *(flag.replace("DIR", str(directory)) for flag in flags)])
+
+
+GOOD = ("--similarity", "DIR/similarity.json", "--calibration", "DIR/times.json", "--output-prefix", "DIR/out")
+
+
+def test_pages(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    was_initialized = dist.is_initialized()
+    assert run(files, *GOOD) == 0
+    assert dist.is_initialized() == was_initialized, "it needs no process group"
+    assert capsys.readouterr().out.startswith("ScMoE pays\nwrote ")
+    text, web = (files / "out.md").read_text(), (files / "out.html").read_text()
+    for number in ("0.805", "0.700", "does not pass", "10.00", "14.00", "20.00", "19.00", "28.00", "37.00",
+                   "90%", "1.47 ×", "1.95 ×", "mlp", "8.00", "Predicted, not measured", "twice"):  # fmt: skip
+        assert number in text and number in web, number
+    assert '"position": "pos' in text and "![" in text and "(out.png)" in text and r"gpt|2 & co" in text
+    assert "gpt|2 &amp; co" in web and "&lt;of&gt;" in web and "data:image/png;base64," in web
+    assert not re.search(r'(src|href)="(?!data:)', web), "nothing outside of the file"
+    assert (files / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_kinds(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(files, *GOOD[:3], "DIR/kinds.json", *GOOD[4:]) == 0
+    assert capsys.readouterr().out.count("ScMoE ") == 2
+    text = (files / "out.md").read_text()
+    for wanted in ("Conclusion, kind 1 of 2", "Conclusion, kind 2 of 2", "7.25", "not timed: mlp", "Pos-2 is left out"):
+        assert wanted in text, wanted
+
+
+def test_command_of_the_page() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "analysis.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"python analyze_gpt_scmoe\.py feasibility (.*)$", page, re.MULTILINE)
+    analyze_gpt_scmoe.feasibility_parser().parse_args(shlex.split(command))
+
+
+BAD = {
+    "no similarity": (GOOD[2:], "--similarity is missing"),
+    "no calibration": ((*GOOD[:2], *GOOD[4:]), "--calibration is missing"),
+    "no prefix": (GOOD[:4], "--output-prefix is missing"),
+    "similarity nowhere": (("--similarity", "DIR/no.json", *GOOD[2:]), "--similarity DIR/no.json cannot be read as JSON"),
+    "similarity no JSON": (("--similarity", "DIR/text.json", *GOOD[2:]), "--similarity DIR/text.json cannot be read as JSON"),
+    "gating": (("--similarity", "DIR/gating.json", *GOOD[2:]), '--similarity DIR/gating.json is no record of "similarity"'),
+    "calibration as record": (("--similarity", "DIR/times.json", *GOOD[2:]), '--similarity DIR/times.json is no record of "similarity"'),
+    "incomplete": (("--similarity", "DIR/broken.json", *GOOD[2:]), "--similarity DIR/broken.json is incomplete"),
+    "calibration nowhere": ((*GOOD[:3], "DIR/no.json", *GOOD[4:]), "--calibration DIR/no.json cannot be read"),
+    "record as calibration": ((*GOOD[:3], "DIR/gating.json", *GOOD[4:]), "--calibration DIR/gating.json is not a calibration"),
+    "empty": ((*GOOD[:3], "DIR/empty.json", *GOOD[4:]), "--calibration DIR/empty.json has no times"),
+    "no times": ((*GOOD[:3], "DIR/no_times.json", *GOOD[4:]), "--calibration DIR/no_times.json is damaged: times"),
+    "no description": ((*GOOD[:3], "DIR/no_description.json", *GOOD[4:]), "has no description"),
+    "top_k": ((*GOOD[:3], "DIR/top_k.json", *GOOD[4:]), "--calibration DIR/top_k.json is damaged: top_k 'two'"),
+    "prefix nowhere": ((*GOOD[:5], "DIR/no/out"), "--output-prefix DIR/no/out cannot be written"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, message = BAD[case]
+    assert run(files, *flags) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("analyze_gpt_scmoe.py: error: ") and errors.count("\n") == 1
+    assert message.replace("DIR", str(files)) in errors
+    assert not (files / "out.md").exists()
