@@ -173,19 +173,19 @@ class _File:
     """A file of an export, open for direct reading where that is possible."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         self._direct = getattr(os, "O_DIRECT", 0)
         try:
-            self._open()
+            self._descriptor = self._open()
         except OSError:
             self._direct = 0
             try:
-                self._open()
+                self._descriptor = self._open()
             except OSError as error:
                 raise self._error(f"cannot be opened ({error.strerror})") from None
 
-    def _open(self) -> None:
-        self._descriptor = os.open(self._path, os.O_RDONLY | self._direct)
+    def _open(self) -> int:
+        return os.open(self._path, os.O_RDONLY | self._direct)
 
     def check(self, end: int) -> None:
         found = os.fstat(self._descriptor).st_size
@@ -195,18 +195,29 @@ class _File:
     def read(self, offset: int, wanted: int, buffer: memoryview) -> None:
         """Fills the first `wanted` bytes and perhaps more; offset and buffer begin at a page."""
         whole, got = -(-wanted // PAGE_BYTES) * PAGE_BYTES, 0
+        descriptor = self._descriptor
         while got < wanted:
             try:
-                count = os.preadv(self._descriptor, [buffer[got:whole]], offset + got)
+                count = os.preadv(descriptor, [buffer[got:whole]], offset + got)
             except OSError as error:
-                if self._direct and error.errno == errno.EINVAL:  # some file systems open so, and then read otherwise
-                    self._direct = 0
-                    self._open()
+                if error.errno == errno.EINVAL and (other := self._without_direct_reads()) != descriptor:
+                    descriptor = other
                     continue
                 raise self._error(f"cannot be read at byte {offset + got} ({error.strerror})") from None
             if count == 0:
                 raise self._error(f"ends at byte {offset + got}, {wanted - got} bytes before the end of an expert")
             got += count
+
+    def _without_direct_reads(self) -> int:
+        """The file opened the ordinary way: some file systems open it directly and then refuse to read so.
+
+        Several threads may find that out at the same time.
+        """
+        with self._lock:
+            if self._direct:
+                self._direct = 0
+                self._descriptor = self._open()
+            return self._descriptor
 
     def _error(self, what: str) -> ExpertFileError:
         return ExpertFileError(f"{self._path} {what}. Export the checkpoint again, or run with --experts resident")
