@@ -57,7 +57,6 @@ class _Slot:
         self.module = module.eval().requires_grad_(False)
         self.tensors: dict[str, Tensor] = dict(module.named_parameters())
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        self.key: ExpertKey | None = None
         self.arrival: Arrival | None = None
         self.last_use: torch.cuda.Event | None = None
 
@@ -164,12 +163,12 @@ class ExpertStore:
         self._guessed.discard(key)
         if slot.arrival is not None:  # still coming: what is written next must come after it
             slot.arrival.wait()
-        slot.key = slot.arrival = None
+        slot.arrival = None
         return slot
 
     def _start(self, key: ExpertKey, slot: _Slot) -> None:
         into = {name: slot.tensors[part] for part, name in self._names(key).items()}
-        slot.key, slot.arrival = key, self._source.load(into, slot.last_use)
+        slot.arrival = self._source.load(into, slot.last_use)
         self._held[key] = slot
         self.counts.migrations += 1
         self.counts.migrated_bytes += slot.nbytes
