@@ -24,11 +24,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from matplotlib.figure import Figure
 
 from benchmarks.measure import environment
 from benchmarks.quality_record import Plan, QualityError, Record, load_plan
@@ -118,13 +121,14 @@ class Crew:
     def _task(self, variant: str, seed: int, directory: Path) -> Task:
         config = directory / "deepspeed.json"
         config.write_text(json.dumps(self.plan.deepspeed(variant), indent=1) + "\n", encoding="utf-8")
-        flags = [*self.plan.model_flags, "--deepspeed_config", str(config), "--seed", str(seed),
+        flags = [*self.plan.model_flags(variant), "--deepspeed_config", str(config), "--seed", str(seed),
                  "--data-path", self.corpus.prefix, "--split", self.corpus.split, *self.corpus.tokenizer_flags,
                  # A cache of its own: runs at the same time would write one file.
                  "--data-cache-path", str(directory / "cache"),
                  "--save", str(directory / "checkpoints"), "--keep-last", "1", "--auto-resume"]  # fmt: skip
         sizes = self.plan.preset["evaluation"]
-        return Task(flags, sizes["sequences"], sizes["batch_size"], str(directory / "result.json"))
+        return Task(flags, sizes["sequences"], sizes["batch_size"], sizes.get("similarity_sequences", 0),
+                    str(directory / "result.json"))  # fmt: skip
 
     def _wait(self, task: Path, stream: IO[str]) -> int:
         alone = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
@@ -171,20 +175,40 @@ def locked(directory: Path) -> Iterator[int]:
         yield stream.fileno()
 
 
-def save_tables(record: Record, output: Path) -> None:
-    """`output` with .md and .png in place of its suffix."""
-    text = markdown(record.content)
-    print(text)
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
-    figure(record.content).savefig(output.with_suffix(".png"), dpi=110)
+@dataclass(frozen=True)
+class Benchmark:
+    """A program of this kind.
+
+    Attributes:
+        name: of its module.
+        text: of its --help.
+        settings: default of --settings.
+        markdown, figure: made of a record's content.
+    """
+
+    name: str
+    text: str | None
+    settings: Path
+    markdown: Callable[[dict[str, Any]], str]
+    figure: Callable[[dict[str, Any]], Figure]
+
+    def save_tables(self, record: Record, output: Path) -> None:
+        """`output` with .md and .png in place of its suffix."""
+        text = self.markdown(record.content)
+        print(text)
+        output.with_suffix(".md").write_text(text, encoding="utf-8")
+        self.figure(record.content).savefig(output.with_suffix(".png"), dpi=110)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", type=Path, default=Path(__file__).with_suffix(".json"), help="variants and sizes")
+def parse(benchmark: Benchmark, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of such a program."""
+    short_name = benchmark.settings.stem
+    parser = argparse.ArgumentParser(prog=f"python -m {benchmark.name}", description=benchmark.text,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--settings", type=Path, default=benchmark.settings, help="variants and sizes")
     parser.add_argument("--preset", default="cpu", help="sizes in --settings")
     parser.add_argument("--output", help="path of record, table and figure, without suffix (default: "
-                        "data/quality/PRESET/quality)")  # fmt: skip
+                        f"data/quality/PRESET/{short_name})")  # fmt: skip
     parser.add_argument("--work-dir", type=Path, default=Path("data/quality"), help="corpus, checkpoints, logs")
     parser.add_argument("--seeds", type=_seed, nargs="+", default=[1, 2, 3], help="in this order")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="only variants whose name has a PART")
@@ -208,7 +232,7 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def measure(args: argparse.Namespace, command: str) -> int:
+def measure(benchmark: Benchmark, args: argparse.Namespace, command: str) -> int:
     """Runs what the record lacks; 0 if all that was asked for is finished, otherwise 1.
 
     Raises:
@@ -218,7 +242,7 @@ def measure(args: argparse.Namespace, command: str) -> int:
     plan = load_plan(args.settings, args.preset)
     variants = plan.select(args.only)
     work = args.work_dir.resolve() / args.preset
-    output = Path(args.output or work / "quality")
+    output = Path(args.output or work / benchmark.settings.stem)
     output.parent.mkdir(parents=True, exist_ok=True)
     with locked(work) as inherited:
         corpus = prepare_corpus(work / "corpus", CorpusSettings(**plan.preset["corpus"]))
@@ -230,30 +254,36 @@ def measure(args: argparse.Namespace, command: str) -> int:
         crew = Crew(plan, corpus, record, work / plan.fingerprint(corpus.record), args.parallel, args.budget_minutes,
                     inherited)  # fmt: skip
         crew.work(wanted)
-    save_tables(record, Path(f"{output}.json"))
+    benchmark.save_tables(record, Path(f"{output}.json"))
     # A failure that was run again with success stays in the record, and is no reason to call it a failure.
     left = sum(record.lacks(variant, seed, retry_failed=True) for seed in args.seeds for variant in variants)
     print(f"{left} of {len(args.seeds) * len(variants)} runs are not finished")
     return 1 if left else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    command = shlex.join(["python", "-m", "benchmarks.quality", *(sys.argv[1:] if argv is None else argv)])
+def run(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    args = parse(benchmark, argv)
+    command = shlex.join(["python", "-m", benchmark.name, *(sys.argv[1:] if argv is None else argv)])
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes save
     try:
         if args.from_json:
-            save_tables(Record.read(args.from_json), args.from_json)
+            benchmark.save_tables(Record.read(args.from_json), args.from_json)
             return 0
-        return measure(args, command)
+        return measure(benchmark, args, command)
     except (QualityError, DataError) as error:
-        print(f"benchmarks.quality: error: {error}", file=sys.stderr)
+        print(f"{benchmark.name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("benchmarks.quality: interrupted; the same command goes on", file=sys.stderr)
+        print(f"{benchmark.name}: interrupted; the same command goes on", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = Path(__file__).with_suffix(".json")
+    return run(Benchmark("benchmarks.quality", __doc__, settings, markdown, figure), argv)
 
 
 if __name__ == "__main__":

@@ -34,19 +34,20 @@ class Plan:
     Attributes:
         preset: "environment", "corpus", "evaluation", "flags" and "deepspeed" of the settings file.
         sections: each variant's whole "scmoe" section.
+        flags: each variant's own flags of pretrain_gpt_scmoe.py, over those of the preset.
         common: "references", "claims" and "equivalence_margin_nats", which the table reads.
     """
 
     name: str
     preset: dict[str, Any]
     sections: dict[str, dict[str, Any]]
+    flags: dict[str, dict[str, Any]]
     common: dict[str, Any]
 
-    @property
-    def model_flags(self) -> list[str]:
-        """Of pretrain_gpt_scmoe.py, without data, seed and directories."""
+    def model_flags(self, variant: str | None = None) -> list[str]:
+        """Of pretrain_gpt_scmoe.py, without data, seed and directories; None: those that all variants start from."""
         flags = []
-        for name, value in self.preset["flags"].items():
+        for name, value in {**self.preset["flags"], **self.flags.get(variant or "", {})}.items():
             flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         return flags
 
@@ -54,12 +55,12 @@ class Plan:
     def tokens_per_iteration(self) -> int:
         """Of one process: all there is."""
         micro_batch_size, steps = batch_sizes(self.preset["deepspeed"], 1)
-        return micro_batch_size * steps * int(self._arguments().seq_length)
+        return micro_batch_size * steps * int(self._arguments(None).seq_length)
 
     @property
     def tokens(self) -> int:
         """Training tokens of a run."""
-        return self.tokens_per_iteration * int(self._arguments().train_iters)
+        return self.tokens_per_iteration * int(self._arguments(None).train_iters)
 
     def deepspeed(self, variant: str) -> dict[str, Any]:
         """The DeepSpeed JSON of a variant."""
@@ -84,52 +85,76 @@ class Plan:
 
     def fingerprint(self, corpus: Mapping[str, Any]) -> str:
         """Names the directory of checkpoints: those of other sizes must not be resumed."""
-        return fingerprint([self.identity(corpus), self.sections])
+        return fingerprint([self.identity(corpus), self.sections, self.flags])
 
     def compute(self, variant: str, vocab_size: int) -> dict[str, float]:
         """Active parameters and forward floating-point operations per token."""
-        args = self._arguments()
+        args = self._arguments(variant)
         config = ScMoEConfig.from_deepspeed(self.deepspeed(variant))
         with torch.device("meta"):
             model = GPT(gpt_settings(args, pad_vocab_size(vocab_size)), config, args.seq_length)
         return {"active_parameters": active_parameters(model), "forward_flops_per_token": forward_flops(model),
                 "parameters": sum(each.numel() for each in model.parameters())}  # fmt: skip
 
-    def _arguments(self) -> Any:
+    def num_layers(self, variant: str) -> int:
+        """Blocks of a variant."""
+        return int(self._arguments(variant).num_layers)
+
+    def _arguments(self, variant: str | None) -> Any:
         parser = build_parser()
         name = self.preset["flags"].get("preset")
         if name:
             parser.set_defaults(**PRESETS[name].arguments)
-        return parser.parse_args(self.model_flags)
+        return parser.parse_args(self.model_flags(variant))
 
 
 def load_plan(path: Path, preset: str) -> Plan:
-    """A preset of the settings file, checked.
+    """A preset of the settings file, checked. A file that "extends" another one has that one's settings where it says
+    nothing; its variants are its own.
 
     Raises:
         QualityError: no such file or preset, a section that is no valid "scmoe" section, a claim about no variant.
     """
+    whole = _read_settings(path)
+    if preset not in whole["presets"]:
+        raise QualityError(f"--preset {preset}: {path} has {', '.join(whole['presets'])}")
+    variants = {name: dict(own) for name, own in whole["variants"].items()}
+    flags = {name: own.pop("flags", {}) for name, own in variants.items()}
+    plan = Plan(preset, whole["presets"][preset], {name: {**whole["section"], **own} for name, own in variants.items()},
+                flags, {key: whole[key] for key in ("references", "claims", "equivalence_margin_nats")})  # fmt: skip
+    for name, own in flags.items():
+        if fixed := sorted({"seq-length", "train-iters"} & own.keys()):
+            raise QualityError(f"{path}: variant {name}: --{fixed[0]} decides the data, which all variants share")
+    for name in plan.sections:
+        try:
+            config = ScMoEConfig.from_deepspeed(plan.deepspeed(name))
+            config.check_model(plan.num_layers(name))
+        except (ScMoEConfigError, ArgumentError) as error:
+            raise QualityError(f"{path}: variant {name}: {error}") from None
+    named = {*whole["references"], *(claim[side] for claim in whole["claims"] for side in (0, 2))}
+    if unknown := sorted(named - set(plan.sections)):
+        raise QualityError(f"{path}: references or claims name {', '.join(unknown)}, which is no variant; there are "
+                           f"{', '.join(plan.sections)}")  # fmt: skip
+    if other := [relation for _, relation, _ in whole["claims"] if relation not in RELATIONS]:
+        raise QualityError(f"{path}: a claim says {other[0]!r}; it can say {' or '.join(RELATIONS)}")
+    return plan
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise QualityError(f"--settings {path}: cannot be read ({error})") from None
-    if preset not in whole["presets"]:
-        raise QualityError(f"--preset {preset}: {path} has {', '.join(whole['presets'])}")
-    sections = {name: {**whole["section"], **own} for name, own in whole["variants"].items()}
-    plan = Plan(preset, whole["presets"][preset], sections,
-                {key: whole[key] for key in ("references", "claims", "equivalence_margin_nats")})  # fmt: skip
-    for name in sections:
-        try:
-            ScMoEConfig.from_deepspeed(plan.deepspeed(name))
-        except (ScMoEConfigError, ArgumentError) as error:
-            raise QualityError(f"{path}: variant {name}: {error}") from None
-    named = {*whole["references"], *(claim[side] for claim in whole["claims"] for side in (0, 2))}
-    if unknown := sorted(named - set(sections)):
-        raise QualityError(f"{path}: references or claims name {', '.join(unknown)}, which is no variant; there are "
-                           f"{', '.join(sections)}")  # fmt: skip
-    if other := [relation for _, relation, _ in whole["claims"] if relation not in RELATIONS]:
-        raise QualityError(f"{path}: a claim says {other[0]!r}; it can say {' or '.join(RELATIONS)}")
-    return plan
+    if "extends" not in whole:
+        return dict(whole)
+    base = _read_settings(path.parent / whole.pop("extends"))
+    return {**_merged(base, whole), "variants": whole["variants"]}
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], own[key]) for key in base.keys() & own.keys()
+            if isinstance(base[key], dict) and isinstance(own[key], dict)}  # fmt: skip
+    return {**base, **own, **both}
 
 
 class Record:
@@ -160,7 +185,7 @@ class Record:
             QualityError: the file is of other sizes, data or variants; runs of both cannot be compared.
         """
         identity = plan.identity(corpus)
-        variants = {name: {"section": section, **plan.compute(name, corpus["vocab_size"])}
+        variants = {name: {"section": section, "flags": plan.flags[name], **plan.compute(name, corpus["vocab_size"])}
                     for name, section in plan.sections.items()}  # fmt: skip
         content: dict[str, Any] = {"commands": [], "seeds": [], "identity": identity, "tokens": plan.tokens,
                                    "corpus": corpus, "variants": variants, "environments": [], "runs": []}  # fmt: skip
@@ -170,6 +195,7 @@ class Record:
                 _require_same(path, key, content["identity"].get(key), wanted)
             for name in variants.keys() & content["variants"].keys():
                 _require_same(path, f"variant {name}", content["variants"][name]["section"], plan.sections[name])
+                _require_same(path, f"variant {name}", content["variants"][name]["flags"], plan.flags[name])
             content["variants"] = {**content["variants"], **variants}
         return cls(path, {**content, **plan.common})
 

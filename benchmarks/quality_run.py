@@ -26,6 +26,8 @@ import numpy as np
 import torch
 
 from pretrain_gpt_scmoe import USER_ERRORS, pretrain
+from scmoe_ds.analysis.similarity import measure, verdict
+from scmoe_ds.analysis.subjects import gpt_subject
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.flags import split_document_ranges
 from scmoe_ds.engine import device
@@ -36,6 +38,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.program import run_program
 
 _DECIMALS = 6
+_SIMILARITY_DECIMALS = 4
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class Task:
         flags: of pretrain_gpt_scmoe.py, with --save, --data-path and --split.
         sequences: held-out sequences to evaluate, the first of the validation documents.
         batch_size: sequences that are evaluated together.
+        similarity_sequences: how many of them the similarity of representations is taken over; 0: it is not.
         result: path of the JSON with their losses.
     """
 
     flags: list[str]
     sequences: int
     batch_size: int
+    similarity_sequences: int
     result: str
 
     def save(self, path: Path) -> None:
@@ -71,6 +76,8 @@ def train_and_evaluate(task: Task, args: argparse.Namespace, whole: dict[str, An
     losses = sequence_losses(model, rows, task.batch_size)
     # What a run costs where others share the machine; of the last session only.
     found = {"processor_seconds": round(time.process_time(), 1), "sequence_losses": losses}
+    if task.similarity_sequences:
+        found["similarity"] = similarity_of(model, rows[: task.similarity_sequences], task.batch_size)
     staged = Path(task.result + ".tmp")
     staged.write_text(json.dumps(found), encoding="utf-8")
     os.replace(staged, task.result)
@@ -91,6 +98,22 @@ def sequence_losses(model: GPT, rows: Sequence[Row], batch_size: int) -> list[fl
     """Mean loss of each sequence in nats per token; no token is dropped by the model of `serving_config`."""
     nats = Scorer(model, batch_size).score_all(rows)[:, 0].tolist()
     return [round(total / len(row.labels), _DECIMALS) for total, row in zip(nats, rows, strict=True)]
+
+
+def similarity_of(model: GPT, rows: Sequence[Row], batch_size: int) -> dict[str, Any]:
+    """Cosine similarity, L2 distance and norm of all representations, and the cosine similarity between the ends of
+    each position's shortcut, in every MoE layer."""
+    subject = gpt_subject(model)
+    starts = range(0, len(rows), batch_size)
+    found = measure(subject, (torch.from_numpy(np.stack([row.tokens for row in rows[at : at + batch_size]]))
+                              for at in starts))  # fmt: skip
+    judged = verdict(found, subject.moe_blocks, subject.distance, subject.trained)
+    record = found.record()
+    return {"tokens": record["tokens"], "names": record["names"], "norm": [round(each, 4) for each in record["norm"]],
+            **{key: [[round(value, _SIMILARITY_DECIMALS) for value in row] for row in record[key]]
+               for key in ("cosine", "l2")},
+            "positions": {position: [round(layer["cosine"], _SIMILARITY_DECIMALS) for layer in each["layers"]]
+                          for position, each in judged["positions"].items()}}  # fmt: skip
 
 
 def read_log(text: str, tokens_per_iteration: int) -> dict[str, Any]:

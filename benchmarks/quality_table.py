@@ -101,6 +101,21 @@ def verdict(difference: Difference | None, relation: str, margin: float) -> str:
 
 def markdown(record: dict[str, Any]) -> str:
     """The record as the paper's table 3 has it, with spread, and a verdict on each claim."""
+    lines = [
+        f"# Validation loss by architecture: preset {record['identity']['preset']}",
+        "",
+        *setting(record),
+        "",
+        *_losses(record),
+        "",
+        *_verdicts(record),
+        *failures(record),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def setting(record: dict[str, Any]) -> list[str]:
+    """Commands, machine, sizes and text of a record, for the head of its table."""
     identity, corpus = record["identity"], record["corpus"]
     environments = "; ".join(", ".join(f"{key} {value}" for key, value in each.items())
                              for each in record["environments"])  # fmt: skip
@@ -108,9 +123,7 @@ def markdown(record: dict[str, Any]) -> str:
     sizes = ", ".join(f"{part} {corpus['documents'][part]} documents, {corpus['bytes'][part] / 1e6:.1f} MB, "
                       f"{corpus['tokens'][part] / 1e6:.2f} M tokens" for part in ("train", "validation"))  # fmt: skip
     optimizer = identity["deepspeed"]["optimizer"]
-    lines = [
-        f"# Validation loss by architecture: preset {identity['preset']}",
-        "",
+    return [
         *(f"`{command}`" for command in record["commands"]),
         "",
         f"{environments}. Model and loop: {flags}. {optimizer['type']}, learning rate {optimizer['params']['lr']:g}; "
@@ -121,16 +134,15 @@ def markdown(record: dict[str, Any]) -> str:
         f"BPE of {corpus['vocab_size']} tokens. Losses are of the same {_sequences(record)} held-out sequences for all "
         "runs, evaluated without drops. Runs of one seed have the same initial weights, where they have the same "
         "layers, and the same batches in the same order.",
-        "",
-        *_losses(record),
-        "",
-        *_verdicts(record),
     ]
-    if failures := [run for run in record["runs"] if run["status"] == "failed"]:
-        lines += ["", "## Failed runs", ""]
-        lines += [f"- {run['variant']}, seed {run['seed']}, after {run['seconds']:.0f} s: "
-                  f"{run['error'].strip().splitlines()[-1]}" for run in failures]  # fmt: skip
-    return "\n".join(lines) + "\n"
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """A section with the runs that have failed, if there are any."""
+    failed = [run for run in record["runs"] if run["status"] == "failed"]
+    lines = ["", "## Failed runs", ""] if failed else []
+    return lines + [f"- {run['variant']}, seed {run['seed']}, after {run['seconds']:.0f} s: "
+                  f"{run['error'].strip().splitlines()[-1]}" for run in failed]  # fmt: skip
 
 
 def _sequences(record: dict[str, Any]) -> int:
@@ -150,7 +162,7 @@ def _losses(record: dict[str, Any]) -> list[str]:
             name,
             mean_and_deviation(losses),
             f"{math.exp(min(statistics.fmean(losses), 700)):.3f}" if losses else "–",
-            *("" if name == reference else _difference_cell(paired(record, name, reference))
+            *("" if name == reference else difference_cell(paired(record, name, reference))
               for reference in references),
             f"{flops / 1e6:.2f}" + (f" ({flops / base - 1:+.0%})" if abs(flops / base - 1) > _UNEQUAL else ""),
             f"{variant['active_parameters'] / 1e6:.2f} of {variant['parameters'] / 1e6:.2f}",
@@ -176,7 +188,8 @@ def mean_and_deviation(losses: Sequence[float]) -> str:
     return f"{statistics.fmean(losses):.4f}{deviation}"
 
 
-def _difference_cell(difference: Difference | None) -> str:
+def difference_cell(difference: Difference | None) -> str:
+    """ "mean ± standard error over the seeds (over the sequences)"."""
     if difference is None:
         return "–"
     error = "" if difference.error is None else f" ± {difference.error:.4f}"
@@ -192,7 +205,7 @@ def _verdicts(record: dict[str, Any]) -> list[str]:
         if difference is not None:
             low, high = difference.interval
             interval = "–" if difference.error is None else f"{low:+.4f} … {high:+.4f}"
-            cells = [_difference_cell(difference), interval, str(len(difference.seeds))]
+            cells = [difference_cell(difference), interval, str(len(difference.seeds))]
         rows.append([f"{first} {relation} {second}", verdict(difference, relation, margin), *cells])
     header = ["claim (loss)", "verdict", "difference, nats per token", "95 % interval", "seeds"]
     return ["## Verdict", "", RULE.format(margin=margin), "", *table(header, rows)]

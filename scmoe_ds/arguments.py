@@ -66,6 +66,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rotary-base", type=float, default=10000.0, help="base of rotary frequencies")
     group.add_argument("--normalization", choices=["LayerNorm", "RMSNorm"], default="LayerNorm")
     group.add_argument("--layernorm-epsilon", type=float, default=1e-5, help="epsilon of the norms")
+    group.add_argument("--norm-placement", choices=["pre", "post"], default="pre", help="norm before each sub-layer, "
+                       "or behind its residual sum; post: to see what a shortcut makes of such a model")  # fmt: skip
+    group.add_argument("--residual-scale", type=float, default=1.0, help="factor on each sub-layer's output before it "
+                       "is added (Granite's residual_multiplier, 1 / DeepNorm's alpha)")  # fmt: skip
     group.add_argument("--swiglu", action="store_true", help="SwiGLU instead of GELU")
     group.add_argument("--disable-bias-linear", action="store_true", help="no biases in linear layers")
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="a head of its own")
@@ -253,6 +257,8 @@ def gpt_settings(args: argparse.Namespace, padded_vocab_size: int) -> GPTSetting
             attention_dropout=args.attention_dropout,
             layernorm_epsilon=args.layernorm_epsilon,
             init_method_std=args.init_method_std,
+            norm_placement=args.norm_placement,
+            residual_scale=args.residual_scale,
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
@@ -274,6 +280,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
                             f"{args.max_position_embeddings}")  # fmt: skip
     check_rates(args, ("attention_dropout", "hidden_dropout"))
+    if not 0 < args.residual_scale < float("inf"):
+        raise ArgumentError(f"--residual-scale {args.residual_scale:g} must be a positive number")
 
 
 def _fill_in_schedule(whole: dict[str, Any], train_iters: int) -> None:

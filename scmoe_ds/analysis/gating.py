@@ -1,12 +1,14 @@
 """What gates choose on both ends of a shortcut (paper figure 9), how evenly experts are loaded, what would be dropped.
 
 Each MoE layer has a *current* representation, its block's attention sub-layer's output, and a *preceding* one, which
-the shortcut taps. Each is taken behind the norm through which the model reads it:
+the shortcut taps. Each is taken as the model reads it, in a pre-norm Transformer behind a norm:
 
     current     the MoE block's `mlp_norm`
     preceding   the shortcut's own norm, or with `shortcut_norm` "shared" the backbone's norm of the tapped value. In an
                 architecture without a shortcut: the backbone's norm of the value that `position` would tap (Pos-1 where
                 every block has an MoE)
+
+In a post-norm Transformer both are behind their norm already; only a shortcut's own norm comes on top.
 
 The same gate is applied to both; a score is a probability among all experts, whatever `gate_softmax` says.
 
@@ -27,7 +29,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor, nn
 
 from scmoe_ds.analysis.errors import AnalysisError
-from scmoe_ds.analysis.probes import Capture, Probe, Representation
+from scmoe_ds.analysis.probes import Capture, Probe, Representation, Side
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import Block, tap_of
 from scmoe_ds.models.gpt import GPT
@@ -43,7 +45,7 @@ class GateLayer:
 
     Attributes:
         block: of the MoE, from 0.
-        preceding, current: behind which norm each representation is, and which one it is.
+        preceding, current: where the model reads each representation, and which one it is.
         gate: the layer's own.
         architecture: decides which of the two the layer routes: "scmoe" the preceding one, "dgmoe" both, others the
             current one.
@@ -75,7 +77,10 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
         first, last = number * len(blocks), blocks[-1]
         tap = _tap(trained, number)
         tapped = blocks[tap // 2]
-        norm = getattr(run, "shortcut_norm", None) or (tapped.mlp_norm if tap % 2 else tapped.attention_norm)
+        own_norm = getattr(run, "shortcut_norm", None)
+        read: tuple[nn.Module, Side] = (
+            (own_norm, "output") if own_norm is not None else tapped.where_read("mlp" if tap % 2 else "attention")
+        )
         block = first + tap // 2
         kind = Representation("attention", block) if tap % 2 else Representation("mlp", block - 1)
         current = Representation("attention", first + len(blocks) - 1)
@@ -83,8 +88,8 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
         if gate.wg.out_features > 1:
             factor = trained.capacity_factor if trained.drop_tokens else None
             layers.append(GateLayer(
-                current.block, Probe(kind if block or tap % 2 else Representation("input", 0), ((norm, "output"),)),
-                Probe(current, ((last.mlp_norm, "output"),)), gate, trained.architecture, factor, trained.min_capacity,
+                current.block, Probe(kind if block or tap % 2 else Representation("input", 0), (read,)),
+                Probe(current, (last.where_read("mlp"),)), gate, trained.architecture, factor, trained.min_capacity,
             ))  # fmt: skip
     if not layers:
         raise AnalysisError("the model has no MoE layers with at least two experts: there is no gate to analyse")

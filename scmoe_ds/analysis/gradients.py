@@ -51,7 +51,8 @@ def parameter_groups(model: GPT) -> dict[Group, list[nn.Parameter]]:
     """All parameters of a GPT, whatever its architecture.
 
     A norm goes with what reads it: `attention_norm` with the attention, `mlp_norm` with the MLP, in an MoE block with
-    the shared expert or, without one, with the routed experts; the shortcut's norm with the routed experts.
+    the shared expert or, without one, with the routed experts; the shortcut's norm with the routed experts. In a
+    post-norm Transformer these are the norms behind the same sub-layers.
     """
     found: dict[Group, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -1,7 +1,8 @@
 """Where a model computes its intermediate representations, and hooks that pick them up during a forward pass.
 
 They are the input of the first block and each sub-layer's output with its residual added: 2 * blocks + 1 of them. The
-norm or module behind a sub-layer reads exactly that sum, so that hooks on norms find it in a pre-norm Transformer.
+norm or module behind a sub-layer reads exactly that sum, so that hooks on norms find it in a pre-norm Transformer. In a
+post-norm one it is the sum behind its norm, which is what the next sub-layer reads.
 
 Shape suffixes: B batch, S sequence, D hidden.
 """
@@ -136,11 +137,14 @@ def _first(output: Any) -> Tensor:
 def gpt_probes(model: GPT) -> list[Probe]:
     """Of this package's GPT, whatever its architecture."""
     blocks = [cast(Block, block) for run in model.runs for block in run.blocks]  # type: ignore[union-attr]
-    entrances: list[tuple[nn.Module, Side]] = [(block.attention_norm, "input") for block in blocks]
+    entrances: list[tuple[nn.Module, Side]] = [
+        (block.attention_norm if block.pre_norm else block.attention, "input") for block in blocks
+    ]
     outputs = [*entrances[1:], (model.runs[-1], "output")]
     probes = [Probe(Representation("input", 0), (entrances[0],))]
     for number, (block, output) in enumerate(zip(blocks, outputs, strict=True)):
-        probes.append(Probe(Representation("attention", number), ((block.mlp_norm, "input"),)))
+        attended: tuple[nn.Module, Side] = (block.mlp_norm, "input") if block.pre_norm else block.where_read("mlp")
+        probes.append(Probe(Representation("attention", number), (attended,)))
         probes.append(Probe(Representation("mlp", number, is_moe=hasattr(block, "moe")), (output,)))  # type: ignore[arg-type]
     return probes
 

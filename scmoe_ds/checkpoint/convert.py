@@ -72,7 +72,7 @@ def residual_to_scmoe(
         the number of shards; `--load` starts a run with `out`.
 
     Raises:
-        CheckpointError: the source is of another architecture.
+        CheckpointError: the source is of another architecture, or post-norm and to have a norm for the shortcut.
         ScMoEConfigError: settings that do not go together.
     """
     weights, description = open_weights(source)
@@ -85,6 +85,9 @@ def residual_to_scmoe(
     config.check_model(settings.num_layers)
     readers = _readers(weights)
     if config.shortcut_norm == "own":
+        if settings.norm_placement != "pre":
+            raise CheckpointError(f'{source} is a post-norm model: it has no norm that a shortcut\'s own could start '
+                                  'from; give "shortcut_norm": "shared"')  # fmt: skip
         for run in range(config.moe_layers(settings.num_layers)):
             for name, copied in _shortcut_norm(config, run, readers).items():
                 readers[name] = readers[copied]

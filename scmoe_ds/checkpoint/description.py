@@ -17,6 +17,8 @@ from scmoe_ds.parallel.tensor import tensor_parallel_size
 _FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std", "drop_path_rate"}
 _BINDING_SECTION_FIELDS = ("architecture", "position", "first_layer_position", "shortcut_distance", "moe_every",
                            "num_experts", "top_k", "merge", "shortcut_norm", "post_norm")  # fmt: skip
+# Of what was added to a description later: what checkpoints without it are of.
+_BEFORE = {"norm_placement": "pre", "residual_scale": 1.0}
 
 PROCESSES = "number of processes"
 EXPERT_PARALLEL = "scmoe.expert_parallel_size"
@@ -79,7 +81,8 @@ def check_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], name: str) 
     if not isinstance(saved.get("model"), dict):
         raise CheckpointError(f"{name} was written by an earlier version of scmoe_ds, whose description does not say "
                               "how its tensors are laid out; resume it with that version")  # fmt: skip
-    then, now = saved["model"], json.loads(json.dumps(wanted["model"]))
+    now = json.loads(json.dumps(wanted["model"]))
+    then = {**{key: value for key, value in _BEFORE.items() if key in now}, **saved["model"]}
     keys = [key for key in now | then if now.get(key) != then.get(key)]
     if keys:
         listed = "; ".join(

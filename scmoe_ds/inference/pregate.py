@@ -39,15 +39,17 @@ def guess_experts(model: GPT) -> list[Any]:
         if not run.on_current_layer:
             raise ValueError("a layer with a shortcut knows its experts: there is nothing to guess")
         blocks: list[Any] = list(run.blocks)
-        norm = blocks[-1].attention_norm if len(blocks) == 1 else blocks[-2].mlp_norm
-        hooks.append(norm.register_forward_pre_hook(partial(_guess, run, experts)))
+        early, names = (blocks[-1], ("attention_norm", "attention")) if len(blocks) == 1 else (
+            blocks[-2], ("mlp_norm", "mlp"))  # fmt: skip
+        module = getattr(early, names[0] if early.pre_norm else names[1])
+        hooks.append(module.register_forward_pre_hook(partial(_guess, run, experts)))
     return hooks
 
 
-def _guess(run: ScheduledRun, experts: OffloadedExperts, norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+def _guess(run: ScheduledRun, experts: OffloadedExperts, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     block, gate = run.blocks[-1], run.layer.deepspeed_moe.gate
     assert isinstance(block, Block)
-    read = block.mlp_norm(inputs[0]).flatten(0, -2).float()
+    read = block.moe_input(inputs[0]).flatten(0, -2).float()
     logits_TE = read @ gate.wg.weight.float().t()
     chosen = logits_TE.topk(gate.k, dim=1).indices.unique().tolist()
     experts.store.guess([ExpertKey(experts.layer, expert) for expert in chosen])

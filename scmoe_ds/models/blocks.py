@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -32,11 +32,20 @@ from scmoe_ds.parallel.tensor import mark, split_of
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block; its second half is an MLP, or an MoE that the run drives."""
+    """Transformer block; its second half is an MLP, or an MoE that the run drives.
+
+    Each sub-layer f and its norm make of a hidden state x:
+
+        pre-norm    x + s * f(norm(x))
+        post-norm   norm(x + s * f(x))
+
+    with the residual scale s. The equations of the paper leave the norms out.
+    """
 
     def __init__(self, settings: GPTSettings, group: Group, moe: MoE | None = None) -> None:
         super().__init__()
-        self.dropout = settings.hidden_dropout
+        self.dropout, self.scale = settings.hidden_dropout, settings.residual_scale
+        self.pre_norm = settings.norm_placement == "pre"
         self.attention_norm = make_norm(settings)
         self.attention = Attention(settings, group)
         self.mlp_norm = make_norm(settings)
@@ -47,15 +56,33 @@ class Block(nn.Module):
 
     def attend(self, stream: Stream) -> Stream:
         """Eq. 8 and 10: H_mh = H + Attn(H)."""
-        return Stream(self.add(stream.hidden, self.attention(self.attention_norm(stream.hidden))))
+        update = self.attention(self.reading(self.attention_norm, stream.hidden))
+        return Stream(self.add(stream.hidden, update, self.attention_norm))
 
     def feed(self, stream: Stream) -> Stream:
         """Eq. 9: H_mlp = H_mh + MLP(H_mh)."""
-        return Stream(self.add(stream.hidden, self.mlp(self.mlp_norm(stream.hidden))))
+        return Stream(self.add(stream.hidden, self.mlp(self.moe_input(stream.hidden)), self.mlp_norm))
 
-    def add(self, hidden: Tensor, update: Tensor) -> Tensor:
-        """Residual connection with dropout on the update."""
-        return hidden + F.dropout(update, self.dropout, self.training)
+    def moe_input(self, hidden: Tensor) -> Tensor:
+        """What the second half's MLP or MoE reads of H_mh."""
+        return self.reading(self.mlp_norm, hidden)
+
+    def reading(self, norm: nn.Module, hidden: Tensor) -> Tensor:
+        """What the sub-layer of a norm reads."""
+        return cast(Tensor, norm(hidden)) if self.pre_norm else hidden
+
+    def where_read(self, sub_layer: Literal["attention", "mlp"]) -> tuple[nn.Module, Literal["input", "output"]]:
+        """A module and its side at which a hook finds what a sub-layer reads."""
+        if self.pre_norm:
+            return (self.attention_norm if sub_layer == "attention" else self.mlp_norm), "output"
+        return (self.attention, "input") if sub_layer == "attention" else (self.attention_norm, "output")
+
+    def add(self, hidden: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
+        """Residual connection of the sub-layer of a norm, with dropout on the update."""
+        if self.scale != 1.0:
+            update = self.scale * update
+        total = hidden + F.dropout(update, self.dropout, self.training)
+        return total if self.pre_norm else cast(Tensor, norm(total))
 
 
 def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group) -> MoE:
@@ -125,8 +152,8 @@ class PlainRun(nn.Module):
         stream, last = Stream(hidden), blocks[-1]
         for operator in operators:
             stream = recompute_operator(operator, stream) if self.recompute == "selective" else operator(stream)
-        output, l_aux, exp_counts = last.moe(last.mlp_norm(stream.hidden))
-        return PairOutput(last.add(stream.hidden, output), l_aux, exp_counts)
+        output, l_aux, exp_counts = last.moe(last.moe_input(stream.hidden))
+        return PairOutput(last.add(stream.hidden, output, last.mlp_norm), l_aux, exp_counts)
 
 
 def tap_of(config: ScMoEConfig, position: str) -> int:
@@ -226,20 +253,20 @@ class ScheduledRun(nn.Module):
     def begin(self, stream: Stream, schedule: Schedule, recorder: PairRecorder) -> RoutedTokens:
         shortcut = stream.moe_input
         if shortcut is None:
-            norm = self.shortcut_norm or self._backbone_norm()
             (hidden,) = recorder.open("shortcut norm", stream.hidden)
-            (shortcut,) = recorder.close("shortcut norm", norm(hidden))
+            (shortcut,) = recorder.close("shortcut norm", self._read_shortcut(hidden))
         return cast(StagedMoE, self._last.moe).begin(
             shortcut, blocking=not schedule.overlap, num_chunks=schedule.num_chunks, recorder=recorder
         )
 
     def join(self, routed: executor.Routed, stream: Stream) -> PairOutput:
-        moe_input = self._last.mlp_norm(stream.hidden) if stream.moe_input is None else stream.moe_input
+        last = self._last
+        moe_input = last.moe_input(stream.hidden) if stream.moe_input is None else stream.moe_input
         layer = cast(StagedMoE, self._last.moe)
         output, l_aux, exp_counts = layer.finish(cast(RoutedTokens, routed), moe_input, stream.shared)
         if self.post_norm is not None:
             output = self.post_norm(output)
-        return PairOutput(self._last.add(stream.hidden, output), l_aux, exp_counts)  # eq. 7
+        return PairOutput(last.add(stream.hidden, output, last.mlp_norm), l_aux, exp_counts)  # eq. 7
 
     def backbone_flops(self, sequence: int) -> list[int]:
         """Forward floating-point operations per token of each backbone operator."""
@@ -257,10 +284,10 @@ class ScheduledRun(nn.Module):
         return cast(Block, self.blocks[-1])
 
     def _normalise(self, stream: Stream) -> Stream:
-        return Stream(stream.hidden, self._last.mlp_norm(stream.hidden))
+        return Stream(stream.hidden, self._last.moe_input(stream.hidden))
 
     def _shared(self, stream: Stream) -> Stream:
-        moe_input = self._last.mlp_norm(stream.hidden)
+        moe_input = self._last.moe_input(stream.hidden)
         return Stream(stream.hidden, moe_input, cast(ScMoE, self._last.moe).shared(moe_input))
 
     def _shared_in(self, stream: Stream) -> Stream:
@@ -271,10 +298,12 @@ class ScheduledRun(nn.Module):
         mlp = cast(MLP, self._last.moe.mlp)
         return Stream(stream.hidden, stream.moe_input, mlp.output(cast(Tensor, stream.shared)))
 
-    def _backbone_norm(self) -> nn.Module:
-        """The norm through which the operator after the tap reads the tapped value (LongCat's shared norm)."""
+    def _read_shortcut(self, hidden: Tensor) -> Tensor:
+        """The tapped value through the shortcut's own norm, or as the operator after the tap reads it (LongCat)."""
+        if self.shortcut_norm is not None:
+            return cast(Tensor, self.shortcut_norm(hidden))
         block = cast(Block, self.blocks[self.tap // 2])
-        return block.mlp_norm if self.tap % 2 else block.attention_norm
+        return block.reading(block.mlp_norm if self.tap % 2 else block.attention_norm, hidden)
 
     def _schedule(self, config: ScMoEConfig, sequence: int) -> Schedule:
         overlap = config.overlap

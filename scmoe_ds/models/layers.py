@@ -25,6 +25,9 @@ class GPTSettings:
         normalization: "LayerNorm" or "RMSNorm".
         position_embedding: "learned_absolute" or "rope".
         init_method_std: standard deviation of all weights; output projections get it over sqrt(2 * num_layers).
+        norm_placement: "pre": x + f(norm(x)), as GPT-2 and later; "post": norm(x + f(x)), the original Transformer's.
+        residual_scale: factor on each sub-layer's f before it is added; Granite's residual_multiplier, and the inverse
+            of DeepNorm's alpha.
     """
 
     num_layers: int
@@ -44,6 +47,8 @@ class GPTSettings:
     attention_dropout: float = 0.0
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
+    norm_placement: str = "pre"
+    residual_scale: float = 1.0
     head_size: int = field(init=False)
 
     def __post_init__(self) -> None:

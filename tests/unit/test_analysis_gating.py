@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.gate import route
+from tests.helpers.by_hand import gpt_by_hand
 from tests.helpers.exports import whole_model, write_export
 
 SETTINGS = GPTSettings(4, 16, 2, 384, 32)
@@ -48,15 +50,15 @@ def section(**fields: Any) -> ScMoEConfig:
     )
 
 
-def serving(trained: ScMoEConfig, seed: int = 3) -> GPT:
-    model = GPT(SETTINGS, serving_config(trained))
+def serving(trained: ScMoEConfig, seed: int = 3, placement: str = "pre") -> GPT:
+    model = GPT(replace(SETTINGS, norm_placement=placement), serving_config(trained))
     initialize_parameters(model, seed, 0.5, 4)
     return model.eval()
 
 
-def with_norms(trained: ScMoEConfig) -> GPT:
+def with_norms(trained: ScMoEConfig, placement: str = "pre") -> GPT:
     """`serving`, with norms that can be told apart."""
-    model, generator = serving(trained), torch.Generator().manual_seed(8)
+    model, generator = serving(trained, placement=placement), torch.Generator().manual_seed(8)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -69,18 +71,8 @@ def tokens_of(number: int) -> Tensor:
 
 
 def representations(model: GPT, tokens: Tensor) -> list[Tensor]:
-    """[T, D] before the first block, behind every attention and MLP or MoE."""
-    kept: dict[tuple[int, str], Tensor] = {}
-    blocks: list[Any] = [block for run in model.runs for block in cast(Any, run).blocks]
-    handles = []
-    for number, block in enumerate(blocks):
-        for name in ("attention_norm", "mlp_norm"):
-            handles.append(getattr(block, name).register_forward_pre_hook(
-                lambda _, args, key=(number, name): kept.__setitem__(key, args[0].flatten(0, 1))))  # fmt: skip
-    model(tokens)
-    for handle in handles:
-        handle.remove()
-    return [kept[number, name] for number in range(len(blocks)) for name in ("attention_norm", "mlp_norm")]
+    """[T, D] before the first block, and behind every attention and MLP or MoE."""
+    return [value.flatten(0, 1) for value in gpt_by_hand(model, tokens)]
 
 
 def ends(model: GPT, trained: ScMoEConfig, layer: int, values: list[Tensor]) -> tuple[Tensor, Tensor, Any]:
@@ -93,9 +85,13 @@ def ends(model: GPT, trained: ScMoEConfig, layer: int, values: list[Tensor]) -> 
     blocks: list[Any] = [each for every in model.runs for each in cast(Any, every).blocks]
     tap, norm = {"pos1": (2 * block, blocks[block].attention_norm), "pos2": (2 * block - 1, blocks[block - 1].mlp_norm),
                  "pos3": (2 * block - 2, blocks[block - 1].attention_norm)}[position]  # fmt: skip
+    post = model.settings.norm_placement == "post"  # there, all representations are normalised already
     if trained.has_shortcut and trained.shortcut_norm == "own":
         norm = run.shortcut_norm
-    return norm(values[tap]), blocks[block].mlp_norm(values[2 * block + 1]), blocks[block].moe
+    elif post:
+        norm = torch.nn.Identity()
+    current = values[2 * block + 1]
+    return norm(values[tap]), current if post else blocks[block].mlp_norm(current), blocks[block].moe
 
 
 def by_hand(model: GPT, trained: ScMoEConfig, layer: int, batches: list[Tensor]) -> dict[str, Any]:
@@ -140,10 +136,11 @@ def by_hand(model: GPT, trained: ScMoEConfig, layer: int, batches: list[Tensor])
     return result
 
 
+@pytest.mark.parametrize("placement", ["pre", "post"])
 @pytest.mark.parametrize("fields", SECTIONS.values(), ids=SECTIONS.keys())
-def test_against_a_loop(fields: dict[str, Any]) -> None:
+def test_against_a_loop(fields: dict[str, Any], placement: str) -> None:
     trained = section(**fields)
-    model = with_norms(trained)
+    model = with_norms(trained, placement)
     batches = [tokens_of(1), tokens_of(2)]
     found = measure(model, trained, model.hidden_states, batches)
     assert [layer["block"] for layer in found] == ([1, 3] if trained.moe_every == 2 else [0, 1, 2, 3])

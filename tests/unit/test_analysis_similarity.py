@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +19,17 @@ from scmoe_ds.analysis.similarity import Similarity, SimilaritySums, measure, ve
 from scmoe_ds.analysis.subjects import gpt_subject, hugging_face_subject, swin_subject
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import connect
-from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin import SwinMoE, initialize_swin
 from scmoe_ds.models.swin_settings import SwinSettings
+from tests.helpers.by_hand import gpt_by_hand
 from tests.helpers.exports import whole_model
 from tests.helpers.hugging_face import FAMILIES
 
 GPT2 = GPTSettings(4, 32, 4, 384, 48)
 LLAMA = GPTSettings(4, 32, 4, 384, 48, num_key_value_heads=2, normalization="RMSNorm", swiglu=True,
                     position_embedding="rope", add_bias_linear=False, tie_embeddings=False)  # fmt: skip
+POST_NORM = replace(GPT2, norm_placement="post", residual_scale=0.5)
 SECTIONS: dict[str, dict[str, Any]] = {
     "pos2": {},
     "pos3, shared norm": {"position": "pos3", "shortcut_norm": "shared"},
@@ -62,38 +64,7 @@ def require_equal(found: Similarity, kept: list[Tensor], stage: int = 0) -> None
     assert (found.norm[places] - norms).abs().max() <= 1e-6
 
 
-def gpt_by_hand(model: GPT, tokens: Tensor) -> list[Tensor]:
-    """All representations from a loop over blocks: the sums are written out, the MoE is called in one go."""
-    hidden = model.embedding(tokens)
-    if model.positions is not None:
-        hidden = hidden + model.positions.weight[: tokens.shape[1]]
-    values = [hidden]
-    for run in model.runs:
-        start = len(values) - 1
-        for block in cast(Any, run).blocks:
-            values.append(values[-1] + block.attention(block.attention_norm(values[-1])))
-            if hasattr(block, "mlp"):
-                values.append(values[-1] + block.mlp(block.mlp_norm(values[-1])))
-        last = cast(Any, run).blocks[-1]
-        normalised, tap = last.mlp_norm(values[-1]), getattr(run, "tap", None)
-        if model.config.architecture == "topk":
-            output, *_ = last.moe(normalised)
-        else:
-            own = cast(Any, run).shortcut_norm
-            output, *_ = _merged(last.moe, normalised, (own or cast(Any, run)._backbone_norm())(values[start + tap]))
-        if getattr(run, "post_norm", None) is not None:
-            output = cast(Any, run).post_norm(output)
-        values.append(values[-1] + output)
-    return values
-
-
-def _merged(moe: Any, normalised: Tensor, shortcut: Tensor) -> tuple[Tensor, ...]:
-    routed = moe.begin(shortcut)
-    routed.run_experts()
-    return moe.finish(routed, normalised)
-
-
-@pytest.mark.parametrize("settings", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("settings", [GPT2, LLAMA, POST_NORM], ids=["gpt2", "llama", "post-norm"])
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
 def test_gpt(settings: GPTSettings, section: dict[str, Any]) -> None:
     model = whole_model(settings, {"num_experts": 4, **section})

@@ -19,6 +19,7 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, RotaryEmbedding, fused_layer_norm_class
 from scmoe_ds.models.parallel_layers import vocabulary_cross_entropy
 from scmoe_ds.models.presets import PRESETS
+from tests.helpers.by_hand import run_by_hand
 
 SMALL = dict(num_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=64, max_position_embeddings=16)
 LLAMA = dict(num_key_value_heads=2, normalization="RMSNorm", swiglu=True, position_embedding="rope",
@@ -110,12 +111,31 @@ def test_first_layer_position_and_schedules() -> None:
 def test_shared_norm_is_the_one_through_which_the_backbone_reads_the_same_value(position: str, norm: str) -> None:
     run = build(position=position, shortcut_norm="shared").scheduled_runs()[0]
     assert run.shortcut_norm is None
-    assert run._backbone_norm() is run.get_submodule(norm)
     seen = []
     handle = run.get_submodule(norm).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     run(torch.randn(1, 8, 32))
     handle.remove()
     assert len(seen) == 2 and torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("section", [{}, {"position": "pos1", "shortcut_norm": "shared"}, {"architecture": "dgmoe"},
+                                     {"position": "pos3", "shortcut_norm": "shared"}, {"architecture": "shared_expert"},
+                                     {"architecture": "overlapped_shared_expert"}, {"moe_every": 1, "position": "pos1"},
+                                     {"architecture": "topk"}, {"architecture": "pipelined_topk"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_norm_placement_and_residual_scale_against_sums_that_are_written_out(placement: str, section: dict) -> None:
+    model = build({"norm_placement": placement, "residual_scale": 0.5}, drop_tokens=False, **section).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # norms that can be told apart
+            torch.manual_seed(len(name))
+            parameter.data += torch.randn(parameter.shape) * 0.3
+    assert all(
+        block.pre_norm == (placement == "pre") and block.scale == 0.5 for run in model.runs for block in run.blocks
+    )
+    hidden = torch.randn(2, 8, 32)
+    for run in model.runs:
+        values, hidden = run_by_hand(run, hidden), run(hidden).hidden
+        torch.testing.assert_close(hidden, values[-1], rtol=1e-5, atol=1e-5)
 
 
 def test_post_norm_is_applied_to_the_merged_output() -> None:
