@@ -82,9 +82,9 @@ def _conditions(record: dict[str, Any]) -> list[str]:
         "Loss: nats per token, mean ± standard deviation over the seeds; difference: mean ± standard error of the "
         "paired differences (in brackets over the sequences). Base: pre-norm, residual scale 1, 4 blocks, 4 heads, MoE "
         "in every second block. ScMoE: CG-1, Pos-2; with an MoE in every block Pos-1. Similarity: cosine between what "
-        "a shortcut of that position would tap and the MoE's own input, of each MoE layer in order, mean over the seeds; "
-        f"under {THRESHOLD} in bold. The columns “in top-2” ask the standard model, as the paper does; the last one is "
-        "the mean over all neighbouring representations."
+        "a shortcut of that position would tap and the MoE's own input, of each MoE layer in order, mean over the "
+        f"seeds; under {THRESHOLD} in bold. The columns “in top-2” ask the standard model, as the paper does; the last "
+        "one is the mean over all neighbouring representations."
     )
     return ["## What is changed", "", *table(header, rows), "", note, "", RULE.format(margin=margin)]
 

@@ -8,7 +8,6 @@ import os
 import signal
 import statistics
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,14 +20,13 @@ from benchmarks.quality_record import QualityError, Record, load_plan
 from benchmarks.quality_run import Task, held_out_rows, read_log
 from benchmarks.quality_table import figure, markdown, paired, verdict
 from scmoe_ds.config import ScMoEConfig
-from scmoe_ds.data.corpus import standard_library_documents
 from scmoe_ds.data.errors import DataError
+from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, some_documents, tiny_settings
 from tools import text_corpus
 from tools.text_corpus import CorpusSettings, Document, choose, is_validation, prepare_corpus, site_packages_documents
 
 SETTINGS = Path(quality.__file__).with_suffix(".json")
 VARIANTS = list(json.loads(SETTINGS.read_text(encoding="utf-8"))["variants"])
-ITERATIONS, SEQUENCE = 6, 32
 
 
 # --- variants
@@ -72,12 +70,6 @@ def test_only_the_rows_that_the_paper_has_at_another_compute_differ_from_top_2()
 
 
 # --- corpus
-
-
-@cache
-def some_documents(count: int = 60) -> list[Document]:
-    texts = ((name, text) for name, text in standard_library_documents() if 2000 < len(text) < 15000)
-    return [Document(name, text) for (name, text), _ in zip(texts, range(count), strict=False)]
 
 
 def test_no_text_is_on_both_sides_and_no_copy_on_any():
@@ -230,19 +222,6 @@ def test_table_marks_other_compute_missing_seeds_and_failures():
 # --- runs
 
 
-def tiny_settings(path: Path) -> Path:
-    whole = json.loads(SETTINGS.read_text(encoding="utf-8"))
-    cpu = whole["presets"]["cpu"]
-    cpu["corpus"] = {"megabytes": 0.3, "validation_share": 0.2, "vocab_size": 300}
-    cpu["evaluation"] = {"sequences": 12, "batch_size": 4}
-    cpu["flags"] |= {"num-layers": 2, "hidden-size": 16, "num-attention-heads": 2, "seq-length": SEQUENCE,
-                     "train-iters": ITERATIONS, "log-interval": 1, "eval-interval": 3, "eval-iters": 1,
-                     "save-interval": 3}  # fmt: skip
-    cpu["deepspeed"]["scheduler"]["params"]["warmup_num_steps"] = 2
-    path.write_text(json.dumps(whole), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     documents = some_documents()
@@ -347,6 +326,8 @@ def test_unknown_names_and_files_are_explained(flags: list[str], tmp_path: Path,
         'variant top-1: scmoe.architecture = "topp"': {"variants": settings["variants"] | {"top-1": {"architecture": "topp"}}},
         "name top-9, which is no variant": {"claims": [["top-1", "<", "top-9"]]},
         "it can say < or ≈": {"claims": [["top-1", ">", "top-2"]]},
+        "variant top-1: --seq-length decides the data, which all variants share": {
+            "variants": settings["variants"] | {"top-1": {"flags": {"seq-length": 8}}}},
     }  # fmt: skip
     for message, change in changes.items():
         Path(flags[1]).write_text(json.dumps(settings | change), encoding="utf-8")

@@ -1,0 +1,34 @@
+"""benchmarks.quality in seconds: a small corpus and a tiny model."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+from benchmarks import quality
+from scmoe_ds.data.corpus import standard_library_documents
+from tools.text_corpus import Document
+
+ITERATIONS, SEQUENCE = 6, 32
+_SETTINGS = Path(quality.__file__).with_suffix(".json")
+
+
+@cache
+def some_documents(count: int = 60) -> list[Document]:
+    texts = ((name, text) for name, text in standard_library_documents() if 2000 < len(text) < 15000)
+    return [Document(name, text) for (name, text), _ in zip(texts, range(count), strict=False)]
+
+
+def tiny_settings(path: Path) -> Path:
+    """Those of benchmarks.quality for a model and a corpus that take seconds."""
+    whole = json.loads(_SETTINGS.read_text(encoding="utf-8"))
+    cpu = whole["presets"]["cpu"]
+    cpu["corpus"] = {"megabytes": 0.3, "validation_share": 0.2, "vocab_size": 300}
+    cpu["evaluation"] = {"sequences": 12, "batch_size": 4}
+    cpu["flags"] |= {"num-layers": 2, "hidden-size": 16, "num-attention-heads": 2, "seq-length": SEQUENCE,
+                     "train-iters": ITERATIONS, "log-interval": 1, "eval-interval": 3, "eval-iters": 1,
+                     "save-interval": 3}  # fmt: skip
+    cpu["deepspeed"]["scheduler"]["params"]["warmup_num_steps"] = 2
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    return path
