@@ -22,7 +22,7 @@ import numpy as np
 import torch.distributed as dist
 
 from scmoe_ds.analysis import feasibility, gating, gradients, records, similarity, swin
-from scmoe_ds.analysis.arguments import parse
+from scmoe_ds.analysis.arguments import build_parser, check
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.subjects import (
     Subject,
@@ -32,12 +32,13 @@ from scmoe_ds.analysis.subjects import (
     open_hugging_face,
     swin_subject,
 )
-from scmoe_ds.analysis.tokens import TokenSequences, read_data_set, read_text
+from scmoe_ds.analysis.tokens import TokenSequences, read_data_set
 from scmoe_ds.argument_checks import ArgumentError
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.files import iteration_of, newest_first
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer
 from scmoe_ds.engine import device
 from scmoe_ds.program import run_program
@@ -47,23 +48,18 @@ USER_ERRORS = (AnalysisError, ArgumentError, CheckpointError, DataError, ScMoECo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Analyses; returns the exit code."""
-    if (flags := list(sys.argv[1:] if argv is None else argv))[:1] == ["feasibility"]:  # needs no process group
-        return _feasibility(flags[1:])
+    args = build_parser().parse_args(argv)
+    if args.analysis == "feasibility":  # needs no process group
+        return _feasibility(args)
+
+    def parse(_: Sequence[str] | None) -> tuple[argparse.Namespace]:
+        check(args)
+        return (args,)
+
     return run_program("analyze_gpt_scmoe.py", argv, analyze, USER_ERRORS, parse)
 
 
-def feasibility_parser() -> argparse.ArgumentParser:
-    """Flags of `feasibility`."""
-    text = "Would ScMoE pay for a model on a machine? One page, from two files: needs neither of them."
-    parser = argparse.ArgumentParser(prog="analyze_gpt_scmoe.py feasibility", description=text, allow_abbrev=False)
-    parser.add_argument("--similarity", help='a record of the sub-command "similarity" of the model')
-    parser.add_argument("--calibration", help='measured times: a "calibration_file"')
-    parser.add_argument("--output-prefix", help="writes <prefix>.md, <prefix>.html and <prefix>.png")
-    return parser
-
-
-def _feasibility(flags: Sequence[str]) -> int:
-    args = feasibility_parser().parse_args(flags)
+def _feasibility(args: argparse.Namespace) -> int:
     try:
         if missing := [name for name, value in vars(args).items() if value is None]:
             raise ArgumentError(f"--{missing[0].replace('_', '-')} is missing")
@@ -121,15 +117,19 @@ def _similarity_of_images(args: argparse.Namespace) -> tuple[dict[str, Any], lis
 
 
 def _gating(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    paths = [args.load]
-    if args.all_checkpoints:
-        root = Path(args.load)
-        paths = [str(root / tag) for tag in reversed(newest_first(root))]
-        if not paths:
-            raise ArgumentError(f"--all-checkpoints: there is no global_step* in --load {root}")
-    checkpoints = [_gating_of(args, path) for path in paths]
+    checkpoints = [_gating_of(args, path) for path in _checkpoints(args, args.load)]
     lines = [_gating_line(Path(each["model"]).name, layer) for each in checkpoints for layer in each["layers"]]
     return {"model": args.load, "batch_size": args.batch_size, "checkpoints": checkpoints}, lines
+
+
+def _checkpoints(args: argparse.Namespace, load: str) -> list[str]:
+    """What a --load stands for: with --all-checkpoints, the oldest one first."""
+    if not args.all_checkpoints:
+        return [load]
+    tags = newest_first(Path(load))
+    if not tags:
+        raise ArgumentError(f"--all-checkpoints: there is no global_step* in --load {load}")
+    return [str(Path(load) / tag) for tag in reversed(tags)]
 
 
 def _gating_of(args: argparse.Namespace, path: str) -> dict[str, Any]:
@@ -156,22 +156,26 @@ def _architecture(config: ScMoEConfig) -> dict[str, Any]:
 
 
 def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    checkpoints = [_gradients_of(args, path) for path in args.load]
-    lines = [f"{each['label']}: {name}: gradient norm {branch['norm']:.3e}, signal-to-noise ratio "
-             + ("none" if branch["snr"] is None else f"{branch['snr']:.3g}")
+    checkpoints = [_gradients_of(args, load, path) for load in args.load for path in _checkpoints(args, load)]
+    lines = [f"{each['label']}{_at(each['iteration'])}: {name}: gradient norm {branch['norm']:.3e}, "
+             "signal-to-noise ratio " + ("none" if branch["snr"] is None else f"{branch['snr']:.3g}")
              for each in checkpoints for name, branch in each["branches"].items()]  # fmt: skip
     lines.append(f"noise alone would have a ratio of about {checkpoints[0]['noise_floor']:.3g}")
     return {"batch_size": args.batch_size, "checkpoints": checkpoints}, lines
 
 
-def _gradients_of(args: argparse.Namespace, path: str) -> dict[str, Any]:
+def _at(iteration: int | None) -> str:
+    return "" if iteration is None else f" at iteration {iteration}"
+
+
+def _gradients_of(args: argparse.Namespace, load: str, path: str) -> dict[str, Any]:
     loaded = open_gpt(args, path)
     architecture = _architecture(loaded.trained.config)
     sequences = _sequences(args, gpt_subject(loaded.model), loaded.tokenizer)
     found = gradients.measure(loaded.model, sequences.labelled_batches(args.batch_size, args.micro_batches))
-    label = f"{path} ({' '.join(filter(None, architecture.values()))})"
-    return {"model": str(loaded.trained.path), "label": label, **architecture, "seq_length": sequences.seq_length,
-            **found}  # fmt: skip
+    label = f"{load} ({' '.join(filter(None, architecture.values()))})"
+    return {"model": str(loaded.trained.path), "iteration": iteration_of(loaded.trained.path.name), "label": label,
+            **architecture, "seq_length": sequences.seq_length, **found}  # fmt: skip
 
 
 def _sequences(args: argparse.Namespace, subject: Subject, tokenizer: Tokenizer | None) -> TokenSequences:
@@ -183,13 +187,13 @@ def _sequences(args: argparse.Namespace, subject: Subject, tokenizer: Tokenizer 
         raise ArgumentError(f"--seq-length {length} exceeds the model's context of {context} tokens; give at most that")
     tokens: np.ndarray
     if args.data_path is not None:
-        tokens, source = read_data_set(args.data_path, vocab_size), f"--data-path {args.data_path}"
+        tokens, source = read_data_set(args.data_path, args.split, vocab_size), f"--data-path {args.data_path}"
     else:
         tokenizer = tokenizer or build_tokenizer(
             args.tokenizer_type, tokenizer_model=args.tokenizer_model, vocab_file=args.vocab_file,
             merge_file=args.merge_file,
         )  # fmt: skip
-        tokens, source = read_text(args.text_file, tokenizer, vocab_size), f"--text-file {args.text_file}"
+        tokens, source = read_text(args.text_file, tokenizer, vocab_size).tokens, f"--text-file {args.text_file}"
     return TokenSequences(tokens, length, getattr(args, "max_tokens", None), source)
 
 

@@ -249,6 +249,7 @@ def measure(benchmark: Benchmark, args: argparse.Namespace, command: str) -> int
         print(describe(corpus.record), flush=True)
         record = Record.open(Path(f"{output}.json"), plan, corpus.record)
         record.want(args.seeds, command)
+        record.save()  # claims may have been added since the last run
         wanted = [pair for pair in ((variant, seed) for seed in args.seeds for variant in variants)
                   if record.lacks(*pair, args.retry_failed)]  # fmt: skip
         crew = Crew(plan, corpus, record, work / plan.fingerprint(corpus.record), args.parallel, args.budget_minutes,

@@ -135,7 +135,7 @@ def load_plan(path: Path, preset: str) -> Plan:
     if unknown := sorted(named - set(plan.sections)):
         raise QualityError(f"{path}: references or claims name {', '.join(unknown)}, which is no variant; there are "
                            f"{', '.join(plan.sections)}")  # fmt: skip
-    if other := [relation for _, relation, _ in whole["claims"] if relation not in RELATIONS]:
+    if other := [relation for _, relation, *_ in whole["claims"] if relation not in RELATIONS]:
         raise QualityError(f"{path}: a claim says {other[0]!r}; it can say {' or '.join(RELATIONS)}")
     return plan
 
@@ -218,8 +218,12 @@ class Record:
         return int(environments.index(found))
 
     def add(self, run: dict[str, Any]) -> None:
-        """Notes a run and writes the file: the old one or the new one is there at any time."""
+        """Notes a run and writes the file."""
         self.content["runs"].append(run)
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file: the old one or the new one is there at any time."""
         staged = self.path.with_name(self.path.name + ".tmp")
         staged.write_text(to_json(self.content), encoding="utf-8")
         os.replace(staged, self.path)

@@ -199,15 +199,15 @@ def difference_cell(difference: Difference | None) -> str:
 def _verdicts(record: dict[str, Any]) -> list[str]:
     margin = record["equivalence_margin_nats"]
     rows = []
-    for first, relation, second in record["claims"]:
+    for first, relation, second, *paper in record["claims"]:
         difference = paired(record, first, second)
         cells = ["–", "–", "0"]
         if difference is not None:
             low, high = difference.interval
             interval = "–" if difference.error is None else f"{low:+.4f} … {high:+.4f}"
             cells = [difference_cell(difference), interval, str(len(difference.seeds))]
-        rows.append([f"{first} {relation} {second}", verdict(difference, relation, margin), *cells])
-    header = ["claim (loss)", "verdict", "difference, nats per token", "95 % interval", "seeds"]
+        rows.append([f"{first} {relation} {second}", verdict(difference, relation, margin), *cells, "".join(paper)])
+    header = ["claim (loss)", "verdict", "difference, nats per token", "95 % interval", "seeds", "the paper's numbers"]
     return ["## Verdict", "", RULE.format(margin=margin), "", *table(header, rows)]
 
 

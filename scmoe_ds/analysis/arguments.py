@@ -22,7 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
         "of its gradients. One process on one device; no token is dropped.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="analysis", required=True, metavar="{similarity,gating,gradients}")
+    commands = parser.add_subparsers(
+        dest="analysis", required=True, metavar="{similarity,gating,gradients,feasibility}"
+    )
     similarity = _add(commands, "similarity", "cosine similarity and L2 distance between all intermediate "
                       "representations (paper figure 10), and what a shortcut would connect")  # fmt: skip
     similarity.add_argument("--load", help=_CHECKPOINT)
@@ -34,12 +36,20 @@ def build_parser() -> argparse.ArgumentParser:
     similarity.add_argument("--max-images", type=int, help="most images to read; default: all")
     gating = _add(commands, "gating", "choices, scores, load and drops of the gates (paper figure 9)")
     gating.add_argument("--load", help=_CHECKPOINT)
-    gating.add_argument("--all-checkpoints", action="store_true", help="every global_step* of the directory --load, "
-                        "with curves over iterations")  # fmt: skip
     gradients = _add(commands, "gradients", "norm and signal-to-noise ratio of the gradients, by sub-layer and branch "
                      "(paper appendix A.1)")  # fmt: skip
     gradients.add_argument("--load", action="append", help=_CHECKPOINT + "; several times: side by side")
+    for command in (gating, gradients):
+        command.add_argument("--all-checkpoints", action="store_true", help="every global_step* of each directory "
+                             "--load, with curves over iterations")  # fmt: skip
     gradients.add_argument("--micro-batches", type=int, default=16, help="between which the noise is taken")
+    feasibility = commands.add_parser(
+        "feasibility", help="one page: would ScMoE pay for a model on a machine?", allow_abbrev=False,
+        description="Would ScMoE pay for a model on a machine? One page, from two files: needs neither of them.",
+    )  # fmt: skip
+    feasibility.add_argument("--similarity", help='a record of the sub-command "similarity" of the model')
+    feasibility.add_argument("--calibration", help='measured times: a "calibration_file"')
+    feasibility.add_argument("--output-prefix", help="writes <prefix>.md, <prefix>.html and <prefix>.png")
     return parser
 
 
@@ -53,6 +63,8 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     group.add_argument("--from-json", help="make the figure of such a file anew, without a model")
     group = parser.add_argument_group("what is read")
     group.add_argument("--data-path", help="prefix of a .bin and .idx of tools/preprocess_data.py")
+    group.add_argument("--split", help="with --data-path: shares of train, valid and test as in pretraining, of which "
+                       "the validation documents are read; default: all documents")  # fmt: skip
     group.add_argument("--text-file", help="a UTF-8 text")
     group.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the model's context")
     group.add_argument("--batch-size", type=int, default=8, help="sequences of a micro-batch")
@@ -69,23 +81,23 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
-    """The flags.
+def check(args: argparse.Namespace) -> None:
+    """Checks the flags of an analysis of a model, and sets the tokenizer that they leave open.
 
     Raises:
         AnalysisError, ArgumentError: a setting that its user can mend.
-        SystemExit: argparse's own findings, and --help.
     """
-    args = build_parser().parse_args(argv)
     check_lowest(args, 1, [name for name in ("seq_length", "batch_size", "max_tokens", "max_images", "moe_every")
                            if hasattr(args, name)])  # fmt: skip
     if args.analysis == "gradients" and args.micro_batches < 2:
         raise ArgumentError(f"--micro-batches {args.micro_batches}: noise is between at least 2")
     if args.from_json is not None:
-        return (args,)
+        return
     is_similarity = args.analysis == "similarity"
     _require_one(args, ["load", "hf_model"] if is_similarity else ["load"])
     _require_one(args, ["data_path", "text_file", "images"] if is_similarity else ["data_path", "text_file"])
+    if args.split is not None and args.data_path is None:
+        raise AnalysisError("--split is of a data set: give --data-path as well, or leave it out")
     if args.output is None:
         raise AnalysisError("--output is missing: name a .json file for the record")
     check_output(args.output)
@@ -93,7 +105,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
         hf_model = getattr(args, "hf_model", None)
         args.tokenizer_type = "ByteTokenizer" if hf_model is None else "HuggingFaceTokenizer"
         args.tokenizer_model = args.tokenizer_model or hf_model
-    return (args,)
 
 
 def _require_one(args: argparse.Namespace, names: Sequence[str]) -> None:

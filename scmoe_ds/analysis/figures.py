@@ -96,13 +96,42 @@ def _draw_gating(axes: Axes, checkpoints: list[dict[str, Any]], name: str, style
     axes.set(xlabel="iteration")
 
 
+_GRADIENT_PANELS = (("norm", "gradient norm"), ("snr", "signal-to-noise ratio"))
+
+
 def gradients(record: dict[str, Any]) -> Figure:
-    """Bars per branch, one for each checkpoint: gradient norm, and signal-to-noise ratio with that of pure noise."""
+    """Gradient norm, and signal-to-noise ratio with that of pure noise: of several checkpoints of a run curves over
+    iterations, a column for each run; otherwise bars per branch, one for each checkpoint."""
     checkpoints = record["checkpoints"]
+    labels = list(dict.fromkeys(checkpoint["label"] for checkpoint in checkpoints))
+    over_time = len(labels) < len(checkpoints) and all(each["iteration"] is not None for each in checkpoints)
+    return _gradient_curves(checkpoints, labels) if over_time else _gradient_bars(checkpoints)
+
+
+def _gradient_curves(checkpoints: list[dict[str, Any]], labels: list[str]) -> Figure:
+    figure = Figure(figsize=(5 * len(labels) + 2, 8), layout="constrained")
+    panels = figure.subplots(2, len(labels), squeeze=False, sharex=True, sharey="row")
+    names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint["branches"]))
+    for column, label in enumerate(labels):
+        run = [checkpoint for checkpoint in checkpoints if checkpoint["label"] == label]
+        for row, (key, title) in enumerate(_GRADIENT_PANELS):
+            axes = panels[row][column]
+            for number, name in enumerate(names):
+                found = [(each["iteration"], each["branches"][name][key]) for each in run
+                         if each["branches"].get(name, {}).get(key)]  # fmt: skip
+                axes.plot([at for at, _ in found], [value for _, value in found], marker="o", markersize=3, label=name,
+                          color=_COLOURS[number % len(_COLOURS)])  # fmt: skip
+            axes.set(yscale="log", ylabel=title if column == 0 else "", xlabel="iteration" if row else "")
+        panels[1][column].axhline(run[0]["noise_floor"], color="#333333", linestyle=":", label="noise alone")
+        panels[0][column].set_title(label, fontsize=9)
+    panels[1][-1].legend(fontsize=7)
+    return figure
+
+
+def _gradient_bars(checkpoints: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(13, 5), layout="constrained")
     names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint["branches"]))
-    for axes, key, title in zip(figure.subplots(1, 2), ("norm", "snr"), ("gradient norm", "signal-to-noise ratio"),
-                                strict=True):  # fmt: skip
+    for axes, (key, title) in zip(figure.subplots(1, 2), _GRADIENT_PANELS, strict=True):
         width = 0.8 / len(checkpoints)
         for number, checkpoint in enumerate(checkpoints):
             found = [(place, checkpoint["branches"][name][key]) for place, name in enumerate(names)

@@ -1,6 +1,7 @@
 """What a language model reads in an analysis: disjoint sequences of a token stream, in order.
 
-Documents follow each other as in pretraining. A data set stays on disk; a text is tokenized as a whole.
+Documents follow each other as in pretraining. The stream is a data set, which stays on disk, or a text
+(`scmoe_ds.data.text`).
 
 Shape suffixes: B batch, S sequence.
 """
@@ -9,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.data.flags import split_document_ranges
 from scmoe_ds.data.indexed import check_token_range, read_layout
-from scmoe_ds.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -76,32 +76,20 @@ class TokenSequences:
             yield block[:-1].view(batch_size, -1), block[1:].reshape(batch_size, -1)
 
 
-def read_data_set(prefix: str, vocab_size: int) -> np.ndarray:
+def read_data_set(prefix: str, split: str | None, vocab_size: int) -> np.ndarray:
     """The tokens of `<prefix>.bin` in order, memory-mapped.
 
+    Args:
+        split: of the shares of train, valid and test, the validation documents; None: all documents.
+
     Raises:
-        DataError: files that are missing or damaged, or ids outside of the vocabulary.
+        DataError: files that are missing or damaged, ids outside of the vocabulary, or a split that is none.
     """
     layout = read_layout(prefix)
     check_token_range(layout, vocab_size)
-    return np.memmap(prefix + ".bin", dtype=layout.dtype, mode="r")
-
-
-def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """The tokens of a UTF-8 text file.
-
-    Raises:
-        AnalysisError: a file that cannot be read, or a tokenizer of another model.
-    """
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnalysisError(f"--text-file {path} cannot be read as UTF-8 text: {error}") from None
-    tokens = np.array(tokenizer.tokenize(text), dtype=np.int32)
-    if text and not len(tokens):  # transformers makes an empty tokenizer of a directory without one
-        raise AnalysisError(f"--tokenizer-type {tokenizer.name} finds no token in --text-file {path}: its vocabulary "
-                            "is empty; name the model's tokenizer with --tokenizer-type and its files")  # fmt: skip
-    if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise AnalysisError(f"--tokenizer-type {tokenizer.name} gives token {int(tokens.max())}, but the model has "
-                            f"{vocab_size} tokens: name the tokenizer that it was trained with")  # fmt: skip
-    return tokens
+    tokens = np.memmap(prefix + ".bin", dtype=layout.dtype, mode="r")
+    if split is None:
+        return tokens
+    validation = split_document_ranges(split, len(layout.lengths))[1]
+    ends = np.concatenate([[0], np.cumsum(layout.lengths, dtype=np.int64)])
+    return tokens[ends[validation.start] : ends[validation.stop]]

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from scmoe_ds.data.flags import split_document_ranges
 from scmoe_ds.data.indexed import check_token_range, content_digest, read_layout
+from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from scmoe_ds.evaluation.errors import EvaluationError
 from scmoe_ds.parallel.agreement import require_agreement, run_together
-
-_PIECE_BYTES = 1 << 20
 
 
 class Documents(ABC):
@@ -99,52 +94,25 @@ class IndexedDocuments(Documents):
 class TextDocument(Documents):
     """A UTF-8 text file as one document, byte for byte.
 
-    The ids of ByteTokenizer are the file's bytes, which stay on disk. Other tokenizers may look any distance ahead:
-    for them the whole text is read and tokenized at once.
-
     Raises:
-        EvaluationError: a file that is not there or no UTF-8 text, or one with fewer than two tokens.
+        DataError: a file that is not there or no UTF-8 text, or a tokenizer without a vocabulary.
+        EvaluationError: fewer than two tokens.
     """
 
     def __init__(self, path: str, tokenizer: Tokenizer) -> None:
-        digest, self.num_words, self._num_bytes = hashlib.sha256(), 0, 0
-        within_word = False
-        try:
-            for piece in _pieces(path):
-                digest.update(piece.encode("utf-8"))
-                self._num_bytes += len(piece.encode("utf-8"))
-                # A word that goes on from one piece to the next is one word.
-                self.num_words += len(piece.split()) - (within_word and not piece[0].isspace())
-                within_word = not piece[-1].isspace()
-            if not self._num_bytes:
-                self._tokens = np.empty(0, np.uint8)
-            elif isinstance(tokenizer, ByteTokenizer):
-                self._tokens = np.memmap(path, dtype=np.uint8, mode="r")
-            else:
-                self._tokens = np.array(tokenizer.tokenize("".join(_pieces(path))), dtype=np.int32)
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"--text-file {path} cannot be read as UTF-8 text: {error}") from None
-        if len(self._tokens) < 2:
-            raise EvaluationError(f"--text-file {path} has {len(self._tokens)} token(s); at least 2 are needed: give a "
-                                  "longer text")  # fmt: skip
-        self.lengths = np.array([len(self._tokens)])
-        self.identity = (digest.hexdigest(), len(self._tokens))
+        self._text = read_text(path, tokenizer, tokenizer.vocab_size)
+        count = len(self._text.tokens)
+        if count < 2:
+            raise EvaluationError(f"--text-file {path} has {count} token(s); at least 2 are needed: give a longer text")
+        self.lengths = np.array([count])
+        self.num_words = self._text.num_words
+        self.identity = (self._text.digest, count)
 
     def tokens(self, document: int) -> np.ndarray:
-        return self._tokens
+        return self._text.tokens
 
     def num_bytes(self, document: int) -> int:
-        return self._num_bytes
-
-
-def _pieces(path: str) -> Iterator[str]:
-    """A file's characters; line ends stay as they are."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with Path(path).open("rb") as stream:
-        while block := stream.read(_PIECE_BYTES):
-            if text := decoder.decode(block):
-                yield text
-    decoder.decode(b"", final=True)
+        return self._text.num_bytes
 
 
 def open_documents(data_path: str | None, split: str | None, text_file: str | None, tokenizer: Tokenizer) -> Documents:

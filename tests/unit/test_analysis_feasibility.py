@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import analyze_gpt_scmoe
 from scmoe_ds.analysis import feasibility
+from scmoe_ds.analysis.arguments import build_parser
 from scmoe_ds.analysis.feasibility import conclude, settings, study
 from scmoe_ds.overlap.times import OperatorTimes
 
@@ -162,7 +163,16 @@ def test_several_kinds(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_of_the_page() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "analysis.md").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"python analyze_gpt_scmoe\.py feasibility (.*)$", page, re.MULTILINE)
-    analyze_gpt_scmoe.feasibility_parser().parse_args(shlex.split(command))
+    build_parser().parse_args(["feasibility", *shlex.split(command)])
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """The program's own help lists it, and its help has its flags."""
+    wanted = {("--help",): " feasibility one page: would ScMoE pay", ("feasibility", "--help"): "--output-prefix"}
+    for flags, text in wanted.items():
+        with pytest.raises(SystemExit, match=r"^0$"):
+            analyze_gpt_scmoe.main(flags)
+        assert text in " ".join(capsys.readouterr().out.split())
 
 
 BAD = {

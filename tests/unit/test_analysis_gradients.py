@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import analyze_gpt_scmoe
+from scmoe_ds.analysis import figures
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.gradients import GradientSums, Group, measure, parameter_groups
 from scmoe_ds.analysis.tokens import TokenSequences
@@ -131,7 +132,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("gradients")
     (directory / "text.txt").write_text("gradients point uphill; " * 20)
     for name in ("scmoe", "topk"):
-        write_export(directory / name, whole_model(SETTINGS, {"num_experts": 4, "architecture": name}, std=0.1))
+        model = whole_model(SETTINGS, {"num_experts": 4, "architecture": name}, std=0.1)
+        write_export(directory / name, model)
+        for iteration in (5, 20):  # exports in the place of checkpoints, whose files take longer to write
+            write_export(directory / f"{name}_run" / f"global_step{iteration}", model)
+            model.embedding.weight.data *= 2
     return str(directory)
 
 
@@ -159,6 +164,23 @@ def test_program(files: str, capsys: pytest.CaptureFixture[str]) -> None:
     picture.unlink()
     assert run(files, "--from-json", "DIR/a.json") == 0
     assert picture.read_bytes() == before
+
+
+def test_signal_to_noise_over_steps(files: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--load", "DIR/scmoe_run", "--load", "DIR/topk_run", "--all-checkpoints", "--output", "DIR/steps.json")
+    assert run(files, *ON_TEXT, *flags) == 0
+    assert "topk_run (topk) at iteration 20: gate: gradient norm" in capsys.readouterr().out
+    found = json.loads((Path(files) / "steps.json").read_text())["checkpoints"]
+    assert [(each["architecture"], each["iteration"]) for each in found] == [
+        ("scmoe", 5), ("scmoe", 20), ("topk", 5), ("topk", 20)]  # fmt: skip
+    assert found[0]["label"] == found[1]["label"] != found[2]["label"]
+    assert run(files, *ON_TEXT, "--load", "DIR/scmoe_run/global_step20", "--output", "DIR/one.json") == 0
+    (alone,) = json.loads((Path(files) / "one.json").read_text())["checkpoints"]
+    assert alone["branches"] == found[1]["branches"] != found[0]["branches"]
+    # A column for each run: norm above signal-to-noise ratio, a line per branch and the noise floor.
+    drawn = figures.gradients(json.loads((Path(files) / "steps.json").read_text()))
+    assert len(drawn.axes) == 4 and len(drawn.axes[3].lines) == 8
+    assert list(drawn.axes[0].lines[0].get_ydata()) == [each["branches"]["attention"]["norm"] for each in found[:2]]
 
 
 BAD: dict[str, tuple[tuple[str, ...], str]] = {

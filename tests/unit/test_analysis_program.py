@@ -56,7 +56,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with torch.no_grad():
         model.embedding.weight[ord("(")] = torch.inf
     write_export(directory / "infinite", model)
-    write_indexed_dataset(str(directory / "data"), [np.frombuffer(TEXT.encode(), np.uint8)], 257)
+    text = np.frombuffer(TEXT.encode(), np.uint8)
+    write_indexed_dataset(str(directory / "data"), [text], 257)
+    write_indexed_dataset(str(directory / "parts"), [text[::-1], text[200:], text, text[::3]], 257)
     return {"DIR": str(directory), "EXPORT": str(export)}
 
 
@@ -85,6 +87,9 @@ def test_program(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> N
     assert picture.read_bytes() == before and before.startswith(b"\x89PNG")
     assert run(files, *common, "--text-file", "DIR/text.txt", "--output", "DIR/b.json") == 0
     assert json.loads((directory / "b.json").read_text())["cosine"] == record["cosine"]
+    # Of four documents the third one is for validation.
+    assert run(files, *common, "--data-path", "DIR/parts", "--split", "2,1,1", "--output", "DIR/c.json") == 0
+    assert json.loads((directory / "c.json").read_text())["cosine"] == record["cosine"]
 
 
 def test_program_with_hugging_face(files: dict[str, str]) -> None:
@@ -144,6 +149,8 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "short data": ((*ON_DATA, "--load", "DIR/export", "--max-tokens", "47"), "--max-tokens 47: less than one sequence of 48"),
     "no text": ((*OUT, "--load", "DIR/export", "--text-file", "DIR/nowhere"), "cannot be read as UTF-8 text"),
     "no UTF-8": ((*OUT, "--load", "DIR/export", "--text-file", "DIR/latin.txt"), "cannot be read as UTF-8 text"),
+    "no validation": ((*OUT, "--data-path", "DIR/parts", "--split", "1,0,0", "--load", "DIR/export"), "has 0 tokens"),
+    "split of a text": ((*ON_TEXT, "--split", "1,1,0", "--load", "DIR/export"), "--split is of a data set"),
     "no data set": ((*OUT, "--load", "DIR/export", "--data-path", "DIR/no"), "no.bin and"),
     "long": ((*ON_TEXT, "--load", "DIR/export", "--seq-length", "49"), "exceeds the model's context of 48"),
     "batch size": ((*ON_TEXT, "--load", "DIR/export", "--batch-size", "0"), "--batch-size 0: must be at least 1"),

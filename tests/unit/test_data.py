@@ -1,12 +1,15 @@
 """Datasets: what is written, refused, sampled and batched, against plain Python."""
 
 import collections
+import hashlib
 import json
 import math
 import random
 import struct
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,8 @@ from scmoe_ds.data.dataset import (
     split_document_ranges,
 )
 from scmoe_ds.data.errors import DataError
-from scmoe_ds.data.tokenizer import ByteTokenizer
+from scmoe_ds.data.text import read_text
+from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ = 8
@@ -635,3 +639,57 @@ def test_two_processes_share_one_cache_and_one_order(tmp_path: Path, prefix: str
         assert "the training data differs between ranks" in result["different seeds"]
         assert "absent.bin" in result["missing on rank 1"]
         assert "found by rank 1" in result["missing on rank 1"]
+
+
+# ---------------------------------------------------------------- text files
+
+
+def test_the_bytes_of_a_text_stay_on_disk(tmp_path: Path) -> None:
+    """64 MiB, of which a copy would show."""
+    path, line = tmp_path / "text", b"x" * 1022 + b" \n"
+    path.write_bytes(line * (64 << 10))
+    tracemalloc.start()
+    text = read_text(str(path), ByteTokenizer(), 257)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+    assert isinstance(text.tokens, np.memmap) and text.tokens[-2000:].tobytes() == (line * 2)[-2000:]
+    assert (text.num_bytes, text.num_words) == (64 << 20, 64 << 10)
+    assert text.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"caf\xc3\xa9 \xe9t\xe9", "invalid continuation byte at byte 6"),
+        (b"caf\xe9", "unexpected end of data at byte 3"),
+    ],
+)
+def test_a_text_that_is_not_utf8(
+    content: bytes, message: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scmoe_ds.data.text._PIECE_BYTES", piece)
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(DataError, match=rf"^--text-file \S+ cannot be read as UTF-8 text: {message}$"):
+        read_text(str(tmp_path / "text"), ByteTokenizer(), 257)
+
+
+def test_a_text_and_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    class Empty(Tokenizer):
+        name = "GPT2BPETokenizer"
+
+        def tokenize(self, text: str) -> list[int]:
+            return []
+
+        def detokenize(self, ids: Sequence[int]) -> str:
+            return ""
+
+    path = tmp_path / "text"
+    path.write_text("letters")
+    with pytest.raises(DataError, match=r"ByteTokenizer gives token 116, but the model has 116 tokens: name"):
+        read_text(str(path), ByteTokenizer(), 116)
+    with pytest.raises(DataError, match=r"GPT2BPETokenizer finds no token in --text-file .* its vocabulary is empty"):
+        read_text(str(path), Empty(), 257)
+    path.write_text("")
+    assert [len(read_text(str(path), each, 257).tokens) for each in (Empty(), ByteTokenizer())] == [0, 0]

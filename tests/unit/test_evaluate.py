@@ -145,7 +145,7 @@ def test_a_text_file(export: str, text_file: str, tmp_path: Path, capfd: pytest.
 def test_words_and_bytes_across_pieces(text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces that end within words, characters and runs of blanks."""
     for size in (1, 2, 3, 10):
-        monkeypatch.setattr("scmoe_ds.evaluation.text._PIECE_BYTES", size)
+        monkeypatch.setattr("scmoe_ds.data.text._PIECE_BYTES", size)
         document = TextDocument(text_file, ByteTokenizer())
         assert document.num_words == len(TEXT.split())
         assert document.tokens(0).tobytes() == TEXT.encode()

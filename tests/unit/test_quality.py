@@ -256,7 +256,7 @@ def test_two_variants_with_two_seeds_stopped_and_resumed(
     with monkeypatch.context() as patch:
         stop_first_run(patch)
         assert quality.main(flags) == 130
-    assert not (tmp_path / "out.json").exists()
+    assert not Record.read(tmp_path / "out.json").content["runs"]
     assert quality.main([*flags, "--budget-minutes", "1e-9"]) == 1  # nothing starts after the time is over
     assert quality.main([*flags, "--parallel", "2"]) == 0
     record = Record.read(tmp_path / "out.json").content

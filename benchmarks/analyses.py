@@ -1,0 +1,94 @@
+"""The paper's analyses (figures 9, 10, appendix A.1) of four models trained side by side on installed text.
+
+    python -m benchmarks.analyses --output-dir benchmarks/results
+
+Top-2, shared expert, DGMoE and ScMoE are trained as benchmarks.quality does it (its corpus, sizes and optimizer; fewer
+iterations, more checkpoints), then analyze_gpt_scmoe.py reads held-out text with them. It goes on where it was stopped.
+Each figure can be made again from its record: `python analyze_gpt_scmoe.py KIND --from-json FILE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.quality import ROOT
+from benchmarks.quality_record import Plan, load_plan
+from tools.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
+
+RUNS = {"top2": "top-2", "shared_expert": "shared expert", "dgmoe": "DGMoE Pos-2", "scmoe": "ScMoE Pos-2 CG-1"}
+"""Directory of a run to its variant in benchmarks/quality.json."""
+SEED = 1
+SIMILARITY_TOKENS, GATING_TOKENS, MICRO_BATCHES = 100_000, 32_768, 32
+
+
+def train(plan: Plan, corpus: Corpus, directory: Path, iterations: int, interval: int) -> None:
+    """All runs, or what is left of them.
+
+    Raises:
+        subprocess.CalledProcessError: one failed; it has said why.
+    """
+    for name, variant in RUNS.items():
+        run = directory / name
+        run.mkdir(parents=True, exist_ok=True)
+        config = run / "deepspeed.json"
+        config.write_text(json.dumps(plan.deepspeed(variant), indent=1) + "\n", encoding="utf-8")
+        _call(plan, "pretrain_gpt_scmoe.py", *plan.model_flags(variant), "--deepspeed_config", str(config),
+              "--data-path", corpus.prefix, "--split", corpus.split, *corpus.tokenizer_flags, "--seed", str(SEED),
+              "--train-iters", str(iterations), "--save", str(run), "--save-interval", str(interval),
+              "--auto-resume")  # fmt: skip
+
+
+def analyse(plan: Plan, corpus: Corpus, directory: Path, output: Path) -> None:
+    """Writes every record, and its figure.
+
+    Raises:
+        subprocess.CalledProcessError: one failed; it has said why.
+    """
+    held_out = ["--data-path", corpus.prefix, "--split", corpus.split]
+    batch = ["--batch-size", str(plan.preset["deepspeed"]["train_micro_batch_size_per_gpu"])]
+    for name in ("top2", "scmoe"):
+        _call(plan, "analyze_gpt_scmoe.py", "similarity", "--load", str(directory / name), *held_out, "--max-tokens",
+              str(SIMILARITY_TOKENS), "--output", str(output / f"analysis_similarity_{name}.json"))  # fmt: skip
+    for name in ("dgmoe", "scmoe"):
+        _call(plan, "analyze_gpt_scmoe.py", "gating", "--load", str(directory / name), "--all-checkpoints", *held_out,
+              *batch, "--max-tokens", str(GATING_TOKENS), "--output",
+              str(output / f"analysis_gating_{name}.json"))  # fmt: skip
+    loads = [flag for name in RUNS for flag in ("--load", str(directory / name))]
+    _call(plan, "analyze_gpt_scmoe.py", "gradients", *loads, "--all-checkpoints", *held_out, *batch, "--dtype", "fp32",
+          "--micro-batches", str(MICRO_BATCHES), "--output", str(output / "analysis_gradients.json"))  # fmt: skip
+
+
+def _call(plan: Plan, *command: str) -> None:
+    subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **plan.preset["environment"]}, check=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cpu", help="sizes in benchmarks/quality.json")
+    parser.add_argument("--output-dir", type=Path, required=True, help="of records and figures")
+    parser.add_argument("--work-dir", type=Path, default=Path("data/quality"), help="of corpus and checkpoints")
+    parser.add_argument("--train-iters", type=int, default=300, help="iterations of each run")
+    parser.add_argument("--save-interval", type=int, default=50, help="iterations between the checkpoints")
+    args = parser.parse_args(argv)
+    os.chdir(ROOT)  # records name paths from here
+    plan = load_plan(Path("benchmarks/quality.json"), args.preset)
+    work = args.work_dir / args.preset
+    corpus = prepare_corpus(work / "corpus", CorpusSettings(**plan.preset["corpus"]))
+    print(describe(corpus.record), flush=True)
+    try:
+        train(plan, corpus, work / "analyses", args.train_iters, args.save_interval)
+        analyse(plan, corpus, work / "analyses", args.output_dir)
+    except subprocess.CalledProcessError as error:
+        print(f"benchmarks.analyses: {error.cmd[1]} ended with exit code {error.returncode}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

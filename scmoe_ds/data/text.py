@@ -1,0 +1,95 @@
+"""A UTF-8 text file as tokens, for what reads one text as it is: analysis and evaluation."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
+
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, byte for byte.
+
+    Attributes:
+        tokens: [N] ids; of ByteTokenizer uint8 and a memory map of the file, of others int32.
+        num_bytes: in UTF-8.
+        num_words: separated by whitespace.
+        digest: SHA-256 of the bytes, in hex.
+    """
+
+    tokens: np.ndarray
+    num_bytes: int
+    num_words: int
+    digest: str
+
+
+def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
+    """The text of --text-file; an empty file has no tokens.
+
+    The ids of ByteTokenizer are the file's bytes, which stay on disk. Other tokenizers may look any distance ahead:
+    for them the whole text is read and tokenized at once.
+
+    Args:
+        vocab_size: of the model; every id is below it.
+
+    Raises:
+        DataError: a file that is not there or no UTF-8 text, or a tokenizer of another model.
+    """
+    is_bytes = isinstance(tokenizer, ByteTokenizer)
+    digest, num_bytes, num_words, within_word = hashlib.sha256(), 0, 0, False
+    tokens, kept = np.empty(0, np.uint8), []
+    try:
+        with Path(path).open("rb") as stream:
+            for piece in _pieces(stream):
+                octets = piece.encode("utf-8")
+                digest.update(octets)
+                num_bytes += len(octets)
+                # A word that goes on from one piece to the next is one word.
+                num_words += len(piece.split()) - (within_word and not piece[0].isspace())
+                within_word = not piece[-1].isspace()
+                if not is_bytes:
+                    kept.append(piece)
+            if is_bytes and num_bytes:  # there is no map of an empty file
+                tokens = np.memmap(stream, dtype=np.uint8, mode="r")
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"--text-file {path} cannot be read as UTF-8 text: {error}") from None
+    if not is_bytes:
+        tokens = np.array(tokenizer.tokenize("".join(kept)), dtype=np.int32)
+    if num_bytes and not len(tokens):  # transformers makes an empty tokenizer of a directory without one
+        raise DataError(f"--tokenizer-type {tokenizer.name} finds no token in --text-file {path}: its vocabulary is "
+                        "empty; name the model's tokenizer with --tokenizer-type and its files")  # fmt: skip
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        raise DataError(f"--tokenizer-type {tokenizer.name} gives token {int(tokens.max())}, but the model has "
+                        f"{vocab_size} tokens: name the tokenizer that it was trained with")  # fmt: skip
+    return Text(tokens, num_bytes, num_words, digest.hexdigest())
+
+
+def _pieces(stream: BinaryIO) -> Iterator[str]:
+    """A file's characters, in parts that are not empty; line ends stay as they are.
+
+    Raises:
+        UnicodeError: bytes that are not UTF-8, and where they are in the file.
+    """
+    decoder, num_read = codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        block = stream.read(_PIECE_BYTES)
+        num_read += len(block)
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:  # it counts from what was left of the blocks before
+            raise UnicodeError(f"{error.reason} at byte {num_read - len(error.object) + error.start}") from None
+        if text:
+            yield text
+        if not block:
+            return
