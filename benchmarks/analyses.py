@@ -3,7 +3,8 @@
     python -m benchmarks.analyses --output-dir benchmarks/results
 
 Top-2, shared expert, DGMoE and ScMoE are trained as benchmarks.quality does it (its corpus, sizes and optimizer; fewer
-iterations, more checkpoints), then analyze_gpt_scmoe.py reads held-out text with them. It goes on where it was stopped.
+iterations, more checkpoints), then analyze_gpt_scmoe.py reads held-out text with them. For the feasibility page, the
+operators of ScMoE are timed on two CPU processes or on all GPUs. Training goes on where it was stopped.
 Each figure can be made again from its record: `python analyze_gpt_scmoe.py KIND --from-json FILE`.
 """
 
@@ -16,6 +17,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from benchmarks.quality import ROOT
 from benchmarks.quality_record import Plan, load_plan
@@ -64,8 +67,32 @@ def analyse(plan: Plan, corpus: Corpus, directory: Path, output: Path) -> None:
           "--micro-batches", str(MICRO_BATCHES), "--output", str(output / "analysis_gradients.json"))  # fmt: skip
 
 
+def judge(plan: Plan, directory: Path, output: Path) -> None:
+    """Times ScMoE's operators on this machine, and writes the feasibility page of the top-2 model.
+
+    Raises:
+        subprocess.CalledProcessError: one failed; it has said why.
+    """
+    on_cpu = plan.preset["environment"].get("DS_ACCELERATOR") == "cpu"
+    ranks = 2 if on_cpu else torch.cuda.device_count()
+    if ranks < 2:
+        print("one GPU: nothing travels between ranks, there is no feasibility page to write", flush=True)
+        return
+    times, config = output / "analysis_times.json", directory / "times.json"
+    times.unlink(missing_ok=True)  # otherwise it would be read instead of measured
+    section = {**plan.sections[RUNS["scmoe"]], "expert_parallel_size": ranks,
+               "overlap": {"calibration_file": str(times)}}  # fmt: skip
+    config.write_text(json.dumps({**plan.preset["deepspeed"], "scmoe": section}, indent=1) + "\n", encoding="utf-8")
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    _call(plan, launcher, "--num_accelerators" if on_cpu else "--num_gpus", str(ranks), "--module",
+          "scmoe_ds.overlap.report", "--deepspeed_config", str(config), *plan.model_flags())  # fmt: skip
+    _call(plan, "analyze_gpt_scmoe.py", "feasibility", "--similarity", str(output / "analysis_similarity_top2.json"),
+          "--calibration", str(times), "--output-prefix", str(output / "analysis_feasibility"))  # fmt: skip
+
+
 def _call(plan: Plan, *command: str) -> None:
-    subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **plan.preset["environment"]}, check=True)
+    environ = {**os.environ, **plan.preset["environment"]}
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=environ, check=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(plan, corpus, work / "analyses", args.train_iters, args.save_interval)
         analyse(plan, corpus, work / "analyses", args.output_dir)
+        judge(plan, work / "analyses", args.output_dir)
     except subprocess.CalledProcessError as error:
         print(f"benchmarks.analyses: {error.cmd[1]} ended with exit code {error.returncode}", file=sys.stderr)
         return 1
