@@ -85,7 +85,8 @@ def judge(plan: Plan, directory: Path, output: Path) -> None:
     config.write_text(json.dumps({**plan.preset["deepspeed"], "scmoe": section}, indent=1) + "\n", encoding="utf-8")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     _call(plan, launcher, "--num_accelerators" if on_cpu else "--num_gpus", str(ranks), "--module",
-          "scmoe_ds.overlap.report", "--deepspeed_config", str(config), *plan.model_flags())  # fmt: skip
+          "scmoe_ds.overlap.report", "--deepspeed_config", str(config), *plan.model_flags(), "--save",
+          str(directory))  # fmt: skip
     _call(plan, "analyze_gpt_scmoe.py", "feasibility", "--similarity", str(output / "analysis_similarity_top2.json"),
           "--calibration", str(times), "--output-prefix", str(output / "analysis_feasibility"))  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -59,8 +58,8 @@ def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
     # The page reads what the commands before it write.
     *_, launch, _ = commands
     assert found[-1].similarity == found[0].output
-    section = json.loads(Path(launch[launch.index("--deepspeed_config") + 1]).read_text(encoding="utf-8"))["scmoe"]
-    assert section["overlap"]["calibration_file"] == found[-1].calibration and section["expert_parallel_size"] == 2
+    _, _, config = parse_arguments(launch[launch.index("scmoe_ds.overlap.report") + 1 :])
+    assert (config.overlap.calibration_file, config.expert_parallel_size) == (found[-1].calibration, 2)
 
 
 def test_a_command_that_fails_ends_it(commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
