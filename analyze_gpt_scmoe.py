@@ -188,6 +188,8 @@ def _sequences(args: argparse.Namespace, subject: Subject, tokenizer: Tokenizer 
     tokens: np.ndarray
     if args.data_path is not None:
         tokens, source = read_data_set(args.data_path, args.split, vocab_size), f"--data-path {args.data_path}"
+        if args.split is not None:
+            source = f"the validation part of --split {args.split} of {source}"
     else:
         tokenizer = tokenizer or build_tokenizer(
             args.tokenizer_type, tokenizer_model=args.tokenizer_model, vocab_file=args.vocab_file,

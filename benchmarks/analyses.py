@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import ROOT
-from benchmarks.quality_record import Plan, load_plan
+from benchmarks.quality import ROOT, locked
+from benchmarks.quality_record import Plan, QualityError, load_plan
+from scmoe_ds.data.errors import DataError
+from scmoe_ds.engine import fingerprint
 from tools.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
 
 RUNS = {"top2": "top-2", "shared_expert": "shared expert", "dgmoe": "DGMoE Pos-2", "scmoe": "ScMoE Pos-2 CG-1"}
@@ -76,17 +79,18 @@ def judge(plan: Plan, directory: Path, output: Path) -> None:
     on_cpu = plan.preset["environment"].get("DS_ACCELERATOR") == "cpu"
     ranks = 2 if on_cpu else torch.cuda.device_count()
     if ranks < 2:
-        print("one GPU: nothing travels between ranks, there is no feasibility page to write", flush=True)
+        print(f"{ranks} GPU(s): nothing travels between ranks, there is no feasibility page to write", flush=True)
         return
-    times, config = output / "analysis_times.json", directory / "times.json"
-    times.unlink(missing_ok=True)  # otherwise it would be read instead of measured
+    times, fresh, config = output / "analysis_times.json", directory / "times.json", directory / "deepspeed.json"
+    fresh.unlink(missing_ok=True)  # otherwise it would be read instead of measured
     section = {**plan.sections[RUNS["scmoe"]], "expert_parallel_size": ranks,
-               "overlap": {"calibration_file": str(times)}}  # fmt: skip
+               "overlap": {"calibration_file": str(fresh)}}  # fmt: skip
     config.write_text(json.dumps({**plan.preset["deepspeed"], "scmoe": section}, indent=1) + "\n", encoding="utf-8")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     _call(plan, launcher, "--num_accelerators" if on_cpu else "--num_gpus", str(ranks), "--module",
           "scmoe_ds.overlap.report", "--deepspeed_config", str(config), *plan.model_flags(), "--save",
           str(directory))  # fmt: skip
+    shutil.copy(fresh, times)
     _call(plan, "analyze_gpt_scmoe.py", "feasibility", "--similarity", str(output / "analysis_similarity_top2.json"),
           "--calibration", str(times), "--output-prefix", str(output / "analysis_feasibility"))  # fmt: skip
 
@@ -104,19 +108,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train-iters", type=int, default=300, help="iterations of each run")
     parser.add_argument("--save-interval", type=int, default=50, help="iterations between the checkpoints")
     args = parser.parse_args(argv)
-    os.chdir(ROOT)  # records name paths from here
-    plan = load_plan(Path("benchmarks/quality.json"), args.preset)
-    work = args.work_dir / args.preset
-    corpus = prepare_corpus(work / "corpus", CorpusSettings(**plan.preset["corpus"]))
-    print(describe(corpus.record), flush=True)
     try:
-        train(plan, corpus, work / "analyses", args.train_iters, args.save_interval)
-        analyse(plan, corpus, work / "analyses", args.output_dir)
-        judge(plan, work / "analyses", args.output_dir)
+        plan = load_plan(ROOT / "benchmarks" / "quality.json", args.preset)
+        work, output = (_from_root(path) for path in (args.work_dir / args.preset, args.output_dir))
+        output.mkdir(parents=True, exist_ok=True)
+        os.chdir(ROOT)
+        with locked(work):
+            corpus = prepare_corpus(work / "corpus", CorpusSettings(**plan.preset["corpus"]))
+            print(describe(corpus.record), flush=True)
+            sizes = [plan.identity(corpus.record), plan.sections, args.train_iters]
+            directory = work / f"analyses_{fingerprint(sizes)}"  # checkpoints of other sizes must not be resumed
+            train(plan, corpus, directory, args.train_iters, args.save_interval)
+            analyse(plan, corpus, directory, output)
+            judge(plan, directory, output)
+    except (QualityError, DataError) as error:
+        print(f"benchmarks.analyses: error: {error}", file=sys.stderr)
+        return 2
     except subprocess.CalledProcessError as error:
         print(f"benchmarks.analyses: {error.cmd[1]} ended with exit code {error.returncode}", file=sys.stderr)
         return 1
     return 0
+
+
+def _from_root(path: Path) -> Path:
+    """The same place as a path from the repository: so it stands in the records."""
+    return Path(os.path.relpath(path.resolve(), ROOT))
 
 
 if __name__ == "__main__":

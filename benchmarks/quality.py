@@ -247,7 +247,7 @@ def measure(benchmark: Benchmark, args: argparse.Namespace, command: str) -> int
     with locked(work) as inherited:
         corpus = prepare_corpus(work / "corpus", CorpusSettings(**plan.preset["corpus"]))
         print(describe(corpus.record), flush=True)
-        record = Record.open(Path(f"{output}.json"), plan, corpus.record)
+        record = Record.open(Path(f"{output}.json"), plan, corpus.record, benchmark.name)
         record.want(args.seeds, command)
         record.save()  # claims may have been added since the last run
         wanted = [pair for pair in ((variant, seed) for seed in args.seeds for variant in variants)
@@ -269,7 +269,7 @@ def run(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes save
     try:
         if args.from_json:
-            benchmark.save_tables(Record.read(args.from_json), args.from_json)
+            benchmark.save_tables(Record.read(args.from_json, benchmark.name), args.from_json)
             return 0
         return measure(benchmark, args, command)
     except (QualityError, DataError) as error:

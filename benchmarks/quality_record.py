@@ -164,8 +164,11 @@ class Record:
         self.path, self.content = path, content
 
     @classmethod
-    def read(cls, path: Path) -> Record:
+    def read(cls, path: Path, benchmark: str) -> Record:
         """
+        Args:
+            benchmark: module name of the program that wrote it.
+
         Raises:
             QualityError: no such file, or another kind of file.
         """
@@ -173,12 +176,17 @@ class Record:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise QualityError(f"{path} cannot be read ({error})") from None
-        if not isinstance(content, dict) or not {"identity", "corpus", "variants", "runs"} <= content.keys():
-            raise QualityError(f"{path} is not a record of benchmarks.quality")
+        if (
+            not isinstance(content, dict)
+            or not {"benchmark", "identity", "corpus", "variants", "runs"} <= content.keys()
+        ):
+            raise QualityError(f"{path} is not a record of {benchmark}")
+        if content["benchmark"] != benchmark:
+            raise QualityError(f"{path} is a record of {content['benchmark']}, not of {benchmark}")
         return cls(path, content)
 
     @classmethod
-    def open(cls, path: Path, plan: Plan, corpus: dict[str, Any]) -> Record:
+    def open(cls, path: Path, plan: Plan, corpus: dict[str, Any], benchmark: str) -> Record:
         """The record to go on with, or a new one.
 
         Raises:
@@ -187,10 +195,12 @@ class Record:
         identity = plan.identity(corpus)
         variants = {name: {"section": section, "flags": plan.flags[name], **plan.compute(name, corpus["vocab_size"])}
                     for name, section in plan.sections.items()}  # fmt: skip
-        content: dict[str, Any] = {"commands": [], "seeds": [], "identity": identity, "tokens": plan.tokens,
-                                   "corpus": corpus, "variants": variants, "environments": [], "runs": []}  # fmt: skip
+        content: dict[str, Any] = {
+            "benchmark": benchmark, "commands": [], "seeds": [], "identity": identity, "tokens": plan.tokens,
+            "corpus": corpus, "variants": variants, "environments": [], "runs": [],
+        }  # fmt: skip
         if path.exists():
-            content = cls.read(path).content
+            content = cls.read(path, benchmark).content
             for key, wanted in identity.items():
                 _require_same(path, key, content["identity"].get(key), wanted)
             for name in variants.keys() & content["variants"].keys():

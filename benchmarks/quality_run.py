@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from pretrain_gpt_scmoe import USER_ERRORS, pretrain
-from scmoe_ds.analysis.similarity import measure, verdict
+from scmoe_ds.analysis.similarity import measure
 from scmoe_ds.analysis.subjects import gpt_subject
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.flags import split_document_ranges
@@ -101,19 +101,15 @@ def sequence_losses(model: GPT, rows: Sequence[Row], batch_size: int) -> list[fl
 
 
 def similarity_of(model: GPT, rows: Sequence[Row], batch_size: int) -> dict[str, Any]:
-    """Cosine similarity, L2 distance and norm of all representations, and the cosine similarity between the ends of
-    each position's shortcut, in every MoE layer."""
+    """Names, norms, cosine similarity and L2 distance of all representations."""
     subject = gpt_subject(model)
     starts = range(0, len(rows), batch_size)
     found = measure(subject, (torch.from_numpy(np.stack([row.tokens for row in rows[at : at + batch_size]]))
                               for at in starts))  # fmt: skip
-    judged = verdict(found, subject.moe_blocks, subject.distance, subject.trained)
     record = found.record()
     return {"tokens": record["tokens"], "names": record["names"], "norm": [round(each, 4) for each in record["norm"]],
             **{key: [[round(value, _SIMILARITY_DECIMALS) for value in row] for row in record[key]]
-               for key in ("cosine", "l2")},
-            "positions": {position: [round(layer["cosine"], _SIMILARITY_DECIMALS) for layer in each["layers"]]
-                          for position, each in judged["positions"].items()}}  # fmt: skip
+               for key in ("cosine", "l2")}}  # fmt: skip
 
 
 def read_log(text: str, tokens_per_iteration: int) -> dict[str, Any]:

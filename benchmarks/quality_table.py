@@ -22,7 +22,8 @@ RULE = (
     "standard error that of the seeds' differences. “<” is *confirmed* where 0 lies above the 95 % interval (Student's "
     "t) and the difference is below 0 with every seed, *contradicted* in the opposite case, *within noise* otherwise. "
     "“≈” is *confirmed* where the whole interval lies within ± {margin} nats, *contradicted* where it lies outside, "
-    "*within noise* otherwise. With one seed nothing is decided."
+    "*within noise* otherwise. With one seed nothing is decided. Each interval is of its own comparison: where there "
+    "was no difference at all, one in twenty intervals would still leave 0 out."
 )
 
 
@@ -164,7 +165,7 @@ def _losses(record: dict[str, Any]) -> list[str]:
             f"{math.exp(min(statistics.fmean(losses), 700)):.3f}" if losses else "–",
             *("" if name == reference else difference_cell(paired(record, name, reference))
               for reference in references),
-            f"{flops / 1e6:.2f}" + (f" ({flops / base - 1:+.0%})" if abs(flops / base - 1) > _UNEQUAL else ""),
+            f"{flops / 1e6:.2f}" + (f" ({unequal})" if (unequal := _compute_cell(flops / base - 1)) else ""),
             f"{variant['active_parameters'] / 1e6:.2f} of {variant['parameters'] / 1e6:.2f}",
             f"{statistics.median(speeds):.0f}" if speeds else "–",
             f"{len(runs)} of {len(record['seeds'])}" + (f", {failures} failed" if failures else ""),
@@ -178,6 +179,10 @@ def _losses(record: dict[str, Any]) -> list[str]:
         "compute. Tokens/s: training, median over the seeds of the medians of the log lines."
     )
     return [*table(header, rows), "", note]
+
+
+def _compute_cell(difference: float) -> str:
+    return f"{difference:+.0%}" if abs(difference) > _UNEQUAL else ""
 
 
 def mean_and_deviation(losses: Sequence[float]) -> str:
@@ -206,8 +211,11 @@ def _verdicts(record: dict[str, Any]) -> list[str]:
             low, high = difference.interval
             interval = "–" if difference.error is None else f"{low:+.4f} … {high:+.4f}"
             cells = [difference_cell(difference), interval, str(len(difference.seeds))]
-        rows.append([f"{first} {relation} {second}", verdict(difference, relation, margin), *cells, "".join(paper)])
-    header = ["claim (loss)", "verdict", "difference, nats per token", "95 % interval", "seeds", "the paper's numbers"]
+        flops = [record["variants"][name]["forward_flops_per_token"] for name in (first, second)]
+        rows.append([f"{first} {relation} {second}", verdict(difference, relation, margin), *cells,
+                     _compute_cell(flops[0] / flops[1] - 1), "".join(paper)])  # fmt: skip
+    header = ["claim (loss)", "verdict", "difference, nats per token", "95 % interval", "seeds",
+              "the first one's compute", "the paper's numbers, first and second"]  # fmt: skip
     return ["## Verdict", "", RULE.format(margin=margin), "", *table(header, rows)]
 
 

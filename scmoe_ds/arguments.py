@@ -280,8 +280,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
                             f"{args.max_position_embeddings}")  # fmt: skip
     check_rates(args, ("attention_dropout", "hidden_dropout"))
-    if not 0 < args.residual_scale < float("inf"):
-        raise ArgumentError(f"--residual-scale {args.residual_scale:g} must be a positive number")
 
 
 def _fill_in_schedule(whole: dict[str, Any], train_iters: int) -> None:

@@ -111,7 +111,10 @@ class ScMoEConfig(_Section):
         "auto",
         description="Routed experts per token. auto: 2 for top-k architectures, else 1: as much computation in all.",
     )
-    merge: Merge = Field("cg1", description="How shared and routed outputs are added (paper eq. 7, 14-15, 16-17).")
+    merge: Merge | Auto = Field(
+        "auto", description="How shared and routed outputs are added (paper eq. 6-7, 14-15, 16-17); auto: cg1, for "
+        "overlapped_shared_expert cg2, DeepSpeed's own."
+    )  # fmt: skip
     expert_parallel_size: int = Field(1, ge=1, strict=True, description="Ranks that share one set of experts.")
     expert_tensor_parallelism: bool = Field(
         False,
@@ -191,6 +194,9 @@ class ScMoEConfig(_Section):
         if self.top_k == "auto":
             # Frozen models are set through __dict__; the field is an int for everyone who reads it afterwards.
             self.__dict__["top_k"] = 2 if self.architecture in ("topk", "pipelined_topk") else 1
+        if self.merge == "auto":
+            self.__pydantic_fields_set__.discard("merge")  # a replaced Residual MoE then keeps its own
+            self.__dict__["merge"] = "cg2" if self.architecture == "overlapped_shared_expert" else "cg1"
         for path, rule, broken in self._broken_rules():
             if broken:
                 value: Any = self

@@ -8,7 +8,8 @@ the shortcut taps. Each is taken as the model reads it, in a pre-norm Transforme
                 architecture without a shortcut: the backbone's norm of the value that `position` would tap (Pos-1 where
                 every block has an MoE)
 
-In a post-norm Transformer both are behind their norm already; only a shortcut's own norm comes on top.
+In a post-norm Transformer both are behind their norm already (but for the embedding, which has none); only a shortcut's
+own norm comes on top.
 
 The same gate is applied to both; a score is a probability among all experts, whatever `gate_softmax` says.
 

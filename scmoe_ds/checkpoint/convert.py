@@ -60,8 +60,8 @@ def residual_to_scmoe(
 ) -> int:
     """Turns a model with DeepSpeed's Residual MoE (architecture shared_expert) into a ScMoE with the same weights.
 
-    Gate, experts, shared expert and coefficient network keep names and layout: the merge is cg2, whose weights are
-    DeepSpeed's. A norm of the shortcut's own starts as a copy of the norm through which the operator after the tap
+    Gate, experts, shared expert and coefficient network keep names and layout, and so does the merge: DeepSpeed's is
+    cg2. A norm of the shortcut's own starts as a copy of the norm through which the operator after the tap
     reads the tapped value, so that "own" starts where "shared" would.
 
     Args:
@@ -80,7 +80,8 @@ def residual_to_scmoe(
     if old.architecture not in ("shared_expert", "overlapped_shared_expert"):
         raise CheckpointError(f'{source} is a checkpoint of architecture "{old.architecture}"; only a Residual MoE '
                               '("shared_expert") has the parts of a ScMoE')  # fmt: skip
-    section = {**old.model_dump(mode="json"), "architecture": "scmoe", "merge": "cg2", **changes}
+    merge = "cg2" if old.architecture == "shared_expert" else old.merge
+    section = {**old.model_dump(mode="json"), "architecture": "scmoe", "merge": merge, **changes}
     config = ScMoEConfig.from_deepspeed({"scmoe": section})
     config.check_model(settings.num_layers)
     readers = _readers(weights)

@@ -83,6 +83,7 @@ def serving_config(
     section = trained.model_dump(mode="json")
     changes = {
         "architecture": _SAME_LAYER.get(trained.architecture, trained.architecture),
+        "merge": "cg2" if trained.architecture == "shared_expert" else trained.merge,
         "expert_parallel_size": expert_parallel_size,
         "expert_tensor_parallelism": expert_tensor_parallelism,
         "drop_tokens": False,

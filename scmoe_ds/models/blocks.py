@@ -23,6 +23,7 @@ from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
 from scmoe_ds.models.parallel_layers import Group
 from scmoe_ds.models.recompute import Recompute, recompute_operator, recompute_run
 from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
+from scmoe_ds.moe.merge import Merge
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
@@ -122,9 +123,7 @@ def _make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, rout
         return DGMoE(**common, **staged)
     if config.architecture == "pipelined_topk":
         return StagedMoE(**common, **staged)
-    if config.architecture == "overlapped_shared_expert":
-        return ScMoE(merge="cg2", **common, **staged)  # the merge of DeepSpeed's Residual MoE
-    return ScMoE(merge=config.merge, **common, **staged)
+    return ScMoE(merge=cast(Merge, config.merge), **common, **staged)
 
 
 def make_blocks(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group) -> nn.ModuleList:
@@ -242,6 +241,7 @@ class ScheduledRun(nn.Module):
     def facts(self) -> dict[str, Any]:
         """What this run's times depend on, beside its MoE layer; JSON values."""
         facts = {"operators": executor.backbone_names(self), "attention_heads": list(self._last.attention.heads),
+                 "pre_norm": self._last.pre_norm,
                  "parameters": sum(each.numel() for each in self.parameters())}  # fmt: skip
         # An operator's backward then repeats its forward.
         return {**facts, "recompute": self.recompute} if self.recompute else facts

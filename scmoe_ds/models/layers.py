@@ -5,8 +5,9 @@ Shape suffixes: B batch, S sequence, D hidden, N query heads, G key/value heads,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ class GPTSettings:
         normalization: "LayerNorm" or "RMSNorm".
         position_embedding: "learned_absolute" or "rope".
         init_method_std: standard deviation of all weights; output projections get it over sqrt(2 * num_layers).
-        norm_placement: "pre": x + f(norm(x)), as GPT-2 and later; "post": norm(x + f(x)), the original Transformer's.
+        norm_placement: "pre": x + f(norm(x)), as GPT-2 and later; "post": norm(x + f(x)), the original Transformer's
+            (which had no final norm; this model keeps it).
         residual_scale: factor on each sub-layer's f before it is added; Granite's residual_multiplier, and the inverse
             of DeepNorm's alpha.
     """
@@ -47,7 +49,7 @@ class GPTSettings:
     attention_dropout: float = 0.0
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
-    norm_placement: str = "pre"
+    norm_placement: Literal["pre", "post"] = "pre"
     residual_scale: float = 1.0
     head_size: int = field(init=False)
 
@@ -66,6 +68,11 @@ class GPTSettings:
         rules = {
             f"--hidden-size {D} must be divisible by --num-attention-heads {N}": N < 1 or D % N,
             f"--num-attention-heads {N} must be divisible by --num-key-value-heads {groups}": N < 1 or N % groups,
+            f"--norm-placement {self.norm_placement} is neither pre nor post": self.norm_placement
+            not in ("pre", "post"),
+            f"--residual-scale {self.residual_scale:g} must be a positive number": not 0
+            < self.residual_scale
+            < math.inf,
             f"--position-embedding-type rope needs an even head size, not {self.head_size}": (
                 self.position_embedding == "rope" and self.head_size % 2
             ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, Union
+from typing import Any, Literal, Union, cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.moe.layer import ScMoE
-from scmoe_ds.moe.merge import coefficient_network
+from scmoe_ds.moe.merge import Merge, coefficient_network
 from scmoe_ds.moe.shares import Shares
 from scmoe_ds.overlap.transport import Transport
 from scmoe_ds.replace.hooked import HookedPair
@@ -73,9 +73,9 @@ def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
     hidden_size = moe.deepspeed_moe.gate.wg.in_features
     chosen = config.model_fields_set
     if moe.use_residual:
-        layer.merge = config.merge if "merge" in chosen else "cg2"  # DeepSpeed's own
+        layer.merge = cast(Merge, config.merge) if "merge" in chosen else "cg2"  # DeepSpeed's own
     else:
-        layer.use_residual, layer.merge = True, config.merge
+        layer.use_residual, layer.merge = True, cast(Merge, config.merge)
         layer.mlp = shared_expert(moe, config.shared_from)
     if layer.merge != "cg2" or not moe.use_residual:
         layer.coefficient = coefficient_network(layer.merge, hidden_size)

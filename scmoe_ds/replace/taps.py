@@ -75,6 +75,9 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
     if feed_forward is not None:
         name = f"{first}.{feed_forward}" if position == "pos2" else first
         return Tap(name, model.get_submodule(name), "input", None, None, window)
+    if not getattr(window[0][1], "pre_norm", True):  # this package's own
+        raise ScMoEConfigError(f'{first} is a post-norm block of scmoe_ds: its norms are not where a tap is looked '
+                               'for; build the model with scmoe.architecture "scmoe" instead')  # fmt: skip
     for norm_name in POST_NORMS:
         if _has(window[0][1], norm_name):
             raise ScMoEConfigError(f"{first} normalises behind its residual sums ({norm_name}): a shortcut wants a "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,23 +23,24 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
 
     def run(command: list[str], **_: Any) -> None:
         called.append(command[1:])
-        if len(called) == failing[0]:
-            raise subprocess.CalledProcessError(3, command)
+        if "scmoe_ds.overlap.report" in command:
+            config = json.loads(Path(command[command.index("--deepspeed_config") + 1]).read_text(encoding="utf-8"))
+            Path(config["scmoe"]["overlap"]["calibration_file"]).write_text("[]", encoding="utf-8")
 
-    record = {"documents": {"train": 8, "validation": 2}}
+    record = {"documents": {"train": 8, "validation": 2}, "sha256": "a", "settings": {}, "tokens": {}}
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(analyses, "ROOT", tmp_path)  # the settings are read from there as well
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy(Path(analyses.__file__).with_name("quality.json"), tmp_path / "benchmarks")
     monkeypatch.setattr(analyses, "prepare_corpus", lambda directory, settings: Corpus(directory, record))
     monkeypatch.setattr(analyses, "describe", lambda record: "a corpus")
     monkeypatch.chdir(tmp_path)
     return called
 
 
-failing = {0: 0}
-
-
 def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
-    flags = ["--output-dir", str(tmp_path), "--work-dir", str(tmp_path / "work")]
-    assert analyses.main(flags) == 0
+    assert analyses.main(["--output-dir", "out/of", "--work-dir", str(tmp_path / "work")]) == 0
+    assert not [word for command in commands for word in command if word.startswith(str(tmp_path))]
     trained, found = {}, []
     for program, *arguments in commands:
         if program == "pretrain_gpt_scmoe.py":
@@ -59,20 +62,25 @@ def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
     *_, launch, _ = commands
     assert found[-1].similarity == found[0].output
     _, _, config = parse_arguments(launch[launch.index("scmoe_ds.overlap.report") + 1 :])
-    assert (config.overlap.calibration_file, config.expert_parallel_size) == (found[-1].calibration, 2)
+    assert config.expert_parallel_size == 2 and Path(found[-1].calibration) == Path("out/of/analysis_times.json")
+    assert Path(found[-1].calibration).read_text(encoding="utf-8") == "[]"
 
 
-def test_a_command_that_fails_ends_it(commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_command_that_fails_ends_it(commands: list[list[str]], monkeypatch: pytest.MonkeyPatch,
                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    monkeypatch.setitem(failing, 0, 2)
-    assert analyses.main(["--output-dir", str(tmp_path), "--work-dir", str(tmp_path / "work")]) == 1
-    assert len(commands) == 2
+    def fail(command: list[str], **_: Any) -> None:
+        commands.append(command[1:])
+        raise subprocess.CalledProcessError(3, command)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert analyses.main(["--output-dir", "out"]) == 1 and len(commands) == 1
     assert "benchmarks.analyses: pretrain_gpt_scmoe.py ended with exit code 3" in capsys.readouterr().err
+    assert analyses.main(["--output-dir", "out", "--preset", "tpu"]) == 2
+    assert "benchmarks.analyses: error: --preset tpu" in capsys.readouterr().err
 
 
-def test_one_gpu_has_no_feasibility_page(commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_one_gpu_has_no_feasibility_page(commands: list[list[str]], monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    flags = ["--preset", "gpu", "--output-dir", str(tmp_path), "--work-dir", str(tmp_path / "work")]
-    assert analyses.main(flags) == 0
+    assert analyses.main(["--preset", "gpu", "--output-dir", "out"]) == 0
     assert "nothing travels between ranks" in capsys.readouterr().out and len(commands) == 9

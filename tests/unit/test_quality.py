@@ -35,7 +35,7 @@ VARIANTS = list(json.loads(SETTINGS.read_text(encoding="utf-8"))["variants"])
 @pytest.mark.parametrize(("preset", "million_tokens"), [("cpu", 0.61), ("gpu", 100)])
 def test_every_variant_is_a_valid_section_at_equal_data_and_capacity(preset: str, million_tokens: float):
     plan = load_plan(SETTINGS, preset)
-    assert len(plan.sections) == 16
+    assert len(plan.sections) == 17
     assert plan.tokens == pytest.approx(1e6 * million_tokens, rel=0.03)
     for variant in plan.sections:
         config = ScMoEConfig.from_deepspeed(plan.deepspeed(variant))
@@ -54,7 +54,7 @@ def test_compute_is_what_a_token_is_multiplied_with():
     # Norms: two a block, and the last one. Experts that a token passes: k in each MoE, one MLP in each other block.
     rest = layers * (attention + 2 * norm) + norm + V * D + moes * (mlp + D * E)
     for variant, experts, more in [("top-1", 1, 0), ("top-2", 2, 0), ("top-3", 3, 0), ("ScMoE Pos-2 add", 2, norm),
-                                   ("DGMoE Pos-2", 2, norm + D * E), ("shared expert", 2, 2 * D + 2)]:  # fmt: skip
+                                   ("DGMoE Pos-2", 2, norm + D * E), ("shared expert", 2, 0), ("shared expert CG-2", 2, 2 * D + 2)]:  # fmt: skip
         found = plan.compute(variant, V)
         assert found["active_parameters"] == rest + moes * (experts * mlp + more), variant
         scores = layers * 2 * S * D
@@ -256,10 +256,10 @@ def test_two_variants_with_two_seeds_stopped_and_resumed(
     with monkeypatch.context() as patch:
         stop_first_run(patch)
         assert quality.main(flags) == 130
-    assert not Record.read(tmp_path / "out.json").content["runs"]
+    assert not Record.read(tmp_path / "out.json", "benchmarks.quality").content["runs"]
     assert quality.main([*flags, "--budget-minutes", "1e-9"]) == 1  # nothing starts after the time is over
     assert quality.main([*flags, "--parallel", "2"]) == 0
-    record = Record.read(tmp_path / "out.json").content
+    record = Record.read(tmp_path / "out.json", "benchmarks.quality").content
     runs = {(run["variant"], run["seed"]): run for run in record["runs"]}
     assert set(runs) == {(name, seed) for name in ("top-2", "ScMoE Pos-2 CG-1") for seed in (1, 2)}
     assert sorted(run["sessions"] for run in runs.values()) == [1, 1, 1, 2]
@@ -297,13 +297,17 @@ def test_a_failed_run_stays_in_the_record_and_can_be_run_again(
 
     monkeypatch.setattr(Crew, "_wait", wait)
     assert quality.main(flags[:-1]) == 1  # seed 1
-    states = [run["status"] for run in Record.read(tmp_path / "out.json").content["runs"]]
+    states = [run["status"] for run in Record.read(tmp_path / "out.json", "benchmarks.quality").content["runs"]]
     assert states == ["failed"] * len(states) and len(states) == 3  # of all variants that have a part
     assert quality.main(flags[:-1]) == 1
-    assert len(Record.read(tmp_path / "out.json").content["runs"]) == len(states)
+    assert len(Record.read(tmp_path / "out.json", "benchmarks.quality").content["runs"]) == len(states)
     only = [*flags[:6], "--only", "top-2", "--seeds", "1", "--retry-failed"]
     assert [quality.main(only), quality.main(only)] == [1, 0]
-    runs = [run for run in Record.read(tmp_path / "out.json").content["runs"] if run["variant"] == "top-2"]
+    runs = [
+        run
+        for run in Record.read(tmp_path / "out.json", "benchmarks.quality").content["runs"]
+        if run["variant"] == "top-2"
+    ]
     assert [run["status"] for run in runs] == ["failed", "failed", "finished"]
     assert "error 1" in runs[0]["error"]
 
@@ -318,7 +322,10 @@ def test_unknown_names_and_files_are_explained(flags: list[str], tmp_path: Path,
         "--preset tpu: ": ["--preset", "tpu"],
         "is not a record of benchmarks.quality": ["--from-json", flags[1]],
         "nothing.json cannot be read": ["--from-json", str(tmp_path / "nothing.json")],
+        "other.json is a record of benchmarks.stress, not of": ["--from-json", str(tmp_path / "other.json")],
     }
+    other = {"benchmark": "benchmarks.stress", "identity": {}, "corpus": {}, "variants": {}, "runs": []}
+    (tmp_path / "other.json").write_text(json.dumps(other), encoding="utf-8")
     for message, more in cases.items():
         assert quality.main([*flags, *more]) == 2
         assert message in capsys.readouterr().err
@@ -342,7 +349,7 @@ def test_a_record_of_another_configuration_is_refused(tmp_path: Path):
     def open_with(change: dict[str, Any] | None = None, **parts: Any) -> Record:
         plan = load_plan(settings, "cpu")
         plan.preset["flags"] |= change or {}
-        return Record.open(tmp_path / "record.json", plan, {**corpus, **parts})
+        return Record.open(tmp_path / "record.json", plan, {**corpus, **parts}, "benchmarks.quality")
 
     record = open_with()
     record.add({"variant": "top-1", "seed": 1, "status": "failed", "seconds": 1.0, "error": "x", "environment": 0})

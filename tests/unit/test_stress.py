@@ -13,8 +13,9 @@ from benchmarks import stress
 from benchmarks.frequency import RECORDS, RESULTS, Measured, operators_of, predict, read_measured
 from benchmarks.quality_record import Record, load_plan
 from benchmarks.quality_run import similarity_of
-from benchmarks.stress_table import adjacent_similarity, condition, frequencies
-from scmoe_ds.analysis.similarity import POSITIONS, measure
+from benchmarks.stress_table import adjacent_similarity, condition, frequencies, shortcuts
+from benchmarks.stress_table import similarity_of as between
+from scmoe_ds.analysis.similarity import POSITIONS, measure, verdict
 from scmoe_ds.analysis.subjects import gpt_subject
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import connect
@@ -134,8 +135,21 @@ def test_similarity_in_the_record_is_that_of_the_analysis() -> None:
     assert found["tokens"] == 5 * 16
     assert np.abs(np.array(found["cosine"]) - whole.cosine.numpy()).max() <= 6e-5  # four decimals
     assert np.abs(np.array(found["l2"]) - whole.distance.numpy()).max() <= 6e-5
-    # Blocks 1 and 3 have the MoE: Pos-2 connects the attention of blocks 0 and 2 to theirs.
-    assert found["positions"]["pos2"] == [found["cosine"][1][3], found["cosine"][5][7]]
+
+
+@pytest.mark.parametrize(("fields", "distance"), [({}, 1), ({"moe_every": 4}, 1), ({"moe_every": 4}, 3),
+                                                  ({"moe_every": 1, "position": "pos1"}, 1)])  # fmt: skip
+def test_a_shortcut_connects_what_the_analysis_says(fields: dict, distance: int) -> None:
+    connect()
+    model = whole_model(GPTSettings(4, 16, 2, 64, 32), {"num_experts": 4, **fields}).eval()
+    subject = gpt_subject(model)
+    whole = measure(subject, [torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))])
+    judged = verdict(whole, subject.moe_blocks, distance)
+    names = whole.record()["names"]
+    for position in POSITIONS:
+        wanted = [(names.index(layer["from"]), names.index(layer["to"]))
+                  for layer in judged["positions"][position]["layers"]]  # fmt: skip
+        assert shortcuts(names, position, distance) == wanted
 
 
 def test_a_small_run_and_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,17 +162,20 @@ def test_a_small_run_and_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     flags = ["--settings", str(tmp_path / "stress.json"), "--work-dir", str(tmp_path / "work"), "--output",
              str(tmp_path / "out"), "--only", "post-norm", "fourth block, distance", "--seeds", "1"]  # fmt: skip
     assert stress.main([*flags, "--parallel", "2"]) == 0
-    record = Record.read(tmp_path / "out.json").content
+    record = Record.read(tmp_path / "out.json", "benchmarks.stress").content
     assert {run["variant"] for run in record["runs"]} == {
         "top-2, post-norm", "ScMoE, post-norm", "ScMoE, MoE in every fourth block, distance 3"}  # fmt: skip
     for run in record["runs"]:
         assert run["train"][-1][0] == 4 * SEQUENCE * ITERATIONS
         assert run["similarity"]["tokens"] == 6 * SEQUENCE and len(run["similarity"]["names"]) == 9
-        assert set(run["similarity"]["positions"]) == set(POSITIONS)
     assert record["variants"]["ScMoE, post-norm"]["flags"] == {"norm-placement": "post"}
     one = np.array(record["runs"][0]["similarity"]["cosine"])
     found = adjacent_similarity(record, record["runs"][0]["variant"])
     assert found == pytest.approx(np.mean([one[k, k + 1] for k in range(8)]))
+    # Over three blocks, the only MoE layer's Pos-2 taps block 0's attention instead of block 2's.
+    far = {run["variant"]: run for run in record["runs"]}["ScMoE, MoE in every fourth block, distance 3"]
+    for distance, tap in ((1, 5), (3, 1)):
+        assert between(record, far["variant"], "pos2", distance) == [far["similarity"]["cosine"][tap][7]]
     assert [config.moe_every for _, _, config in frequencies(record)] == [2, 1, 4, 4]
     text = (tmp_path / "out.md").read_text(encoding="utf-8")
     assert "| post-norm |" in text and "not decided (fewer than two seeds)" in text
