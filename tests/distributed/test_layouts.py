@@ -123,6 +123,7 @@ STYLES = {
     "GPT-2": {},
     "LLaMA": {"swiglu": True, "num_key_value_heads": 2, "tie_embeddings": False, "add_bias_linear": False,
               "position_embedding": "rope", "normalization": "RMSNorm"},
+    "post-norm": {"norm_placement": "post", "residual_scale": 0.5},
 }  # fmt: skip
 MOST_DROPPED = 0.3  # as a capacity factor
 DIVIDED = {"expert_tensor_parallelism": True}
@@ -139,7 +140,7 @@ CASES = [
     case(2, 2, 2, 2, "LLaMA", top_k=2),
     case(2, 2, 2, 1, architecture="dgmoe"),
     replace(case(2, 2, 2, 1), recompute="full"),
-    replace(case(2, 2, 1, 2, **DIVIDED), recompute="selective"),
+    replace(case(2, 2, 1, 2, "post-norm", **DIVIDED), recompute="selective"),
     case(2, 2, 2, 2, architecture="overlapped_shared_expert"),
     case(4, 2, 2, 1),
     case(4, 2, 2, 2, overlap=SERIAL),

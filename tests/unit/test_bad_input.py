@@ -95,6 +95,8 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "sequence too long": ({}, {"--max-position-embeddings": "8"}, r"--seq-length 16 exceeds --max-position-embeddings 8"),
     "layers": ({}, {"--num-layers": "0"}, r"--num-layers 0: must be at least 1"),
     "dropout": ({}, {"--hidden-dropout": "1.5"}, r"--hidden-dropout 1.5: must be in \[0, 1\)"),
+    "residual scale": ({}, {"--residual-scale": "0"}, r"--residual-scale 0 must be a positive number"),
+    "residual scale, no number": ({}, {"--residual-scale": "nan"}, r"--residual-scale nan must be a positive number"),
     "tensor parallel": ({}, {"--tensor-model-parallel-size": "2"}, r"--tensor-model-parallel-size 2"),
     "save interval without save": ({}, {"--save-interval": "5"}, r"--save-interval needs --save"),
     "keep-last without save": ({}, {"--keep-last": "2"}, r"--keep-last needs --save"),
@@ -210,6 +212,11 @@ def make_checkpoint(directory: Path, data: str) -> str:
 
 OTHER_SHAPES: dict[str, tuple[dict, dict, str]] = {
     "hidden size": ({}, {"--hidden-size": "32"}, r"hidden_size: 16 in the checkpoint, 32 in this run"),
+    "norm placement": (
+        {},
+        {"--norm-placement": "post"},
+        r"norm_placement: 'pre' in the checkpoint, 'post' in this run",
+    ),
     "depth": ({}, {"--num-layers": "4"}, r"num_layers: 2 in the checkpoint, 4 in this run"),
     "experts": ({"scmoe.num_experts": 8}, {}, r"scmoe\.num_experts: 4 in the checkpoint, 8 in this run"),
     "merge": ({"scmoe.merge": "add"}, {}, r"scmoe\.merge: 'cg1' in the checkpoint, 'add'"),

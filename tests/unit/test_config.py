@@ -38,6 +38,15 @@ def test_one_line_changes_the_architecture_at_equal_compute(architecture: str, k
     assert section(architecture=architecture, top_k="auto").top_k == k
 
 
+def test_auto_merge_is_the_one_of_the_architecture_and_counts_as_not_given() -> None:
+    assert section(architecture="overlapped_shared_expert").merge == "cg2"
+    assert section(architecture="overlapped_shared_expert", merge="auto").merge == "cg2"
+    assert section(architecture="overlapped_shared_expert", merge="add").merge == "add"
+    assert section(merge="auto").merge == "cg1" and "merge" not in section(merge="auto").model_fields_set
+    config = section(architecture="overlapped_shared_expert")
+    assert section(**config.model_dump(mode="json")) == config
+
+
 @pytest.mark.parametrize(
     ("fields", "operators"),
     [

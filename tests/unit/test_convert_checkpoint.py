@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from scmoe_ds.engine import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from tests.helpers.exports import whole_model, write_export
 from tools.convert_checkpoint import main
 
 SETTINGS = GPTSettings(
@@ -143,6 +145,31 @@ def test_residual_to_scmoe(
         tensors = load_file(out / "model-00001-of-00001.safetensors")
         for run in (0, 1):
             assert torch.equal(tensors[f"runs.{run}.shortcut_norm.weight"], weights[f"runs.{run}.{copied}.weight"])
+
+
+@pytest.mark.parametrize("architecture", ["shared_expert", "overlapped_shared_expert"])
+def test_post_norm_has_no_norm_to_start_from(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = {"architecture": architecture, "num_experts": 4}
+    model = whole_model(replace(SETTINGS, norm_placement="post"), section)
+    source, out = str(write_export(tmp_path / "residual", model)), str(tmp_path / "out")
+    assert main(["residual-to-scmoe", source, out, "--position", "pos1", "--shortcut-norm", "own"]) == 2
+    assert "is a post-norm model: it has no norm that a shortcut's own could start from" in capsys.readouterr().err
+    assert main(["residual-to-scmoe", source, out, "--position", "pos1", "--shortcut-norm", "shared"]) == 0
+    weights = load_file(Path(out) / "model-00001-of-00001.safetensors")
+    wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_a_description_from_before_norm_placement_is_of_a_pre_norm_model() -> None:
+    then = describe(make_json())
+    for key in ("norm_placement", "residual_scale"):
+        del then["model"][key]
+    checkpoint.description.check_model(then, describe(make_json()), "it")
+    now = checkpoint.describe(replace(SETTINGS, norm_placement="post"), ScMoEConfig.from_deepspeed(make_json()), 1, {})
+    with pytest.raises(CheckpointError, match="norm_placement: 'pre' in the checkpoint, 'post' in this run"):
+        checkpoint.description.check_model(then, now, "it")
 
 
 def test_another_position_for_the_first_layer(residual: tuple[str, dict[str, Tensor], Tensor], tmp_path: Path) -> None:

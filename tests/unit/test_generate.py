@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 GPT2 = GPTSettings(4, 32, 4, 384, 48)
 LLAMA = GPTSettings(4, 32, 4, 384, 48, num_key_value_heads=2, normalization="RMSNorm", swiglu=True,
                     position_embedding="rope", add_bias_linear=False, tie_embeddings=False)  # fmt: skip
+POST_NORM = replace(GPT2, norm_placement="post", residual_scale=0.7)
 SECTIONS: dict[str, dict[str, Any]] = {
     "pos1": {"position": "pos1"},
     "pos2, then pos1": {"first_layer_position": "pos1"},
@@ -38,6 +40,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "every block": {"moe_every": 1, "position": "pos1", "top_k": 2},
     "topk": {"architecture": "topk"},
     "shared_expert": {"architecture": "shared_expert"},
+    "shared_expert, merged otherwise": {"architecture": "overlapped_shared_expert", "merge": "add"},
     "dgmoe": {"architecture": "dgmoe"},
 }
 PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12], [4, 4], [6] * 20]
@@ -54,7 +57,7 @@ def serve(path: Path, **options: Any) -> GPT:
     return load_model(trained, serving_config(trained.config), FP32, CPU, **options)
 
 
-@pytest.mark.parametrize("settings", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("settings", [GPT2, LLAMA, POST_NORM], ids=["gpt2", "llama", "post-norm"])
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
 def test_cached_logits_and_text(settings: GPTSettings, section: dict[str, Any], tmp_path: Path) -> None:
     """Token by token with the cache against whole forward passes, in a batch of different lengths."""

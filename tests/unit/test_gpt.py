@@ -138,6 +138,14 @@ def test_norm_placement_and_residual_scale_against_sums_that_are_written_out(pla
         torch.testing.assert_close(hidden, values[-1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("change", "message"), [({"norm_placement": "before"}, "--norm-placement before is neither"),
+                                                ({"residual_scale": 0.0}, "--residual-scale 0 must be a positive"),
+                                                ({"residual_scale": float("nan")}, "--residual-scale nan")])  # fmt: skip
+def test_settings_that_are_none(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTSettings(**SMALL, **change)
+
+
 def test_post_norm_is_applied_to_the_merged_output() -> None:
     run = build(post_norm=True).scheduled_runs()[0].eval()
     hidden = torch.randn(1, 8, 32)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,15 +169,18 @@ def test_guesses_give_way() -> None:
     assert "load e03" not in seen
 
 
-def test_guessed_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moe_every", [1, 2])
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_guessed_experts(placement: str, moe_every: int, tmp_path: Path) -> None:
     """Guesses change no bit, and most are right where the tapped and the current representation are alike."""
-    section = {"architecture": "topk", "num_experts": 4}
-    path = write_export(tmp_path / "export", whole_model(SETTINGS, section, std=0.02))
+    section = {"architecture": "topk", "num_experts": 4, "moe_every": moe_every, "position": "pos1"}
+    settings, layers = replace(SETTINGS, norm_placement=placement), 4 // moe_every
+    path = write_export(tmp_path / "export", whole_model(settings, section, std=0.02))
     text = generated(serve(path, "resident")[0], 1)
-    model, store = serve(path, "offload-async", 8)
-    assert store is not None and len(guess_experts(model)) == 2
+    model, store = serve(path, "offload-async", 4 * layers)
+    assert store is not None and len(guess_experts(model)) == layers
     assert generated(model, 1) == text
-    assert store.counts.predicted == store.counts.confirmed == store.counts.migrations == 8
+    assert store.counts.predicted == store.counts.confirmed == store.counts.migrations == 4 * layers
     with pytest.raises(ValueError, match="nothing to guess"):
         model, _ = serve(write_export(tmp_path / "scmoe", whole_model(SETTINGS, {"num_experts": 4})), "offload", 1)
         guess_experts(model)

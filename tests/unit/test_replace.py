@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.replace import Block, Direct, results
 from scmoe_ds import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.schedule import Schedule
@@ -292,3 +294,10 @@ def test_a_tap_that_does_not_run_before_or_has_another_shape_says_so() -> None:
     with pytest.raises(RuntimeError, match="a stage boundary lies between them"):
         model.layers[0].post_attention_layernorm(hidden())
         model.layers[1](hidden())
+
+
+def test_a_post_norm_model_of_this_package_is_refused() -> None:
+    config = ScMoEConfig.from_deepspeed({"scmoe": {"architecture": "topk", "num_experts": EXPERTS}})
+    model = GPT(replace(SETTINGS, norm_placement="post"), config)
+    with pytest.raises(ScMoEConfigError, match=r"runs.0.blocks.0 is a post-norm block of scmoe_ds: .* build the model"):
+        replace_moe_layers(model, section())
