@@ -7,6 +7,7 @@ python analyze_gpt_scmoe.py gating --load checkpoints/gpt --all-checkpoints --te
 python analyze_gpt_scmoe.py gradients --load checkpoints/scmoe --load checkpoints/top2 --text-file book.txt \\
     --output gradients.json
 python analyze_gpt_scmoe.py similarity --load checkpoints/swin --images digits --output swin.json
+python analyze_gpt_scmoe.py feasibility --similarity similarity.json --calibration times.json --output-prefix report
 python analyze_gpt_scmoe.py similarity --from-json similarity.json
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch.distributed as dist
 
 import analyze_gpt_scmoe
 from scmoe_ds.analysis import feasibility
-from scmoe_ds.analysis.arguments import build_parser
 from scmoe_ds.analysis.feasibility import conclude, settings, study
 from scmoe_ds.overlap.times import OperatorTimes
 
@@ -158,12 +156,6 @@ def test_several_kinds(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (files / "out.md").read_text()
     for wanted in ("Conclusion, kind 1 of 2", "Conclusion, kind 2 of 2", "7.25", "not timed: mlp", "Pos-2 is left out"):
         assert wanted in text, wanted
-
-
-def test_command_of_the_page() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "analysis.md").read_text().replace("\\\n", " ")
-    (command,) = re.findall(r"python analyze_gpt_scmoe\.py feasibility (.*)$", page, re.MULTILINE)
-    build_parser().parse_args(["feasibility", *shlex.split(command)])
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,7 @@ def test_commands_of_the_page() -> None:
     """Every command of docs/analysis.md and of the program's own text has flags that exist."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "analysis.md").read_text() + str(analyze_gpt_scmoe.__doc__)
     commands = re.findall(r"^python analyze_gpt_scmoe\.py (.*)$", page.replace("\\\n", " "), re.MULTILINE)
-    assert len(commands) == 12
+    assert len(commands) == 16
     for command in commands:
         build_parser().parse_args(shlex.split(command))
 
