@@ -206,7 +206,8 @@ class Record:
             for name in variants.keys() & content["variants"].keys():
                 _require_same(path, f"variant {name}", content["variants"][name]["section"], plan.sections[name])
                 _require_same(path, f"variant {name}", content["variants"][name]["flags"], plan.flags[name])
-            content["variants"] = {**content["variants"], **variants}
+            content["variants"] = {**variants, **{name: each for name, each in content["variants"].items()
+                                                  if name not in variants}}  # fmt: skip
         return cls(path, {**content, **plan.common})
 
     def want(self, seeds: Sequence[int], command: str) -> None:
