@@ -111,10 +111,8 @@ class ScMoEConfig(_Section):
         "auto",
         description="Routed experts per token. auto: 2 for top-k architectures, else 1: as much computation in all.",
     )
-    merge: Merge | Auto = Field(
-        "auto", description="How shared and routed outputs are added (paper eq. 6-7, 14-15, 16-17); auto: cg1, for "
-        "overlapped_shared_expert cg2, DeepSpeed's own."
-    )  # fmt: skip
+    merge: Merge | Auto = Field("auto", description="How shared and routed outputs are added (paper eq. 6-7, 14-17); "
+                                "auto: cg1, for overlapped_shared_expert DeepSpeed's cg2.")  # fmt: skip
     expert_parallel_size: int = Field(1, ge=1, strict=True, description="Ranks that share one set of experts.")
     expert_tensor_parallelism: bool = Field(
         False,
@@ -327,13 +325,11 @@ def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> d
     try:
         whole = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict_raise_error_on_duplicate_keys)
     except OSError as error:
-        raise ScMoEConfigError(
-            f"{path}: cannot read the DeepSpeed JSON ({error.strerror}); check --deepspeed_config"
-        ) from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ScMoEConfigError(
-            f"{path}: not valid JSON ({error}); comments and trailing commas are not allowed"
-        ) from None
+        raise ScMoEConfigError(f"{path}: cannot read the DeepSpeed JSON ({error.strerror}); check --deepspeed_config"
+                               ) from None  # fmt: skip
+    except ValueError as error:  # UnicodeDecodeError among them
+        raise ScMoEConfigError(f"{path}: not valid JSON ({error}); comments and trailing commas are not allowed"
+                               ) from None  # fmt: skip
     if not isinstance(whole, dict):
         raise ScMoEConfigError(f"{path}: the DeepSpeed JSON must be an object, not {type(whole).__name__}")
     return whole
