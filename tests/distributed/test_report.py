@@ -34,8 +34,10 @@ def test_report_says_what_overlap_is_worth(tmp_path: Path) -> None:
     done = report(tmp_path, 2, overlap=overlap)
     assert done.returncode == 0, done.stdout + done.stderr
     for part in ("overlap ", "one chunk hides all-to-alls of up to", "break-even with top-1 MoE without a shared expert",
-                 "choice for training", "choice for forward alone", "others: 2 chunks of experts at"):  # fmt: skip
+                 "choice for training", "choice for forward alone"):  # fmt: skip
         assert part in done.stdout, part
+    # Which number of chunks is chosen is a matter of the measured times: the others are told in any case.
+    assert len(re.findall(r"^choice for .*\(others: .*[24] chunks of experts at", done.stdout, re.MULTILINE)) == 2
     assert re.search(r"measured with the schedules in use.*hidden \d+ % forward .* \d+ % backward", done.stdout)
     assert not list(tmp_path.glob("*step*")), "it trains nothing and saves nothing else"
     # A second call has nothing to measure, and says the same.
