@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.plain_text import plain_encoder
 
 TOKENIZER_TYPES = ("ByteTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer")
 
@@ -43,7 +44,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text``, with no special token added."""
+        """Token ids of ``text``, with no special token added, and none in place of a text that spells one."""
 
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -163,7 +164,10 @@ class HuggingFaceTokenizer(Tokenizer):
         except ImportError as error:
             raise _missing_package("transformers", self.name) from error
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_model, local_files_only=True)
+            # Without a "no" transformers asks on the terminal whether to run code that the directory brings along.
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer_model, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
             raise DataError(
                 f"--tokenizer-model {tokenizer_model} does not load as a transformers tokenizer: {error}. "
@@ -178,11 +182,21 @@ class HuggingFaceTokenizer(Tokenizer):
         # Ids may have gaps, so the count of tokens can be less than the greatest id plus one.
         self.vocab_size = max(len(self._tokenizer), max(vocabulary.values()) + 1)
         self.eod = int(self._tokenizer.eos_token_id)
+        self._encode = plain_encoder(self._tokenizer)
+        end = str(self._tokenizer.eos_token)
+        if any(self.eod in self._encode(text) for text in (end, f"a{end}b", f"a {end} b")):
+            raise DataError(
+                f"--tokenizer-model {tokenizer_model}: the end-of-sequence token {end!r} is ordinary text, so that a "
+                'text could end a document. Set "eos_token" in its tokenizer_config.json to a token of its own.'
+            )
         self._describe(f"{i}\t{token}\n".encode() for token, i in sorted(vocabulary.items()))
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of ``text`` without the special tokens that some tokenizers add around it."""
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        """Ids of ``text`` without the special tokens that some tokenizers add around it.
+
+        A text such as ``</s>`` is ordinary text; added tokens that are not special are words like any other.
+        """
+        return self._encode(text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included, spaces as they are."""
