@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--prompt-file", help="a text file with one prompt a line")
     group.add_argument("--interactive", action="store_true", help="asks for prompts until the end of input (Ctrl-D)")
     group.add_argument("--max-new-tokens", type=int, default=100, help="most tokens after each prompt")
-    group.add_argument("--stop", action="append", default=[], help="text that ends a completion; may be given several "
-                       "times. The end-of-document token always does")  # fmt: skip
+    group.add_argument("--stop", action="append", default=[], help="text that ends a completion and is not printed; may be "
+                       "given several times. The end-of-document token always ends it")  # fmt: skip
     group.add_argument("--batch-size", type=int, default=8, help="prompts that a rank completes together")
     group.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
     group.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all")
@@ -92,22 +92,21 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
     """One job in a process group that exists."""
     loaded = arguments.load(args)
     tokenizer = loaded.tokenizer
-    stop = ((tokenizer.eod,), *(tuple(tokenizer.tokenize(text)) for text in args.stop))
-    request = Request(args.max_new_tokens, sampling, stop, tokenizer.vocab_size)
+    request = Request(args.max_new_tokens, sampling, (tokenizer.eod,), tuple(args.stop), tokenizer.vocab_size)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
     length = max(map(len, tokens), default=loaded.trained.settings.max_position_embeddings)
     rows = min(args.batch_size, max(len(prompts), 1))
     phases = Phases.of_model(loaded.model, loaded.config, loaded.layout, rows, length, device())
-    generator = TextGenerator(loaded.model, phases, args.batch_size)
+    generator = TextGenerator(loaded.model, phases, args.batch_size, tokenizer)
     if prompts:
         # Several texts at once would mix on the terminal: those are printed when all are done.
-        stream = _Stream(tokenizer, prompts[0]) if len(prompts) == 1 and dist.get_rank() == 0 else None
+        stream = _Stream(prompts[0]) if len(prompts) == 1 and dist.get_rank() == 0 else None
         completions = generator.generate(tokens, request, stream)
         if stream is not None:
             stream.end(completions[0])
         elif dist.get_rank() == 0:
             for completion, prompt in zip(completions, prompts, strict=True):
-                _Stream(tokenizer, prompt).end(completion)
+                _Stream(prompt).end(completion)
     if args.interactive:
         _talk(generator, tokenizer, request)
     if dist.get_rank() == 0:
@@ -128,7 +127,7 @@ def _talk(generator: TextGenerator, tokenizer: Tokenizer, request: Request) -> N
             return
         if not line[0]:
             continue
-        stream = _Stream(tokenizer, line[0]) if dist.get_rank() == 0 else None
+        stream = _Stream(line[0]) if dist.get_rank() == 0 else None
         try:
             (completion,) = generator.generate([tokenizer.tokenize(line[0])], request, stream)
         except GenerationError as error:  # on all ranks alike; the next prompt may do
@@ -142,31 +141,21 @@ def _talk(generator: TextGenerator, tokenizer: Tokenizer, request: Request) -> N
 class _Stream:
     """Prints a prompt and its completion as it grows."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
-        self._tokenizer, self._prompt = tokenizer, prompt
-        self._tokens: list[int] = []
-        self._printed = ""
-        self._begun = False
+    def __init__(self, prompt: str) -> None:
+        self._prompt, self._printed = prompt, -1  # characters of the completion; -1: not even the prompt
 
-    def __call__(self, prompt: int, token: int) -> None:
+    def __call__(self, completion: Completion) -> None:
         """Another token of the text."""
-        self._tokens.append(token)
-        self._print(self._tokens, complete=False)
+        if self._printed < 0:
+            print(self._prompt, end="")
+            self._printed = 0
+        print(completion.text[self._printed :], end="", flush=True)
+        self._printed = len(completion.text)
 
     def end(self, completion: Completion) -> None:
         """The whole completion."""
-        self._print(completion.tokens, complete=True)
+        self(completion)
         print(flush=True)
-
-    def _print(self, tokens: list[int], complete: bool) -> None:
-        if not self._begun:
-            print(self._prompt, end="")
-            self._begun = True
-        text = self._tokenizer.detokenize([token for token in tokens if token != self._tokenizer.eod])
-        # A character can be several tokens: until all are there, it shows as U+FFFD.
-        whole = text if complete else text.rstrip("\ufffd")
-        print(whole[len(self._printed) :], end="", flush=True)
-        self._printed = whole
 
 
 def _speed(times: GenerationTimes) -> str:

@@ -44,7 +44,7 @@ class ScMoELM(TemplateLM):
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer, rule: SlidingWindow) -> None:
         super().__init__()
         self._scorer, self._text, self._rule = scorer, tokenizer, rule
-        self._generator = TextGenerator(scorer.model, scorer.phases, scorer.batch_size)
+        self._generator = TextGenerator(scorer.model, scorer.phases, scorer.batch_size, tokenizer)
         self.truncated = 0
 
     @property
@@ -119,14 +119,7 @@ class ScMoELM(TemplateLM):
             prompt = self.tok_encode(context) or [self.eot_token_id]
             self.truncated += len(prompt) > room
             prompts.append(prompt[-room:])
-        answers = []
-        for completion in self._generator.generate(prompts, request):
-            text = self._text.detokenize([token for token in completion.tokens if token != self.eot_token_id])
-            # A stop text need not be the tokens that it is alone: what was generated past it is cut off.
-            for stop in stops:
-                text = text.split(stop)[0]
-            answers.append(text)
-        return answers
+        return [completion.text for completion in self._generator.generate(prompts, request)]
 
     def _request(self, settings: dict[str, Any], stops: Sequence[str]) -> Request:
         names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -144,8 +137,7 @@ class ScMoELM(TemplateLM):
             sampling = Sampling(temperature, int(settings.get("top_k") or 0), float(settings.get("top_p") or 1.0))
         except ValueError as error:
             raise EvaluationError(f"--tasks: generation_kwargs: {error}") from None
-        stop = ((self.eot_token_id,), *(tuple(self.tok_encode(text)) for text in stops))
-        return Request(most, sampling, stop, self._text.vocab_size)
+        return Request(most, sampling, (self.eot_token_id,), tuple(stops), self._text.vocab_size)
 
 
 def _digest(value: Any) -> str:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scmoe_ds.data.tokenizer import Tokenizer
+from scmoe_ds.inference.growing_text import GrowingText
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.phases import Phases
 from scmoe_ds.inference.sampling import Sampling, choose
@@ -27,9 +29,6 @@ from scmoe_ds.parallel.tensor import (
     tensor_parallel_size,
 )
 
-OnToken = Callable[[int, int], None]
-
-
 class GenerationError(ValueError):
     """A prompt or a setting of generation that its user can mend."""
 
@@ -41,13 +40,15 @@ class Request:
     Attributes:
         max_new_tokens: most tokens of a completion.
         sampling: how they are chosen.
-        stop: sequences of tokens, each of which ends a completion and is part of it.
+        end: tokens, each of which ends a completion, as the last one and without a text.
+        stop: texts, each of which ends a completion, wherever in a token it begins or ends. They need a tokenizer.
         vocab_size: tokens of the tokenizer; the padding of the vocabulary behind them is never chosen. None: all.
     """
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[tuple[int, ...], ...] = ()
+    end: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     vocab_size: int | None = None
 
 
@@ -57,13 +58,18 @@ class Completion:
 
     Attributes:
         prompt: its number.
-        tokens: the new ones.
+        tokens: the new ones, with those of the stop text.
+        text: of them, up to the stop text; "" without a tokenizer. While it goes on: what no later token changes.
         ended: "stop", "length" (max_new_tokens), "context" (no further position), or None while it goes on.
     """
 
     prompt: int
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     ended: Literal["stop", "length", "context"] | None = None
+
+
+OnToken = Callable[[Completion], None]
 
 
 @dataclass
@@ -84,13 +90,16 @@ class TextGenerator:
         model: this rank's part.
         phases: schedules of prefill and decode; None: the model's own schedule for both.
         batch_size: prompts that this rank completes together.
+        tokenizer: for the texts of completions; None: tokens alone.
 
     Attributes:
         times: of everything that was generated so far.
     """
 
-    def __init__(self, model: GPT, phases: Phases | None = None, batch_size: int = 8) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(
+        self, model: GPT, phases: Phases | None = None, batch_size: int = 8, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.model, self.batch_size, self.tokenizer = model, batch_size, tokenizer
         self.phases = phases or Phases([])
         self.device = model.embedding.weight.device
         self.times = GenerationTimes()
@@ -106,11 +115,12 @@ class TextGenerator:
         Args:
             prompts: token ids, at least one each.
             request: what is wanted of each.
-            on_token: is called with a prompt's number and each of its new tokens, on the ranks that complete it.
+            on_token: is called with the completion after each of its tokens, on the ranks that complete it.
 
         Raises:
             GenerationError: an empty prompt, a token that is not in the vocabulary, or one as long as the context.
         """
+        assert self.tokenizer is not None or not request.stop
         self._check(prompts)
         share = range(len(prompts))[self._data_rank :: self._data_ranks]
         most = -(-len(prompts) // self._data_ranks)  # of any rank: all make as many batches
@@ -126,6 +136,8 @@ class TextGenerator:
         self, batch: Sequence[tuple[int, Sequence[int]]], request: Request, on_token: OnToken | None
     ) -> list[Completion]:
         completions = [Completion(number) for number, _ in batch]
+        tokenizer = self.tokenizer
+        texts = [GrowingText(tokenizer, prompt, request.stop) for _, prompt in batch] if tokenizer else []
         prompts = [prompt for _, prompt in batch] or [[0]]  # a rank without prompts still serves the others
         generators = [request.sampling.generator(number) for number, _ in batch] or [torch.Generator()]
         longest = max(map(len, prompts))
@@ -137,7 +149,7 @@ class TextGenerator:
             while True:
                 chosen_B = choose(logits_BV[:, : request.vocab_size], request.sampling, generators)
                 tokens_B = self._agreed(chosen_B)
-                added = self._note(tokens_B.tolist(), prompts, completions, request, on_token)
+                added = self._note(tokens_B.tolist(), prompts, completions, texts, request, on_token)
                 now = self._now()
                 if cache.grown:
                     times.decode_s, times.decode_steps = times.decode_s + now - started, times.decode_steps + 1
@@ -175,19 +187,27 @@ class TextGenerator:
         tokens: Sequence[int],
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Completion],
+        texts: Sequence[GrowingText],
         request: Request,
         on_token: OnToken | None,
     ) -> int:
         """Adds a token to each completion that goes on; returns to how many."""
         added = 0
-        for completion, prompt, token in zip(completions, prompts, tokens, strict=False):
+        for row, (completion, prompt, token) in enumerate(zip(completions, prompts, tokens, strict=False)):
             if completion.ended is not None:
                 continue
             added += 1
             completion.tokens.append(token)
-            completion.ended = _ending(completion.tokens, request, self.context - len(prompt))
+            text = texts[row] if texts else None
+            if text is not None and token not in request.end:
+                text.add(token)
+            completion.ended = _ending(completion.tokens, text, request, self.context - len(prompt))
+            if text is not None:
+                if completion.ended is not None:
+                    text.finish()
+                completion.text = text.settled if completion.ended is None else text.text
             if on_token is not None:
-                on_token(completion.prompt, token)
+                on_token(completion)
         return added
 
     @property
@@ -244,8 +264,10 @@ class TextGenerator:
         return time.perf_counter()
 
 
-def _ending(tokens: list[int], request: Request, room: int) -> Literal["stop", "length", "context"] | None:
-    if any(tuple(tokens[-len(stop) :]) == stop for stop in request.stop):
+def _ending(
+    tokens: list[int], text: GrowingText | None, request: Request, room: int
+) -> Literal["stop", "length", "context"] | None:
+    if tokens[-1] in request.end or (text is not None and text.stopped):
         return "stop"
     if len(tokens) >= request.max_new_tokens:
         return "length"

@@ -36,7 +36,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12], [4, 4], [6] * 20]
 TOKENS = torch.randint(384, (2, 24), generator=torch.Generator().manual_seed(2))
-REQUEST = Request(8, Sampling(0.8, top_p=0.9), stop=((11,),))
+REQUEST = Request(8, Sampling(0.8, top_p=0.9), end=(11,))
 Found = dict[str, tuple[list[Completion], list[Completion], Tensor]]
 
 

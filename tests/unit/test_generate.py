@@ -161,10 +161,9 @@ def test_endings(export: Path) -> None:
     prompt = [3, 1, 4]
     (whole,) = generator.generate([prompt], Request(10, GREEDY))
     assert whole.ended == "length" and len(whole.tokens) == 10
-    stop = tuple(whole.tokens[3:5])
-    first = next(i for i in range(1, 10) if tuple(whole.tokens[i - 1 : i + 1]) == stop)
-    (ended,) = generator.generate([prompt], Request(10, GREEDY, stop=((383,), stop)))
-    assert ended == Completion(0, whole.tokens[: first + 1], "stop")
+    first = whole.tokens.index(whole.tokens[3])
+    (ended,) = generator.generate([prompt], Request(10, GREEDY, end=(383, whole.tokens[3])))
+    assert ended == Completion(0, whole.tokens[: first + 1], "", "stop")
     long = [5] * 45
     both = generator.generate([prompt, long], Request(10, GREEDY))
     assert both[0].tokens == whole.tokens and both[1].ended == "context" and len(both[1].tokens) == 3
@@ -185,7 +184,7 @@ def test_no_autograd_and_no_growth(tmp_path: Path) -> None:
     generator = TextGenerator(serve(write_export(tmp_path / "export", whole_model(settings, {"num_experts": 2}))))
     resident: list[int] = []
 
-    def note(prompt: int, token: int) -> None:
+    def note(completion: Completion) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * resource.getpagesize())
 
@@ -215,19 +214,13 @@ def test_program(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert talked.out == first.out * 2 and "the model's context is 48" in talked.err
 
 
-def test_characters_of_several_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    """A stream shows a character when all of its bytes are there, and at the end what is left."""
-    from scmoe_ds.data.tokenizer import ByteTokenizer
-
-    tokens = [*list("é€".encode()), 226]
-    stream = generate_gpt_scmoe._Stream(ByteTokenizer(), ">")
-    shown = []
-    for token in tokens:
-        stream(0, token)
-        shown.append(capsys.readouterr().out)
-    assert shown == [">", "é", "", "", "€", ""]
-    stream.end(Completion(0, tokens, "length"))
-    assert capsys.readouterr().out == "\ufffd\n"
+def test_a_stream_prints_what_is_certain(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = generate_gpt_scmoe._Stream(">")
+    for text in ("", "a", "a", "ab\n"):
+        stream(Completion(0, text=text))
+        assert capsys.readouterr().out.endswith(text[1:])
+    stream.end(Completion(0, text="ab\nc", ended="stop"))
+    assert capsys.readouterr().out == "c\n"
 
 
 BAD: list[tuple[list[str], str]] = [
