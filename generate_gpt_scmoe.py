@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--prompt-file", help="a text file with one prompt a line")
     group.add_argument("--interactive", action="store_true", help="asks for prompts until the end of input (Ctrl-D)")
     group.add_argument("--max-new-tokens", type=int, default=100, help="most tokens after each prompt")
-    group.add_argument("--stop", action="append", default=[], help="text that ends a completion and is not printed; may be "
-                       "given several times. The end-of-document token always ends it")  # fmt: skip
+    group.add_argument("--stop", action="append", default=[], help="text that ends a completion and is not printed; "
+                       "may be given several times. The end-of-document token always ends it")  # fmt: skip
     group.add_argument("--batch-size", type=int, default=8, help="prompts that a rank completes together")
     group.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
     group.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all")

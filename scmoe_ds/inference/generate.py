@@ -29,6 +29,7 @@ from scmoe_ds.parallel.tensor import (
     tensor_parallel_size,
 )
 
+
 class GenerationError(ValueError):
     """A prompt or a setting of generation that its user can mend."""
 

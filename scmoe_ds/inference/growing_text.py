@@ -12,9 +12,9 @@ _UNKNOWN = "\ufffd"
 class GrowingText:
     """Decodes token by token.
 
-    A character may be several tokens, and counts when all of them are there. Tokenizers decode the beginning of a text in
-    another way (LLaMA's drops a space there): each token is decoded behind those before it, the first one behind the
-    prompt. Only the tokens since the last whole character are decoded again.
+    A character may be several tokens, and counts when all of them are there. Tokenizers decode the beginning of a text
+    in another way (LLaMA's drops a space there): each token is decoded behind those before it, the first one behind
+    the prompt. Only the tokens since the last whole character are decoded again.
 
     Args:
         tokenizer: of the model.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,7 +83,9 @@ def test_every_stop_text(tokenizer: Tokenizer) -> None:
             if not stop.endswith("\ufffd"):
                 assert text.stopped
                 before = tokenizer.detokenize(tokenizer.tokenize(PROMPT) + tokens[: read - 1])
-                assert stop not in before[len(PROMPT) :], "it stops at the first token with which the stop text is whole"
+                assert stop not in before[len(PROMPT) :], (
+                    "it stops at the first token with which the stop text is whole"
+                )
 
 
 def test_several_stop_texts(tokenizer: Tokenizer) -> None:

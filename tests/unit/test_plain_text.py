@@ -128,6 +128,8 @@ def test_byt5(tmp_path: Path) -> None:
 def test_an_end_of_sequence_that_is_text(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_object=fast("bpe"), unk_token="<unk>", eos_token=".").save_pretrained(str(tmp_path))
+    PreTrainedTokenizerFast(tokenizer_object=fast("bpe"), unk_token="<unk>", eos_token=".").save_pretrained(
+        str(tmp_path)
+    )
     with pytest.raises(DataError, match=r"end-of-sequence token '\.' is ordinary text"):
         HuggingFaceTokenizer(str(tmp_path))
