@@ -1,4 +1,5 @@
-"""Optimizers that a user hands to `initialize`, with the experts in parameter groups of their own.
+"""Optimizers and parameter groups that a user hands to `initialize`: with the experts in groups of their own, and with
+the parameters that a replacement of layers has added.
 
 ZeRO divides a dense parameter between all ranks but an expert between the ranks that hold it, and therefore wants them
 in different groups, marked "moe". DeepSpeed makes them for the optimizers of its JSON only.
@@ -6,13 +7,15 @@ in different groups, marked "moe". DeepSpeed makes them for the optimizers of it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from torch import nn
 
 from scmoe_ds.config_errors import ScMoEConfigError
+from scmoe_ds.replace.convert import HookedScMoE
 
 
 def with_expert_groups(optimizer: Any, scheduler: Any = None) -> Any:
@@ -57,3 +60,55 @@ def _split(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     split = split_params_into_different_moe_groups_for_optimizer(list(groups))
     optimizer.param_groups[:] = [group for group in split if group["params"]]
     return optimizer
+
+
+def listed(model_parameters: Any) -> Any:
+    """What the user handed over as a list that may be changed; groups have the names by which DeepSpeed knows them."""
+    if model_parameters is None or isinstance(model_parameters, torch.Tensor):
+        return model_parameters
+    found = [model_parameters] if isinstance(model_parameters, dict) else list(model_parameters)
+    return [{"name": f"group {number}", **each, "params": list(each["params"])} if isinstance(each, dict) else each
+            for number, each in enumerate(found)]  # fmt: skip
+
+
+def add_new_parameters(groups: list[Any], model: nn.Module, old: set[int]) -> None:
+    """Puts each parameter that has come with a replacement of layers into the group of its like.
+
+    The shared expert follows the routed experts, everything else the gate, a vector the norm that reads the tap.
+
+    Args:
+        groups: dicts with "params", or parameters; changed in place.
+        model: with its replaced layers.
+        old: `id` of the parameters from before.
+    """
+    if not groups or not isinstance(groups[0], dict):
+        groups += [parameter for parameter, _ in _new_parameters(model, old)]
+        return
+    for parameter, likes in _new_parameters(model, old):
+        dense = [group for group in groups if not group.get("moe")] or groups
+        chosen = dense[0]
+        for like in likes:
+            holder = next((group for group in groups if any(each is like for each in group["params"])), None)
+            if holder is not None:  # experts may have been put into a copy of their group already
+                options = _options(holder)
+                chosen = holder if holder in dense else next((g for g in dense if _options(g) == options), chosen)
+                break
+        chosen["params"] = [*chosen["params"], parameter]
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "name", "moe", "param_names")}
+
+
+def _new_parameters(model: nn.Module, old: set[int]) -> Iterator[tuple[nn.Parameter, list[Any]]]:
+    """Each new parameter, and those that it is like, the nearest first."""
+    for layer in [module for module in model.modules() if isinstance(module, HookedScMoE)]:
+        experts = dict(layer.deepspeed_moe.experts.deepspeed_experts[0].named_parameters())
+        gate, vector = layer.deepspeed_moe.gate.wg.weight, None
+        if layer.pair is not None and layer.pair.place.norm is not None:
+            vector = next(layer.pair.place.norm.parameters(), None)
+        for name, parameter in layer.named_parameters():
+            if id(parameter) not in old:
+                expert = experts.get(name.removeprefix("mlp.")) if name.startswith("mlp.") else None
+                likes = [expert, vector if parameter.ndim <= 1 else None, gate]
+                yield parameter, [like for like in likes if like is not None]

@@ -233,8 +233,9 @@ class ScMoEConfig(_Section):
         if self.is_scheduled and slot != "auto":
             last = min(self.num_operators(p) for p in {self.position, self.first_layer_position or self.position}) + 1
             highest = slot[-1] if isinstance(slot, list) else slot
+            # A replaced layer's backbone is the model's own: its first forward pass shows the operators.
             rules.append(("overlap.expert_slot", f"the backbone has {last - 1} operators here; use 1 … {last}",
-                          isinstance(highest, int) and highest > last))  # fmt: skip
+                          not self.replace and isinstance(highest, int) and highest > last))  # fmt: skip
             rules.append(("overlap.expert_slot", f"gives each chunk its slot, but num_chunks = {chunks}; remove one",
                           isinstance(slot, list) and chunks not in ("auto", len(slot))))  # fmt: skip
         return rules

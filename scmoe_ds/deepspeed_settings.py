@@ -66,12 +66,16 @@ def check_model_and_optimizer(whole: Mapping[str, Any], model: object, optimizer
     """What is handed to `initialize`.
 
     Raises:
-        ScMoEConfigError: a pipeline, or an optimizer of the user's that offloading does not accept.
+        ScMoEConfigError: a pipeline, no optimizer for ZeRO, or one of the user's that offloading does not accept.
     """
     if isinstance(model, deepspeed.pipe.PipelineModule):
         raise ScMoEConfigError("the model is a deepspeed.pipe.PipelineModule: a shortcut may not cross a pipeline "
                                "stage; hand over the plain module")  # fmt: skip
-    offloads = _section(_section(whole, "zero_optimization"), "offload_optimizer").get("device", "none") != "none"
+    zero = _section(whole, "zero_optimization")
+    if optimizer is None and zero.get("stage") and not whole.get("optimizer"):
+        raise fail("zero_optimization.stage", zero["stage"], 'ZeRO needs an optimizer: add an "optimizer" section to '
+                   "the DeepSpeed JSON, hand optimizer=… to initialize, or set stage 0 to evaluate only")  # fmt: skip
+    offloads = _section(zero, "offload_optimizer").get("device", "none") != "none"
     if optimizer is not None and offloads and whole.get("zero_force_ds_cpu_optimizer", True):
         raise ScMoEConfigError("zero_optimization.offload_optimizer with an optimizer of your own: DeepSpeed wants its "
                                'CPU Adam there; set "zero_force_ds_cpu_optimizer": false, or name the optimizer in the '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -14,94 +15,130 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
-from scmoe_ds.client_optimizer import with_expert_groups
+from scmoe_ds.client_optimizer import add_new_parameters, listed, with_expert_groups
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
 from scmoe_ds.deepspeed_settings import check_accelerator, check_model_and_optimizer, warn
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.overlap.transport import probe
-from scmoe_ds.pairs import describe_pair, describe_schedules, pairs_of
+from scmoe_ds.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
 from scmoe_ds.parallel.shared_memory import forget_names
-from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers, with_sizes_of
+from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers
 
 logger = logging.getLogger("scmoe_ds")
 
 
 def initialize(
-    model: nn.Module,
-    config: str | os.PathLike[str] | Mapping[str, Any],
-    mpu: Any = None,
+    args: Any = None,
+    model: nn.Module | None = None,
     optimizer: Any = None,
     model_parameters: Any = None,
-    **kwargs: Any,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | os.PathLike[str] | Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """As `deepspeed.initialize`, for models with ScMoE layers.
+    """As `deepspeed.initialize`, with the same arguments, for models with ScMoE layers.
 
     Args:
+        args: may name the JSON as `args.deepspeed_config`.
         model: has its parameters; expert-parallel layers were built after `deepspeed.init_distributed()`.
-        config: the DeepSpeed JSON (path or dict) with its "scmoe" section.
-        mpu: as for DeepSpeed; default: the groups of scmoe_ds.parallel.tensor, if it was started.
         optimizer, model_parameters: as for DeepSpeed. By default all parameters that require a gradient, in
-            Megatron's two groups: biases and norms have no weight decay. Experts get groups of their own.
-        kwargs: handed to `deepspeed.initialize`.
+            Megatron's two groups: biases and norms have no weight decay. Experts get groups of their own. What
+            `"replace": true` adds to the model joins the groups of its like.
+        mpu: as for DeepSpeed; default: the groups of scmoe_ds.parallel.tensor, if it was started.
+        config, config_params: the DeepSpeed JSON (path or dict) with its "scmoe" section; one of the two names.
+        training_data, lr_scheduler, …: handed to `deepspeed.initialize`.
 
     Returns:
         engine, optimizer, data loader, learning-rate scheduler. `engine.overlap` (an AdaptiveOverlap) times the first
         micro-batches and sets the schedules; hand its `state()` and `resume()` to your checkpoints.
 
     Raises:
-        ScMoEConfigError: a setting that its user can mend.
+        ScMoEConfigError: a setting that its user can mend, or a section that nothing in the model answers to.
         RankDisagreementError: the ranks hold different JSON files.
     """
+    if not isinstance(model, nn.Module):
+        raise ScMoEConfigError("scmoe_ds.initialize takes the arguments of deepspeed.initialize, in its order: hand "
+                               "over model=… and config=… by name")  # fmt: skip
+    whole = load_deepspeed_json(_json_of(args, config, config_params))
     connect()
-    whole = load_deepspeed_json(config)
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
     section = ScMoEConfig.from_deepspeed(whole)
-    if section.replace and not is_replaced(model):
-        if isinstance(optimizer, torch.optim.Optimizer) or model_parameters is not None:
-            raise ScMoEConfigError("scmoe.replace = true adds parameters that the optimizer or parameter groups given "
-                                   "to initialize lack: remove it, and call replace_moe_layers first")  # fmt: skip
-        replace_moe_layers(model, section)
-    section = with_sizes_of(model, section)
     check_accelerator(whole)
     check_model_and_optimizer(whole, model, optimizer)
     if mpu is None and tensor.tensor_parallel_size() > 1:
         mpu = tensor.ModelParallelUnit()
+    if mpu is not None:
+        groups.mpu = mpu  # DeepSpeed's engine does so too; layers that are replaced have to know it before
+    model_parameters = listed(model_parameters)
+    if section.replace and not is_replaced(model):
+        old = {id(parameter) for parameter in model.parameters()}
+        replace_moe_layers(model, section)
+        for given in (getattr(optimizer, "param_groups", None), model_parameters):
+            if isinstance(given, list):
+                add_new_parameters(given, model, old)
+    applied, section = applied_to(model, section)
     holders = bwc_tensor_model_parallel_world_size(mpu)
     section.check_world(dist.get_world_size(), holders)
     micro_batch_size, _ = batch_sizes(whole, dist.get_world_size() // holders)
     if optimizer is None and model_parameters is None:
         model_parameters = parameter_groups(model)
     if optimizer is not None:
-        optimizer = with_expert_groups(optimizer, kwargs.get("lr_scheduler"))
+        optimizer = with_expert_groups(optimizer, lr_scheduler)
         model_parameters = model_parameters or parameter_groups(model)
     if holders > 1 and not section.expert_tensor_parallelism:
         prepare_whole_experts(model, section)
     if dist.get_rank() == 0:
         warn(whole)
+    if getattr(args, "deepspeed_config", None) is not None:
+        args = copy.copy(args)
+        args.deepspeed_config = None  # DeepSpeed accepts one source
     result = deepspeed.initialize(
-        model=model, config=whole, mpu=mpu, optimizer=optimizer, model_parameters=model_parameters, **kwargs
-    )
+        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
+        lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu, dist_init_required=dist_init_required,
+        collate_fn=collate_fn, config=whole, mesh_param=mesh_param,
+    )  # fmt: skip
     layout = Layout(dist.get_world_size(), holders, section.expert_parallel_size, section.expert_tensor_parallelism)
-    result[0].overlap = overlap_of(model, section, layout, micro_batch_size)
+    result[0].overlap = overlap_of(model, section, layout, micro_batch_size, applied)
     return result
 
 
-def overlap_of(model: nn.Module, section: ScMoEConfig, layout: Layout, micro_batch_size: int) -> AdaptiveOverlap:
+def _json_of(args: Any, config: Any, config_params: Any) -> Any:
+    """The one DeepSpeed JSON that `initialize` was given, under any of DeepSpeed's three names for it."""
+    named = {"config": config, "config_params": config_params,
+             "args.deepspeed_config": getattr(args, "deepspeed_config", None)}  # fmt: skip
+    given = {name: value for name, value in named.items() if value is not None}
+    if len(given) != 1:
+        raise ScMoEConfigError(f"scmoe_ds.initialize got {' and '.join(given) or 'no DeepSpeed JSON'}: give it one of "
+                               f"{', '.join(named)}")  # fmt: skip
+    return next(iter(given.values()))
+
+
+def overlap_of(
+    model: nn.Module, section: ScMoEConfig, layout: Layout, micro_batch_size: int, applied: str
+) -> AdaptiveOverlap:
     """Chooses the all-to-all, sets up the schedules of all pairs, and says both in the log. Collective."""
     lines = choose_all_to_all(model, section, micro_batch_size, layout)
     pairs = pairs_of(model)
     sequence = getattr(model, "sequence", None)
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
     nodes = nodes_of_ranks()
-    lines[:0] = describe_groups(layout, nodes)
+    lines[:0] = [applied, *describe_groups(layout, nodes)]
     descriptions = [[describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]]
     dist.broadcast_object_list(descriptions)
     overlap = AdaptiveOverlap(model, pairs, descriptions[0], section.overlap, device())

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Union
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.models.blocks import ScheduledRun
+from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.overlap.executor import backbone_names
 from scmoe_ds.overlap.plan_text import layers_text
@@ -31,6 +34,71 @@ def pairs_of(model: nn.Module) -> list[ModelPair]:
         elif isinstance(module, HookedScMoE) and module.pair is not None:
             pairs.append(module.pair)
     return pairs
+
+
+def applied_to(model: nn.Module, config: ScMoEConfig) -> tuple[str, ScMoEConfig]:
+    """What the section describes in a model, and the section with the expert-parallel size of its layers.
+
+    Raises:
+        ScMoEConfigError: nothing, or layers that are not as the section says.
+    """
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    layers = [(name, layer) for name, layer in named if isinstance(layer, StagedMoE)]
+    if not layers:
+        layers = _plain_layers(model, config, named)
+    sizes = {layer.ep_size for _, layer in layers}
+    if len(sizes) > 1:
+        raise ScMoEConfigError(f"the MoE layers have expert-parallel sizes {sorted(sizes)}; build them with one")
+    _check_sizes(layers, config)
+    config = config.model_copy(update={"expert_parallel_size": sizes.pop()})
+    kinds = Counter(type(layer).__name__ for _, layer in layers)
+    kinds_text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    (first, layer), (last, _) = layers[0], layers[-1]
+    where = first if len(layers) == 1 else f"{first} … {last}"
+    return (f'the "scmoe" section applies to {kinds_text} ({where}): {layer.num_experts} experts, '
+            f"top-{layer.deepspeed_moe.gate.k}, expert-parallel size {layer.ep_size}"), config  # fmt: skip
+
+
+def _plain_layers(model: nn.Module, config: ScMoEConfig, found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """DeepSpeed's own layers, which are what the section asks for where its architecture is a baseline of DeepSpeed."""
+    if not found:
+        foreign = Counter(type(module).__name__ for module in model.modules() if _looks_like_moe(module))
+        others = "; ".join(f"{number} × {name}" for name, number in foreign.items())
+        raise ScMoEConfigError(
+            f'the "scmoe" section has nothing to apply to: {type(model).__name__} holds no MoE layer of DeepSpeed or '
+            f"of scmoe_ds{f' ({others} are none)' if others else ''}. Build it with deepspeed.moe.layer.MoE and set "
+            '"replace": true, make one of a dense model by scmoe_ds.moe_from_dense, or use scmoe_ds.ScMoE; to train '
+            "the model as it is, call deepspeed.initialize"
+        )
+    names = f"{len(found)} × deepspeed.moe.layer.MoE, the first {found[0][0]}"
+    kinds = {"shared_expert" if layer.use_residual else "topk" for _, layer in found}
+    if config.is_scheduled:
+        raise ScMoEConfigError(f'scmoe.architecture = "{config.architecture}": the model holds DeepSpeed\'s own layers '
+                               f'({names}); set "replace": true to make them ScMoE layers')  # fmt: skip
+    if kinds != {config.architecture}:
+        raise ScMoEConfigError(f'scmoe.architecture = "{config.architecture}": the model\'s layers ({names}) are '
+                               f'"{" and ".join(sorted(kinds))}"; set that')  # fmt: skip
+    return found
+
+
+def _looks_like_moe(module: nn.Module) -> bool:
+    """A MoE of somebody else's: routed experts below it, or it calls itself so."""
+    return isinstance(getattr(module, "experts", None), nn.Module) or type(module).__name__.lower().endswith("moe")
+
+
+def _check_sizes(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
+    counts = config.num_experts
+    for index, (name, layer) in enumerate(layers):
+        wanted: dict[str, tuple[Any, Any]] = {
+            "num_experts": (counts[min(index, len(counts) - 1)] if isinstance(counts, list) else counts,
+                            layer.num_experts),
+            "top_k": (config.top_k, layer.deepspeed_moe.gate.k),
+            "expert_parallel_size": (config.expert_parallel_size, layer.ep_size),
+            "merge": (config.merge, getattr(layer, "merge", config.merge)),
+        }  # fmt: skip
+        for field, (asked, has) in wanted.items():
+            if field in config.model_fields_set and asked != has:
+                raise ScMoEConfigError(f"scmoe.{field} = {asked!r}: {name} has {has!r}; set that, or remove the field")
 
 
 def describe_pair(

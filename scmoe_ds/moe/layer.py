@@ -31,6 +31,7 @@ from scmoe_ds.moe.shares import Shares
 from scmoe_ds.overlap.recorder import SILENT, PairRecorder, Renamed
 from scmoe_ds.overlap.transport import METHODS, Transport
 from scmoe_ds.overlap.wire import WIRE_DTYPES
+from scmoe_ds.parallel.agreement import run_together
 
 
 class StagedMoE(MoE):
@@ -79,9 +80,7 @@ class StagedMoE(MoE):
             raise ValueError("use_tutel: this layer brings its own dispatch; leave it False")
         self.dispatch, self.gate_softmax, self.wire_dtype = dispatch, gate_softmax, wire_dtype
         self.transport, self.shares = Transport(None, all_to_all), Shares.of(0, 1, 1)
-        # DeepSpeed gives the experts of one layer to consecutive ranks; set_deepspeed_parallelism checks it.
-        stride = self._tensor_parallel_size() if self.enable_expert_tensor_parallelism else 1
-        self.ep_rank = dist.get_rank() // stride % ep_size if ep_size > 1 else 0
+        self.ep_rank = self._expected_rank()
         initialize_experts(self.deepspeed_moe.experts, self.ep_rank * self.num_local_experts)
 
     @staticmethod
@@ -103,12 +102,7 @@ class StagedMoE(MoE):
         if self.deepspeed_moe.ep_group is not None:
             return
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
-        if dist.get_rank(self.deepspeed_moe.ep_group) != self.ep_rank:
-            raise ValueError(
-                "ScMoE's experts are laid out over consecutive ranks (with expert tensor parallelism, over those of "
-                'one tensor-parallel rank): remove "use_data_before_expert_parallelism" from the DeepSpeed JSON, and '
-                "set deepspeed.utils.groups.mpu before the model is built"
-            )
+        run_together(self._check_rank)  # a rank that raised alone would leave the others in the next collective
         if self.ep_size > 1:
             self._check_experts_agree()
         holders = 1 if self.enable_expert_tensor_parallelism else self._tensor_parallel_size()
@@ -121,6 +115,19 @@ class StagedMoE(MoE):
             inside = self.ep_size >= holders
             group = self.deepspeed_moe.ep_group if inside else bwc.bwc_tensor_model_parallel_group(groups.mpu)
             self.transport = Transport(group, self.transport.method)
+
+    def _expected_rank(self) -> int:
+        """DeepSpeed gives the experts of one layer to consecutive ranks; set_deepspeed_parallelism checks it."""
+        stride = self._tensor_parallel_size() if self.enable_expert_tensor_parallelism else 1
+        return dist.get_rank() // stride % self.ep_size if self.ep_size > 1 else 0
+
+    def _check_rank(self) -> None:
+        if dist.get_rank(self.deepspeed_moe.ep_group) != self.ep_rank:
+            raise ValueError(
+                "ScMoE's experts are laid out over consecutive ranks (with expert tensor parallelism, over those of "
+                'one tensor-parallel rank): remove "use_data_before_expert_parallelism" from the DeepSpeed JSON, and '
+                "set deepspeed.utils.groups.mpu before the model is built"
+            )
 
     @staticmethod
     def _tensor_parallel_size() -> int:

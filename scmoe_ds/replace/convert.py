@@ -30,6 +30,12 @@ class HookedScMoE(ScMoE):
     pair: HookedPair | None = None
     shortcut_norm: nn.Module | None  # a default here would hide the module of that name
 
+    def _check_rank(self) -> None:
+        # DeepSpeed initialised the experts, alike on all ranks: that the tensor-parallel size was not known yet when
+        # the layer was replaced has spoilt nothing.
+        self.ep_rank = self._expected_rank()
+        super()._check_rank()
+
     def forward(
         self, hidden_states: Tensor, used_token: Tensor | None = None, shortcut: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +75,7 @@ def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
         layer.add_module(child, module)
     layer.dispatch, layer.gate_softmax, layer.wire_dtype = config.dispatch, config.gate_softmax, config.wire_dtype
     layer.transport, layer.shares = Transport(None), Shares.of(0, 1, 1)
-    layer.ep_rank = dist.get_rank() % moe.ep_size if moe.ep_size > 1 else 0
+    layer.ep_rank = layer._expected_rank()
     hidden_size = moe.deepspeed_moe.gate.wg.in_features
     chosen = config.model_fields_set
     if moe.use_residual:
@@ -119,24 +125,38 @@ def shared_expert(moe: MoE, source: SharedFrom) -> nn.Module:
     for name, parameter in new.named_parameters():
         held = [member.get_parameter(name).detach() for member in members]
         with torch.no_grad():
-            parameter.copy_(_mean(held, moe.ep_size) if source == "mean" else _one(held, int(source), moe))
+            parameter.copy_(_mean(held, moe) if source == "mean" else _one(held, int(source), moe))
     return new
 
 
-def _mean(held: list[Tensor], ep_size: int) -> Tensor:
+def _mean(held: list[Tensor], moe: MoE) -> Tensor:
     mean = torch.stack(held).mean(0)
-    if ep_size > 1:  # every rank has as many experts, and every expert is on as many ranks
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
+    if moe.ep_size > 1:  # every rank has as many experts, and every expert is on as many ranks
+        stride, place = _stride(moe)
+        sums = mean.new_zeros(stride, *mean.shape)  # one per tensor-parallel rank, where experts are divided
+        sums[place] = mean
+        dist.all_reduce(sums)
+        mean = sums[place] * (stride / dist.get_world_size())
     return mean
 
 
 def _one(held: list[Tensor], number: int, moe: MoE) -> Tensor:
-    owner, place = divmod(number, moe.num_local_experts)
-    found = held[place].clone()
+    owner, local = divmod(number, moe.num_local_experts)
+    found = held[local].clone()
     if moe.ep_size > 1:
-        dist.broadcast(found, src=owner)  # expert-parallel groups are consecutive ranks: the first one's
+        stride, place = _stride(moe)
+        pieces = found.new_zeros(stride, *found.shape)
+        if dist.get_rank() // stride == owner:  # of the first expert-parallel group of each tensor-parallel rank
+            pieces[place] = found
+        dist.all_reduce(pieces)
+        found = pieces[place]
     return found
+
+
+def _stride(moe: MoE) -> tuple[int, int]:
+    """From one rank of an expert-parallel group to the next, and this rank's group among those in between."""
+    stride = ScMoE._tensor_parallel_size() if moe.enable_expert_tensor_parallelism else 1
+    return stride, dist.get_rank() % stride
 
 
 def _reset(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ overlap. Operators are the children of the blocks between the two that have para
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap.executor import Operator, Stream
 from scmoe_ds.overlap.recorder import SILENT, PairRecorder
 from scmoe_ds.overlap.schedule import Schedule, slot_that_halves
+from scmoe_ds.replace.tap_check import TapCheck, first_hidden
 
 if TYPE_CHECKING:
     from scmoe_ds.replace.convert import HookedScMoE
@@ -43,6 +44,7 @@ class _Flight:
     routed: RoutedTokens | None = None
     chunks_run: int = 0
     operators: list[str] = field(default_factory=list)
+    entered: nn.Module | None = None
 
     def run_experts(self, chunks: int) -> None:
         if self.routed is not None:
@@ -96,6 +98,7 @@ class HookedPair:
         self._apart = False  # whether the last forward pass ran in pieces, not all of it in the layer
         self._sizes: dict[str, int] = {}
         self._handles: list[Any] = []
+        self._check = None if tap.is_users else TapCheck(name, tap)  # until the first pass is over
         self._attach()
 
     @property
@@ -121,6 +124,8 @@ class HookedPair:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._check is not None:
+            self._check.remove()
         self._flight = self._kept = None
 
     def _attach(self) -> None:
@@ -137,7 +142,7 @@ class HookedPair:
     def _candidates(self) -> list[tuple[str, nn.Module]]:
         found = []
         for _, block in self.place.blocks:
-            for name, child in block.named_children():
+            for name, child in _parts(block):
                 is_norm = "norm" in type(child).__name__.lower()
                 holds_layer = any(module is self.layer for module in child.modules())
                 if not is_norm and not holds_layer and any(True for _ in child.parameters()):
@@ -145,10 +150,10 @@ class HookedPair:
         return found
 
     def _before_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._take(_hidden(args, kwargs))
+        self._take(first_hidden(args, kwargs))
 
     def _after_tap(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._take(_hidden((output,), {}))
+        self._take(first_hidden((output,), {}))
 
     def _take(self, value: Tensor | None) -> None:
         if value is None:
@@ -164,6 +169,8 @@ class HookedPair:
         if not _recomputes(region):  # which has to do what the first pass did
             seen = self._seen.get(training)
             self._apart = seen is not None and not seen.is_cut
+        if self._check is not None:
+            self._check.tapped()
         if self._apart:
             self._flight.routed = self._begin(self._flight)
 
@@ -180,8 +187,12 @@ class HookedPair:
             flight = self._flight
             if flight is None:
                 return None
-            flight.operators.append(name)
-            flight.run_experts(flight.schedule.chunks_at(len(flight.operators)))
+            # An operator that has not come back is tried once more: Megatron-DeepSpeed calls its attention with a
+            # keyword first, and without it after a TypeError.
+            if flight.entered is not module:
+                flight.operators.append(name)
+                flight.run_experts(flight.schedule.chunks_at(len(flight.operators)))
+            flight.entered = module
             if flight.routed is None or flight.recorder is SILENT:
                 return None
             return _marked_inputs(flight.recorder, self._distinct(flight), args, kwargs)
@@ -191,7 +202,10 @@ class HookedPair:
     def _after(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             flight = self._flight
-            if flight is None or flight.routed is None or name not in flight.operators:
+            if flight is None or flight.entered is not module:  # the tap lies in the operator itself
+                return None
+            flight.entered = None
+            if flight.routed is None:
                 return None
             marked = None
             if flight.recorder is not SILENT:
@@ -256,8 +270,10 @@ class HookedPair:
             return _Flight(value, _RECOMPUTED, self.schedule, SILENT)
         if torch.is_grad_enabled() and self._seen.keys() == {False}:
             raise RuntimeError(
-                f"{self.name} is computed again, but not its tap {self.place.module_name}: activation checkpointing "
-                "with use_reentrant=True cuts them apart; set use_reentrant=False"
+                f"{self.name} is computed again, but not its tap {self.place.module_name}: reentrant activation "
+                "checkpointing (DeepSpeed's, or torch's with use_reentrant=True) cuts them apart. Let one checkpoint "
+                "hold both blocks (Megatron-DeepSpeed: --checkpoint-num-layers 2), or set scmoe.tap to a module inside "
+                'the layer\'s own block, e.g. "{block}.input_layernorm:input", which is Pos-1'
             )
         raise RuntimeError(
             f"{self.name} ran, but not its tap {self.place.module_name} before it; set scmoe.tap to a module that does"
@@ -268,6 +284,9 @@ class HookedPair:
         training = torch.is_grad_enabled()
         if flight.boundary is _RECOMPUTED:
             return
+        if self._check is not None:
+            self._check.finish(flight.value)
+            self._check = None
         is_cut = flight.boundary is not _checkpoint_region()
         self._kept = (flight.value, _sample(hidden_states)) if is_cut else None
         if training in self._seen:
@@ -288,6 +307,15 @@ class HookedPair:
             )
 
 
+def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Its children; of those that only hold others and are never called, theirs."""
+    for name, child in block.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from ((f"{name}.{inner}", each) for inner, each in _parts(child))
+        else:
+            yield name, child
+
+
 _RECOMPUTED = object()
 
 
@@ -305,15 +333,6 @@ def _checkpoint_region() -> object:
 def _recomputes(region: object) -> bool:
     """Whether torch's activation checkpointing repeats a forward pass there."""
     return getattr(region, "__qualname__", "").startswith("_recomputation_hook")
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first floating-point tensor among a module's arguments, or in a tuple that comes first."""
-    for value in (*args, *kwargs.values()):
-        first = value[0] if isinstance(value, (tuple, list)) and value else value
-        if isinstance(first, Tensor) and first.is_floating_point():
-            return first
-    return None
 
 
 def _marked_inputs(

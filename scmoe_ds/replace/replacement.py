@@ -63,18 +63,6 @@ def is_replaced(model: nn.Module) -> bool:
     return any(isinstance(module, HookedScMoE) for module in model.modules())
 
 
-def with_sizes_of(model: nn.Module, config: ScMoEConfig) -> ScMoEConfig:
-    """The section with the expert-parallel size of a model's replaced layers, which bring their own.
-
-    Raises:
-        ScMoEConfigError: layers of different sizes.
-    """
-    sizes = {layer.ep_size for layer in model.modules() if isinstance(layer, HookedScMoE)}
-    if len(sizes) > 1:
-        raise ScMoEConfigError(f"the replaced layers have expert-parallel sizes {sorted(sizes)}; build them with one")
-    return config.model_copy(update={"expert_parallel_size": sizes.pop()}) if sizes else config
-
-
 def _check(found: list[tuple[str, Any]], config: ScMoEConfig) -> None:
     if not found:
         raise ScMoEConfigError("scmoe.replace: the model holds no deepspeed.moe.layer.MoE")

@@ -1,28 +1,35 @@
 """Where a model's preceding-layer representation can be picked up: modules and sides, found by their names.
 
-A block is the nearest ancestor of the MoE that is a member of an nn.ModuleList. Paper section 3: Pos-1 is the input of
-the block that holds the MoE, Pos-3 that of the block before it, Pos-2 that block's value between attention and MLP.
+A block is the nearest ancestor of the MoE that is a member of an nn.ModuleList; in a model without one, the nearest
+that has siblings of its own class. Paper section 3: Pos-1 is the input of the block that holds the MoE, Pos-3 that of
+the block before it, Pos-2 that block's value between attention and MLP.
+
+A name promises little: `post_attention_layernorm` stands behind the attention's sum in LLaMA, and normalises the
+attention's output in OLMo2. The first forward pass therefore checks the values (see tap_check.py).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from deepspeed.moe.layer import MoE
 from torch import nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 
 Side = Literal["input", "output"]
 
-POST_ATTENTION_NORMS = ("ln_2", "post_attention_layernorm", "layernorm_after", "pre_mlp_layernorm", "mlp_norm", "norm2",
-                        "ln")  # fmt: skip
-"""GPT-2; LLaMA, Mistral, Qwen, GPT-NeoX, Megatron; ViT, Swin; megatron-core; this package; timm; MegatronBert."""
+POST_ATTENTION_NORMS = ("ln_2", "pre_feedforward_layernorm", "post_attention_layernorm", "layernorm_after",
+                        "pre_mlp_layernorm", "mlp_norm", "norm2", "ln")  # fmt: skip
+"""GPT-2; Gemma 2 and 3 (their post_attention_layernorm ends the attention); LLaMA, Mistral, Qwen, GPT-NeoX, Megatron;
+ViT, Swin; megatron-core; this package; timm; MegatronBert."""
 INPUT_NORMS = ("ln_1", "input_layernorm", "layernorm_before", "attention_norm", "norm1", "attention.ln")
 """The norms through which the same models' attention reads a block's input."""
-RES_POST_NORM_BLOCKS = {"Swinv2Layer": "intermediate"}
-"""Classes whose norms end the branches: attention and the feed-forward of this name read the raw residual stream."""
+MLP_NAMES = ("mlp", "feed_forward")
+"""Where a block holds its MLP: GPT-2, LLaMA, Mistral, Qwen2, GPT-NeoX, ViT, Swin; Megatron calls it mlp as well."""
 POST_NORMS = ("attention.output.LayerNorm",)
 """BERT, RoBERTa: norms behind the residual sum, so that there is no unnormalised stream to tap."""
 
@@ -36,6 +43,7 @@ class Tap:
         side: which of them.
         norm_name, norm: through which the backbone reads the same value; None: it is read as it is.
         blocks: names and modules of the blocks from the tapped one to that of the MoE.
+        is_users: named in scmoe.tap, not found by the position.
     """
 
     module_name: str
@@ -44,6 +52,7 @@ class Tap:
     norm_name: str | None
     norm: nn.Module | None
     blocks: tuple[tuple[str, nn.Module], ...]
+    is_users: bool = False
 
 
 def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig) -> Tap:
@@ -58,20 +67,23 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
     Raises:
         ScMoEConfigError: no such place; names the module, and what to set.
     """
-    list_name, index = _block_of(model, moe_name)
-    blocks = model.get_submodule(list_name)
-    block_name, previous_name = f"{list_name}.{index}", f"{list_name}.{index - 1}"
+    blocks = _blocks_around(model, moe_name)
     if config.tap is not None:
-        return _from_pattern(model, moe_name, config.tap, block_name, previous_name if index else None)
+        return _from_pattern(model, moe_name, config.tap, blocks)
+    if not blocks:
+        raise ScMoEConfigError(f"{moe_name} is in no nn.ModuleList and among no blocks of one class, so that its "
+                               'preceding layer cannot be found; hold the blocks in one, or set scmoe.tap to a '
+                               'module\'s path, e.g. "encoder.first.norm:input"')  # fmt: skip
+    index = next(place for place, name in enumerate(blocks) if moe_name.startswith(name + "."))
+    block_name = blocks[index]
     if position != "pos1" and index == 0:
         raise ScMoEConfigError(
-            f'scmoe.position = "{position}": {moe_name} is in the first block of {list_name}, nothing precedes it '
-            f'there; use "pos1"{" as scmoe.first_layer_position" if len(blocks) > 1 else ""}'  # type: ignore[arg-type]
+            f'scmoe.position = "{position}": {moe_name} is in the first block of {block_name.rpartition(".")[0]}, '
+            f'nothing precedes it there; use "pos1"{" as scmoe.first_layer_position" if len(blocks) > 1 else ""}'
         )
-    first = block_name if position == "pos1" else previous_name
-    names = [first] if first == block_name else [previous_name, block_name]
-    window = tuple((name, model.get_submodule(name)) for name in names)
-    feed_forward = RES_POST_NORM_BLOCKS.get(type(window[0][1]).__name__)
+    first = block_name if position == "pos1" else blocks[index - 1]
+    window = tuple((name, model.get_submodule(name)) for name in dict.fromkeys((first, block_name)))
+    feed_forward = _reads_raw_stream(window[0][1])
     if feed_forward is not None:
         name = f"{first}.{feed_forward}" if position == "pos2" else first
         return Tap(name, model.get_submodule(name), "input", None, None, window)
@@ -92,36 +104,65 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
     return Tap(first, window[0][1], "input", f"{first}.{norm_name}", norm, window)
 
 
-def _from_pattern(model: nn.Module, moe_name: str, pattern: str, block_name: str, previous_name: str | None) -> Tap:
-    """`{previous}.post_attention_layernorm:input`: a module in the MoE's block or the one before it, and a side."""
+def _from_pattern(model: nn.Module, moe_name: str, pattern: str, blocks: Sequence[str]) -> Tap:
+    """`{previous}.post_attention_layernorm:input`, or a module's whole path, and a side."""
     path, _, side = pattern.rpartition(":")
     if side not in ("input", "output") or not path:
         raise ScMoEConfigError(f'scmoe.tap = "{pattern}": must end in ":input" or ":output"')
-    if "{previous}" in path and previous_name is None:
+    index = next((place for place, name in enumerate(blocks) if moe_name.startswith(name + ".")), None)
+    places = {} if index is None else {"block": blocks[index]} | ({"previous": blocks[index - 1]} if index else {})
+    if "{previous}" in path and index == 0:
         raise ScMoEConfigError(f'scmoe.tap = "{pattern}": {moe_name} is in the first block, nothing precedes it')
     try:
-        name = path.format(previous=previous_name, block=block_name)
+        name = path.format(**places)
         module = model.get_submodule(name)
     except (AttributeError, KeyError, IndexError, ValueError):
         raise ScMoEConfigError(f'scmoe.tap = "{pattern}": the model has no such module for {moe_name}; '
                                "{previous} and {block} stand for the two blocks' paths") from None  # fmt: skip
-    first = previous_name if previous_name is not None and name.startswith(previous_name) else block_name
-    names = [block_name] if first == block_name else [first, block_name]
-    window = tuple((each, model.get_submodule(each)) for each in names)
+    window = tuple((each, model.get_submodule(each)) for each in _between(name, moe_name, blocks, index))
     if side == "input" and "norm" in type(module).__name__.lower():
-        return Tap(name, module, "input", name, module, window)
-    return Tap(name, module, "input" if side == "input" else "output", None, None, window)
+        return Tap(name, module, "input", name, module, window, is_users=True)
+    return Tap(name, module, "input" if side == "input" else "output", None, None, window, is_users=True)
 
 
-def _block_of(model: nn.Module, moe_name: str) -> tuple[str, int]:
-    """Path of the nearest ModuleList above a layer, and the index of the member that holds it."""
+def _between(tap: str, moe_name: str, blocks: Sequence[str], index: int | None) -> Sequence[str]:
+    """The blocks whose children are operators: from the one that holds the tap to that of the layer."""
+    if index is None:  # a model without blocks: the children of what holds both
+        holder = os.path.commonpath([tap.replace(".", "/"), moe_name.replace(".", "/")]).replace("/", ".")
+        return [holder] if holder else [""]
+    tapped = next((place for place in range(index, -1, -1) if (tap + ".").startswith(blocks[place] + ".")), index)
+    return blocks[tapped : index + 1]
+
+
+def _blocks_around(model: nn.Module, moe_name: str) -> list[str]:
+    """Paths of the blocks among which a layer lies, in their order; empty: the model shows none."""
     parts = moe_name.split(".")
-    for end in range(len(parts) - 1, -1, -1):
-        name = ".".join(parts[:end])
+    parents = [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+    for name in parents:
         if isinstance(model.get_submodule(name), nn.ModuleList):
-            return name, int(parts[end])
-    raise ScMoEConfigError(f"{moe_name} is in no nn.ModuleList of blocks, so that its preceding layer cannot be found; "
-                           "hold the model's blocks in one")  # fmt: skip
+            return _children(model, name)
+    for end, name in zip(range(len(parts) - 1, -1, -1), parents, strict=True):
+        of_class = type(model.get_submodule(".".join(parts[: end + 1])))
+        alike = [child for child in _children(model, name) if type(model.get_submodule(child)) is of_class]
+        if len(alike) > 1 and of_class is not MoE:
+            return alike
+    return []
+
+
+def _children(model: nn.Module, name: str) -> list[str]:
+    return [f"{name}.{child}" if name else child for child, _ in model.get_submodule(name).named_children()]
+
+
+def _reads_raw_stream(block: nn.Module) -> str | None:
+    """Of a block whose norms end the branches, so that attention and MLP read the raw residual stream: its MLP's name.
+
+    Swinv2; OLMo2, OLMo3, EXAONE 4.
+    """
+    if type(block).__name__ == "Swinv2Layer":
+        return "intermediate"
+    if _has(block, "post_feedforward_layernorm") and not _has(block, "pre_feedforward_layernorm"):
+        return next((name for name in MLP_NAMES if _has(block, name)), None)
+    return None
 
 
 def _first_of(block: nn.Module, names: Sequence[str], block_name: str, what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,9 @@ from torch import Tensor, nn
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.replace.convert import HookedScMoE
 from scmoe_ds.replace.replacement import replace_moe_layers
-from scmoe_ds.replace.taps import POST_ATTENTION_NORMS
+from scmoe_ds.replace.taps import MLP_NAMES, POST_ATTENTION_NORMS
 
-MLP_NAMES = ("mlp", "feed_forward")
-"""Where a block holds its MLP: GPT-2, LLaMA, Mistral, Qwen2, GPT-NeoX, ViT, Swin; Megatron calls it mlp as well."""
+_NEEDED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class MoEFeedForward(nn.Module):
@@ -171,9 +171,17 @@ def _require_dense(model: nn.Module, blocks: list[_Block]) -> None:
             raise ScMoEConfigError(f"{name} is a MoE already: moe_from_dense wants a dense model, replace_moe_layers "
                                    "takes one with DeepSpeed's MoE")  # fmt: skip
     for block in blocks:
-        if any("expert" in name for name, _ in block.mlp.named_modules()):
-            raise ScMoEConfigError(f"{block.name}.{block.mlp_name} ({type(block.mlp).__name__}) is a MoE already: "
-                                   "moe_from_dense wants an MLP there; leave the block out of layers")  # fmt: skip
+        named = f"{block.name}.{block.mlp_name} ({type(block.mlp).__name__})"
+        parts = [f"{name} {type(module).__name__}".lower() for name, module in block.mlp.named_modules()]
+        if any("expert" in part or "moe" in part for part in parts):
+            raise ScMoEConfigError(f"{named} is a MoE already: moe_from_dense wants an MLP there; leave the block out "
+                                   "of layers")  # fmt: skip
+        parameters = list(inspect.signature(block.mlp.forward).parameters.values())
+        more = [each.name for each in parameters[1:] if each.default is each.empty and each.kind in _NEEDED]
+        if more:
+            raise ScMoEConfigError(f"{named} takes {', '.join(more)} beside the hidden states, which an expert does "
+                                   "not get: leave the block out of layers, or put deepspeed.moe.layer.MoE there "
+                                   "yourself and call replace_moe_layers")  # fmt: skip
 
 
 def _numbers_of_experts(config: ScMoEConfig, layers: int) -> list[int]:

@@ -118,7 +118,8 @@ CASES: dict[str, tuple[dict[str, Any], str | None]] = {
 def train_all() -> tuple[dict[str, tuple[Curve, str]], dict[str, str]]:
     """Curves by case, and the messages of what is refused."""
     curves = {name: train(changes, own and OWN[own]) for name, (changes, own) in CASES.items()}
-    refused = {"PipelineModule": lambda: scmoe_ds.initialize(deepspeed.pipe.PipelineModule([torch.nn.Linear(1, 1)], 1), JSON),
+    pipeline = deepspeed.pipe.PipelineModule([torch.nn.Linear(1, 1)], 1)
+    refused = {"PipelineModule": lambda: scmoe_ds.initialize(model=pipeline, config=JSON),
                "scheduler": lambda: train_with_scheduler(),
                "offload": lambda: train({"zero_optimization": OFFLOAD}, OWN["an optimizer"])}  # fmt: skip
     messages = {}

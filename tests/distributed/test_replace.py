@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 import scmoe_ds
@@ -20,6 +21,7 @@ from benchmarks.replace import results as computed
 from scmoe_ds import ScMoEConfig, load_balancing_loss, moe_from_dense
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.parallel import tensor
 from scmoe_ds.replace.convert import HookedScMoE
 from tests.helpers.distributed import run_distributed
 from tests.helpers.hugging_face import FAMILIES
@@ -229,3 +231,68 @@ def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> 
             for wanted in (rank["direct"][name], both):
                 assert wanted.any(), f"{name} would be equal to anything that is 0"
                 assert (value - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
+
+
+class TheirBlock(nn.Module):
+    def __init__(self, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attention, self.mlp = nn.Linear(8, 8), feed_forward
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention(self.input_layernorm(hidden))
+        output = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + (output[0] if isinstance(output, tuple) else output)
+
+
+def train_with_tensor_parallelism(size: int, ep: int, fields: dict[str, Any]) -> tuple[list[float], Tensor, list[str]]:
+    """Losses of a replaced model whose experts would be divided, its first shared expert, and an error if there is one.
+
+    Its experts are whole all the same: the layout is what is tested here.
+    """
+    torch.manual_seed(0)
+    moe = MoE(8, nn.Linear(8, 8), 4, ep, 1, min_capacity=1, use_rts=False, drop_tokens=False,
+              enable_expert_tensor_parallelism=size > 1)  # fmt: skip
+    for number, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
+        place = dist.get_rank() // size % ep * moe.num_local_experts + number
+        nn.init.constant_(expert.weight, 0.1 * (place + 1))
+    torch.manual_seed(1)
+    model = nn.Sequential(TheirBlock(nn.Linear(8, 8)), TheirBlock(moe))
+    nn.init.normal_(moe.deepspeed_moe.gate.wg.weight, std=0.5)
+    whole = make_json(ep, True)
+    whole["gradient_accumulation_steps"] = 1
+    whole.update(fields.get("top", {}))
+    whole["scmoe"] = {"replace": True, "expert_tensor_parallelism": size > 1, "overlap": {"calibration_steps": 0},
+                      "shared_from": fields.get("shared_from", "fresh")}  # fmt: skip
+    mpu = None
+    if size > 1:
+        tensor.start(size)
+        groups.mpu, mpu = None, tensor.ModelParallelUnit()  # as a user's, which is known to initialize alone
+    try:
+        engine, *_ = scmoe_ds.initialize(model=model, config=whole, mpu=mpu)
+    except ValueError as error:
+        return [], torch.zeros(0), [str(error)]
+    shared = engine.module[1].mlp.mlp.weight.detach().clone()
+    losses = []
+    for step in range(3):
+        loss = engine(torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(step))).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses, shared, []
+
+
+@pytest.mark.parametrize("shared_from", ["mean", 2])
+def test_expert_tensor_parallelism(shared_from: str | int) -> None:
+    """Tensor-parallel 2 × expert-parallel 2, as one process."""
+    losses, shared, _ = run_distributed(train_with_tensor_parallelism, 1, 1, 1, {"shared_from": shared_from})[0]
+    assert torch.allclose(shared, torch.full((8, 8), 0.25 if shared_from == "mean" else 0.3))
+    for found, divided, _ in run_distributed(train_with_tensor_parallelism, 4, 2, 2, {"shared_from": shared_from}):
+        assert found == pytest.approx(losses, rel=1e-5)
+        torch.testing.assert_close(divided, shared)
+
+
+def test_a_layout_that_fits_not_is_refused_on_every_rank() -> None:
+    top = {"use_data_before_expert_parallelism": True}
+    for _, _, errors in run_distributed(train_with_tensor_parallelism, 4, 1, 2, {"top": top}):
+        assert len(errors) == 1 and 'remove "use_data_before_expert_parallelism"' in errors[0]

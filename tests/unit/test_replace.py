@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.moe.layer import MoE
@@ -238,7 +239,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
     replace_moe_layers(model, section())
     for layer in model.layers:
         layer.forward = lambda value, inner=layer.forward: checkpoint(inner, value, use_reentrant=True)
-    with pytest.raises(RuntimeError, match="set use_reentrant=False"):
+    with pytest.raises(RuntimeError, match=r"reentrant activation checkpointing .* cuts them apart"):
         run(model)
 
 
@@ -301,3 +302,99 @@ def test_a_post_norm_model_of_this_package_is_refused() -> None:
     model = GPT(replace(SETTINGS, norm_placement="post"), config)
     with pytest.raises(ScMoEConfigError, match=r"runs.0.blocks.0 is a post-norm block of scmoe_ds: .* build the model"):
         replace_moe_layers(model, section())
+
+
+class WithCrossAttention(Block):
+    """Three sub-layers; its attention is tried with a keyword first, as Megatron-DeepSpeed does."""
+
+    def __init__(self, feed_forward: nn.Module) -> None:
+        super().__init__(SETTINGS, feed_forward)
+        self.cross, self.cross_layernorm = nn.Linear(16, 16), nn.LayerNorm(16)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.input_layernorm(hidden)
+        try:
+            attended = self.self_attn(normed, cpu_offloading=False)
+        except TypeError:
+            attended = self.self_attn(normed)
+        hidden = hidden + attended
+        hidden = hidden + self.cross(self.cross_layernorm(hidden))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def with_cross_attention() -> nn.Module:
+    model = make(use_residual=True)
+    torch.manual_seed(3)
+    model.layers = nn.ModuleList([WithCrossAttention(layer.mlp) for layer in model.layers])
+    return model
+
+
+def test_operators_are_the_models_own_each_of_them_once() -> None:
+    results = []
+    for slot in ("auto", 1, 2, 3, 4, 5):
+        model = with_cross_attention()
+        replace_moe_layers(model, section(position="pos2", replace=True, overlap={"expert_slot": slot}))
+        run(model)
+        results.append(run(model))
+        pair = replaced_layers(model)[0].pair
+        assert [operator.name for operator in pair.operators()] == ["mlp", "self_attn", "cross", "shared"]
+        assert slot == "auto" or pair.schedule.expert_slot == slot
+    for found in results[1:]:
+        require_equal(found, results[0], 1e-6)
+    model = with_cross_attention()
+    replace_moe_layers(model, section(position="pos2", replace=True, overlap={"expert_slot": 6}))
+    with pytest.raises(ScMoEConfigError, match=r"has 4 operators \(mlp, self_attn, cross, shared\); use 1 … 5"):
+        run(model)
+
+
+def deepspeed_checkpoints(model: nn.Module, blocks: int) -> None:
+    """Megatron-DeepSpeed's --checkpoint-activations --checkpoint-num-layers `blocks`."""
+
+    def forward(value: Tensor) -> Tensor:
+        for first in range(0, len(model.layers), blocks):
+            chunk = model.layers[first : first + blocks]
+
+            def through(hidden: Tensor, chunk: nn.ModuleList = chunk) -> Tensor:
+                for layer in chunk:
+                    hidden = layer(hidden)
+                return hidden
+
+            value = deepspeed.checkpointing.checkpoint(through, value)
+        return value
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize(
+    ("blocks", "fields"),
+    [(1, {"position": "pos2"}), (2, {"position": "pos2"}), (1, {"tap": "{block}.input_layernorm:input"})],
+)
+def test_deepspeeds_activation_checkpointing(blocks: int, fields: dict[str, Any]) -> None:
+    """What cuts a layer from its tap is refused, and both remedies of the message work."""
+    model = make(use_residual=True)
+    replace_moe_layers(model, section(**fields))
+    plain = {name: value for name, value in run(model).items() if "l_aux" not in name}
+    model = make(use_residual=True)
+    replace_moe_layers(model, section(**fields))
+    deepspeed_checkpoints(model, blocks)
+    for each in feeds(model):  # a loss that leaves a reentrant checkpoint by another way has no gradient
+        each.l_aux = None
+    if blocks == 1 and "tap" not in fields:
+        with pytest.raises(RuntimeError, match=r"--checkpoint-num-layers 2\), or set scmoe\.tap to a module inside"):
+            run_without_aux(model)
+        return
+    expected = run_without_aux(replace_moe_layers(make(use_residual=True), section(**fields)))
+    for _ in range(2):
+        require_equal(run_without_aux(model), expected, 1e-6)
+    assert plain.keys() == expected.keys()
+
+
+def run_without_aux(model: nn.Module) -> dict[str, Tensor]:
+    """As `run`, for the model's output alone."""
+    value = hidden()
+    model.zero_grad()
+    torch.manual_seed(2)
+    output = model(value)
+    output.square().mean().backward()
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return {**found, "input": value.grad, "output": output.detach()}
