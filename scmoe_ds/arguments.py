@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_rates, check_training, require_flags
-from scmoe_ds.config import ScMoEConfig, load_deepspeed_json
+from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
+from scmoe_ds.deepspeed_json import load_deepspeed_json
+from scmoe_ds.deepspeed_settings import check_program
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.models.recompute import GRANULARITIES
@@ -196,8 +198,9 @@ def read_section(args: argparse.Namespace) -> tuple[dict[str, Any], ScMoEConfig]
     whole = load_deepspeed_json(args.deepspeed_config)
     if "scmoe" in whole:
         whole["scmoe"] = merge_flags(whole["scmoe"], args, args.deepspeed_config)
-    config = ScMoEConfig.from_deepspeed(whole)
     _fill_in_schedule(whole, args.train_iters)
+    config = ScMoEConfig.from_deepspeed(whole)
+    check_program(whole)
     return whole, config
 
 

@@ -8,16 +8,15 @@ the world size) can rule out is ruled out here, before a process group exists.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Union
 
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel, dict_raise_error_on_duplicate_keys
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from scmoe_ds.config_errors import ScMoEConfigError, explain, fail
+from scmoe_ds.deepspeed_json import load_deepspeed_json
 from scmoe_ds.deepspeed_settings import check_settings
 
 Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
@@ -169,6 +168,17 @@ class ScMoEConfig(_Section):
                 that breaks a rule, or a DeepSpeed setting outside of the section that ScMoE cannot run with.
         """
         whole = load_deepspeed_json(config)
+        lines = check_settings(whole)
+        try:
+            parsed = cls._from_section(whole)
+        except ScMoEConfigError as error:
+            lines.insert(0, str(error))
+        if lines:
+            raise ScMoEConfigError("\n".join(lines))
+        return parsed
+
+    @classmethod
+    def _from_section(cls, whole: Mapping[str, Any]) -> ScMoEConfig:
         if "scmoe" not in whole:
             near = difflib.get_close_matches("scmoe", [str(key) for key in whole], n=1)
             hint = f' (is "{near[0]}" a slip?)' if near else ""
@@ -179,13 +189,11 @@ class ScMoEConfig(_Section):
         if not isinstance(section, Mapping):
             raise fail("scmoe", section, "must be a JSON object")
         try:
-            parsed = cls(**section)
+            return cls(**section)
         except ValidationError as error:
             raise ScMoEConfigError(
                 explain(error, section, {"": cls.model_fields, "overlap": OverlapConfig.model_fields})
             ) from None
-        check_settings(whole)
-        return parsed
 
     @model_validator(mode="after")
     def _rules(self) -> ScMoEConfig:
@@ -312,28 +320,6 @@ class ScMoEConfig(_Section):
         if not self.expert_tensor_parallelism and ep % tp and tp % ep:
             raise fail("scmoe.expert_parallel_size", ep,
                        f"it or --tensor-model-parallel-size {tp} must divide the other")  # fmt: skip
-
-
-def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The whole DeepSpeed JSON as a dict; refuses duplicate keys, as DeepSpeed does.
-
-    Raises:
-        ScMoEConfigError: the file is missing, unreadable, or not a JSON object.
-    """
-    if isinstance(config, Mapping):
-        return dict(config)
-    path = Path(config)
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict_raise_error_on_duplicate_keys)
-    except OSError as error:
-        raise ScMoEConfigError(f"{path}: cannot read the DeepSpeed JSON ({error.strerror}); check --deepspeed_config"
-                               ) from None  # fmt: skip
-    except ValueError as error:  # UnicodeDecodeError among them
-        raise ScMoEConfigError(f"{path}: not valid JSON ({error}); comments and trailing commas are not allowed"
-                               ) from None  # fmt: skip
-    if not isinstance(whole, dict):
-        raise ScMoEConfigError(f"{path}: the DeepSpeed JSON must be an object, not {type(whole).__name__}")
-    return whole
 
 
 def json_schema() -> dict[str, Any]:

@@ -9,6 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+_LONGEST = 200
+"""Characters of a value that are shown."""
+
 
 class ScMoEConfigError(ValueError):
     """A setting that its user can mend: the message has the JSON path, the value, the rule and the remedy."""
@@ -16,7 +19,23 @@ class ScMoEConfigError(ValueError):
 
 def fail(path: str, value: object, rule: str) -> ScMoEConfigError:
     """The error for one field."""
-    return ScMoEConfigError(f"{path} = {json.dumps(value, default=str)}: {rule}")
+    text = json.dumps(value, default=str)
+    return ScMoEConfigError(f"{path} = {text if len(text) <= _LONGEST else text[:_LONGEST] + ' …'}: {rule}")
+
+
+def unknown_key(path: str, key: str, valid: Collection[str]) -> str:
+    """The line for a key that does not exist: names the nearest that does, or all."""
+    near = nearest(key, valid)
+    return f"{path}: unknown key" + (
+        f' (did you mean "{near}"?)' if near else f"; valid keys are {', '.join(sorted(valid))}"
+    )
+
+
+def nearest(name: str, valid: Collection[str]) -> str | None:
+    """The valid name that one may have meant, in any case of the letters."""
+    by_case = {each.lower(): each for each in valid}
+    near = difflib.get_close_matches(name.lower(), by_case, n=1, cutoff=0.6)
+    return by_case[near[0]] if near else None
 
 
 def explain(error: ValidationError, section: Mapping[str, Any], valid: Mapping[str, Collection[str]]) -> str:

@@ -22,8 +22,9 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from scmoe_ds.client_optimizer import add_new_parameters, listed, with_expert_groups
-from scmoe_ds.config import ScMoEConfig, ScMoEConfigError, load_deepspeed_json
-from scmoe_ds.deepspeed_settings import check_accelerator, check_model_and_optimizer, warn
+from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.deepspeed_json import load_deepspeed_json
+from scmoe_ds.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.overlap.transport import probe
@@ -79,6 +80,7 @@ def initialize(
     connect()
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
     section = ScMoEConfig.from_deepspeed(whole)
+    check_filled_in(whole)
     check_accelerator(whole)
     check_model_and_optimizer(whole, model, optimizer)
     if mpu is None and tensor.tensor_parallel_size() > 1:
