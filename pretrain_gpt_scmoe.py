@@ -22,8 +22,8 @@ from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.arguments import ArgumentError, comparable, gpt_settings
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.data.corpus import prepare_default_corpus, validation_entropy
-from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets
+from scmoe_ds.data.corpus import prepare_default_corpus
+from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, validation_entropy
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
 from scmoe_ds.deepspeed_settings import check_accelerator
@@ -86,7 +86,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     trainer = Trainer(engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples)
     summary = trainer.run()
     if dist.get_rank() == 0:
-        report(summary, whole, prefixes, args.split)
+        report(summary, whole, datasets)
     return summary
 
 
@@ -112,23 +112,27 @@ def load_data(
     """Training samples for the whole run, validation samples for one validation; the same on every rank."""
     data = DataSettings(tuple(prefixes), args.split, args.seq_length, args.seed, tokenizer, args.data_cache_path)
     per_iteration = settings.rank_batch_size * replicas
-    validation = args.eval_iters * settings.micro_batch_size * replicas
-    datasets = build_datasets(data, max(args.train_iters, 1) * per_iteration, validation, 0)
+    validation = args.eval_iters * settings.micro_batch_size * replicas if data.has_split(1) else 0
+    if not validation and dist.get_rank() == 0:
+        reason = f"--split {args.split} leaves no share for it" if args.eval_iters else "--eval-iters 0"
+        print(f"no validation: {reason}", flush=True)
+    datasets = build_datasets(data, args.train_iters * per_iteration, validation, 0)
     sizes = [len(part) if part is not None else 0 for part in (datasets.train, datasets.valid)]
     require_agreement("the number of samples in the data", sizes)
     return datasets
 
 
-def report(summary: Summary, whole: dict[str, Any], prefixes: Sequence[str], split: str) -> None:
+def report(summary: Summary, whole: dict[str, Any], datasets: Datasets) -> None:
     """The last lines of a run."""
     board = whole.get("tensorboard", {})
     loss = summary.validation_loss
     print(f"\nfinished at iteration {summary.iteration}")
     if loss is not None:
         print(f"  validation loss        {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}")
-    if len(prefixes) == 1:
-        print(f"  its unigram entropy    {validation_entropy(prefixes[0], split):.4f} nats per token (what a model "
-              "that knows token frequencies only could reach)")  # fmt: skip
+        entropy = validation_entropy(datasets.valid)
+        if entropy is not None:
+            print(f"  its unigram entropy    {entropy:.4f} nats per token (what a model that knows token frequencies "
+                  "only could reach)")  # fmt: skip
     print(f"  speed                  {summary.tokens_per_second:.0f} tokens per second")
     print(
         f"  checkpoint             {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}"

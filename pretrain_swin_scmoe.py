@@ -51,7 +51,11 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
                        args.split, args.seed)  # fmt: skip
     check_agreement(sets)
     training = Epochs(sets.train, max(args.train_iters, 1) * settings.rank_batch_size * ranks, args.seed)
-    validation = Padded(sets.valid, settings.micro_batch_size * ranks, IGNORED)
+    validation = None
+    if sets.valid is not None and args.eval_iters:
+        validation = Padded(sets.valid, settings.micro_batch_size * ranks, IGNORED)
+    elif dist.get_rank() == 0:
+        print(f"no validation: {sets.no_validation or '--eval-iters 0'}", flush=True)
     description = checkpoint.describe(shape, config, ranks, whole)
     source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
     if args.save:
@@ -85,7 +89,8 @@ def run_settings(args: argparse.Namespace, whole: dict[str, Any], ranks: int) ->
 
 def check_agreement(sets: ImageSets) -> None:
     """Ranks that saw other files would train on other labels, or wait for each other in the last step."""
-    require_agreement("the images", [len(sets.train), len(sets.valid), list(sets.classes)])  # type: ignore[arg-type]
+    sizes = [len(part) if part is not None else 0 for part in (sets.train, sets.valid)]  # type: ignore[arg-type]
+    require_agreement("the images", [*sizes, list(sets.classes)])
 
 
 def report(summary: Summary, trainer: ImageTrainer) -> None:

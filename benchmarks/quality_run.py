@@ -29,7 +29,7 @@ from pretrain_gpt_scmoe import USER_ERRORS, pretrain
 from scmoe_ds.analysis.similarity import measure
 from scmoe_ds.analysis.subjects import gpt_subject
 from scmoe_ds.config import ScMoEConfig
-from scmoe_ds.data.flags import split_document_ranges
+from scmoe_ds.data.flags import split_ranges
 from scmoe_ds.engine import device
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import Row
@@ -85,11 +85,11 @@ def train_and_evaluate(task: Task, args: argparse.Namespace, whole: dict[str, An
 
 def held_out_rows(prefix: str, split: str, seq_length: int, most: int) -> list[Row]:
     """The validation documents, joined and cut into sequences: the same for every variant and every seed."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from scmoe_ds.data.sequences import Sequences
 
-    dataset = IndexedDataset(prefix)
-    _, validation, _ = split_document_ranges(split, len(dataset.document_indices) - 1)
-    tokens = np.concatenate([np.asarray(dataset.get(document), dtype=np.int64) for document in validation])
+    dataset = Sequences(prefix)
+    _, validation, _ = split_ranges(split, len(dataset))
+    tokens = np.concatenate([np.asarray(dataset.get(sequence), dtype=np.int64) for sequence in validation])
     starts = islice(range(0, len(tokens) - seq_length, seq_length), most)
     return [Row(tokens[start : start + seq_length], tokens[start + 1 : start + 1 + seq_length]) for start in starts]
 

@@ -34,10 +34,10 @@ def check_rates(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Raises an ArgumentError for a flag of the training loop that is out of range."""
-    check_lowest(args, 1, ("log_interval", "log_gating_interval", "eval_interval", "eval_iters",
+    check_lowest(args, 1, ("log_interval", "log_gating_interval", "eval_interval",
                            "tensor_model_parallel_size", "save_interval", "exit_interval", "scmoe_trace",
                            "keep_last"))  # fmt: skip
-    check_lowest(args, 0, ("train_iters", "num_workers", "seed"))
+    check_lowest(args, 0, ("train_iters", "eval_iters", "num_workers", "seed"))
     for name in ("distributed_timeout_minutes", "exit_duration_in_mins"):
         value = getattr(args, name)
         if value is not None and value <= 0:

@@ -85,7 +85,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data and tokenizer")
     group.add_argument("--data-path", nargs="+", help="prefix of a .bin/.idx set, or weight prefix weight prefix …; "
                        "default: the running Python's standard library as text")  # fmt: skip
-    group.add_argument("--split", default="969, 30, 1", help="train, validation and test shares")
+    group.add_argument("--split", default="969, 30, 1", help="train, validation and test shares; 100,0,0: "
+                       "no validation")  # fmt: skip
     group.add_argument("--data-cache-path", help="where sample indices are kept; default: beside the data")
     group.add_argument("--corpus-dir", default="data", help="where the default corpus is written")
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="ByteTokenizer")
@@ -106,7 +107,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log-gating-interval", type=int, help="iterations between the gates' choices (paper figure 9) "
                        "that go to DeepSpeed's monitors; default: never")  # fmt: skip
     group.add_argument("--eval-interval", type=int, default=1000, help="iterations per validation")
-    group.add_argument("--eval-iters", type=int, default=100, help="batches per validation")
+    group.add_argument("--eval-iters", type=int, default=100, help="batches per validation; 0: no validation")
     group.add_argument("--save", help="directory of checkpoints; default: none are written")
     group.add_argument("--save-interval", type=int, help="iterations per checkpoint; one is always saved at the end")
     group.add_argument("--keep-last", type=int, help="checkpoints that --save keeps; default: all")

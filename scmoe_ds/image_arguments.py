@@ -39,7 +39,8 @@ def build_image_parser() -> argparse.ArgumentParser:
     images = parser.add_argument_group("images")
     images.add_argument("--dataset", choices=["folder", "digits"], default="folder", help="digits: scikit-learn's")
     images.add_argument("--data-path", help="directory of <class>/<image>, or of train/ and val/ that hold such")
-    images.add_argument("--split", default="80,20", help="training and validation shares, drawn by --seed")
+    images.add_argument("--split", default="80,20", help="training and validation shares, drawn by --seed; "
+                        "100,0: no validation")  # fmt: skip
     images.add_argument("--num-workers", type=int, default=0, help="data loader processes per rank")
     images.add_argument("--seed", type=int, default=1234, help="split, weights, data order, dropout, gate noise")
     for add in (add_training, add_moe, add_deepspeed):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.analysis.errors import AnalysisError
-from scmoe_ds.data.flags import split_document_ranges
+from scmoe_ds.data.flags import split_ranges
 from scmoe_ds.data.indexed import check_token_range, read_layout
 
 
@@ -80,7 +80,7 @@ def read_data_set(prefix: str, split: str | None, vocab_size: int) -> np.ndarray
     """The tokens of `<prefix>.bin` in order, memory-mapped.
 
     Args:
-        split: of the shares of train, valid and test, the validation documents; None: all documents.
+        split: of the shares of train, valid and test, the validation part; None: all of them.
 
     Raises:
         DataError: files that are missing or damaged, ids outside of the vocabulary, or a split that is none.
@@ -90,6 +90,5 @@ def read_data_set(prefix: str, split: str | None, vocab_size: int) -> np.ndarray
     tokens = np.memmap(prefix + ".bin", dtype=layout.dtype, mode="r")
     if split is None:
         return tokens
-    validation = split_document_ranges(split, len(layout.lengths))[1]
-    ends = np.concatenate([[0], np.cumsum(layout.lengths, dtype=np.int64)])
-    return tokens[ends[validation.start] : ends[validation.stop]]
+    validation, offsets = split_ranges(split, len(layout.lengths))[1], layout.offsets()
+    return tokens[offsets[validation.start] : offsets[validation.stop]]

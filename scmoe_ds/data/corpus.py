@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scmoe_ds.data.errors import DataError
-from scmoe_ds.data.flags import split_document_ranges
 from scmoe_ds.data.tokenizer import ByteTokenizer
 
 # megatron-core takes seconds to import, so it is imported where a dataset is opened or written.
@@ -205,49 +204,40 @@ def prepare_default_corpus(directory: str | os.PathLike[str]) -> str:
     return prefix
 
 
-def unigram_entropy(source: str | IndexedDataset, documents: range | None = None) -> float:
+def unigram_entropy(source: str | IndexedDataset, sequences: Iterable[int] | None = None) -> float:
     """Entropy of the token frequencies: the loss of the best model that ignores context.
 
     Args:
         source: path prefix, or an open ``IndexedDataset``.
-        documents: which documents to count (Megatron's *sequences*, what ``--split`` divides); all if None.
+        sequences: which to count, by number; all if None.
 
     Returns:
         Nats per token. Streams: memory does not grow with the dataset.
 
     Raises:
-        DataError: the range holds no token.
+        DataError: the sequences hold no token.
     """
     if isinstance(source, str):
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        from scmoe_ds.data.sequences import Sequences
 
-        source = IndexedDataset(source)
+        source = Sequences(source)
     counts = np.zeros(0, dtype=np.int64)
-    for block in _token_blocks(source, documents if documents is not None else range(len(source))):
+    for block in _token_blocks(source, sequences if sequences is not None else range(len(source))):
         block_counts = np.bincount(block, minlength=counts.size)
         block_counts[: counts.size] += counts
         counts = block_counts
     total = int(counts.sum())
     if total == 0:
-        raise DataError("the entropy of no tokens is undefined: the range of documents is empty.")
+        raise DataError("the entropy of no tokens is undefined: there is no sequence, or all are empty.")
     nonzero = counts[counts > 0]
     return math.log(total) - float((nonzero * np.log(nonzero)).sum()) / total
 
 
-def validation_entropy(prefix: str, split: str) -> float:
-    """`unigram_entropy` of the documents that `--split` makes the validation set."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(prefix)
-    _, validation, _ = split_document_ranges(split, len(dataset.document_indices) - 1)
-    return unigram_entropy(dataset, validation)
-
-
-def _token_blocks(dataset: IndexedDataset, documents: range) -> Iterator[np.ndarray]:
-    """Documents joined into blocks, because counting has a cost per call that grows with the vocabulary."""
+def _token_blocks(dataset: IndexedDataset, sequences: Iterable[int]) -> Iterator[np.ndarray]:
+    """Sequences joined into blocks, because counting has a cost per call that grows with the vocabulary."""
     pending: list[np.ndarray] = []
     pending_tokens = 0
-    for index in documents:
+    for index in sequences:
         tokens = np.asarray(dataset.get(index))
         pending.append(tokens)
         pending_tokens += tokens.size

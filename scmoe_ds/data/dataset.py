@@ -1,19 +1,19 @@
 """From Megatron's data flags to train, validation and test datasets, through megatron-core.
 
-Start here. ``flags.py`` reads --data-path and --split, ``indexed.py`` checks the files, and ``sampler.py``
-gives each rank its micro-batches.
+Start here. ``flags.py`` reads --data-path and --split, ``indexed.py`` checks the files, ``sequences.py`` reads them,
+``index_cache.py`` keeps shuffled indices on disk, and ``sampler.py`` gives each rank its micro-batches.
 
-megatron-core keeps shuffled indices on disk. Rank 0 writes them while the others wait at a barrier of the
-default process group; without a process group the one process does both. Its builder knows no
+Rank 0 builds the datasets and writes the indices, then the others read them. megatron-core's builder knows no
 ``parallel_state``: every rank builds every dataset, and the sampler alone decides who reads what.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,25 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import Dataset
 
+from scmoe_ds.data.corpus import unigram_entropy
 from scmoe_ds.data.errors import DataError
-from scmoe_ds.data.flags import parse_data_path, plain_split, split_document_ranges
-from scmoe_ds.data.indexed import IndexedLayout, check_indexed_dataset, check_token_range, content_digest, read_layout
+from scmoe_ds.data.flags import parse_data_path, plain_split, split_ranges, split_shares
+from scmoe_ds.data.index_cache import IndexCache
+from scmoe_ds.data.indexed import (
+    IndexedLayout,
+    check_indexed_dataset,
+    check_token_range,
+    content_digest,
+    document_of,
+    read_layout,
+)
 from scmoe_ds.data.sampler import PretrainingSampler, pretraining_batches
+from scmoe_ds.data.sequences import Sequences
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.parallel.agreement import require_agreement, run_together
+
+# It warns that indices stay in memory, which is what is asked of it here.
+logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
 
 __all__ = [
     "DataSettings",
@@ -38,10 +51,12 @@ __all__ = [
     "check_indexed_dataset",
     "parse_data_path",
     "pretraining_batches",
-    "split_document_ranges",
+    "split_ranges",
+    "validation_entropy",
 ]
 
 _SPLIT_NAMES = ("train", "valid", "test")
+_INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
 
 
 @dataclass(frozen=True)
@@ -50,13 +65,15 @@ class DataSettings:
 
     Attributes:
         data_path: one prefix, several, or weight and prefix in turn (``--data-path``).
-        split: shares of documents for train, valid and test, e.g. ``"969,30,1"``.
+        split: shares of sequences for train, valid and test, e.g. ``"969,30,1"``.
         seq_length: tokens of a sample; each is drawn with one more, for the last label.
         seed: of the shuffles, 0 to 2**32 - 1.
         tokenizer: the one the data was made with.
         data_cache_path: directory for the shuffled indices, shared by all nodes; None puts them beside
             each dataset, in ``<prefix>/cache``.
         eod_mask_loss: no loss where the input token is end-of-document.
+        data_paths: instead of ``data_path`` and ``split``, the data of train, valid and test (``--train-data-path`` and
+            so on), each as ``data_path``, empty where there is none.
     """
 
     data_path: tuple[str, ...]
@@ -66,6 +83,21 @@ class DataSettings:
     tokenizer: Tokenizer
     data_cache_path: str | None = None
     eod_mask_loss: bool = False
+    data_paths: tuple[tuple[str, ...], ...] | None = None
+
+    def path_of(self, number: int) -> tuple[str, ...]:
+        """The data path of split 0 (train), 1 (valid) or 2 (test)."""
+        return self.data_path if self.data_paths is None else self.data_paths[number]
+
+    def flag_of(self, number: int) -> str:
+        """The flag that gives it."""
+        return "--data-path" if self.data_paths is None else f"--{_SPLIT_NAMES[number]}-data-path"
+
+    def has_split(self, number: int) -> bool:
+        """Whether the flags leave that split any data."""
+        if self.data_paths is not None:
+            return bool(self.data_paths[number])
+        return split_shares(self.split)[number] > 0
 
 
 @dataclass(frozen=True)
@@ -86,18 +118,53 @@ class _FingerprintedConfig(GPTDatasetConfig):
 
 
 class PretrainingDataset(GPTDataset):
-    """GPTDataset whose cached indices also depend on the data's index.
+    """GPTDataset with indices that are checked and depend on the data's index.
 
-    megatron-core names the cache after the path only: rewrite a dataset in place and it goes on reading
-    through the old indices, into wrong or missing documents.
+    megatron-core names the cache after the path only and trusts what is there: after a rewrite of the dataset in place,
+    or after a damage, it would read wrong or missing documents.
     """
+
+    dataset: Sequences
+    config: _FingerprintedConfig
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> Sequences:
+        """megatron-core's name for opening the files."""
+        return Sequences(dataset_path)
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
         return [*GPTDataset._key_config_attributes(), "data_fingerprint"]
 
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
+        directory = self.config.path_to_cache or os.path.join(
+            self.dataset_path, "cache", f"{type(self).__name__}_indices"
+        )
+        name = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        cache = IndexCache(directory, name, _INDEX_NAMES, self.unique_description)
+        if not _is_distributed() or dist.get_rank() == 0:
+            return cache.load_or_build(self._indices_in_memory)
+        found = cache.load()
+        if found is None:
+            raise DataError(
+                f"rank {dist.get_rank()} cannot see the index cache that rank 0 wrote: {name} in {directory}. Set "
+                "--data-cache-path to a directory that all nodes share."
+            )
+        return found
+
+    def _indices_in_memory(self) -> tuple[np.ndarray, ...]:
+        config = self.config
+        try:
+            self.config = copy.copy(config)
+            self.config.path_to_cache = ""  # None would be the default place
+            return super()._build_document_sample_shuffle_indices()
+        finally:
+            self.config = config
+
 
 class _Builder(BlendedMegatronDatasetBuilder):
+    """Without megatron-core's barriers, where ranks would wait for one that has failed."""
+
     @staticmethod
     def build_generic_dataset(
         cls: Any,  # the name that megatron-core gives this parameter of its static method
@@ -105,11 +172,18 @@ class _Builder(BlendedMegatronDatasetBuilder):
         synchronize_ranks: bool,
         *args: Any,
     ) -> Any:
-        # With a cache path BlendedDataset asks for the rank even when there is no process group, and
-        # fails. A blend's own index is quick to make, so a lone process does without that cache.
-        if cls is BlendedDataset and not _is_distributed():
-            args = (*args[:-1], replace(args[-1], path_to_cache=None))
-        return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
+        if cls is BlendedDataset:  # its own index is quick to make: no cache
+            config = copy.copy(args[-1])
+            config.path_to_cache = None
+            args = (*args[:-1], config)
+        return cls(*args)
+
+    def _build_megatron_datasets_parallel(self, prefixes: Any, split: Any, sizes_per_dataset: Any) -> list[list[Any]]:
+        built = [
+            self._build_megatron_dataset_splits(prefix, split, sizes, False)
+            for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
+        ]
+        return [list(members) for members in zip(*built, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -120,7 +194,7 @@ class _Inspection:
     tokenizer: dict[str, Any]
     data_fingerprint: str
     content: tuple[str, ...]
-    num_tokens: tuple[int, ...]
+    num_tokens: dict[str, int]
 
 
 def build_datasets(settings: DataSettings, train_samples: int, valid_samples: int, test_samples: int) -> Datasets:
@@ -135,8 +209,8 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
             resumable run ask for the samples of the whole run, because they shape the shuffle.
 
     Raises:
-        DataError: as ``check_indexed_dataset`` and ``parse_data_path``; a split shorter than one sequence
-            of ``seq_length + 1`` tokens; an unwritable or unshared cache; ranks that disagree.
+        DataError: as ``check_indexed_dataset`` and ``parse_data_path``; a split shorter than one sample
+            of ``seq_length + 1`` tokens; a cache that cannot be written or is not shared; ranks that disagree.
     """
     samples = (train_samples, valid_samples, test_samples)
     inspection = run_together(lambda: _inspect(settings, samples))
@@ -147,14 +221,19 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
     if not any(samples):
         return Datasets(None, None, None)
     config = _megatron_config(settings, samples, inspection)
-    try:
-        built = _Builder(PretrainingDataset, list(samples), lambda: True, config).build()
-    except FileNotFoundError as error:
-        raise DataError(
-            f"rank {dist.get_rank() if _is_distributed() else 0} cannot see the index cache that rank 0 "
-            f"wrote: {error.filename}. Set --data-cache-path to a directory that all nodes share."
-        ) from error
+
+    def build() -> list[Any]:
+        return _Builder(PretrainingDataset, list(samples), lambda: True, config).build()
+
+    first = run_together(build, on_rank_zero=True)
+    built = run_together(lambda: first or build())
+    assert built is not None
     return Datasets(*built)
+
+
+def validation_entropy(valid: Any) -> float | None:
+    """`unigram_entropy` of the sequences of a validation set; None for a blend, or without a set."""
+    return unigram_entropy(valid.dataset, valid.indices) if isinstance(valid, PretrainingDataset) else None
 
 
 def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]:
@@ -166,8 +245,9 @@ def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]
             data[index]  # maps its index into memory
             source, position = data.datasets[data.dataset_index[index]], int(data.dataset_sample_index[index])
         if isinstance(source, GPTDataset):
-            _, documents = source._query_document_sample_shuffle_indices(position)
-            found.setdefault(source.dataset_path, []).extend(map(int, documents))
+            _, sequences = source._query_document_sample_shuffle_indices(position)
+            documents = (document_of(source.dataset.document_indices, sequence) for sequence in sequences)
+            found.setdefault(source.dataset_path, []).extend(documents)
     texts = []
     for path, numbers in found.items():
         unique = list(dict.fromkeys(numbers))
@@ -179,17 +259,22 @@ def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]
 def _megatron_config(
     settings: DataSettings, samples: tuple[int, int, int], inspection: _Inspection
 ) -> _FingerprintedConfig:
-    prefixes, weights = parse_data_path(settings.data_path)
-    if len(prefixes) == 1:
-        weights = None
-    elif weights is None:
+    def blend(number: int) -> tuple[list[str], list[float] | None]:
+        prefixes, weights = parse_data_path(settings.path_of(number), settings.flag_of(number))
+        if len(prefixes) == 1:
+            return prefixes, None
         # megatron-core would weigh by length too, but cap the blend at one epoch, which ends a long run.
-        weights = [float(num_tokens) for num_tokens in inspection.num_tokens]
+        return prefixes, weights or [float(inspection.num_tokens[prefix]) for prefix in prefixes]
+
+    source: dict[str, Any]
+    if settings.data_paths is None:
+        source = {"blend": blend(0), "split": plain_split(settings.split)}
+    else:
+        source = {"blend_per_split": [blend(number) if wanted else None for number, wanted in enumerate(samples)]}
     config = _FingerprintedConfig(
+        **source,
         random_seed=settings.seed,
         sequence_length=settings.seq_length,
-        blend=(prefixes, weights),
-        split=plain_split(settings.split),
         path_to_cache=settings.data_cache_path,
         tokenizer=settings.tokenizer,
         reset_position_ids=False,
@@ -198,12 +283,12 @@ def _megatron_config(
         create_attention_mask=False,
         # A blend of k datasets rounds each share up, k extra samples at most, which the largest may
         # have to supply; the default of 0.5 % is too little for small or many datasets.
-        mid_level_dataset_surplus=max(0.005, 2 * len(prefixes) / min(n for n in samples if n)),
+        mid_level_dataset_surplus=max(0.005, 2 * len(inspection.num_tokens) / min(n for n in samples if n)),
         data_fingerprint=inspection.data_fingerprint,
     )
-    assert config.split_matrix is not None
-    # megatron-core counts epochs of an empty split forever, even for 0 samples: leave such splits out.
-    config.split_matrix = [b if n else None for b, n in zip(config.split_matrix, samples, strict=True)]
+    if config.split_matrix is not None:
+        # megatron-core counts epochs of an empty split forever, even for 0 samples: leave such splits out.
+        config.split_matrix = [b if n else None for b, n in zip(config.split_matrix, samples, strict=True)]
     return config
 
 
@@ -214,54 +299,48 @@ def _inspect(settings: DataSettings, samples: tuple[int, int, int]) -> _Inspecti
             f"--seq-length ({settings.seq_length}) must be at least 1, --seed ({settings.seed}) in "
             f"0..2**32-1, and the samples of train, valid and test {samples} not negative."
         )
-    prefixes, _ = parse_data_path(settings.data_path)
-    layouts = [read_layout(prefix) for prefix in prefixes]
-    for layout in layouts:
-        _check_split_lengths(layout, settings, samples)
-        # The same files on every rank: one reader of all tokens is enough.
-        if not _is_distributed() or dist.get_rank() == 0:
+    layouts: dict[str, IndexedLayout] = {}
+    for number, wanted in enumerate(samples):
+        if settings.data_paths is not None and not wanted:
+            continue
+        for prefix in parse_data_path(settings.path_of(number), settings.flag_of(number))[0]:
+            if prefix not in layouts:
+                layouts[prefix] = read_layout(prefix, settings.tokenizer.eod)
+            if wanted:
+                _check_length(layouts[prefix], settings, number)
+    # The same files on every rank: one reader of all tokens is enough.
+    if not _is_distributed() or dist.get_rank() == 0:
+        for layout in layouts.values():
             check_token_range(layout, settings.tokenizer.vocab_size)
-            _check_cache_writable(settings.data_cache_path or _default_cache(layout.prefix))
-    request = (
-        f"split {settings.split}, sequence length {settings.seq_length}, seed {settings.seed}, samples "
-        f"{samples}, data path {' '.join(settings.data_path)}"
-    )
+    data = f"split {settings.split}, data path {' '.join(settings.data_path)}"
+    if settings.data_paths is not None:
+        data = f"train, valid and test data paths {' | '.join(' '.join(path) for path in settings.data_paths)}"
+    request = f"sequence length {settings.seq_length}, seed {settings.seed}, samples {samples}, {data}"
     return _Inspection(
         request,
         dict(settings.tokenizer.unique_identifiers),
-        " ".join(layout.fingerprint for layout in layouts),
-        tuple(content_digest(layout) for layout in layouts),
-        tuple(layout.num_tokens for layout in layouts),
+        " ".join(layout.fingerprint for layout in layouts.values()),
+        tuple(content_digest(layout) for layout in layouts.values()),
+        {prefix: layout.num_tokens for prefix, layout in layouts.items()},
     )
 
 
-def _check_split_lengths(layout: IndexedLayout, settings: DataSettings, samples: Sequence[int]) -> None:
-    ranges = split_document_ranges(settings.split, layout.lengths.size)
-    for name, documents, wanted in zip(_SPLIT_NAMES, ranges, samples, strict=True):
-        num_tokens = int(layout.lengths[documents.start : documents.stop].sum(dtype=np.int64))
-        if wanted and num_tokens < settings.seq_length + 1:
-            raise DataError(
-                f"{layout.prefix}: the {name} split (--split {settings.split}) is {len(documents)} of "
-                f"{layout.lengths.size} documents with {num_tokens} tokens, less than one sequence: "
-                f"--seq-length {settings.seq_length} takes {settings.seq_length + 1}. Use more data, a "
-                f"larger share in --split or a shorter --seq-length, or ask for no {name} samples."
-            )
-
-
-def _check_cache_writable(directory: str) -> None:
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
+def _check_length(layout: IndexedLayout, settings: DataSettings, number: int) -> None:
+    """Raises a DataError for a split that is shorter than one sample."""
+    count, name, share = len(layout.lengths), _SPLIT_NAMES[number], ""
+    sequences = range(count)
+    if settings.data_paths is None:
+        sequences = split_ranges(settings.split, count)[number]
+        share = f" (--split {settings.split})"
+    num_tokens = int(layout.lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
+    if num_tokens < settings.seq_length + 1:
+        larger = ", a larger share in --split" if share else ""
+        without = ", or --eval-iters 0 for a run without validation" if name == "valid" else ""
         raise DataError(
-            f"cannot write the index cache in {directory}: {error.strerror}. Set --data-cache-path to a "
-            "writable directory that all nodes share."
-        ) from error
-
-
-def _default_cache(prefix: str) -> str:
-    return os.path.join(prefix, "cache", f"{PretrainingDataset.__name__}_indices")
+            f"{layout.prefix}: the {name} split{share} is {len(sequences)} of {count} {layout.unit} with {num_tokens} "
+            f"tokens, less than one sample: --seq-length {settings.seq_length} takes {settings.seq_length + 1}. Use "
+            f"more data{larger}, a shorter --seq-length{without}."
+        )
 
 
 def _is_distributed() -> bool:

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from scmoe_ds.data.errors import DataError
 
 
-def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
+def parse_data_path(data_path: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
     """Split ``--data-path`` into prefixes and weights (None when it holds prefixes only).
 
     A number counts as a weight. Write a prefix that looks like one with its directory, ``./7``.
+
+    Args:
+        flag: its name, for messages.
 
     Raises:
         DataError: empty, weights for some prefixes only or out of turn, or a weight that is not a
@@ -19,24 +22,24 @@ def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float] | 
     """
     entries = [entry.strip() for entry in data_path]
     if not entries or not all(entries):
-        raise DataError("--data-path is empty: give at least one dataset prefix.")
+        raise DataError(f"{flag} is empty: give at least one dataset prefix.")
     numbers = [_as_number(entry) for entry in entries]
     if all(number is None for number in numbers):
         return entries, None
     prefixes, weights = entries[1::2], numbers[0::2]
     if len(entries) % 2 or None in weights or any(number is not None for number in numbers[1::2]):
         raise DataError(
-            f"--data-path {' '.join(entries)} mixes weights and prefixes: give prefixes only, or weight and "
+            f"{flag} {' '.join(entries)} mixes weights and prefixes: give prefixes only, or weight and "
             "prefix in turn, as in: 0.3 first_text_document 0.7 second_text_document."
         )
     for entry, weight in zip(entries[0::2], weights, strict=True):
         if weight is None or not 0 < weight < math.inf:
-            raise DataError(f"--data-path has weight {entry}: weights must be positive finite numbers.")
+            raise DataError(f"{flag} has weight {entry}: weights must be positive finite numbers.")
     return prefixes, [float(weight) for weight in weights if weight is not None]
 
 
-def split_document_ranges(split: str, num_documents: int) -> tuple[range, range, range]:
-    """The documents that ``--split`` gives to train, valid and test, as megatron-core rounds them.
+def split_ranges(split: str, count: int) -> tuple[range, range, range]:
+    """Which of ``count`` sequences ``--split`` gives to train, valid and test, as megatron-core rounds them.
 
     Raises:
         DataError: ``split`` is not one to three nonnegative numbers with a positive sum.
@@ -48,9 +51,18 @@ def split_document_ranges(split: str, num_documents: int) -> tuple[range, range,
 
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(plain_split(split)))
     bounds = [(0.0, 0.0) if bookends is None else bookends for bookends in matrix]
-    train, valid, test = (
-        range(round(begin * float(num_documents)), round(end * float(num_documents))) for begin, end in bounds
-    )
+    train, valid, test = (range(round(begin * float(count)), round(end * float(count))) for begin, end in bounds)
+    return train, valid, test
+
+
+def split_shares(split: str) -> tuple[float, float, float]:
+    """The shares of train, valid and test as ``--split`` names them; those that it leaves out are 0.
+
+    Raises:
+        DataError: as ``split_ranges``.
+    """
+    shares = [float(share) for share in plain_split(split).split(",")]
+    train, valid, test = [*shares, 0.0, 0.0][:3]
     return train, valid, test
 
 
@@ -60,7 +72,7 @@ def plain_split(split: str) -> str:
     megatron-core takes whatever matches ``[.0-9]+`` for a number: it reads 1e-3 as two, -1 as 1.
 
     Raises:
-        DataError: as ``split_document_ranges``.
+        DataError: as ``split_ranges``.
     """
     numbers = [_as_number(part) for part in split.split(",")]
     shares = [number for number in numbers if number is not None and 0 <= number < math.inf]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scmoe_ds.data.errors import DataError
-from scmoe_ds.data.flags import split_document_ranges
+from scmoe_ds.data.flags import split_ranges, split_shares
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 MODES = {1: "L", 3: "RGB"}
@@ -27,11 +27,12 @@ Sample = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Training and validation images, and the names of the classes by label."""
+    """Training and validation images, the names of the classes by label, and why there is no validation, if so."""
 
     train: Dataset[Sample]
-    valid: Dataset[Sample]
+    valid: Dataset[Sample] | None
     classes: tuple[str, ...]
+    no_validation: str | None = None
 
 
 class Digits(Dataset[Sample]):
@@ -172,19 +173,26 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return [int(number) for number in np.random.default_rng((seed, epoch)).permutation(count)]
 
 
-def split_in_two(whole: Dataset[Sample], split: str, seed: int, source: str) -> tuple[Part, Part]:
-    """Training and validation images, drawn at random by the seed in the shares of `split`.
+def split_in_two(whole: Dataset[Sample], split: str, seed: int, source: str) -> tuple[Part, Part | None]:
+    """Training and validation images, drawn at random by the seed in the shares of `split`; None for a share of 0.
 
     Raises:
         DataError: not a split, or one that leaves either part empty.
     """
     order = shuffled(len(whole), seed, 0)  # type: ignore[arg-type]
     train, valid, _ = (Part(whole, [order[place] for place in places])
-                       for places in split_document_ranges(split, len(order)))  # fmt: skip
+                       for places in split_ranges(split, len(order)))  # fmt: skip
+    if len(train) and not split_shares(split)[1]:
+        return train, None
     if not len(train) or not len(valid):
         raise DataError(f"--split {split} of the {len(order)} images of {source} leaves none for "
                         f"{'validation' if len(train) else 'training'}; change it, or add images")  # fmt: skip
     return train, valid
+
+
+def _divided(whole: Digits | ImageFolder, split: str, seed: int, source: str) -> ImageSets:
+    train, valid = split_in_two(whole, split, seed, source)
+    return ImageSets(train, valid, whole.classes, f"--split {split} leaves no share for it" if valid is None else None)
 
 
 def load_images(
@@ -192,8 +200,8 @@ def load_images(
 ) -> ImageSets:
     """
     Args:
-        directory: of an image folder. If it has sub-directories train and val, they are the two parts; otherwise the
-            images are divided by `split`.
+        directory: of an image folder. If it has sub-directories train and val, they are the two parts; with train alone
+            there is no validation; otherwise the images are divided by `split`.
         dataset: "folder" or "digits".
 
     Raises:
@@ -203,16 +211,19 @@ def load_images(
         if num_channels != 1:
             raise DataError(f"--num-channels {num_channels}: the digits are grey; use 1")
         whole: Digits | ImageFolder = Digits(image_size)
-        sets = ImageSets(*split_in_two(whole, split, seed, "the digits"), whole.classes)
+        sets = _divided(whole, split, seed, "the digits")
     elif directory is None:
         raise DataError("--data-path is missing: name a directory of images, or use --dataset digits")
     elif (Path(directory) / "train").is_dir() and (Path(directory) / "val").is_dir():
         whole = ImageFolder(Path(directory) / "train", image_size, num_channels)
         valid = ImageFolder(Path(directory) / "val", image_size, num_channels, whole.classes)
         sets = ImageSets(whole, valid, whole.classes)
+    elif [each.name for each in Path(directory).glob("*/")] == ["train"]:
+        whole = ImageFolder(Path(directory) / "train", image_size, num_channels)
+        sets = ImageSets(whole, None, whole.classes, f"{directory} has train/ but no val/")
     else:
         whole = ImageFolder(directory, image_size, num_channels)
-        sets = ImageSets(*split_in_two(whole, split, seed, directory), whole.classes)
+        sets = _divided(whole, split, seed, directory)
     if len(sets.classes) > num_classes:
         raise DataError(f"{len(sets.classes)} classes in {directory or dataset}, but --num-classes {num_classes}; "
                         f"set --num-classes {len(sets.classes)}")  # fmt: skip

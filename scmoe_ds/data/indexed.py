@@ -5,18 +5,25 @@ only when training reaches the missing part. These checks come first.
 
 ``<prefix>.idx``, little endian: magic (9 bytes), version (u64), dtype code (u8), N sequences (u64),
 M boundaries (u64), then N lengths (i32), N byte offsets into the .bin (i64), M document boundaries (i64).
+A document is usually one sequence. With Megatron's --split-sentences it has several; --split divides sequences.
+
+Megatron-DeepSpeed's own tool writes the end-of-document token of --append-eod into the .bin without counting it in
+the index. Such a set has exactly one token per document too many; it is read with that token as the document's last.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from scmoe_ds.data.errors import DataError
+
+logger = logging.getLogger("scmoe_ds")
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -27,6 +34,7 @@ _SCAN_BLOCK_TOKENS = 1 << 24
 _FULL_SCAN_TOKENS = 1_000_000_000
 _NUM_SAMPLED_BLOCKS = 16
 _DIGEST_BLOCK_BYTES = 1 << 16
+_CHECKED_ENDS = 1000
 
 
 @dataclass(frozen=True)
@@ -36,19 +44,41 @@ class IndexedLayout:
     Attributes:
         prefix: path without extension.
         dtype: of the tokens in the .bin.
-        lengths: int32 [N], tokens of each document.
-        fingerprint: hex digest of the index; two datasets that share it have the same document lengths.
+        lengths: int32 [N], tokens of each sequence; end-of-document tokens that the index does not count included.
+        boundaries: int64 [M], the sequence at which each document begins, and last N.
+        fingerprint: hex digest of the lengths' source; two datasets that share it have the same lengths.
+        uncounted_eod: the end-of-document token that the index does not count; None where it counts all tokens.
     """
 
     prefix: str
     dtype: np.dtype
     lengths: np.ndarray
+    boundaries: np.ndarray
     fingerprint: str
+    uncounted_eod: int | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all documents."""
         return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def unit(self) -> str:
+        """What --split divides, in words."""
+        return "documents" if len(self.boundaries) == len(self.lengths) + 1 else "sequences"
+
+    def offsets(self) -> np.ndarray:
+        """int64 [N + 1]: the token at which each sequence begins, and last the number of tokens."""
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+    def document_offsets(self, sequences: range) -> np.ndarray:
+        """int64 [D + 1]: the token at which each document in a range of sequences begins, and last the range's end.
+
+        The range may begin and end within a document. Documents without a sequence are left out.
+        """
+        inside = self.boundaries[(self.boundaries > sequences.start) & (self.boundaries < sequences.stop)]
+        edges = np.concatenate([[sequences.start], inside, [sequences.stop]])
+        return self.offsets()[np.unique(edges)]
 
 
 def check_indexed_dataset(prefix: str, vocab_size: int) -> None:
@@ -64,8 +94,11 @@ def check_indexed_dataset(prefix: str, vocab_size: int) -> None:
     check_token_range(read_layout(prefix), vocab_size)
 
 
-def read_layout(prefix: str) -> IndexedLayout:
-    """Read and check the index, and the size of the .bin against it. Reads no token.
+def read_layout(prefix: str, eod: int | None = None) -> IndexedLayout:
+    """Read and check the index, and the size of the .bin against it. Reads no token, or those that the index lacks.
+
+    Args:
+        eod: the tokenizer's end-of-document token, where there is a tokenizer.
 
     Raises:
         DataError: as ``check_indexed_dataset``, except for token ids.
@@ -80,7 +113,7 @@ def read_layout(prefix: str) -> IndexedLayout:
         state = "truncated" if len(content) < expected else "longer than its own header says"
         raise DataError(
             f"{idx_path} is {state}: {len(content)} bytes found, {expected} expected for {num_sequences} "
-            f"documents. Copy it again from its source. Otherwise: {_REBUILD}."
+            f"sequences. Copy it again from its source. Otherwise: {_REBUILD}."
         )
     if num_sequences == 0:
         raise DataError(f"{idx_path} holds no documents. {_REBUILD} from input that has text.")
@@ -92,37 +125,95 @@ def read_layout(prefix: str) -> IndexedLayout:
         int(lengths.min()) >= 0
         and np.array_equal(offsets, ends - lengths * np.int64(dtype.itemsize))
         and num_boundaries > 0
+        and int(boundaries[0]) == 0
         and int(boundaries[-1]) == num_sequences
+        and bool((boundaries[1:] >= boundaries[:-1]).all())
     )
     if not consistent:
         raise DataError(f"{idx_path} contradicts itself: lengths, offsets or boundaries differ. {_REBUILD}.")
     if int(ends[-1]) == 0:
         raise DataError(f"{idx_path} lists {num_sequences} documents, all empty. {_REBUILD}.")
     bin_bytes = Path(bin_path).stat().st_size
-    if bin_bytes != int(ends[-1]):
+    fingerprint = hashlib.sha256(content).hexdigest()
+    if bin_bytes == int(ends[-1]):
+        return IndexedLayout(prefix, dtype, lengths, boundaries, fingerprint)
+    counted = with_uncounted_eod(lengths, boundaries, bin_bytes // dtype.itemsize)
+    if counted is None or bin_bytes % dtype.itemsize:
+        state = "truncated: copy it" if bin_bytes < int(ends[-1]) else "of another run than its index: copy both"
         raise DataError(
-            f"{bin_path} has {bin_bytes} bytes, but {idx_path} describes {int(ends[-1])} (tokens of "
-            f"{dtype.itemsize} bytes). One is truncated or from another run: copy both again. "
-            f"Otherwise: {_REBUILD}."
+            f"{bin_path} has {bin_bytes} bytes, but {idx_path} describes {int(ends[-1])} (tokens of {dtype.itemsize} "
+            f"bytes), so it is {state} again from the source. Otherwise: {_REBUILD}."
         )
-    return IndexedLayout(prefix, dtype, lengths, hashlib.sha256(content).hexdigest())
+    layout = IndexedLayout(prefix, dtype, counted, boundaries, fingerprint + "+eod")
+    return replace(layout, uncounted_eod=_uncounted_token(layout, eod))
+
+
+def with_uncounted_eod(lengths: np.ndarray, boundaries: np.ndarray, num_tokens: int) -> np.ndarray | None:
+    """``lengths`` with one token more at the end of each document; None if that does not give ``num_tokens``."""
+    missing = num_tokens - int(lengths.sum(dtype=np.int64))
+    if missing <= 0:
+        return None
+    last = boundaries[1:][boundaries[1:] > boundaries[:-1]] - 1  # an empty document got no token either
+    if missing != len(last):
+        return None
+    counted = lengths.copy()
+    counted[last] += 1
+    return counted
+
+
+def _uncounted_token(layout: IndexedLayout, eod: int | None) -> int:
+    """The token that ends all documents, or rather 1000 of them.
+
+    Raises:
+        DataError: they do not end alike, or with another token than ``eod``.
+    """
+    ends = layout.document_offsets(range(len(layout.lengths)))[1:]
+    places = ends[np.linspace(0, len(ends) - 1, min(len(ends), _CHECKED_ENDS), dtype=np.int64)] - 1
+    found = np.unique(np.memmap(layout.prefix + ".bin", dtype=layout.dtype, mode="r")[places])
+    many = f"{layout.prefix}.bin has exactly one token more per document than {layout.prefix}.idx counts, but "
+    if len(found) > 1:
+        raise DataError(
+            f"{many}the documents do not end with one token (they end with {found[0]}, {found[1]}, …), so it is not "
+            f"an uncounted end-of-document token: the two are of different runs. Copy both again. Otherwise: "
+            f"{_REBUILD}."
+        )
+    if eod is not None and int(found[0]) != eod:
+        raise DataError(
+            f"{many}the documents end with token {found[0]}, and the tokenizer's end-of-document token is {eod}: the "
+            "data was made with another tokenizer. Give that one with --tokenizer-type and its files."
+        )
+    return int(found[0])
 
 
 def check_token_range(layout: IndexedLayout, vocab_size: int) -> None:
-    """The token-id part of ``check_indexed_dataset``; says where the first bad id of a block is."""
+    """The token-id part of ``check_indexed_dataset``; says where the first bad id of a block is.
+
+    Also logs that the index leaves out end-of-document tokens: this is what one rank does for all.
+    """
+    if layout.uncounted_eod is not None:
+        logger.info(
+            f"{layout.prefix}.idx does not count the token {layout.uncounted_eod} that ends each document "
+            "(Megatron-DeepSpeed's --append-eod); it is read as the document's last token"
+        )
     tokens = np.memmap(layout.prefix + ".bin", dtype=layout.dtype, mode="r")
     for start in _block_starts(tokens.size):
         block = tokens[start : start + _SCAN_BLOCK_TOKENS]
         if int(block.max()) < vocab_size and int(block.min()) >= 0:
             continue
         position = start + int(np.argmax((block >= vocab_size) | (block < 0)))
-        document = int(np.searchsorted(np.cumsum(layout.lengths, dtype=np.int64), position, side="right"))
+        sequence = int(np.searchsorted(layout.offsets(), position, side="right")) - 1
+        document = document_of(layout.boundaries, sequence)
         raise DataError(
             f"{layout.prefix}.bin holds token id {int(tokens[position])} (document {document}), but the "
             f"vocabulary has {vocab_size} tokens, 0..{vocab_size - 1}. The data was made with another "
             f"tokenizer: give that one with --tokenizer-type and its files. Otherwise: {_REBUILD} and the "
             "tokenizer of this run."
         )
+
+
+def document_of(boundaries: np.ndarray, sequence: int) -> int:
+    """The document that holds a sequence."""
+    return int(np.searchsorted(boundaries, sequence, side="right")) - 1
 
 
 def content_digest(layout: IndexedLayout) -> str:

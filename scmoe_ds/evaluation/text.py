@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from scmoe_ds.data.flags import split_document_ranges
+from scmoe_ds.data.flags import split_ranges
 from scmoe_ds.data.indexed import check_token_range, content_digest, read_layout
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
@@ -45,7 +45,8 @@ class IndexedDocuments(Documents):
     """The documents of `<prefix>.bin` and `.idx`, memory-mapped: no more than one document is in memory.
 
     Args:
-        split: of the shares of train, valid and test, the validation documents; None: all documents.
+        split: of the shares of train, valid and test, the validation part; it may begin and end within a document
+            that has several sequences. None: all documents.
 
     Raises:
         DataError: files that are missing, damaged or of another tokenizer; a split that is none.
@@ -53,18 +54,18 @@ class IndexedDocuments(Documents):
     """
 
     def __init__(self, prefix: str, split: str | None, tokenizer: Tokenizer) -> None:
-        layout = read_layout(prefix)
+        layout = read_layout(prefix, tokenizer.eod)
         count = len(layout.lengths)
-        self._range = range(count) if split is None else split_document_ranges(split, count)[1]
-        self.lengths = layout.lengths[self._range.start : self._range.stop].astype(np.int64)
+        sequences = range(count) if split is None else split_ranges(split, count)[1]
+        self._offsets = layout.document_offsets(sequences)
+        self.lengths = np.diff(self._offsets)
         if self.num_tokens < 2:
             part = "" if split is None else f" the validation part of --split {split}"
             raise EvaluationError(
-                f"--data-path {prefix}:{part or ' the data set'} is {len(self._range)} of {count} documents with "
+                f"--data-path {prefix}:{part or ' the data set'} is {len(sequences)} of {count} {layout.unit} with "
                 f"{self.num_tokens} tokens; at least 2 are needed: give more data"
                 + (" or another split" if part else "")
             )
-        self._offsets = np.concatenate([[0], np.cumsum(layout.lengths, dtype=np.int64)])
         self._data = np.memmap(prefix + ".bin", dtype=layout.dtype, mode="r")
         self._layout, self._tokenizer = layout, tokenizer
         self.num_words = None
@@ -79,8 +80,7 @@ class IndexedDocuments(Documents):
         check_token_range(self._layout, self._tokenizer.vocab_size)
 
     def tokens(self, document: int) -> np.ndarray:
-        number = self._range[document]
-        return self._data[self._offsets[number] : self._offsets[number + 1]]
+        return self._data[self._offsets[document] : self._offsets[document + 1]]
 
     def num_bytes(self, document: int) -> int:
         """Bytes of its text in UTF-8; end-of-document tokens are no text."""

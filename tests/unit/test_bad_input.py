@@ -110,7 +110,7 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "data missing": ({}, {"--data-path": "absent"}, r"absent\.(bin|idx)"),
     "split": ({}, {"--split": "a,b"}, r"--split"),
     "weights": ({}, {"--data-path": "DATA 0.5"}, r"--data-path|weight"),
-    "sequence longer than the data": ({}, {"--seq-length": "100000"}, r"less than one sequence"),
+    "sequence longer than the data": ({}, {"--seq-length": "100000"}, r"less than one sample"),
     "save under a file": ({}, {"--save": "DATA.bin/x"}, r"--save .*cannot write there \(Not a directory\)"),
     "load a file": ({}, {"--load": "DATA.bin"}, r"--load .*is a file, not a directory"),
 }  # fmt: skip

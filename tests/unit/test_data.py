@@ -33,7 +33,7 @@ from scmoe_ds.data.dataset import (
     check_indexed_dataset,
     parse_data_path,
     pretraining_batches,
-    split_document_ranges,
+    split_ranges,
 )
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.text import read_text
@@ -363,13 +363,13 @@ def test_bad_data_path(data_path: list[str], expected: str) -> None:
     ],
 )
 def test_split(split: str, count: int, expected: tuple[range, range, range]) -> None:
-    assert split_document_ranges(split, count) == expected
+    assert split_ranges(split, count) == expected
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "1,-1", "0,0,0", "1,1,1,1", "nan,1", "1,,1"])
 def test_bad_split(split: str) -> None:
     with pytest.raises(DataError, match="is not a split"):
-        split_document_ranges(split, 10)
+        split_ranges(split, 10)
 
 
 # ---------------------------------------------------------------- building
@@ -383,7 +383,7 @@ def plain_samples(documents: list[list[int]], order: list[int]) -> list[list[int
 
 def test_samples_are_the_concatenated_documents(prefix: str, documents: list[list[int]]) -> None:
     datasets = build(settings_for(prefix), 500, 20, 20)
-    ranges = split_document_ranges("8,1,1", len(documents))
+    ranges = split_ranges("8,1,1", len(documents))
     wanted = (500, 20, 20)
     for dataset, split, samples in zip((datasets.train, datasets.valid, datasets.test), ranges, wanted, strict=True):
         assert len(dataset) >= samples

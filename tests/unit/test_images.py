@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -46,6 +47,9 @@ def test_image_folder(tmp_path: Path) -> None:
     write_images(parts / "val", {"b": [(8, 8)]})
     sets = load_images(str(parts), "folder", 8, 3, 2, "80,20", 0)
     assert sets.classes == ("a", "b") and int(sets.valid[0]["labels"]) == 1
+    shutil.rmtree(parts / "val")
+    alone = load_images(str(parts), "folder", 8, 3, 2, "80,20", 0)
+    assert alone.classes == ("a", "b") and alone.valid is None and "no val/" in str(alone.no_validation)
 
 
 def test_order_split_and_padding() -> None:
@@ -111,7 +115,7 @@ def test_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: load(tmp_path / "none"), "none: no such directory"),
         (lambda: load(tmp_path / "empty"), r"empty: no images in it; they are expected as .*<class>/<image>"),
         (lambda: load(good, classes=1), "2 classes in .*; set --num-classes 2"),
-        (lambda: load(good, split="1,0"), "of the 8 images of .* leaves none for validation"),
+        (lambda: load(good, split="100,1"), "of the 8 images of .* leaves none for validation"),
         (lambda: load(good, num_channels=2), r"--num-channels 2: images have 1 \(grey\) or 3"),
         (lambda: load(None, dataset="digits"), "--num-channels 3: the digits are grey; use 1"),
         (lambda: ImageFolder(broken, 8)[0], r"0\.png: cannot be read as an image .*; remove or replace it"),

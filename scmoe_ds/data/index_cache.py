@@ -1,0 +1,125 @@
+"""Arrays on disk that take long to make: written whole, checked when read, made anew when they are damaged.
+
+An entry is one .npy file per array and `<name>-description.txt`, a JSON object with what the arrays were made from and
+the size and CRC-32 of each file. The description comes last. Jobs that write an entry at once write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scmoe_ds.data.errors import DataError
+
+logger = logging.getLogger("scmoe_ds")
+
+_BLOCK_BYTES = 1 << 22
+
+Arrays = tuple[np.ndarray, ...]
+
+
+class IndexCache:
+    """One entry.
+
+    Args:
+        directory: shared by all nodes; made when an entry is written.
+        name: of the entry; the start of its files' names.
+        array_names: the ends of the arrays' file names, without .npy.
+        description: what the arrays are made from; an entry with another one is not used.
+    """
+
+    def __init__(self, directory: str, name: str, array_names: tuple[str, ...], description: str) -> None:
+        self.directory, self.name, self.description = Path(directory), name, description
+        self._files = [self.directory / f"{name}-{each}.npy" for each in array_names]
+        self._record = self.directory / f"{name}-description.txt"
+
+    def load(self) -> Arrays | None:
+        """The arrays, memory-mapped; None if there is no entry, or one that is damaged or not complete."""
+        return self._load()[0]
+
+    def load_or_build(self, build: Callable[[], Arrays]) -> Arrays:
+        """The arrays of the entry, or those of ``build``, which become the entry.
+
+        Raises:
+            DataError: the directory cannot be written, or is full.
+        """
+        found, damage = self._load()
+        if found is not None:
+            return found
+        if damage is not None:
+            logger.warning(f"sample index {self._record}: {damage}; made anew")
+        with self._explained():  # before the work, not after it
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
+        built = build()
+        with self._explained():
+            self._save(built)
+        return built
+
+    def _load(self) -> tuple[Arrays | None, str | None]:
+        """The arrays, or what is wrong with what is there."""
+        if not any(path.exists() for path in (self._record, *self._files)):
+            return None, None
+        try:
+            record = json.loads(self._record.read_text(encoding="utf-8"))
+            if record["description"] != self.description:
+                return None, "it is of other data or settings"
+            for path in self._files:
+                if record["files"][path.name] != _entry(path):
+                    return None, f"{path.name} is not what was written"
+            return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in self._files), None
+        except FileNotFoundError as error:
+            return None, f"{os.path.basename(error.filename)} is missing"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            return None, f"damaged ({type(error).__name__})"
+
+    def _save(self, arrays: Arrays) -> None:
+        files = {}
+        for path, array in zip(self._files, arrays, strict=True):
+            with _replaced(path) as staged:
+                with staged.open("wb") as stream:
+                    np.save(stream, array, allow_pickle=False)
+                files[path.name] = _entry(staged)
+        with _replaced(self._record) as staged:
+            record = {"description": self.description, "files": files}
+            staged.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"cannot write the index cache in {self.directory}: {error.strerror or error}. Set --data-cache-path "
+                "to a writable directory that has room and that all nodes share."
+            ) from error
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    value = 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            value = zlib.crc32(block, value)
+    return {"bytes": path.stat().st_size, "crc32": f"{value:08x}"}
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A name to write under; what is there at the end takes the place of ``path``."""
+    staged = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield staged
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
