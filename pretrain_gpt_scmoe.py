@@ -21,6 +21,7 @@ from scmoe_ds import checkpoint
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.arguments import ArgumentError, comparable, gpt_settings
+from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.corpus import prepare_default_corpus
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, validation_entropy
@@ -67,7 +68,9 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     prefixes = args.data_path or [run_together(lambda: prepare_default_corpus(args.corpus_dir))]
     datasets = load_data(args, settings, tokenizer, prefixes, replicas)
+    carried = run_together(lambda: carried_files(tokenizer), on_rank_zero=True) if args.save else None
     description = checkpoint.describe(shape, config, ranks, whole)
+    description["tokenizer"] = record(describe(tokenizer), carried or {})
     source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
     if args.save:
         checkpoint.check_writable(args.save)
@@ -83,7 +86,8 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
         print(f"training {config.architecture} from iteration {iteration} to {args.train_iters} on {ranks} "
               f"{'GPU' if torch.cuda.is_available() else 'CPU'} process(es), expert-parallel size "
               f"{config.expert_parallel_size}", flush=True)  # fmt: skip
-    trainer = Trainer(engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples)
+    trainer = Trainer(engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples,
+                      carried)  # fmt: skip
     summary = trainer.run()
     if dist.get_rank() == 0:
         report(summary, whole, datasets)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class Trainer:
         settings: intervals, sizes and directories.
         description: what checkpoints are labelled with (`checkpoint.describe`).
         iteration, consumed_samples: where a resumed run stands.
+        carried: names and contents of files that each checkpoint carries: the tokenizer's.
     """
 
     log_class: type[TrainingLog] = TrainingLog
@@ -91,9 +92,10 @@ class Trainer:
         description: dict[str, Any],
         iteration: int = 0,
         consumed_samples: int = 0,
+        carried: Mapping[str, bytes] | None = None,
     ) -> None:
         self.engine, self.train_set, self.valid_set = engine, train, valid
-        self.settings, self.description = settings, description
+        self.settings, self.description, self.carried = settings, description, carried
         self.iteration, self.consumed_samples = iteration, consumed_samples
         # Tensor-parallel ranks of a group read the same data and draw the same random numbers.
         self.data_rank, self.data_ranks = data_parallel_rank(), data_parallel_size()
@@ -264,7 +266,7 @@ class Trainer:
         try:
             self._saved = checkpoint.save(
                 self.engine, self.settings.save, self.iteration, self.consumed_samples, self.description,
-                self.settings.keep_last,
+                self.settings.keep_last, self.carried,
             )  # fmt: skip
         except Exception as error:
             at_iteration(error, self.iteration)

@@ -9,7 +9,7 @@ from typing import Any
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.records import check_output
 from scmoe_ds.argument_checks import ArgumentError, check_lowest
-from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
+from scmoe_ds.inference.arguments import add_tokenizer
 from scmoe_ds.inference.model import DTYPES
 
 _CHECKPOINT = "a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export"
@@ -72,11 +72,8 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
         group.add_argument("--max-tokens", type=int, help="most tokens to read; default: all")
     group = parser.add_argument_group("model and tokenizer")
     group.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it was trained or exported")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: ByteTokenizer, or for --hf-model "
-                       "the tokenizer in its directory")  # fmt: skip
-    group.add_argument("--tokenizer-model", help="local directory of a Hugging Face tokenizer")
-    group.add_argument("--vocab-file", help="vocab.json of GPT-2's BPE")
-    group.add_argument("--merge-file", help="merges.txt of GPT-2's BPE")
+    add_tokenizer(group, "the one that the checkpoint records, ByteTokenizer where it records none; for --hf-model the "
+                  "tokenizer in its directory")  # fmt: skip
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 
@@ -101,10 +98,9 @@ def check(args: argparse.Namespace) -> None:
     if args.output is None:
         raise AnalysisError("--output is missing: name a .json file for the record")
     check_output(args.output)
-    if args.tokenizer_type is None:
-        hf_model = getattr(args, "hf_model", None)
-        args.tokenizer_type = "ByteTokenizer" if hf_model is None else "HuggingFaceTokenizer"
-        args.tokenizer_model = args.tokenizer_model or hf_model
+    if args.tokenizer_type is None and getattr(args, "hf_model", None) is not None:
+        args.tokenizer_type = "HuggingFaceTokenizer"
+        args.tokenizer_model = args.tokenizer_model or args.hf_model
 
 
 def _require_one(args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.checkpoint import description as fields
-from scmoe_ds.checkpoint import files
+from scmoe_ds.checkpoint import files, tokenizer_files
 from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export, write_weights
@@ -48,7 +48,8 @@ def open_weights(path: Path, contents: bool = True) -> tuple[Weights, dict[str, 
 def export(source: Path, out: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = 5 * 10**9) -> int:
     """Writes the weights of a checkpoint as safetensors under their global names; see `write_weights`."""
     weights, description = open_weights(source)
-    return write_weights(out, _readers(weights).items(), _config(description), dtype, shard_bytes)
+    carried = tokenizer_files.read_files(weights.path, description.get(tokenizer_files.KEY))
+    return write_weights(out, _readers(weights).items(), _config(description), dtype, shard_bytes, carried)
 
 
 def residual_to_scmoe(
@@ -92,7 +93,9 @@ def residual_to_scmoe(
         for run in range(config.moe_layers(settings.num_layers)):
             for name, copied in _shortcut_norm(config, run, readers).items():
                 readers[name] = readers[copied]
-    return write_weights(out, sorted(readers.items()), fields.describe_model(settings, config), dtype, shard_bytes)
+    carried = tokenizer_files.read_files(weights.path, description.get(tokenizer_files.KEY))
+    whole = {**description, **fields.describe_model(settings, config)}
+    return write_weights(out, sorted(readers.items()), _config(whole), dtype, shard_bytes, carried)
 
 
 def _shortcut_norm(config: ScMoEConfig, run: int, readers: Readers) -> dict[str, str]:
@@ -111,4 +114,4 @@ def _readers(weights: Weights) -> Readers:
 
 
 def _config(description: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: description[key] for key in ("model", "gpt", "scmoe")}
+    return {key: description[key] for key in ("model", "gpt", "scmoe", tokenizer_files.KEY) if key in description}

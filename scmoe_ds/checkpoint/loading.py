@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds.checkpoint import description as fields
-from scmoe_ds.checkpoint import files, reshard
+from scmoe_ds.checkpoint import files, reshard, tokenizer_files
 from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export
 from scmoe_ds.checkpoint.saved_state import SavedState
@@ -162,6 +162,7 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
     def describe() -> dict[str, Any]:
         saved = files.read_description(path, CONFIG_FILE if export else files.DESCRIPTION_FILE, flag)
         fields.check_model(saved, description, f"{flag} {path}")
+        _check_tokenizer(path, flag, saved.get(tokenizer_files.KEY), description.get(tokenizer_files.KEY), export)
         return saved
 
     saved = run_together(describe)
@@ -172,6 +173,24 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
         fields.check_layout_is_free(description["layout"], f"{flag} {path} (this run)")
     files.verify(path, flag)
     return Source(path, flag, saved, changed, weights_only=export)
+
+
+def _check_tokenizer(path: Path, flag: str, saved: Any, wanted: Any, export: bool) -> None:
+    """A run goes on with its tokenizer. One that starts from an export's weights may have another: it is told.
+
+    Raises:
+        CheckpointError: another tokenizer.
+    """
+    if saved is None or wanted is None:
+        return
+    try:
+        tokenizer_files.check_same(path, saved, wanted, flag, "this run's tokenizer")
+    except DamagedCheckpointError:
+        raise
+    except CheckpointError as error:
+        if not export:
+            raise
+        _log(str(error), logging.WARNING)
 
 
 def _log(line: str, level: int = logging.INFO) -> None:

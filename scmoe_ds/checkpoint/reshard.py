@@ -6,6 +6,7 @@ gave it for the fp32 weights and the optimizer's states. Nothing is communicated
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,8 @@ from scmoe_ds.parallel.tensor import split, split_of, tensor_parallel_rank, tens
 
 class Weights(Protocol):
     """Where whole parameters come from."""
+
+    path: Path
 
     def names(self) -> list[str]:
         """Global names."""

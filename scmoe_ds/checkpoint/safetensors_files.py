@@ -54,6 +54,7 @@ def write_weights(
     config: Mapping[str, Any],
     dtype: torch.dtype,
     shard_bytes: int,
+    carried: Mapping[str, bytes] | None = None,
 ) -> int:
     """Writes a directory that `--load` accepts, one shard in memory at a time.
 
@@ -62,6 +63,7 @@ def write_weights(
         weights: global name and reader of each parameter.
         config: "model", "gpt" and "scmoe" of `describe`.
         shard_bytes: a shard is closed before it exceeds this; a larger parameter gets one of its own.
+        carried: names and contents of further files, such as the tokenizer's.
 
     Returns:
         the number of shards.
@@ -83,6 +85,8 @@ def write_weights(
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         for name, content in ((CONFIG_FILE, whole), (INDEX_FILE, index)):
             (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for name, octets in (carried or {}).items():
+            (out / name).write_bytes(octets)
         manifest = {file.name: files.entry(file) for file in sorted(out.iterdir())}
         files.write_whole(out / files.MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     except (OSError, SafetensorError) as error:

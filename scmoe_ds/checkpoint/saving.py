@@ -48,6 +48,7 @@ def save(
     consumed_samples: int,
     description: Mapping[str, Any],
     keep_last: int | None = None,
+    carried: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes `<directory>/global_step<iteration>`; all ranks call it.
 
@@ -58,6 +59,7 @@ def save(
         engine: DeepSpeed's, with `overlap`.
         description: what `describe` gave.
         keep_last: then removes all but so many checkpoints; None keeps all.
+        carried: names and contents of small files that lie beside the others (of rank 0).
 
     Returns:
         the checkpoint's directory.
@@ -74,13 +76,15 @@ def save(
         batch = getattr(engine, "train_batch_size", lambda: None)()
         whole = {**description, BATCH: batch, "splits": saved_splits(engine)}
         (part / files.DESCRIPTION_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        for name, content in (carried or {}).items():
+            (part / name).write_bytes(content)
 
     state = {"iteration": iteration, "consumed_samples": consumed_samples, "overlap": engine.overlap.state()}
     with _one_sentence(part):
         run_together(prepare, on_rank_zero=True)
         written = _write(engine, part, state)
         if dist.get_rank() == 0:
-            written.append(part / files.DESCRIPTION_FILE)
+            written += [part / name for name in (files.DESCRIPTION_FILE, *(carried or {}))]
         manifest = _check_in(part, written)
         run_together(lambda: files.publish(part, final, manifest), on_rank_zero=True)
     if keep_last is not None:

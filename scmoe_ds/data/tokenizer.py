@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from scmoe_ds.data.plain_text import plain_encoder
 
 TOKENIZER_TYPES = ("ByteTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer")
 
+_VOCAB_FILE, _MERGE_FILE = "vocab.json", "merges.txt"
 _GPT2_END_OF_DOCUMENT = "<|endoftext|>"
 
 
@@ -49,6 +51,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; the inverse of ``tokenize`` on its output."""
+
+    def vocabulary(self) -> dict[str, int]:
+        """Its tokens, as its files spell them, and their ids."""
+        raise NotImplementedError
+
+    def files(self) -> dict[str, bytes]:
+        """Names and contents of the files from which ``tokenizer_in`` makes it again."""
+        raise NotImplementedError
 
     def _describe(self, vocabulary: Iterable[bytes]) -> None:
         """Set ``unique_identifiers`` from the class, its sizes and a digest of the vocabulary."""
@@ -90,6 +100,12 @@ class ByteTokenizer(Tokenizer):
         octets = bytes(i if 0 <= i < 256 else invalid_byte for i in ids if i != self.eod)
         return octets.decode("utf-8", errors="replace")
 
+    def vocabulary(self) -> dict[str, int]:
+        return {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
 
 @final
 class GPT2BPETokenizer(Tokenizer):
@@ -128,7 +144,8 @@ class GPT2BPETokenizer(Tokenizer):
             )
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod = vocabulary[_GPT2_END_OF_DOCUMENT]
-        self._describe(Path(path).read_bytes() for path in (vocab_file, merge_file))
+        self._paths = {_VOCAB_FILE: Path(vocab_file), _MERGE_FILE: Path(merge_file)}
+        self._describe(path.read_bytes() for path in self._paths.values())
 
     def tokenize(self, text: str) -> list[int]:
         """BPE ids of ``text``; a literal ``<|endoftext|>`` in it is ordinary text."""
@@ -137,6 +154,12 @@ class GPT2BPETokenizer(Tokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; end-of-document shows as ``<|endoftext|>``."""
         return str(self._bpe.decode(list(ids), skip_special_tokens=False))
+
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self._bpe.get_vocab())
+
+    def files(self) -> dict[str, bytes]:
+        return {name: path.read_bytes() for name, path in self._paths.items()}
 
 
 @final
@@ -202,6 +225,14 @@ class HuggingFaceTokenizer(Tokenizer):
         """The text of ``ids``, special tokens included, spaces as they are."""
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab())
+
+    def files(self) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as directory:
+            self._tokenizer.save_pretrained(directory)
+            return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}
+
 
 def build_tokenizer(
     tokenizer_type: str,
@@ -233,6 +264,20 @@ def build_tokenizer(
             _require_flag("--tokenizer-model", tokenizer_model, tokenizer_type, "a local directory")
         )
     raise DataError(f"--tokenizer-type {tokenizer_type} is not known. Choose one of: {', '.join(TOKENIZER_TYPES)}.")
+
+
+def tokenizer_in(directory: Path, tokenizer_type: str) -> Tokenizer:
+    """The tokenizer whose ``files`` lie in a directory, beside others.
+
+    Raises:
+        DataError: unknown type, or its files are unusable.
+    """
+    return build_tokenizer(
+        tokenizer_type,
+        tokenizer_model=str(directory),
+        vocab_file=str(directory / _VOCAB_FILE),
+        merge_file=str(directory / _MERGE_FILE),
+    )
 
 
 def pad_vocab_size(vocab_size: int, make_divisible_by: int = 128, tensor_parallel_size: int = 1) -> int:

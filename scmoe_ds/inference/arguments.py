@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from scmoe_ds.argument_checks import ArgumentError, check_lowest
 from scmoe_ds.arguments import comparable
-from scmoe_ds.checkpoint import CheckpointError
+from scmoe_ds.checkpoint import CheckpointError, tokenizer_files
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from scmoe_ds.engine import device, fingerprint
@@ -31,10 +32,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load", required=True, help="a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its "
                        "latest), or an export of tools/convert_checkpoint.py")  # fmt: skip
     group.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it was trained or exported")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="ByteTokenizer")
-    group.add_argument("--tokenizer-model", help="local directory of a Hugging Face tokenizer")
-    group.add_argument("--vocab-file", help="vocab.json of GPT-2's BPE")
-    group.add_argument("--merge-file", help="merges.txt of GPT-2's BPE")
+    add_tokenizer(group, "the one that the checkpoint records; ByteTokenizer where it records none")
     group = parser.add_argument_group("ranks", "started with the deepspeed launcher; alone, a process is all ranks")
     group.add_argument("--moe-expert-parallel-size", type=int, default=1, help="ranks that share one set of experts")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer")
@@ -42,6 +40,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--distributed-timeout-minutes", type=float, default=10.0,
                        help="end the job when a collective takes longer")  # fmt: skip
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
+
+
+def add_tokenizer(group: argparse._ArgumentGroup, default: str) -> None:
+    """Flags that name a tokenizer."""
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help=f"default: {default}")
+    group.add_argument("--tokenizer-model", help="local directory of a Hugging Face tokenizer")
+    group.add_argument("--vocab-file", help="vocab.json of GPT-2's BPE")
+    group.add_argument("--merge-file", help="merges.txt of GPT-2's BPE")
 
 
 def add_experts(parser: argparse.ArgumentParser) -> None:
@@ -100,12 +106,8 @@ def load(args: argparse.Namespace) -> Loaded:
     assert trained is not None
     config = serving_config(trained.config, args.moe_expert_parallel_size, args.enable_expert_tensor_parallelism)
     config.check_world(ranks, holders)
-    tokenizer = build_tokenizer(args.tokenizer_type, tokenizer_model=args.tokenizer_model,
-                                vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
-    size = trained.settings.vocab_size
-    if tokenizer.vocab_size > size:
-        raise ArgumentError(f"--tokenizer-type {args.tokenizer_type} has {tokenizer.vocab_size} tokens, the model of "
-                            f"--load {args.load} {size}: name the tokenizer that it was trained with")  # fmt: skip
+    tokenizer = run_together(lambda: _tokenizer(args, trained))
+    assert tokenizer is not None
     tensor.start(holders)
     try:
         model, store = _load_model(args, trained, config)
@@ -116,6 +118,35 @@ def load(args: argparse.Namespace) -> Loaded:
     set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
     layout = Layout(ranks, holders, config.expert_parallel_size, config.expert_tensor_parallelism)
     return Loaded(trained, model, config, layout, tokenizer, store)
+
+
+def _tokenizer(args: argparse.Namespace, trained: TrainedModel) -> Tokenizer:
+    """The one that the checkpoint records, or the one that the flags name if it is no other one."""
+    if args.tokenizer_type is None and trained.tokenizer is not None:
+        for name in ("tokenizer_model", "vocab_file", "merge_file"):
+            if getattr(args, name) is not None:
+                raise ArgumentError(f"--{name.replace('_', '-')} goes with a --tokenizer-type: name it, or leave both "
+                                    "out for the tokenizer that the checkpoint records")  # fmt: skip
+        tokenizer = tokenizer_files.recorded_tokenizer(trained.path, trained.tokenizer, "--load")
+    else:
+        tokenizer = _named_tokenizer(args, trained)
+    size = trained.settings.vocab_size
+    if tokenizer.vocab_size > size:
+        raise ArgumentError(f"--tokenizer-type {tokenizer.name} has {tokenizer.vocab_size} tokens, the model of "
+                            f"--load {args.load} {size}: name the tokenizer that it was trained with")  # fmt: skip
+    return tokenizer
+
+
+def _named_tokenizer(args: argparse.Namespace, trained: TrainedModel) -> Tokenizer:
+    if args.tokenizer_type is None and dist.get_rank() == 0:
+        print(f"--load {args.load} does not record its tokenizer: ByteTokenizer is used; name another with "
+              "--tokenizer-type and its files", file=sys.stderr)  # fmt: skip
+    tokenizer = build_tokenizer(args.tokenizer_type or "ByteTokenizer", tokenizer_model=args.tokenizer_model,
+                                vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
+    if trained.tokenizer is not None:
+        described = tokenizer_files.describe(tokenizer)
+        tokenizer_files.check_same(trained.path, trained.tokenizer, described, "--load", "the tokenizer of the flags")
+    return tokenizer
 
 
 def _load_model(args: argparse.Namespace, trained: TrainedModel, config: ScMoEConfig) -> tuple[GPT, ExpertStore | None]:

@@ -16,6 +16,7 @@ from scmoe_ds.checkpoint.convert import open_weights
 from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.checkpoint.names import global_names, layer_of
 from scmoe_ds.checkpoint.reshard import Weights, own_part
+from scmoe_ds.checkpoint.tokenizer_files import KEY
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import prepare_whole_experts
 from scmoe_ds.models.gpt import GPT
@@ -36,6 +37,7 @@ class TrainedModel:
         weights: the whole parameters, read one at a time.
         settings, config: of the model; the section as it was trained.
         dtype: in which it was saved or exported.
+        tokenizer: its record of `scmoe_ds.checkpoint.tokenizer_files`; None: of an earlier version, or not from text.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class TrainedModel:
     settings: GPTSettings
     config: ScMoEConfig
     dtype: str
+    tokenizer: Any = None
 
     @classmethod
     def open(cls, path: str | Path, contents: bool = True) -> TrainedModel:
@@ -59,7 +62,8 @@ class TrainedModel:
             raise CheckpointError(f"{path} is not a checkpoint of a GPT; only text models can be loaded here")
         settings = GPTSettings(**description["gpt"])
         config = ScMoEConfig.from_deepspeed({"scmoe": description["scmoe"]})
-        return cls(getattr(weights, "path", Path(path)), weights, settings, config, _dtype_of(description))
+        return cls(getattr(weights, "path", Path(path)), weights, settings, config, _dtype_of(description),
+                   description.get(KEY))  # fmt: skip
 
 
 def _dtype_of(description: Mapping[str, Any]) -> str:

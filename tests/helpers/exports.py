@@ -10,7 +10,9 @@ from torch import Tensor
 
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.safetensors_files import write_weights
+from scmoe_ds.checkpoint.tokenizer_files import describe, record
 from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
@@ -30,7 +32,10 @@ def write_export(
     """Its weights as an export; `section`: fields that the description says instead of the model's own."""
     changed = ScMoEConfig.from_deepspeed({"scmoe": {**model.config.model_dump(mode="json"), **section}})
     weights = [(name, _reader(parameter)) for name, parameter in sorted(model.named_parameters())]
-    write_weights(path, weights, describe_model(model.settings, changed), dtype, shard_bytes)
+    description = describe_model(model.settings, changed)
+    if model.settings.vocab_size > ByteTokenizer().eod:
+        description["tokenizer"] = record(describe(ByteTokenizer()), {})
+    write_weights(path, weights, description, dtype, shard_bytes)
     return path
 
 
