@@ -1,7 +1,8 @@
-"""The files of a checkpoint: are they all there and as they were written, which is the newest, which can go.
+"""The files of a checkpoint: are they all there and as they were written, and which is the newest.
 
 A checkpoint is a directory `global_step<iteration>` with a manifest. It is written under another name and renamed when
-all of it is on the disk, so a directory of that name is whole, whenever the machine stopped.
+all of it is on the disk (`rotation`), so a directory of that name is whole, whenever the machine stopped. What is read
+here may have been damaged or made up by anybody: a file that is not what it should be is a `CheckpointError` by name.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import json
 import logging
 import os
 import re
-import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NoReturn, TypedDict
 
 import torch.distributed as dist
 
@@ -26,8 +27,8 @@ DESCRIPTION_FILE = "scmoe.json"
 MANIFEST_FILE = "scmoe_files.json"
 PART = ".part"
 """Ends the name of what is still being written."""
-_REMOVING = "removing-"
 _BLOCK_BYTES = 1 << 22
+_TAG = re.compile("global_step(0|[1-9][0-9]*)")
 
 
 class CheckpointError(ValueError):
@@ -80,25 +81,38 @@ def write_whole(path: Path, text: str) -> None:
     flush(path.parent)
 
 
-def read_json(path: Path, flag: str) -> dict:
-    """A small JSON file of a checkpoint.
+def read_json(path: Path, flag: str) -> dict[str, Any]:
+    """A small JSON file of a checkpoint, read strictly: no NaN, no key twice.
 
     Raises:
-        DamagedCheckpointError: missing, unreadable or not a JSON object.
+        DamagedCheckpointError: missing, unreadable or not such a JSON object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a file")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DamagedCheckpointError(
-            f"{flag} {path.parent}: {path.name} cannot be read ({error.strerror}); the save was interrupted, or "
-            f"this is no checkpoint of pretrain_gpt_scmoe.py. {remedy(path.parent, flag)}"
-        ) from None
+        other = "the save was interrupted, or this is no checkpoint of pretrain_gpt_scmoe.py"
+        raise damaged(path.parent, f"{path.name} cannot be read ({error.strerror}); {other}", flag) from None
     except ValueError:
+        text = ""
+    try:
+        found = json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise DamagedCheckpointError(
-            f"{flag} {path.parent}: {path.name} is damaged (not JSON). {remedy(path.parent, flag)}"
-        )
+        raise damaged(path.parent, f"{path.name} is damaged (not JSON)", flag)
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key twice")
     return found
 
 
@@ -109,20 +123,35 @@ def remedy(directory: Path, flag: str = "--load") -> str:
     return f"Name an earlier checkpoint in {directory.parent}/latest, or resume with --auto-resume, which looks for one"
 
 
+def damaged(directory: Path, what: str, flag: str) -> DamagedCheckpointError:
+    """The error for a damaged checkpoint, with its remedy."""
+    return DamagedCheckpointError(f"{flag} {directory}: {what}. {remedy(directory, flag)}")
+
+
 def read_manifest(directory: Path, flag: str) -> dict[str, FileEntry]:
     """Size and checksum of each file.
 
     Raises:
-        DamagedCheckpointError: missing, unreadable, or of an earlier version, which knew sizes only.
+        DamagedCheckpointError: missing, unreadable, or with anything else in it.
     """
     manifest = read_json(directory / MANIFEST_FILE, flag)
-    if not all(isinstance(expected, dict) for expected in manifest.values()):
-        raise DamagedCheckpointError(f"{flag} {directory}: {MANIFEST_FILE} has no checksums; an earlier version of "
-                                     f"scmoe_ds wrote it, or it is damaged. {remedy(directory, flag)}")  # fmt: skip
+    wrong = next((name for name, found in manifest.items() if not _is_entry(name, found)), None)
+    if wrong is not None or not manifest:
+        entry = "" if wrong is None else f": its entry {wrong[:100]!r} is no file's name with a size and a checksum"
+        raise damaged(directory, f"{MANIFEST_FILE} is damaged or of an earlier version{entry}", flag)
     return manifest
 
 
-def read_description(directory: Path, name: str, flag: str) -> dict:
+def _is_entry(name: str, found: Any) -> bool:
+    return (
+        Path(name).name == name != ".." and name.isprintable()
+        and isinstance(found, dict) and found.keys() == FileEntry.__annotations__.keys()
+        and type(found["bytes"]) is int and found["bytes"] >= 0
+        and isinstance(found["crc32"], str) and re.fullmatch("[0-9a-f]{8}", found["crc32"]) is not None
+    )  # fmt: skip
+
+
+def read_description(directory: Path, name: str, flag: str) -> dict[str, Any]:
     """The checked content of a description; a directory without a manifest has none.
 
     Raises:
@@ -130,7 +159,8 @@ def read_description(directory: Path, name: str, flag: str) -> dict:
     """
     manifest = read_manifest(directory, flag)
     description = read_json(directory / name, flag)
-    _check_size(directory, name, manifest.get(name), flag)
+    require_named(name, directory, manifest, flag)
+    _check_size(directory, name, manifest[name], flag)
     _check_content(directory, name, manifest[name], flag)
     return description
 
@@ -147,103 +177,111 @@ def verify(directory: Path, flag: str, contents: bool = True) -> None:
 
     def verify_share() -> None:
         manifest = read_manifest(directory, flag)
+        for name in _tensor_files(directory, flag):
+            require_named(name, directory, manifest, flag)
         for name, expected in manifest.items():
             _check_size(directory, name, expected, flag)
-        if not contents:
-            return
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        by_size = sorted(manifest, key=lambda name: (-manifest[name]["bytes"], name))
-        for name in by_size[rank::ranks]:
-            _check_content(directory, name, manifest[name], flag)
+        if contents:
+            for name in own_share(sorted(manifest, key=lambda name: (-manifest[name]["bytes"], name))):
+                _check_content(directory, name, manifest[name], flag)
 
     run_together(verify_share)
 
 
-def _check_size(directory: Path, name: str, expected: FileEntry | None, flag: str) -> None:
+def own_share(names: Sequence[str]) -> Sequence[str]:
+    """Those that this rank looks at; every other rank looks at others."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return names[rank::ranks]
+
+
+def _tensor_files(directory: Path, flag: str) -> list[str]:
+    try:
+        return sorted(path.name for path in directory.iterdir() if path.suffix == ".pt")
+    except OSError as error:
+        raise damaged(directory, f"cannot be read ({error.strerror})", flag) from None
+
+
+def require_named(name: str, directory: Path, manifest: dict[str, FileEntry], flag: str) -> None:
+    """
+    Raises:
+        DamagedCheckpointError: a file that the manifest does not vouch for.
+    """
+    if name not in manifest:
+        raise damaged(directory, f"{name} is not named in {MANIFEST_FILE}, so nobody knows whether it is as it was "
+                      "written", flag)  # fmt: skip
+
+
+def _check_size(directory: Path, name: str, expected: FileEntry, flag: str) -> None:
     file = directory / name
-    found = file.stat().st_size if file.is_file() else None
-    if expected is None or found != expected["bytes"]:
-        wanted = "no file of that name" if expected is None else expected["bytes"]
-        state = "is missing" if found is None else f"has {found} bytes instead of {wanted}"
-        raise DamagedCheckpointError(
-            f"{flag} {directory}: {name} {state}; the checkpoint is damaged or incomplete. {remedy(directory, flag)}"
-        )
+    try:
+        found = file.stat().st_size if file.is_file() else None
+        # Exports are linked to a store by Hugging Face's cache; nothing but mischief links tensor files elsewhere.
+        outside = file.suffix == ".pt" and _leads_out(directory, name)
+    except OSError as error:
+        raise damaged(directory, f"{name} cannot be read ({error.strerror})", flag) from None
+    if found != expected["bytes"] or outside:
+        state = "is missing" if found is None else f"has {found} bytes instead of {expected['bytes']}"
+        state = "is a link that leads out of the directory" if outside else state
+        raise damaged(directory, f"{name} {state}; the checkpoint is damaged or incomplete", flag)
 
 
 def _check_content(directory: Path, name: str, expected: FileEntry, flag: str) -> None:
     try:
         found = checksum(directory / name)
     except OSError as error:
-        raise DamagedCheckpointError(
-            f"{flag} {directory}: {name} cannot be read ({error.strerror}). {remedy(directory, flag)}"
-        ) from None
+        raise damaged(directory, f"{name} cannot be read ({error.strerror})", flag) from None
     if found != expected["crc32"]:
-        raise DamagedCheckpointError(
-            f"{flag} {directory}: {name} is damaged: its checksum is {found} instead of {expected['crc32']}. "
-            f"{remedy(directory, flag)}"
-        )
+        raise damaged(directory, f"{name} is damaged: its checksum is {found} instead of {expected['crc32']}", flag)
 
 
 def iteration_of(tag: str) -> int | None:
     """The iteration of a checkpoint's directory name; None if it is not one."""
-    match = re.fullmatch(r"global_step(\d+)", tag)
+    match = _TAG.fullmatch(tag)
     return int(match[1]) if match else None
 
 
 def newest_first(root: Path) -> list[str]:
-    """All directories with the name of a checkpoint."""
-    found = [child.name for child in root.iterdir() if child.is_dir()] if root.is_dir() else []
-    return sorted((tag for tag in found if iteration_of(tag) is not None), key=iteration_of, reverse=True)  # type: ignore[arg-type]
+    """All directories with the name of a checkpoint; links that lead elsewhere are passed over.
+
+    Raises:
+        CheckpointError: the list of names cannot be read.
+    """
+    try:
+        names = [child.name for child in root.iterdir() if child.is_dir()] if root.is_dir() else []
+        found = [name for name in names if iteration_of(name) is not None]
+        elsewhere = {name for name in found if _leads_out(root, name)}
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be read ({error.strerror}); mend its permissions") from None
+    for name in sorted(elsewhere):
+        logger.warning("passed over: %s is a link that leads out of the directory; --load %s uses it",
+                       root / name, (root / name).resolve())  # fmt: skip
+    return sorted(set(found) - elsewhere, key=iteration_of, reverse=True)  # type: ignore[arg-type]
 
 
-def read_latest(root: Path) -> str | None:
-    """The tag that `latest` names."""
+def read_latest(root: Path, flag: str = "--load") -> str | None:
+    """The tag that `latest` names; None if there is no such file.
+
+    Raises:
+        CheckpointError: something else than the name of a checkpoint in this directory is there.
+    """
     latest = root / "latest"
-    return latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+    try:
+        if not latest.is_symlink() and not latest.exists():
+            return None
+        if not latest.is_file():
+            raise OSError(errno.EINVAL, "not a file")
+        tag = latest.read_text(encoding="utf-8").strip()
+        wrong = None if iteration_of(tag) is not None else "no checkpoint's name (global_step<iteration>)"
+        if wrong is None and _leads_out(root, tag):
+            wrong = "a link that leads out of the directory"
+    except (OSError, ValueError) as error:
+        tag, wrong = "", getattr(error, "strerror", None) or "not UTF-8"
+    if wrong is not None:
+        state = f"names {tag[:100]!r}, which is {wrong}" if tag else f"cannot be read ({wrong})"
+        other = next((f"a checkpoint itself: {root / found}" for found in newest_first(root)), "another directory")
+        raise CheckpointError(f"{flag} {root}: latest {state}; name {other}")
+    return tag
 
 
-def publish(part: Path, final: Path, manifest: dict[str, FileEntry]) -> None:
-    """Makes a finished directory the latest checkpoint; its files are on the disk already.
-
-    Order: manifest, name, `latest`. Wherever the machine stops, `latest` names a whole checkpoint.
-    """
-    write_whole(part / MANIFEST_FILE, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    replaced = _set_aside(final) if final.exists() else None  # of a run that was started again from before it
-    part.rename(final)
-    flush(final.parent)
-    write_whole(final.parent / "latest", final.name)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def remove_unfinished(root: Path) -> None:
-    """Clears away what an interrupted save or an interrupted removal left."""
-    for pattern in (f"global_step*{PART}", f"{_REMOVING}global_step*"):
-        for left in root.glob(pattern):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def remove_old(root: Path, keep_last: int) -> None:
-    """Removes all but the `keep_last` newest whole checkpoints up to the one that `latest` names.
-
-    A checkpoint is renamed before its files go: no half-removed one is ever taken for a whole one. Directories without
-    a manifest and checkpoints newer than `latest` are not touched. A failure is logged; it is no reason to stop.
-    """
-    latest = read_latest(root)
-    last = iteration_of(latest) if latest else None
-    if last is None:
-        return
-    whole = [tag for tag in newest_first(root) if all((root / tag / name).is_file() for name in
-                                                      (DESCRIPTION_FILE, MANIFEST_FILE))]  # fmt: skip
-    older = [tag for tag in whole if (iteration_of(tag) or 0) <= last]
-    for tag in older[keep_last:]:
-        try:
-            shutil.rmtree(_set_aside(root / tag))
-        except OSError as error:
-            logger.warning("--keep-last: %s was not removed (%s)", root / tag, error.strerror)
-
-
-def _set_aside(directory: Path) -> Path:
-    aside = directory.with_name(_REMOVING + directory.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    return directory.rename(aside)
+def _leads_out(root: Path, name: str) -> bool:
+    return (root / name).resolve().parent != root.resolve()

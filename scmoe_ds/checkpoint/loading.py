@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds.checkpoint import description as fields
-from scmoe_ds.checkpoint import files, reshard, tokenizer_files
+from scmoe_ds.checkpoint import files, reshard, tensor_files, tokenizer_files
 from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export
 from scmoe_ds.checkpoint.saved_state import SavedState
@@ -76,9 +76,9 @@ def load(engine: Any, source: Source | None) -> tuple[int, int]:
         return 0, 0
     if source.changed or not _deepspeed_can_read(source.description["layout"]):
         state = run_together(lambda: _reshard(engine, source))
-        assert state is not None
     else:
-        state = _load_with_deepspeed(engine, source)
+        state = run_together(lambda: _load_with_deepspeed(engine, source))  # it does not communicate either
+    assert state is not None
     # Times of another layout are of no use; they are measured again.
     engine.overlap.resume(state.get("overlap") if set(source.changed) <= {fields.ZERO_STAGE} else None)
     return int(state["iteration"]), int(state["consumed_samples"])
@@ -103,24 +103,20 @@ def _deepspeed_can_read(layout: Mapping[str, Any]) -> bool:
 
 
 def _load_with_deepspeed(engine: Any, source: Source) -> dict[str, Any]:
-    name = f"{source.flag} {source.path}"
-    try:
-        path, state = engine.load_checkpoint(str(source.path.parent), tag=source.path.name)
-    except (RuntimeError, OSError, EOFError, KeyError, AssertionError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{name}: the checkpoint cannot be read ({type(error).__name__}: "
-                              f"{reason[0] if reason else ''}). {files.remedy(source.path)}") from error  # fmt: skip
-    if path is None:
-        raise CheckpointError(f"{name}: DeepSpeed found no model file there. {files.remedy(source.path)}")
-    return state
+    tensor_ranks = source.description["layout"][fields.TENSOR_PARALLEL]
+    with (
+        tensor_files.as_expected(source.path, source.flag),
+        tensor_files.fed_by_us(engine, source.path, tensor_ranks, source.flag),
+    ):
+        return engine.load_checkpoint(str(source.path.parent), tag=source.path.name)[1]
 
 
 def _newest_good(root: Path, description: Mapping[str, Any]) -> Source | None:
     """`latest` is a hint only: a save may have ended between the two renames that publish it."""
-    holder = [files.newest_first(root)]
+    holder = [run_together(lambda: files.newest_first(root), on_rank_zero=True)]
     if dist.is_initialized():
         dist.broadcast_object_list(holder)
-    for tag in holder[0]:
+    for tag in holder[0] or ():
         try:
             return _check(root / tag, "--auto-resume", description)
         except DamagedCheckpointError as error:  # on every rank
@@ -172,6 +168,8 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
         fields.check_layout_is_free(saved["layout"], f"{flag} {path} (the checkpoint)")
         fields.check_layout_is_free(description["layout"], f"{flag} {path} (this run)")
     files.verify(path, flag)
+    if not export:
+        tensor_files.check(path, flag)
     return Source(path, flag, saved, changed, weights_only=export)
 
 

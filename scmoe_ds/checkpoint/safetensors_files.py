@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 def is_export(path: Path) -> bool:
     """Whether a directory holds what `write_weights` writes."""
-    return (path / INDEX_FILE).is_file()
+    return os.path.isfile(path / INDEX_FILE)  # not Path's: that raises where a directory may not be read
 
 
 class SafetensorsWeights:

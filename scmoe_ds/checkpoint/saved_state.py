@@ -11,7 +11,6 @@ The files are mapped into memory: only what is read of them is loaded, one param
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16 import loss_scaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from scmoe_ds.checkpoint import description as fields
+from scmoe_ds.checkpoint import files, tensor_files
 from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError, remedy
 from scmoe_ds.checkpoint.names import expert_of, layer_of, read_splits, with_expert
 from scmoe_ds.parallel.tensor import Split, merge
@@ -32,17 +29,6 @@ from scmoe_ds.parallel.tensor import Split, merge
 MASTER = "fp32"
 """The key of a parameter's fp32 weights; other keys are the optimizer's, such as "exp_avg"."""
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-
-
-def _zero_stage(owner: Any, name: str) -> Any:
-    """In the place of `getattr`, by which Python up to 3.11.3 pickles a member of an enumeration."""
-    if owner is not ZeroStageEnum:
-        raise pickle.UnpicklingError(f"getattr of {owner!r}")
-    return ZeroStageEnum(ZeroStageEnum.__members__[name])
-
-
-_SAFE_CLASSES: list[Any] = [fragment_address, ZeroStageEnum, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler,
-                            (_zero_stage, "builtins.getattr")]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,17 +54,19 @@ class SavedState:
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         self.path, self.layout = path, description["layout"]
+        self._manifest = files.read_manifest(path, "reading")
         self._splits = read_splits(description.get("splits", {}))
         fields.check_layout_is_free(self.layout, str(path))
-        self._models = [self._load(path / f"mp_rank_{rank:02d}_model_states.pt") for rank in range(self._tensor_ranks)]
+        self._models = [self._load(f"mp_rank_{rank:02d}_model_states.pt") for rank in range(self._tensor_ranks)]
         self._files: list[Any] = []
         self._pieces: dict[str, dict[int, list[_Piece]]] = {}  # by global name, then by tensor-parallel rank
-        self._index()
-        self._shapes = {
-            with_expert(name, 0): torch.Size(shape)
-            for group in self.header["param_shapes"]
-            for name, shape in group.items()
-        }
+        with tensor_files.as_expected(path, "reading"):
+            self._index()
+            self._shapes = {
+                with_expert(name, 0): torch.Size(shape)
+                for group in self.header["param_shapes"]
+                for name, shape in group.items()
+            }
 
     @property
     def header(self) -> dict[str, Any]:
@@ -134,20 +122,15 @@ class SavedState:
     def _tensor_ranks(self) -> int:
         return self.layout[fields.TENSOR_PARALLEL]
 
-    def _load(self, file: Path) -> Any:
-        try:
-            with torch.serialization.safe_globals(_SAFE_CLASSES):
-                return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            first = (str(error).splitlines() or [""])[0]
-            raise DamagedCheckpointError(f"{self.path}: {file.name} cannot be read ({first}). "
-                                         f"{remedy(self.path)}") from None  # fmt: skip
+    def _load(self, name: str) -> Any:
+        files.require_named(name, self.path, self._manifest, "reading")
+        return tensor_files.read(self.path / name, "reading")
 
     def _index(self) -> None:
         places = {}
-        for file in self.path.iterdir():
-            if match := _OPTIMIZER_FILE.fullmatch(file.name):
-                places[int(match[1]) * self._tensor_ranks + int(match[2])] = file
+        for name in self._manifest:
+            if match := _OPTIMIZER_FILE.fullmatch(name):
+                places[int(match[1]) * self._tensor_ranks + int(match[2])] = name
         if sorted(places) != list(range(self.layout[fields.PROCESSES])):
             raise DamagedCheckpointError(f"{self.path}: has optimizer files of ranks {sorted(places)}, not of all "
                                          f"{self.layout[fields.PROCESSES]}. {remedy(self.path)}")  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from scmoe_ds.checkpoint import files
+from scmoe_ds.checkpoint import files, rotation
 from scmoe_ds.checkpoint.description import BATCH
 from scmoe_ds.checkpoint.files import CheckpointError, FileEntry
 from scmoe_ds.checkpoint.names import saved_splits
@@ -31,12 +31,15 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
 
     def probe() -> None:
         try:
+            os.fsencode(directory).decode()
             os.makedirs(directory, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:
             raise CheckpointError(f"--save {directory}: cannot write there ({error.strerror}); "
                                   "choose another directory or mend its permissions") from None  # fmt: skip
+        except UnicodeDecodeError:
+            raise CheckpointError(f"--save {str(directory)!a}: is not UTF-8; choose another name") from None
 
     run_together(probe, on_rank_zero=True)
 
@@ -71,7 +74,7 @@ def save(
     part = final.with_name(final.name + files.PART)
 
     def prepare() -> None:
-        files.remove_unfinished(part.parent)
+        rotation.remove_unfinished(part.parent)
         part.mkdir(parents=True, exist_ok=True)
         batch = getattr(engine, "train_batch_size", lambda: None)()
         whole = {**description, BATCH: batch, "splits": saved_splits(engine)}
@@ -86,9 +89,9 @@ def save(
         if dist.get_rank() == 0:
             written += [part / name for name in (files.DESCRIPTION_FILE, *(carried or {}))]
         manifest = _check_in(part, written)
-        run_together(lambda: files.publish(part, final, manifest), on_rank_zero=True)
+        run_together(lambda: rotation.publish(part, final, manifest), on_rank_zero=True)
     if keep_last is not None:
-        run_together(lambda: files.remove_old(final.parent, keep_last), on_rank_zero=True)
+        run_together(lambda: rotation.remove_old(final.parent, keep_last), on_rank_zero=True)
     return final
 
 
@@ -147,7 +150,7 @@ def _collected_failures(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
     if owner is None:
         yield written, failures
         return
-    write, copy_script = owner.save, engine._copy_recovery_script
+    write = owner.save
 
     def guarded_write(state_dict: Any, path: str) -> None:
         if failures:  # the checkpoint is lost; do not fill what is left of the disk
@@ -158,13 +161,10 @@ def _collected_failures(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             failures.append(f"{os.path.basename(path)}: {_reason(error, os.path.dirname(path))}")
 
-    def guarded_copy(path: str) -> None:
-        try:
-            copy_script(path)
-        except OSError as error:
-            failures.append(f"zero_to_fp32.py: {_reason(error)}")
+    def no_script(path: str) -> None:
+        """DeepSpeed would leave its zero_to_fp32.py there, which cannot read checkpoints of MoE models."""
 
-    owner.save, engine._copy_recovery_script = guarded_write, guarded_copy
+    owner.save, engine._copy_recovery_script = guarded_write, no_script
     try:
         yield written, failures
     finally:

@@ -1,0 +1,119 @@
+"""The one loader of a checkpoint's .pt files: tensors, containers and four classes of DeepSpeed's, nothing else.
+
+A .pt file is a pickle, and a pickle can run any code when it is read. DeepSpeed reads its checkpoints without a
+restriction; `fed_by_us` makes it read through this module.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16 import loss_scaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from scmoe_ds.checkpoint import files
+from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.parallel.agreement import run_together
+
+_FORBIDDEN = re.compile(r"(?:GLOBAL|function) ([\w.]+)")
+"""In torch's messages, before the name of what it does not build."""
+
+
+def _zero_stage(owner: Any, name: str) -> Any:
+    """In the place of `getattr`, by which Python up to 3.11.3 pickles a member of an enumeration."""
+    if owner is not ZeroStageEnum:
+        raise pickle.UnpicklingError(f"Unsupported function builtins.getattr of {owner!r}")
+    return ZeroStageEnum(ZeroStageEnum.__members__[name])
+
+
+_SAFE_CLASSES: list[Any] = [fragment_address, ZeroStageEnum, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler,
+                            (_zero_stage, "builtins.getattr")]  # fmt: skip
+
+
+def read(file: Path, flag: str = "--load", mapped: bool = True) -> Any:
+    """What a .pt file holds, on the CPU.
+
+    Args:
+        mapped: leave the tensors in the file until they are used; otherwise all of it is read now.
+
+    Raises:
+        CheckpointError: it holds a class that is none of a checkpoint's.
+        DamagedCheckpointError: it cannot be read.
+    """
+    try:
+        with torch.serialization.safe_globals(_SAFE_CLASSES), file.open("rb") as opened:
+            mapped = mapped and opened.read(2) == b"PK"  # "checkpoint_serialization": false writes no zip file
+            return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # of damaged bytes torch raises nearly any
+        forbidden = _FORBIDDEN.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if forbidden is not None:
+            raise CheckpointError(f"{flag} {file.parent}: {file.name} holds {forbidden[1]}, which is no part of a "
+                                  "checkpoint and could run code: it was not read. Name a checkpoint that "
+                                  "pretrain_gpt_scmoe.py has written") from None  # fmt: skip
+        # torch's first line about a pickle advises to trust it.
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        raise files.damaged(file.parent, f"{file.name} cannot be read ({type(error).__name__}: {reason})",
+                            flag) from None  # fmt: skip
+
+
+def check(directory: Path, flag: str) -> None:
+    """Whether `read` takes every file, without reading the tensors. Collective; each rank looks at its share.
+
+    Raises:
+        CheckpointError: on every rank, with the first file that any of them refuses.
+    """
+
+    def check_share() -> None:
+        manifest = files.read_manifest(directory, flag)
+        for name in files.own_share(sorted(name for name in manifest if name.endswith(".pt"))):
+            read(directory / name, flag)
+
+    run_together(check_share)
+
+
+@contextmanager
+def as_expected(directory: Path, flag: str) -> Iterator[None]:
+    """Turns what Python raises about tensor files that do not hold what they should into one sentence.
+
+    Raises:
+        DamagedCheckpointError: something else than `read`'s own errors came up.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError, OSError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise files.damaged(directory, f"the checkpoint cannot be read ({type(error).__name__}: {first})",
+                            flag) from error  # fmt: skip
+
+
+@contextmanager
+def fed_by_us(engine: Any, directory: Path, tensor_ranks: int, flag: str) -> Iterator[None]:
+    """While it lasts, DeepSpeed's `load_checkpoint` reads the files that `directory`'s manifest names, by `read`.
+
+    By itself it would search for the model's files with a pattern, which takes a "[" in a directory's name for a
+    pattern too, and so could open another directory's.
+    """
+    owner = engine.checkpoint_engine
+    known = files.read_manifest(directory, flag)
+
+    def load(path: str, map_location: Any = None) -> Any:
+        files.require_named(Path(path).name, directory, known, flag)
+        return read(directory / Path(path).name, flag, mapped=False)
+
+    def model_files(load_dir: str, tag: str) -> list[str]:
+        return [str(directory / f"mp_rank_{rank:02d}_model_states.pt") for rank in range(tensor_ranks)]
+
+    owner.load, engine._get_all_ckpt_names = load, model_files
+    try:
+        yield
+    finally:
+        del owner.load, engine._get_all_ckpt_names  # the classes' own show again
