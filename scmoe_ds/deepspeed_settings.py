@@ -18,6 +18,7 @@ import deepspeed
 import torch
 
 from scmoe_ds.config_errors import ScMoEConfigError, fail
+from scmoe_ds.deepspeed_gradients import wrong_gradients
 from scmoe_ds.deepspeed_keys import check_keys, section
 from scmoe_ds.deepspeed_optimizers import check_optimizer
 
@@ -63,6 +64,7 @@ def _refusals(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
     yield from _monitors(whole)
     yield from _precision(whole)
     yield from _zero_with_experts(zero)
+    yield from wrong_gradients(whole)
 
 
 def _not_run_with(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
@@ -130,8 +132,9 @@ _SHORT = {"fp32": "fp32", "float32": "fp32", "fp16": "fp16", "float16": "fp16", 
 
 def _zero_with_experts(zero: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
     stage = zero.get("stage")
-    if stage == 2 and zero.get("contiguous_gradients") is False:
-        yield fail("zero_optimization.contiguous_gradients", False, "DeepSpeed wants true with experts; remove it")
+    if stage in (1, 2) and zero.get("contiguous_gradients") is False:
+        yield fail("zero_optimization.contiguous_gradients", False, "DeepSpeed then averages experts over the wrong "
+                   "ranks; remove it")  # fmt: skip
     if stage in (1, 2) and zero.get("reduce_scatter") is False:
         yield fail("zero_optimization.reduce_scatter", False, "DeepSpeed wants true with experts; remove it")
     if zero.get("compute_grad_norm") is False:
@@ -224,8 +227,8 @@ def warn(whole: Mapping[str, Any]) -> None:
                        "take turns. Unset it")  # fmt: skip
     zero = section(whole, "zero_optimization")
     if not zero.get("stage"):
-        logger.warning("zero_optimization.stage is 0: DeepSpeed's gradient norm, and so clipping, is wrong for MoE "
-                       "models there; set stage 1 or 2")  # fmt: skip
+        logger.warning("zero_optimization.stage is 0: DeepSpeed reports no gradient norm there; set stage 1 or 2 to "
+                       "see it")  # fmt: skip
     idle = [f"zero_optimization.{key}" for key, value in zero.items()
             if key.startswith(("zero_hpz", "zero_quantized")) and value not in (False, 1)]  # fmt: skip
     idle += [key for key in ("compile", "aio") if whole.get(key)]

@@ -128,10 +128,8 @@ class Capture(AbstractContextManager["Capture"]):
 
 
 def _first(output: Any) -> Tensor:
-    """The hidden states of what a block returns: a tensor, a tuple that begins with it, or a PairOutput."""
-    if isinstance(output, tuple):
-        return cast(Tensor, output[0])
-    return cast(Tensor, getattr(output, "hidden", output))
+    """The hidden states of what a block returns: a tensor, or a tuple that begins with it (as a PairOutput does)."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def gpt_probes(model: GPT) -> list[Probe]:

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
@@ -30,9 +31,9 @@ from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.overlap.executor import PairOutput
 
 
-@dataclass(frozen=True)
-class GPTOutput:
-    """What a forward pass returns.
+@dataclass
+class GPTOutput(ModelOutput):
+    """What a forward pass returns: a dict (without what is None) in which DeepSpeed and Hugging Face find the tensors.
 
     Attributes:
         loss: lm_loss + aux_loss_coefficient * moe_loss (scalar fp32), or None without labels.
@@ -42,11 +43,11 @@ class GPTOutput:
         logits: [B, S, V], or None with labels.
     """
 
-    loss: Tensor | None
-    lm_loss: Tensor | None
-    moe_loss: Tensor
-    exp_counts: tuple[Tensor, ...]
-    logits: Tensor | None
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    moe_loss: Tensor = None  # type: ignore[assignment]  # always given; a ModelOutput wants defaults
+    exp_counts: tuple[Tensor, ...] = None  # type: ignore[assignment]
+    logits: Tensor | None = None
 
     @property
     def task_loss(self) -> Tensor | None:
@@ -112,10 +113,11 @@ class GPT(nn.Module):
         moe_loss = torch.stack([output.l_aux for output in outputs]).sum()
         logits_BSV = self._own_logits(hidden)
         if labels is None:
-            return GPTOutput(None, None, moe_loss, counts, gather_vocabulary(logits_BSV, self.group))
+            logits = gather_vocabulary(logits_BSV, self.group)
+            return GPTOutput(moe_loss=moe_loss, exp_counts=counts, logits=logits)
         lm_loss = masked_mean(vocabulary_cross_entropy(logits_BSV, labels, self.group), loss_mask)
         loss = lm_loss + self.config.aux_loss_coefficient * moe_loss
-        return GPTOutput(loss, lm_loss, moe_loss, counts, None)
+        return GPTOutput(loss, apart(lm_loss), apart(moe_loss), counts)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """What `logits` reads of each token.
@@ -152,6 +154,15 @@ class GPT(nn.Module):
     def scheduled_runs(self) -> Sequence[ScheduledRun]:
         """The runs that a schedule drives; empty for the baselines."""
         return [cast(ScheduledRun, run) for run in self.runs if isinstance(run, ScheduledRun)]
+
+
+def apart(part: Tensor) -> Tensor:
+    """The same value beside the graph of the loss that was made of it.
+
+    DeepSpeed divides the gradient of every tensor of an output by the accumulation steps when `backward` is called on a
+    tensor itself. A part through which the loss's gradient passes would divide it again.
+    """
+    return part.view_as(part)
 
 
 def masked_mean(losses_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor:

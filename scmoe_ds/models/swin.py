@@ -28,8 +28,10 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from transformers import Swinv2Config, Swinv2Model
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Intermediate, Swinv2Output, Swinv2SelfAttention
+from transformers.utils import ModelOutput
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.models.gpt import apart
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
 from scmoe_ds.replace import load_balancing_loss, replace_moe_layers
@@ -41,9 +43,9 @@ IGNORED = -100
 ARCHITECTURES = ("topk", "shared_expert", "scmoe")
 
 
-@dataclass(frozen=True)
-class SwinOutput:
-    """What a forward pass returns.
+@dataclass
+class SwinOutput(ModelOutput):
+    """What a forward pass returns: a dict (without what is None) in which DeepSpeed and Hugging Face find the tensors.
 
     Attributes:
         loss: class_loss + aux_loss_coefficient * moe_loss (scalar fp32), or None without labels.
@@ -53,11 +55,11 @@ class SwinOutput:
         logits: [B, N].
     """
 
-    loss: Tensor | None
-    class_loss: Tensor | None
-    moe_loss: Tensor
-    exp_counts: tuple[Tensor, ...]
-    logits: Tensor
+    loss: Tensor | None = None
+    class_loss: Tensor | None = None
+    moe_loss: Tensor = None  # type: ignore[assignment]  # always given; a ModelOutput wants defaults
+    exp_counts: tuple[Tensor, ...] = None  # type: ignore[assignment]
+    logits: Tensor = None  # type: ignore[assignment]
 
     @property
     def task_loss(self) -> Tensor | None:
@@ -116,11 +118,11 @@ class SwinMoE(nn.Module):
         moe_loss = load_balancing_loss(self)
         counts = tuple(feed.exp_counts for feed in self.feeds())
         if labels is None:
-            return SwinOutput(None, None, moe_loss, counts, logits_BN)
+            return SwinOutput(moe_loss=moe_loss, exp_counts=counts, logits=logits_BN)
         summed = F.cross_entropy(logits_BN.float(), labels, ignore_index=IGNORED, reduction="sum")
         class_loss = summed / (labels != IGNORED).sum().clamp(min=1)
         loss = class_loss + self.config.aux_loss_coefficient * moe_loss
-        return SwinOutput(loss, class_loss, moe_loss, counts, logits_BN)
+        return SwinOutput(loss, apart(class_loss), apart(moe_loss), counts, apart(logits_BN))
 
     def feeds(self) -> list[MoEFeedForward]:
         """The blocks' MoE, in order; each stands where Swinv2 has its `intermediate`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -52,9 +52,11 @@ class Routed(Protocol):
         """Waits for the dispatch of the next chunk, computes, launches its combine."""
 
 
-@dataclass(frozen=True)
-class PairOutput:
-    """hidden [B, S, D]; the load-balancing loss (scalar); tokens per expert before drops [E]."""
+class PairOutput(NamedTuple):
+    """hidden [B, S, D]; the load-balancing loss (scalar); tokens per expert before drops [E].
+
+    A tuple, because a run is a module: hooks of torch and DeepSpeed find tensors in tuples, not in dataclasses.
+    """
 
     hidden: Tensor
     l_aux: Tensor

@@ -1,0 +1,67 @@
+"""Where DeepSpeed 0.19 would train MoE layers with other gradients, or report and clip by another norm, than the mean
+over all micro-batches of all ranks has. Found by measuring every key that acts in the backward pass against sums in
+fp64; tests/unit/test_accumulated_gradients.py repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from scmoe_ds.config_errors import ScMoEConfigError, fail
+from scmoe_ds.deepspeed_keys import section
+
+
+def wrong_gradients(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
+    """What the file alone decides."""
+    stage = section(whole, "zero_optimization").get("stage") or 0
+    for name in ("bf16", "bfloat16", "fp16"):
+        if stage == 0 and section(whole, name).get("enabled") is True:
+            yield fail("zero_optimization.stage", 0, f"with {name}, DeepSpeed leaves experts out of the gradient norm "
+                       "and clips by the rest; set stage 1 or 2")  # fmt: skip
+    for key, wrong in (("prescale_gradients", whole.get("prescale_gradients") is True),
+                       ("gradient_predivide_factor", whole.get("gradient_predivide_factor", 1.0) != 1.0)):  # fmt: skip
+        if wrong and stage == 2:
+            yield fail(key, whole[key], "DeepSpeed has it without ZeRO-2 only; remove it, or set "
+                       "zero_optimization.stage to 1")  # fmt: skip
+    autocast = section(whole, "torch_autocast")
+    if autocast.get("enabled") is True and str(autocast.get("dtype")) in ("torch.float16", "fp16", "float16", "half"):
+        yield fail("torch_autocast.dtype", autocast["dtype"], "DeepSpeed takes the norm and clips before it divides by "
+                   'the loss scale; use "bfloat16", or "fp16": {"enabled": true}')  # fmt: skip
+
+
+def check_clipping(whole: Mapping[str, Any], expert_parallel_size: int) -> None:
+    """Without ZeRO, each rank takes the norm over the experts that it holds, and DeepSpeed clips by the ranks' mean.
+
+    Raises:
+        ScMoEConfigError: clipping by that mean.
+    """
+    clip = whole.get("gradient_clipping", 1.0)
+    if clip and expert_parallel_size > 1 and not section(whole, "zero_optimization").get("stage"):
+        raise fail("zero_optimization.stage", 0, "with expert parallelism DeepSpeed clips (gradient_clipping = "
+                   f'{clip}) by a norm that is too small; set stage 1 or 2, or "gradient_clipping": 0')  # fmt: skip
+
+
+def check_output(module: nn.Module, inputs: object, output: object) -> None:
+    """A hook on a model's forward pass: DeepSpeed prepares a backward pass through hooks on the output's tensors.
+
+    Raises:
+        ScMoEConfigError: a training pass whose output hides its tensors. Without its preparations DeepSpeed would count
+            micro-batches repeatedly, for example.
+    """
+    if module.training and torch.is_grad_enabled() and not _needs_gradient(output):
+        raise ScMoEConfigError(
+            f"the model's forward pass returns {type(output).__name__}, and no tensor with a gradient in a tuple, list "
+            "or dict: DeepSpeed looks nowhere else; return one of these (a transformers.utils.ModelOutput is a dict)"
+        )
+
+
+def _needs_gradient(output: object) -> bool:
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, tuple | list):
+        return any(map(_needs_gradient, output))
+    return isinstance(output, torch.Tensor) and output.grad_fn is not None
