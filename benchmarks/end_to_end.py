@@ -54,6 +54,8 @@ def architectures(dispatch: str) -> dict[str, dict[str, Any]]:
         "top-2, pipelined (auto)": {"architecture": "pipelined_topk"},
         "shared expert, overlapped (auto)": {"architecture": "overlapped_shared_expert"},
         **{f"ScMoE Pos-{p}, auto": {"architecture": "scmoe", "position": f"pos{p}"} for p in (1, 2, 3)},
+        "DGMoE Pos-2, auto": {"architecture": "dgmoe"},
+        "DGMoE-Share Pos-2, auto": {"architecture": "dgmoe", "pairs_per_moe": 2},
     }
 
 

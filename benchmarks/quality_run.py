@@ -140,7 +140,8 @@ def read_log(text: str, tokens_per_iteration: int) -> dict[str, Any]:
 def active_parameters(model: GPT) -> float:
     """Parameters that one token is multiplied with: of the routed experts its own, of tied embeddings the head."""
     config, total = model.config, 0.0
-    twice = 2 if config.architecture == "dgmoe" else 1  # it chooses once for each of two layers
+    # DGMoE chooses once for each of two layers, and pairs that share a MoE pass it once each.
+    twice = 2 * config.pairs_per_moe if config.architecture == "dgmoe" else 1
     assert isinstance(config.num_experts, int) and isinstance(config.top_k, int)
     for name, parameter in model.named_parameters():
         looked_up = name.startswith("positions.") or (name.startswith("embedding.") and model.head is not None)

@@ -105,6 +105,9 @@ class ScMoEConfig(_Section):
         1, ge=1, strict=True, description="How many blocks before the MoE block the shortcut is taken (1: the paper's)."
     )
     moe_every: int = Field(2, ge=1, strict=True, description="MoE frequency 1/moe_every; 1 is every block.")
+    pairs_per_moe: int = Field(
+        1, ge=1, strict=True, description="Consecutive pairs of blocks that share one MoE; dgmoe only (DGMoE-Share: 2)."
+    )
     num_experts: Union[int, list[int]] = Field(8, description="Routed experts, or one number per MoE layer (pyramid).")
     top_k: Union[int, Auto] = Field(
         "auto",
@@ -228,6 +231,11 @@ class ScMoEConfig(_Section):
              self.architecture == "dgmoe" and k != 1),
             ("num_experts", "dgmoe's two choices are distinct experts; it needs at least 2",
              self.architecture == "dgmoe" and min(counts, default=2) < 2),
+            ("pairs_per_moe", "only dgmoe has no part of a MoE that belongs to one pair; set 1",
+             self.pairs_per_moe > 1 and self.architecture != "dgmoe"),
+            ("num_experts", f"pairs that share a MoE (pairs_per_moe = {self.pairs_per_moe}) have one number of experts",
+             isinstance(self.num_experts, list) and
+             any(n != counts[i - i % self.pairs_per_moe] for i, n in enumerate(counts))),
             ("noisy_gate_policy", "DeepSpeed applies RSample with top_k 1 only; use Jitter or null",
              self.noisy_gate_policy == "RSample" and k > 1),
             ("shortcut_distance", f"the shortcut starts within the run of moe_every = {self.moe_every} blocks; "
@@ -285,6 +293,9 @@ class ScMoEConfig(_Section):
         """
         if num_layers % self.moe_every:
             raise fail("scmoe.moe_every", self.moe_every, f"must divide --num-layers {num_layers}")
+        if self.moe_layers(num_layers) % self.pairs_per_moe:
+            raise fail("scmoe.pairs_per_moe", self.pairs_per_moe, "must divide the "
+                       f"{self.moe_layers(num_layers)} pairs of --num-layers {num_layers}")  # fmt: skip
         if isinstance(self.num_experts, list) and len(self.num_experts) != self.moe_layers(num_layers):
             raise fail("scmoe.num_experts", self.num_experts,
                         f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of "

@@ -16,9 +16,9 @@ from scmoe_ds.parallel.tensor import tensor_parallel_size
 # Fields that neither the weights nor the optimizer state depend on; a resume may change them.
 _FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std", "drop_path_rate"}
 _BINDING_SECTION_FIELDS = ("architecture", "position", "first_layer_position", "shortcut_distance", "moe_every",
-                           "num_experts", "top_k", "merge", "shortcut_norm", "post_norm")  # fmt: skip
+                           "num_experts", "top_k", "merge", "shortcut_norm", "post_norm", "pairs_per_moe")  # fmt: skip
 # Of what was added to a description later: what checkpoints without it are of.
-_BEFORE = {"norm_placement": "pre", "residual_scale": 1.0}
+_BEFORE = {"norm_placement": "pre", "residual_scale": 1.0, "scmoe.pairs_per_moe": 1}
 
 PROCESSES = "number of processes"
 EXPERT_PARALLEL = "scmoe.expert_parallel_size"

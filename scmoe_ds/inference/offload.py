@@ -85,8 +85,8 @@ def offload_experts(
     least = 2 if mode == "offload-async" else 1
     if places < least:
         raise ValueError(f"--expert-cache: --experts {mode} needs room for {least} experts at least, not {places}")
-    layers = [run.layer for run in model.scheduled_runs()]
-    if any(layer.enable_expert_tensor_parallelism for layer in layers):
+    layers = {number: run.layer for number, run in enumerate(model.scheduled_runs()) if run.owns_layer}
+    if any(layer.enable_expert_tensor_parallelism for layer in layers.values()):
         raise ValueError("--experts: divided experts cannot be offloaded; leave --enable-expert-tensor-parallelism out")
     named = _names(model)
     shapes = {tuple((part, model.get_parameter(local).shape) for part, local in _local_names(model, key).items())
@@ -102,7 +102,7 @@ def offload_experts(
     pattern = layers[0].deepspeed_moe.experts.deepspeed_experts[0]
     slots = [copy.deepcopy(pattern).to(dtype).to_empty(device=device) for _ in range(places)]
     store = ExpertStore(source, named.__getitem__, slots)
-    for index, layer in enumerate(layers):
+    for index, layer in layers.items():
         layer.deepspeed_moe.experts = OffloadedExperts(store, index, layer.num_local_experts, mode == "offload-async")
     return store
 
@@ -115,7 +115,7 @@ def expert_bytes(model: GPT, dtype: torch.dtype) -> int:
 
 def _names(model: GPT) -> dict[ExpertKey, Mapping[str, str]]:
     whole = global_names(model)
-    keys = [ExpertKey(layer, expert) for layer, run in enumerate(model.scheduled_runs())
+    keys = [ExpertKey(layer, expert) for layer, run in enumerate(model.scheduled_runs()) if run.owns_layer
             for expert in range(run.layer.num_local_experts)]  # fmt: skip
     return {key: {part: whole[local] for part, local in _local_names(model, key).items()} for key in keys}
 

@@ -43,7 +43,7 @@ class Block(nn.Module):
     with the residual scale s. The equations of the paper leave the norms out.
     """
 
-    def __init__(self, settings: GPTSettings, group: Group, moe: MoE | None = None) -> None:
+    def __init__(self, settings: GPTSettings, group: Group, moe: MoE | None = None, owns_moe: bool = True) -> None:
         super().__init__()
         self.dropout, self.scale = settings.hidden_dropout, settings.residual_scale
         self.pre_norm = settings.norm_placement == "pre"
@@ -52,8 +52,10 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(settings)
         if moe is None:
             self.mlp = MLP(settings, group)
-        else:
+        elif owns_moe:
             self.moe = moe
+        else:  # another block's: DeepSpeed trains and saves it there, and under one name
+            self.__dict__["moe"] = moe
 
     def attend(self, stream: Stream) -> Stream:
         """Eq. 8 and 10: H_mh = H + Attn(H)."""
@@ -126,10 +128,13 @@ def _make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, rout
     return ScMoE(merge=cast(Merge, config.merge), **common, **staged)
 
 
-def make_blocks(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group) -> nn.ModuleList:
-    """Dense blocks and, last, one with the MoE; `group` are the tensor-parallel ranks."""
+def make_blocks(
+    settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group, shared_moe: MoE | None = None
+) -> nn.ModuleList:
+    """Dense blocks and, last, one with the MoE, its own or an earlier run's; `group` are the tensor-parallel ranks."""
     dense = [Block(settings, group) for _ in range(config.moe_every - 1)]
-    return nn.ModuleList([*dense, Block(settings, group, make_moe(settings, config, num_experts, group))])
+    moe = shared_moe or make_moe(settings, config, num_experts, group)
+    return nn.ModuleList([*dense, Block(settings, group, moe, owns_moe=shared_moe is None)])
 
 
 class PlainRun(nn.Module):
@@ -178,6 +183,7 @@ class ScheduledRun(nn.Module):
         recorder: who is told what happens when.
         recompute: what is computed again in the backward pass instead of being kept.
         tap: the shortcut is taken before operator number `tap`.
+        owns_layer: False: the MoE is that of an earlier run (DGMoE-Share, paper section 4).
     """
 
     def __init__(
@@ -188,10 +194,12 @@ class ScheduledRun(nn.Module):
         position: str,
         sequence: int,
         group: Group = None,
+        shared_moe: MoE | None = None,
     ) -> None:
         super().__init__()
         self.recompute: Recompute | None = None
-        self.blocks = make_blocks(settings, config, num_experts, group)
+        self.blocks = make_blocks(settings, config, num_experts, group, shared_moe)
+        self.owns_layer = shared_moe is None
         self.on_current_layer = not config.has_shortcut
         self.tap = tap_of(config, position)
         own_norm = config.has_shortcut and config.shortcut_norm == "own"
@@ -240,9 +248,9 @@ class ScheduledRun(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """What this run's times depend on, beside its MoE layer; JSON values."""
+        parameters = {*self.parameters(), *self.layer.parameters()}
         facts = {"operators": executor.backbone_names(self), "attention_heads": list(self._last.attention.heads),
-                 "pre_norm": self._last.pre_norm,
-                 "parameters": sum(each.numel() for each in self.parameters())}  # fmt: skip
+                 "pre_norm": self._last.pre_norm, "parameters": sum(each.numel() for each in parameters)}  # fmt: skip
         # An operator's backward then repeats its forward.
         return {**facts, "recompute": self.recompute} if self.recompute else facts
 

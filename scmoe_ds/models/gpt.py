@@ -28,6 +28,7 @@ from scmoe_ds.models.parallel_layers import (
     vocabulary_logits,
 )
 from scmoe_ds.models.recompute import Recompute
+from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.executor import PairOutput
 
 
@@ -89,14 +90,18 @@ class GPT(nn.Module):
         learned = settings.position_embedding == "learned_absolute"
         self.positions = nn.Embedding(settings.max_position_embeddings, D) if learned else None
         runs: list[PlainRun | ScheduledRun] = []
+        moe: StagedMoE | None = None
         for layer, num_experts in enumerate(config.experts_per_layer(settings.num_layers)):
             if not config.is_scheduled:
                 runs.append(PlainRun(settings, config, num_experts, group))
                 continue
             position = config.first_layer_position if layer == 0 else None
-            runs.append(ScheduledRun(settings, config, num_experts, position or config.position, sequence, group))
-        for run in runs:
-            run.recompute = recompute
+            run = ScheduledRun(settings, config, num_experts, position or config.position, sequence, group,
+                               shared_moe=moe if layer % config.pairs_per_moe else None)  # fmt: skip
+            moe = run.layer
+            runs.append(run)
+        for each in runs:
+            each.recompute = recompute
         self.runs = nn.ModuleList(runs)
         self.final_norm = make_norm(settings)
         self.head = None if settings.tie_embeddings else column_parallel(D, [V], False, group)

@@ -32,7 +32,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "pos3, top-2": {"position": "pos3", "top_k": 2},
     "topk": {"architecture": "topk"},
     "shared_expert": {"architecture": "shared_expert"},
-    "dgmoe": {"architecture": "dgmoe"},
+    "dgmoe": {"architecture": "dgmoe", "pairs_per_moe": 2},
 }
 PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12], [4, 4], [6] * 20]
 TOKENS = torch.randint(384, (2, 24), generator=torch.Generator().manual_seed(2))

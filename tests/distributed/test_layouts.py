@@ -133,6 +133,7 @@ CASES = [
     *(case(*layout, 1) for layout in [(2, 1, 2), (2, 1, 1), (4, 1, 2)]),  # EP2, DP2, EP2 x DP2
     *(case(*layout, 2) for layout in [(2, 1, 2), (2, 1, 1), (4, 1, 2)]),
     case(4, 1, 2, 2, architecture="dgmoe"),
+    case(2, 1, 2, 1, architecture="dgmoe", pairs_per_moe=2),
     case(2, 1, 2, 2, capacity_factor=MOST_DROPPED),
     case(2, 2, 1, 1),
     case(2, 2, 1, 2),

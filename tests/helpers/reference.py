@@ -110,3 +110,39 @@ def pair(hidden: Tensor, w: Weights, *, heads: int, position: str, merge: str, g
     x = layer_norm(hidden, w, f"{name}.mlp_norm")
     output = merged(merge, mlp(x, w, f"{name}.moe.mlp"), routed(tokens, w, f"{name}.moe", choices), x, w, f"{name}.moe")
     return hidden + output, l_aux
+
+
+def double_gated_pair(hidden: Tensor, w: Weights, *, heads: int, position: str, moe: str = "blocks.1.moe"):
+    """Output and load-balancing loss of a DGMoE run of two blocks without drops (eq. 23): two top-1 choices per token,
+    of two experts.
+
+    Args:
+        moe: prefix of gate and experts, which may be those of another run.
+    """
+    after_attention = hidden + attention(
+        layer_norm(hidden, w, "blocks.0.attention_norm"), w, "blocks.0.attention", heads
+    )
+    through = after_attention + mlp(layer_norm(after_attention, w, "blocks.0.mlp_norm"), w, "blocks.0.mlp")
+    tap = {"pos1": through, "pos2": after_attention, "pos3": hidden}[position]
+    before = layer_norm(tap, w, "shortcut_norm")
+    through = through + attention(layer_norm(through, w, "blocks.1.attention_norm"), w, "blocks.1.attention", heads)
+    now = layer_norm(through, w, "blocks.1.mlp_norm")
+    gate = w[f"{moe}.deepspeed_moe.gate.wg.weight"].T
+    rows, probabilities, picks = [], ([], []), ([], [])
+    for early, late in zip(before.reshape(-1, before.shape[-1]), now.reshape(-1, now.shape[-1]), strict=True):
+        chosen = None
+        row = torch.zeros_like(late)
+        for place, token in enumerate((early, late)):
+            probability = torch.softmax(token @ gate, -1)
+            ranked = sorted(range(len(probability)), key=lambda e, p=probability: -p[e].item())
+            expert = ranked[1] if ranked[0] == chosen else ranked[0]
+            row = row + probability[expert] * mlp(token, w, f"{moe}.deepspeed_moe.experts.deepspeed_experts.{expert}")
+            probabilities[place].append(probability)
+            picks[place].append(expert)
+            chosen = expert
+        rows.append(row)
+    losses = []
+    for probability, picked in zip(probabilities, picks, strict=True):
+        share = torch.bincount(torch.tensor(picked), minlength=gate.shape[1]) / len(picked)
+        losses.append((torch.stack(probability).mean(0) * share).sum() * gate.shape[1])
+    return through + torch.stack(rows).view_as(now), torch.stack(losses).mean()

@@ -15,6 +15,7 @@ from torch import Tensor
 import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import CheckpointError
+from scmoe_ds.checkpoint.convert import export
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import connect
@@ -221,3 +222,20 @@ def test_a_damaged_or_foreign_export_is_refused(
     with pytest.raises(CheckpointError, match=r"safetensors is damaged: its checksum"):
         checkpoint.choose(str(out), None, False, describe(make_json()))
     assert main(["export", str(out), str(tmp_path / "again")]) == 2
+
+
+def test_a_moe_of_two_pairs_is_saved_once_and_comes_back(tmp_path: Path) -> None:
+    """DGMoE-Share: checkpoint, resume, export and start from the export."""
+    whole = make_json(architecture="dgmoe", pairs_per_moe=2, use_rts=False)
+    engine = make_engine(whole, 1)
+    engine.backward(engine(TOKENS, labels=TOKENS).loss)
+    engine.step()
+    expected = logits(engine.module)
+    saved = checkpoint.save(engine, str(tmp_path / "saved"), 1, 2, describe(whole))
+    assert len(list(saved.glob("layer_*_expert_*"))) == 4, "one set of experts"
+    assert export(saved, tmp_path / "export") == 1
+    for source in (str(tmp_path / "saved"), str(tmp_path / "export")):
+        other = make_engine(whole, 2)
+        assert not torch.equal(logits(other.module), expected)
+        checkpoint.load(other, checkpoint.choose(source, None, False, describe(whole)))
+        assert torch.equal(logits(other.module), expected)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import ScheduledRun
+from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from tests.helpers import reference
@@ -74,6 +75,42 @@ def test_other_placements_equal_reference(moe_every: int, position: str) -> None
     run = make_run(position, moe_every=moe_every, drop_tokens=False)
     gate = dict(k=1, capacity_factor=1.0, min_capacity=1, drop=False, order=None)
     check(run, position=position, merge="cg1", gate=gate, num_blocks=moe_every)
+
+
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+def test_two_pairs_that_share_a_moe_equal_reference(position: str) -> None:
+    """DGMoE-Share: the gradients of gate and experts are those of both uses, which choose differently."""
+    section = {"architecture": "dgmoe", "position": position, "drop_tokens": False, "num_experts": 4,
+               "pairs_per_moe": 2, "min_capacity": 1}  # fmt: skip
+    model = GPT(GPTSettings(4, HIDDEN, HEADS, 64, SEQUENCE), ScMoEConfig.from_deepspeed({"scmoe": section}))
+    initialize_parameters(model, 3, 0.4, 1)
+    first, second = model.scheduled_runs()
+    assert first.owns_layer and not second.owns_layer and first.layer is second.layer
+    assert not any(".moe." in name for name, _ in second.named_parameters()), "trained and saved once"
+    hidden = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(1))
+    middle = first(hidden)
+    found = second(middle.hidden)
+    assert not torch.equal(middle.exp_counts, found.exp_counts)
+    names, parameters = zip(*model.runs.named_parameters(), strict=True)
+    loss = found.hidden.square().sum() + 0.7 * (middle.l_aux + found.l_aux)
+    grads = torch.autograd.grad(loss, parameters)
+
+    weights = {
+        name: parameter.detach().clone().requires_grad_() for name, parameter in zip(names, parameters, strict=True)
+    }
+    shared = "blocks.1.moe."
+    values, l_aux = hidden, torch.zeros(())
+    for run in ("0.", "1."):
+        mine = {name.removeprefix(run): each for name, each in weights.items() if name.startswith(run)}
+        mine |= {name.removeprefix("0."): each for name, each in weights.items() if name.startswith("0." + shared)}
+        values, one = reference.double_gated_pair(values, mine, heads=HEADS, position=position)
+        l_aux = l_aux + one
+    assert largest_relative_error(found.hidden, values) <= 1e-5
+    wanted = torch.autograd.grad(values.square().sum() + 0.7 * l_aux, list(weights.values()), allow_unused=True,
+                                 materialize_grads=True)  # fmt: skip
+    largest = max(grad.abs().max() for grad in wanted)
+    for name, grad, expected in zip(names, grads, wanted, strict=True):
+        assert ((grad - expected).abs().max() / expected.abs().max().clamp(min=1e-2 * largest)) <= 1e-5, name
 
 
 def test_drops_happen_in_the_cases_above() -> None:

@@ -35,7 +35,7 @@ VARIANTS = list(json.loads(SETTINGS.read_text(encoding="utf-8"))["variants"])
 @pytest.mark.parametrize(("preset", "million_tokens"), [("cpu", 0.61), ("gpu", 100)])
 def test_every_variant_is_a_valid_section_at_equal_data_and_capacity(preset: str, million_tokens: float):
     plan = load_plan(SETTINGS, preset)
-    assert len(plan.sections) == 17
+    assert len(plan.sections) == 18
     assert plan.tokens == pytest.approx(1e6 * million_tokens, rel=0.03)
     for variant in plan.sections:
         config = ScMoEConfig.from_deepspeed(plan.deepspeed(variant))
@@ -54,7 +54,8 @@ def test_compute_is_what_a_token_is_multiplied_with():
     # Norms: two a block, and the last one. Experts that a token passes: k in each MoE, one MLP in each other block.
     rest = layers * (attention + 2 * norm) + norm + V * D + moes * (mlp + D * E)
     for variant, experts, more in [("top-1", 1, 0), ("top-2", 2, 0), ("top-3", 3, 0), ("ScMoE Pos-2 add", 2, norm),
-                                   ("DGMoE Pos-2", 2, norm + D * E), ("shared expert", 2, 0), ("shared expert CG-2", 2, 2 * D + 2)]:  # fmt: skip
+                                   ("DGMoE Pos-2", 2, norm + D * E), ("DGMoE-Share Pos-2", 2, norm + D * E),
+                                   ("shared expert", 2, 0), ("shared expert CG-2", 2, 2 * D + 2)]:  # fmt: skip
         found = plan.compute(variant, V)
         assert found["active_parameters"] == rest + moes * (experts * mlp + more), variant
         scores = layers * 2 * S * D
