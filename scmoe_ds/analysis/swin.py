@@ -18,6 +18,8 @@ from scmoe_ds.analysis.subjects import local_directory
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.convert import open_weights
 from scmoe_ds.checkpoint.names import global_names
+from scmoe_ds.checkpoint.parsing import parse, without_memory
+from scmoe_ds.checkpoint.reshard import check_shapes
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.images import Digits, ImageFolder
 from scmoe_ds.models.swin import SwinMoE
@@ -31,7 +33,8 @@ def open_swin(path: str, device: torch.device) -> SwinMoE:
         CheckpointError: none, damaged, or of another model.
     """
     weights, description = open_weights(Path(path))
-    if "swin" not in description:
+    found = parse(description, weights.path)
+    if not isinstance(found.settings, SwinSettings):
         raise CheckpointError(f"--images goes with a SwinV2; {path} is a checkpoint of another model")
     free: dict[str, Any] = {
         "expert_parallel_size": 1,
@@ -41,11 +44,14 @@ def open_swin(path: str, device: torch.device) -> SwinMoE:
         "overlap": {},
     }
     config = ScMoEConfig.from_deepspeed({"scmoe": {**description["scmoe"], **free}})
-    model = SwinMoE(SwinSettings(**description["swin"]), config)
+    settings = found.settings
+    model = without_memory(lambda: SwinMoE(settings, config), weights.path)
     names = global_names(model)
     missing = sorted(set(names.values()) - set(weights.names()))
     if missing:
         raise CheckpointError(f"{path} has no {missing[0]} (and {len(missing) - 1} others of this model)")
+    check_shapes(model, weights, names)
+    model = SwinMoE(settings, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.read(names[name]))

@@ -12,6 +12,7 @@ from torch import Tensor
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import files, tokenizer_files
 from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.checkpoint.parsing import check_counts, parse
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export, write_weights
 from scmoe_ds.checkpoint.saved_state import SavedState
@@ -37,12 +38,14 @@ def open_weights(path: Path, contents: bool = True) -> tuple[Weights, dict[str, 
                                   "that pretrain_gpt_scmoe.py has saved")  # fmt: skip
         path = path / tag
     files.verify(path, "reading", contents)
-    if is_export(path):
-        return SafetensorsWeights(path), files.read_json(path / CONFIG_FILE, "reading")
-    description = files.read_json(path / files.DESCRIPTION_FILE, "reading")
-    if "layout" not in description:
+    export = is_export(path)
+    description = files.read_description(path, CONFIG_FILE if export else files.DESCRIPTION_FILE, "reading")
+    if not export and "layout" not in description:
         raise CheckpointError(f"{path} was written by an earlier version of scmoe_ds; export it with that version")
-    return SavedState(path, description), description
+    parsed = parse(description, path)
+    weights: Weights = SafetensorsWeights(path) if export else SavedState(path, description)
+    check_counts(parsed, weights.names(), path)
+    return weights, description
 
 
 def export(source: Path, out: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = 5 * 10**9) -> int:

@@ -6,6 +6,7 @@ gave it for the fp32 weights and the optimizer's states. Nothing is communicated
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,9 @@ class Weights(Protocol):
 
     def names(self) -> list[str]:
         """Global names."""
+
+    def shape(self, name: str) -> Sequence[int]:
+        """Of a whole parameter, which is not read for it."""
 
     def read(self, name: str) -> Tensor:
         """A whole parameter."""
@@ -89,12 +93,33 @@ def _put_counters(engine: Any, saved: SavedState) -> None:
         engine.optimizer.loss_scaler = scaler
 
 
+def check_shapes(model: nn.Module, weights: Weights, names: Mapping[str, str]) -> None:
+    """Compares all shapes before anything is read, or memory is taken for it.
+
+    Args:
+        names: each parameter's name in this model to its name in the whole one.
+
+    Raises:
+        CheckpointError: another shape.
+    """
+    for name, parameter in model.named_parameters():
+        rule, wanted = split_of(parameter), list(parameter.shape)
+        if rule is not None:
+            wanted[rule.dim] = sum(rule.sections)
+        found = weights.shape(names[name])
+        if list(found) != wanted:
+            raise _another_shape(names[name], found, wanted)
+
+
+def _another_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> CheckpointError:
+    return CheckpointError(f"the checkpoint's {name} has shape {tuple(found)}, this model's {tuple(wanted)}")
+
+
 def own_part(value: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
     """This rank's tensor-parallel part."""
     part = split(value, split_of(parameter), tensor_parallel_rank(), tensor_parallel_size())
     if part.shape != parameter.shape:
-        raise CheckpointError(f"the checkpoint's {name} has shape {tuple(part.shape)}, this model's "
-                              f"{tuple(parameter.shape)}")  # fmt: skip
+        raise _another_shape(name, part.shape, parameter.shape)
     return part
 
 

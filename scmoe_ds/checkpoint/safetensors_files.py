@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scmoe_ds.checkpoint import files
 from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
+from scmoe_ds.checkpoint.paths import inside
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -33,20 +34,42 @@ class SafetensorsWeights:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._shards: dict[str, str] = files.read_json(path / INDEX_FILE, "--load")["weight_map"]
+        self.path, self._shards = path, shards_of(path)
 
     def names(self) -> list[str]:
         return sorted(self._shards)
 
+    def shape(self, name: str) -> list[int]:
+        return list(self._from_shard(name, lambda file: file.get_slice(name).get_shape()))
+
     def read(self, name: str) -> Tensor:
-        shard = self.path / self._shards[name]
+        return self._from_shard(name, lambda file: file.get_tensor(name))
+
+    def _from_shard(self, name: str, read: Callable[[Any], Any]) -> Any:
+        shard = self._shards[name]
         try:
             with safe_open(shard, framework="pt") as file:
-                return file.get_tensor(name)
+                return read(file)
         except (OSError, SafetensorError) as error:
             raise DamagedCheckpointError(f"--load {self.path}: {name} cannot be read from {shard.name} ({error}); "
                                          "export it again") from None  # fmt: skip
+
+
+def shards_of(path: Path) -> dict[str, Path]:
+    """Each parameter of an export to the file that holds it.
+
+    Raises:
+        DamagedCheckpointError: the index is none, or names files elsewhere or that the manifest does not vouch for.
+    """
+    found = files.read_json(path / INDEX_FILE, "--load").get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise DamagedCheckpointError(f'--load {path}: {INDEX_FILE} has no "weight_map", an object of names and files; '
+                                     "export it again")  # fmt: skip
+    manifest, places = files.read_manifest(path, "--load"), {}
+    for shard in {str(shard): shard for shard in found.values()}.values():
+        places[shard] = inside(path, shard, INDEX_FILE)
+        files.require_named(shard, path, manifest, "--load")
+    return {name: places[shard] for name, shard in found.items()}
 
 
 def write_weights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from scmoe_ds.checkpoint.convert import open_weights
 from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.checkpoint.names import global_names, layer_of
-from scmoe_ds.checkpoint.reshard import Weights, own_part
+from scmoe_ds.checkpoint.parsing import parse, without_memory
+from scmoe_ds.checkpoint.reshard import Weights, check_shapes, own_part
 from scmoe_ds.checkpoint.tokenizer_files import KEY
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import prepare_whole_experts
@@ -58,19 +59,10 @@ class TrainedModel:
             CheckpointError: none of these, damaged, or not a GPT.
         """
         weights, description = open_weights(Path(path), contents)
-        if "gpt" not in description:
+        found = parse(description, weights.path)
+        if not isinstance(found.settings, GPTSettings):
             raise CheckpointError(f"{path} is not a checkpoint of a GPT; only text models can be loaded here")
-        settings = GPTSettings(**description["gpt"])
-        config = ScMoEConfig.from_deepspeed({"scmoe": description["scmoe"]})
-        return cls(getattr(weights, "path", Path(path)), weights, settings, config, _dtype_of(description),
-                   description.get(KEY))  # fmt: skip
-
-
-def _dtype_of(description: Mapping[str, Any]) -> str:
-    if "layout" in description:
-        return str(description["layout"]["precision"])
-    saved = description.get("torch_dtype", "float32")
-    return next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{saved}")
+        return cls(weights.path, weights, found.settings, found.config, found.dtype, description.get(KEY))
 
 
 def serving_config(
@@ -125,8 +117,8 @@ def load_model(
         CheckpointError: weights that are missing or of another shape.
         ValueError: sizes that the tensor-parallel ranks do not divide.
     """
-    with torch.device("meta"):  # neither memory nor time for random numbers
-        model = GPT(trained.settings, config, group=tensor.tensor_parallel_group())
+    group = tensor.tensor_parallel_group()
+    model = without_memory(lambda: GPT(trained.settings, config, group=group), trained.path)
     if tensor.tensor_parallel_size() > 1 and not config.expert_tensor_parallelism:
         prepare_whole_experts(model, config)
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -137,6 +129,7 @@ def load_model(
     missing = sorted(set(names.values()) - set(trained.weights.names()))
     if missing:
         raise CheckpointError(f"{trained.path} has no {missing[0]} (and {len(missing) - 1} others of this model)")
+    check_shapes(model, trained.weights, names)
     for name, parameter in list(model.named_parameters()):
         if offload is not None and layer_of(name) is not None:
             continue

@@ -14,17 +14,16 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scmoe_ds.checkpoint import files
 from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.checkpoint.reshard import Weights
-from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE, is_export
+from scmoe_ds.checkpoint.safetensors_files import is_export, shards_of
 
 PAGE_BYTES = 4096
 PIECE_BYTES = 4 << 20
@@ -127,8 +126,6 @@ class DiskExperts:
                                   f"python tools/convert_checkpoint.py export {path} OUT")  # fmt: skip
         self._places = _places(path, names)
         self._files = {place.file: _File(place.file) for place in self._places.values()}
-        for place in self._places.values():
-            self._files[place.file].check(place.offset + place.nbytes)
         self._pool = ThreadPoolExecutor(threads, "expert-reader")
         self._own = threading.local()
 
@@ -187,11 +184,6 @@ class _File:
     def _open(self) -> int:
         return os.open(self._path, os.O_RDONLY | self._direct)
 
-    def check(self, end: int) -> None:
-        found = os.fstat(self._descriptor).st_size
-        if found < end:
-            raise self._error(f"has {found} bytes, but its experts end at {end}: it was cut short")
-
     def read(self, offset: int, wanted: int, buffer: memoryview) -> None:
         """Fills the first `wanted` bytes and perhaps more; offset and buffer begin at a page."""
         whole, got = -(-wanted // PAGE_BYTES) * PAGE_BYTES, 0
@@ -224,22 +216,24 @@ class _File:
 
 
 def _places(path: Path, names: Sequence[str]) -> dict[str, _Place]:
-    shards: dict[str, str] = files.read_json(path / INDEX_FILE, "--load")["weight_map"]
-    found: dict[str, _Place] = {}
-    for shard in sorted({shards[name] for name in names if name in shards}):
-        file = path / shard
+    shards, found, wanted = shards_of(path), {}, set(names)
+    for file in sorted({shards[name] for name in names if name in shards}):
         try:
+            with safe_open(file, framework="pt"):  # checks the header: sizes, types, and offsets that fill the file
+                pass
             with file.open("rb") as opened:
                 (length,) = struct.unpack("<Q", opened.read(8))
                 header = json.loads(opened.read(length))
-        except (OSError, ValueError, struct.error) as error:
+        except (OSError, ValueError, SafetensorError, struct.error) as error:
             raise ExpertFileError(f"{file} is no readable safetensors file ({error}). Export the checkpoint again, or "
                                   "run with --experts resident") from None  # fmt: skip
-        for name in set(names) & header.keys():
+        for name in wanted & header.keys():
             first, end = header[name]["data_offsets"]
-            shape, dtype = tuple(header[name]["shape"]), _DTYPES[header[name]["dtype"]]
-            assert end - first == prod(shape) * dtype.itemsize, name
-            found[name] = _Place(file, 8 + length + first, end - first, dtype, shape)
+            dtype = _DTYPES.get(header[name]["dtype"])
+            if dtype is None:
+                raise ExpertFileError(f"{file}: {name} is of type {header[name]['dtype']}, not {', '.join(_DTYPES)}. "
+                                      "Export the checkpoint again, or run with --experts resident")  # fmt: skip
+            found[name] = _Place(file, 8 + length + first, end - first, dtype, tuple(header[name]["shape"]))
     missing = sorted(set(names) - found.keys())
     if missing:
         raise CheckpointError(f"--load {path} has no {missing[0]} (and {len(missing) - 1} other experts' parameters)")

@@ -39,9 +39,9 @@ class GPTSettings:
     max_position_embeddings: int
     num_key_value_heads: int = 0
     ffn_hidden_size: int = 0
-    normalization: str = "LayerNorm"
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     swiglu: bool = False
-    position_embedding: str = "learned_absolute"
+    position_embedding: Literal["learned_absolute", "rope"] = "learned_absolute"
     rotary_base: float = 10000.0
     add_bias_linear: bool = True
     tie_embeddings: bool = True
