@@ -10,7 +10,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement, run_together
-from scmoe_ds.parallel.timeouts import set_timeouts
 from scmoe_ds.program import run_program
 from scmoe_ds.step_health import TrainingError
 from scmoe_ds.training import RunSettings, Summary, Trainer
@@ -45,7 +43,7 @@ USER_ERRORS = (AnalysisError, ArgumentError, ScMoEConfigError, DataError, checkp
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training job; returns the exit code."""
-    return run_program("pretrain_gpt_scmoe.py", argv, pretrain, USER_ERRORS)
+    return run_program("pretrain_gpt_scmoe.py", argv, pretrain, USER_ERRORS, stdout_is_log=True)
 
 
 def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
@@ -77,7 +75,6 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
 
     model = build_model(shape, config, args)
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
-    set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
 
     iteration, consumed_samples = checkpoint.load(engine, source)
     if args.log_gating_interval:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -25,7 +24,6 @@ from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 from scmoe_ds.image_training import ImageTrainer
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement
-from scmoe_ds.parallel.timeouts import set_timeouts
 from scmoe_ds.program import run_program
 from scmoe_ds.step_health import TrainingError
 from scmoe_ds.training import RunSettings, Summary
@@ -36,7 +34,7 @@ USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.Checkpoint
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training job; returns the exit code."""
-    return run_program("pretrain_swin_scmoe.py", argv, train, USER_ERRORS, parse_image_arguments)
+    return run_program("pretrain_swin_scmoe.py", argv, train, USER_ERRORS, parse_image_arguments, stdout_is_log=True)
 
 
 def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
@@ -65,7 +63,6 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
     config.check_tokens(settings.micro_batch_size * model.sequence)
     initialize_swin(model, args.seed, expert_parallel_rank(config.expert_parallel_size))
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
-    set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
 
     iteration, consumed_samples = checkpoint.load(engine, source)
     trainer = ImageTrainer(engine, training, validation, settings, description, iteration, consumed_samples)

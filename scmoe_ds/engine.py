@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -27,13 +26,14 @@ from scmoe_ds.deepspeed_gradients import check_clipping, check_output
 from scmoe_ds.deepspeed_json import load_deepspeed_json
 from scmoe_ds.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
+from scmoe_ds.output import steady_monitors
 from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.overlap.transport import probe
 from scmoe_ds.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
-from scmoe_ds.parallel.shared_memory import forget_names
+from scmoe_ds.parallel.process import connect
 from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers
 
 logger = logging.getLogger("scmoe_ds")
@@ -118,6 +118,7 @@ def initialize(
         collate_fn=collate_fn, config=whole, mesh_param=mesh_param,
     )  # fmt: skip
     result[0].module.register_forward_hook(check_output)
+    steady_monitors(result[0].monitor)
     layout = Layout(dist.get_world_size(), holders, section.expert_parallel_size, section.expert_tensor_parallelism)
     result[0].overlap = overlap_of(model, section, layout, micro_batch_size, applied)
     return result
@@ -176,47 +177,6 @@ def show_log() -> None:
     """Lets the package's own log through; DeepSpeed sets the root logger to warnings only."""
     logger.setLevel(logging.INFO)
     logger.handlers = [logging.StreamHandler(sys.stdout)]
-
-
-def connect() -> bool:
-    """Joins the process group; a process without a launcher becomes a world of one.
-
-    Returns:
-        whether it was joined here, and is the caller's to destroy.
-    """
-    if dist.is_initialized():
-        deepspeed.init_distributed(auto_mpi_discovery=False)  # joins what torch.distributed already is
-        forget_names()
-        return False
-    _adopt_launcher()
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
-    # NCCL sends Python objects through the current device: without this, every rank of a node would use the first.
-    deepspeed.get_accelerator().set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(auto_mpi_discovery=False)
-    forget_names()
-    return True
-
-
-def _adopt_launcher() -> None:
-    """Takes the ranks that Open MPI or Slurm gave, where no launcher has set RANK."""
-    names = {"Open MPI": "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_SIZE",
-             "Slurm": "SLURM_PROCID SLURM_LOCALID SLURM_NTASKS"}  # fmt: skip
-    for launcher, variables in names.items():
-        values = [os.environ.get(variable) for variable in variables.split()]
-        if "RANK" in os.environ or None in values or values[2] == "1":
-            continue
-        if "MASTER_ADDR" not in os.environ:
-            raise ScMoEConfigError(
-                f"{launcher} started {values[2]} processes, but MASTER_ADDR is not set: export it (a host that all "
-                "nodes reach) and MASTER_PORT, or start with the deepspeed launcher"
-            )
-        os.environ.setdefault("MASTER_PORT", "29500")
-        os.environ.update(zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), [str(value) for value in values], strict=True))
 
 
 def fingerprint(value: Any) -> str:

@@ -36,18 +36,23 @@ class ImageTrainer(Trainer):
     log_class = ImageLog
     log: ImageLog
 
-    def evaluate(self, data: Any) -> float:
-        """Mean loss in nats over all images whose label is not `IGNORED`; notes the accuracy. Collective."""
+    def evaluate(self, data: Any) -> float | None:
+        """Mean loss in nats over all images whose label is not `IGNORED`; notes the accuracy.
+
+        None if the ranks were told to stop meanwhile. Collective.
+        """
         self.engine.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=device())  # loss, hits, images
         with torch.no_grad():
-            for batch in self._batches(data, 0):
+            for batch in self._until_stopped(self._batches(data, 0)):
                 output, labels = self._forward(batch), batch["labels"].to(device())
                 assert output.class_loss is not None
                 count = (labels != IGNORED).sum()
                 hits = (output.logits.argmax(-1) == labels).sum()
                 sums += torch.stack([output.class_loss.double() * count, hits.double(), count.double()])
         self.engine.train()
+        if self._told_to_stop:
+            return None
         dist.all_reduce(sums)
         loss, hits, images = sums.tolist()
         self.log.accuracy = hits / images

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from scmoe_ds.arguments import parse_arguments
-from scmoe_ds.engine import connect, show_log
+from scmoe_ds.engine import show_log
+from scmoe_ds.output import steady_output
 from scmoe_ds.parallel.failures import FailureReporter, leave
+from scmoe_ds.parallel.launchers import LauncherError
+from scmoe_ds.parallel.process import connect, prepare_environment
+from scmoe_ds.parallel.watch import Watch
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell's."""
@@ -26,6 +31,7 @@ def run_program(
     job: Job,
     errors: tuple[type[Exception], ...],
     parse: Parse = parse_arguments,
+    stdout_is_log: bool = False,
 ) -> int:
     """Runs a job in a process group; returns the exit code.
 
@@ -35,19 +41,37 @@ def run_program(
         job: gets what `parse` returns; of the default, the flags, the DeepSpeed JSON and its "scmoe" section.
         errors: what a user can mend; it ends in one sentence, not in a traceback.
         parse: reads the flags; default: those of pretrain_gpt_scmoe.py.
+        stdout_is_log: what the job prints is not its result: it goes on when that cannot be written.
     """
-    show_log()
+    errors = (*errors, LauncherError)
+    with steady_output(stdout=stdout_is_log):
+        show_log()
+        try:
+            parsed = parse(argv)
+            if not dist.is_initialized():
+                prepare_environment()
+        except errors as error:
+            # Before the ranks have met, each node speaks for itself.
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        timeout = timedelta(minutes=getattr(parsed[0], "distributed_timeout_minutes", 10.0))
+        with Watch(name, timeout.total_seconds()) as watch:
+            return _run(name, lambda: job(*parsed), errors, timeout, watch)
+
+
+def _run(name: str, job: Job, errors: tuple[type[Exception], ...], timeout: timedelta, watch: Watch) -> int:
     reporter: FailureReporter | None = None
     connected, code = False, 0
     try:
-        parsed = parse(argv)
-        connected = connect()
+        connected = connect(timeout)
         if connected and dist.get_world_size() > 1:
             reporter = FailureReporter(name)
-        job(*parsed)
+        job()
     except errors as error:
         code = 2
-        # Before the ranks have met, each node speaks for itself; afterwards all of them fail alike.
         alone = os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0"
         if alone if reporter is None else reporter.speaks(str(error)):
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
@@ -65,6 +89,7 @@ def run_program(
         if reporter is None:
             raise
         reporter.end(error)
+    watch.done()
     if connected:
         dist.destroy_process_group()
     if reporter is not None:

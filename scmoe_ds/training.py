@@ -102,6 +102,8 @@ class Trainer:
         batch_size = settings.rank_batch_size * self.data_ranks
         self.log = self.log_class(engine, settings.train_iters, batch_size * settings.seq_length)
         self.health = StepHealth(engine, settings.accumulation_steps * self.data_ranks)
+        self._stop: StopRequest | None = None
+        self._told_to_stop = False  # in the middle of a validation
         self._saved: Path | None = None
         self._validation: tuple[int, float] | None = None
         self._traced = False
@@ -116,8 +118,9 @@ class Trainer:
         batches = (
             self._batches(self.train_set, self.consumed_samples) if self.iteration < settings.train_iters else None
         )
-        with StopRequest(settings.exit_duration_min) as stop:  # to the end: a second signal must not cut the save
-            stopped = batches is not None and self._train(batches, stop)
+        # To the end: a second signal must not cut the save.
+        with StopRequest(settings.exit_duration_min) as self._stop:
+            stopped = batches is not None and self._train(batches, self._stop)
             # A scheduler that wants the machine back does not wait for a validation.
             if not stopped and (self._validation is None or self._validation[0] != self.iteration):
                 self._validate()
@@ -152,8 +155,11 @@ class Trainer:
             if self._due(settings.exit_interval):
                 say(f"stopping at iteration {self.iteration}: --exit-interval {settings.exit_interval}")
                 break
-            if agreement.reason is not None:
-                say(f"stopping at iteration {self.iteration}: {agreement.reason}")
+            reason = agreement.reason
+            if reason is None and (self._due(settings.eval_interval) or self._due(settings.save_interval)):
+                reason = stop.agreed().reason  # validations and saves are long: a signal that came in them
+            if reason is not None:
+                say(f"stopping at iteration {self.iteration}: {reason}")
                 return True
         return False
 
@@ -201,10 +207,13 @@ class Trainer:
         samples = range(first, first + settings.micro_batch_size)
         raise not_finite(what, self.iteration, place, samples, documents_of(self.train_set, samples))
 
-    def evaluate(self, data: Any) -> float:
-        """Mean loss in nats per token over the first `eval_iters` batches of every rank, the same each time."""
+    def evaluate(self, data: Any) -> float | None:
+        """Mean loss in nats per token over the first `eval_iters` batches of every rank, the same each time.
+
+        None if the ranks were told to stop meanwhile. Collective.
+        """
         self.engine.eval()
-        batches = self._batches(data, 0)
+        batches = self._until_stopped(self._batches(data, 0))
         total = torch.zeros((), dtype=torch.float64, device=device())
         batch_count = 0
         with torch.no_grad():
@@ -214,7 +223,15 @@ class Trainer:
                 assert loss is not None
                 total += loss.double()
         self.engine.train()
-        return mean_over_ranks(total / batch_count)
+        return None if self._told_to_stop else mean_over_ranks(total / batch_count)
+
+    def _until_stopped(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Batches of a validation; none any more once the ranks have agreed to stop."""
+        for batch in batches:
+            self._told_to_stop = self._stop is not None and self._stop.agreed().reason is not None
+            if self._told_to_stop:
+                return
+            yield batch
 
     def _begin_trace(self) -> Recorder | None:
         """Records one micro-batch of the wanted iteration, or of the first with its final schedule after it."""
@@ -256,6 +273,9 @@ class Trainer:
         if self.valid_set is None:
             return
         loss = self.evaluate(self.valid_set)
+        if loss is None:
+            say(f"validation at iteration {self.iteration} | given up: the job is to stop")
+            return
         if not math.isfinite(loss):
             raise not_finite(f"validation loss is {loss}", self.iteration, "", ())
         self._validation = (self.iteration, loss)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,12 +126,8 @@ class TrainingLog:
 
 def say(line: str) -> None:
     """Prints a line on rank 0."""
-    if dist.get_rank() != 0:
-        return
-    try:
+    if dist.get_rank() == 0:
         print(line, flush=True)
-    except BrokenPipeError:  # the launcher has gone first; this rank still has to save
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def mean_over_ranks(value: Tensor | float) -> float:

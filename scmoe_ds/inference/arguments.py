@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -23,7 +22,6 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 from scmoe_ds.parallel.groups import Layout
-from scmoe_ds.parallel.timeouts import set_timeouts
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +113,6 @@ def load(args: argparse.Namespace) -> Loaded:
         raise
     except ValueError as error:
         raise ArgumentError(str(error)) from None
-    set_timeouts(timedelta(minutes=args.distributed_timeout_minutes))
     layout = Layout(ranks, holders, config.expert_parallel_size, config.expert_tensor_parallelism)
     return Loaded(trained, model, config, layout, tokenizer, store)
 

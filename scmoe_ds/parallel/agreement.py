@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import pickle
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from scmoe_ds.parallel import watch
 
 T = TypeVar("T")
+_steps = itertools.count()
 
 
 class RankDisagreementError(ValueError):
@@ -17,12 +25,15 @@ class RankDisagreementError(ValueError):
 def run_together(step: Callable[[], T], on_rank_zero: bool = False) -> T | None:
     """Runs a step that may fail on some ranks and, if it does, fails on all of them with the same error.
 
+    A step may take longer than the timeout of collectives: the other ranks wait for it as long as its rank lives.
+
     Args:
         step: reads files, checks settings, …; must not communicate.
         on_rank_zero: run it on rank 0 only; the others return None.
 
     Raises:
-        whatever `step` raised on the lowest failing rank, if it is a ValueError or OSError.
+        whatever `step` raised on the lowest failing rank, if it is a ValueError or OSError. Its class, errno and
+            strerror are the same on every rank.
     """
     result, failure = None, None
     if not on_rank_zero or not _distributed() or dist.get_rank() == 0:
@@ -30,10 +41,52 @@ def run_together(step: Callable[[], T], on_rank_zero: bool = False) -> T | None:
             result = step()
         except (ValueError, OSError) as error:
             failure = error
-    for rank, found in enumerate(_gather(failure)):
+    wait_for_all()
+    for rank, found in enumerate(_gather(None if failure is None else _that_travels(failure))):
         if found is not None:
-            raise found if rank == 0 else type(found)(f"{found} (found by rank {rank})")
+            raise found if rank == 0 else _found_by(rank, found)
     return result
+
+
+def _that_travels(error: ValueError | OSError) -> ValueError | OSError:
+    """The error itself, if the other ranks can build it from what pickle sends; otherwise its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a class whose constructor takes something else than its `args`
+        words = f"{type(error).__name__}: {error}"
+        return OSError(error.errno, words) if isinstance(error, OSError) else ValueError(words)
+    return error
+
+
+def _found_by(rank: int, error: ValueError | OSError) -> ValueError | OSError:
+    """The error with the rank in its message; an OSError keeps its message, which is the operating system's."""
+    words = f" (found by rank {rank})"
+    if isinstance(error, UnicodeDecodeError):
+        return type(error)(error.encoding, error.object, error.start, error.end, error.reason + words)
+    if isinstance(error, json.JSONDecodeError):
+        return type(error)(error.msg + words, error.doc, error.pos)
+    if isinstance(error, OSError) and error.errno is not None:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(words.strip(" ()"))
+        return error
+    try:
+        return type(error)(f"{error}{words}")
+    except TypeError:  # built from something else than one string
+        return error
+
+
+def wait_for_all() -> None:
+    """Returns when all ranks have called it, however long that takes. Collective.
+
+    Where no guardian would end a job whose rank is dead, the next collective has to: then this does not wait.
+    """
+    if not _distributed() or watch.active is None:
+        return
+    store, key, pause_s = distributed_c10d._get_default_store(), f"scmoe/step/{next(_steps)}", 1e-3
+    store.add(key, 1)
+    while store.add(key, 0) < dist.get_world_size():
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.5)
 
 
 def require_agreement(name: str, value: Any) -> None:

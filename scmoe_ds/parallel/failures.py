@@ -1,8 +1,8 @@
 """When a rank cannot go on while others count on it: one message at each rank that notices, and a prompt end.
 
 A process that is killed says nothing itself; the others see a connection that closes, or wait until their timeout. Each
-of them then tells what it was doing and with whom. Ranks that end this way leave a note in the job's key-value store,
-so that every message can name those that have not: there the cause is to be found.
+of them then tells what it was doing and with whom. What the guardians know of all ranks (`watch.Watch.board`) names
+those at which the cause is to be found.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from scmoe_ds.overlap.transport import ExchangeError
+from scmoe_ds.parallel import watch
+from scmoe_ds.parallel.watch import NOTE_LENGTH
 
-T = TypeVar("T")
-
-_NOTES_WAIT_S = 1.5
-"""How long a failing rank waits for the others' notes; the one that keeps the store stays a little longer."""
+_NOTES_WAIT_S = 2.0
+"""How long a failing rank waits until it knows of another that is the cause."""
 _SIGNS = re.compile(r"connection (closed|reset|refused|abort)|timed out|timeout|broken pipe|no route to host|"
                     r"network is unreachable|nccl|socket|remote process exited", re.IGNORECASE)  # fmt: skip
 
@@ -73,18 +71,17 @@ class FailureReporter:
 
     def note(self, text: str, is_cause: bool = True) -> None:
         """Tells the other ranks why this one ends."""
-        value = ("cause " if is_cause else "effect ") + text
-        _briefly(lambda: distributed_c10d._get_default_store().set(f"scmoe/ended/{self.rank}", value))
+        if watch.active is not None:
+            watch.active.note(text, is_cause)
 
     def speaks(self, text: str) -> bool:
         """Whether this rank is to print an error that is usually the same on all ranks: rank 0, or one that failed
         alone."""
         self.note(text)
         if self.rank == 0:
-            self._notes(range(1, len(self.hosts)))  # keeps the store until the others have looked
             return True
-        notes = self._notes([0])
-        return notes is not None and notes.get(0) != f"cause {text}"
+        found = self._board(until=lambda board: "note" in board.get(0, {}))
+        return bool(found) and found.get(0, {}).get("note") != text[:NOTE_LENGTH]
 
     def end(self, error: Exception) -> NoReturn:
         """Prints the traceback and, last, a sentence; ends the process with exit code 1.
@@ -100,8 +97,6 @@ class FailureReporter:
             self.note(_describe(collective), is_cause=False)
         told = self._tell(error, collective)
         print(f"{self.program}: error: {told}", file=sys.stderr, flush=True)
-        if self.rank == 0:
-            time.sleep(_NOTES_WAIT_S / 3)  # the store, where the others may still be reading
         leave(1)
 
     def _tell(self, error: Exception, collective: FailedCollective | None) -> str:
@@ -109,40 +104,43 @@ class FailureReporter:
         where = f"{self._named(self.rank)}{'' if iteration is None else f', iteration {iteration}'}"
         if collective is None:
             return f"{where}: {type(error).__name__}: {_short(str(error))} (see the traceback above)"
-        notes = self._notes(collective.peers)
-        return f"{where}: {_describe(collective)}. {self._who(collective, notes)}. {_remedy(collective.reason)}"
+        return f"{where}: {_describe(collective)}. {self._who()}. {_remedy(collective.reason)}"
 
-    def _who(self, collective: FailedCollective, notes: dict[int, str] | None) -> str:
-        if notes is None:
-            return f"R{self._named(0)[1:]}, which keeps the ranks' notes, does not answer: look at the end of its log"
-        silent = [self._named(rank) for rank in collective.peers if rank not in notes]
-        words = [f'{self._named(rank)} ended with "{note.removeprefix("cause ")}"'
-                 for rank, note in notes.items() if note.startswith("cause ")]  # fmt: skip
+    def _who(self) -> str:
+        """The ranks of the whole job at which the cause is to be found: a failure travels from group to group."""
+        board = self._board(until=lambda board: any(map(_is_culprit, board.values())))
+        words = [f'{self._named(rank)} ended with "{entry["note"]}"'
+                 for rank, entry in board.items() if entry.get("is_cause")]  # fmt: skip
+        silent = [rank for rank, entry in board.items() if _is_culprit(entry) and "note" not in entry]
         if silent:
             has, its = ("has", "its") if len(silent) == 1 else ("have", "their")
-            words.append(f"{_listed(silent)} {has} not said why: look at the end of {its} log, and whether process "
-                         "and host are alive")  # fmt: skip
+            known = {board[rank].get("gone") or "no sign of life" for rank in silent}
+            words.append(f"{_listed([self._named(rank) for rank in silent])} {has} not said why ({'; '.join(known)}): "
+                         f"look at the end of {its} log, and whether process and host are alive")  # fmt: skip
         told = "; ".join(words) or "no rank names a cause: look at the network between their hosts"
         return told[0].upper() + told[1:]
 
     def _named(self, rank: int) -> str:
         return f"rank {rank} (host {self.hosts[rank]})"
 
-    def _notes(self, ranks: Sequence[int]) -> dict[int, str] | None:
-        """The notes of other ranks, as far as they come within a moment; None if the store is gone."""
-        store = distributed_c10d._get_default_store()
-        found: dict[int, str] = {}
+    def _board(self, until: Callable[[dict[int, dict[str, Any]]], bool]) -> dict[int, dict[str, Any]]:
+        """What the guardians know of the other ranks, as soon as it suffices, or after a moment."""
+        if watch.active is None:
+            return {}
+        deadline = time.monotonic() + _NOTES_WAIT_S
+        while not until(self._others()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self._others()
 
-        def look() -> dict[int, str]:
-            deadline = time.monotonic() + _NOTES_WAIT_S
-            while len(found) < len(ranks) and time.monotonic() < deadline:
-                for rank in ranks:
-                    if rank not in found and store.check([f"scmoe/ended/{rank}"]):
-                        found[rank] = store.get(f"scmoe/ended/{rank}").decode()
-                time.sleep(0.05)
-            return found
+    def _others(self) -> dict[int, dict[str, Any]]:
+        board = dict(watch.active.board) if watch.active is not None else {}
+        return {rank: entry for rank, entry in sorted(board.items()) if rank != self.rank}
 
-        return _briefly(look)
+
+def _is_culprit(entry: dict[str, Any]) -> bool:
+    """Of a rank's entry on the board: it failed for a reason of its own, or fell silent before it could say one."""
+    troubled = entry.get("silent") or entry.get("unheard") or "gone" in entry
+    return bool(entry.get("is_cause") or (troubled and "note" not in entry))
 
 
 def leave(code: int) -> NoReturn:
@@ -150,22 +148,6 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _briefly(act: Callable[[], T]) -> T | None:
-    """`act()`, or None if it fails or does not come back; a store on a host that is gone answers nothing."""
-    results: list[T] = []
-
-    def attempt() -> None:
-        try:
-            results.append(act())
-        except Exception:  # whatever it is, the message that is under way matters more
-            return
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(2 * _NOTES_WAIT_S)
-    return results[0] if results else None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -15,6 +15,8 @@ from torch import Tensor
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send ahead of a preemption."""
 _TIME_IS_UP = 1
+listening = False
+"""Whether a StopRequest of this process hears the signals."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,14 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        global listening
+        listening = True
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
+        global listening
+        listening = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -11,13 +11,18 @@ from datetime import timedelta
 from torch.distributed import distributed_c10d
 
 
-def set_timeouts(timeout: timedelta) -> int:
-    """Gives all groups that exist and that this rank is in the same timeout; call it when all groups are made.
+def limit_new_groups(timeout: timedelta) -> None:
+    """Makes a timeout the default of all groups that are made from here on, by whatever package."""
+    distributed_c10d.default_pg_timeout = timeout
+    if distributed_c10d.default_pg_nccl_timeout is not None:
+        distributed_c10d.default_pg_nccl_timeout = timeout
 
-    Returns:
-        the number of groups.
-    """
-    groups = [group for group in distributed_c10d._world.pg_map if isinstance(group, distributed_c10d.ProcessGroup)]
-    for group in groups:
-        distributed_c10d._set_pg_timeout(timeout, group)
-    return len(groups)
+
+def limit_world(timeout: timedelta) -> None:
+    """Gives the world's group, which waited longer for the ranks to start, the same timeout."""
+    distributed_c10d._set_pg_timeout(timeout, distributed_c10d._get_default_group())
+
+
+def limit_s() -> float:
+    """The limit in seconds."""
+    return float(distributed_c10d.default_pg_timeout.total_seconds())

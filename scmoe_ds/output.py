@@ -1,0 +1,104 @@
+"""Output that a job does not depend on: its log and its monitors. A disk that is full must not end a training run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+from deepspeed.monitor.monitor import Monitor
+
+logger = logging.getLogger("scmoe_ds")
+
+
+class SteadyStream:
+    """A text stream that loses what cannot be written instead of raising an OSError.
+
+    Args:
+        stream: whatever `sys.stdout` or `sys.stderr` is.
+        name: for the message.
+        other: a stream that hears of the first failure.
+    """
+
+    def __init__(self, stream: TextIO, name: str, other: TextIO) -> None:
+        self._stream, self._name, self._other = stream, name, other
+        self._failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            if not self._failed and not isinstance(error, BrokenPipeError):  # a reader that has gone is not missed
+                self._failed = True
+                with suppress(OSError):
+                    self._other.write(f"{self._name} cannot be written: {error.strerror or error}. The job goes on; "
+                                      "its lines are lost as long as this lasts\n")  # fmt: skip
+                    self._other.flush()
+
+
+@contextmanager
+def steady_output(stdout: bool = True) -> Iterator[None]:
+    """While it lasts, nothing that writes to stdout or stderr fails: print, logging, tracebacks, other packages.
+
+    Args:
+        stdout: not only stderr; False where stdout is a program's result, whose loss is an error.
+    """
+    before, reports = (sys.stdout, sys.stderr), logging.raiseExceptions
+    logging.raiseExceptions = False  # a handler would write a traceback about each line that is lost
+    if stdout:
+        sys.stdout = SteadyStream(before[0], "stdout", before[1])  # type: ignore[assignment]
+    sys.stderr = SteadyStream(before[1], "stderr", before[0])  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = reports
+        sys.stdout, sys.stderr = before
+        for stream in before if stdout else before[1:]:
+            try:
+                stream.flush()
+            except OSError:  # the interpreter would fail for what is still in the buffer, and end with code 120
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def steady_monitors(master: Any) -> None:
+    """Makes each of DeepSpeed's monitors (TensorBoard, CSV, …) say once that it cannot write, instead of raising.
+
+    Args:
+        master: `engine.monitor`; the engine itself writes to it in every step.
+    """
+    for monitor in list(vars(master).values()):
+        if isinstance(monitor, Monitor):
+            monitor.write_events = _guarded(monitor)  # type: ignore[method-assign]
+
+
+def _guarded(monitor: Monitor) -> Callable[..., None]:
+    write, failed = monitor.write_events, False
+
+    def attempt(*args: Any, **kwargs: Any) -> None:
+        nonlocal failed
+        try:
+            write(*args, **kwargs)
+        except Exception as error:  # a full disk, a service that is away: numbers to look at are no reason to stop
+            if not failed:
+                failed = True
+                logger.warning("%s cannot write: %s. The job goes on; its values may be missing from here on",
+                               type(monitor).__name__, error)  # fmt: skip
+
+    return attempt

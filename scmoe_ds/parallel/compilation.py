@@ -1,0 +1,135 @@
+"""What DeepSpeed compiles at its first use: announced, and not held up by a lock whose owner is dead.
+
+torch's lock is a file that its owner removes. An interrupted compilation leaves it, and every later start would wait
+for it without a word. A process that compiles leaves its name beside the lock, for the hosts that do not see it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from deepspeed.ops.op_builder.builder import OpBuilder
+from torch.utils import cpp_extension
+
+logger = logging.getLogger("scmoe_ds")
+_QUIET_S = 600.0
+"""A compilation of another host, whose processes are not seen here, is taken for dead after so long without a file."""
+_NETWORK = ("nfs", "lustre", "beegfs", "gpfs", "ceph", "fuse", "cifs", "smb", "9p", "afs", "panfs", "wekafs")
+
+
+def announce() -> None:
+    """From here on every compilation by DeepSpeed is announced, and checks its lock first."""
+    load = OpBuilder.jit_load
+    if hasattr(load, "announces"):
+        return
+
+    def jit_load(builder: Any, *args: Any, **kwargs: Any) -> Any:
+        directory = Path(cpp_extension._get_build_directory(builder.name, False))
+        name = wait_for_lock(directory)
+        try:
+            if not (directory / f"{builder.name}.so").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+                logger.warning("DeepSpeed compiles %s for this machine, once: about a minute (in %s)",
+                               builder.name, directory)  # fmt: skip
+            return load(builder, *args, **kwargs)
+        finally:
+            with suppress(OSError):
+                name.unlink(missing_ok=True)
+
+    jit_load.announces = True  # type: ignore[attr-defined]
+    OpBuilder.jit_load = jit_load
+
+
+def wait_for_lock(directory: Path, poll_s: float = 1.0) -> Path:
+    """Waits while a lock's owner may be alive on another host; removes a lock whose owner is dead.
+
+    Args:
+        directory: of one extension.
+
+    Returns:
+        a file with this process's name, for other hosts; to be removed when the compilation is over.
+    """
+    told = False
+    while True:
+        with _exclusively(directory):  # nobody else removes the lock, and then takes it, between look and removal
+            lock = directory / "lock"
+            free = not lock.exists() or _is_owned_here(directory)
+            if not free and (not _may_be_owned_elsewhere(directory) or _quiet_s(directory) > _QUIET_S):
+                for file in (lock, *_names_elsewhere(directory)):
+                    file.unlink(missing_ok=True)
+                logger.warning("removed %s: the compilation that it belongs to was interrupted", lock)
+                free = True
+            if free:
+                name = directory / f"compiler-{_here()}-{os.getpid()}"
+                with suppress(OSError):  # a directory that is only read
+                    name.touch()
+                return name
+        if not told:
+            told = True
+            logger.warning("%s: another host or user compiles this, or was interrupted; if nobody does, remove the "
+                           "file (this is done after %.0f minutes)", lock, _QUIET_S / 60)  # fmt: skip
+        time.sleep(poll_s)
+
+
+def _here() -> str:
+    """This host, and the part of it whose processes are seen: a container is a host of its own."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f"{socket.gethostname().replace('-', '_')}_{namespace}"
+
+
+def _names_elsewhere(directory: Path) -> list[Path]:
+    return [name for name in directory.glob("compiler-*-*") if name.name.split("-")[1] != _here()]
+
+
+def _is_owned_here(directory: Path) -> bool:
+    """Whether a process that is seen here has the lock open, as its owner has, or compiles in the directory."""
+    lock = str(directory / "lock")
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.cwd() == str(directory) or any(file.path == lock for file in process.open_files()):
+                return True
+    return False
+
+
+def _may_be_owned_elsewhere(directory: Path) -> bool:
+    """Whether a process that is not seen here may be the owner: on another host, in another container, of another
+    user."""
+    with suppress(FileNotFoundError):
+        if os.geteuid() not in (0, (directory / "lock").stat().st_uid):
+            return True
+    return bool(_names_elsewhere(directory)) or _is_on_network(directory)
+
+
+def _quiet_s(directory: Path) -> float:
+    with suppress(OSError, ValueError):
+        return time.time() - max(file.stat().st_mtime for file in directory.iterdir() if "compiler-" not in file.name)
+    return 0.0
+
+
+def _is_on_network(directory: Path) -> bool:
+    mounts = [part for part in psutil.disk_partitions(all=True)
+              if Path(part.mountpoint) in (directory, *directory.parents)]  # fmt: skip
+    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    return kind.startswith(_NETWORK)
+
+
+@contextmanager
+def _exclusively(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,103 @@
+"""What started this process: the rank that a launcher gave it, and the launcher's own processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import zlib
+from collections.abc import MutableMapping
+
+import psutil
+
+_MPI = r"mpirun|mpiexec\S*|orterun|prterun|orted|prted|prte|hydra\S*"
+_LAUNCHER = re.compile(rf"({_MPI}|deepspeed|ds|torchrun|accelerate|srun|slurmstepd\S*)$")
+_MODULES = re.compile(r"deepspeed\.launcher\.\w+|torch\.distributed\.(run|launch)|accelerate\.commands\S*")
+
+
+class LauncherError(ValueError):
+    """A launcher that did not say all that a rank needs."""
+
+
+def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Takes the ranks that Open MPI or Slurm gave, where no launcher has set RANK.
+
+    A process that was started by hand inside an allocation has Slurm's variables, too, but it is no task of a step.
+
+    Raises:
+        LauncherError: no address at which the ranks could meet.
+    """
+    if "RANK" in environment:
+        return
+    for name, variables, size_on_host, key, is_task in (
+        ("Open MPI", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_SIZE",
+         environment.get("OMPI_COMM_WORLD_LOCAL_SIZE"), environment.get("PMIX_NAMESPACE", ""), _under_mpi()),
+        # An interactive shell under `srun --pty` is a task, but the programs that are started in it are not.
+        ("Slurm", "SLURM_PROCID SLURM_LOCALID SLURM_STEP_NUM_TASKS",
+         environment.get("SLURM_STEP_NUM_TASKS") if environment.get("SLURM_STEP_NUM_NODES") == "1" else None,
+         f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}",
+         "SLURM_STEP_ID" in environment and "SLURM_PTY_PORT" not in environment),
+    ):  # fmt: skip
+        rank, local_rank, ranks = (environment.get(variable) for variable in variables.split())
+        if not is_task or rank is None or local_rank is None or ranks is None or ranks == "1":
+            continue
+        if "MASTER_ADDR" not in environment:
+            if size_on_host != ranks:
+                raise LauncherError(
+                    f"{name} started {ranks} processes on several hosts, but MASTER_ADDR is not set: export it (the "
+                    "host of rank 0, as the others reach it) and MASTER_PORT, or start with the deepspeed launcher"
+                )
+            environment["MASTER_ADDR"] = "127.0.0.1"
+            # The same on all ranks, and another one for another job on this host.
+            environment.setdefault("MASTER_PORT", str(20000 + zlib.crc32(key.encode()) % 10000))
+        environment.setdefault("MASTER_PORT", "29500")
+        environment.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=ranks)
+        return
+
+
+def launchers() -> list[psutil.Process]:
+    """The processes of this host that this rank's job hangs on; none if it was started by hand.
+
+    These are its ancestors up to the last launcher. Where pdsh and ssh stand between the launcher's parts: also the
+    session of the ssh server, and on the host where the job was started pdsh and what started it.
+    """
+    above = _ancestors(psutil.Process())
+    found = above[: max((place + 1 for place, each in enumerate(above) if _is_launcher(each)), default=0)]
+    world = next((word for each in found[:1] for word in _words(each) if word.startswith("--world_info=")), None)
+    by_ssh = len(found) == 1 and world is not None and "SSH_CONNECTION" in os.environ and "SSH_TTY" not in os.environ
+    if by_ssh:
+        session = next((place for place, each in enumerate(above) if _words(each)[:1] and
+                        os.path.basename(_words(each)[0]).startswith("sshd")), 0)  # fmt: skip
+        found = above[: session + 1] or found
+        for each in psutil.process_iter():
+            words = _words(each)
+            if world in words and any(os.path.basename(word) == "pdsh" for word in words[:2]):
+                found += [each, *(parent for parent in _ancestors(each) if _is_launcher(parent))]
+    return found
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    """By its program: a binary, a script that an interpreter runs, or a module."""
+    words = _words(process)[:6]
+    programs = [os.path.basename(word.rstrip(":")) for word in words[:3] if not word.startswith("-")]
+    modules = [after for word, after in itertools.pairwise(words) if word == "-m"]
+    return any(_LAUNCHER.match(each) for each in programs[:2]) or any(_MODULES.fullmatch(each) for each in modules)
+
+
+def _under_mpi() -> bool:
+    return any(re.match(rf"({_MPI})$", os.path.basename(_words(each)[0])) for each in _ancestors(psutil.Process())
+               if _words(each))  # fmt: skip
+
+
+def _ancestors(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [each for each in process.parents() if each.pid != 1]
+    except psutil.Error:
+        return []
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,100 @@
+"""How a process becomes a rank: it takes what a launcher gave it and meets the others, with one limit for all waits."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import deepspeed
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from scmoe_ds.parallel import compilation, watch
+from scmoe_ds.parallel.agreement import wait_for_all
+from scmoe_ds.parallel.launchers import LauncherError, adopt_launcher
+from scmoe_ds.parallel.shared_memory import forget_names
+from scmoe_ds.parallel.timeouts import limit_new_groups, limit_world
+
+_LATE_START_S = 10.0
+"""Ranks do not start at the same moment: the wait for the last of them may take so much longer than a collective."""
+
+
+def connect(timeout: timedelta | None = None) -> bool:
+    """Joins the process group; a process without a launcher becomes a world of one.
+
+    Args:
+        timeout: of every collective of every group from here on; None is torch's own.
+
+    Returns:
+        whether it was joined here, and is the caller's to destroy.
+
+    Raises:
+        LauncherError: the ranks cannot meet, and why.
+    """
+    compilation.announce()
+    if dist.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # joins what torch.distributed already is
+        forget_names()
+        return False
+    prepare_environment()
+    # NCCL sends Python objects through the current device: without this, every rank of a node would use the first.
+    accelerator = deepspeed.get_accelerator()
+    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timeout or distributed_c10d.default_pg_timeout
+    limit_new_groups(timeout)
+    try:
+        if accelerator.device_name() == "cpu":
+            # DeepSpeed compiles before the ranks meet, which may take a minute on one node and none on another.
+            dist.init_process_group(accelerator.communication_backend_name(), timeout=_with_late_start(timeout))
+        else:
+            deepspeed.init_distributed(auto_mpi_discovery=False, timeout=_with_late_start(timeout))
+    except dist.DistError as error:
+        raise _cannot_meet(error, timeout) from error
+    limit_world(timeout)
+    if watch.active is not None:
+        watch.active.join()
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    wait_for_all()
+    forget_names()
+    return True
+
+
+def prepare_environment() -> None:
+    """Sets torch's variables for this process, if no launcher has.
+
+    Raises:
+        LauncherError: as `adopt_launcher`; a variable that is no number.
+    """
+    adopt_launcher()
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        value = os.environ.get(name)
+        if value is None:
+            raise LauncherError(f"{name} is not set, but RANK is: set both, or neither for one process alone")
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise LauncherError(f"{name} = {value}: must be a number")
+
+
+def _with_late_start(timeout: timedelta) -> timedelta:
+    return timeout + timedelta(seconds=_LATE_START_S)
+
+
+def _cannot_meet(error: Exception, timeout: timedelta) -> LauncherError:
+    rank, ranks, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+        return LauncherError(
+            f"--master_port (MASTER_PORT) = {port}: another process of {socket.gethostname()} listens on this port; "
+            "end that process, or choose another port for all ranks"
+        )
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return LauncherError(
+        f"rank {rank} did not meet all {ranks} ranks at {os.environ['MASTER_ADDR']}:{port} within "
+        f"{_with_late_start(timeout).total_seconds():.0f} s: look whether each rank was started and reaches that "
+        f"address, or raise --distributed-timeout-minutes ({line[:200]})"
+    )

@@ -1,0 +1,192 @@
+"""The rank's side of its guardian: signs of life, what the other ranks say, and signals that come before training."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import distributed_c10d
+
+from scmoe_ds.parallel import stopping
+from scmoe_ds.parallel.guardian import Lines
+from scmoe_ds.parallel.launchers import launchers
+
+_PROGRAM = Path(__file__).with_name("guardian.py")
+_BEAT_S = 1.0
+_OWN_WORDS_S = 5.0
+"""So long a dead job's main thread may take to end by itself, with what it knows, before it is ended."""
+_HUB = "scmoe/hub"
+NOTE_LENGTH = 400
+
+active: Watch | None = None
+"""Of this process, while a program runs."""
+
+
+class Watch:
+    """Watches over this rank while a program runs, from before the ranks meet.
+
+    Args:
+        program: for messages.
+        timeout_s: without a sign of life for so long, a rank is ended.
+
+    Attributes:
+        board: what is known of other ranks in trouble: rank to "host", "note", "is_cause", "silent" (gives no sign of
+            life), "unheard" (nor does its host), "gone".
+    """
+
+    def __init__(self, program: str, timeout_s: float) -> None:
+        self.program = program
+        self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.board: dict[int, dict[str, Any]] = {}
+        self.launcher_is_lost = self._closing = False
+        self._hub: dict[str, Any] | None = None
+        self._dead: tuple[str, float] | None = None  # why, and since when
+        self._selector = selectors.DefaultSelector()
+        self._control = self._start_guardian(timeout_s)
+        self._wakeup, wake = socket.socketpair()
+        for end in (self._wakeup, wake):
+            end.setblocking(False)
+        self._wake = wake
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="scmoe-watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        global active
+        active = self
+        os.register_at_fork(after_in_child=self._in_child)
+        self._listen_to_signals()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global active
+        active, self._closing = None, True
+        self.done()
+        self._ignore_signals()
+        self._wake.send(b"\0")
+        self._thread.join()
+        for each in (self._control.socket if self._control else None, self._wakeup, self._wake):
+            if each is not None:
+                each.close()
+
+    def join(self, timeout_s: float = 5.0) -> None:
+        """Connects the guardians; called when the process group's store is there. Collective."""
+        if self.ranks == 1:
+            return
+        store = distributed_c10d._get_default_store()
+        if self.rank == 0:
+            deadline = time.monotonic() + timeout_s
+            while self._hub is None and self._control is not None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            store.set(_HUB, json.dumps(self._hub))
+            return
+        hub = json.loads(store.get(_HUB))
+        if hub is not None and self._control is not None:
+            self._control.send({"hub": [os.environ["MASTER_ADDR"], hub["port"], hub["token"]]})
+
+    def note(self, text: str, is_cause: bool) -> None:
+        """Tells the other ranks why this one ends."""
+        if self._control is not None:
+            self._control.send({"note": text[:NOTE_LENGTH], "is_cause": is_cause})
+
+    def done(self) -> None:
+        """Tells the other ranks that this one ends as it should."""
+        if self._control is not None:
+            self._control.send({"done": True})
+
+    def _start_guardian(self, timeout_s: float) -> Lines | None:
+        above = [process.pid for process in launchers()]
+        if self.ranks == 1 and not above:
+            return None  # nobody waits for this process, or ends it
+        mine, its = socket.socketpair()
+        settings = {"rank": self.rank, "ranks": self.ranks, "host": socket.gethostname(), "pid": os.getpid(),
+                    "launchers": above, "timeout": timeout_s}  # fmt: skip
+        command = [sys.executable, "-I", "-S", str(_PROGRAM), str(its.fileno()), json.dumps(settings)]
+        try:
+            started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                       pass_fds=[its.fileno()], start_new_session=True)  # fmt: skip
+            started.wait()  # it forks: the guardian is not this process's child
+        except OSError as error:  # no process or memory left: the job can go on without
+            print(f"{self.program}: no guardian for rank {self.rank}: {error}", file=sys.stderr, flush=True)
+            return None
+        finally:
+            its.close()
+        self._selector.register(mine, selectors.EVENT_READ)
+        return Lines(mine)
+
+    def _listen_to_signals(self) -> None:
+        """Outside training a signal ends the process, even when the main thread waits in a collective."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, lambda *_: None) for number in stopping.SIGNALS}
+            signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        else:
+            self._before = {}
+
+    def _ignore_signals(self) -> None:
+        """Takes back what `_listen_to_signals` did."""
+        if self._before:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
+
+    def _in_child(self) -> None:
+        """A process that this one forks has signals of its own. But a launcher's SIGTERM also reaches data loader
+        workers, which the rank still needs for its last step: in training they ignore it, and end with the rank."""
+        if stopping.listening:
+            if self._before:
+                signal.set_wakeup_fd(-1)
+        else:
+            self._ignore_signals()
+
+    def _run(self) -> None:
+        while not self._closing:
+            for key, _ in self._selector.select(_BEAT_S):
+                if key.fileobj is self._wakeup:
+                    self._hear_signals()
+                else:
+                    self._hear_guardian()
+            if self._control is not None:
+                self._control.send({})
+            if self._dead is not None and time.monotonic() > self._dead[1] + _OWN_WORDS_S:
+                self._end(1, f"rank {self.rank} (host {socket.gethostname()}): the job has ended: {self._dead[0]}")
+
+    def _hear_signals(self) -> None:
+        for number in self._wakeup.recv(64):
+            if number in stopping.SIGNALS and not stopping.listening and not self._closing:
+                what = f"{signal.Signals(number).name} received"
+                self.note(what, is_cause=True)
+                words = "the launcher has gone" if self.launcher_is_lost else what
+                self._end(128 + number, f"{words}, and training has not begun: ended, nothing was saved")
+
+    def _hear_guardian(self) -> None:
+        assert self._control is not None
+        messages = self._control.receive()
+        if messages is None:
+            self._selector.unregister(self._control.socket)
+            return
+        for message in messages:
+            self._hub = message if "port" in message else self._hub
+            if "launcher" in message:
+                self.launcher_is_lost = True
+                print(f"{self.program}: the launcher of rank {self.rank} has gone or is stopped: the job ends as after "
+                      "SIGTERM", file=sys.stderr, flush=True)  # fmt: skip
+            for rank, entry in message.get("board", {}).items():
+                self.board[int(rank)] = entry
+            if "dead" in message:
+                self._dead = (message["dead"], time.monotonic())
+
+    def _end(self, code: int, words: str) -> None:
+        if self._dead is None or code == 1:  # a signal after the job's death is the launcher's clearing up
+            print(f"{self.program}: error: {words}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)
