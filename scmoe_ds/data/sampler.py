@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.parallel.launchers import end_with_parent
+from scmoe_ds.parallel.timeouts import limit_s
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "images")
 
@@ -88,7 +90,8 @@ def pretraining_batches(
 
     Args:
         dataset: one of ``build_datasets``'s; any map-style dataset of dicts with these keys.
-        num_workers: background processes, 0 for none.
+        num_workers: background processes, 0 for none. A worker that gives nothing for the timeout of collectives ends
+            the run with a RuntimeError; workers end with the process that reads them, even those that are stopped.
         num_micro_batches: how many this rank is going to draw. Checked now, so that a dataset that is too
             short stops a run at its first step and not at its last; None skips the check.
 
@@ -118,7 +121,13 @@ def pretraining_batches(
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=torch.cuda.is_available(),
+        timeout=limit_s() if num_workers else 0,
+        worker_init_fn=_end_with_the_rank,
     )
+
+
+def _end_with_the_rank(_: int) -> None:
+    end_with_parent()
 
 
 def _stack(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

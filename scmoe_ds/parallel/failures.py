@@ -114,7 +114,7 @@ class FailureReporter:
         silent = [rank for rank, entry in board.items() if _is_culprit(entry) and "note" not in entry]
         if silent:
             has, its = ("has", "its") if len(silent) == 1 else ("have", "their")
-            known = {board[rank].get("gone") or "no sign of life" for rank in silent}
+            known = {board[rank].get("gone") or _standing(board[rank]) for rank in silent}
             words.append(f"{_listed([self._named(rank) for rank in silent])} {has} not said why ({'; '.join(known)}): "
                          f"look at the end of {its} log, and whether process and host are alive")  # fmt: skip
         told = "; ".join(words) or "no rank names a cause: look at the network between their hosts"
@@ -137,9 +137,13 @@ class FailureReporter:
         return {rank: entry for rank, entry in sorted(board.items()) if rank != self.rank}
 
 
+def _standing(entry: dict[str, Any]) -> str:
+    return f"still in {entry['stands']}" if entry.get("stands") else "no sign of life"
+
+
 def _is_culprit(entry: dict[str, Any]) -> bool:
     """Of a rank's entry on the board: it failed for a reason of its own, or fell silent before it could say one."""
-    troubled = entry.get("silent") or entry.get("unheard") or "gone" in entry
+    troubled = entry.get("silent") or entry.get("unheard") or entry.get("stands") or "gone" in entry
     return bool(entry.get("is_cause") or (troubled and "note" not in entry))
 
 

@@ -130,6 +130,7 @@ class Guardian:
         self.heard: dict[int, float] = {}  # of the hub: rank to the time of its last word; of others: 0 to the hub's
         self.finished: set[int] = set()
         self.board: dict[int, dict[str, Any]] = {}
+        self.standing: dict[int, dict[str, Any]] = {}  # of the hub: where main threads have been for some seconds
         if rank == 0 and ranks > 1:
             self._listen()
 
@@ -163,6 +164,8 @@ class Guardian:
             if "hub" in message:
                 self._connect(*message["hub"])
             self.done = self.done or "done" in message
+            if "stands" in message:
+                self._report({"stands": message["stands"]})
             if "note" in message:
                 self._report({"note": message["note"], "is_cause": message["is_cause"]})
 
@@ -275,9 +278,20 @@ class Guardian:
         if "done" in entry:
             self.finished.add(rank)
             return
-        self.board[rank] = {**self.board.get(rank, {}), **entry}
-        if len(self.board) <= _TOLD:
-            self._tell_all({"board": {rank: self.board[rank]}})
+        if "stands" in entry:  # ordinary in a long step: told only when a rank has failed
+            self.standing[rank] = entry
+            return
+        told = [rank]
+        if "note" in entry:
+            told += [other for other, its in self.standing.items() if its["stands"] and other != rank]
+        for each in told[:_TOLD]:
+            self.board[each] = {
+                **self.board.get(each, {}),
+                **self.standing.get(each, {}),
+                **(entry if each == rank else {}),
+            }
+        if len(self.board) <= 2 * _TOLD:
+            self._tell_all({"board": {each: self.board[each] for each in told[:_TOLD]}})
         if "gone" in entry:
             self.finished.add(rank)
             note = self.board[rank].get("note")

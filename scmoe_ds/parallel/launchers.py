@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import re
+import signal
 import zlib
 from collections.abc import MutableMapping
+from contextlib import suppress
 
 import psutil
 
 _MPI = r"mpirun|mpiexec\S*|orterun|prterun|orted|prted|prte|hydra\S*"
 _LAUNCHER = re.compile(rf"({_MPI}|deepspeed|ds|torchrun|accelerate|srun|slurmstepd\S*)$")
 _MODULES = re.compile(r"deepspeed\.launcher\.\w+|torch\.distributed\.(run|launch)|accelerate\.commands\S*")
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 class LauncherError(ValueError):
@@ -53,6 +59,12 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault("MASTER_PORT", "29500")
         environment.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=ranks)
         return
+
+
+def end_with_parent() -> None:
+    """Has this process killed when the thread that started it ends, whatever state either is in (Linux)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def launchers() -> list[psutil.Process]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -24,6 +25,8 @@ _PROGRAM = Path(__file__).with_name("guardian.py")
 _BEAT_S = 1.0
 _OWN_WORDS_S = 5.0
 """So long a dead job's main thread may take to end by itself, with what it knows, before it is ended."""
+_STANDS_S = 3.0
+_IN_COLLECTIVE = re.compile(r"torch.distributed|scmoe_ds.overlap|agreed|wait_for_all")
 _HUB = "scmoe/hub"
 NOTE_LENGTH = 400
 
@@ -40,7 +43,7 @@ class Watch:
 
     Attributes:
         board: what is known of other ranks in trouble: rank to "host", "note", "is_cause", "silent" (gives no sign of
-            life), "unheard" (nor does its host), "gone".
+            life), "unheard" (nor does its host), "stands" (where its main thread has been for seconds), "gone".
     """
 
     def __init__(self, program: str, timeout_s: float) -> None:
@@ -49,6 +52,8 @@ class Watch:
         self.board: dict[int, dict[str, Any]] = {}
         self.launcher_is_lost = self._closing = False
         self._hub: dict[str, Any] | None = None
+        self._stack: list[Any] = []
+        self._since, self._place = 0.0, ""
         self._dead: tuple[str, float] | None = None  # why, and since when
         self._selector = selectors.DefaultSelector()
         self._control = self._start_guardian(timeout_s)
@@ -157,8 +162,28 @@ class Watch:
                     self._hear_guardian()
             if self._control is not None:
                 self._control.send({})
+                self._tell_where_it_stands()
             if self._dead is not None and time.monotonic() > self._dead[1] + _OWN_WORDS_S:
                 self._end(1, f"rank {self.rank} (host {socket.gethostname()}): the job has ended: {self._dead[0]}")
+
+    def _tell_where_it_stands(self) -> None:
+        """Tells the hub where the main thread has been for some seconds, unless it waits for other ranks there."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = []
+        while frame is not None:
+            stack.append((frame.f_code, frame.f_lasti, frame.f_lineno))
+            frame = frame.f_back
+        if stack != self._stack:
+            self._stack, self._since, place = stack, time.monotonic(), ""
+        elif time.monotonic() - self._since < _STANDS_S or any(_IN_COLLECTIVE.search(str(at[0])) for at in stack):
+            return
+        else:
+            own = next((at for at in stack if "scmoe" in at[0].co_filename), stack[0])
+            places = [f"{code.co_name} ({Path(code.co_filename).name}:{line})" for code, _, line in (own, stack[0])]
+            place = " in ".join(dict.fromkeys(reversed(places)))
+        if place != self._place and self._control is not None:
+            self._place = place
+            self._control.send({"stands": place})
 
     def _hear_signals(self) -> None:
         for number in self._wakeup.recv(64):
