@@ -34,6 +34,7 @@ from scmoe_ds.evaluation.perplexity import evaluate_documents
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.text import open_documents
 from scmoe_ds.evaluation.windows import SlidingWindow
+from scmoe_ds.flag_parser import FlagParser
 from scmoe_ds.inference import arguments
 from scmoe_ds.inference.arguments import Loaded
 from scmoe_ds.inference.phases import Phases
@@ -51,12 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this program."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Loss and perplexity of a GPT that pretrain_gpt_scmoe.py has trained, on a text or data set, or "
         "its results on tasks of lm_eval. No token is dropped here, while the validation of a training run applies "
         "the section's eval_capacity_factor: the two losses may differ a little.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     arguments.add_model(parser)
     group = parser.add_argument_group("what to evaluate on")

@@ -20,6 +20,7 @@ from scmoe_ds.config import ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.engine import device
+from scmoe_ds.flag_parser import FlagParser
 from scmoe_ds.inference import arguments
 from scmoe_ds.inference.generate import Completion, GenerationError, GenerationTimes, Request, TextGenerator
 from scmoe_ds.inference.phases import Phases
@@ -38,10 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this program."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Generate text with a GPT that pretrain_gpt_scmoe.py has trained.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     arguments.add_model(parser)
     arguments.add_experts(parser)

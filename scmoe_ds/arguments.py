@@ -7,49 +7,41 @@ can be set in either; a flag and the JSON that disagree are an error that names 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_rates, check_training, require_flags
+from scmoe_ds import megatron_flags
+from scmoe_ds.argument_checks import (
+    ArgumentError,
+    check_lowest,
+    check_rates,
+    check_training,
+    require_flags,
+    set_tokenizer_type,
+)
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
-from scmoe_ds.deepspeed_json import load_deepspeed_json
-from scmoe_ds.deepspeed_settings import check_program
+from scmoe_ds.flag_parser import FlagParser
+from scmoe_ds.flags_to_json import MLP_TYPES, merge_schedule, read_json, read_section, set_length
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.models.recompute import GRANULARITIES
 
-MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}
-"""Megatron-DeepSpeed's --mlp-type, with ours added, to `scmoe.architecture`."""
-
-SECTION_FLAGS: dict[str, str] = {
-    "num_experts": "num_experts",
-    "topk": "top_k",
-    "mlp_type": "architecture",
-    "expert_interval": "moe_every",
-    "moe_expert_parallel_size": "expert_parallel_size",
-    "moe_train_capacity_factor": "capacity_factor",
-    "moe_eval_capacity_factor": "eval_capacity_factor",
-    "moe_min_capacity": "min_capacity",
-    "moe_loss_coeff": "aux_loss_coefficient",
-    "moe_token_dropping": "drop_tokens",
-    "enable_expert_tensor_parallelism": "expert_tensor_parallelism",
-    "scmoe_position": "position",
-    "scmoe_merge": "merge",
-    "scmoe_expert_slot": "overlap.expert_slot",
-}
-"""Flag (as argparse stores it) to field of the "scmoe" section."""
+logger = logging.getLogger("scmoe_ds")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of pretrain_gpt_scmoe.py; a preset, if one is named, has to be applied as defaults afterwards."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Pretrain a GPT with ScMoE layers under DeepSpeed.",
-        epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON.",
+        epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON. "
+        "Megatron-DeepSpeed's flags for them are taken too: docs/from_megatron_deepspeed.md lists all of its flags.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        elsewhere=megatron_flags.REFUSED,
     )
-    for add in (_add_network, _add_data, add_training, add_moe, add_deepspeed):
+    for add in (_add_network, _add_data, add_training, add_moe, add_deepspeed, megatron_flags.add_megatron_flags):
         add(parser)
     return parser
 
@@ -66,7 +58,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-position-embeddings", type=int, help="default: --seq-length")
     group.add_argument("--position-embedding-type", choices=["learned_absolute", "rope"], default="learned_absolute")
     group.add_argument("--rotary-base", type=float, default=10000.0, help="base of rotary frequencies")
-    group.add_argument("--normalization", choices=["LayerNorm", "RMSNorm"], default="LayerNorm")
+    group.add_argument("--normalization", type=_norm, choices=["LayerNorm", "RMSNorm"],
+                       default="LayerNorm")  # fmt: skip
     group.add_argument("--layernorm-epsilon", type=float, default=1e-5, help="epsilon of the norms")
     group.add_argument("--norm-placement", choices=["pre", "post"], default="pre", help="norm before each sub-layer, "
                        "or behind its residual sum; post: to see what a shortcut makes of such a model")  # fmt: skip
@@ -89,7 +82,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
                        "no validation")  # fmt: skip
     group.add_argument("--data-cache-path", help="where sample indices are kept; default: beside the data")
     group.add_argument("--corpus-dir", default="data", help="where the default corpus is written")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="ByteTokenizer")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: the type that the other flags name, "
+                       "or ByteTokenizer")  # fmt: skip
     group.add_argument("--tokenizer-model", help="local directory of a Hugging Face tokenizer")
     group.add_argument("--vocab-file", help="vocab.json of GPT-2's BPE")
     group.add_argument("--merge-file", help="merges.txt of GPT-2's BPE")
@@ -134,6 +128,8 @@ def add_moe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--moe-loss-coeff", type=float, help="weight of the load-balancing loss")
     group.add_argument("--disable-moe-token-dropping", dest="moe_token_dropping", action="store_const", const=False,
                        help="every token reaches its experts")  # fmt: skip
+    group.add_argument("--disable-moe-top2-2nd-expert-sampling", dest="moe_top2_2nd_expert_sampling",
+                       action="store_const", const=False, help="no random choice of the second expert")  # fmt: skip
     group.add_argument("--enable-expert-tensor-parallelism", action="store_const", const=True)
     group.add_argument("--scmoe-position", choices=["pos1", "pos2", "pos3"], help="where the shortcut is taken")
     group.add_argument("--scmoe-merge", choices=["add", "cg1", "cg2"], help="how shared and routed output meet")
@@ -154,6 +150,12 @@ def add_deepspeed(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
 
 
+def _norm(text: str) -> str:
+    return {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(
+        text.lower(), text
+    )  # Megatron-DeepSpeed's are lower case
+
+
 def _slot(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
@@ -166,9 +168,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         SystemExit: argparse's own findings (unknown flag, not a number), and --help.
     """
     args = parse_flags(build_parser(), {name: preset.arguments for name, preset in PRESETS.items()}, argv)
+    whole = read_json(args)
+    set_length(args, whole)
     _check(args)
-    whole, config = read_section(args)
+    merge_schedule(whole, args, args.deepspeed_config)
+    config = read_section(args, whole)
     config.check_model(args.num_layers)
+    if (line := megatron_flags.without_effect(args)) and os.environ.get("RANK", "0") == "0":
+        logger.info(line)
     return args, whole, config
 
 
@@ -188,52 +195,6 @@ def parse_flags(
     if args.deepspeed_config is None:
         raise ArgumentError("--deepspeed_config is missing: name a JSON, e.g. ds_configs/gpt_small_cpu.json")
     return args
-
-
-def read_section(args: argparse.Namespace) -> tuple[dict[str, Any], ScMoEConfig]:
-    """The DeepSpeed JSON that the flags name, with the flags merged into its "scmoe" section, and that section.
-
-    Raises:
-        ArgumentError, ScMoEConfigError: a setting that its user can mend.
-    """
-    whole = load_deepspeed_json(args.deepspeed_config)
-    if "scmoe" in whole:
-        whole["scmoe"] = merge_flags(whole["scmoe"], args, args.deepspeed_config)
-    _fill_in_schedule(whole, args.train_iters)
-    config = ScMoEConfig.from_deepspeed(whole)
-    check_program(whole)
-    return whole, config
-
-
-def merge_flags(section: Any, args: argparse.Namespace, source: str) -> Any:
-    """The section with the flags that were given.
-
-    Raises:
-        ArgumentError: a flag that contradicts the JSON; names both.
-    """
-    if not isinstance(section, dict):
-        return section  # the config's own validation explains it
-    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in section.items()}
-    for flag, path in SECTION_FLAGS.items():
-        value = getattr(args, flag)
-        if value is None:
-            continue
-        if flag == "mlp_type":
-            value = MLP_TYPES[value]
-        if flag == "num_experts" and len(value) == 1:
-            value = value[0]
-        *parents, key = path.split(".")
-        target = merged
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            return merged
-        if target.get(key, "auto") not in ("auto", value):
-            name = "--disable-moe-token-dropping" if flag == "moe_token_dropping" else "--" + flag.replace("_", "-")
-            raise ArgumentError(f"{name} asks for {value!r} but scmoe.{path} = {target[key]!r} in {source}; "
-                                "remove one of them")  # fmt: skip
-        target[key] = value
-    return merged
 
 
 def gpt_settings(args: argparse.Namespace, padded_vocab_size: int) -> GPTSettings:
@@ -280,17 +241,8 @@ def _check(args: argparse.Namespace) -> None:
                            "make_vocab_size_divisible_by"))  # fmt: skip
     check_lowest(args, 0, ("ffn_hidden_size", "num_key_value_heads"))
     check_training(args)
+    set_tokenizer_type(args)
     if args.seq_length > args.max_position_embeddings:
         raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
                             f"{args.max_position_embeddings}")  # fmt: skip
     check_rates(args, ("attention_dropout", "hidden_dropout"))
-
-
-def _fill_in_schedule(whole: dict[str, Any], train_iters: int) -> None:
-    """ "total_num_steps": "auto" follows --train-iters, as "auto" values do in Hugging Face's DeepSpeed configs."""
-    scheduler = whole.get("scheduler")
-    if not isinstance(scheduler, dict):
-        return
-    params = scheduler.get("params")
-    if isinstance(params, dict) and params.get("total_num_steps") == "auto":
-        whole["scheduler"] = {**scheduler, "params": {**params, "total_num_steps": max(train_iters, 1)}}

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_rates, check_training, require_flags
-from scmoe_ds.arguments import add_deepspeed, add_moe, add_training, parse_flags, read_section
+from scmoe_ds.arguments import add_deepspeed, add_moe, add_training, parse_flags
 from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.flag_parser import FlagParser
+from scmoe_ds.flags_to_json import read_json, read_section
+from scmoe_ds.megatron_flags import add_json_flags
 from scmoe_ds.models.swin_settings import STAGES, SWIN_PRESETS, SwinSettings
 
 SIZES = ("img_size", "window_size", "embed_dim", "depths", "num_heads")
@@ -16,11 +19,10 @@ SIZES = ("img_size", "window_size", "embed_dim", "depths", "num_heads")
 
 def build_image_parser() -> argparse.ArgumentParser:
     """The parser; a preset, if one is named, has to be applied as defaults afterwards."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Train a SwinV2-MoE image classifier with ScMoE layers under DeepSpeed.",
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     group = parser.add_argument_group("network size")
     group.add_argument("--preset", choices=sorted(SWIN_PRESETS), help="sizes of a known model; flags override")
@@ -43,7 +45,7 @@ def build_image_parser() -> argparse.ArgumentParser:
                         "100,0: no validation")  # fmt: skip
     images.add_argument("--num-workers", type=int, default=0, help="data loader processes per rank")
     images.add_argument("--seed", type=int, default=1234, help="split, weights, data order, dropout, gate noise")
-    for add in (add_training, add_moe, add_deepspeed):
+    for add in (add_training, add_moe, add_deepspeed, add_json_flags):
         add(parser)
     return parser
 
@@ -66,7 +68,8 @@ def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.N
     if args.tensor_model_parallel_size > 1 or args.recompute_granularity or args.log_gating_interval:
         raise ArgumentError("--tensor-model-parallel-size, --recompute-granularity and --log-gating-interval are for "
                             "the GPT; leave them out")  # fmt: skip
-    return args, *read_section(args)
+    whole = read_json(args)
+    return args, whole, read_section(args, whole)
 
 
 def swin_settings(args: argparse.Namespace) -> SwinSettings:

@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.convert import export, residual_to_scmoe
 from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.flag_parser import FlagParser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add = {
         "export": "whole parameters, merged over expert- and tensor-parallel ranks",

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
+from scmoe_ds.flag_parser import FlagParser
 
 _TEXT_SUFFIX = ".txt"
 _DIRECTORY_SUFFIXES = (".jsonl", ".json", _TEXT_SUFFIX)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Megatron's flags; exits with status 2 on an unknown one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("input")
     source.add_argument(
         "--input",

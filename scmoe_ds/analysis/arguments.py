@@ -9,6 +9,7 @@ from typing import Any
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.records import check_output
 from scmoe_ds.argument_checks import ArgumentError, check_lowest
+from scmoe_ds.flag_parser import FlagParser
 from scmoe_ds.inference.arguments import add_tokenizer
 from scmoe_ds.inference.model import DTYPES
 
@@ -17,10 +18,9 @@ _CHECKPOINT = "a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its l
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser, with one sub-command for each analysis."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Analyse a trained GPT: similarity of its representations, choices of its gates, norms and noise "
         "of its gradients. One process on one device; no token is dropped.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(
         dest="analysis", required=True, metavar="{similarity,gating,gradients,feasibility}"

@@ -1,0 +1,226 @@
+"""How flags and the DeepSpeed JSON meet.
+
+A flag sets what the JSON leaves out, or calls "auto"; a flag and a JSON that disagree are an error that names both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from typing import Any
+
+from scmoe_ds.argument_checks import ArgumentError
+from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.deepspeed_json import load_deepspeed_json
+from scmoe_ds.deepspeed_settings import check_program
+from scmoe_ds.megatron_flags import JSON_FLAGS, LENGTH_FLAGS, SCHEDULE_FLAGS, dest_of
+
+MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}
+"""Megatron-DeepSpeed's --mlp-type, with ours added, to `scmoe.architecture`."""
+
+SECTION_FLAGS: dict[str, str] = {
+    "num_experts": "num_experts",
+    "topk": "top_k",
+    "mlp_type": "architecture",
+    "expert_interval": "moe_every",
+    "moe_expert_parallel_size": "expert_parallel_size",
+    "moe_train_capacity_factor": "capacity_factor",
+    "moe_eval_capacity_factor": "eval_capacity_factor",
+    "moe_min_capacity": "min_capacity",
+    "moe_loss_coeff": "aux_loss_coefficient",
+    "moe_token_dropping": "drop_tokens",
+    "moe_top2_2nd_expert_sampling": "top2_2nd_expert_sampling",
+    "enable_expert_tensor_parallelism": "expert_tensor_parallelism",
+    "scmoe_position": "position",
+    "scmoe_merge": "merge",
+    "scmoe_expert_slot": "overlap.expert_slot",
+}
+"""Flag (as argparse stores it) to field of the "scmoe" section."""
+
+_SWITCHED_OFF = ("moe_token_dropping", "moe_top2_2nd_expert_sampling")
+
+
+def read_json(args: argparse.Namespace) -> dict[str, Any]:
+    """The DeepSpeed JSON that the flags name, with the keys that flags set.
+
+    Raises:
+        ArgumentError, ScMoEConfigError: no JSON, or a flag that contradicts it.
+    """
+    whole = load_deepspeed_json(args.deepspeed_config)
+    return merge_json_flags(whole, args, args.deepspeed_config)
+
+
+def read_section(args: argparse.Namespace, whole: dict[str, Any]) -> ScMoEConfig:
+    """Merges the flags into the "scmoe" section of the DeepSpeed JSON, checks all of it, and returns the section.
+
+    Raises:
+        ArgumentError, ScMoEConfigError: a setting that its user can mend.
+    """
+    if any(getattr(args, flag) is not None for flag in SECTION_FLAGS):
+        whole.setdefault("scmoe", {})
+    if "scmoe" in whole:
+        whole["scmoe"] = merge_flags(whole["scmoe"], args, args.deepspeed_config)
+    _fill_in_schedule(whole, args.train_iters)
+    config = ScMoEConfig.from_deepspeed(whole)
+    check_program(whole)
+    return config
+
+
+def merge_flags(section: Any, args: argparse.Namespace, source: str) -> Any:
+    """The section with the flags that were given.
+
+    Raises:
+        ArgumentError: a flag that contradicts the JSON; names both.
+    """
+    if not isinstance(section, dict):
+        return section  # the config's own validation explains it
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in section.items()}
+    for flag, path in SECTION_FLAGS.items():
+        value = getattr(args, flag)
+        if value is None:
+            continue
+        if flag == "mlp_type":
+            value = MLP_TYPES[value]
+        if flag == "num_experts" and len(value) == 1:
+            value = value[0]
+        *parents, key = path.split(".")
+        target = merged
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            return merged
+        if target.get(key, "auto") not in ("auto", value):
+            name = ("--disable-" if flag in _SWITCHED_OFF else "--") + flag.replace("_", "-")
+            raise ArgumentError(f"{name} asks for {value!r} but scmoe.{path} = {target[key]!r} in {source}; "
+                                "remove one of them")  # fmt: skip
+        target[key] = value
+    return merged
+
+
+def merge_json_flags(whole: dict[str, Any], args: argparse.Namespace, source: str) -> dict[str, Any]:
+    """The JSON with the keys that the flags set. A flag sets what the JSON leaves out, or calls "auto".
+
+    Raises:
+        ArgumentError: a flag that contradicts the JSON; names both.
+    """
+    merged: dict[str, Any] = copy.deepcopy(whole)
+    given = {flag: value for flag in JSON_FLAGS if (value := getattr(args, dest_of(flag))) not in (None, "")}
+    betas = [given.pop("--adam-beta1", None), given.pop("--adam-beta2", None)]
+    for flag, value in given.items():
+        path, kind = JSON_FLAGS[flag]
+        _set(merged, path, kind[value] if isinstance(kind, dict) else value, flag, source)
+    if betas != [None, None]:
+        value = [default if beta is None else beta for beta, default in zip(betas, (0.9, 0.999), strict=True)]
+        _set(merged, "optimizer.params.betas", value, "--adam-beta1 and --adam-beta2", source)
+    if "--tensorboard-dir" in given:
+        _set(merged, "tensorboard.enabled", True, "--tensorboard-dir", source)
+        merged["tensorboard"].setdefault("job_name", "")
+    if "--wandb-project" in given:
+        _set(merged, "wandb.enabled", True, "--wandb-project", source)
+    if "optimizer" not in whole and "optimizer" in merged:
+        _complete_optimizer(merged["optimizer"])
+    return merged
+
+
+def _complete_optimizer(section: dict[str, Any]) -> None:
+    """Megatron's defaults, where flags alone make the section."""
+    params = section.setdefault("params", {})
+    params.setdefault("weight_decay", 0.01)
+    if section.setdefault("type", "AdamW") == "AdamW":
+        params.setdefault("torch_adam", True)
+    else:
+        params.setdefault("momentum", 0.9)
+
+
+def set_length(args: argparse.Namespace, whole: dict[str, Any]) -> None:
+    """--train-iters from --train-samples and --train-tokens; the shortest holds.
+
+    Raises:
+        ArgumentError: one of them without the batch size of all ranks.
+    """
+    lengths = [_steps(args, flag, whole) for flag in LENGTH_FLAGS if getattr(args, dest_of(flag)) is not None]
+    if lengths:
+        args.train_iters = min([*lengths, *([] if args.train_iters is None else [args.train_iters])])
+
+
+def merge_schedule(whole: dict[str, Any], args: argparse.Namespace, source: str) -> None:
+    """Sets the "scheduler" section that Megatron's flags for the learning rate describe.
+
+    Raises:
+        ArgumentError: a style that DeepSpeed lacks, no learning rate, or a JSON that has another schedule.
+    """
+    given = [flag for flag in SCHEDULE_FLAGS if getattr(args, dest_of(flag)) is not None]
+    if not given:
+        return
+    section = whole.get("optimizer")
+    params = section.get("params") if isinstance(section, dict) else None
+    lr = params.get("lr") if isinstance(params, dict) else None
+    if not isinstance(lr, (int, float)) or not lr:
+        raise ArgumentError(f"{given[0]}: needs a learning rate; give --lr, or optimizer.params.lr in {source}")
+    lengths = {flag: _steps(args, flag, whole) for flag in given if flag.endswith(("-iters", "-samples", "-tokens"))}
+    total = next((steps for flag, steps in lengths.items() if "decay" in flag), args.train_iters)
+    warmup = next((steps for flag, steps in lengths.items() if "warmup" in flag), 0)
+    if args.lr_warmup_fraction is not None:
+        warmup = int(args.lr_warmup_fraction * total)
+    own = {"warmup_num_steps": max(warmup, 1), "warmup_type": "linear"}
+    floor, style = args.min_lr or 0.0, args.lr_decay_style or "linear"
+    if style == "cosine":
+        kind, own = "WarmupCosineLR", {**own, "total_num_steps": total, "cos_min_ratio": floor / lr}
+    elif style == "linear":
+        kind, own = "WarmupDecayLR", {**own, "total_num_steps": total, "warmup_min_lr": floor, "warmup_max_lr": lr}
+    elif style == "constant":
+        kind, own = "WarmupLR", {**own, "warmup_min_lr": 0.0, "warmup_max_lr": lr}
+    else:
+        raise ArgumentError(f"--lr-decay-style {style}: DeepSpeed has no such schedule; use cosine, linear or constant")
+    flags = ", ".join(given)
+    _set(whole, "scheduler.type", kind, flags, source)
+    for key, value in own.items():
+        _set(whole, f"scheduler.params.{key}", value, flags, source)
+
+
+def _steps(args: argparse.Namespace, flag: str, whole: dict[str, Any]) -> int:
+    """Iterations that a flag in iterations, samples or tokens means."""
+    value = getattr(args, dest_of(flag))
+    if flag.endswith("-iters"):
+        return int(value)
+    batch = whole.get("train_batch_size")
+    if not isinstance(batch, int) or batch < 1:
+        raise ArgumentError(f"{flag} {value}: needs the batch size of all ranks; give --global-batch-size, or "
+                            "train_batch_size in the DeepSpeed JSON")  # fmt: skip
+    if flag.endswith("-samples"):
+        return int(value // batch)
+    return math.ceil(value / (batch * (args.seq_length or 1)))
+
+
+def _set(whole: dict[str, Any], path: str, value: Any, flag: str, source: str) -> None:
+    *parents, key = path.split(".")
+    target = whole
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            return  # the check of the JSON explains it
+    before = target.get(key)
+    if before not in (None, "auto") and not _same(before, value):
+        raise ArgumentError(f"{flag} asks for {path} = {json.dumps(value)}, but {source} has {json.dumps(before)}; "
+                            "remove one of them")  # fmt: skip
+    target[key] = before if before not in (None, "auto") else value
+
+
+def _same(before: Any, value: Any) -> bool:
+    if isinstance(before, str) and isinstance(value, str):
+        return before.lower() == value.lower()
+    if isinstance(before, (int, float)) and isinstance(value, (int, float)):
+        return math.isclose(before, value)
+    return bool(before == value)
+
+
+def _fill_in_schedule(whole: dict[str, Any], train_iters: int) -> None:
+    """ "total_num_steps": "auto" follows --train-iters, as "auto" values do in Hugging Face's DeepSpeed configs."""
+    scheduler = whole.get("scheduler")
+    if not isinstance(scheduler, dict):
+        return
+    params = scheduler.get("params")
+    if isinstance(params, dict) and params.get("total_num_steps") == "auto":
+        whole["scheduler"] = {**scheduler, "params": {**params, "total_num_steps": max(train_iters, 1)}}

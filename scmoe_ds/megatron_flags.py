@@ -1,0 +1,325 @@
+"""Flags of Megatron-DeepSpeed's pretrain_gpt.py: the same here, keys of the JSON, without effect, or refused.
+
+No flag of it is ignored without a word. `table()` is the list in docs/from_megatron_deepspeed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def exponent_of_two(text: str) -> int:
+    """2**32, as Megatron writes a loss scale, to 32, as DeepSpeed does."""
+    exponent = math.log2(float(text))
+    if not exponent.is_integer():
+        raise ValueError("not a power of two")
+    return int(exponent)
+
+
+def whole_number(text: str) -> int:
+    """Megatron has some whole numbers as 1000.0."""
+    if not float(text).is_integer():
+        raise ValueError("not a whole number")
+    return int(float(text))
+
+
+JSON_FLAGS: dict[str, tuple[str, Any]] = {
+    "--micro-batch-size": ("train_micro_batch_size_per_gpu", int),
+    "--global-batch-size": ("train_batch_size", int),
+    "--optimizer": ("optimizer.type", {"adam": "AdamW", "sgd": "SGD"}),
+    "--lr": ("optimizer.params.lr", float),
+    "--weight-decay": ("optimizer.params.weight_decay", float),
+    "--adam-beta1": ("optimizer.params.betas.0", float),
+    "--adam-beta2": ("optimizer.params.betas.1", float),
+    "--adam-eps": ("optimizer.params.eps", float),
+    "--sgd-momentum": ("optimizer.params.momentum", float),
+    "--torch_adam": ("optimizer.params.torch_adam", True),
+    "--ds_fused_adam": ("optimizer.params.torch_adam", False),
+    "--cpu-optimizer": ("zero_optimization.offload_optimizer.device", "cpu"),
+    "--clip-grad": ("gradient_clipping", float),
+    "--fp16": ("fp16.enabled", True),
+    "--bf16": ("bf16.enabled", True),
+    "--loss-scale": ("fp16.loss_scale", float),
+    "--initial-loss-scale": ("fp16.initial_scale_power", exponent_of_two),
+    "--min-loss-scale": ("fp16.min_loss_scale", whole_number),
+    "--loss-scale-window": ("fp16.loss_scale_window", whole_number),
+    "--hysteresis": ("fp16.hysteresis", int),
+    "--accumulate-allreduce-grads-in-fp32": ("data_types.grad_accum_dtype", "fp32"),
+    "--zero-stage": ("zero_optimization.stage", int),
+    "--zero-reduce-scatter": ("zero_optimization.reduce_scatter", True),
+    "--zero-contigious-gradients": ("zero_optimization.contiguous_gradients", True),
+    "--zero-reduce-bucket-size": ("zero_optimization.reduce_bucket_size", int),
+    "--zero-allgather-bucket-size": ("zero_optimization.allgather_bucket_size", int),
+    "--tensorboard-dir": ("tensorboard.output_path", str),
+    "--wandb-project": ("wandb.project", str),
+    "--wandb-exp-name": ("wandb.group", str),
+}
+"""Flag to key of the JSON, and its type; a flag without a value: what it sets."""
+
+SAME = """
+    --num-layers --num-experts --mlp-type --topk --expert-interval --hidden-size --ffn-hidden-size
+    --num-attention-heads --num-key-value-heads --max-position-embeddings --make-vocab-size-divisible-by
+    --normalization --layernorm-epsilon --swiglu --untie-embeddings-and-output-weights --disable-bias-linear
+    --attention-dropout --hidden-dropout --init-method-std --seed --recompute-granularity --train-iters
+    --log-interval --exit-interval --exit-duration-in-mins --disable-moe-token-dropping
+    --moe-train-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --moe-loss-coeff
+    --moe-expert-parallel-size --disable-moe-top2-2nd-expert-sampling --enable-expert-tensor-parallelism --save
+    --save-interval --load --tensor-model-parallel-size --distributed-timeout-minutes --eval-iters --eval-interval
+    --data-path --split --data-cache-path --vocab-file --merge-file --seq-length --num-workers --tokenizer-type
+    --tokenizer-model --deepspeed --deepspeed_config --local_rank
+""".split()
+"""Flags with the same name and meaning here."""
+
+SAME_AS: dict[str, tuple[str, Any]] = {
+    "--checkpoint-activations": ("--recompute-granularity", "full"),
+    "--recompute-activations": ("--recompute-granularity", "selective"),
+    "--use-rotary-position-embeddings": ("--position-embedding-type", "rope"),
+    "--rotary-position-embeddings-theta": ("--rotary-base", float),
+}
+"""Flags with another name here; without a value: what they set."""
+
+IN_FORCE: dict[str, tuple[tuple[str, ...] | None, str]] = {
+    "--pipeline-model-parallel-size": (("1",), "a shortcut may not cross a pipeline stage"),
+    "--ds-sequence-parallel-size": (("1",), "one rank holds whole sequences"),
+    "--no-pipeline-parallel": (None, "there is none"),
+    "--create-moe-param-group": (None, "experts always have groups of their own"),
+    "--data-impl": (("mmap", "infer"), "data sets are mapped into memory"),
+    "--dataloader-type": (("single",), "samples are drawn once, in shuffled order"),
+    "--DDP-impl": (("local",), "DeepSpeed reduces gradients"),
+    "--rotary-percent": (("1", "1.0"), "all of a head is rotated"),
+    "--empty-unused-memory-level": (("0",), "the cache of the device is kept"),
+    "--weight-decay-incr-style": (("constant",), "weight decay is constant"),
+    "--exit-signal-handler": (None, "SIGTERM always saves and stops"),
+    "--no-query-key-layer-scaling": (None, "attention is scaled by the head's size alone"),
+    "--log-validation-ppl-to-tensorboard": (None, "perplexities are written"),
+    "--attention-softmax-in-fp32": (None, "torch's attention does so"),
+    "--exit-on-missing-checkpoint": (None, "a --load that is not there is an error"),
+}
+"""Flags that ask for what is so here, with the values for which that holds and the reason."""
+
+NO_EFFECT: dict[str, tuple[int, str]] = {
+    "--override-opt_param-scheduler": (0, "docs/checkpoints.md says what a resume takes from the JSON"),
+    "--use-checkpoint-opt_param-scheduler": (0, "docs/checkpoints.md says what a resume takes from the JSON"),
+    "--deepspeed-activation-checkpointing": (0, "--recompute-granularity decides what is recomputed"),
+    "--recompute-method": (1, "--recompute-granularity decides what is recomputed"),
+    "--recompute-num-layers": (1, "--recompute-granularity decides what is recomputed"),
+    "--checkpoint-num-layers": (1, "--recompute-granularity decides what is recomputed"),
+    "--use-flash-attn": (0, "torch chooses the fastest attention"),
+    "--use-flash-attn-v1": (0, "torch chooses the fastest attention"),
+    "--use-flash-attn-v2": (0, "torch chooses the fastest attention"),
+    "--use-flash-attn-triton": (0, "torch chooses the fastest attention"),
+    "--use-flash-attn-builder": (0, "torch chooses the fastest attention"),
+    "--no-masked-softmax-fusion": (0, "there is no such kernel"),
+    "--no-bias-gelu-fusion": (0, "there is no such kernel"),
+    "--no-bias-dropout-fusion": (0, "there is no such kernel"),
+    "--no-gradient-accumulation-fusion": (0, "there is no such kernel"),
+    "--no-persist-layer-norm": (0, "there is no such kernel"),
+    "--disable-mem-efficient-ln": (0, "there is no such kernel"),
+    "--no-async-tensor-model-parallel-allreduce": (0, "there is no such kernel"),
+    "--no-contiguous-buffers-in-local-ddp": (0, "DeepSpeed reduces gradients"),
+    "--use-tutel": (0, 'scmoe.dispatch "exact" does what Tutel is for'),
+    "--use-cpu-initialization": (0, "weights never depend on the device"),
+    "--mmap-warmup": (0, "data sets are read when they are needed"),
+    "--distributed-backend": (1, "DeepSpeed's accelerator chooses it (DS_ACCELERATOR)"),
+    "--log-batch-size-to-tensorboard": (0, "the batch size is constant"),
+    "--log-timers-to-tensorboard": (0, '"wall_clock_breakdown" writes them'),
+    "--log-memory-to-tensorboard": (0, '"memory_breakdown" prints it'),
+    "--log-world-size-to-tensorboard": (0, "it is in the log"),
+    "--log-optimizer-states-to-tensorboard": (0, "analyze_gpt_scmoe.py gradients looks at them"),
+    "--no-log-loss-scale-to-tensorboard": (0, "DeepSpeed's monitors write what they write"),
+    "--no-log-learnig-rate-to-tensorboard": (0, "DeepSpeed's monitors write what they write"),
+    "--tensorboard-log-interval": (1, "--log-interval is that of the monitors too"),
+    "--tensorboard-queue-size": (1, "DeepSpeed's monitors flush what they write"),
+    "--timing-log-level": (1, '"wall_clock_breakdown" writes times'),
+    "--timing-log-option": (1, '"wall_clock_breakdown" writes times'),
+}
+"""Flags that change nothing here, with how many values each takes and why; one line of the log names them."""
+
+SCHEDULE_FLAGS: dict[str, Any] = {
+    "--lr-decay-style": str,
+    "--min-lr": float,
+    "--lr-warmup-iters": int,
+    "--lr-warmup-samples": int,
+    "--lr-warmup-tokens": int,
+    "--lr-warmup-fraction": float,
+    "--lr-decay-iters": int,
+    "--lr-decay-samples": int,
+    "--lr-decay-tokens": int,
+}
+"""Together they make the "scheduler" section."""
+
+LENGTH_FLAGS = {"--train-samples": int, "--train-tokens": int}
+
+
+_ZERO3 = "is for ZeRO-3, with which experts do not run"
+_NO_SUCH_MODEL = "the model has no such part"
+_TEACHER = "there is no distillation"
+_EVALUATE = "use evaluate_gpt_scmoe.py, or generate_gpt_scmoe.py"
+_RESUME = (
+    "--load and --auto-resume take all of a checkpoint, in any layout; to start from weights alone, --load an export"
+)
+_CURRICULUM = "sequences have one length, --seq-length"
+
+REFUSED: dict[str, str] = {
+    "--batch-size": "use --micro-batch-size",
+    "--warmup": "use --lr-warmup-fraction",
+    "--model-parallel-size": "use --tensor-model-parallel-size",
+    "--encoder-seq-length": "use --seq-length",
+    "--decoder-seq-length": _NO_SUCH_MODEL,
+    "--encoder-num-layers": "use --num-layers",
+    "--decoder-num-layers": _NO_SUCH_MODEL,
+    "--kv-channels": "a head has --hidden-size / --num-attention-heads channels",
+    "--num-experts-switch": "use --num-experts",
+    "--no-position-embedding": "use --position-embedding-type learned_absolute or rope",
+    "--apply-layernorm-1p": _NO_SUCH_MODEL,
+    "--apply-residual-connection-post-layernorm": "--norm-placement post is the nearest",
+    "--openai-gelu": "the MLP has GELU, or --swiglu",
+    "--squared-relu": "the MLP has GELU, or --swiglu",
+    "--embedding-weights-in-fp32": _NO_SUCH_MODEL,
+    "--fp32-residual-connection": _NO_SUCH_MODEL,
+    "--fp16-lm-cross-entropy": "the loss is computed in fp32",
+    "--init-method-xavier-uniform": "weights are normal, of --init-method-std",
+    "--data-parallel-random-init": "all replicas start with the same weights",
+    "--sequence-parallel": "tensor-parallel ranks keep whole sequences; leave it out",
+    "--use-distributed-optimizer": 'use "zero_optimization": {"stage": 1} of the JSON',
+    "--start-weight-decay": "weight decay is constant: optimizer.params.weight_decay of the JSON",
+    "--end-weight-decay": "weight decay is constant: optimizer.params.weight_decay of the JSON",
+    "--rampup-batch-size": "the batch size is constant: train_batch_size of the JSON",
+    "--num-layers-per-virtual-pipeline-stage": "a shortcut may not cross a pipeline stage",
+    "--pipeline-model-parallel-split-rank": "a shortcut may not cross a pipeline stage",
+    "--skip-train": _EVALUATE,
+    "--inference": _EVALUATE,
+    "--ds-inference": _EVALUATE,
+    "--finetune": _RESUME,
+    "--no-load-optim": _RESUME,
+    "--no-load-rng": _RESUME,
+    "--no-load-lr-state": _RESUME,
+    "--no-save-optim": "checkpoints are whole; tools/convert_checkpoint.py writes weights alone",
+    "--no-save-rng": "checkpoints are whole; tools/convert_checkpoint.py writes weights alone",
+    "--load-tag": "name the checkpoint itself: --load DIRECTORY/global_stepN",
+    "--universal-checkpoint": "cannot hold experts; --load resumes in any layout",
+    "--use-checkpoint-args": "write the flags of the run that is resumed; a difference is named",
+    "--vocab-size": "the tokenizer decides it",
+    "--vocab-extra-ids": "the tokenizer decides it",
+    "--reset-position-ids": "documents are packed as they come",
+    "--reset-attention-mask": "documents are packed as they come",
+    "--eod-mask-loss": "documents are packed as they come",
+    "--random-ltd": _CURRICULUM,
+    "--data-efficiency-curriculum-learning": _CURRICULUM,
+    "--train-data-exact-num-epochs": "--train-iters decides how much is read",
+    "--profile": "use --scmoe-trace N, or flops_profiler of the JSON",
+    "--profile-name": "use --scmoe-trace N, or flops_profiler of the JSON",
+    "--profile-backward": "use --scmoe-trace N, or flops_profiler of the JSON",
+    "--partition-activations": "use --recompute-granularity",
+    "--contigious-checkpointing": "use --recompute-granularity",
+    "--checkpoint-in-cpu": "use --recompute-granularity",
+    "--synchronize-each-layer": "use --recompute-granularity",
+    "--distribute-checkpointed-activations": "use --recompute-granularity",
+    "--distribute-saved-activations": "use --recompute-granularity",
+    "--remote-device": _ZERO3,
+    "--use-pin-memory": _ZERO3,
+    "--memory-centric-tiled-linear": _ZERO3,
+    "--log-params-norm": "analyze_gpt_scmoe.py gradients looks at norms; the log has that of the gradient",
+    "--log-num-zeros-in-grad": "analyze_gpt_scmoe.py gradients looks at norms; the log has that of the gradient",
+    "--kill-switch-file": "send SIGTERM to a rank, or use --exit-duration-in-mins",
+    "--wandb-save-dir": "wandb takes it from its own variable WANDB_DIR",
+    "--mos": _TEACHER,
+    "--kd": _TEACHER,
+    "--load-teacher": _TEACHER,
+    "--num-layers-teacher": _TEACHER,
+    "--num-experts-teacher": _TEACHER,
+    "--hidden-size-teacher": _TEACHER,
+    "--num-attention-heads-teacher": _TEACHER,
+}
+"""Flags that this program does not have, and what serves instead."""
+
+
+def add_json_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that set keys of DeepSpeed's JSON; not in --help, which says where they are listed."""
+    for flag, (_, kind) in JSON_FLAGS.items():
+        if isinstance(kind, (bool, str)):
+            parser.add_argument(flag, action="store_const", const=kind, help=argparse.SUPPRESS)
+        elif isinstance(kind, dict):
+            parser.add_argument(flag, choices=sorted(kind), help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+
+
+def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of Megatron-DeepSpeed that the GPT's program takes beside those of the same name."""
+    add_json_flags(parser)
+    for flag, kind in (SCHEDULE_FLAGS | LENGTH_FLAGS).items():
+        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    for flag, (other, kind) in SAME_AS.items():
+        dest = dest_of(other)
+        if callable(kind):
+            parser.add_argument(flag, dest=dest, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(
+                flag, dest=dest, action="store_const", const=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
+    for flag, (values, reason) in IN_FORCE.items():
+        _add_plain(parser, flag, 0 if values is None else 1, _one_of(values, reason))
+    for flag, (count, _) in NO_EFFECT.items():
+        _add_plain(parser, flag, count, str)
+
+
+def _add_plain(parser: argparse.ArgumentParser, flag: str, count: int, kind: Callable[[str], str]) -> None:
+    if count:
+        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    else:
+        parser.add_argument(flag, action="store_const", const=True, help=argparse.SUPPRESS)
+
+
+def _one_of(values: tuple[str, ...] | None, reason: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if values is not None and text not in values:
+            raise argparse.ArgumentTypeError(f"{text} is refused: {reason}")
+        return text
+
+    return check
+
+
+def without_effect(args: argparse.Namespace) -> str | None:
+    """A line for the log, about flags that were given and change nothing here."""
+    given = [
+        (flag, reason) for flag, (_, reason) in NO_EFFECT.items() if getattr(args, dest_of(flag), None) is not None
+    ]
+    return "no effect here: " + ", ".join(f"{flag} ({reason})" for flag, reason in given) if given else None
+
+
+def dest_of(flag: str) -> str:
+    """Flag as argparse stores it."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+def table() -> str:
+    """All flags, as a table in Markdown."""
+    rows = [(flag, "the same") for flag in SAME]
+    for flag, (path, kind) in JSON_FLAGS.items():
+        rows.append((flag, f"`{path}`" + (f" = {json.dumps(kind)}" if isinstance(kind, (bool, str)) else "")))
+    rows += [(flag, "`scheduler`, below") for flag in SCHEDULE_FLAGS]
+    rows += [(flag, "`--train-iters`, with the batch size; the shortest of the three holds") for flag in LENGTH_FLAGS]
+    for flag, (other, kind) in SAME_AS.items():
+        rows.append((flag, f"`{other}{'' if callable(kind) else ' ' + kind}`"))
+    for flag, (values, reason) in IN_FORCE.items():
+        rows.append(
+            (
+                flag,
+                f"{' or '.join(values)}: as it is here, else refused: {reason}"
+                if values
+                else f"as it is here: {reason}",
+            )
+        )
+    rows += [(flag, f"no effect, named in the log: {reason}") for flag, (_, reason) in NO_EFFECT.items()]
+    rows += [(flag, f"refused: {reason}") for flag, reason in REFUSED.items()]
+    lines = [f"| `{flag}` | {text} |" for flag, text in sorted(rows, key=lambda row: row[0].lower())]
+    return "\n".join(["| Megatron-DeepSpeed | here |", "|---|---|", *lines])
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,255 @@
+"""Flags: Megatron-DeepSpeed's are taken with their meaning or refused with what serves; slips end in one line."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluate_gpt_scmoe
+import generate_gpt_scmoe
+from scmoe_ds import megatron_flags
+from scmoe_ds.analysis.arguments import build_parser as build_analysis_parser
+from scmoe_ds.argument_checks import ArgumentError
+from scmoe_ds.arguments import build_parser, parse_arguments
+from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.image_arguments import build_image_parser, parse_image_arguments
+
+SIZES = ["--num-layers", "2", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"]
+JSON: dict[str, Any] = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 4,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "betas": [0.9, 0.95]}},
+    "zero_optimization": {"stage": 1},
+    "bf16": {"enabled": True},
+    "gradient_clipping": 1.0,
+    "scmoe": {"num_experts": 4},
+}
+
+# Megatron-DeepSpeed's scripts for MoE models write such a JSON: neither optimizer nor schedule, those are flags.
+MEGATRONS_JSON: dict[str, Any] = {
+    "train_batch_size": 512,
+    "train_micro_batch_size_per_gpu": 16,
+    "steps_per_print": 10,
+    "zero_optimization": {"stage": 1, "elastic_checkpoint": True},
+    "gradient_clipping": 1.0,
+    "prescale_gradients": False,
+    "fp16": {"enabled": False, "loss_scale": 0, "loss_scale_window": 500, "hysteresis": 2, "min_loss_scale": 1,
+             "initial_scale_power": 11},
+    "bf16": {"enabled": True},
+    "wall_clock_breakdown": False,
+}  # fmt: skip
+
+# The flags of its scripts for MoE models, with values of a small run. --fp16 is theirs too, and their JSON says bf16.
+MEGATRONS_COMMAND = """
+    --override-opt_param-scheduler --adam-beta1 0.9 --adam-beta2 0.95 --tensor-model-parallel-size 1
+    --moe-expert-parallel-size 8 --num-experts 16 --moe-loss-coeff 0.01 --moe-train-capacity-factor 1.0
+    --moe-eval-capacity-factor 1.0 --moe-min-capacity 4 --init-method-std 0.014 --lr-decay-tokens 300000000000
+    --lr-warmup-tokens 375000000 --micro-batch-size 16 --exit-duration-in-mins 30000000 --global-batch-size 512
+    --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --seq-length 2048 --max-position-embeddings 2048
+    --train-tokens 300000000000 --train-iters 858306 --lr 1.2e-4 --min-lr 1.0e-6 --lr-decay-style cosine --split 98,2,0
+    --log-interval 10 --eval-interval 100 --eval-iters 10 --save-interval 10000 --weight-decay 0.1 --clip-grad 1.0
+    --hysteresis 2 --num-workers 0 --load checkpoint --save checkpoint --tensorboard-queue-size 1
+    --log-timers-to-tensorboard --log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard --tensorboard-dir board
+    --checkpoint-activations --create-moe-param-group --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt
+    --data-path data_text_document --data-impl mmap --deepspeed --pipeline-model-parallel-size 1 --no-pipeline-parallel
+    --deepspeed-activation-checkpointing --zero-stage 1 --log-optimizer-states-to-tensorboard --log-memory-to-tensorboard
+    --mlp-type residual --topk 1 --expert-interval 2 --disable-moe-token-dropping --seed 1234 --bf16
+    """.split()
+REFUSED_IN_SCRIPTS = ["--skip-train", "--inference", "--ds-inference", "--profile-name", "--rampup-batch-size",
+                      "--load-teacher", "--mos", "--kd", "--universal-checkpoint", "--sequence-parallel"]  # fmt: skip
+
+
+@pytest.fixture
+def parse(tmp_path: Path) -> Callable[..., tuple[argparse.Namespace, dict[str, Any]]]:
+    def run(
+        *flags: str, whole: dict[str, Any] = JSON, image: bool = False
+    ) -> tuple[argparse.Namespace, dict[str, Any]]:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(whole))
+        sizes = ["--preset", "swin-digits"] if image else SIZES
+        length = [] if "--train-samples" in flags or "--train-tokens" in flags else ["--train-iters", "10"]
+        argv = [*sizes, *length, *flags, "--deepspeed_config", str(path)]
+        args, merged, _ = parse_image_arguments(argv) if image else parse_arguments(argv)
+        return args, merged
+
+    return run
+
+
+def test_the_command_line_of_megatrons_moe_scripts(parse: Any) -> None:
+    args, whole = parse(*MEGATRONS_COMMAND, whole=MEGATRONS_JSON)
+    assert whole["optimizer"] == {
+        "type": "AdamW", "params": {"lr": 1.2e-4, "weight_decay": 0.1, "betas": [0.9, 0.95], "torch_adam": True}}  # fmt: skip
+    tokens_per_step = 512 * 2048
+    assert whole["scheduler"] == {"type": "WarmupCosineLR", "params": {
+        "warmup_num_steps": -(-375_000_000 // tokens_per_step), "warmup_type": "linear",
+        "total_num_steps": -(-300_000_000_000 // tokens_per_step), "cos_min_ratio": pytest.approx(1e-6 / 1.2e-4)}}  # fmt: skip
+    assert args.train_iters == -(-300_000_000_000 // tokens_per_step)
+    assert whole["tensorboard"] == {"enabled": True, "output_path": "board", "job_name": ""}
+    assert whole["scmoe"] == {
+        "num_experts": 16, "top_k": 1, "architecture": "shared_expert", "moe_every": 2, "expert_parallel_size": 8,
+        "capacity_factor": 1.0, "eval_capacity_factor": 1.0, "min_capacity": 4, "aux_loss_coefficient": 0.01,
+        "drop_tokens": False}  # fmt: skip
+    assert {key: whole[key] for key in MEGATRONS_JSON} == MEGATRONS_JSON  # what was there is as it was
+    assert (args.tokenizer_type, args.recompute_granularity) == ("GPT2BPETokenizer", "full")
+
+
+def test_flags_without_effect_are_named_in_one_line(parse: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "scmoe_ds"):
+        parse("--tensorboard-queue-size", "1", "--use-flash-attn-v2", "--no-pipeline-parallel")
+    [line] = [record.message for record in caplog.records if "no effect" in record.message]
+    assert "--tensorboard-queue-size (" in line and "--use-flash-attn-v2 (" in line and "pipeline" not in line
+
+
+def test_no_flag_of_the_scripts_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = build_parser()
+    given = {text for text in MEGATRONS_COMMAND if text.startswith("--")} | {"--fp16", "--deepspeed_config"}
+    assert given <= parser._option_string_actions.keys()
+    for flag in REFUSED_IN_SCRIPTS:
+        with pytest.raises(SystemExit) as error:
+            parser.parse_args([flag])
+        assert error.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_tables_are_those_of_the_parser() -> None:
+    options = build_parser()._option_string_actions
+    shown = {name for name, action in options.items() if action.help != argparse.SUPPRESS}
+    assert set(megatron_flags.SAME) <= shown
+    taken = (megatron_flags.JSON_FLAGS, megatron_flags.SCHEDULE_FLAGS, megatron_flags.LENGTH_FLAGS,
+             megatron_flags.SAME_AS, megatron_flags.IN_FORCE, megatron_flags.NO_EFFECT)  # fmt: skip
+    hidden = {name for name, action in options.items() if action.help == argparse.SUPPRESS}
+    assert set().union(*taken) == hidden
+    assert not megatron_flags.REFUSED.keys() & options.keys()
+    page = Path(megatron_flags.__file__).parents[1] / "docs" / "from_megatron_deepspeed.md"
+    assert megatron_flags.table() in page.read_text(), "python -m scmoe_ds.megatron_flags writes the table"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--micro-batch-size", "8"], r"--micro-batch-size asks for train_micro_batch_size_per_gpu = 8, but .*ds\.json has 4"),
+    (["--global-batch-size", "16"], r"train_batch_size = 16, but .* has 8"),
+    (["--lr", "1e-4"], r"--lr asks for optimizer\.params\.lr = 0\.0001, but .* has 0\.001; remove one"),
+    (["--adam-beta2", "0.999"], r"--adam-beta1 and --adam-beta2 asks for optimizer\.params\.betas = \[0\.9, 0\.999\]"),
+    (["--optimizer", "sgd"], r'optimizer\.type = "SGD", but .* has "AdamW"'),
+    (["--zero-stage", "2"], r"zero_optimization\.stage = 2, but .* has 1"),
+    (["--clip-grad", "0.5"], r"gradient_clipping = 0\.5, but .* has 1\.0"),
+    (["--lr-decay-style", "inverse-square-root"], r"--lr-decay-style inverse-square-root: .*use cosine"),
+    (["--tokenizer-type", "ByteTokenizer", "--vocab-file", "v"], r"--tokenizer-type ByteTokenizer: --vocab-file"),
+    (["--tokenizer-type", "GPT2BPETokenizer", "--tokenizer-model", "m"], r"--tokenizer-model is for HuggingFaceTokenizer"),
+])  # fmt: skip
+def test_a_flag_that_contradicts(flags: list[str], message: str, parse: Any) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        parse(*flags)
+
+
+def test_a_flag_that_is_in_force_and_one_that_the_json_leaves_out(parse: Any) -> None:
+    _, whole = parse("--micro-batch-size", "4", "--lr", "0.001", "--bf16", "--clip-grad", "1", "--zero-stage", "1",
+                        "--optimizer", "adam", "--adam-beta2", "0.95", "--weight-decay", "0.1", "--cpu-optimizer",
+                        "--accumulate-allreduce-grads-in-fp32")  # fmt: skip
+    expected = copy.deepcopy(JSON)
+    expected["optimizer"]["params"]["weight_decay"] = 0.1
+    expected["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    expected["data_types"] = {"grad_accum_dtype": "fp32"}
+    assert whole == expected
+    _, whole = parse("--lr", "0.5", whole={**JSON, "optimizer": {"type": "SGD", "params": {"lr": "auto"}},
+                                           "zero_allow_untested_optimizer": True})  # fmt: skip
+    assert whole["optimizer"] == {"type": "SGD", "params": {"lr": 0.5}}
+
+
+def test_two_precisions(parse: Any) -> None:
+    with pytest.raises(ScMoEConfigError, match=r"^bf16\.enabled = true: fp16\.enabled is true as well; keep one"):
+        parse("--fp16")
+    with pytest.raises(ArgumentError, match=r"--fp16 asks for fp16\.enabled = true, but .* has false"):
+        parse("--fp16", whole=MEGATRONS_JSON)
+
+
+def test_loss_scales(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, whole = parse("--initial-loss-scale", "4294967296", "--loss-scale-window", "500.0", "--min-loss-scale", "1.0")
+    assert whole["fp16"] == {"initial_scale_power": 32, "loss_scale_window": 500, "min_loss_scale": 1}
+    with pytest.raises(SystemExit):
+        parse("--initial-loss-scale", "1000")
+    assert "--initial-loss-scale: invalid exponent_of_two value: '1000'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "iterations"), [
+    (["--train-samples", "100"], 12),  # 8 samples a step; Megatron leaves out the rest
+    (["--train-tokens", "1281"], 11),  # 128 tokens a step; the first step that reaches it
+    (["--train-tokens", "100000", "--train-iters", "7"], 7),
+])  # fmt: skip
+def test_length_of_a_run(flags: list[str], iterations: int, parse: Any) -> None:
+    assert parse(*flags)[0].train_iters == iterations
+
+
+def test_a_length_without_batch_size(parse: Any) -> None:
+    without = {key: value for key, value in JSON.items() if key != "train_batch_size"}
+    with pytest.raises(ArgumentError, match=r"--train-tokens 100: needs the batch size .*--global-batch-size"):
+        parse("--train-tokens", "100", whole=without)
+    assert parse("--train-tokens", "100", "--global-batch-size", "8", whole=without)[1]["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize(("flags", "kind", "params"), [
+    (["--lr-decay-style", "constant", "--lr-warmup-iters", "5"], "WarmupLR",
+     {"warmup_num_steps": 5, "warmup_min_lr": 0, "warmup_max_lr": 1e-3}),
+    (["--min-lr", "1e-5", "--lr-warmup-fraction", "0.2", "--lr-decay-iters", "50"], "WarmupDecayLR",
+     {"warmup_num_steps": 10, "total_num_steps": 50, "warmup_min_lr": 1e-5, "warmup_max_lr": 1e-3}),
+    (["--lr-decay-style", "cosine", "--lr-warmup-samples", "24", "--min-lr", "1e-4"], "WarmupCosineLR",
+     {"warmup_num_steps": 3, "total_num_steps": 10, "cos_min_ratio": pytest.approx(0.1)}),
+])  # fmt: skip
+def test_schedules(flags: list[str], kind: str, params: dict[str, Any], parse: Any) -> None:
+    _, whole = parse(*flags)
+    assert whole["scheduler"] == {"type": kind, "params": {**params, "warmup_type": "linear"}}
+    assert parse(*flags, whole=whole)[1]["scheduler"] == whole["scheduler"]  # in force
+    changed = copy.deepcopy(whole)
+    changed["scheduler"]["params"]["warmup_num_steps"] += 1
+    with pytest.raises(ArgumentError, match=r"asks for scheduler\.params\.warmup_num_steps = \d+, but .*; remove one"):
+        parse(*flags, whole=changed)
+
+
+def test_the_image_program_takes_the_flags_of_the_json(parse: Any) -> None:
+    _, whole = parse("--weight-decay", "0.05", image=True)
+    assert whole["optimizer"]["params"]["weight_decay"] == 0.05
+
+
+@pytest.mark.parametrize(("files", "kind"), [
+    ([], "ByteTokenizer"), (["--vocab-file", "v", "--merge-file", "m"], "GPT2BPETokenizer"),
+    (["--tokenizer-model", "m"], "HuggingFaceTokenizer"),
+])  # fmt: skip
+def test_the_files_name_the_tokenizer(files: list[str], kind: str, parse: Any) -> None:
+    assert parse(*files)[0].tokenizer_type == kind
+
+
+@pytest.mark.parametrize(("build", "argv", "message"), [
+    (build_parser, ["--num-layer", "2"], '--num-layer: unknown flag (did you mean "--num-layers"?)'),
+    (build_parser, ["--hiden-size=2", "--xyz"], '--hiden-size: unknown flag (did you mean "--hidden-size"?); --xyz: unknown'),
+    (build_parser, ["--num-layers", "two"], "argument --num-layers: invalid int value: 'two'"),
+    (build_parser, ["--pipeline-model-parallel-size", "2"], "2 is refused: a shortcut may not cross a pipeline stage"),
+    (build_parser, ["--skip-train"], "--skip-train is not taken here: use evaluate_gpt_scmoe.py"),
+    (build_parser, ["extra"], "extra: belongs to no flag; remove it"),
+    (build_image_parser, ["--img-sise", "2"], 'did you mean "--img-size"?'),
+    (generate_gpt_scmoe.build_parser, ["--laod", "x"], '--laod: unknown flag (did you mean "--load"?)'),
+    (evaluate_gpt_scmoe.build_parser, ["--load", "x", "--task", "a"], 'did you mean "--tasks"?'),
+    (build_analysis_parser, ["similarity", "--hf-modle", "x"], 'did you mean "--hf-model"?'),
+    (build_analysis_parser, ["similarty"], "invalid choice: 'similarty'"),
+])  # fmt: skip
+def test_a_slip_is_one_line(
+    build: Callable[[], argparse.ArgumentParser], argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        build().parse_args(argv)
+    text = capsys.readouterr().err
+    assert error.value.code == 2
+    assert text.count("\n") == 1 and "error: " in text
+    assert message in text
+
+
+def test_one_process_of_a_node_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as error:
+        build_parser().parse_args(["--num-layer", "2"])
+    assert error.value.code == 2
+    assert capsys.readouterr().err == ""
