@@ -55,7 +55,6 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     tensor.start(args.tensor_model_parallel_size)
     replicas = tensor.data_parallel_size()
     micro_batch_size, accumulation_steps = batch_sizes(whole, replicas)
-    config.check_tokens(micro_batch_size * args.seq_length)
     settings = RunSettings(
         args.train_iters, micro_batch_size, accumulation_steps, args.seq_length, args.seed, args.log_interval,
         args.eval_interval, args.eval_iters, args.num_workers, args.save, args.save_interval, args.exit_interval,

@@ -60,7 +60,6 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
         checkpoint.check_writable(args.save)
 
     model = SwinMoE(shape, config)
-    config.check_tokens(settings.micro_batch_size * model.sequence)
     initialize_swin(model, args.seed, expert_parallel_rank(config.expert_parallel_size))
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
 

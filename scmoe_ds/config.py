@@ -23,7 +23,9 @@ Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_top
 Position = Literal["pos1", "pos2", "pos3"]
 Merge = Literal["add", "cg1", "cg2"]
 Dispatch = Literal["exact", "padded"]
-GateSoftmax = Literal["before_topk", "after_topk"]
+GateSoftmax = Literal["deepspeed", "all", "chosen", "kept"]
+FORMER_GATE_SOFTMAX: dict[str, GateSoftmax] = {"before_topk": "deepspeed", "after_topk": "kept"}
+"""Names of before, for what they did."""
 Auto = Literal["auto"]
 
 
@@ -125,12 +127,16 @@ class ScMoEConfig(_Section):
     eval_capacity_factor: float = Field(2.0, gt=0, description="The same in evaluation.")
     min_capacity: int = Field(4, ge=0, strict=True, description="Least number of tokens that each expert accepts.")
     drop_tokens: bool = Field(True, strict=True, description="false: every token reaches its experts.")
-    use_rts: bool = Field(True, strict=True, description="Top-1 drops at random (true) or the last tokens (false).")
+    use_rts: bool = Field(
+        True, strict=True, description="Top-1 drops random tokens (true), or whichever torch.topk does (false)."
+    )
     top2_2nd_expert_sampling: bool = Field(
         False, strict=True, description="DeepSpeed's Gumbel sampling of the second expert, in evaluation too."
     )
     gate_softmax: GateSoftmax = Field(
-        "before_topk", description="Softmax over all experts (DeepSpeed, Tutel), or over the chosen ones (eq. 2-3)."
+        "deepspeed",
+        description="Among which experts a token's weights add up to 1: all, the chosen ones (eq. 2-3), or the chosen "
+        "ones that are kept (not dropped). deepspeed: all for top_k 1, kept for more.",
     )
     noisy_gate_policy: Union[Literal["Jitter", "RSample"], None] = Field(None, description="DeepSpeed's gate noise.")
     aux_loss_coefficient: float = Field(0.01, ge=0, description="Weight of the load-balancing loss.")
@@ -197,6 +203,16 @@ class ScMoEConfig(_Section):
             raise ScMoEConfigError(
                 explain(error, section, {"": cls.model_fields, "overlap": OverlapConfig.model_fields})
             ) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, section: Any) -> Any:
+        """JSON files and checkpoints of before keep their numbers."""
+        former = section.get("gate_softmax") if isinstance(section, dict) else None
+        if not isinstance(former, str) or former not in FORMER_GATE_SOFTMAX:
+            return section
+        ignored = section.get("architecture") in ("topk", "shared_expert")  # DeepSpeed's own layers did not read it
+        return {**section, "gate_softmax": "deepspeed" if ignored else FORMER_GATE_SOFTMAX[former]}
 
     @model_validator(mode="after")
     def _rules(self) -> ScMoEConfig:
@@ -300,16 +316,6 @@ class ScMoEConfig(_Section):
             raise fail("scmoe.num_experts", self.num_experts,
                         f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of "
                         f"{num_layers} layers")  # fmt: skip
-
-    def check_tokens(self, tokens_per_rank: int) -> None:
-        """DeepSpeed's top-1 gate wants at least min_capacity tokens.
-
-        Raises:
-            ScMoEConfigError: fewer tokens in a micro-batch.
-        """
-        if self.top_k == 1 and tokens_per_rank < self.min_capacity:
-            raise fail("scmoe.min_capacity", self.min_capacity,
-                        f"exceeds the {tokens_per_rank} tokens of a micro-batch; lower it")  # fmt: skip
 
     def check_world(self, world_size: int, tensor_parallel_size: int = 1) -> None:
         """Rules that need the number of ranks.

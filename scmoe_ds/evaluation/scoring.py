@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scmoe_ds.evaluation.windows import Row
+from scmoe_ds.inference.generate import used_tokens
 from scmoe_ds.inference.phases import Phases
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel.tensor import ModelParallelUnit, data_parallel_rank, data_parallel_size
@@ -56,12 +57,13 @@ class Scorer:
             and how many of them greedy decoding would have chosen.
         """
         lengths = [len(row.tokens) for row in rows]
-        # Padding comes behind a row's tokens, which do not look at it; without drops it takes no expert's place.
+        # Padding comes behind a row's tokens, which do not look at it, and goes to no expert.
         tokens_BS = torch.zeros(max(len(rows), 1), max(lengths, default=1), dtype=torch.int64)
         for number, row in enumerate(rows):
             tokens_BS[number, : len(row.tokens)] = torch.from_numpy(np.array(row.tokens))
         with self.phases.of("prefill"):
-            hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device))
+            used_BS = used_tokens(lengths or [0], tokens_BS.shape[1])
+            hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), used_token=used_BS)
         sums_B2 = torch.zeros(len(rows), 2, dtype=torch.float64)
         if not rows:
             return sums_B2

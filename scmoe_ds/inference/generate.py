@@ -146,7 +146,7 @@ class TextGenerator:
         cache.begin(len(prompts))
         times, started = self.times, self._now()
         with cache.attached():
-            logits_BV = self._prefill(prompts, cache)
+            logits_BV = self._prefill(prompts, cache, serves_only=not batch)
             while True:
                 chosen_B = choose(logits_BV[:, : request.vocab_size], request.sampling, generators)
                 tokens_B = self._agreed(chosen_B)
@@ -163,24 +163,25 @@ class TextGenerator:
                     return completions
                 logits_BV = self._decode(tokens_B, cache, completions)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
-        """[B, V] logits of the token after each prompt."""
+    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache, serves_only: bool) -> Tensor:
+        """[B, V] logits of the token after each prompt; `serves_only`: the prompt is none."""
         lengths = [len(prompt) for prompt in prompts]
         tokens_BS = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens_BS[row, : len(prompt)] = torch.tensor(prompt)
+        used_BS = used_tokens([0] if serves_only else lengths, max(lengths))
         with self.phases.of("prefill"):
-            hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), cache.positions(max(lengths)))
+            hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), cache.positions(max(lengths)), used_BS)
         cache.advance(lengths)
         rows_B = torch.arange(len(prompts), device=self.device)
         return self.model.logits(hidden_BSD[rows_B, torch.tensor(lengths, device=self.device) - 1])
 
     def _decode(self, tokens_B: Tensor, cache: KeyValueCache, completions: Sequence[Completion]) -> Tensor:
         """[B, V] logits of the token after these."""
+        goes_on = [int(completion.ended is None) for completion in completions] or [0]
         with self.phases.of("decode"):
-            hidden_BSD = self.model.hidden_states(tokens_B.unsqueeze(1), cache.positions(1))
-        # A row that has ended stays where it is: its place is written over and over.
-        cache.advance([int(completion.ended is None) for completion in completions] or [0])
+            hidden_BSD = self.model.hidden_states(tokens_B.unsqueeze(1), cache.positions(1), used_tokens(goes_on, 1))
+        cache.advance(goes_on)  # a row that has ended stays where it is: its place is written over and over
         return self.model.logits(hidden_BSD[:, 0])
 
     def _note(
@@ -263,6 +264,13 @@ class TextGenerator:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def used_tokens(lengths: Sequence[int], sequence: int) -> Tensor | None:
+    """[B, S] bool on the host: the tokens of rows of these lengths; None where none is padding."""
+    if min(lengths) == sequence:
+        return None
+    return torch.arange(sequence) < torch.tensor(lengths).unsqueeze(1)
 
 
 def _ending(

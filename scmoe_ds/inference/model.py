@@ -83,7 +83,6 @@ def serving_config(
         "expert_parallel_size": expert_parallel_size,
         "expert_tensor_parallelism": expert_tensor_parallelism,
         "drop_tokens": False,
-        "min_capacity": 0,  # DeepSpeed refuses fewer tokens than that
         "use_rts": False,
         "top2_2nd_expert_sampling": False,
         "noisy_gate_policy": None,

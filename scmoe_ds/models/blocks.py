@@ -22,6 +22,7 @@ from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
 from scmoe_ds.models.parallel_layers import Group
 from scmoe_ds.models.recompute import Recompute, recompute_operator, recompute_run
+from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
 from scmoe_ds.moe.merge import Merge
 from scmoe_ds.moe.routed import RoutedTokens
@@ -115,7 +116,7 @@ def _make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, rout
         top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
     )  # fmt: skip
     if not config.is_scheduled:
-        return MoE(use_residual=config.architecture == "shared_expert", **common)
+        return admit_any_tokens(MoE(use_residual=config.architecture == "shared_expert", **common), config.gate_softmax)
     staged: dict[str, Any] = dict(
         dispatch=config.dispatch,
         gate_softmax=config.gate_softmax,
@@ -145,18 +146,19 @@ class PlainRun(nn.Module):
         self.blocks = make_blocks(settings, config, num_experts, group)
         self.recompute: Recompute | None = None
 
-    def forward(self, hidden: Tensor) -> PairOutput:
+    def forward(self, hidden: Tensor, used_token: Tensor | None = None) -> PairOutput:
+        """`used_token`: [B, S], zero for tokens that go to no routed expert."""
         if self.recompute == "full" and torch.is_grad_enabled():
-            return recompute_run(self._run, hidden)
-        return self._run(hidden)
+            return recompute_run(partial(self._run, used_token=used_token), hidden)
+        return self._run(hidden, used_token)
 
-    def _run(self, hidden: Tensor) -> PairOutput:
+    def _run(self, hidden: Tensor, used_token: Tensor | None) -> PairOutput:
         blocks = cast(Sequence[Block], self.blocks)
         operators = [step for block in blocks for step in (block.attend, block.feed)][:-1]
         stream, last = Stream(hidden), blocks[-1]
         for operator in operators:
             stream = recompute_operator(operator, stream) if self.recompute == "selective" else operator(stream)
-        output, l_aux, exp_counts = last.moe(last.moe_input(stream.hidden))
+        output, l_aux, exp_counts = last.moe(last.moe_input(stream.hidden), used_token)
         return PairOutput(last.add(stream.hidden, output, last.mlp_norm), l_aux, exp_counts)
 
 
@@ -209,13 +211,15 @@ class ScheduledRun(nn.Module):
         self.forward_schedule: Schedule | None = None
         self.recorder: PairRecorder = SILENT
 
-    def forward(self, hidden: Tensor) -> PairOutput:
+    def forward(self, hidden: Tensor, used_token: Tensor | None = None) -> PairOutput:
+        """`used_token`: [B, S], zero for tokens that go to no routed expert."""
         training = torch.is_grad_enabled()
         schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
+        pair = self if used_token is None else _MaskedPair(self, used_token)
         if self.recompute != "full" or not training:
-            return executor.run(self, hidden, schedule, self.recorder)
+            return executor.run(pair, hidden, schedule, self.recorder)
         recorders = iter([self.recorder])  # for the first pass alone: the second is nobody's forward
-        return recompute_run(lambda hidden: executor.run(self, hidden, schedule, next(recorders, SILENT)), hidden)
+        return recompute_run(lambda hidden: executor.run(pair, hidden, schedule, next(recorders, SILENT)), hidden)
 
     def operators(self) -> list[Operator]:
         """All operators of the run, in order; see `executor.Pair`."""
@@ -258,13 +262,15 @@ class ScheduledRun(nn.Module):
         """The operators between shortcut and join."""
         return self.operators()[self.tap :]
 
-    def begin(self, stream: Stream, schedule: Schedule, recorder: PairRecorder) -> RoutedTokens:
+    def begin(
+        self, stream: Stream, schedule: Schedule, recorder: PairRecorder, used_token: Tensor | None = None
+    ) -> RoutedTokens:
         shortcut = stream.moe_input
         if shortcut is None:
             (hidden,) = recorder.open("shortcut norm", stream.hidden)
             (shortcut,) = recorder.close("shortcut norm", self._read_shortcut(hidden))
         return cast(StagedMoE, self._last.moe).begin(
-            shortcut, blocking=not schedule.overlap, num_chunks=schedule.num_chunks, recorder=recorder
+            shortcut, used_token, blocking=not schedule.overlap, num_chunks=schedule.num_chunks, recorder=recorder
         )
 
     def join(self, routed: executor.Routed, stream: Stream) -> PairOutput:
@@ -323,3 +329,11 @@ class ScheduledRun(nn.Module):
         if chunks == "auto":
             chunks = len(slots) if isinstance(slots, tuple) else 1
         return Schedule(slots, chunks, overlap.enabled)
+
+
+class _MaskedPair:
+    """A run in a pass that has padding: what the executor asks for, with a mask for the routed experts."""
+
+    def __init__(self, run: ScheduledRun, used_token: Tensor) -> None:
+        self.tap, self.operators, self.join = run.tap, run.operators, run.join
+        self.begin = partial(run.begin, used_token=used_token)

@@ -106,14 +106,23 @@ class GPT(nn.Module):
         self.final_norm = make_norm(settings)
         self.head = None if settings.tie_embeddings else column_parallel(D, [V], False, group)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> GPTOutput:
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        used_token: Tensor | None = None,
+    ) -> GPTOutput:
         """
         Args:
             tokens: [B, S] int64.
             labels: [B, S] int64 next tokens; None returns logits.
-            loss_mask: [B, S], 1 where a token counts; default: everywhere.
+            loss_mask: [B, S], 1 where a token counts in the language-model loss; default: everywhere.
+            used_token: [B, S], 0 for padding, which stands on the right of each sequence: no token looks at it, and it
+                goes to no routed expert. It counts neither in the balancing loss nor in an expert's capacity. Default:
+                there is none.
         """
-        outputs = list(self._through_runs(tokens, None))
+        outputs = list(self._through_runs(tokens, None, used_token))
         hidden, counts = outputs[-1].hidden, tuple(output.exp_counts for output in outputs)
         moe_loss = torch.stack([output.l_aux for output in outputs]).sum()
         logits_BSV = self._own_logits(hidden)
@@ -124,31 +133,36 @@ class GPT(nn.Module):
         loss = lm_loss + self.config.aux_loss_coefficient * moe_loss
         return GPTOutput(loss, apart(lm_loss), apart(moe_loss), counts)
 
-    def hidden_states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, positions: Tensor | None = None, used_token: Tensor | None = None
+    ) -> Tensor:
         """What `logits` reads of each token.
 
         Args:
             tokens: [B, S] int64.
             positions: [B, S] int64 place of each token in its sequence; None: from 0 in all of them.
+            used_token: as in `forward`.
 
         Returns:
             [B, S, D].
         """
-        (last,) = deque(self._through_runs(tokens, positions), maxlen=1)
+        (last,) = deque(self._through_runs(tokens, positions, used_token), maxlen=1)
         return last.hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] of `hidden_states` → [..., V], the whole vocabulary on every rank."""
         return gather_vocabulary(self._own_logits(hidden), self.group)
 
-    def _through_runs(self, tokens: Tensor, positions: Tensor | None) -> Iterator[PairOutput]:
+    def _through_runs(
+        self, tokens: Tensor, positions: Tensor | None, used_token: Tensor | None
+    ) -> Iterator[PairOutput]:
         hidden = self.embedding(tokens)
         if self.positions is not None:
             table = self.positions.weight
             hidden = hidden + (table[: tokens.shape[1]] if positions is None else table[positions])
         hidden = F.dropout(hidden, self.settings.hidden_dropout, self.training)
         for run in self.runs:
-            output = run(hidden)
+            output = run(hidden, used_token)
             yield output
             hidden = output.hidden
 

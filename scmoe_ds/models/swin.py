@@ -34,6 +34,7 @@ from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.models.gpt import apart
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
+from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.replace import load_balancing_loss, replace_moe_layers
 from scmoe_ds.replace.convert import HookedScMoE
 from scmoe_ds.replace.upcycle import MoEFeedForward
@@ -189,7 +190,7 @@ def _make_moe(
     """DeepSpeed's own layer with experts of the form of Swinv2's MLP."""
     width = settings.width_of(stage)
     standard = config.architecture == "scmoe" and stage != MOE_STAGES[0]
-    return MoE(
+    moe = MoE(
         hidden_size=width, expert=nn.Sequential(Swinv2Intermediate(swin, width), Swinv2Output(swin, width)),
         num_experts=num_experts, ep_size=config.expert_parallel_size, k=2 if standard else config.top_k,
         capacity_factor=config.capacity_factor, eval_capacity_factor=config.eval_capacity_factor,
@@ -197,6 +198,7 @@ def _make_moe(
         drop_tokens=config.drop_tokens, use_rts=config.use_rts,
         top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
     )  # fmt: skip
+    return admit_any_tokens(moe, config.gate_softmax)  # stage 4 has few
 
 
 def _transformers_config(settings: SwinSettings) -> Swinv2Config:

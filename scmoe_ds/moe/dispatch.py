@@ -69,8 +69,8 @@ class PaddedLayout:
     def of(cls, routing: Routing, shares: Shares, num_chunks: int = 1) -> PaddedLayout:
         local_experts = routing.exp_counts.shape[0] // shares.expert_ranks
         buffers = shares.ranks * shares.senders * local_experts
-        # With drops the capacity follows from shapes and is a CPU tensor, so that int() synchronises nothing.
-        capacity = -(-int(routing.capacity) // (shares.holders * num_chunks))
+        # At least one row, also where no rank has a token: DeepSpeed's experts cannot be asked about none.
+        capacity = -(-max(int(routing.capacity), 1) // (shares.holders * num_chunks))
         kept_KT, location_KT = routing.expert_KT >= 0, routing.location_KT
         buffer_KT = shares.bucket(routing.expert_KT, location_KT, local_experts)
         if shares.holders > 1:

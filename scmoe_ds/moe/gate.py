@@ -1,18 +1,24 @@
-"""Routing: DeepSpeed's gate functions, with their result as a typed value.
+"""Routing: which expert takes which token, and with what weight; as DeepSpeed's gate, to the bit.
 
-Shape suffixes: T tokens, D hidden, E experts, K routed experts per token.
+DeepSpeed's own functions know a mask for k = 1 only, let masked tokens into the balancing loss and the capacity, refuse
+fewer tokens than `min_capacity`, and forget which expert a dropped choice was. Here masked tokens are left out before
+anything is computed: the result is that of the other tokens alone.
+
+Shape suffixes: T tokens, U used tokens, D hidden, E experts, K routed experts per token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor
+
+from scmoe_ds.config import FORMER_GATE_SOFTMAX, GateSoftmax
 
 
 @dataclass(frozen=True)
@@ -20,20 +26,22 @@ class Routing:
     """Which expert takes which token, and with what weight.
 
     Attributes:
-        expert_KT: int64 global expert id, -1 where the capacity limit dropped the choice.
+        expert_KT: int64 global expert id, -1 where the capacity limit dropped the choice or the token is masked.
         location_KT: int64 place of the token among its expert's tokens, from 0.
-        weight_KT: fp32 gate value, 0 where dropped; differentiable.
+        weight_KT: fp32 gate value, 0 where dropped or masked; differentiable.
         capacity: most tokens that an expert takes (int, or a scalar tensor where it follows from the counts).
         l_aux: load-balancing loss, scalar fp32, differentiable.
         exp_counts: [E] int64 tokens per expert before drops.
+        used_T: bool, the tokens that are not masked; None: all of them.
     """
 
     expert_KT: Tensor
     location_KT: Tensor
     weight_KT: Tensor
-    capacity: Tensor
+    capacity: int | Tensor
     l_aux: Tensor
     exp_counts: Tensor
+    used_T: Tensor | None = None
 
 
 def route(
@@ -41,51 +49,56 @@ def route(
     tokens_TD: Tensor,
     used_token: Tensor | None = None,
     exclude_T: Tensor | None = None,
-    softmax: Literal["before_topk", "after_topk"] = "before_topk",
-    common_capacity: bool = False,
+    softmax: GateSoftmax = "deepspeed",
+    group: dist.ProcessGroup | None = None,
 ) -> Routing:
-    """Routes every token with DeepSpeed's own top-1, top-2 or top-k gating (fp32 throughout).
+    """Routes every token to its top-k experts (fp32 throughout).
 
     Args:
         gate: holds weight, k, capacity factors, noise policy and drop policy.
-        tokens_TD: any floating dtype.
-        used_token: [T] mask of real tokens, as in DeepSpeed (top-1 only).
+        tokens_TD: any floating dtype; any number of tokens, also none.
+        used_token: T elements of any shape and dtype, zero for padding: such tokens are routed to no expert, and
+            neither loss, counts nor capacity know of them. A mask on a GPU makes the host wait for it.
         exclude_T: an expert that each token may not choose, -1 for none (DGMoE's second choice, paper eq. 23;
             top-1 only).
-        softmax: "before_topk" weighs by the probability among all experts (DeepSpeed, Tutel); "after_topk" by the
-            softmax over the chosen ones (paper eq. 2-3), which for k = 1 is the constant 1.
-        common_capacity: without drops, agree on the largest capacity of all ranks (padded buffers need it;
-            one blocking all-reduce).
+        softmax: among which experts a token's weights are normalised, see `_weights`.
+        group: agree on the largest capacity of these ranks (padded buffers need it; one blocking all-reduce).
 
     Raises:
-        ValueError: `used_token` or `exclude_T` with k > 1.
+        ValueError: a mask of another number of tokens, or `exclude_T` with k > 1.
     """
-    if gate.k > 1 and (used_token is not None or exclude_T is not None):
-        raise ValueError(f"used_token and exclude_T are defined for k = 1, not k = {gate.k}")
+    if gate.k > 1 and exclude_T is not None:
+        raise ValueError(f"exclude_T is defined for k = 1, not k = {gate.k}")
+    if used_token is None:
+        routing = _route(gate, tokens_TD, exclude_T, softmax)
+    else:
+        if used_token.numel() != tokens_TD.shape[0]:
+            raise ValueError(f"used_token of shape {tuple(used_token.shape)}: must have one element for each of the "
+                             f"{tokens_TD.shape[0]} tokens")  # fmt: skip
+        used_T = used_token.reshape(-1) != 0
+        index_U, used_T = used_T.nonzero().squeeze(1).to(tokens_TD.device), used_T.to(tokens_TD.device)
+        exclude_U = None if exclude_T is None else exclude_T.index_select(0, index_U)
+        routing = _spread(_route(gate, tokens_TD.index_select(0, index_U), exclude_U, softmax), index_U, used_T)
+    return _agreed(routing, group)
+
+
+def _route(gate: TopKGate, tokens_TD: Tensor, exclude_T: Tensor | None, softmax: GateSoftmax) -> Routing:
     logits_TE = _logits(gate, tokens_TD)
-    if tokens_TD.shape[0] == 0:
-        return _nothing(gate.k, logits_TE)
-    allowed_TE = logits_TE
-    if exclude_T is not None:
-        experts_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
-        allowed_TE = logits_TE.masked_fill(exclude_T.unsqueeze(1) == experts_E, float("-inf"))
-    group = gate.ep_group if common_capacity else None
-    l_aux, capacity, _, expert_KT, location_KT, weight_KT, exp_counts = _gating(gate, allowed_TE, used_token, group)
-    expert_KT, location_KT = expert_KT.long(), location_KT.long()
-    if exclude_T is not None:
-        # The excluded expert is out of the choice, not out of the softmax: G(H) is the same function for both layers.
-        weight_KT, l_aux = _reweigh(logits_TE, expert_KT, exp_counts)
-    if softmax == "after_topk":
-        weight_KT = weight_KT / weight_KT.sum(0, keepdim=True).clamp(min=torch.finfo(weight_KT.dtype).tiny)
-    return Routing(expert_KT, location_KT, weight_KT, capacity, l_aux, exp_counts)
-
-
-def _nothing(k: int, logits_TE: Tensor) -> Routing:
-    """The routing of no tokens: a rank without any still takes part in the exchange."""
-    choices_KT = logits_TE.new_zeros(k, 0)
-    counts_E = logits_TE.new_zeros(logits_TE.shape[1], dtype=torch.int64)
-    capacity = torch.zeros((), dtype=torch.int64)
-    return Routing(choices_KT.long(), choices_KT.long(), choices_KT, capacity, logits_TE.sum(), counts_E)
+    T, E = logits_TE.shape
+    if T == 0:  # a rank without any still takes part in the exchange
+        none_KT, counts_E = logits_TE.new_zeros(gate.k, 0), logits_TE.new_zeros(E, dtype=torch.int64)
+        return Routing(none_KT.long(), none_KT.long(), none_KT, 0, logits_TE.sum(), counts_E)
+    probability_TE = F.softmax(logits_TE, dim=1)
+    chosen_KT = _choose(gate, logits_TE, probability_TE, exclude_T)
+    chosen_TE = torch.zeros_like(probability_TE, dtype=torch.bool).scatter_(1, chosen_KT.t(), True)
+    counts_E = chosen_TE.sum(0)
+    # For k = 2 DeepSpeed balances the first choices alone.
+    l_aux = _balancing_loss(gate.k, probability_TE, F.one_hot(chosen_KT[0], E) if gate.k == 2 else chosen_TE)
+    limit = min(capacity_of(gate, T), T) if gate.drop_tokens else None
+    kept_KT, location_KT = _keep(gate, probability_TE, chosen_KT, chosen_TE, limit)
+    weight_KT = _weights(softmax, logits_TE, probability_TE, chosen_KT, kept_KT)
+    expert_KT = torch.where(kept_KT, chosen_KT, -1)
+    return Routing(expert_KT, location_KT, weight_KT, counts_E.max() if limit is None else limit, l_aux, counts_E)
 
 
 def _logits(gate: TopKGate, tokens_TD: Tensor) -> Tensor:
@@ -96,24 +109,108 @@ def _logits(gate: TopKGate, tokens_TD: Tensor) -> Tensor:
         return F.linear(tokens_TD, gate.wg.weight.float())
 
 
-def _gating(gate: TopKGate, logits_TE: Tensor, used_token: Tensor | None, group: object) -> tuple[Tensor, ...]:
-    """What `TopKGate.forward` does after its logits, with the group as an argument."""
-    factor = gate.capacity_factor if gate.training else gate.eval_capacity_factor
-    noise = gate.noisy_gate_policy if gate.training else None
+@torch.no_grad()
+def _choose(gate: TopKGate, logits_TE: Tensor, probability_TE: Tensor, exclude_T: Tensor | None) -> Tensor:
+    """[K, T] the experts that each token wants, in the order of its preference."""
+    if gate.k > 2:
+        return probability_TE.topk(gate.k, dim=1).indices.t().contiguous()
+    experts_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
+    wanted_TE = probability_TE
+    if gate.noisy_gate_policy == "RSample" and gate.training and gate.k == 1:
+        wanted_TE = logits_TE + sharded_moe.gumbel_rsample(logits_TE.shape, device=logits_TE.device)
+    if exclude_T is not None:
+        # The excluded expert is out of the choice, not out of the softmax: G(H) is the same function for both layers.
+        wanted_TE = wanted_TE.masked_fill(exclude_T.unsqueeze(1) == experts_E, float("-inf"))
+    first_T = wanted_TE.argmax(1)
     if gate.k == 1:
-        return sharded_moe.top1gating(logits_TE, factor, gate.min_capacity, used_token, noise, gate.drop_tokens,
-                                      gate.use_rts, group, sparse_routes=True)  # fmt: skip
-    if gate.k == 2:
-        return sharded_moe.top2gating(logits_TE, factor, gate.min_capacity, gate.drop_tokens, group,
-                                      gate.top2_2nd_expert_sampling, sparse_routes=True)  # fmt: skip
-    return sharded_moe.topkgating(logits_TE, gate.k, factor, gate.min_capacity, gate.drop_tokens, group,
-                                  sparse_routes=True)  # fmt: skip
+        return first_T.unsqueeze(0)
+    wanted_TE = logits_TE
+    if gate.top2_2nd_expert_sampling:
+        wanted_TE = logits_TE + sharded_moe.gumbel_rsample(logits_TE.shape, device=logits_TE.device)
+    second_T = wanted_TE.masked_fill(first_T.unsqueeze(1) == experts_E, float("-inf")).argmax(1)
+    return torch.stack([first_T, second_T])
 
 
-def _reweigh(logits_TE: Tensor, expert_KT: Tensor, exp_counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Top-1 weight and load-balancing loss from the softmax over all experts, given the choice."""
-    gates_TE = F.softmax(logits_TE, dim=1)
-    kept_KT = expert_KT >= 0
-    weight_KT = gates_TE.gather(1, expert_KT.clamp(min=0).t()).t() * kept_KT
-    share_E = exp_counts / logits_TE.shape[0]
-    return weight_KT, (gates_TE.mean(0) * share_E).sum() * logits_TE.shape[1]
+def _balancing_loss(k: int, probability_TE: Tensor, counted_TE: Tensor) -> Tensor:
+    """Mean probability times share of the tokens, summed over experts; 1 where both are even."""
+    E = probability_TE.shape[1]
+    balance_E = probability_TE.mean(0) * counted_TE.float().mean(0)
+    if k == 1:
+        return balance_E.sum() * E
+    return balance_E.mean() * E * E / (k if k > 2 else 1)
+
+
+def capacity_of(gate: TopKGate, tokens: int) -> int:
+    """DeepSpeed's capacity for so many tokens. It follows from shapes: no host waits for a GPU."""
+    factor = gate.capacity_factor if gate.training else gate.eval_capacity_factor
+    shape = torch.empty(tokens, gate.wg.out_features, device="meta")
+    return int(sharded_moe._capacity(shape, torch.tensor(factor * gate.k), torch.tensor(gate.min_capacity)))
+
+
+@torch.no_grad()
+def _keep(
+    gate: TopKGate, probability_TE: Tensor, chosen_KT: Tensor, chosen_TE: Tensor, limit: int | None
+) -> tuple[Tensor, Tensor]:
+    """[K, T] which choices are kept, and the place of each kept one among its expert's tokens.
+
+    Beyond the limit k = 1 keeps random tokens (`use_rts`), k = 2 keeps first choices before second ones, each in the
+    order of the tokens, and k > 2 keeps the most probable ones. None: no limit.
+    """
+    K, (T, E) = len(chosen_KT), probability_TE.shape
+    # Drawn without a limit as well, as DeepSpeed does: what draws next must not depend on `drop_tokens`.
+    random_TE = torch.rand(T, E, device=chosen_KT.device) if K == 1 and gate.use_rts else None
+    if K == 2:
+        arrived_XE = F.one_hot(chosen_KT.flatten(), E).cumsum(0) - 1
+        location_KT = arrived_XE.gather(1, chosen_KT.reshape(-1, 1)).view(K, T)
+        kept_KT = torch.ones_like(chosen_KT, dtype=torch.bool) if limit is None else location_KT < limit
+        return kept_KT, location_KT * kept_KT
+    kept_TE = chosen_TE
+    if limit is not None:
+        order_TE = probability_TE if K > 2 else random_TE
+        rank_TE = chosen_TE.long() if order_TE is None else order_TE.masked_fill(~chosen_TE, -1.0)
+        best_CE = rank_TE.topk(limit, dim=0, sorted=False).indices
+        kept_TE = chosen_TE & torch.zeros_like(chosen_TE).scatter_(0, best_CE, True)
+    kept_KT = kept_TE.gather(1, chosen_KT.t()).t()
+    location_KT = (kept_TE.cumsum(0) - 1).gather(1, chosen_KT.t()).t()
+    return kept_KT, location_KT * kept_KT
+
+
+def _weights(
+    softmax: GateSoftmax, logits_TE: Tensor, probability_TE: Tensor, chosen_KT: Tensor, kept_KT: Tensor
+) -> Tensor:
+    """[K, T] gate values, by the experts among which a token's probabilities add up to 1.
+
+    "all"        all experts: the weights of the chosen ones add up to less.
+    "chosen"     the chosen ones (paper eq. 2-3), before drops: a dropped choice takes its share with it.
+    "kept"       the chosen ones that the capacity limit has not dropped.
+    "deepspeed"  as DeepSpeed: "all" for k = 1, "kept" for more, where a sum below 1.2e-7 counts as that.
+    """
+    softmax = FORMER_GATE_SOFTMAX.get(softmax, softmax)
+    if softmax in ("chosen", "kept"):
+        logits_KT = logits_TE.gather(1, chosen_KT.t()).t()
+        if softmax == "kept":
+            # Not -inf: of a token without any, the softmax and its gradient would be 0/0.
+            logits_KT = logits_KT.masked_fill(~kept_KT, torch.finfo(logits_KT.dtype).min)
+        return F.softmax(logits_KT, dim=0) * kept_KT
+    weight_KT = probability_TE.gather(1, chosen_KT.t()).t() * kept_KT
+    if softmax == "all" or len(chosen_KT) == 1:
+        return weight_KT
+    total_T = torch.zeros_like(probability_TE).scatter(1, chosen_KT.t(), weight_KT.t()).sum(1)  # in DeepSpeed's order
+    return weight_KT / total_T.clamp(min=torch.finfo(total_T.dtype).eps)
+
+
+def _spread(routing: Routing, index_U: Tensor, used_T: Tensor) -> Routing:
+    """The routing of used tokens among all tokens."""
+    shape = (len(routing.expert_KT), len(used_T))
+    expert_KT = routing.expert_KT.new_full(shape, -1).index_copy(1, index_U, routing.expert_KT)
+    location_KT = routing.location_KT.new_zeros(shape).index_copy(1, index_U, routing.location_KT)
+    weight_KT = routing.weight_KT.new_zeros(shape).index_copy(1, index_U, routing.weight_KT)
+    return Routing(expert_KT, location_KT, weight_KT, routing.capacity, routing.l_aux, routing.exp_counts, used_T)
+
+
+def _agreed(routing: Routing, group: dist.ProcessGroup | None) -> Routing:
+    if group is None or dist.get_world_size(group) == 1:
+        return routing
+    largest = torch.as_tensor(routing.capacity, device=routing.exp_counts.device).clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return replace(routing, capacity=largest)

@@ -15,7 +15,7 @@ Shape suffixes: T tokens (B * S), D hidden, E experts.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import bwc, groups
 from torch import Tensor, nn
 
+from scmoe_ds.config import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.experts import initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
@@ -40,7 +41,8 @@ class StagedMoE(MoE):
     Args:
         hidden_size … top2_2nd_expert_sampling: as in `deepspeed.moe.layer.MoE`.
         dispatch: "exact" sends and computes routed tokens only; "padded" uses DeepSpeed's capacity buffers.
-        gate_softmax: "before_topk" as DeepSpeed, "after_topk" as paper eq. 2-3.
+        gate_softmax: among which experts a token's weights add up to 1: "all", the "chosen" ones (paper eq. 2-3), or
+            those "kept" by the capacity; "deepspeed": all for k = 1, kept for more.
         all_to_all: primitive of dispatch and combine, see scmoe_ds.overlap.transport.
         wire_dtype: None, "bf16" or "fp8": number format of rows and their gradients between ranks.
 
@@ -60,14 +62,15 @@ class StagedMoE(MoE):
         k: int = 1,
         *args: Any,
         dispatch: Literal["exact", "padded"] = "exact",
-        gate_softmax: Literal["before_topk", "after_topk"] = "before_topk",
+        gate_softmax: GateSoftmax = "deepspeed",
         all_to_all: str = "collective",
         wire_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         self._check_sizes(num_experts, ep_size, k)
         _check_choice("dispatch", dispatch, ("exact", "padded"))
-        _check_choice("gate_softmax", gate_softmax, ("before_topk", "after_topk"))
+        gate_softmax = FORMER_GATE_SOFTMAX.get(gate_softmax, gate_softmax)
+        _check_choice("gate_softmax", gate_softmax, get_args(GateSoftmax))
         _check_choice("all_to_all", all_to_all, METHODS)
         _check_choice("wire_dtype", wire_dtype, (None, *WIRE_DTYPES))
         super().__init__(hidden_size, expert, num_experts, ep_size, k, *args, **kwargs)
@@ -157,14 +160,14 @@ class StagedMoE(MoE):
 
         Args:
             shortcut: [..., D] normalised representation of the preceding layer; may or may not require grad.
-            used_token: [T] mask of real tokens, as in DeepSpeed (k = 1).
+            used_token: mask of T elements, zero for padding, which is routed to no expert (any k).
             exclude: [T] expert that a token may not choose, -1 for none (k = 1).
             blocking: communicate without overlap, forward and backward.
             num_chunks: pieces that the routed tokens are cut into; `run_experts` is then called once for each.
             recorder: is told what happens when.
 
         Raises:
-            ValueError: a last dimension other than the hidden size, or fewer than one chunk.
+            ValueError: a last dimension other than the hidden size, a mask of other tokens, or fewer than one chunk.
             RuntimeError: an expert-parallel layer without groups.
         """
         hidden_size = self.deepspeed_moe.gate.wg.in_features
@@ -178,8 +181,9 @@ class StagedMoE(MoE):
             raise ValueError(f"num_chunks = {num_chunks}: must be at least 1")
         tokens_TD = shortcut.reshape(-1, hidden_size)
         (gated_TD,) = recorder.open("gate", tokens_TD)
-        routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax,
-                        common_capacity=self.dispatch == "padded")  # fmt: skip
+        # Padded buffers have one size on all ranks, whose numbers of tokens may differ.
+        group = self.deepspeed_moe.ep_group if self.dispatch == "padded" else None
+        routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group)
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
         routing = replace(routing, weight_KT=weight_KT, l_aux=l_aux)
         travel = Travel(self.transport, self.shares, self.wire_dtype, blocking, num_chunks,
@@ -291,7 +295,8 @@ class DGMoE(StagedMoE):
         Returns:
             output [..., D], mean of the two load-balancing losses, tokens per expert of both choices [E].
         """
-        current = self.begin(hidden_states, exclude=routed.routing.expert_KT[0], blocking=routed.travel.blocking,
+        current = self.begin(hidden_states, routed.routing.used_T, exclude=routed.routing.expert_KT[0],
+                             blocking=routed.travel.blocking,
                              recorder=Renamed(routed.travel.recorder, "current"))  # fmt: skip
         current.run_experts()
         output = current.collect() + routed.collect()

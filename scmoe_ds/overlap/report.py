@@ -45,7 +45,6 @@ def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
     config.check_world(dist.get_world_size())
     micro_batch_size, _ = batch_sizes(whole, dist.get_world_size())
-    config.check_tokens(micro_batch_size * args.seq_length)
     overlap = config.overlap
     if not overlap.enabled or (overlap.expert_slot, overlap.num_chunks) != ("auto", "auto"):
         if dist.get_rank() == 0:

@@ -21,7 +21,7 @@ def pack(rows: Tensor, wire_dtype: str | None) -> Tensor:
     if wire_dtype == "bf16":
         return rows.to(torch.bfloat16)
     largest = rows.detach().abs().amax(-1, keepdim=True).float()
-    scale = torch.where(largest > 0, largest / _E4M3_MAX, 1.0)
+    scale = (largest / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)  # 0/0 in rows of zeros, or almost
     quantized = (rows / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return torch.cat([quantized.view(torch.uint8), scale.contiguous().view(torch.uint8)], dim=-1)
 

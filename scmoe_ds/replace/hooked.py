@@ -29,6 +29,7 @@ from scmoe_ds.replace.tap_check import TapCheck, first_hidden
 if TYPE_CHECKING:
     from scmoe_ds.replace.convert import HookedScMoE
     from scmoe_ds.replace.taps import Tap
+    from scmoe_ds.replace.token_mask import TokenMask
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -78,9 +79,11 @@ class HookedPair:
 
     Attributes:
         schedule, forward_schedule, recorder: as those of models.blocks.ScheduledRun.
+        token_mask: knows which tokens are padding; None: none is.
     """
 
     tap = 0  # all of `operators` is backbone
+    token_mask: TokenMask | None = None
 
     def __init__(self, name: str, layer: HookedScMoE, tap: Tap, norm: nn.Module | None, overlap: OverlapConfig) -> None:
         self.name, self.layer, self.place, self.norm, self.overlap = name, layer, tap, norm, overlap
@@ -174,13 +177,15 @@ class HookedPair:
         if self._apart:
             self._flight.routed = self._begin(self._flight)
 
-    def _begin(self, flight: _Flight) -> RoutedTokens:
+    def _begin(self, flight: _Flight, used_token: Tensor | None = None) -> RoutedTokens:
+        if used_token is None and self.token_mask is not None:
+            used_token = self.token_mask.of(flight.value)
         (value,) = flight.recorder.open("shortcut norm", flight.value)
         # Past the module's hooks: the backbone calls it as well, and may not be seen to do so twice.
         shortcut = value if self.norm is None else self.norm.forward(value)
         (shortcut,) = flight.recorder.close("shortcut norm", shortcut)
-        return self.layer.begin(shortcut, blocking=not flight.schedule.overlap, num_chunks=flight.schedule.num_chunks,
-                                recorder=flight.recorder)  # fmt: skip
+        return self.layer.begin(shortcut, used_token, blocking=not flight.schedule.overlap,
+                                num_chunks=flight.schedule.num_chunks, recorder=flight.recorder)  # fmt: skip
 
     def _before(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -238,18 +243,29 @@ class HookedPair:
                 f"{tuple(flight.value.shape)}: a stage boundary lies between them. Choose another position for this "
                 "layer (scmoe.first_layer_position for the first one), or set scmoe.tap"
             )
-        if used_token is not None:
-            raise RuntimeError(f"{self.name}: used_token is not supported in a replaced layer; call it without")
+        if flight.routed is not None and used_token is not None and _differ(used_token, flight.routed.routing.used_T):
+            self._take_back(flight)
         if flight.routed is None:
-            self._look_back(flight, hidden_states)
+            self._look_back(flight, hidden_states, used_token is not None)
             flight.schedule = replace(flight.schedule, expert_slot=1, num_chunks=1)
-            flight.routed = self._begin(flight)
+            flight.routed = self._begin(flight, used_token)
         shared_slot = len(flight.operators) + 1
         flight.run_experts(self._due(flight, shared_slot))
         (entering,) = flight.recorder.open("shared", hidden_states)
         (shared,) = flight.recorder.close("shared", self.layer.shared(entering))
         flight.run_experts(flight.schedule.num_chunks - flight.chunks_run)
         return self.layer.finish(flight.routed, entering, shared)
+
+    def _take_back(self, flight: _Flight) -> None:
+        """The layer is told of padding when its tokens have left the tap: their results are thrown away."""
+        assert flight.routed is not None
+        flight.run_experts(flight.schedule.num_chunks - flight.chunks_run)
+        flight.routed.collect()
+        flight.routed, flight.chunks_run = None, 0
+        self._seen = {mode: replace(seen, is_cut=True) for mode, seen in self._seen.items()}
+        logger.warning("%s: used_token is not known at the tap %s, so the layer runs without overlap from now on. Hand "
+                       "the mask to the model as attention_mask [batch, sequence]", self.name,
+                       self.place.module_name)  # fmt: skip
 
     @staticmethod
     def _due(flight: _Flight, slot: int) -> int:
@@ -279,8 +295,8 @@ class HookedPair:
             f"{self.name} ran, but not its tap {self.place.module_name} before it; set scmoe.tap to a module that does"
         )
 
-    def _look_back(self, flight: _Flight, hidden_states: Tensor) -> None:
-        """Notes what the first forward pass of this mode has shown."""
+    def _look_back(self, flight: _Flight, hidden_states: Tensor, is_masked: bool) -> None:
+        """Notes what the first forward pass of this mode has shown; with a mask, the layer goes on to wait for it."""
         training = torch.is_grad_enabled()
         if flight.boundary is _RECOMPUTED:
             return
@@ -291,7 +307,7 @@ class HookedPair:
         self._kept = (flight.value, _sample(hidden_states)) if is_cut else None
         if training in self._seen:
             return
-        self._seen[training] = _Seen(tuple(flight.operators), is_cut)
+        self._seen[training] = _Seen(tuple(flight.operators), is_cut or is_masked)
         if is_cut:
             logger.warning("%s: an activation checkpoint begins between it and its tap %s; it runs without overlap. "
                            "Checkpoint runs of blocks that hold both", self.name, self.place.module_name)  # fmt: skip
@@ -317,6 +333,11 @@ def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 _RECOMPUTED = object()
+
+
+def _differ(used_token: Tensor, routed_T: Tensor | None) -> bool:
+    used_T = used_token.reshape(-1) != 0
+    return not bool(used_T.all()) if routed_T is None else not torch.equal(used_T.to(routed_T.device), routed_T)
 
 
 def _sample(hidden_states: Tensor) -> Tensor:

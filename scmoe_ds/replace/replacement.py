@@ -12,6 +12,7 @@ from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.replace.convert import HookedScMoE, convert, routed_experts_per_token
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.taps import Tap, find_tap
+from scmoe_ds.replace.token_mask import TokenMask
 
 
 def replace_moe_layers(model: nn.Module, config: ScMoEConfig) -> nn.Module:
@@ -20,6 +21,9 @@ def replace_moe_layers(model: nn.Module, config: ScMoEConfig) -> nn.Module:
     The layers keep their paths and parameters, so that checkpoints of the model still load; what a plain MoE lacks
     (shared expert, coefficient, a norm for the shortcut) keeps its fresh values then. Call it before
     `deepspeed.initialize`; `scmoe_ds.initialize` does where the section says `"replace": true`.
+
+    A model that takes an `attention_mask` [batch, sequence] is to be given whole: tokens that it masks are then routed
+    to no expert.
 
     Args:
         model: any model whose blocks are members of an nn.ModuleList.
@@ -38,11 +42,13 @@ def replace_moe_layers(model: nn.Module, config: ScMoEConfig) -> nn.Module:
         position = config.first_layer_position if index == 0 else None
         taps.append(find_tap(model, name, position or config.position, config))
     layers = [(convert(name, moe, config), routed_experts_per_token(moe, config)) for name, moe in found]
+    token_mask = TokenMask(model, [name for name, _ in found])
     for (name, moe), tap, (layer, top_k) in zip(found, taps, layers, strict=True):
         layer.replaced = (moe, moe.deepspeed_moe.gate.k)
         layer.deepspeed_moe.gate.k = top_k
         _put(model, moe, layer)
         layer.pair = HookedPair(name, layer, tap, _shortcut_norm(layer, tap, config), config.overlap)
+        layer.pair.token_mask = token_mask
         layer.register_load_state_dict_pre_hook(_keep_fresh_values)
     return model
 
@@ -52,6 +58,8 @@ def undo_replacement(model: nn.Module) -> nn.Module:
     for layer in [module for module in model.modules() if isinstance(module, HookedScMoE)]:
         assert layer.pair is not None
         layer.pair.detach()
+        if layer.pair.token_mask is not None:
+            layer.pair.token_mask.detach()
         moe, top_k = layer.replaced
         moe.deepspeed_moe.gate.k = top_k
         _put(model, layer, moe)

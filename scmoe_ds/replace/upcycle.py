@@ -13,9 +13,11 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.replace.convert import HookedScMoE
 from scmoe_ds.replace.replacement import replace_moe_layers
 from scmoe_ds.replace.taps import MLP_NAMES, POST_ATTENTION_NORMS
+from scmoe_ds.replace.token_mask import TokenMask
 
 _NEEDED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -25,6 +27,7 @@ class MoEFeedForward(nn.Module):
 
     Attributes:
         moe: DeepSpeed's layer, or the ScMoE that took its place.
+        token_mask: knows which tokens are padding, for DeepSpeed's layer.
         l_aux: load-balancing loss of the last forward pass; None before the first.
         exp_counts: [E] tokens per expert before drops, of the same pass.
     """
@@ -32,12 +35,16 @@ class MoEFeedForward(nn.Module):
     def __init__(self, moe: MoE) -> None:
         super().__init__()
         self.moe = moe
+        self.token_mask: TokenMask | None = None
         self.l_aux: Tensor | None = None
         self.exp_counts: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
-        output, self.l_aux, self.exp_counts = self.moe(hidden_states)
+        used_token = None
+        if self.token_mask is not None and not isinstance(self.moe, HookedScMoE):  # whose pair has a mask of its own
+            used_token = self.token_mask.of(hidden_states)
+        output, self.l_aux, self.exp_counts = self.moe(hidden_states, used_token)
         return output
 
 
@@ -63,7 +70,8 @@ def moe_from_dense(
 
     Architecture "topk" puts DeepSpeed's MoE there, "shared_expert" its Residual MoE, "scmoe" a ScMoE that is fed by
     hooks (see `replace_moe_layers`). The shared expert of the latter two is the old MLP itself, and a shortcut norm of
-    its own starts as a copy of the norm through which the backbone reads the tapped value.
+    its own starts as a copy of the norm through which the backbone reads the tapped value. Tokens that the model's
+    `attention_mask` [batch, sequence] masks go to no routed expert.
 
     Args:
         model: its blocks are members of an nn.ModuleList and have an `mlp` behind a norm: GPT-2, LLaMA, Mistral, Qwen2,
@@ -107,6 +115,10 @@ def moe_from_dense(
         for block, mlp in zip(blocks, kept, strict=True):
             setattr(block.module, block.mlp_name, mlp)
         raise
+    feeds = {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+    token_mask = TokenMask(model, list(feeds))
+    for feed in feeds.values():
+        feed.token_mask = token_mask
     return model
 
 
@@ -201,6 +213,8 @@ def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
         enable_expert_tensor_parallelism=config.expert_tensor_parallelism,
         top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
     )  # fmt: skip
+    # Each rank pads its own batch, and generates for its own prompts.
+    admit_any_tokens(moe, config.gate_softmax, unequal=config.expert_parallel_size > 1)
     dense = next(block.mlp.parameters())
     return moe.to(device=dense.device, dtype=dense.dtype)
 

@@ -38,29 +38,54 @@ def attention(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
     return torch.cat(out, -1) @ w[f"{name}.output.weight"].T + w[f"{name}.output.bias"]
 
 
-def choose(logits: Tensor, k: int, capacity_factor: float, min_capacity: int, drop: bool, order: Tensor | None):
+def choose(
+    logits: Tensor,
+    k: int,
+    capacity_factor: float,
+    min_capacity: int,
+    drop: bool,
+    order: Tensor | None = None,
+    softmax: str = "deepspeed",
+    used: list[bool] | None = None,
+):
     """[(expert, weight) per kept choice] per token, and the load-balancing loss.
 
-    k = 1 drops at random: an expert keeps the tokens with the largest numbers of `order` [T, E].
+    k = 1 drops at random: an expert keeps the tokens with the largest numbers of `order` [used tokens, E].
     k = 2 drops by arrival: all first choices in token order, then all second choices.
+    k > 2 drops by probability: an expert keeps the tokens that it is most probable for.
+
+    Args:
+        softmax: a token's weights add up to 1 over "all" experts, the "chosen" or the "kept" ones; "deepspeed": "all"
+            for k = 1, "kept" for more.
+        used: which tokens are none of padding; the others choose nothing and count nowhere.
     """
     T, E = logits.shape
+    tokens = [t for t in range(T) if used is None or used[t]]
+    U = len(tokens)
     probability = torch.softmax(logits, -1)
-    ranked = [sorted(range(E), key=lambda e: -probability[t, e].item())[:k] for t in range(T)]
-    capacity = max(math.ceil(T / E * capacity_factor * k), min_capacity) if drop else T * k
+    ranked = {t: sorted(range(E), key=lambda e: -probability[t, e].item())[:k] for t in tokens}
+    capacity = min(max(math.ceil(U / E * capacity_factor * k), min_capacity), U) if drop else U
     kept: list[list[int]] = [[] for _ in range(T)]
     for e in range(E):
-        arrivals = [(t, rank) for rank in range(k) for t in range(T) if ranked[t][rank] == e]
+        arrivals = [(t, rank) for rank in range(k) for t in tokens if ranked[t][rank] == e]
         if k == 1 and order is not None:
-            arrivals.sort(key=lambda arrival: -order[arrival[0], e].item())
+            arrivals.sort(key=lambda arrival: -order[tokens.index(arrival[0]), e].item())
+        if k > 2:
+            arrivals.sort(key=lambda arrival: -probability[arrival[0], e].item())
         for t, _ in arrivals[:capacity]:
             kept[t].append(e)
+    if softmax == "deepspeed":
+        softmax = "all" if k == 1 else "kept"
     choices = []
     for t in range(T):
-        total = sum(probability[t, e] for e in kept[t]) if k > 1 else 1.0
+        among = {"all": range(E), "chosen": ranked.get(t, ()), "kept": kept[t]}[softmax]
+        total = sum(probability[t, e] for e in among)
         choices.append([(e, probability[t, e] / total) for e in kept[t]])
-    first_share = torch.tensor([sum(r[0] == e for r in ranked) / T for e in range(E)], dtype=logits.dtype)
-    return choices, (probability.mean(0) * first_share).sum() * E
+    if not U:
+        return choices, 0 * probability.sum()
+    counted = k if k > 2 else 1  # for two experts DeepSpeed balances first choices
+    share = [sum(ranked[t][:counted].count(e) for t in tokens) / U / counted for e in range(E)]
+    return choices, (probability[tokens].mean(0) * torch.tensor(share, dtype=logits.dtype)).sum() * E
 
 
 def routed(x: Tensor, w: Weights, name: str, choices) -> Tensor:

@@ -64,7 +64,6 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "aux loss": ({"scmoe.aux_loss_coefficient": -0.1}, {}, r"scmoe\.aux_loss_coefficient = -0.1"),
     "dispatch": ({"scmoe.dispatch": "dense"}, {}, r'scmoe\.dispatch = "dense"'),
     "slot": ({"scmoe.overlap": {"expert_slot": 9}}, {}, r"scmoe\.overlap\.expert_slot = 9: the backbone has 3 operators"),
-    "min_capacity above the tokens": ({"scmoe.min_capacity": 100}, {}, r"scmoe\.min_capacity = 100: exceeds the 32 tokens"),
     "slot zero": ({"scmoe.overlap": {"expert_slot": 0}}, {}, r"scmoe\.overlap\.expert_slot = 0"),
     "chunks": ({"scmoe.overlap": {"num_chunks": 0}}, {}, r'scmoe\.overlap\.num_chunks = 0: must be at least 1, or "auto"'),
     "too many chunks": ({"scmoe.overlap": {"num_chunks": 9}}, {}, r"scmoe\.overlap\.num_chunks = 9: more than 8"),

@@ -272,6 +272,12 @@ def test_wire_formats(wire_dtype: str, error: float) -> None:
     assert pack(rows, None) is rows
 
 
+def test_fp8_rows_next_to_zero_stay_finite() -> None:
+    """448 times smaller, the largest number of such a row would be zero, and so would the scale of its zeros."""
+    rows = torch.tensor([[1e-44, 0.0], [0.0, 0.0]])
+    assert unpack(pack(rows, "fp8"), "fp8", torch.float32).isfinite().all()
+
+
 def test_experts_keep_one_wide_tensor_for_backward_and_repeat_no_product() -> None:
     experts = make_layer_of(MLP(GPTSettings(2, HIDDEN, 2, 64, 8))).deepspeed_moe.experts
     rows, wide = torch.randn(80, HIDDEN, requires_grad=True), 4 * HIDDEN

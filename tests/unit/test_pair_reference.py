@@ -33,11 +33,11 @@ def largest_relative_error(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
 
 
-def check(run: ScheduledRun, **reference_arguments: object) -> None:
+def check(run: ScheduledRun, used_token: Tensor | None = None, **reference_arguments: object) -> None:
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
     direction = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)
-    found = run(hidden)
+    found = run(hidden, used_token)
     names, parameters = zip(*run.named_parameters(), strict=True)
     grads = torch.autograd.grad((found.hidden * direction).sum() + 0.7 * found.l_aux, [hidden, *parameters])
 
@@ -111,6 +111,33 @@ def test_two_pairs_that_share_a_moe_equal_reference(position: str) -> None:
     largest = max(grad.abs().max() for grad in wanted)
     for name, grad, expected in zip(names, grads, wanted, strict=True):
         assert ((grad - expected).abs().max() / expected.abs().max().clamp(min=1e-2 * largest)) <= 1e-5, name
+
+
+PADDING = (torch.arange(SEQUENCE) < torch.tensor([[SEQUENCE], [5]])).long()
+"""The second sequence is padded on the right."""
+
+
+@pytest.mark.parametrize("dispatch", ["exact", "padded"])
+@pytest.mark.parametrize("softmax", ["deepspeed", "all", "chosen", "kept"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_weights_and_padding_equal_reference(k: int, softmax: str, dispatch: str) -> None:
+    """With drops at which some tokens lose one choice and some lose all."""
+    factor = 0.4
+    run = make_run("pos2", top_k=k, capacity_factor=factor, gate_softmax=softmax, dispatch=dispatch)
+    torch.manual_seed(0)
+    order = torch.rand(int(PADDING.sum()), 4) if k == 1 else None
+    gate = dict(k=k, capacity_factor=factor, min_capacity=1, drop=True, order=order, softmax=softmax,
+                used=PADDING.flatten().bool().tolist())  # fmt: skip
+    check(run, PADDING, position="pos2", merge="cg1", gate=gate)
+
+
+@pytest.mark.parametrize("sequence_lengths", [(12, 5), (1, 0), (0, 0)])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_padding_without_drops_equals_reference(k: int, sequence_lengths: tuple[int, int]) -> None:
+    run = make_run("pos2", top_k=k, drop_tokens=False)
+    used = torch.arange(SEQUENCE) < torch.tensor(sequence_lengths).unsqueeze(1)
+    gate = dict(k=k, capacity_factor=1.0, min_capacity=1, drop=False, used=used.flatten().tolist())
+    check(run, used, position="pos2", merge="cg1", gate=gate)
 
 
 def test_drops_happen_in_the_cases_above() -> None:

@@ -1,0 +1,57 @@
+"""DeepSpeed's own MoE layer for masked tokens with every k, for any number of tokens, and with `gate_softmax`.
+
+The baselines "topk" and "shared_expert" are DeepSpeed's layers. Its gate refuses fewer tokens than `min_capacity` with
+k = 1, and knows no mask for k > 1. The rest of the layer can do without that. So only the gate is exchanged; it runs
+DeepSpeed's own code wherever that serves.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.sharded_moe import TopKGate
+from deepspeed.utils import bwc, groups
+from torch import Tensor
+
+from scmoe_ds.config import GateSoftmax
+from scmoe_ds.moe.gate import capacity_of, route
+
+Gated = tuple[Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]
+"""Loss, capacity, number of experts, expert, location and weight [K, T], tokens per expert; as DeepSpeed's gate."""
+
+
+class AnyTokensGate(TopKGate):
+    """
+    Attributes:
+        softmax: see scmoe_ds.moe.gate.
+        unequal: the expert-parallel ranks may have different numbers of tokens. They agree on the size of the buffers
+            then, by an all-reduce in every pass; otherwise it follows from the number of tokens, as in DeepSpeed.
+    """
+
+    softmax: GateSoftmax = "deepspeed"
+    unequal: bool = False
+
+    def forward(
+        self, input: Tensor, used_token: Tensor | None = None, sparse_routes: bool = False, use_tutel: bool = False
+    ) -> Gated:
+        """See `TopKGate.forward`; `used_token` as in `scmoe_ds.moe.gate.route`."""
+        few = len(input) < max(self.min_capacity, 1)
+        ours = used_token is not None or few or self.unequal or self.softmax != "deepspeed"
+        if not ours or not sparse_routes or use_tutel:
+            return super().forward(input, used_token, sparse_routes, use_tutel)  # type: ignore[no-any-return]
+        by_shape = self.drop_tokens and not self.unequal
+        routing = route(self, input, used_token, None, self.softmax, None if by_shape else self.ep_group)
+        # Without a mask other ranks run DeepSpeed's code: the same number of tokens must give the same buffers.
+        rows = capacity_of(self, len(input)) if by_shape else int(routing.capacity)
+        ranks = bwc.bwc_tensor_model_parallel_world_size(groups.mpu)  # among which DeepSpeed divides a buffer
+        capacity = torch.tensor(-(-max(rows, 1) // ranks) * ranks)
+        return (routing.l_aux, capacity, self.wg.out_features, routing.expert_KT.int(), routing.location_KT.int(),
+                routing.weight_KT, routing.exp_counts)  # fmt: skip
+
+
+def admit_any_tokens(moe: MoE, softmax: GateSoftmax, unequal: bool = False) -> MoE:
+    """Exchanges the gate of one of DeepSpeed's own layers, which keeps its parameters and settings."""
+    gate = moe.deepspeed_moe.gate
+    gate.__class__ = AnyTokensGate
+    gate.softmax, gate.unequal = softmax, unequal
+    return moe
