@@ -176,7 +176,12 @@ class GatingSums:
         """JSON values: "block", the ends' names, `SCALARS`, and "load", each expert's share of the choices.
 
         Entropy is in nats and over experts; even load has log(E).
+
+        Raises:
+            AnalysisError: there were no tokens.
         """
+        if not self.values[0]:
+            raise AnalysisError("there are no tokens to gate: give more data")
         tokens, same, cosine, distance, first, second, dropped, choices, *counts = self.values.tolist()
         share = [count / choices for count in counts]
         entropy = -sum(part * math.log(part) for part in share if part)

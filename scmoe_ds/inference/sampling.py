@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_NO_TEMPERATURE = 1e-20
+"""As good as 0; logits divided by still less would be infinite, and their probabilities inf/inf."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -60,7 +63,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Gen
         logits_BV: any floating dtype.
         generators: of each row; each gives one number. Greedy choice leaves them alone.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < _NO_TEMPERATURE:
         return logits_BV.argmax(1)
     chances_BV, token_BV = allowed(logits_BV, sampling)
     # One number per row travels to the device, whatever the size of the vocabulary.

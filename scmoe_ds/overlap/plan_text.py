@@ -82,7 +82,7 @@ def _verdict(times: OperatorTimes, train: Plan) -> str:
     limits = break_even(times, "train")
     one = times.chunks[1]
     each = max(one.dispatch.forward_ms, one.combine.forward_ms, one.dispatch.backward_ms, one.combine.backward_ms)
-    gain = train.serial.total_ms / train.predicted.total_ms
+    gain = train.serial.total_ms / train.predicted.total_ms if train.predicted.total_ms else 1.0
     pays = "overlap pays" if gain > 1.01 else "overlap gains next to nothing here"
     text = f"{pays}: {gain:.2f} × as fast as the same without overlap"
     if times.backbone:

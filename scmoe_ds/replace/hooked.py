@@ -60,7 +60,8 @@ class _Seen:
 
     Attributes:
         operators: names of those between tap and layer, in order.
-        is_cut: an activation checkpoint begins between the two.
+        is_cut: an activation checkpoint begins between the two, or the layer itself is told which tokens are padding:
+            everything is done in the layer.
     """
 
     operators: tuple[str, ...]
@@ -243,7 +244,7 @@ class HookedPair:
                 f"{tuple(flight.value.shape)}: a stage boundary lies between them. Choose another position for this "
                 "layer (scmoe.first_layer_position for the first one), or set scmoe.tap"
             )
-        if flight.routed is not None and used_token is not None and _differ(used_token, flight.routed.routing.used_T):
+        if flight.routed is not None and used_token is not None:
             self._take_back(flight)
         if flight.routed is None:
             self._look_back(flight, hidden_states, used_token is not None)
@@ -257,15 +258,23 @@ class HookedPair:
         return self.layer.finish(flight.routed, entering, shared)
 
     def _take_back(self, flight: _Flight) -> None:
-        """The layer is told of padding when its tokens have left the tap: their results are thrown away."""
+        """The layer is told of padding when its tokens have left the tap: their results are thrown away.
+
+        Raises:
+            RuntimeError: other ranks, which may have been told nothing, would have to do the same.
+        """
         assert flight.routed is not None
+        where = f"{self.name}: used_token is not known at the tap {self.place.module_name}"
+        if self.layer.transport.size > 1:
+            raise RuntimeError(f"{where}. Hand the mask to the model as attention_mask [batch, sequence], or give "
+                               "used_token in every forward pass from the first one on, with ones where there is no "
+                               "padding")  # fmt: skip
         flight.run_experts(flight.schedule.num_chunks - flight.chunks_run)
         flight.routed.collect()
         flight.routed, flight.chunks_run = None, 0
         self._seen = {mode: replace(seen, is_cut=True) for mode, seen in self._seen.items()}
-        logger.warning("%s: used_token is not known at the tap %s, so the layer runs without overlap from now on. Hand "
-                       "the mask to the model as attention_mask [batch, sequence]", self.name,
-                       self.place.module_name)  # fmt: skip
+        logger.warning("%s: the layer runs without overlap from now on. Hand the mask to the model as attention_mask "
+                       "[batch, sequence]", where)  # fmt: skip
 
     @staticmethod
     def _due(flight: _Flight, slot: int) -> int:
@@ -333,11 +342,6 @@ def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 _RECOMPUTED = object()
-
-
-def _differ(used_token: Tensor, routed_T: Tensor | None) -> bool:
-    used_T = used_token.reshape(-1) != 0
-    return not bool(used_T.all()) if routed_T is None else not torch.equal(used_T.to(routed_T.device), routed_T)
 
 
 def _sample(hidden_states: Tensor) -> Tensor:

@@ -149,6 +149,14 @@ def test_frequencies_of_sampled_tokens() -> None:
         assert int(choose(logits[:1], Sampling(5.0, top_k=2), generators[:1])) in (0, 2)
 
 
+def test_the_least_temperature_is_greedy() -> None:
+    """Logits over 1e-40 are infinite."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-4.0, -6.0, -5.0]])
+    generators = [torch.Generator() for _ in logits]
+    for temperature in (0.0, 1e-40, 1e-300, 1e-12):
+        assert choose(logits, Sampling(temperature=temperature), generators).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0},
                                    {"top_p": 1.5}])  # fmt: skip
 def test_sampling_out_of_range(wrong: dict[str, float]) -> None:
