@@ -23,8 +23,9 @@ from scmoe_ds.arguments import ArgumentError, comparable, gpt_settings
 from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.corpus import prepare_default_corpus
-from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, validation_entropy
+from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify, validation_entropy
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.flags import split_shares
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
 from scmoe_ds.deepspeed_settings import check_accelerator
 from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
@@ -64,11 +65,17 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
                                 vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     prefixes = args.data_path or [run_together(lambda: prepare_default_corpus(args.corpus_dir))]
-    datasets = load_data(args, settings, tokenizer, prefixes, replicas)
     carried = run_together(lambda: carried_files(tokenizer), on_rank_zero=True) if args.save else None
-    description = checkpoint.describe(shape, config, ranks, whole)
+    data = [run_together(lambda: identify(prefixes), on_rank_zero=True)]
+    dist.broadcast_object_list(data)
+    run = checkpoint.run_settings(
+        whole, micro_batch_size, accumulation_steps, replicas, data[0], seed=args.seed, split=split_shares(args.split),
+        seq_length=args.seq_length, train_iters=args.train_iters,
+    )  # fmt: skip
+    description = checkpoint.describe(shape, config, ranks, whole, run)
     description["tokenizer"] = record(describe(tokenizer), carried or {})
     source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
+    datasets = load_data(args, settings, tokenizer, prefixes, replicas, source)
     if args.save:
         checkpoint.check_writable(args.save)
 
@@ -107,7 +114,12 @@ def build_model(shape: GPTSettings, config: ScMoEConfig, args: argparse.Namespac
 
 
 def load_data(
-    args: argparse.Namespace, settings: RunSettings, tokenizer: Tokenizer, prefixes: Sequence[str], replicas: int
+    args: argparse.Namespace,
+    settings: RunSettings,
+    tokenizer: Tokenizer,
+    prefixes: Sequence[str],
+    replicas: int,
+    source: checkpoint.Source | None,
 ) -> Datasets:
     """Training samples for the whole run, validation samples for one validation; the same on every rank."""
     data = DataSettings(tuple(prefixes), args.split, args.seq_length, args.seed, tokenizer, args.data_cache_path)
@@ -116,7 +128,8 @@ def load_data(
     if not validation and dist.get_rank() == 0:
         reason = f"--split {args.split} leaves no share for it" if args.eval_iters else "--eval-iters 0"
         print(f"no validation: {reason}", flush=True)
-    datasets = build_datasets(data, args.train_iters * per_iteration, validation, 0)
+    training = checkpoint.samples_of_run(source, args.train_iters, per_iteration)
+    datasets = build_datasets(data, training, validation, 0)
     sizes = [len(part) if part is not None else 0 for part in (datasets.train, datasets.valid)]
     require_agreement("the number of samples in the data", sizes)
     return datasets

@@ -17,6 +17,7 @@ from scmoe_ds import checkpoint
 from scmoe_ds.arguments import ArgumentError, comparable
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.flags import split_shares
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
 from scmoe_ds.deepspeed_settings import check_accelerator
 from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
@@ -48,14 +49,21 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
     sets = load_images(args.data_path, args.dataset, shape.image_size, shape.num_channels, shape.num_classes,
                        args.split, args.seed)  # fmt: skip
     check_agreement(sets)
-    training = Epochs(sets.train, max(args.train_iters, 1) * settings.rank_batch_size * ranks, args.seed)
     validation = None
     if sets.valid is not None and args.eval_iters:
         validation = Padded(sets.valid, settings.micro_batch_size * ranks, IGNORED)
     elif dist.get_rank() == 0:
         print(f"no validation: {sets.no_validation or '--eval-iters 0'}", flush=True)
-    description = checkpoint.describe(shape, config, ranks, whole)
+    # --train-iters is not among them: the images' order does not depend on it.
+    run = checkpoint.run_settings(
+        whole, settings.micro_batch_size, settings.accumulation_steps, ranks,
+        {"content": [sets.fingerprint], "shown": args.data_path or args.dataset}, seed=args.seed,
+        split=split_shares(args.split),
+    )  # fmt: skip
+    description = checkpoint.describe(shape, config, ranks, whole, run)
     source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
+    samples = checkpoint.samples_of_run(source, max(args.train_iters, 1), settings.rank_batch_size * ranks)
+    training = Epochs(sets.train, samples, args.seed)
     if args.save:
         checkpoint.check_writable(args.save)
 

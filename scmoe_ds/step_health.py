@@ -18,7 +18,15 @@ _FINE, _NORM = 0, 1
 
 
 class TrainingError(ValueError):
-    """Training cannot go on, and why."""
+    """Training cannot go on, and why.
+
+    Attributes:
+        since: the first iteration whose numbers were not finite.
+    """
+
+    def __init__(self, message: str, since: int | None = None) -> None:
+        super().__init__(message)
+        self.since = since
 
 
 class StepHealth:
@@ -35,7 +43,7 @@ class StepHealth:
         self._expects_overflows = bool(engine.fp16_enabled())
         self._worst: Tensor | None = None
         self._skipped = engine.skipped_steps
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
 
     def note(self, loss: Tensor, number: int) -> None:
         """Looks at the loss of micro-batch `number` of the iteration, counted over all data-parallel ranks."""
@@ -72,17 +80,19 @@ class StepHealth:
             TrainingError: nothing but skipped steps for `MOST_SKIPPED_STEPS`.
         """
         before, self._skipped = self._skipped, self.engine.skipped_steps
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if self._skipped > before else 0
-        if self._skipped_in_a_row >= MOST_SKIPPED_STEPS:
-            raise overflows_at_any_scale(iteration, f"the last {self._skipped_in_a_row} steps were skipped")
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self._skipped > before else 0
+        if self.skipped_in_a_row >= MOST_SKIPPED_STEPS:
+            raise overflows_at_any_scale(iteration, f"the last {self.skipped_in_a_row} steps were skipped",
+                                         iteration - self.skipped_in_a_row + 1)  # fmt: skip
 
 
-def overflows_at_any_scale(iteration: int, finding: str) -> TrainingError:
-    """The end of an fp16 run whose gradients no loss scale can hold."""
+def overflows_at_any_scale(iteration: int, finding: str, since: int) -> TrainingError:
+    """The end of an fp16 run whose gradients no loss scale can hold; `since`: the first such iteration."""
     return TrainingError(
         f"iteration {iteration}: {finding}, because fp16 gradients are not finite at any loss scale; the weights have "
         "not changed since. Use bf16, lower the learning rate, or go back to an earlier checkpoint; with a fixed "
-        "fp16.loss_scale, set it to 0 (dynamic)"
+        "fp16.loss_scale, set it to 0 (dynamic)",
+        since,
     )
 
 
@@ -111,5 +121,6 @@ def not_finite(
         where += f" ({'; '.join(documents)})"
     return TrainingError(
         f"iteration {iteration}: {what}{where}; this step was not saved. "
-        f"{'Look at these samples, lower' if samples else 'Lower'} the learning rate or set gradient_clipping"
+        f"{'Look at these samples, lower' if samples else 'Lower'} the learning rate or set gradient_clipping",
+        since=iteration,
     )

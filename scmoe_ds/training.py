@@ -28,7 +28,13 @@ from scmoe_ds.overlap.timeline import save_timeline
 from scmoe_ds.parallel.failures import at_iteration
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
-from scmoe_ds.step_health import StepHealth, is_loss_scale_exhausted, not_finite, overflows_at_any_scale
+from scmoe_ds.step_health import (
+    StepHealth,
+    TrainingError,
+    is_loss_scale_exhausted,
+    not_finite,
+    overflows_at_any_scale,
+)
 from scmoe_ds.training_log import TrainingLog, TrainingOutput, mean_over_ranks, say
 
 
@@ -113,7 +119,16 @@ class Trainer:
 
         Raises:
             TrainingError: a loss or gradient is not finite, or fp16 skips every step; on all ranks, nothing is saved.
+                A checkpoint that the run came from a few steps before is marked: the next --auto-resume goes further
+                back.
         """
+        try:
+            return self._run()
+        except TrainingError as error:
+            self._note_failure(error)
+            raise
+
+    def _run(self) -> Summary:
         settings = self.settings
         batches = (
             self._batches(self.train_set, self.consumed_samples) if self.iteration < settings.train_iters else None
@@ -163,6 +178,15 @@ class Trainer:
                 return True
         return False
 
+    def _note_failure(self, error: TrainingError) -> None:
+        if self.settings.save is None or error.since is None or dist.get_rank() != 0:
+            return
+        reason = str(error).split("; ", 1)[0]
+        marked = checkpoint.note_failure(Path(self.settings.save), error.since, reason)
+        if marked is not None:
+            say(f"{marked} does not train: the next --auto-resume goes further back; --load {marked} uses it all the "
+                "same")  # fmt: skip
+
     def step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step over `accumulation_steps` micro-batches per rank."""
         settings, recorder = self.settings, None
@@ -188,7 +212,8 @@ class Trainer:
         except Exception as error:  # DeepSpeed raises nothing narrower for this
             if is_loss_scale_exhausted(error):
                 finding = "DeepSpeed's loss scale is at its minimum"
-                raise overflows_at_any_scale(self.iteration + 1, finding) from None
+                since = self.iteration + 1 - self.health.skipped_in_a_row
+                raise overflows_at_any_scale(self.iteration + 1, finding, since) from None
             raise
 
     def _require_health(self, finding: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ("--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 "
          "--hidden-dropout 0 --attention-dropout 0 --split 90,5,5").split()  # fmt: skip
-LOOP = "--train-iters 300 --log-interval 20 --eval-interval 100 --eval-iters 10 --save checkpoints/quick_start".split()
+SAVE = "checkpoints/quick_start"
+LOOP = f"--train-iters 300 --log-interval 20 --eval-interval 100 --eval-iters 10 --save {SAVE}".split()
 
 
 def command(gpus: int) -> tuple[list[str], dict[str, str]]:
@@ -34,6 +36,9 @@ def main() -> int:
     line, environment = command(torch.cuda.device_count())
     shown = [f"{key}={value}" for key, value in environment.items()] + ["deepspeed", *line[1:]]
     print(shlex.join(shown), flush=True)
+    if (ROOT / SAVE).is_dir():  # a run does not write over the checkpoints of another
+        print(f"removing {SAVE}, which the last `make pretrain` left", flush=True)
+        shutil.rmtree(ROOT / SAVE)
     return subprocess.run(line, cwd=ROOT, env={**os.environ, **environment}, check=False).returncode
 
 

@@ -1,12 +1,16 @@
 """Checkpoints: DeepSpeed's own MoE files, checked, durable, and readable by any layout of the same model.
 
-`files` which are whole and which can go; `saving`; `loading` which one a run starts from; `saved_state` the files as
-whole parameters; `reshard` these into an engine; `safetensors_files` and `convert` weights for others and from others.
+`files` which are whole and which can go; `saving`; `loading` which one a run starts from, `failures` which did not
+train, `comparison` what a resume does about settings that differ, `hyperparameters` in an engine; `saved_state` the
+files as whole parameters; `reshard` these into an engine; `safetensors_files` and `convert` weights for others and from
+others.
 """
 
+from scmoe_ds.checkpoint.comparison import run_settings
 from scmoe_ds.checkpoint.description import describe, rebuild
+from scmoe_ds.checkpoint.failures import note as note_failure
 from scmoe_ds.checkpoint.files import DESCRIPTION_FILE, MANIFEST_FILE, CheckpointError
-from scmoe_ds.checkpoint.loading import Source, choose, load
+from scmoe_ds.checkpoint.loading import Source, choose, load, samples_of_run
 from scmoe_ds.checkpoint.saving import check_writable, save
 
 __all__ = [
@@ -18,6 +22,9 @@ __all__ = [
     "choose",
     "describe",
     "load",
+    "note_failure",
     "rebuild",
+    "run_settings",
+    "samples_of_run",
     "save",
 ]

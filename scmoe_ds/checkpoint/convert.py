@@ -12,6 +12,7 @@ from torch import Tensor
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import files, tokenizer_files
 from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.checkpoint.loading import locate
 from scmoe_ds.checkpoint.parsing import check_counts, parse
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export, write_weights
@@ -31,12 +32,7 @@ def open_weights(path: Path, contents: bool = True) -> tuple[Weights, dict[str, 
     Raises:
         CheckpointError: neither, or damaged.
     """
-    if not is_export(path) and not (path / files.DESCRIPTION_FILE).is_file():
-        tag = files.read_latest(path)
-        if tag is None:
-            raise CheckpointError(f"{path} is neither a checkpoint nor a directory of them nor an export; name one "
-                                  "that pretrain_gpt_scmoe.py has saved")  # fmt: skip
-        path = path / tag
+    path = locate(path)
     files.verify(path, "reading", contents)
     export = is_export(path)
     description = files.read_description(path, CONFIG_FILE if export else files.DESCRIPTION_FILE, "reading")

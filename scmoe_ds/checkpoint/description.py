@@ -13,9 +13,9 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.parallel.tensor import tensor_parallel_size
 
-# Fields that neither the weights nor the optimizer state depend on; a resume may change them.
-_FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std", "drop_path_rate"}
-_BINDING_SECTION_FIELDS = ("architecture", "position", "first_layer_position", "shortcut_distance", "moe_every",
+FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std", "drop_path_rate"}
+"""Fields that neither the weights nor the optimizer state depend on; see `comparison` for what a resume does."""
+BINDING_SECTION_FIELDS = ("architecture", "position", "first_layer_position", "shortcut_distance", "moe_every",
                            "num_experts", "top_k", "merge", "shortcut_norm", "post_norm", "pairs_per_moe")  # fmt: skip
 # Of what was added to a description later: what checkpoints without it are of.
 _BEFORE = {"norm_placement": "pre", "residual_scale": 1.0, "scmoe.pairs_per_moe": 1}
@@ -28,13 +28,19 @@ ZERO_STAGE = "zero_optimization.stage"
 ROUND_ROBIN = "zero_optimization.round_robin_gradients"
 PRECISION = "precision"
 BATCH = "sequences per step"
+CONSUMED = "consumed samples"
 
 
 def describe(
-    settings: GPTSettings | SwinSettings, config: ScMoEConfig, world_size: int, deepspeed_json: Mapping[str, Any]
+    settings: GPTSettings | SwinSettings,
+    config: ScMoEConfig,
+    world_size: int,
+    deepspeed_json: Mapping[str, Any],
+    run: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A JSON object: "model" (what the tensors depend on), "layout" (how they are spread over ranks and files), and all
-    fields of "gpt" (or "swin") and "scmoe", from which the model can be built again."""
+    """A JSON object: "model" (what the tensors depend on), "layout" (how they are spread over ranks and files), all
+    fields of "gpt" (or "swin") and "scmoe", from which the model can be built again, and "run" (the other settings that
+    decide the numbers: `comparison.run_settings`)."""
     precisions = [name for name in ("bf16", "fp16") if deepspeed_json.get(name, {}).get("enabled")]
     zero = deepspeed_json.get("zero_optimization", {})
     layout = {
@@ -48,7 +54,9 @@ def describe(
     }
     shape = {key: value for key, value in asdict(settings).items() if key != "head_size"}
     kind = "gpt" if isinstance(settings, GPTSettings) else "swin"
-    return {"model": _model(shape, config), "layout": layout, kind: shape, "scmoe": config.model_dump(mode="json")}
+    section = config.model_dump(mode="json")
+    found = {"model": _model(shape, config), "layout": layout, kind: shape, "scmoe": section}
+    return found if run is None else {**found, "run": dict(run)}
 
 
 def describe_model(settings: GPTSettings, config: ScMoEConfig) -> dict[str, Any]:
@@ -65,8 +73,8 @@ def rebuild(description: Mapping[str, Any]) -> tuple[GPTSettings, ScMoEConfig]:
 
 
 def _model(gpt: Mapping[str, Any], config: ScMoEConfig) -> dict[str, Any]:
-    shape = {key: value for key, value in gpt.items() if key not in _FREE_MODEL_FIELDS}
-    return shape | {f"scmoe.{key}": getattr(config, key) for key in _BINDING_SECTION_FIELDS}
+    shape = {key: value for key, value in gpt.items() if key not in FREE_MODEL_FIELDS}
+    return shape | {f"scmoe.{key}": getattr(config, key) for key in BINDING_SECTION_FIELDS}
 
 
 def check_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds.checkpoint import description as fields
-from scmoe_ds.checkpoint import files, reshard, tensor_files, tokenizer_files
+from scmoe_ds.checkpoint import failures, files, reshard, tensor_files, tokenizer_files
+from scmoe_ds.checkpoint.comparison import Difference, Outcome, check_refused, differences, select
 from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
+from scmoe_ds.checkpoint.hyperparameters import OwnSettings
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export
 from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.parallel.agreement import require_agreement, run_together
@@ -30,6 +32,7 @@ class Source:
         description: its own.
         changed: fields of the layout that differ in this run: (then, now).
         weights_only: an export in safetensors: a start with these weights, not a resume.
+        differences: other settings that differ in this run.
     """
 
     path: Path
@@ -37,6 +40,14 @@ class Source:
     description: Mapping[str, Any]
     changed: Mapping[str, tuple[Any, Any]]
     weights_only: bool = False
+    differences: Sequence[Difference] = ()
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.path}"
+
+    def differs_in(self, *names: str) -> bool:
+        """Whether a setting whose name starts like one of these differs."""
+        return any(each.name.startswith(names) for each in self.differences)
 
 
 def choose(load: str | None, save: str | None, auto_resume: bool, description: Mapping[str, Any]) -> Source | None:
@@ -46,7 +57,8 @@ def choose(load: str | None, save: str | None, auto_resume: bool, description: M
     checkpoint of a directory, a checkpoint itself, or an export in safetensors.
 
     Raises:
-        CheckpointError: on every rank: another model, or (with `load`) a damaged checkpoint.
+        CheckpointError: on every rank: another model, or settings that cannot be taken over; `load` names nothing, or
+            (also `auto_resume`) something that is there but cannot be used; `save` has checkpoints of another run.
     """
     found = None
     if auto_resume and save:
@@ -54,13 +66,28 @@ def choose(load: str | None, save: str | None, auto_resume: bool, description: M
     if found is None and load:
         found = _named(Path(load), description)
     require_agreement("the checkpoint to start from", None if found is None else str(found.path))
+    if save:
+        run_together(lambda: _check_save(Path(save), found, auto_resume), on_rank_zero=True)
+    if found is None:
+        _log(f"no checkpoint is loaded{f', {save} has none' if auto_resume else ''}: this run starts from scratch")
     return found
+
+
+def samples_of_run(source: Source | None, train_iters: int, samples_per_iteration: int) -> int:
+    """How many samples a whole run reads: those before its checkpoint, perhaps in larger steps, and those after it."""
+    whole = train_iters * samples_per_iteration
+    if source is None or source.weights_only:
+        return whole
+    iteration = files.iteration_of(source.path.name) or 0
+    read = source.description.get(fields.CONSUMED, iteration * (source.description.get(fields.BATCH) or 0))
+    return max(whole, read + (train_iters - iteration) * samples_per_iteration)
 
 
 def load(engine: Any, source: Source | None) -> tuple[int, int]:
     """Restores weights, optimizer, learning-rate schedule and measured times; of an export the weights alone.
 
-    The layout of the checkpoint goes through DeepSpeed's loader, any other through the whole parameters.
+    The layout of the checkpoint goes through DeepSpeed's loader, any other through the whole parameters. Settings of
+    this run that differ from the checkpoint's hold, as `comparison.TABLE` says, and are logged.
 
     Returns:
         (iteration, consumed samples); (0, 0) from scratch and after an export.
@@ -72,27 +99,48 @@ def load(engine: Any, source: Source | None) -> tuple[int, int]:
         return 0, 0
     if source.weights_only:
         run_together(lambda: reshard.put_weights(engine, SafetensorsWeights(source.path)))
-        _log(f"{source.flag} {source.path}: weights of an export; optimizer and iteration start anew")
+        _log(f"{source}: weights of an export; optimizer and iteration start anew")
         return 0, 0
+    own = OwnSettings(engine)
+    own_schedule = source.differs_in("optimizer", "scheduler")
     if source.changed or not _deepspeed_can_read(source.description["layout"]):
-        state = run_together(lambda: _reshard(engine, source))
+        state = run_together(lambda: _reshard(engine, source, not own_schedule))
     else:
-        state = run_together(lambda: _load_with_deepspeed(engine, source))  # it does not communicate either
+        state = run_together(
+            lambda: _load_with_deepspeed(engine, source, not own_schedule)
+        )  # it does not communicate either
     assert state is not None
+    own.keep_step_counts()
+    own.put_back_clipping()
+    if source.differs_in("fp16"):
+        own.put_back_loss_scale()
+    saved_rate = own.learning_rate
+    if own_schedule:
+        own.put_back_optimizer(state["lr_scheduler"])
     # Times of another layout are of no use; they are measured again.
     engine.overlap.resume(state.get("overlap") if set(source.changed) <= {fields.ZERO_STAGE} else None)
+    _say_what_was_loaded(source, state, saved_rate, own.learning_rate)
     return int(state["iteration"]), int(state["consumed_samples"])
 
 
-def _reshard(engine: Any, source: Source) -> dict[str, Any]:
-    if source.changed:
-        _log(f"{source.flag} {source.path}: resharding {fields.layout_text(source.changed)}")
-    saved = SavedState(source.path, source.description)
-    reshard.put_state(engine, saved)
-    then, now = source.description.get(fields.BATCH), engine.train_batch_size()
+def _say_what_was_loaded(source: Source, state: Mapping[str, Any], then: float | None, now: float | None) -> None:
+    _log(f"{source}: loaded, iteration {state['iteration']}, {state['consumed_samples']} samples read")
+    if "run" not in source.description:
+        _log(f"{source}: written by an earlier version, which did not record optimizer, data and seed; the optimizer's "
+             "settings are the checkpoint's")  # fmt: skip
+    if taken_over := select(source.differences, Outcome.TAKEN_OVER):
+        _log(f"{source}: of this run, not of the checkpoint: {taken_over}")
+    if changes := select(source.differences, Outcome.CHANGES_THE_RUN):
+        _log(f"{source}: this run differs from the one that saved it: {changes}", logging.WARNING)
     if then != now:
-        _log(f"{source.flag} {source.path}: a step now takes {now} sequences, before {then}; set "
-             "gradient_accumulation_steps to keep it", logging.WARNING)  # fmt: skip
+        _log(f"{source}: learning rate of the next step: {now:.6g}; by the checkpoint's settings {then:.6g}")
+
+
+def _reshard(engine: Any, source: Source, schedule: bool) -> dict[str, Any]:
+    if source.changed:
+        _log(f"{source}: resharding {fields.layout_text(source.changed)}")
+    saved = SavedState(source.path, source.description)
+    reshard.put_state(engine, saved, schedule)
     return saved.header
 
 
@@ -102,48 +150,95 @@ def _deepspeed_can_read(layout: Mapping[str, Any]) -> bool:
     return layout[fields.EXPERT_TENSOR_PARALLEL] or layout[fields.EXPERT_PARALLEL] % layout[fields.TENSOR_PARALLEL] == 0
 
 
-def _load_with_deepspeed(engine: Any, source: Source) -> dict[str, Any]:
+def _load_with_deepspeed(engine: Any, source: Source, schedule: bool) -> dict[str, Any]:
     tensor_ranks = source.description["layout"][fields.TENSOR_PARALLEL]
     with (
         tensor_files.as_expected(source.path, source.flag),
         tensor_files.fed_by_us(engine, source.path, tensor_ranks, source.flag),
     ):
-        return engine.load_checkpoint(str(source.path.parent), tag=source.path.name)[1]
+        return engine.load_checkpoint(str(source.path.parent), tag=source.path.name,
+                                      load_lr_scheduler_states=schedule)[1]  # fmt: skip
 
 
 def _newest_good(root: Path, description: Mapping[str, Any]) -> Source | None:
-    """`latest` is a hint only: a save may have ended between the two renames that publish it."""
-    holder = [run_together(lambda: files.newest_first(root), on_rank_zero=True)]
+    """`latest` is a hint only: a save may have ended between the two renames that publish it.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    # Rank 0's view for all: ranks that saw other files would wait for each other.
+    holder = [run_together(lambda: [(tag, failures.read(root / tag)) for tag in files.newest_first(root)],
+                           on_rank_zero=True)]  # fmt: skip
     if dist.is_initialized():
         dist.broadcast_object_list(holder)
-    for tag in holder[0] or ():
+    damaged = []
+    for tag, failure in holder[0] or ():
+        if failure is not None:
+            _log(f"passed over: --auto-resume {root / tag}: a run that went on from it ended at once ({failure}). An "
+                 f"earlier one is looked for; --load {root / tag} uses it all the same", logging.WARNING)  # fmt: skip
+            continue
         try:
             return _check(root / tag, "--auto-resume", description)
         except DamagedCheckpointError as error:  # on every rank
             _log(f"passed over: {error}", logging.WARNING)
-    _log(f"--auto-resume: {root} has no whole checkpoint")
+            damaged.append(tag)
+    if damaged:
+        raise CheckpointError(f"--auto-resume: {root} has checkpoints, but none can be used ({', '.join(damaged)}); "
+                              "move them elsewhere to start without them, or name another --save")  # fmt: skip
     return None
 
 
-def _named(path: Path, description: Mapping[str, Any]) -> Source | None:
-    directory = run_together(lambda: _resolve(path))
+def _named(path: Path, description: Mapping[str, Any]) -> Source:
+    remedy = "mend the path, or leave --load out to start from scratch (--save DIR --auto-resume starts and resumes)"
+    directory = run_together(lambda: str(locate(path, "--load ", remedy)))
     require_agreement("the latest checkpoint", directory)
-    return None if directory is None else _check(Path(directory), "--load", description)
+    assert directory is not None
+    return _check(Path(directory), "--load", description)
 
 
-def _resolve(path: Path) -> str | None:
-    """The directory of tensors that a path stands for; None if it has no checkpoint yet."""
+def locate(path: Path, flag: str = "", remedy: str = "name one that a training run has saved") -> Path:
+    """The directory of tensors that a path stands for: a checkpoint, the latest of a directory, or an export.
+
+    Args:
+        flag: before the path in a message.
+        remedy: what a user does who meant to have a checkpoint there.
+
+    Raises:
+        CheckpointError: it stands for none.
+    """
+    name = f"{flag}{path}"
     if path.exists() and not path.is_dir():
-        raise CheckpointError(f"--load {path}: is a file, not a directory of checkpoints")
+        raise CheckpointError(f"{name}: is a file, not a directory of checkpoints")
     if is_export(path) or (path / files.DESCRIPTION_FILE).is_file():
-        return str(path)
-    tag = files.read_latest(path)
-    if tag is None:
-        return None
-    if not (path / tag).is_dir():
-        raise CheckpointError(f"--load {path}: latest names {tag}, but there is no such directory; "
-                              f"name one of {', '.join(files.newest_first(path)) or 'another --load'}")  # fmt: skip
-    return str(path / tag)
+        return path
+    tags, latest = files.newest_first(path), files.read_latest(path)
+    if latest in tags:
+        return path / latest
+    if tags:
+        state = "has no file latest" if latest is None else f"latest names {latest}, but there is no such directory"
+        others = f"; the others are {', '.join(tags[1:])}" if tags[1:] else ""
+        raise CheckpointError(f"{name}: {state}; name one of its checkpoints, e.g. {flag}{path / tags[0]}{others}")
+    reason = " (no such directory)" if not path.exists() else "" if any(path.iterdir()) else " (it is empty)"
+    raise CheckpointError(f"{name} is neither a checkpoint nor a directory of them nor an export{reason}; {remedy}")
+
+
+def _check_save(save: Path, found: Source | None, auto_resume: bool) -> None:
+    """A run writes over checkpoints only of the run that it goes on from.
+
+    Raises:
+        CheckpointError: `save` has others.
+    """
+    tags = files.newest_first(save)
+    if not tags or auto_resume:
+        return
+    if found is None or found.path.resolve().parent != save.resolve():
+        some = tags[0] + ", …" * bool(tags[1:])
+        raise CheckpointError(f"--save {save}: holds checkpoints of another run ({some}), "
+                              "which this one would write over; go on from them with --auto-resume, or choose another "
+                              "directory")  # fmt: skip
+    if newer := tags[: tags.index(found.path.name)]:
+        logger.warning("%s: %s also holds newer checkpoints (%s), from which --auto-resume would go on; move them "
+                       "elsewhere if they are not wanted any more", found, save, ", ".join(newer))  # fmt: skip
 
 
 def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
@@ -155,10 +250,15 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
     """
     export = is_export(path)
 
+    def different(saved: Mapping[str, Any]) -> list[Difference]:
+        with tensor_files.as_expected(path, flag):  # a record can be damaged, or made up
+            return [] if export else differences(saved, description)
+
     def describe() -> dict[str, Any]:
         saved = files.read_description(path, CONFIG_FILE if export else files.DESCRIPTION_FILE, flag)
         fields.check_model(saved, description, f"{flag} {path}")
         _check_tokenizer(path, flag, saved.get(tokenizer_files.KEY), description.get(tokenizer_files.KEY), export)
+        check_refused(different(saved), flag, path)
         return saved
 
     saved = run_together(describe)
@@ -170,7 +270,7 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
     files.verify(path, flag)
     if not export:
         tensor_files.check(path, flag)
-    return Source(path, flag, saved, changed, weights_only=export)
+    return Source(path, flag, saved, changed, export, different(saved))
 
 
 def _check_tokenizer(path: Path, flag: str, saved: Any, wanted: Any, export: bool) -> None:

@@ -54,9 +54,12 @@ def put_weights(engine: Any, weights: Weights) -> None:
                 mapping.hp_fragment.data.copy_(_own_piece(value, mapping))
 
 
-def put_state(engine: Any, saved: SavedState) -> None:
+def put_state(engine: Any, saved: SavedState, schedule: bool = True) -> None:
     """Sets weights, optimizer states, learning-rate schedule, loss scale and counters of an engine that has not made a
     step.
+
+    Args:
+        schedule: whether the learning-rate schedule goes on as it was saved; otherwise it is left alone.
 
     Raises:
         CheckpointError: another model.
@@ -79,12 +82,12 @@ def put_state(engine: Any, saved: SavedState) -> None:
                 buffer = inner.state[flat].setdefault(key, torch.zeros_like(flat))
                 address = mapping.hp_fragment_address
                 buffer.narrow(0, address.start, address.numel).copy_(_own_piece(value, mapping))
-    _put_counters(engine, saved)
+    _put_counters(engine, saved, schedule)
 
 
-def _put_counters(engine: Any, saved: SavedState) -> None:
+def _put_counters(engine: Any, saved: SavedState, schedule: bool) -> None:
     header = saved.header
-    if engine.lr_scheduler is not None and header["lr_scheduler"] is not None:
+    if schedule and engine.lr_scheduler is not None and header["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(header["lr_scheduler"])
     engine.global_steps, engine.skipped_steps = header["global_steps"], header["skipped_steps"]
     engine.global_samples = header["global_samples"]

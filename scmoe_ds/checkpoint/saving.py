@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds.checkpoint import files, rotation
-from scmoe_ds.checkpoint.description import BATCH
+from scmoe_ds.checkpoint.description import BATCH, CONSUMED
 from scmoe_ds.checkpoint.files import CheckpointError, FileEntry
 from scmoe_ds.checkpoint.names import saved_splits
 from scmoe_ds.parallel.agreement import run_together
@@ -77,7 +77,7 @@ def save(
         rotation.remove_unfinished(part.parent)
         part.mkdir(parents=True, exist_ok=True)
         batch = getattr(engine, "train_batch_size", lambda: None)()
-        whole = {**description, BATCH: batch, "splits": saved_splits(engine)}
+        whole = {**description, BATCH: batch, CONSUMED: consumed_samples, "splits": saved_splits(engine)}
         (part / files.DESCRIPTION_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         for name, content in (carried or {}).items():
             (part / name).write_bytes(content)

@@ -10,6 +10,7 @@ Rank 0 builds the datasets and writes the indices, then the others read them. me
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -234,6 +235,26 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
 def validation_entropy(valid: Any) -> float | None:
     """`unigram_entropy` of the sequences of a validation set; None for a blend, or without a set."""
     return unigram_entropy(valid.dataset, valid.indices) if isinstance(valid, PretrainingDataset) else None
+
+
+def identify(data_path: Sequence[str]) -> dict[str, Any]:
+    """What ``--data-path`` names, for the comparison of a resumed run with its checkpoint; one process reads it.
+
+    Returns:
+        "content": of each dataset its weight in the blend and a fingerprint of index and sampled tokens, wherever the
+        files lie; "shown": the path.
+
+    Raises:
+        DataError: as ``check_indexed_dataset``, except for token ids.
+    """
+    prefixes, weights = parse_data_path(data_path)
+    weights = weights if len(prefixes) > 1 else None
+    total = sum(weights or ())
+    content = []
+    for number, layout in enumerate(map(read_layout, prefixes)):
+        digest = hashlib.sha256((layout.fingerprint + content_digest(layout)).encode()).hexdigest()[:12]
+        content.append(digest if weights is None else f"{weights[number] / total:.6g} {digest}")
+    return {"content": content, "shown": " ".join(data_path)}
 
 
 def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]:

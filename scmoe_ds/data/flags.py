@@ -56,13 +56,13 @@ def split_ranges(split: str, count: int) -> tuple[range, range, range]:
 
 
 def split_shares(split: str) -> tuple[float, float, float]:
-    """The shares of train, valid and test as ``--split`` names them; those that it leaves out are 0.
+    """The shares of train, valid and test that ``--split`` names, of 1; those that it leaves out are 0.
 
     Raises:
         DataError: as ``split_ranges``.
     """
     shares = [float(share) for share in plain_split(split).split(",")]
-    train, valid, test = [*shares, 0.0, 0.0][:3]
+    train, valid, test = (round(share / sum(shares), 12) for share in [*shares, 0.0, 0.0][:3])
     return train, valid, test
 
 

@@ -5,6 +5,7 @@ Shape suffixes: N images, C channels, S pixels a side.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,13 @@ Sample = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Training and validation images, the names of the classes by label, and why there is no validation, if so."""
+    """Training and validation images, the names of the classes by label, what tells the images from others, and why
+    there is no validation, if so."""
 
     train: Dataset[Sample]
     valid: Dataset[Sample] | None
     classes: tuple[str, ...]
+    fingerprint: str
     no_validation: str | None = None
 
 
@@ -43,6 +46,7 @@ class Digits(Dataset[Sample]):
     """
 
     classes = tuple("0123456789")
+    fingerprint = "digits"
 
     def __init__(self, image_size: int) -> None:
         try:
@@ -95,6 +99,8 @@ class ImageFolder(Dataset[Sample]):
         if not self.files:
             raise DataError(f"--data-path {root}: no images in it; they are expected as {root}/<class>/<image>, "
                             f"with names that end in {', '.join(SUFFIXES)}")  # fmt: skip
+        names = "\n".join(str(path.relative_to(root)) for path, _ in self.files)
+        self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:12]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -192,7 +198,8 @@ def split_in_two(whole: Dataset[Sample], split: str, seed: int, source: str) -> 
 
 def _divided(whole: Digits | ImageFolder, split: str, seed: int, source: str) -> ImageSets:
     train, valid = split_in_two(whole, split, seed, source)
-    return ImageSets(train, valid, whole.classes, f"--split {split} leaves no share for it" if valid is None else None)
+    reason = f"--split {split} leaves no share for it" if valid is None else None
+    return ImageSets(train, valid, whole.classes, whole.fingerprint, reason)
 
 
 def load_images(
@@ -217,10 +224,10 @@ def load_images(
     elif (Path(directory) / "train").is_dir() and (Path(directory) / "val").is_dir():
         whole = ImageFolder(Path(directory) / "train", image_size, num_channels)
         valid = ImageFolder(Path(directory) / "val", image_size, num_channels, whole.classes)
-        sets = ImageSets(whole, valid, whole.classes)
+        sets = ImageSets(whole, valid, whole.classes, whole.fingerprint)
     elif [each.name for each in Path(directory).glob("*/")] == ["train"]:
         whole = ImageFolder(Path(directory) / "train", image_size, num_channels)
-        sets = ImageSets(whole, None, whole.classes, f"{directory} has train/ but no val/")
+        sets = ImageSets(whole, None, whole.classes, whole.fingerprint, f"{directory} has train/ but no val/")
     else:
         whole = ImageFolder(directory, image_size, num_channels)
         sets = _divided(whole, split, seed, directory)

@@ -116,7 +116,10 @@ def test_auto_resume(tmp_path: Path) -> None:
 
 
 def test_load_names_what_is_wrong(tmp_path: Path) -> None:
-    assert checkpoint.choose(str(tmp_path / "absent"), None, False, DESCRIPTION) is None
+    with pytest.raises(
+        CheckpointError, match=r"absent is neither .* \(no such directory\); mend the path, or leave --load"
+    ):
+        checkpoint.choose(str(tmp_path / "absent"), None, False, DESCRIPTION)
     make(tmp_path, 1)
     (tmp_path / "latest").write_text("global_step7")
     with pytest.raises(CheckpointError, match=r"latest names global_step7, but there is no such .*global_step1"):
