@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this program."""
     parser = FlagParser(
+        prog="evaluate_gpt_scmoe.py",
         description="Loss and perplexity of a GPT that pretrain_gpt_scmoe.py has trained, on a text or data set, or "
         "its results on tasks of lm_eval. No token is dropped here, while the validation of a training run applies "
         "the section's eval_capacity_factor: the two losses may differ a little.",
@@ -63,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     what = group.add_mutually_exclusive_group(required=True)
     what.add_argument("--data-path", help="prefix of a .bin and .idx of tools/preprocess_data.py")
     what.add_argument("--text-file", help="a UTF-8 text, evaluated as one document")
-    what.add_argument("--tasks", help="tasks of lm_eval, separated by commas; nothing is downloaded")
+    what.add_argument("--tasks", nargs="+", help="tasks of lm_eval, separated by spaces or commas; nothing is "
+                      "downloaded")  # fmt: skip
     group.add_argument("--split", help="with --data-path: shares of train, valid and test as in pretraining, of which "
                        "the validation documents are evaluated; default: all documents")  # fmt: skip
     group.add_argument("--include-path", help="with --tasks: a directory of task files")
@@ -104,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
             raise ArgumentError(f"--output {out} cannot be written: name a file in a directory that is there")
     if args.tasks is not None:
         if not all(_names(args)):
-            raise ArgumentError(f"--tasks {args.tasks!r}: give names of tasks, separated by commas")
+            raise ArgumentError(f"--tasks {' '.join(args.tasks)!r}: give names of tasks, separated by spaces or commas")
         tasks.prepare()
     return (args,)
 
@@ -178,7 +180,7 @@ def _version(package: str) -> str | None:
 
 
 def _names(args: argparse.Namespace) -> list[str]:
-    return [name.strip() for name in args.tasks.split(",")]
+    return [name.strip() for text in args.tasks for name in text.split(",")]
 
 
 def _text(value: float) -> str:

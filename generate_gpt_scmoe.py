@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this program."""
     parser = FlagParser(
+        prog="generate_gpt_scmoe.py",
         description="Generate text with a GPT that pretrain_gpt_scmoe.py has trained.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -35,6 +35,7 @@ logger = logging.getLogger("scmoe_ds")
 def build_parser() -> argparse.ArgumentParser:
     """The parser of pretrain_gpt_scmoe.py; a preset, if one is named, has to be applied as defaults afterwards."""
     parser = FlagParser(
+        prog="pretrain_gpt_scmoe.py",
         description="Pretrain a GPT with ScMoE layers under DeepSpeed.",
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON. "
         "Megatron-DeepSpeed's flags for them are taken too: docs/from_megatron_deepspeed.md lists all of its flags.",

@@ -20,6 +20,7 @@ SIZES = ("img_size", "window_size", "embed_dim", "depths", "num_heads")
 def build_image_parser() -> argparse.ArgumentParser:
     """The parser; a preset, if one is named, has to be applied as defaults afterwards."""
     parser = FlagParser(
+        prog="pretrain_swin_scmoe.py",
         description="Train a SwinV2-MoE image classifier with ScMoE layers under DeepSpeed.",
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -19,6 +19,7 @@ _CHECKPOINT = "a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its l
 def build_parser() -> argparse.ArgumentParser:
     """The parser, with one sub-command for each analysis."""
     parser = FlagParser(
+        prog="analyze_gpt_scmoe.py",
         description="Analyse a trained GPT: similarity of its representations, choices of its gates, norms and noise "
         "of its gradients. One process on one device; no token is dropped.",
     )
