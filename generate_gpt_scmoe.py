@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
-from scmoe_ds.argument_checks import ArgumentError, check_lowest
+from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_text
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.config import ScMoEConfigError
 from scmoe_ds.data.errors import DataError
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all")
     group.add_argument("--top-p", type=float, default=1.0, help="choose among the most likely tokens that together "
                        "have this probability")  # fmt: skip
-    group.add_argument("--seed", type=int, default=1234, help="of the random numbers, which each prompt has its own of")
+    group.add_argument("--seed", type=int, default=1234, help="random seed; each prompt gets its own generator")
     return parser
 
 
@@ -71,6 +72,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
     """
     args = build_parser().parse_args(argv)
     arguments.check_model_flags(args)
+    arguments.check_experts_flags(args)
     check_lowest(args, 1, ("max_new_tokens", "batch_size"))
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -86,6 +88,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
         raise ArgumentError("there is nothing to go on from: give --prompt, --prompt-file or --interactive")
     if "" in prompts:
         raise ArgumentError(f"prompt {prompts.index('') + 1} is empty; give at least one character to go on from")
+    if "" in args.stop:
+        raise ArgumentError("--stop '': is empty; name a text that ends a completion")
+    for flag, texts in (("--prompt", args.prompt), ("--stop", args.stop)):
+        for text in texts:
+            check_text(flag, text)
     return args, prompts, sampling
 
 
@@ -118,6 +125,8 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
 
 def _talk(generator: TextGenerator, tokenizer: Tokenizer, request: Request) -> None:
     """Prompts from rank 0's terminal, each on its own, until its input ends."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 is told, and the next prompt read
     while True:
         line: list[str | None] = [None]
         if dist.get_rank() == 0:
@@ -130,8 +139,9 @@ def _talk(generator: TextGenerator, tokenizer: Tokenizer, request: Request) -> N
             continue
         stream = _Stream(line[0]) if dist.get_rank() == 0 else None
         try:
+            check_text("prompt>", line[0])
             (completion,) = generator.generate([tokenizer.tokenize(line[0])], request, stream)
-        except GenerationError as error:  # on all ranks alike; the next prompt may do
+        except (ArgumentError, GenerationError) as error:  # on all ranks alike; the next prompt may do
             if stream is not None:
                 print(error, file=sys.stderr)
             continue

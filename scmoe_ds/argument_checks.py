@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+MOST_MINUTES = 10**6
+"""About two years; clocks and timeouts of torch overflow long after it."""
+
 
 class ArgumentError(ValueError):
     """A flag that its user can mend."""
@@ -25,6 +28,23 @@ def check_lowest(args: argparse.Namespace, lowest: int, names: Sequence[str]) ->
             raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
 
 
+def check_minutes(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises an ArgumentError for what is no span of time; flags that are not set are left out."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= MOST_MINUTES:
+            raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be above 0 and at most {MOST_MINUTES}")
+
+
+def check_text(flag: str, text: str) -> None:
+    """Raises an ArgumentError for bytes of a command line or a terminal that are not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = text.encode("utf-8", errors="backslashreplace").decode()[:60]
+        raise ArgumentError(f"{flag} {shown!r}: is not UTF-8 text at character {error.start + 1}; convert it") from None
+
+
 def check_rates(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Raises an ArgumentError for what is no probability of leaving something out."""
     for name in names:
@@ -38,10 +58,7 @@ def check_training(args: argparse.Namespace) -> None:
                            "tensor_model_parallel_size", "save_interval", "exit_interval", "scmoe_trace",
                            "keep_last"))  # fmt: skip
     check_lowest(args, 0, ("train_iters", "eval_iters", "num_workers", "seed"))
-    for name in ("distributed_timeout_minutes", "exit_duration_in_mins"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    check_minutes(args, ("distributed_timeout_minutes", "exit_duration_in_mins"))
     for name in ("save_interval", "keep_last", "auto_resume"):
         if getattr(args, name) and not args.save:
             raise ArgumentError(f"--{name.replace('_', '-')} needs --save, the directory of the checkpoints")

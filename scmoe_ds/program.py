@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +45,9 @@ def run_program(
         stdout_is_log: what the job prints is not its result: it goes on when that cannot be written.
     """
     errors = (*errors, LauncherError)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path or a text that the terminal cannot show is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     with steady_output(stdout=stdout_is_log):
         show_log()
         try:

@@ -57,6 +57,12 @@ class ScMoELM(TemplateLM):
         return self._rule.seq_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        try:
+            string.encode("utf-8")
+        except UnicodeEncodeError as error:
+            around = string[max(error.start - 30, 0) : error.start]
+            raise EvaluationError("--tasks: a text has half of a surrogate pair, which is no character, behind "
+                                  f"{around!r}: repair it in the task's data") from None  # fmt: skip
         return self._text.tokenize(string)
 
     def _loglikelihood_tokens(

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from scmoe_ds.argument_checks import ArgumentError, check_lowest
+from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_minutes
 from scmoe_ds.arguments import comparable
 from scmoe_ds.checkpoint import CheckpointError, tokenizer_files
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from scmoe_ds.engine import device, fingerprint
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
-from scmoe_ds.inference.offload import MODES, expert_bytes, offload_experts
+from scmoe_ds.inference.offload import MODES, expert_bytes, num_experts, offload_experts
 from scmoe_ds.inference.store import ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 from scmoe_ds.parallel.groups import Layout
+
+logger = logging.getLogger("scmoe_ds")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -56,15 +59,25 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
                        "backbone computes. They come from pinned host memory to a GPU, from the files of an export "
                        "otherwise")  # fmt: skip
     group.add_argument("--expert-cache", help="experts that are kept on the device: a number, or a size such as 2GB, "
-                       "of all layers together; default: twice the experts of a token")  # fmt: skip
+                       "of all layers together; at most those that the model has on a rank. Default: twice the experts "
+                       "of a token")  # fmt: skip
     group.add_argument("--expert-tier", choices=["host", "disk"], help="where they come from; default: host for a GPU")
 
 
 def check_model_flags(args: argparse.Namespace) -> None:
     """Raises an ArgumentError for a flag of `add_model` that is out of range."""
     check_lowest(args, 1, ("moe_expert_parallel_size", "tensor_model_parallel_size"))
-    if args.distributed_timeout_minutes <= 0:
-        raise ArgumentError(f"--distributed-timeout-minutes {args.distributed_timeout_minutes}: must be above 0")
+    check_minutes(args, ("distributed_timeout_minutes",))
+
+
+def check_experts_flags(args: argparse.Namespace) -> None:
+    """Raises an ArgumentError for flags of `add_experts` that do not go together or that this machine cannot serve."""
+    for name in ("expert_cache", "expert_tier"):
+        if args.experts == "resident" and getattr(args, name) is not None:
+            raise ArgumentError(f"--{name.replace('_', '-')} goes with --experts offload or offload-async: resident "
+                                "experts are all on the device")  # fmt: skip
+    if args.expert_tier == "host" and device().type != "cuda":
+        raise ArgumentError("--expert-tier host: is memory beside a GPU, and there is none here; leave the flag out")
 
 
 @dataclass(frozen=True)
@@ -153,9 +166,13 @@ def _load_model(args: argparse.Namespace, trained: TrainedModel, config: ScMoECo
     stores: list[ExpertStore] = []
 
     def offload(model: GPT) -> None:
-        places = 2 * int(config.top_k)
+        places, experts = 2 * int(config.top_k), num_experts(model)
         if args.expert_cache is not None:
             places = expert_places(args.expert_cache, expert_bytes(model, dtype))
+        if places > experts and args.expert_cache is not None and dist.get_rank() == 0:
+            logger.info(f"--expert-cache {args.expert_cache}: has room for {places} experts, this rank has {experts}: "
+                        "all of them stay on the device")  # fmt: skip
+        places = min(places, experts)
         stores.append(offload_experts(model, trained, mode, places, dtype, device(), args.expert_tier))
 
     model = load_model(trained, config, dtype, device(), offload)
@@ -168,14 +185,14 @@ def expert_places(text: str, each_bytes: int) -> int:
     Raises:
         ArgumentError: neither a number nor a size, or no room for one.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B", text, re.ASCII | re.IGNORECASE)
     if match:
         unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
         places = int(float(match[1]) * unit / each_bytes)
-    elif text.isdecimal():
+    elif re.fullmatch(r"\d{1,20}", text, re.ASCII):
         places = int(text)
     else:
-        raise ArgumentError(f"--expert-cache {text}: must be a number of experts, or a size such as 500MB or 2GB")
+        raise ArgumentError(f"--expert-cache {text[:40]}: must be a number of experts, or a size such as 500MB or 2GB")
     if places < 1:
         raise ArgumentError(f"--expert-cache {text}: has no room for one expert, which takes {each_bytes} bytes")
     return places

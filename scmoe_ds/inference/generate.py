@@ -119,7 +119,8 @@ class TextGenerator:
             on_token: is called with the completion after each of its tokens, on the ranks that complete it.
 
         Raises:
-            GenerationError: an empty prompt, a token that is not in the vocabulary, or one as long as the context.
+            GenerationError: an empty prompt, a token that is not in the vocabulary, or one as long as the context;
+                logits that are not finite.
         """
         assert self.tokenizer is not None or not request.stop
         self._check(prompts)
@@ -148,6 +149,10 @@ class TextGenerator:
         with cache.attached():
             logits_BV = self._prefill(prompts, cache, serves_only=not batch)
             while True:
+                if not bool(logits_BV.isfinite().all()):
+                    raise GenerationError("the logits are not finite: the weights of --load are not, or --dtype cannot "
+                                          "hold what the model computes; generate with --dtype fp32, or from another "
+                                          "checkpoint")  # fmt: skip
                 chosen_B = choose(logits_BV[:, : request.vocab_size], request.sampling, generators)
                 tokens_B = self._agreed(chosen_B)
                 added = self._note(tokens_B.tolist(), prompts, completions, texts, request, on_token)

@@ -75,14 +75,15 @@ def offload_experts(
 
     Args:
         mode: "offload" or "offload-async".
-        places: experts that fit on the device at once, of all layers together; at least 1, for "offload-async" 2.
+        places: experts that fit on the device at once, of all layers together; at least 1, for "offload-async" 2
+            where there are as many.
         tier: "host" is pinned memory beside a GPU; "disk" the files of an export; None: host for a GPU, else disk.
 
     Raises:
         CheckpointError: a checkpoint from which the tier cannot be read.
         ValueError: too few places, experts of different shapes, or divided ones.
     """
-    least = 2 if mode == "offload-async" else 1
+    least = min(2 if mode == "offload-async" else 1, num_experts(model))
     if places < least:
         raise ValueError(f"--expert-cache: --experts {mode} needs room for {least} experts at least, not {places}")
     layers = {number: run.layer for number, run in enumerate(model.scheduled_runs()) if run.owns_layer}
@@ -105,6 +106,11 @@ def offload_experts(
     for index, layer in layers.items():
         layer.deepspeed_moe.experts = OffloadedExperts(store, index, layer.num_local_experts, mode == "offload-async")
     return store
+
+
+def num_experts(model: GPT) -> int:
+    """Routed experts of all layers on this rank."""
+    return sum(run.layer.num_local_experts for run in model.scheduled_runs())
 
 
 def expert_bytes(model: GPT, dtype: torch.dtype) -> int:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_NO_TEMPERATURE = 1e-20
-"""As good as 0; logits divided by still less would be infinite, and their probabilities inf/inf."""
+_FLOAT = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Gen
         logits_BV: any floating dtype.
         generators: of each row; each gives one number. Greedy choice leaves them alone.
     """
-    if sampling.temperature < _NO_TEMPERATURE:
+    if sampling.temperature == 0:
         return logits_BV.argmax(1)
     chances_BV, token_BV = allowed(logits_BV, sampling)
     # One number per row travels to the device, whatever the size of the vocabulary.
@@ -76,12 +75,16 @@ def choose(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Gen
 
 def allowed(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Probabilities in descending order, zero for what top-k and top-p rule out, and the tokens that they are of."""
-    ordered_BV, token_BV = torch.sort(logits_BV.float() / sampling.temperature, dim=1, descending=True, stable=True)
+    # Below the most likely one, so that no temperature makes an infinity of it.
+    below_BV = logits_BV.float() - logits_BV.float().amax(1, keepdim=True)
+    temperature = min(max(sampling.temperature, _FLOAT.tiny), _FLOAT.max)
+    ordered_BV, token_BV = torch.sort(below_BV / temperature, dim=1, descending=True, stable=True)
     if sampling.top_k:
         ordered_BV[:, sampling.top_k :] = float("-inf")
     chances_BV = ordered_BV.softmax(1)
     if sampling.top_p < 1:
         before_BV = chances_BV.cumsum(1) - chances_BV
         # The token that reaches top_p is still in; the first one always is.
+        before_BV[:, 0] = -1.0
         chances_BV = chances_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
     return chances_BV, token_BV

@@ -243,6 +243,17 @@ BAD: list[tuple[list[str], str]] = [
     (["--prompt", "a", "--moe-expert-parallel-size", "3"], "expert_parallel_size = 3"),
     (["--prompt", "a", "--moe-expert-parallel-size", "2"], "must divide the world size 1"),
     (["--prompt", "a", "--tensor-model-parallel-size", "2"], "must divide the number of processes, 1"),
+    (["--prompt", "a", "--stop", ""], "--stop '': is empty"),
+    (["--prompt", "a\udcff"], r"--prompt 'a\\udcff': is not UTF-8 text at character 2"),
+    (["--prompt", "a", "--stop", "\udcff"], r"--stop '\\udcff': is not UTF-8 text at character 1"),
+    (["--prompt", "a", "--top-k", "-1"], "--top-k -1: must be at least 0"),
+    (["--prompt", "a", "--temperature", "nan"], "--temperature nan: must be at least 0"),
+    (["--prompt", "a", "--distributed-timeout-minutes", "nan"], "--distributed-timeout-minutes nan: must be above 0"),
+    (["--prompt", "a", "--distributed-timeout-minutes", "1e300"], "must be above 0 and at most 1000000"),
+    (["--prompt", "a", "--expert-cache", "4"], "--expert-cache goes with --experts offload"),
+    (["--prompt", "a", "--expert-tier", "disk"], "--expert-tier goes with --experts offload"),
+    (["--prompt", "a", "--experts", "offload", "--expert-tier", "host"], "--expert-tier host: is memory beside a GPU"),
+    (["--prompt", "a", "--experts", "offload", "--expert-cache", "9" * 5000], "999: must be a number of experts"),
     (["--prompt", "a", "--experts", "offload", "--expert-cache", "much"], "--expert-cache much: must be a number"),
     (["--prompt", "a", "--experts", "offload", "--expert-cache", "1KB"], "has no room for one expert"),
     (["--prompt", "a", "--experts", "offload-async", "--expert-cache", "1"], "room for 2 experts at least"),
@@ -254,6 +265,43 @@ def test_bad_input(export: Path, flags: list[str], words: str, capsys: pytest.Ca
     assert run_program("--load", str(export), *flags) == 2
     message = capsys.readouterr().err
     assert message.startswith("generate_gpt_scmoe.py: error: ") and words in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--temperature", "1e-45"], ["--temperature", "1e-300"], ["--top-p", "1e-300"],
+                                   ["--top-k", "1"], ["--temperature", "5e-324", "--top-p", "1e-45", "--top-k", "3"]])  # fmt: skip
+def test_limits_of_sampling_are_the_most_likely_token(
+    export: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--load", str(export), "--prompt", "ab", "--max-new-tokens", "9")
+    assert run_program(*common, "--temperature", "0") == 0
+    greedy = capsys.readouterr().out
+    assert run_program(*common, *flags) == 0
+    assert capsys.readouterr().out == greedy
+
+
+def test_other_limits_of_sampling(export: Path) -> None:
+    common = ("--load", str(export), "--prompt", "ab", "--max-new-tokens", "2")
+    for flags in (["--temperature", "1e300"], ["--top-k", "999999999"], ["--seed", "-1"], ["--seed", "9" * 40],
+                  ["--max-new-tokens", "9" * 20, "--stop", "a"], ["--batch-size", "9" * 20]):  # fmt: skip
+        assert run_program(*common, *flags) == 0, flags
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]) -> None:
+    model = whole_model(GPTSettings(2, 16, 2, 384, 16), {"num_experts": 2})
+    with torch.no_grad():
+        model.embedding.weight.fill_(value)
+    path = str(write_export(tmp_path / "export", model))
+    for flags in ([], ["--temperature", "0"]):
+        assert run_program("--load", path, "--prompt", "a", *flags) == 2
+        assert "the logits are not finite" in capsys.readouterr().err
+
+
+def test_bytes_that_are_not_utf8_in_a_talk(export: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\nab\n"), encoding="utf-8"))
+    assert run_program("--load", str(export), "--interactive", "--max-new-tokens", "2", "--temperature", "0") == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("ab") and r"prompt> 'a\\udcff': is not UTF-8 text" in said.err
 
 
 def test_another_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

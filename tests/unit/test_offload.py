@@ -199,6 +199,26 @@ def expert_file(path: Path) -> Path:
     return path / next(shards[name] for name in sorted(shards) if ".deepspeed_experts." in name)
 
 
+@pytest.mark.parametrize(("size", "places"), [("300MB", 8), ("2TB", 8), ("9" * 20, 8), ("8", 8), ("3", 3)])
+def test_the_cache_has_places_for_what_exists(
+    export: Path, size: str, places: int, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Two layers of four experts: more room than for these is not taken, and a line says so."""
+    taken = []
+    original = ExpertStore.__init__
+
+    def note(self: ExpertStore, source: Any, names: Any, slots: Any) -> None:
+        taken.append(len(slots))
+        original(self, source, names, slots)
+
+    monkeypatch.setattr(ExpertStore, "__init__", note)
+    flags = ["--load", str(export), "--prompt", "ab", "--max-new-tokens", "2", "--experts", "offload-async"]
+    with caplog.at_level("INFO", logger="scmoe_ds"):
+        assert generate_gpt_scmoe.main([*flags, "--expert-cache", size]) == 0
+    assert taken == [places]
+    assert ("this rank has 8: all of them stay" in caplog.text) == (size not in ("8", "3"))
+
+
 def test_missing_and_short_files(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = TrainedModel.open(export)
     names = [name for name in trained.weights.names() if ".deepspeed_experts." in name]
