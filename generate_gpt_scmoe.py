@@ -11,7 +11,6 @@ import contextlib
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -19,6 +18,7 @@ from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_text
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.config import ScMoEConfigError
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.engine import device
 from scmoe_ds.flag_parser import FlagParser
@@ -81,8 +81,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
     prompts = list(args.prompt)
     if args.prompt_file is not None:
         try:
-            prompts += Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            prompts += read_document(args.prompt_file).splitlines()
+        except (OSError, DataError) as error:
             raise ArgumentError(f"--prompt-file {args.prompt_file} cannot be read as UTF-8 text: {error}") from None
     if not prompts and not args.interactive:
         raise ArgumentError("there is nothing to go on from: give --prompt, --prompt-file or --interactive")

@@ -11,27 +11,39 @@ The output does not depend on --workers.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, not installed
 
+from scmoe_ds.data import reader
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.reader import BadDocumentError
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from scmoe_ds.flag_parser import FlagParser
 
-_TEXT_SUFFIX = ".txt"
-_DIRECTORY_SUFFIXES = (".jsonl", ".json", _TEXT_SUFFIX)
 _TEXT_KEY = "text"
-_BLOCK_PER_WORKER = 512  # documents; bounds the memory, because Pool.imap reads its input without limit
+_CHUNK_DOCUMENTS, _CHUNK_BYTES = 32, 1 << 22
+_AHEAD_PER_WORKER = 4  # chunks; bounds the memory
+_NAMED = 10  # of bad documents, and of files left out
+_PROGRAM = "preprocess_data.py"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+Encoded = dict[str, np.ndarray]
+
+
+class Ended(BaseException):
+    """A signal asks for the end. No Exception: nothing may take it for an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Item:
 
 
 class Encoder:
-    """One document to token ids per key. Lives once in each worker process."""
+    """One document to token ids per key. Each worker process has one."""
 
     def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
         self.tokenizer = tokenizer
@@ -53,7 +65,10 @@ class Encoder:
 
     def encode(self, item: Item) -> dict[str, np.ndarray]:
         """Ids int32 [length] per key; length 0 for empty text. DataError names file and line."""
-        texts = _read_text_file(item.path, self.keys) if item.line_number == 0 else _parse_line(item, self.keys)
+        if item.line_number == 0:
+            texts = {_TEXT_KEY: reader.read_document(item.path)}
+        else:
+            texts = reader.parse_line(item.path, item.line_number, item.line, self.keys)
         encoded = {}
         for key, text in texts.items():
             ids = self.tokenizer.tokenize(text)
@@ -63,19 +78,35 @@ class Encoder:
         return encoded
 
 
-_worker_encoder: Encoder | None = None  # set by the pool's initializer: a tokenizer is costly to send
+@dataclass
+class Skipped:
+    """Bad documents that --skip-bad leaves out: how many, and what is wrong with the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, error: BadDocumentError) -> None:
+        self.count += 1
+        if len(self.first) < _NAMED:
+            self.first.append(str(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 on success, 1 after an error that the user can mend."""
+    """Run the tool; 0 on success, 1 after an error, 128 + its number after a signal."""
     args = parse_arguments(arguments)
     try:
-        _check_output(args.output_prefix)
-        paths = list_inputs(args.input)
-        convert(paths, args)
+        with _signals_end_the_run():
+            _check_output(args.output_prefix)
+            paths = list_inputs(args.input)
+            _check_keys(paths, args.json_keys)
+            convert(paths, args)
     except (DataError, ImportError, OSError) as error:  # OSError: the disk is full, say
-        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
+        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
         return 1
+    except Ended as ended:
+        number = signal.Signals(ended.args[0])
+        print(f"{_PROGRAM}: ended by {number.name}", file=sys.stderr)
+        return 128 + number
     return 0
 
 
@@ -89,9 +120,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--input",
         nargs="+",
         required=True,
-        help="JSONL files, .txt files (one document each), or directories of .jsonl, .json and .txt files",
+        help="JSONL files, .txt files (one document each), or directories of .jsonl, .json and .txt files; "
+        "plain, or compressed with gzip, zstd, bzip2 or xz",
     )
     source.add_argument("--json-keys", nargs="+", default=[_TEXT_KEY], help="one dataset is written per key")
+    source.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out documents that cannot be read, count them and name the first ten; for crawled text where some "
+        "are known to be broken (default: stop at the first)",
+    )
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     tokenizer.add_argument("--tokenizer-model", help="local directory, for HuggingFaceTokenizer")
@@ -113,11 +151,13 @@ def list_inputs(inputs: Sequence[str]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _DIRECTORY_SUFFIXES)
-            if not found:
-                raise DataError(f"--input {name} holds no {', '.join(_DIRECTORY_SUFFIXES)} file.")
-            paths.extend(found)
-        elif path.is_file():
+            found = reader.find_files(path)
+            if found.left_out:
+                _say(f"{len(found.left_out)} file(s) of --input {name} left out: {_first(found.left_out)}")
+            if not found.files:
+                raise DataError(f"--input {name} holds no {', '.join(reader.ENDINGS)} file.")
+            paths.extend(found.files)
+        elif path.exists():
             paths.append(path)
         else:
             raise DataError(f"--input {name} does not exist. Check the path.")
@@ -139,19 +179,25 @@ def convert(paths: Sequence[Path], args: argparse.Namespace) -> None:
         merge_file=args.merge_file,
     )
     encoder = Encoder(tokenizer, keys, args.append_eod)
-    num_empty = 0
+    num_empty, skipped = 0, Skipped()
     with ExitStack() as stack:
         writers = {
             key: stack.enter_context(IndexedDatasetWriter(f"{args.output_prefix}_{key}_document", tokenizer.vocab_size))
             for key in keys
         }
-        documents = encode_all(read_items(paths), encoder, args.workers)
+        documents = stack.enter_context(closing(encode_all(read_items(paths), encoder, args.workers)))
         for encoded in tqdm(documents, unit=" documents", miniters=args.log_interval, mininterval=0.5):
+            if isinstance(encoded, BadDocumentError) and args.skip_bad:
+                skipped.add(encoded)
+                continue
+            if isinstance(encoded, Exception):
+                raise encoded
             for key, ids in encoded.items():
                 if ids.size:
                     writers[key].add(ids)
                 else:
                     num_empty += 1
+        _report_skipped(skipped)
         for key, writer in writers.items():
             if writer.num_documents == 0:  # checked before any writer commits
                 raise DataError(f"the input holds no text under the key {key!r}: there is nothing to write.")
@@ -167,83 +213,155 @@ def convert(paths: Sequence[Path], args: argparse.Namespace) -> None:
 def read_items(paths: Iterable[Path]) -> Iterator[Item]:
     """Every document of every file, in order. Text files are left to the workers to read."""
     for path in paths:
-        if path.suffix == _TEXT_SUFFIX:
+        if reader.is_text(path):
             yield Item(str(path), 0, b"")
             continue
         try:
-            with path.open("rb") as stream:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield Item(str(path), number, line)
+            for number, line in reader.read_lines(path):
+                if line.strip():
+                    yield Item(str(path), number, line)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}.") from error
 
 
-def encode_all(items: Iterator[Item], encoder: Encoder, workers: int) -> Iterator[dict[str, np.ndarray]]:
-    """Encode in input order, in this process or in ``workers`` others."""
+def encode_all(items: Iterator[Item], encoder: Encoder, workers: int) -> Iterator[Encoded | Exception]:
+    """Encode in input order, in this process or in ``workers`` others; what went wrong with a document takes its place.
+
+    Raises:
+        DataError: a worker was killed.
+    """
     if workers == 1:
-        yield from map(encoder.encode, items)
+        yield from (_encode(encoder, item) for item in items)
         return
-    with multiprocessing.Pool(workers, initializer=_start_worker, initargs=(encoder,)) as pool:
-        while block := list(islice(items, workers * _BLOCK_PER_WORKER)):
-            yield from pool.imap(_encode_in_worker, block, chunksize=32)
+    # One pipe for each worker, whose other end it alone holds: its death closes the pipe, at whatever moment it comes.
+    # multiprocessing.Pool and ProcessPoolExecutor wait for ever for the rest of a result that was half sent.
+    processes, idle = [], []
+    for _ in range(workers):
+        here, there = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=_work, args=(there, encoder), daemon=True)
+        process.start()
+        there.close()
+        processes.append(process)
+        idle.append(here)
+    try:
+        yield from _in_order(_chunks(items), idle, _AHEAD_PER_WORKER * workers)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
-def _start_worker(encoder: Encoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
+def _in_order(chunks: Iterator[list[Item]], idle: list[Connection], ahead: int) -> Iterator[Encoded | Exception]:
+    """Results in the order of the chunks, of which at most ``ahead`` are sent before the first of them is back."""
+    sent = returned = 0
+    at_work: dict[Connection, int] = {}
+    results: dict[int, list[Encoded | Exception]] = {}
+    while True:
+        while idle and sent < returned + ahead and (chunk := next(chunks, None)):
+            with _killed_is_an_error():
+                idle[-1].send(chunk)
+            at_work[idle.pop()] = sent
+            sent += 1
+        if not at_work:
+            return
+        for connection in wait(list(at_work)):
+            assert isinstance(connection, Connection)
+            with _killed_is_an_error():
+                results[at_work.pop(connection)] = connection.recv()
+            idle.append(connection)
+        while returned in results:
+            yield from results.pop(returned)
+            returned += 1
 
 
-def _encode_in_worker(item: Item) -> dict[str, np.ndarray]:
-    assert _worker_encoder is not None
-    return _worker_encoder.encode(item)
-
-
-def _read_text_file(path: str, keys: Sequence[str]) -> dict[str, str]:
-    if tuple(keys) != (_TEXT_KEY,):
+@contextmanager
+def _killed_is_an_error() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError):
         raise DataError(
-            f"{path} is plain text, whose only key is {_TEXT_KEY!r}, but --json-keys asks for "
+            "a worker process was killed, most likely because memory ran out (the kernel's log says so). "
+            "Run with fewer --workers."
+        ) from None
+
+
+def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """What a worker gets at once."""
+    chunk: list[Item] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += len(item.line)
+        if len(chunk) == _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _work(connection: Connection, encoder: Encoder) -> None:
+    """The life of a worker."""
+    for number in _SIGNALS:  # Ctrl-C reaches all processes of a terminal; this one's parent will end it
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        connection.send([_encode(encoder, item) for item in connection.recv()])
+
+
+def _end_with_parent() -> None:
+    """Nobody else would end the workers of a process that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(encoder: Encoder, item: Item) -> Encoded | Exception:
+    try:
+        return encoder.encode(item)
+    except Exception as error:
+        return error
+
+
+@contextmanager
+def _signals_end_the_run() -> Iterator[None]:
+    """Lets half-written files be removed; a second signal does not disturb that."""
+
+    def end(number: int, frame: object) -> None:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Ended(number)
+
+    before = {number: signal.signal(number, end) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _report_skipped(skipped: Skipped) -> None:
+    if skipped.count:
+        _say(f"{skipped.count} bad document(s) left out (--skip-bad); the first:")
+        for error in skipped.first:
+            print(f"  {error}", file=sys.stderr)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+
+
+def _say(text: str) -> None:
+    print(f"{_PROGRAM}: {text}", file=sys.stderr)
+
+
+def _check_keys(paths: Sequence[Path], keys: Sequence[str]) -> None:
+    texts = [path for path in paths if reader.is_text(path)]
+    if texts and set(keys) != {_TEXT_KEY}:
+        raise DataError(
+            f"{texts[0]} is plain text, whose only key is {_TEXT_KEY!r}, but --json-keys asks for "
             f"{' '.join(keys)}. Leave --json-keys out, or convert the file to JSON lines."
         )
-    try:
-        return {_TEXT_KEY: Path(path).read_bytes().decode("utf-8")}
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}). Convert it, e.g. with iconv.") from error
-
-
-def _parse_line(item: Item, keys: Sequence[str]) -> dict[str, str]:
-    where = f"{item.path}, line {item.line_number}"
-    try:
-        record = json.loads(item.line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start} of the line). Convert the file.") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one JSON object; "
-            "name plain text files .txt."
-        ) from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}, but each line must be a JSON object.")
-    texts = {}
-    for key in keys:
-        if key not in record:
-            raise DataError(
-                f"{where}: no key {key!r}; the line has {', '.join(map(repr, record)) or 'none'}. "
-                "Name the keys that hold text with --json-keys."
-            )
-        text = record[key]
-        if not isinstance(text, str):
-            raise DataError(f"{where}: {key!r} is of type {type(text).__name__}, not a string.")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: {key!r} has half of a surrogate pair at character {error.start}. Repair the escape sequence."
-            ) from error
-        texts[key] = text
-    return texts
 
 
 def _check_output(prefix: str) -> None:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from scmoe_ds.data.corpus import standard_library_documents, write_indexed_dataset
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import GPT2BPETokenizer
 
 FORMAT = 1  # raise it when the choice, order or encoding of the documents changes
@@ -100,8 +101,8 @@ def site_packages_documents(root: Path) -> Iterator[Document]:
                 continue
             if _FEWEST_BYTES <= path.stat().st_size <= _MOST_BYTES:
                 try:
-                    text = path.read_bytes().decode("utf-8")
-                except (UnicodeDecodeError, OSError):
+                    text = read_document(path)
+                except (DataError, OSError):
                     continue
                 yield Document(f"site-packages/{path.relative_to(root).as_posix()}", text)
 

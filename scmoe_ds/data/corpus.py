@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import ByteTokenizer
 
 # megatron-core takes seconds to import, so it is imported where a dataset is opened or written.
@@ -97,7 +99,15 @@ class IndexedDatasetWriter:
                 f"{least if least < 0 else greatest}, outside 0..{self.vocab_size - 1}: the vocabulary size "
                 "and the tokenizer do not belong together."
             )
-        self._builder.add_document(tokens, [tokens.size])
+        if tokens.size > np.iinfo(np.int32).max:
+            raise DataError(
+                f"document {self.num_documents} of {self.prefix} has {tokens.size} tokens; an index counts them in 31 "
+                "bits: divide the document."
+            )
+        try:
+            self._builder.add_document(tokens, [tokens.size])
+        except OSError as error:
+            raise self._unwritten(error) from error
         self.num_documents += 1
         self._num_tokens += int(tokens.size)
 
@@ -107,10 +117,17 @@ class IndexedDatasetWriter:
         try:
             if kind is None:
                 self._commit()
+        except OSError as os_error:
+            raise self._unwritten(os_error) from os_error
         finally:
-            self._builder.data_file.close()
+            with suppress(OSError):  # of a full disk, which has been said
+                self._builder.data_file.close()
             for extension in (".bin", ".idx"):
                 Path(self._staged + extension).unlink(missing_ok=True)
+
+    def _unwritten(self, error: OSError) -> DataError:
+        return DataError(f"cannot write {self.prefix}.bin and .idx: {error.strerror or error}. Make room, or choose "
+                         "another output prefix.")  # fmt: skip
 
     def _commit(self) -> None:
         if self.num_documents == 0:
@@ -156,8 +173,8 @@ def standard_library_documents() -> Iterator[tuple[str, str]]:
         if skipped or path.is_symlink():
             continue
         try:
-            text = path.read_bytes().decode("utf-8")
-        except (UnicodeDecodeError, OSError):
+            text = read_document(path)
+        except (DataError, OSError):
             continue
         if text:
             found = True

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.reader import STREAM_ERRORS, is_compressed, open_stream
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 
 _PIECE_BYTES = 1 << 20
@@ -19,10 +20,10 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Text:
-    """A text, byte for byte.
+    """A text, byte for byte, decompressed and without a byte-order mark.
 
     Attributes:
-        tokens: [N] ids; of ByteTokenizer uint8 and a memory map of the file, of others int32.
+        tokens: [N] ids; of ByteTokenizer uint8, and a memory map of a file that is not compressed; of others int32.
         num_bytes: in UTF-8.
         num_words: separated by whitespace.
         digest: SHA-256 of the bytes, in hex.
@@ -37,8 +38,8 @@ class Text:
 def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
     """The text of --text-file; an empty file has no tokens.
 
-    The ids of ByteTokenizer are the file's bytes, which stay on disk. Other tokenizers may look any distance ahead:
-    for them the whole text is read and tokenized at once.
+    The ids of ByteTokenizer are the file's bytes, which stay on disk unless it is compressed. Other tokenizers may look
+    any distance ahead: for them the whole text is read and tokenized at once.
 
     Args:
         vocab_size: of the model; every id is below it.
@@ -50,7 +51,8 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
     digest, num_bytes, num_words, within_word = hashlib.sha256(), 0, 0, False
     tokens, kept = np.empty(0, np.uint8), []
     try:
-        with Path(path).open("rb") as stream:
+        stays_on_disk = is_bytes and not is_compressed(path)
+        with open_stream(path) as stream:
             for piece in _pieces(stream):
                 octets = piece.encode("utf-8")
                 digest.update(octets)
@@ -58,11 +60,14 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
                 # A word that goes on from one piece to the next is one word.
                 num_words += len(piece.split()) - (within_word and not piece[0].isspace())
                 within_word = not piece[-1].isspace()
-                if not is_bytes:
+                if not stays_on_disk:
                     kept.append(piece)
-            if is_bytes and num_bytes:  # there is no map of an empty file
-                tokens = np.memmap(stream, dtype=np.uint8, mode="r")
-    except (OSError, UnicodeError) as error:
+        if stays_on_disk and num_bytes:  # there is no map of an empty file
+            mark = os.path.getsize(path) - num_bytes
+            tokens = np.memmap(path, dtype=np.uint8, mode="r", offset=mark)
+        elif is_bytes:
+            tokens = np.frombuffer("".join(kept).encode(), dtype=np.uint8)
+    except (*STREAM_ERRORS, UnicodeError) as error:
         raise DataError(f"--text-file {path} cannot be read as UTF-8 text: {error}") from None
     if not is_bytes:
         tokens = np.array(tokenizer.tokenize("".join(kept)), dtype=np.int32)
@@ -75,16 +80,21 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
     return Text(tokens, num_bytes, num_words, digest.hexdigest())
 
 
-def _pieces(stream: BinaryIO) -> Iterator[str]:
+def _pieces(stream: Any) -> Iterator[str]:
     """A file's characters, in parts that are not empty; line ends stay as they are.
 
     Raises:
         UnicodeError: bytes that are not UTF-8, and where they are in the file.
+        EOFError: a stream that is damaged or cut short, and in which line.
     """
-    decoder, num_read = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder, num_read, line = codecs.getincrementaldecoder("utf-8-sig")(), 0, 1
     while True:
-        block = stream.read(_PIECE_BYTES)
+        try:
+            block = stream.read1(_PIECE_BYTES)  # what comes at once, so that the line is known
+        except STREAM_ERRORS as error:
+            raise EOFError(f"{error} (in line {line})") from None
         num_read += len(block)
+        line += block.count(b"\n")
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:  # it counts from what was left of the blocks before

@@ -1,10 +1,16 @@
 """tools/preprocess_data.py: what it writes, in which order, and what it refuses."""
 
+import gzip
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -166,3 +172,103 @@ def test_bad_flags_exit_with_2(tool: ModuleType, tmp_path: Path, arguments: list
     with pytest.raises(SystemExit) as caught:
         tool.main(flags(tmp_path / "in.jsonl", tmp_path / "out", *arguments))
     assert caught.value.code == 2
+
+
+def test_a_directory_of_shards(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "shards"
+    source.mkdir()
+    write_jsonl(source / "s0.jsonl", [{"text": "0"}])
+    (source / "s1.jsonl.gz").write_bytes(gzip.compress(b'{"text": "1"}\n'))
+    write_jsonl(source / "S2.JSONL", [{"text": "2"}])
+    (source / "s3.TXT.gz").write_bytes(gzip.compress(b"3"))
+    for i in range(12):
+        (source / f"s{i:02}.parquet").touch()
+    assert tool.main(flags(source, tmp_path / "out", "--workers", "2")) == 0
+    assert read_back(tmp_path / "out_text_document") == [[ord(each)] for each in "2013"]  # sorted by path
+    said = capsys.readouterr().err
+    assert f"12 file(s) of --input {source} left out: {source}/s00.parquet, " in said
+    assert "s09.parquet, …" in said and "s10.parquet" not in said
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_skip_bad_counts_and_names_what_it_leaves_out(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    bad = [2, *range(5, 25, 2)]
+    lines = ["{broken" if i in bad else json.dumps({"text": str(i)}) for i in range(1, 31)]
+    (source / "a.jsonl").write_text("\n".join(lines))
+    (source / "b.txt").write_bytes(b"caf\xe9")
+    assert tool.main(flags(source, tmp_path / "out", "--skip-bad", "--workers", workers)) == 0
+    assert read_back(tmp_path / "out_text_document") == [list(str(i).encode()) for i in range(1, 31) if i not in bad]
+    said = capsys.readouterr().err.splitlines()
+    start = next(i for i, line in enumerate(said) if "12 bad document(s) left out (--skip-bad)" in line)
+    named = [f"  {source / 'a.jsonl'}, line {i}: not JSON" for i in bad[:10]]
+    assert [line[: len(name)] for line, name in zip(said[start + 1 :], named, strict=True)] == named
+
+
+def test_skip_bad_does_not_pass_over_a_damaged_stream(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = gzip.compress(b'{"text": "x"}\n' * 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(content[:-4])
+    assert tool.main(flags(tmp_path / "a.jsonl.gz", tmp_path / "out", "--skip-bad")) == 1
+    assert "a.jsonl.gz, line 1001: cannot be read" in capsys.readouterr().err
+
+
+def signal_from_worker(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int, to_parent: bool) -> None:
+    """A worker that meets the text "now" sends a signal, to itself or to the tool, and would then take an hour."""
+    encode = tool.Encoder.encode
+
+    def send(self: Any, item: Any) -> Any:
+        if b"now" in item.line:
+            os.kill(os.getppid() if to_parent else os.getpid(), number)
+            time.sleep(3600)
+        return encode(self, item)
+
+    monkeypatch.setattr(tool.Encoder, "encode", send)
+
+
+@pytest.mark.parametrize(
+    ("number", "to_parent", "code", "said"),
+    [
+        (signal.SIGKILL, False, 1, "error: a worker process was killed, most likely because memory ran out"),
+        (signal.SIGTERM, True, 128 + 15, "ended by SIGTERM"),
+        (signal.SIGINT, True, 128 + 2, "ended by SIGINT"),
+    ],
+)
+def test_signals_end_the_run_and_leave_nothing(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    number: int, to_parent: bool, code: int, said: str,
+) -> None:  # fmt: skip
+    signal_from_worker(tool, monkeypatch, number, to_parent)
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "now" if i == 1500 else "x" * 500} for i in range(3000)])
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    started = time.monotonic()
+    assert tool.main(flags(source, tmp_path / "out", "--workers", "2")) == code
+    assert time.monotonic() - started < 30
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    for child in multiprocessing.active_children():
+        child.join(10)
+    assert not multiprocessing.active_children()
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_a_full_disk_leaves_nothing(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    class Full(IndexedDatasetBuilder):
+        def add_document(self, *args: Any, **kwargs: Any) -> None:
+            super().add_document(*args, **kwargs)
+            self.data_file.flush()
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder", Full)
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "x"}])
+    assert tool.main(flags(source, tmp_path / "out")) == 1
+    assert f"cannot write {tmp_path}/out_text_document.bin and .idx: No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
