@@ -7,6 +7,7 @@ import json
 import pickle
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -65,14 +66,12 @@ def _found_by(rank: int, error: ValueError | OSError) -> ValueError | OSError:
         return type(error)(error.encoding, error.object, error.start, error.end, error.reason + words)
     if isinstance(error, json.JSONDecodeError):
         return type(error)(error.msg + words, error.doc, error.pos)
-    if isinstance(error, OSError) and error.errno is not None:
-        if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(words.strip(" ()"))
-        return error
-    try:
-        return type(error)(f"{error}{words}")
-    except TypeError:  # built from something else than one string
-        return error
+    if not isinstance(error, OSError) or error.errno is None:
+        with suppress(TypeError):  # built from something else than one string
+            return type(error)(f"{error}{words}")
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(words.strip(" ()"))
+    return error
 
 
 def wait_for_all() -> None:

@@ -239,7 +239,8 @@ class Guardian:
             if lines.rank is None and message.get("token") == self.token:
                 lines.rank = message["rank"]
                 self.members[lines.rank] = lines
-                lines.send({"board": self.board})
+                if self.board:
+                    lines.send({"board": self.board})
             if lines.rank is None:
                 continue  # a stranger
             self.heard[lines.rank] = self.now

@@ -125,6 +125,17 @@ def kill_a_rank(job: Job) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def stop_a_rank(job: Job) -> None:
+    (pid,) = job.machines.pids(1, RANK)
+    os.kill(pid, signal.SIGSTOP)
+
+
+def kill_the_launcher(job: Job) -> None:
+    """Its own process; pdsh, ssh and what runs on the machines go on."""
+    runner = max(job.machines.pids(0, "deepspeed.launcher.runner"))  # the other one is nsenter
+    os.kill(runner, signal.SIGKILL)
+
+
 def power_off(job: Job) -> None:
     job.machines.power_off(1)
 
@@ -141,6 +152,14 @@ def interrupt_the_launcher(job: Job) -> None:
 SILENT = [r"rank 0 \(host node0\).*Timed out waiting 9000ms.*rank 1", r"node1: ssh exited with exit code 255"]
 FAULTS = {
     "a rank is killed": (kill_a_rank, [r"rank 0 \(host node0\).*onnection.*rank 1", r"node1: .*return code = -9"]),
+    "a rank hangs": (
+        stop_a_rank,
+        [
+            r"rank 1 \(host node1\) gave no sign of life for \d+ s \(it is stopped\) and was killed",
+            r"rank 0 \(host node0\).*rank 1 \(host node1\) has not said why",
+        ],
+    ),
+    "the launcher is killed": (kill_the_launcher, [r"the launcher of rank 0 has gone", r"stopping at iteration"]),
     "a machine loses its power": (power_off, SILENT),
     "the link goes down": (cut_the_link, SILENT),
     "the launcher gets SIGINT": (interrupt_the_launcher, [r"interrupt"]),

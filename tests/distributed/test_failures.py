@@ -8,10 +8,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +29,15 @@ from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from scmoe_ds.models.gpt import GPTOutput
 from scmoe_ds.overlap.transport import ExchangeError
+from scmoe_ds.parallel import process
+from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.failures import failed_collective
+from scmoe_ds.parallel.launchers import LauncherError
+from scmoe_ds.parallel.timeouts import limit_world
+from scmoe_ds.parallel.watch import Watch
 from scmoe_ds.step_health import MOST_SKIPPED_STEPS, StepHealth, TrainingError, is_loss_scale_exhausted
 from scmoe_ds.training import Trainer
+from scmoe_ds.training_log import TrainingOutput
 from tests.helpers.distributed import free_port, run_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +171,61 @@ def test_a_killed_process_ends_the_others_with_a_sentence(victim: int, tmp_path:
     assert found, lines[-1]
     assert (int(found[1]), int(found[3])) == (1 - victim, victim)
     assert re.match(r"(the part with rank \d of )?the all-to-all of expert-parallel|all_reduce over", found[2])
+
+
+def test_a_stopped_process_is_named_and_ended(tmp_path: Path) -> None:
+    """Rank 0, which keeps the store: nothing of torch.distributed answers any more."""
+    flags = ["--train-iters", "100000", "--distributed-timeout-minutes", "0.08"]
+    with ranks_of_a_job(prepare(tmp_path, *flags), tmp_path) as processes:
+        processes[0].send_signal(signal.SIGSTOP)
+        assert processes[1].wait(60) == 1
+        assert processes[0].wait(60) == -signal.SIGKILL
+    last = (tmp_path / "errors1").read_text().splitlines()[-1]
+    assert re.search(r"rank 1 .* failed: .*\. Rank 0 \(host \S+\) has not said why \(.*\): look at", last), last
+    assert "(it is stopped) and was killed" in (tmp_path / "errors0").read_text()
+
+
+def run_with_a_signal_in_a_validation(arguments: list[str]) -> tuple[int, list[int]]:
+    """Exit code, and the iteration of each forward pass in a validation; rank 1 alone gets the signal."""
+    original, passes = Trainer._forward, list[int]()
+
+    def forward(trainer: Trainer, batch: dict[str, torch.Tensor]) -> TrainingOutput:
+        if not trainer.engine.module.training:
+            passes.append(trainer.iteration)
+            if dist.get_rank() == 1 and len(passes) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainer, batch)
+
+    Trainer._forward = forward  # type: ignore[method-assign]
+    return pretrain_gpt_scmoe.main(arguments), passes
+
+
+def test_a_signal_in_a_validation_is_obeyed_in_it(tmp_path: Path) -> None:
+    flags = ["--train-iters", "9", "--eval-interval", "2", "--eval-iters", "40", "--save", str(tmp_path / "saved")]
+    for code, passes in run_distributed(run_with_a_signal_in_a_validation, 2, prepare(tmp_path, *flags)):
+        assert code == 0 and passes == [2], "one batch, and no further step or validation"
+    assert (tmp_path / "saved" / "latest").read_text() == "global_step2"
+
+
+def long_step_under_a_short_limit() -> str:
+    """The result of a step that takes twice the limit of collectives on rank 0."""
+    limit_world(timedelta(seconds=2))
+    with Watch("test", timeout_s=2.0):
+        return str(run_together(lambda: time.sleep(4.0 * (dist.get_rank() == 0)) or "done"))
+
+
+def test_long_steps_are_waited_for_and_ranks_meet_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_distributed(long_step_under_a_short_limit, 2) == ["done", "done"]
+    monkeypatch.setattr(process, "_LATE_START_S", 0.0)
+    with socket.create_server(("", 0)) as server:
+        busy = str(server.getsockname()[1])
+        for port, message in ((str(free_port()), "rank 0 did not meet all 2 ranks at 127.0.0.1:.* within 1 s: look"),
+                              (busy, rf"MASTER_PORT\) = {busy}: another process of .* listens on this port; end")):  # fmt: skip
+            for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": port}.items():  # fmt: skip
+                monkeypatch.setenv(name, value)
+            with pytest.raises(LauncherError, match=message):
+                process.connect(timedelta(seconds=1))
 
 
 def test_ctrl_c_is_no_error(tmp_path: Path) -> None:

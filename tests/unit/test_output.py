@@ -1,0 +1,80 @@
+"""A full disk under the log or a monitor: the job goes on."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from deepspeed.monitor import csv_monitor
+
+from scmoe_ds import output
+
+PROGRAM = """
+import sys
+from scmoe_ds.output import steady_output
+with steady_output():
+    for number in range(3000):
+        print("a line", number)
+        print("a line", number, flush=True)
+    print("to stderr", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_under_a_stream(stream: str) -> None:
+    """/dev/full refuses every byte, as a full disk does; the interpreter's own end must not fail for it either."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with open("/dev/full", "w") as full:
+        pipes[stream] = full  # type: ignore[assignment]
+        done = subprocess.run([sys.executable, "-c", PROGRAM], text=True, check=False, **pipes)
+    assert done.returncode == 0, done
+    if stream == "stdout":
+        assert done.stderr.count("stdout cannot be written: No space left on device. The job goes on") == 1
+    else:
+        assert "a line 2999\n" in done.stdout
+
+
+def test_a_reader_that_has_gone() -> None:
+    command = [sys.executable, "-c", PROGRAM]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("to stderr\n", 0)
+
+
+def test_lines_come_again_when_there_is_room() -> None:
+    class Disk(io.StringIO):
+        full = False
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(5, "Input/output error")
+            return super().write(text)
+
+    disk, other = Disk(), io.StringIO()
+    steady = output.SteadyStream(disk, "stdout", other)
+    for disk.full in (False, True, False):
+        print("line", file=steady)  # type: ignore[call-overload]
+        logging.StreamHandler(steady).emit(logging.makeLogRecord({"msg": "record"}))  # type: ignore[type-var]
+    assert disk.getvalue() == 2 * "line\nrecord\n" and "Input/output error" in other.getvalue()
+
+
+def test_a_monitor_that_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                     caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    monkeypatch.setattr(csv_monitor.dist, "get_rank", lambda: 0)
+    wanted = SimpleNamespace(enabled=True, output_path=str(tmp_path), job_name="job")
+    monitor = csv_monitor.csvMonitor(wanted)
+    output.steady_monitors(SimpleNamespace(csv_monitor=monitor, tb_monitor=None, enabled=True))
+    (tmp_path / "job" / "Train_loss.csv").symlink_to("/dev/full")
+    caplog.set_level(logging.WARNING, "scmoe_ds")
+    for step in range(3):
+        monitor.write_events([("Train/loss", 1.0, step)])
+    assert caplog.text.count("csvMonitor cannot write: [Errno 28] No space left on device. The job goes on") == 1
+    (tmp_path / "job" / "Train_loss.csv").unlink()
+    monitor.write_events([("Train/loss", 0.5, 3)])
+    assert (tmp_path / "job" / "Train_loss.csv").read_text().splitlines()[-1] == "3,0.5"
