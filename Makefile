@@ -20,7 +20,7 @@ help:  ## this list
 
 $(STAMP): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'scmoe_ds needs Python 3.10 or later' >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && touch $(VENV)/.made-by-make; }
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
@@ -50,5 +50,9 @@ cluster-packages:  ## Debian packages for the tests on two machines, as root in 
 		echo 'Tests on two machines skip: apt-get could not install $(CLUSTER_PACKAGES)'; \
 	fi
 
-clean:  ## remove the environment, the default corpus and its runs
-	rm -rf $(VENV) data runs checkpoints
+# Only what the other targets made: data, runs and checkpoints hold what is yours, too.
+clean:  ## remove the environment, and the corpus and runs of `make pretrain`
+	test ! -f $(VENV)/.made-by-make -a ! -f $(STAMP) || rm -rf $(VENV)
+	rm -rf data/python_stdlib data/python_stdlib.bin data/python_stdlib.idx data/python_stdlib.json \
+		runs/quick_start checkpoints/quick_start
+	@rmdir data runs checkpoints 2>/dev/null || true

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -18,6 +19,16 @@ SAVE = "checkpoints/quick_start"
 LOOP = f"--train-iters 300 --log-interval 20 --eval-interval 100 --eval-iters 10 --save {SAVE}".split()
 
 
+def with_own_log(config: str) -> str:
+    """A copy of a JSON whose TensorBoard log has a directory of its own, which `make clean` can remove."""
+    whole = json.loads((ROOT / config).read_text())
+    whole["tensorboard"]["job_name"] = Path(SAVE).name
+    copy = Path("runs", Path(SAVE).name, Path(config).name)
+    (ROOT / copy).parent.mkdir(parents=True, exist_ok=True)
+    (ROOT / copy).write_text(json.dumps(whole, indent=2) + "\n")
+    return str(copy)
+
+
 def command(gpus: int) -> tuple[list[str], dict[str, str]]:
     """The launcher's command line and environment for a number of GPUs; 0 means two CPU processes."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
@@ -26,10 +37,12 @@ def command(gpus: int) -> tuple[list[str], dict[str, str]]:
         ranks = ["--num_gpus", str(gpus)]
         # The largest power of two up to the 4 experts that divides the GPUs.
         ep_size = max(size for size in (1, 2, 4) if gpus % size == 0)
-        config = ["--deepspeed_config", "ds_configs/gpt_small_gpu.json", "--moe-expert-parallel-size", str(ep_size)]
-        return [launcher, *ranks, *script, *config], {}
-    config = ["--deepspeed_config", "ds_configs/gpt_small_cpu.json"]
-    return [launcher, "--num_accelerators", "2", *script, *config], {"DS_ACCELERATOR": "cpu"}
+        config = with_own_log("ds_configs/gpt_small_gpu.json")
+        parallel = ["--moe-expert-parallel-size", str(ep_size)]
+        return [launcher, *ranks, *script, "--deepspeed_config", config, *parallel], {}
+    config = with_own_log("ds_configs/gpt_small_cpu.json")
+    ranks = ["--num_accelerators", "2"]
+    return [launcher, *ranks, *script, "--deepspeed_config", config], {"DS_ACCELERATOR": "cpu"}
 
 
 def main() -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import nullcontext
 from datetime import timedelta
 
 import deepspeed
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from deepspeed.constants import default_pg_timeout
 
 from scmoe_ds.parallel import compilation, watch
 from scmoe_ds.parallel.agreement import wait_for_all
@@ -19,12 +20,14 @@ from scmoe_ds.parallel.timeouts import limit_new_groups, limit_world
 _LATE_START_S = 10.0
 """Ranks do not start at the same moment: the wait for the last of them may take so much longer than a collective."""
 
+_SLACK_S = 3.0
+
 
 def connect(timeout: timedelta | None = None) -> bool:
     """Joins the process group; a process without a launcher becomes a world of one.
 
     Args:
-        timeout: of every collective of every group from here on; None is torch's own.
+        timeout: of every collective of every group from here on; None leaves DeepSpeed's and torch's own.
 
     Returns:
         whether it was joined here, and is the caller's to destroy.
@@ -41,16 +44,22 @@ def connect(timeout: timedelta | None = None) -> bool:
     # NCCL sends Python objects through the current device: without this, every rank of a node would use the first.
     accelerator = deepspeed.get_accelerator()
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timeout or distributed_c10d.default_pg_timeout
-    limit_new_groups(timeout)
+    if timeout is not None:
+        limit_new_groups(timeout)
+    timeout = timeout or default_pg_timeout
+    meeting = timeout + timedelta(seconds=_LATE_START_S)
+    # torch has no limit for an address at which something else answers, or nothing that speaks.
+    limit = nullcontext() if watch.active is None else watch.active.limit(
+        meeting.total_seconds() + _SLACK_S, str(_cannot_meet(TimeoutError("no answer"), meeting)))  # fmt: skip
     try:
-        if accelerator.device_name() == "cpu":
-            # DeepSpeed compiles before the ranks meet, which may take a minute on one node and none on another.
-            dist.init_process_group(accelerator.communication_backend_name(), timeout=_with_late_start(timeout))
-        else:
-            deepspeed.init_distributed(auto_mpi_discovery=False, timeout=_with_late_start(timeout))
+        with limit:
+            if accelerator.device_name() == "cpu":
+                # DeepSpeed compiles before the ranks meet, which may take a minute on one node and none on another.
+                dist.init_process_group(accelerator.communication_backend_name(), timeout=meeting)
+            else:
+                deepspeed.init_distributed(auto_mpi_discovery=False, timeout=meeting)
     except dist.DistError as error:
-        raise _cannot_meet(error, timeout) from error
+        raise _cannot_meet(error, meeting) from error
     limit_world(timeout)
     if watch.active is not None:
         watch.active.join()
@@ -81,11 +90,7 @@ def prepare_environment() -> None:
             raise LauncherError(f"{name} = {value}: must be a number")
 
 
-def _with_late_start(timeout: timedelta) -> timedelta:
-    return timeout + timedelta(seconds=_LATE_START_S)
-
-
-def _cannot_meet(error: Exception, timeout: timedelta) -> LauncherError:
+def _cannot_meet(error: Exception, limit: timedelta) -> LauncherError:
     rank, ranks, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if "EADDRINUSE" in str(error) or "address already in use" in str(error):
         return LauncherError(
@@ -95,6 +100,6 @@ def _cannot_meet(error: Exception, timeout: timedelta) -> LauncherError:
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return LauncherError(
         f"rank {rank} did not meet all {ranks} ranks at {os.environ['MASTER_ADDR']}:{port} within "
-        f"{_with_late_start(timeout).total_seconds():.0f} s: look whether each rank was started and reaches that "
+        f"{limit.total_seconds():.0f} s: look whether each rank was started and reaches that "
         f"address, or raise --distributed-timeout-minutes ({line[:200]})"
     )

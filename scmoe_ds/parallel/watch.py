@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ class Watch:
         self.board: dict[int, dict[str, Any]] = {}
         self.launcher_is_lost = self._closing = False
         self._hub: dict[str, Any] | None = None
+        self._limit: tuple[float, str] | None = None
         self._stack: list[Any] = []
         self._since, self._place = 0.0, ""
         self._dead: tuple[str, float] | None = None  # why, and since when
@@ -82,6 +85,15 @@ class Watch:
         for each in (self._control.socket if self._control else None, self._wakeup, self._wake):
             if each is not None:
                 each.close()
+
+    @contextmanager
+    def limit(self, seconds: float, words: str) -> Iterator[None]:
+        """Ends this process with exit code 2 and a sentence if the block takes longer."""
+        self._limit = (time.monotonic() + seconds, words)
+        try:
+            yield
+        finally:
+            self._limit = None
 
     def join(self, timeout_s: float = 5.0) -> None:
         """Connects the guardians; called when the process group's store is there. Collective."""
@@ -163,6 +175,8 @@ class Watch:
             if self._control is not None:
                 self._control.send({})
                 self._tell_where_it_stands()
+            if self._limit is not None and time.monotonic() > self._limit[0]:
+                self._end(2, self._limit[1])
             if self._dead is not None and time.monotonic() > self._dead[1] + _OWN_WORDS_S:
                 self._end(1, f"rank {self.rank} (host {socket.gethostname()}): the job has ended: {self._dead[0]}")
 
@@ -191,7 +205,10 @@ class Watch:
                 what = f"{signal.Signals(number).name} received"
                 self.note(what, is_cause=True)
                 words = "the launcher has gone" if self.launcher_is_lost else what
-                self._end(128 + number, f"{words}, and training has not begun: ended, nothing was saved")
+                # The others are told by rank 0; and where a rank has failed, this is the launcher's clearing up.
+                is_told = self.rank == 0 and self._dead is None and not any("note" in e for e in self.board.values())
+                said = f"{words}, and training has not begun: ended, nothing was saved"
+                self._end(128 + number, said if is_told else None)
 
     def _hear_guardian(self) -> None:
         assert self._control is not None
@@ -210,8 +227,8 @@ class Watch:
             if "dead" in message:
                 self._dead = (message["dead"], time.monotonic())
 
-    def _end(self, code: int, words: str) -> None:
-        if self._dead is None or code == 1:  # a signal after the job's death is the launcher's clearing up
+    def _end(self, code: int, words: str | None) -> None:
+        if words is not None:
             print(f"{self.program}: error: {words}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)
