@@ -81,7 +81,7 @@ class FailureReporter:
         if self.rank == 0:
             return True
         found = self._board(until=lambda board: "note" in board.get(0, {}))
-        return bool(found) and found.get(0, {}).get("note") != text[:NOTE_LENGTH]
+        return found.get(0, {}).get("note") != text[:NOTE_LENGTH]
 
     def end(self, error: Exception) -> NoReturn:
         """Prints the traceback and, last, a sentence; ends the process with exit code 1.

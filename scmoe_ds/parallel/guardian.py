@@ -138,7 +138,8 @@ class Guardian:
         """Until the rank has ended, and, for the hub, until the others have been told."""
         before = time.monotonic()
         while self.process.state and not (self.done and self.left):
-            self._poll(TICK_S)
+            while (left := before + TICK_S - time.monotonic()) > 0:
+                self._poll(left)
             elapsed, before = time.monotonic() - before, time.monotonic()
             self.now += min(elapsed, 2 * TICK_S)
             self._watch_rank()
@@ -346,7 +347,8 @@ class Guardian:
             os.dup2(null.fileno(), 2)  # whoever reads the rank's log waits for its end
         deadline = time.monotonic() + LINGER_S
         while self.members and time.monotonic() < deadline:
-            self._poll(TICK_S)
+            time.sleep(TICK_S)
+            self._poll(0)
             self._tell_all({"farewell": True} if self.finished.issuperset(range(self.ranks)) else {})
         self._tell_all({"farewell": True})
 
