@@ -60,14 +60,19 @@ def wait_for_lock(directory: Path, poll_s: float = 1.0) -> Path:
     told = False
     while True:
         with _exclusively(directory):  # nobody else removes the lock, and then takes it, between look and removal
-            lock = directory / "lock"
-            free = not lock.exists() or _is_owned_here(directory)
+            lock, before = directory / "lock", _identity(directory / "lock")
+            free = before is None or _is_owned_here(directory)
+            if before != _identity(lock):  # released while its owner was looked for
+                continue
             if not free and (not _may_be_owned_elsewhere(directory) or _quiet_s(directory) > _QUIET_S):
                 for file in (lock, *_names_elsewhere(directory)):
                     file.unlink(missing_ok=True)
                 logger.warning("removed %s: the compilation that it belongs to was interrupted", lock)
                 free = True
             if free:
+                for name in directory.glob(f"compiler-{_here()}-*"):
+                    if not psutil.pid_exists(int(name.name.split("-")[2])):
+                        name.unlink(missing_ok=True)
                 name = directory / f"compiler-{_here()}-{os.getpid()}"
                 with suppress(OSError):  # a directory that is only read
                     name.touch()
@@ -86,6 +91,14 @@ def _here() -> str:
     except OSError:
         namespace = 0
     return f"{socket.gethostname().replace('-', '_')}_{namespace}"
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _names_elsewhere(directory: Path) -> list[Path]:

@@ -128,8 +128,8 @@ class Guardian:
         self.hub: Lines | None = None
         self.members: dict[int, Lines] = {}  # of the hub: rank to connection
         self.heard: dict[int, float] = {}  # of the hub: rank to the time of its last word; of others: 0 to the hub's
-        self.finished: set[int] = set()
         self.board: dict[int, dict[str, Any]] = {}
+        self.silent_since: dict[int, float] = {}  # of the hub
         self.standing: dict[int, dict[str, Any]] = {}  # of the hub: where main threads have been for some seconds
         if rank == 0 and ranks > 1:
             self._listen()
@@ -175,15 +175,16 @@ class Guardian:
         if state not in _STOPPED and self.process.has_worked():
             self.last_sign = self.now
         silent_s = self.now - self.last_sign
-        paused = state in _STOPPED and any(each.state in _STOPPED for each in self.launchers)  # the job, by its user
+        # By its user, with Ctrl-Z. If other ranks go on, the hub will end the job.
+        paused = state in _STOPPED and any(each.state in _STOPPED for each in self.launchers)
         if (silent_s > min(SILENT_S, self.timeout / 2)) != self.silent:
             self.silent = not self.silent
             self._report({"silent": self.silent})
         if self.ranks > 1 and silent_s > self.timeout and not paused and not self.why:
             how = "it is stopped" if state in _STOPPED else "it hangs"
             self._kill(f"gave no sign of life for {silent_s:.0f} s ({how}) and was killed")
-        elif self.kill_at is not None and self.now > self.kill_at and not self.why:
-            self._kill(f"did not end within {GRACE_S:.0f} s of the end of the job and was killed")
+        elif self.kill_at is not None and (self.now > self.kill_at or state in _STOPPED) and not self.why:
+            self._kill("did not end when the job ended and was killed")
 
     def _kill(self, why: str) -> None:
         self.why = why
@@ -233,8 +234,9 @@ class Guardian:
         if messages is None:
             self.selector.unregister(lines.socket)
             lines.socket.close()
-            if lines.rank is not None:
+            if lines.rank is not None:  # without a word of its rank: somebody has killed the guardian alone
                 del self.members[lines.rank]
+                self.heard.pop(lines.rank, None)
             return
         for message in messages:
             if lines.rank is None and message.get("token") == self.token:
@@ -253,14 +255,13 @@ class Guardian:
         messages = self.hub.receive()
         if messages is None:
             self.selector.unregister(self.hub.socket)
-            self.hub = None  # heard[0] stays: without a farewell it counts as silence
+            self.hub = None
+            self.heard.clear()
             return
         self.heard[0] = self.now
         if self.board.get(0, {}).pop("unheard", False):
             self.control.send({"board": {0: self.board[0]}})
         for message in messages:
-            if "farewell" in message:
-                self.heard.clear()
             if "board" in message:
                 self.board.update({int(rank): entry for rank, entry in message["board"].items()})
                 self.control.send({"board": message["board"]})
@@ -277,12 +278,13 @@ class Guardian:
 
     def _note(self, rank: int, entry: dict[str, Any]) -> None:
         """On the hub: news of a rank."""
-        if "done" in entry:
-            self.finished.add(rank)
-            return
         if "stands" in entry:  # ordinary in a long step: told only when a rank has failed
             self.standing[rank] = entry
             return
+        if entry.get("silent"):
+            self.silent_since.setdefault(rank, self.now)
+        elif "silent" in entry:
+            self.silent_since.pop(rank, None)
         told = [rank]
         if "note" in entry:
             told += [other for other, its in self.standing.items() if its["stands"] and other != rank]
@@ -295,7 +297,6 @@ class Guardian:
         if len(self.board) <= 2 * _TOLD:
             self._tell_all({"board": {each: self.board[each] for each in told[:_TOLD]}})
         if "gone" in entry:
-            self.finished.add(rank)
             note = self.board[rank].get("note")
             how = entry["gone"] if note is None else f'ended with "{note}"'
             self._die(f"rank {rank} (host {entry['host']}) {how}")
@@ -304,11 +305,12 @@ class Guardian:
         if self.rank == 0:
             for lines in self.members.values():
                 lines.send({})
+            if len(self.silent_since) <= len(self.members):  # otherwise the whole job is paused
+                for rank, since in self.silent_since.items():
+                    if self.now - since > self.timeout:
+                        self._die(f"rank {rank} gave no sign of life for {self.now - since:.0f} s")
             for rank, heard in self.heard.items():
-                silent_s = self.now - heard
-                known = self.board.get(rank, {})
-                if rank in self.finished:
-                    continue
+                silent_s, known = self.now - heard, self.board.get(rank, {})
                 if (silent_s > SILENT_S) != known.get("unheard", False):
                     self._note(rank, {"unheard": silent_s > SILENT_S, "host": known.get("host")})
                 if silent_s > self.timeout:
@@ -336,9 +338,7 @@ class Guardian:
         self._tell_all({"dead": reason})
 
     def _end(self) -> None:
-        if self.done:
-            self._report({"done": True})
-        else:
+        if not self.done:
             self._report({"gone": self.why or "has ended without a word"})
         for each in self.launchers:  # a stopped one would never notice that its rank has ended
             if each.state in _STOPPED and (self.dead or not self.done or each.stopped_s > self.timeout):
@@ -349,8 +349,7 @@ class Guardian:
         while self.members and time.monotonic() < deadline:
             time.sleep(TICK_S)
             self._poll(0)
-            self._tell_all({"farewell": True} if self.finished.issuperset(range(self.ranks)) else {})
-        self._tell_all({"farewell": True})
+            self._tell_all({})
 
 
 def main() -> None:

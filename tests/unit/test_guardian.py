@@ -161,6 +161,19 @@ def test_a_paused_job_is_left_alone(start: Start) -> None:
     launcher.wait()
 
 
+def test_a_rank_that_is_paused_alone_ends_the_job(start: Start) -> None:
+    first = start(0, 2)
+    launcher = subprocess.Popen(["sleep", "1000"])
+    second = start(1, 2, launchers=(launcher.pid,))
+    second.control.send({"hub": ["127.0.0.1", first.hears("port"), first.guardian.token]})
+    first.lives(0.3)
+    for process in (launcher, second.process):
+        process.send_signal(signal.SIGSTOP)
+    assert first.hears("dead").startswith("rank 1 gave no sign of life for ")
+    assert second.process.wait(PATIENCE_S) == -signal.SIGKILL
+    assert launcher.wait(PATIENCE_S) == -signal.SIGKILL
+
+
 def test_a_stranger_on_the_hubs_port_is_ignored(start: Start) -> None:
     first = start(0, 2)
     port = first.hears("port")
