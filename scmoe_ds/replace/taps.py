@@ -74,7 +74,8 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
         raise ScMoEConfigError(f"{moe_name} is in no nn.ModuleList and among no blocks of one class, so that its "
                                'preceding layer cannot be found; hold the blocks in one, or set scmoe.tap to a '
                                'module\'s path, e.g. "encoder.first.norm:input"')  # fmt: skip
-    index = next(place for place, name in enumerate(blocks) if moe_name.startswith(name + "."))
+    index = _place(blocks, moe_name)
+    assert index is not None
     block_name = blocks[index]
     if position != "pos1" and index == 0:
         raise ScMoEConfigError(
@@ -109,7 +110,7 @@ def _from_pattern(model: nn.Module, moe_name: str, pattern: str, blocks: Sequenc
     path, _, side = pattern.rpartition(":")
     if side not in ("input", "output") or not path:
         raise ScMoEConfigError(f'scmoe.tap = "{pattern}": must end in ":input" or ":output"')
-    index = next((place for place, name in enumerate(blocks) if moe_name.startswith(name + ".")), None)
+    index = _place(blocks, moe_name)
     places = {} if index is None else {"block": blocks[index]} | ({"previous": blocks[index - 1]} if index else {})
     if "{previous}" in path and index == 0:
         raise ScMoEConfigError(f'scmoe.tap = "{pattern}": {moe_name} is in the first block, nothing precedes it')
@@ -125,13 +126,18 @@ def _from_pattern(model: nn.Module, moe_name: str, pattern: str, blocks: Sequenc
     return Tap(name, module, "input" if side == "input" else "output", None, None, window, is_users=True)
 
 
+def _place(blocks: Sequence[str], moe_name: str) -> int | None:
+    return next((place for place, name in enumerate(blocks) if f"{moe_name}.".startswith(name + ".")), None)
+
+
 def _between(tap: str, moe_name: str, blocks: Sequence[str], index: int | None) -> Sequence[str]:
     """The blocks whose children are operators: from the one that holds the tap to that of the layer."""
-    if index is None:  # a model without blocks: the children of what holds both
-        holder = os.path.commonpath([tap.replace(".", "/"), moe_name.replace(".", "/")]).replace("/", ".")
-        return [holder] if holder else [""]
-    tapped = next((place for place in range(index, -1, -1) if (tap + ".").startswith(blocks[place] + ".")), index)
-    return blocks[tapped : index + 1]
+    if index is not None:
+        for place in range(index, -1, -1):
+            if f"{tap}.".startswith(blocks[place] + "."):
+                return blocks[place : index + 1]
+    # The tap lies outside of the blocks, or there are none: the children of what holds both.
+    return [os.path.commonpath([tap.replace(".", "/"), moe_name.replace(".", "/")]).replace("/", ".")]
 
 
 def _blocks_around(model: nn.Module, moe_name: str) -> list[str]:

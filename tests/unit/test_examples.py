@@ -23,7 +23,9 @@ from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-RUNNABLE = ["replace_moe", "upcycle_gpt2"]
+RUNNABLE = {"replace_moe": (), "upcycle_gpt2": (), "hf_trainer": (),
+            "digits_moe": ("--deepspeed", "--deepspeed_config", "examples/digits_moe.json")}  # fmt: skip
+QUOTED = ["replace_moe", "upcycle_gpt2"]
 PROGRAMS = {"pretrain_gpt_scmoe.py": parse_arguments, "pretrain_swin_scmoe.py": parse_image_arguments}
 PAGES = ["README.md", "docs/replace.md", "ds_configs/README.md"]
 SERVING = {"generate_gpt_scmoe.py": generate_gpt_scmoe.build_parser,
@@ -33,7 +35,7 @@ SERVING = {"generate_gpt_scmoe.py": generate_gpt_scmoe.build_parser,
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_an_example_runs_and_its_loss_falls(name: str) -> None:
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    run = subprocess.run([sys.executable, "-m", f"examples.{name}"], cwd=ROOT, capture_output=True, text=True,
+    run = subprocess.run([sys.executable, "-m", f"examples.{name}", *RUNNABLE[name]], cwd=ROOT, capture_output=True, text=True,
                          timeout=600, check=False, env=alone)  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     losses = [float(each) for each in re.findall(r"^(?:ScMoE, )?step.* ([\d.]+)$", run.stdout, re.MULTILINE)]
@@ -41,7 +43,7 @@ def test_an_example_runs_and_its_loss_falls(name: str) -> None:
     assert losses[-1] < 0.85 * losses[0]
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", QUOTED)
 def test_the_page_has_what_the_example_has(name: str) -> None:
     """Every line of Python that docs/replace.md quotes under an example's name is in the file."""
     page = (ROOT / "docs/replace.md").read_text(encoding="utf-8")

@@ -162,6 +162,31 @@ def test_blocks_are_found_without_a_module_list() -> None:
     model(torch.randn(2, 4, 8))
 
 
+class InAList(nn.Module):
+    """As DeepSpeedExamples' CIFAR: the MoE layers are a list of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.middle, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.moes = nn.ModuleList([MoE(8, nn.Linear(8, 8), 2, k=1, min_capacity=1) for _ in range(2)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.middle(self.norm(hidden))
+        for moe in self.moes:
+            hidden = hidden + moe(hidden)[0]
+        return self.head(hidden)
+
+
+def test_layers_in_a_list_of_their_own_take_a_tap_by_its_path() -> None:
+    model = replace_moe_layers(InAList(), config(tap="norm:input"))
+    for _ in range(2):
+        model(torch.randn(2, 4, 8)).square().mean().backward()
+    names = [[operator.name for operator in layer.pair.operators()] for layer in model.moes]
+    assert names == [["middle", "shared"], ["middle", "moes.0", "shared"]]
+    with pytest.raises(ScMoEConfigError, match=r"moes\.0 .*has no norm"):
+        replace_moe_layers(InAList(), config(position="pos1"))
+
+
 def test_an_mlp_that_wants_more_than_the_hidden_states_is_refused() -> None:
     shape = transformers.BloomConfig(vocab_size=48, hidden_size=16, n_layer=2, n_head=2)
     with pytest.raises(ScMoEConfigError, match=r"transformer\.h\.1\.mlp \(BloomMLP\) takes residual beside .*leave"):
