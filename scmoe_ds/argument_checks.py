@@ -17,7 +17,8 @@ def require_flags(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Raises an ArgumentError for a flag that neither the command line nor a preset sets."""
     for name in names:
         if getattr(args, name) is None:
-            raise ArgumentError(f"--{name.replace('_', '-')} is missing (--preset sets the sizes of a known model)")
+            hint = "" if name == "train_iters" else " (--preset sets the sizes of a known model)"
+            raise ArgumentError(f"--{name.replace('_', '-')} is missing{hint}")
 
 
 def check_lowest(args: argparse.Namespace, lowest: int, names: Sequence[str]) -> None:

@@ -245,5 +245,5 @@ def _check(args: argparse.Namespace) -> None:
     set_tokenizer_type(args)
     if args.seq_length > args.max_position_embeddings:
         raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
-                            f"{args.max_position_embeddings}")  # fmt: skip
+                            f"{args.max_position_embeddings}; leave the latter out")  # fmt: skip
     check_rates(args, ("attention_dropout", "hidden_dropout"))

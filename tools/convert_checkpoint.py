@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.convert import export, residual_to_scmoe
+from scmoe_ds.checkpoint.loading import locate
 from scmoe_ds.config import ScMoEConfigError
 from scmoe_ds.flag_parser import FlagParser
 
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, ScMoEConfigError) as error:
         print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out} ({shards} file(s) of weights); start a run with them: --load {args.out}")
+    source = locate(args.source)
+    print(f"wrote {args.out} of {source} ({shards} file(s) of weights); start a run with them: --load {args.out}")
     return 0
 
 

@@ -6,6 +6,7 @@ Shape suffixes: B images, C channels, S pixels a side.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def open_swin(path: str, device: torch.device) -> SwinMoE:
         CheckpointError: none, damaged, or of another model.
     """
     weights, description = open_weights(Path(path))
+    print(f"loading {weights.path}", file=sys.stderr)
     found = parse(description, weights.path)
     if not isinstance(found.settings, SwinSettings):
         raise CheckpointError(f"--images goes with a SwinV2; {path} is a checkpoint of another model")

@@ -96,7 +96,9 @@ def check_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], name: str) 
         listed = "; ".join(
             f"{key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} in this run" for key in sorted(keys)
         )
-        raise CheckpointError(f"{name} is a checkpoint of another model: {listed}")
+        raise CheckpointError(
+            f"{name} is a checkpoint of another model: {listed}; set that back, or choose another directory"
+        )
 
 
 def changed_layout(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

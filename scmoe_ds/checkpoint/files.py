@@ -117,10 +117,20 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def remedy(directory: Path, flag: str = "--load") -> str:
-    """What happens next, or what a user does, about a damaged checkpoint."""
+    """What happens next, or what a user does, about a damaged checkpoint (or export)."""
     if flag == "--auto-resume":
         return "An earlier one is looked for"
-    return f"Name an earlier checkpoint in {directory.parent}/latest, or resume with --auto-resume, which looks for one"
+    root, own = directory.parent, iteration_of(directory.name)
+    if own is None:
+        return "Copy it again, or make it anew"
+    earlier = next((tag for tag in newest_first(root) if (iteration_of(tag) or 0) < own), None)
+    if earlier is None:
+        return "There is no earlier one beside it"
+    if flag != "--load":
+        return f"Name an earlier one: {root / earlier}"
+    return (
+        f"Name an earlier one: --load {root / earlier}, or go on with --save {root} --auto-resume, which looks for one"
+    )
 
 
 def damaged(directory: Path, what: str, flag: str) -> DamagedCheckpointError:

@@ -79,9 +79,12 @@ class OwnSettings:
             for _ in range(steps):
                 scheduler.step()
 
-    def keep_step_counts(self) -> None:
-        """torch's Adam counts its steps in tensors, DeepSpeed's in integers: what was loaded is made what this one
-        keeps. torch would otherwise count in a copy, and correct the bias of the first step for ever."""
+    def fit_implementation(self) -> None:
+        """Makes the state that another implementation of the same optimizer saved this one's (torch's Adam, DeepSpeed's
+        on GPU or CPU): the settings that only this one has, and its way of counting steps. torch counts in tensors;
+        an integer it would count in a copy, and correct the bias of the first step for ever."""
+        for group, own in zip(self._groups_now, self._groups, strict=True):
+            group.update({key: value for key, value in own.items() if key not in group})
         package = type(self._inner).__module__.split(".")[0]
         for state in getattr(self._inner, "state", {}).values():
             step = state.get("step")

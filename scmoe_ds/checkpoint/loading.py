@@ -110,7 +110,7 @@ def load(engine: Any, source: Source | None) -> tuple[int, int]:
             lambda: _load_with_deepspeed(engine, source, not own_schedule)
         )  # it does not communicate either
     assert state is not None
-    own.keep_step_counts()
+    own.fit_implementation()
     own.put_back_clipping()
     if source.differs_in("fp16"):
         own.put_back_loss_scale()
@@ -208,7 +208,7 @@ def locate(path: Path, flag: str = "", remedy: str = "name one that a training r
     """
     name = f"{flag}{path}"
     if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{name}: is a file, not a directory of checkpoints")
+        raise CheckpointError(f"{name}: is a file, not a directory of checkpoints; name the directory")
     if is_export(path) or (path / files.DESCRIPTION_FILE).is_file():
         return path
     tags, latest = files.newest_first(path), files.read_latest(path)

@@ -105,8 +105,8 @@ def _one_sentence(part: Path) -> Iterator[None]:
         if dist.get_rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
-            f"--save {part.parent}: the checkpoint {part.stem} was not written: {error}. Make room there or choose "
-            "another directory; the checkpoint before it is whole"
+            f"--save {part.parent}: the checkpoint {part.stem} was not written: {error}. The checkpoint before it is "
+            f"whole: make room there, or go on elsewhere with --load {part.parent} --save ANOTHER"
         ) from error
 
 

@@ -115,6 +115,8 @@ def load(args: argparse.Namespace) -> Loaded:
     resident = getattr(args, "experts", "resident") == "resident"
     trained = run_together(lambda: TrainedModel.open(args.load, contents=resident))
     assert trained is not None
+    if dist.get_rank() == 0:
+        print(f"loading {trained.path}", file=sys.stderr)
     config = serving_config(trained.config, args.moe_expert_parallel_size, args.enable_expert_tensor_parallelism)
     config.check_world(ranks, holders)
     tokenizer = run_together(lambda: _tokenizer(args, trained))

@@ -212,7 +212,7 @@ class _File:
             return self._descriptor
 
     def _error(self, what: str) -> ExpertFileError:
-        return ExpertFileError(f"{self._path} {what}. Export the checkpoint again, or run with --experts resident")
+        return ExpertFileError(f"{self._path} {what}. Export the checkpoint again, into another directory")
 
 
 def _places(path: Path, names: Sequence[str]) -> dict[str, _Place]:
@@ -225,14 +225,14 @@ def _places(path: Path, names: Sequence[str]) -> dict[str, _Place]:
                 (length,) = struct.unpack("<Q", opened.read(8))
                 header = json.loads(opened.read(length))
         except (OSError, ValueError, SafetensorError, struct.error) as error:
-            raise ExpertFileError(f"{file} is no readable safetensors file ({error}). Export the checkpoint again, or "
-                                  "run with --experts resident") from None  # fmt: skip
+            raise ExpertFileError(f"{file} is no readable safetensors file ({error}). Export the checkpoint again, "
+                                  "into another directory") from None  # fmt: skip
         for name in wanted & header.keys():
             first, end = header[name]["data_offsets"]
             dtype = _DTYPES.get(header[name]["dtype"])
             if dtype is None:
                 raise ExpertFileError(f"{file}: {name} is of type {header[name]['dtype']}, not {', '.join(_DTYPES)}. "
-                                      "Export the checkpoint again, or run with --experts resident")  # fmt: skip
+                                      "Export the checkpoint again, into another directory")  # fmt: skip
             found[name] = _Place(file, 8 + length + first, end - first, dtype, tuple(header[name]["shape"]))
     missing = sorted(set(names) - found.keys())
     if missing:

@@ -235,7 +235,7 @@ def test_missing_and_short_files(export: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(ExpertFileError, match="is no readable safetensors file"):
         DiskExperts(export, names)
     file.unlink()
-    with pytest.raises(ExpertFileError, match=r"Export the checkpoint again, or run with --experts resident"):
+    with pytest.raises(ExpertFileError, match=r"Export the checkpoint again, into another dir"):
         DiskExperts(export, names)
     flags = ["--load", str(export), "--prompt", "a", "--experts", "offload-async"]
     assert generate_gpt_scmoe.main(flags) == 2

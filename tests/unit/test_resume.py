@@ -284,8 +284,10 @@ def test_a_loss_scale_is_taken_over() -> None:
 def test_steps_of_deepspeeds_adam_are_counted_on_by_torchs() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, betas=(0.9, 0.9), weight_decay=0.0)
+    own = OwnSettings(SimpleNamespace(optimizer=optimizer))
+    del optimizer.param_groups[0]["amsgrad"]  # DeepSpeed's has none
     optimizer.state[weight] = {"step": 1, "exp_avg": torch.full((3,), 0.1), "exp_avg_sq": torch.full((3,), 0.1)}
-    OwnSettings(SimpleNamespace(optimizer=optimizer)).keep_step_counts()
+    own.fit_implementation()
     weight.grad = torch.ones(3)
     optimizer.step()
     # Gradients of 1 from the start: both corrected moments are 1, and the step is the learning rate.
@@ -459,3 +461,49 @@ def test_the_image_program_does_likewise(tmp_path: Path, capfd: pytest.CaptureFi
     (tmp_path / "run/global_step5").mkdir(parents=True)
     assert pretrain_swin_scmoe.main([*flags, "--save", str(tmp_path / "run")]) == 2
     assert "holds checkpoints of another run (global_step5)" in capfd.readouterr().err
+
+
+# --- remedies of other messages
+
+
+def test_a_damaged_checkpoints_remedies_work(pretrain: Program, tmp_path: Path) -> None:
+    pretrain("--save", "run", "--save-interval", "1", "--exit-interval", "2")
+    (tmp_path / "run/global_step2/mp_rank_00_model_states.pt").write_bytes(b"")
+    text = pretrain("--load", "run", "--save", "other", expect=2)
+    remedy = "Name an earlier one: --load run/global_step1, or go on with --save run --auto-resume, which looks for one"
+    assert remedy in text
+    assert "from iteration 1" in pretrain("--load", "run/global_step1", "--save", "other", "--exit-interval", "2")
+    assert "from iteration 1" in pretrain("--save", "run", "--auto-resume", "--exit-interval", "2")
+    shutil.rmtree(tmp_path / "run/global_step1")
+    (tmp_path / "run/global_step2/mp_rank_00_model_states.pt").write_bytes(b"")
+    assert "There is no earlier one beside it" in pretrain("--load", "run", expect=2)
+
+
+def test_a_full_disks_remedy_works(pretrain: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain("--save", "run", "--exit-interval", "1")
+    from scmoe_ds.checkpoint import rotation
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rotation, "publish", full)
+        text = pretrain("--save", "run", "--auto-resume", "--exit-interval", "2", expect=2)
+    assert "whole: make room there, or go on elsewhere with --load run --save ANOTHER" in text
+    text = pretrain("--load", "run", "--save", "ANOTHER", "--exit-interval", "2")
+    assert "from iteration 1" in text and pretrain.steps("ANOTHER") == [2]
+
+
+def test_a_layout_that_binds_goes_on_in_that_very_layout(pretrain: Program) -> None:
+    flat = {"zero_optimization__stage": 0}
+    pretrain("--save", "run", "--exit-interval", "1", **flat)
+    text = pretrain("--load", "run", "--exit-interval", "2", expect=2)
+    assert "zero_optimization.stage = 0 binds a checkpoint to its layout; resume with the very layout" in text
+    text = pretrain("--load", "run", "--exit-interval", "2", **flat, optimizer__params__lr=1e-6)
+    assert "from iteration 1" in text and "learning rate of the next step: 1e-06; by the checkpoint's" in text
+
+
+def test_tools_and_files_that_messages_name_exist() -> None:
+    for source in [*ROOT.glob("scmoe_ds/**/*.py"), *ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
+        for named in re.findall(r"\b(?:tools|docs|ds_configs|examples)/\w+(?:\.\w+)+\b", source.read_text()):
+            assert (ROOT / named).is_file(), f"{source.name} names {named}"
