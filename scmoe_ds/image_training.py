@@ -45,7 +45,7 @@ class ImageTrainer(Trainer):
         sums = torch.zeros(3, dtype=torch.float64, device=device())  # loss, hits, images
         with torch.no_grad():
             for batch in self._until_stopped(self._batches(data, 0)):
-                output, labels = self._forward(batch), batch["labels"].to(device())
+                output, labels = self._forward(batch), batch["labels"].to(device(), non_blocking=True)
                 assert output.class_loss is not None
                 count = (labels != IGNORED).sum()
                 hits = (output.logits.argmax(-1) == labels).sum()
@@ -59,5 +59,6 @@ class ImageTrainer(Trainer):
         return loss / images
 
     def _forward(self, batch: dict[str, Tensor]) -> SwinOutput:
-        output: SwinOutput = self.engine(batch["images"].to(device()), labels=batch["labels"].to(device()))
+        on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
+        output: SwinOutput = self.engine(on_device["images"], labels=on_device["labels"])
         return output

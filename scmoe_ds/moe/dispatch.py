@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed.moe.sharded_moe import _route_slots, _sparse_encode
@@ -23,6 +24,11 @@ from torch import Tensor
 
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.shares import Shares
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor elsewhere. From pageable memory the host would wait for all that the GPU has to do before."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tensor:
@@ -137,7 +143,23 @@ class ExactLayout:
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [R, D]."""
-        return tokens_TD.index_select(0, self.token_R)
+        return _Encode.apply(tokens_TD, self.token_R, self.row_of_choice_KT)  # type: ignore[no-any-return]
+
+
+class _Encode(torch.autograd.Function):
+    """A token's row for each of its choices. A token's gradient is gathered from its rows and added up in fp32: torch's
+    own, a scatter, would round after each addition in bf16, and on a GPU in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: Tensor, token_R: Tensor, row_of_choice_KT: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_choice_KT)
+        return tokens_TD.index_select(0, token_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_RD,), (row_of_choice_KT,) = grads, ctx.saved_tensors
+        # Dropped choices have no row; on a GPU they may have one, whose gradient is zero.
+        return decode(grad_RD, row_of_choice_KT, (row_of_choice_KT < grad_RD.shape[0]).float()), None, None
 
 
 @dataclass(frozen=True)
@@ -166,9 +188,7 @@ class ReceivedRows:
             return cls(None, totals)
         local_expert = torch.arange(rows.shape[1]).repeat(rows.shape[0])
         order = torch.sort(local_expert.repeat_interleave(rows.flatten()), stable=True).indices
-        if device.type == "cuda":  # a copy from pageable memory would wait for all that is enqueued before it
-            order = order.pin_memory()
-        return cls(order.to(device, non_blocking=True), totals)
+        return cls(to_device(order, device), totals)
 
     def group(self, rows_SD: Tensor) -> Tensor:
         """Arrival order → expert order."""

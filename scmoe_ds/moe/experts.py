@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scmoe_ds.moe.dispatch import to_device
+
 Project = Callable[[Tensor], Tensor]
+GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [S, I], weights [L, O, I], the row behind each expert's last [L] int32) → [S, O]."""
 
 
 @runtime_checkable
@@ -82,14 +87,31 @@ def activate_and_project(expert: TwoProjections, inner: Tensor, project: Project
 
 
 def can_group(experts: Experts, rows_SD: Tensor) -> bool:
-    """Whether torch's grouped matrix product serves: bf16 on a GPU of compute capability 8 or later, 16-byte rows."""
-    if not (rows_SD.is_cuda and rows_SD.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
+    """Whether a grouped matrix product serves: bf16 on a GPU that has a kernel for it, 16-byte rows, plain experts."""
+    if not (rows_SD.is_cuda and rows_SD.dtype == torch.bfloat16 and grouped_product(rows_SD.device) is not None):
         return False
-    return (
-        torch.cuda.get_device_capability(rows_SD.device) >= (8, 0)
-        and all(is_plain(expert) for expert in experts.deepspeed_experts)
-        and all(parameter.shape[-1] % 8 == 0 for parameter in experts.parameters())
+    return all(is_plain(expert) for expert in experts.deepspeed_experts) and all(
+        parameter.shape[-1] % 8 == 0 for parameter in experts.parameters()
     )
+
+
+def grouped_product(device: torch.device) -> GroupedProduct | None:
+    """The kernel of a device, None if it has none. Before compute capability 9.0 torch's is a loop in which the host
+    waits for the GPU, twice per product; there DeepSpeed's serves, where Triton is installed."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        on_ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return _triton_product if on_ampere and get_accelerator().prefer_triton_grouped_mm() else None
+    return _torch_product if hasattr(F, "grouped_mm") else None
+
+
+def _torch_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tensor:
+    return F.grouped_mm(rows_SI, weights_LOI.transpose(1, 2), offs=ends_L)
+
+
+def _triton_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tensor:
+    from deepspeed.ops.triton_ops import group_gemm_triton
+
+    return group_gemm_triton(rows_SI, weights_LOI, ends_L, trans_b=True)  # type: ignore[no-any-return]
 
 
 def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
@@ -102,20 +124,38 @@ def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence
         experts: of the form of `TwoProjections`.
         rows_SD, rows_per_expert: as for `run_experts`.
     """
-    members = list(experts.deepspeed_experts)
-    counts_L = torch.tensor(rows_per_expert, device=rows_SD.device)
+    members, product = list(experts.deepspeed_experts), grouped_product(rows_SD.device)
+    assert product is not None
+    counts_L = to_device(torch.tensor(rows_per_expert), rows_SD.device)
     ends_L = counts_L.cumsum(0).to(torch.int32)
 
     def project(rows: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
-        weights_LOI = torch.stack([layer.weight for layer in layers])
-        product = F.grouped_mm(rows, weights_LOI.transpose(1, 2), offs=ends_L)
+        output = product(rows, torch.stack([layer.weight for layer in layers]), ends_L)
         if layers[0].bias is None:
-            return product
-        bias_LO = torch.stack([layer.bias for layer in layers])
-        return product + bias_LO.repeat_interleave(counts_L, dim=0, output_size=rows.shape[0])
+            return output
+        biases_LO = torch.stack([layer.bias for layer in layers])
+        return _AddBias.apply(output, biases_LO, counts_L, rows_per_expert)  # type: ignore[no-any-return]
 
     inner_SF = project(rows_SD, [expert.input for expert in members])
     return activate_and_project(members[0], inner_SF, lambda rows: project(rows, [e.output for e in members]))
+
+
+class _AddBias(torch.autograd.Function):
+    """Each row plus the bias of its expert. A bias's gradient is summed in fp32: torch's own, a scatter of bf16 rows on
+    a GPU, rounds after each addition, and is off by half over thousands of rows. Keeps no tensor: a recomputation of
+    the rows may stop before the product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_SO: Tensor, biases_LO: Tensor, counts_L: Tensor, rows_per_expert: Sequence[int]
+    ) -> Tensor:
+        ctx.rows_per_expert, ctx.dtype = list(rows_per_expert), biases_LO.dtype
+        return rows_SO + biases_LO.repeat_interleave(counts_L, dim=0, output_size=rows_SO.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        sums = [part.sum(0, dtype=torch.float32) for part in grads[0].split(ctx.rows_per_expert)]
+        return grads[0], torch.stack(sums).to(ctx.dtype), None, None
 
 
 def initialize_experts(experts: Experts, first_global_id: int) -> None:

@@ -211,6 +211,6 @@ def _spread(routing: Routing, index_U: Tensor, used_T: Tensor) -> Routing:
 def _agreed(routing: Routing, group: dist.ProcessGroup | None) -> Routing:
     if group is None or dist.get_world_size(group) == 1:
         return routing
-    largest = torch.as_tensor(routing.capacity, device=routing.exp_counts.device).clone()
+    largest = routing.exp_counts.new_empty(()).fill_(routing.capacity)  # a number from the host without a copy of it
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return replace(routing, capacity=largest)

@@ -13,10 +13,19 @@ from scmoe_ds.overlap.transport import Transport, Wait
 
 
 class CountsInFlight:
-    """Row counts on their way to the other ranks, from them, and on a GPU from there to the host."""
+    """Row counts on their way to the other ranks, from them, and on a GPU from there to the host.
 
-    def __init__(self, local: Tensor, received: Tensor, wait: Wait | None) -> None:
-        self._device_tensors = self._tensors = (local, received)
+    Args:
+        sent: what travels to the other ranks.
+        local, received: what the host wants to know; `received` once `wait` is over.
+        wait: of the exchange; None: there is none.
+    """
+
+    def __init__(self, sent: Tensor, local: Tensor, received: Tensor, wait: Wait | None) -> None:
+        # Until the host knows that the exchange is over. On a GPU `wait` only orders streams and drops the collective's
+        # own references: the memory of what a slower rank has yet to read would go to the next small tensor.
+        self._held: tuple[Tensor, ...] = (sent, local, received)
+        self._tensors = (local, received)
         self._wait = wait
         self._on_host: torch.cuda.Event | None = None
         if received.is_cuda:
@@ -30,7 +39,7 @@ class CountsInFlight:
         with torch.cuda.stream(side):
             if self._wait is not None:
                 self._wait()
-            self._tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in self._device_tensors)  # type: ignore[assignment]
+            self._tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in self._tensors)  # type: ignore[assignment]
             self._on_host = side.record_event()
         self._wait = None
 
@@ -40,6 +49,7 @@ class CountsInFlight:
             self._wait()
         if self._on_host is not None:
             self._on_host.synchronize()
+        self._held = ()
         local, received = self._tensors
         return local.tolist(), received.tolist()
 
@@ -56,8 +66,9 @@ def start_counts(
     """
     local = rows_per_piece if local is None else local
     if transport.size == 1:
-        return CountsInFlight(local, rows_per_piece, None)
+        return CountsInFlight(rows_per_piece, local, rows_per_piece, None)
     received = torch.empty_like(rows_per_piece)
     sizes = [rows_per_piece.shape[0] // transport.size] * transport.size
     launch = partial(transport.launch, received, rows_per_piece, sizes, sizes)
-    return CountsInFlight(local, received, launch() if watch is None else watch.launch("forward", launch))
+    wait = launch() if watch is None else watch.launch("forward", launch)
+    return CountsInFlight(rows_per_piece, local, received, wait)

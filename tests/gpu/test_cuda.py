@@ -11,7 +11,7 @@ from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.moe.experts import can_group
+from scmoe_ds.moe.experts import can_group, grouped_product
 from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.schedule import Schedule
 
@@ -63,6 +63,8 @@ def test_every_slot_with_and_without_overlap() -> None:
 def test_grouped_experts_in_bf16() -> None:
     run, hidden = make_run(drop_tokens=False).cuda().bfloat16(), torch.randn(2, 32, 64, device="cuda").bfloat16()
     experts = run.blocks[-1].moe.deepspeed_moe.experts
+    if grouped_product(hidden.device) is None:
+        pytest.skip("no grouped product for this GPU: before compute capability 9.0 it takes Triton")
     assert can_group(experts, hidden.view(-1, 64))
     grouped = results(run, hidden)
     for expert in experts.deepspeed_experts:

@@ -1,0 +1,159 @@
+"""What only a GPU suffers from, and a machine without one can still see: memory that is given away too early, sums in
+bf16, kernels that wait for the host, copies that do."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import scmoe_ds
+from scmoe_ds.models.layers import MLP, GPTSettings
+from scmoe_ds.moe.dispatch import ExactLayout
+from scmoe_ds.moe.experts import can_group, grouped_experts, grouped_product, run_experts
+from scmoe_ds.overlap.counts import start_counts
+
+D, E, ROWS = 8, 4, 4096
+
+
+class Operators(TorchDispatchMode):
+    """The names of what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Exchange:
+    """Of two ranks, as NCCL's under torch 2.8 and later: nothing keeps what is being sent."""
+
+    size = 2
+    sent: weakref.ref[Tensor]
+
+    def launch(
+        self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]
+    ) -> Callable[[], object]:
+        self.sent = weakref.ref(rows)
+        received.fill_(7)
+        return lambda: None
+
+
+def test_counts_that_are_sent_are_kept_until_the_wait() -> None:
+    exchange = Exchange()
+    flight = start_counts(torch.arange(4), exchange, local=torch.arange(3))  # type: ignore[arg-type]
+    gc.collect()
+    assert exchange.sent() is not None
+    assert flight.wait() == ([0, 1, 2], [7] * 4)
+    assert exchange.sent() is None
+
+
+def experts(dtype: torch.dtype = torch.bfloat16) -> Any:
+    layer = scmoe_ds.ScMoE(D, MLP(GPTSettings(2, D, 2, 64, 8, ffn_hidden_size=16)), E)
+    return layer.deepspeed_moe.experts.to(dtype)
+
+
+def test_bias_gradients_over_many_rows() -> None:
+    """The output bias's gradient is the sum of the rows' gradients. Added up in bf16, one after another, it is lost."""
+    torch.manual_seed(0)
+    local, counts = experts(), [ROWS, 0, 100, ROWS]
+    rows, grad = torch.randn(sum(counts), D).bfloat16(), (1 + torch.rand(sum(counts), D)).bfloat16()
+    output = grouped_experts(local, rows, counts)
+    with Operators() as ran:
+        output.backward(grad)
+    assert not {"index_add", "index_add_"} & ran.names.keys(), "on a GPU, in bf16 and in any order"
+    for expert, part in zip(local.deepspeed_experts, grad.split(counts), strict=True):
+        wanted = part.double().sum(0)
+        torch.testing.assert_close(expert.output.bias.grad.double(), wanted, rtol=0.01, atol=0)
+        if part.shape[0] == ROWS:
+            scattered = torch.zeros(D, dtype=torch.bfloat16)
+            for row in part:
+                scattered += row
+            assert ((scattered - wanted).abs() > 0.5 * wanted).all(), "the test would not see the fault"
+
+
+def test_recomputed_activations_end_before_the_product() -> None:
+    """Backward: two products for each of the two forward, and none again."""
+    output = grouped_experts(experts(), torch.randn(12, D).bfloat16().requires_grad_(), [3, 0, 4, 5])
+    with Operators() as ran:
+        output.backward(torch.randn(12, D).bfloat16())
+    assert ran.names["_grouped_mm"] == 4
+
+
+@pytest.mark.parametrize(("capability", "triton", "kernel"), [
+    ((7, 5), True, None), ((8, 0), False, None), ((8, 0), True, "_triton_product"), ((8, 9), False, None),
+    ((9, 0), False, "_torch_product"), ((10, 0), False, "_torch_product"),
+])  # fmt: skip
+def test_grouped_products_by_device(
+    capability: tuple[int, int], triton: bool, kernel: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(deepspeed.get_accelerator(), "prefer_triton_grouped_mm", lambda: triton)
+    device = torch.device("cuda")
+    assert getattr(grouped_product(device), "__name__", None) == kernel
+    rows = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=device)
+    assert can_group(experts(), rows) == (kernel is not None)  # type: ignore[arg-type]
+    assert not can_group(experts(), SimpleNamespace(is_cuda=True, dtype=torch.float32, device=device))  # type: ignore[arg-type]
+
+
+def test_deepspeeds_kernel_takes_what_it_is_handed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments, with the kernel's formula in plain PyTorch."""
+
+    def by_group(rows: Tensor, weights: Tensor, ends: Tensor, trans_b: bool) -> Tensor:
+        assert trans_b and weights.is_contiguous() and ends.dtype == torch.int32
+        parts = torch.tensor_split(rows, ends[:-1].tolist())
+        return torch.cat([part @ weight.t() for part, weight in zip(parts, weights, strict=True)])
+
+    monkeypatch.setattr("deepspeed.ops.triton_ops.group_gemm_triton", by_group)
+    local, rows, counts = experts(), torch.randn(12, D).bfloat16(), [3, 0, 4, 5]
+    separate = run_experts(local, rows, counts)
+    monkeypatch.setattr("scmoe_ds.moe.experts.grouped_product", lambda _: scmoe_ds.moe.experts._triton_product)
+    torch.testing.assert_close(grouped_experts(local, rows, counts), separate, rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_of_tokens_with_many_choices() -> None:
+    """Each token's is the sum over its rows, rounded once; dropped choices have none."""
+    torch.manual_seed(0)
+    T, K = 50, 6
+    row_KT = torch.randperm(K * T).view(K, T)
+    token_R = torch.empty(K * T, dtype=torch.int64).scatter_(0, row_KT.flatten(), torch.arange(T).repeat(K))
+    dropped = row_KT >= K * T - 20
+    row_KT[dropped] = K * T - 20
+    layout = ExactLayout(token_R[: K * T - 20], row_KT, torch.zeros(()), torch.zeros(()))
+    tokens = torch.randn(T, D).bfloat16().requires_grad_()
+    rows = layout.encode(tokens)
+    assert torch.equal(rows, tokens[layout.token_R])
+    grad = torch.randn(rows.shape).bfloat16()
+    with Operators() as ran:
+        rows.backward(grad)
+    assert not {"index_add", "index_add_"} & ran.names.keys()
+    wanted = torch.zeros(T, D, dtype=torch.float64).index_add_(0, layout.token_R, grad.double())
+    assert tokens.grad is not None and torch.equal(tokens.grad, wanted.float().bfloat16())
+
+
+@pytest.mark.parametrize("path", [
+    "moe/dispatch.py", "moe/experts.py", "moe/gate.py", "moe/layer.py", "moe/routed.py", "overlap/all_to_all.py",
+    "overlap/counts.py", "overlap/executor.py", "overlap/transport.py",
+])  # fmt: skip
+def test_no_tensor_is_made_of_numbers_on_the_device(path: str) -> None:
+    """Such a copy comes from pageable memory: the host waits for all that the GPU has to do before."""
+    tree = ast.parse((Path(scmoe_ds.__file__).parent / path).read_text())
+    found = [f"{path}:{call.lineno}" for function in ast.walk(tree)
+             if isinstance(function, ast.FunctionDef) and function.name != "probe"  # before training starts
+             for call in ast.walk(function) if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+             and call.func.attr in ("tensor", "as_tensor") and any(each.arg == "device" for each in call.keywords)]  # fmt: skip
+    assert not found
