@@ -25,7 +25,7 @@ from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.corpus import prepare_default_corpus
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify, validation_entropy
 from scmoe_ds.data.errors import DataError
-from scmoe_ds.data.flags import split_shares
+from scmoe_ds.data.flags import SPLIT_FLAGS, split_shares
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
 from scmoe_ds.deepspeed_settings import check_accelerator
 from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
@@ -64,18 +64,19 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     tokenizer = build_tokenizer(args.tokenizer_type, tokenizer_model=args.tokenizer_model,
                                 vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
-    prefixes = args.data_path or [run_together(lambda: prepare_default_corpus(args.corpus_dir))]
+    data = data_settings(args, tokenizer)
     carried = run_together(lambda: carried_files(tokenizer), on_rank_zero=True) if args.save else None
-    data = [run_together(lambda: identify(prefixes), on_rank_zero=True)]
-    dist.broadcast_object_list(data)
+    content = [run_together(lambda: identify(data.path_of(0), data.flag_of(0)), on_rank_zero=True)]
+    dist.broadcast_object_list(content)
     run = checkpoint.run_settings(
-        whole, micro_batch_size, accumulation_steps, replicas, data[0], seed=args.seed, split=split_shares(args.split),
-        seq_length=args.seq_length, train_iters=args.train_iters,
+        whole, micro_batch_size, accumulation_steps, replicas, content[0], seed=args.seed,
+        split=split_shares(args.split) if args.split else None, seq_length=args.seq_length,
+        train_iters=args.train_iters,
     )  # fmt: skip
     description = checkpoint.describe(shape, config, ranks, whole, run)
     description["tokenizer"] = record(describe(tokenizer), carried or {})
     source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
-    datasets = load_data(args, settings, tokenizer, prefixes, replicas, source)
+    datasets = load_data(args, settings, data, replicas, source)
     if args.save:
         checkpoint.check_writable(args.save)
 
@@ -92,8 +93,11 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     trainer = Trainer(engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples,
                       carried)  # fmt: skip
     summary = trainer.run()
+    test_loss = None
+    if datasets.test is not None and summary.iteration >= args.train_iters:
+        test_loss = trainer.evaluate(datasets.test)
     if dist.get_rank() == 0:
-        report(summary, whole, datasets)
+        report(summary, whole, datasets, test_loss)
     return summary
 
 
@@ -113,29 +117,36 @@ def build_model(shape: GPTSettings, config: ScMoEConfig, args: argparse.Namespac
     return model
 
 
+def data_settings(args: argparse.Namespace, tokenizer: Tokenizer) -> DataSettings:
+    """What the flags say of the data; without any of them, the default corpus, which is made if need be."""
+    common = (args.seq_length, args.seed, tokenizer, args.data_cache_path)
+    if args.train_data_path:
+        paths = tuple(tuple(getattr(args, name) or ()) for name in SPLIT_FLAGS)
+        return DataSettings((), None, *common, data_paths=paths)
+    prefixes = args.data_path or [run_together(lambda: prepare_default_corpus(args.corpus_dir))]
+    return DataSettings(tuple(prefixes), args.split, *common)
+
+
 def load_data(
-    args: argparse.Namespace,
-    settings: RunSettings,
-    tokenizer: Tokenizer,
-    prefixes: Sequence[str],
-    replicas: int,
-    source: checkpoint.Source | None,
+    args: argparse.Namespace, settings: RunSettings, data: DataSettings, replicas: int, source: checkpoint.Source | None
 ) -> Datasets:
-    """Training samples for the whole run, validation samples for one validation; the same on every rank."""
-    data = DataSettings(tuple(prefixes), args.split, args.seq_length, args.seed, tokenizer, args.data_cache_path)
+    """Training samples for the whole run, validation samples for one validation, and as many of --test-data-path; the
+    same on every rank."""
     per_iteration = settings.rank_batch_size * replicas
-    validation = args.eval_iters * settings.micro_batch_size * replicas if data.has_split(1) else 0
+    per_evaluation = args.eval_iters * settings.micro_batch_size * replicas
+    validation = per_evaluation if data.has_split(1) else 0
+    test = per_evaluation if args.test_data_path else 0
     if not validation and dist.get_rank() == 0:
-        reason = f"--split {args.split} leaves no share for it" if args.eval_iters else "--eval-iters 0"
-        print(f"no validation: {reason}", flush=True)
+        reason = f"--split {args.split} leaves no share for it" if args.split else "--valid-data-path is not given"
+        print(f"no validation: {reason if args.eval_iters else '--eval-iters 0'}", flush=True)
     training = checkpoint.samples_of_run(source, args.train_iters, per_iteration)
-    datasets = build_datasets(data, training, validation, 0)
-    sizes = [len(part) if part is not None else 0 for part in (datasets.train, datasets.valid)]
+    datasets = build_datasets(data, training, validation, test)
+    sizes = [len(part) if part is not None else 0 for part in (datasets.train, datasets.valid, datasets.test)]
     require_agreement("the number of samples in the data", sizes)
     return datasets
 
 
-def report(summary: Summary, whole: dict[str, Any], datasets: Datasets) -> None:
+def report(summary: Summary, whole: dict[str, Any], datasets: Datasets, test_loss: float | None) -> None:
     """The last lines of a run."""
     board = whole.get("tensorboard", {})
     loss = summary.validation_loss
@@ -146,6 +157,8 @@ def report(summary: Summary, whole: dict[str, Any], datasets: Datasets) -> None:
         if entropy is not None:
             print(f"  its unigram entropy    {entropy:.4f} nats per token (what a model that knows token frequencies "
                   "only could reach)")  # fmt: skip
+    if test_loss is not None:
+        print(f"  test loss              {test_loss:.4f} nats per token")
     print(f"  speed                  {summary.tokens_per_second:.0f} tokens per second")
     print(
         f"  checkpoint             {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}"

@@ -22,6 +22,7 @@ from scmoe_ds.argument_checks import (
     set_tokenizer_type,
 )
 from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.data.flags import DEFAULT_SPLIT, resolve_data_flags
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
 from scmoe_ds.flag_parser import FlagParser
 from scmoe_ds.flags_to_json import MLP_TYPES, merge_schedule, read_json, read_section, set_length
@@ -79,8 +80,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data and tokenizer")
     group.add_argument("--data-path", nargs="+", help="prefix of a .bin/.idx set, or weight prefix weight prefix …; "
                        "default: the running Python's standard library as text")  # fmt: skip
-    group.add_argument("--split", default="969, 30, 1", help="train, validation and test shares; 100,0,0: "
+    group.add_argument("--data-args-path", help="file that holds what --data-path would say; for long blends")
+    group.add_argument("--split", help=f"train, validation and test shares, default {DEFAULT_SPLIT}; 100,0,0: "
                        "no validation")  # fmt: skip
+    for name, use in (("train", ""), ("valid", ", default: no validation"), ("test", ", evaluated once at the end")):
+        group.add_argument(f"--{name}-data-path", nargs="+", help=f"as --data-path, for this split alone{use}")
     group.add_argument("--data-cache-path", help="where sample indices are kept; default: beside the data")
     group.add_argument("--corpus-dir", default="data", help="where the default corpus is written")
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: the type that the other flags name, "
@@ -243,6 +247,7 @@ def _check(args: argparse.Namespace) -> None:
     check_lowest(args, 0, ("ffn_hidden_size", "num_key_value_heads"))
     check_training(args)
     set_tokenizer_type(args)
+    resolve_data_flags(args)
     if args.seq_length > args.max_position_embeddings:
         raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
                             f"{args.max_position_embeddings}; leave the latter out")  # fmt: skip

@@ -69,7 +69,8 @@ SAME = """
     --moe-train-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --moe-loss-coeff
     --moe-expert-parallel-size --disable-moe-top2-2nd-expert-sampling --enable-expert-tensor-parallelism --save
     --save-interval --load --tensor-model-parallel-size --distributed-timeout-minutes --eval-iters --eval-interval
-    --data-path --split --data-cache-path --vocab-file --merge-file --seq-length --num-workers --tokenizer-type
+    --data-path --train-data-path --valid-data-path --test-data-path --split
+    --data-cache-path --vocab-file --merge-file --seq-length --num-workers --tokenizer-type
     --tokenizer-model --deepspeed --deepspeed_config --local_rank
 """.split()
 """Flags with the same name and meaning here."""

@@ -216,12 +216,9 @@ def read_items(paths: Iterable[Path]) -> Iterator[Item]:
         if reader.is_text(path):
             yield Item(str(path), 0, b"")
             continue
-        try:
-            for number, line in reader.read_lines(path):
-                if line.strip():
-                    yield Item(str(path), number, line)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}.") from error
+        for number, line in reader.read_lines(path):
+            if line.strip():
+                yield Item(str(path), number, line)
 
 
 def encode_all(items: Iterator[Item], encoder: Encoder, workers: int) -> Iterator[Encoded | Exception]:

@@ -1,7 +1,8 @@
 """From Megatron's data flags to train, validation and test datasets, through megatron-core.
 
 Start here. ``flags.py`` reads --data-path and --split, ``indexed.py`` checks the files, ``sequences.py`` reads them,
-``index_cache.py`` keeps shuffled indices on disk, and ``sampler.py`` gives each rank its micro-batches.
+``index_cache.py`` keeps shuffled indices on disk, ``megatron_classes.py`` brings both to megatron-core, and
+``sampler.py`` gives each rank its micro-batches.
 
 Rank 0 builds the datasets and writes the indices, then the others read them. megatron-core's builder knows no
 ``parallel_state``: every rank builds every dataset, and the sampler alone decides who reads what.
@@ -9,25 +10,20 @@ Rank 0 builds the datasets and writes the indices, then the others read them. me
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch.utils.data import Dataset
 
 from scmoe_ds.data.corpus import unigram_entropy
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import parse_data_path, plain_split, split_ranges, split_shares
-from scmoe_ds.data.index_cache import IndexCache
 from scmoe_ds.data.indexed import (
     IndexedLayout,
     check_indexed_dataset,
@@ -36,13 +32,10 @@ from scmoe_ds.data.indexed import (
     document_of,
     read_layout,
 )
+from scmoe_ds.data.megatron_classes import Builder, FingerprintedConfig, PretrainingDataset, is_distributed
 from scmoe_ds.data.sampler import PretrainingSampler, pretraining_batches
-from scmoe_ds.data.sequences import Sequences
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.parallel.agreement import require_agreement, run_together
-
-# It warns that indices stay in memory, which is what is asked of it here.
-logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
 
 __all__ = [
     "DataSettings",
@@ -57,7 +50,6 @@ __all__ = [
 ]
 
 _SPLIT_NAMES = ("train", "valid", "test")
-_INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ class DataSettings:
 
     Attributes:
         data_path: one prefix, several, or weight and prefix in turn (``--data-path``).
-        split: shares of sequences for train, valid and test, e.g. ``"969,30,1"``.
+        split: shares of sequences for train, valid and test, e.g. ``"969,30,1"``; None with ``data_paths``.
         seq_length: tokens of a sample; each is drawn with one more, for the last label.
         seed: of the shuffles, 0 to 2**32 - 1.
         tokenizer: the one the data was made with.
@@ -78,7 +70,7 @@ class DataSettings:
     """
 
     data_path: tuple[str, ...]
-    split: str
+    split: str | None
     seq_length: int
     seed: int
     tokenizer: Tokenizer
@@ -98,6 +90,7 @@ class DataSettings:
         """Whether the flags leave that split any data."""
         if self.data_paths is not None:
             return bool(self.data_paths[number])
+        assert self.split is not None
         return split_shares(self.split)[number] > 0
 
 
@@ -111,80 +104,6 @@ class Datasets:
     train: Dataset[Any] | None
     valid: Dataset[Any] | None
     test: Dataset[Any] | None
-
-
-@dataclass
-class _FingerprintedConfig(GPTDatasetConfig):
-    data_fingerprint: str = ""
-
-
-class PretrainingDataset(GPTDataset):
-    """GPTDataset with indices that are checked and depend on the data's index.
-
-    megatron-core names the cache after the path only and trusts what is there: after a rewrite of the dataset in place,
-    or after a damage, it would read wrong or missing documents.
-    """
-
-    dataset: Sequences
-    config: _FingerprintedConfig
-
-    @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> Sequences:
-        """megatron-core's name for opening the files."""
-        return Sequences(dataset_path)
-
-    @staticmethod
-    def _key_config_attributes() -> list[str]:
-        return [*GPTDataset._key_config_attributes(), "data_fingerprint"]
-
-    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
-        directory = self.config.path_to_cache or os.path.join(
-            self.dataset_path, "cache", f"{type(self).__name__}_indices"
-        )
-        name = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
-        cache = IndexCache(directory, name, _INDEX_NAMES, self.unique_description)
-        if not _is_distributed() or dist.get_rank() == 0:
-            return cache.load_or_build(self._indices_in_memory)
-        found = cache.load()
-        if found is None:
-            raise DataError(
-                f"rank {dist.get_rank()} cannot see the index cache that rank 0 wrote: {name} in {directory}. Set "
-                "--data-cache-path to a directory that all nodes share."
-            )
-        return found
-
-    def _indices_in_memory(self) -> tuple[np.ndarray, ...]:
-        config = self.config
-        try:
-            self.config = copy.copy(config)
-            self.config.path_to_cache = ""  # None would be the default place
-            return super()._build_document_sample_shuffle_indices()
-        finally:
-            self.config = config
-
-
-class _Builder(BlendedMegatronDatasetBuilder):
-    """Without megatron-core's barriers, where ranks would wait for one that has failed."""
-
-    @staticmethod
-    def build_generic_dataset(
-        cls: Any,  # the name that megatron-core gives this parameter of its static method
-        is_built_on_rank: Callable[[], bool],
-        synchronize_ranks: bool,
-        *args: Any,
-    ) -> Any:
-        if cls is BlendedDataset:  # its own index is quick to make: no cache
-            config = copy.copy(args[-1])
-            config.path_to_cache = None
-            args = (*args[:-1], config)
-        return cls(*args)
-
-    def _build_megatron_datasets_parallel(self, prefixes: Any, split: Any, sizes_per_dataset: Any) -> list[list[Any]]:
-        built = [
-            self._build_megatron_dataset_splits(prefix, split, sizes, False)
-            for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
-        ]
-        return [list(members) for members in zip(*built, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -224,7 +143,7 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
     config = _megatron_config(settings, samples, inspection)
 
     def build() -> list[Any]:
-        return _Builder(PretrainingDataset, list(samples), lambda: True, config).build()
+        return Builder(PretrainingDataset, list(samples), lambda: True, config).build()
 
     first = run_together(build, on_rank_zero=True)
     built = run_together(lambda: first or build())
@@ -237,8 +156,10 @@ def validation_entropy(valid: Any) -> float | None:
     return unigram_entropy(valid.dataset, valid.indices) if isinstance(valid, PretrainingDataset) else None
 
 
-def identify(data_path: Sequence[str]) -> dict[str, Any]:
-    """What ``--data-path`` names, for the comparison of a resumed run with its checkpoint; one process reads it.
+def identify(data_path: Sequence[str], flag: str = "--data-path") -> dict[str, Any]:
+    """What the path of the training data names, for the comparison of a resumed run with its checkpoint.
+
+    One process reads it.
 
     Returns:
         "content": of each dataset its weight in the blend and a fingerprint of index and sampled tokens, wherever the
@@ -247,7 +168,7 @@ def identify(data_path: Sequence[str]) -> dict[str, Any]:
     Raises:
         DataError: as ``check_indexed_dataset``, except for token ids.
     """
-    prefixes, weights = parse_data_path(data_path)
+    prefixes, weights = parse_data_path(data_path, flag)
     weights = weights if len(prefixes) > 1 else None
     total = sum(weights or ())
     content = []
@@ -279,7 +200,7 @@ def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]
 
 def _megatron_config(
     settings: DataSettings, samples: tuple[int, int, int], inspection: _Inspection
-) -> _FingerprintedConfig:
+) -> FingerprintedConfig:
     def blend(number: int) -> tuple[list[str], list[float] | None]:
         prefixes, weights = parse_data_path(settings.path_of(number), settings.flag_of(number))
         if len(prefixes) == 1:
@@ -289,10 +210,11 @@ def _megatron_config(
 
     source: dict[str, Any]
     if settings.data_paths is None:
+        assert settings.split is not None
         source = {"blend": blend(0), "split": plain_split(settings.split)}
     else:
         source = {"blend_per_split": [blend(number) if wanted else None for number, wanted in enumerate(samples)]}
-    config = _FingerprintedConfig(
+    config = FingerprintedConfig(
         **source,
         random_seed=settings.seed,
         sequence_length=settings.seq_length,
@@ -330,7 +252,7 @@ def _inspect(settings: DataSettings, samples: tuple[int, int, int]) -> _Inspecti
             if wanted:
                 _check_length(layouts[prefix], settings, number)
     # The same files on every rank: one reader of all tokens is enough.
-    if not _is_distributed() or dist.get_rank() == 0:
+    if not is_distributed() or dist.get_rank() == 0:
         for layout in layouts.values():
             check_token_range(layout, settings.tokenizer.vocab_size)
     data = f"split {settings.split}, data path {' '.join(settings.data_path)}"
@@ -350,7 +272,7 @@ def _check_length(layout: IndexedLayout, settings: DataSettings, number: int) ->
     """Raises a DataError for a split that is shorter than one sample."""
     count, name, share = len(layout.lengths), _SPLIT_NAMES[number], ""
     sequences = range(count)
-    if settings.data_paths is None:
+    if settings.split is not None:
         sequences = split_ranges(settings.split, count)[number]
         share = f" (--split {settings.split})"
     num_tokens = int(layout.lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
@@ -362,7 +284,3 @@ def _check_length(layout: IndexedLayout, settings: DataSettings, number: int) ->
             f"tokens, less than one sample: --seq-length {settings.seq_length} takes {settings.seq_length + 1}. Use "
             f"more data{larger}, a shorter --seq-length{without}."
         )
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

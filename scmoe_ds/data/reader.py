@@ -117,6 +117,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                     raise DataError(f"{path}, line {number}: longer than {MOST_BYTES >> 20} MiB. Divide the document.")
                 yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
     except STREAM_ERRORS as error:
+        if isinstance(error, OSError) and error.filename is not None:  # it could not be opened
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         raise DataError(f"{path}, line {number + 1}: cannot be read ({_words(error)}). Copy the file again.") from error
 
 
