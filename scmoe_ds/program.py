@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import sys
@@ -45,6 +46,9 @@ def run_program(
         stdout_is_log: what the job prints is not its result: it goes on when that cannot be written.
     """
     errors = (*errors, LauncherError)
+    if not faulthandler.is_enabled():
+        # A file that is mapped into memory and becomes shorter ends a process by SIGBUS: the stack says which is read.
+        faulthandler.enable(2)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path or a text that the terminal cannot show is no reason to end
             stream.reconfigure(errors="backslashreplace")

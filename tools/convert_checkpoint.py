@@ -7,6 +7,7 @@ python tools/convert_checkpoint.py residual-to-scmoe checkpoints/residual_moe ou
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts; returns the exit code."""
     args = build_parser().parse_args(argv)
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # a file that becomes shorter while it is mapped ends the process by SIGBUS
     try:
         if args.shard_gb <= 0:
             raise CheckpointError(f"--shard-gb {args.shard_gb}: must be above 0")

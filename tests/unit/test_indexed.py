@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from scmoe_ds import program
 from scmoe_ds.analysis.tokens import read_data_set
 from scmoe_ds.data.corpus import unigram_entropy, write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets, documents_of, validation_entropy
@@ -181,3 +182,15 @@ def test_a_bin_that_is_truncated_under_a_running_job_is_an_error_with_its_name(t
         sequences[49]
     with pytest.raises(DataError, match="truncated while it was in use"):
         [train[i] for i in range(50)]
+
+
+def test_a_program_says_where_a_bus_error_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[int] = []
+    monkeypatch.setattr(program.faulthandler, "is_enabled", lambda: False)
+    monkeypatch.setattr(program.faulthandler, "enable", enabled.append)
+
+    def refuse(argv: Any) -> Any:
+        raise DataError("no")
+
+    assert program.run_program("test", [], lambda: None, (DataError,), refuse) == 2
+    assert enabled == [2]  # standard error
