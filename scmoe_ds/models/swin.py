@@ -37,6 +37,7 @@ from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.replace import load_balancing_loss, replace_moe_layers
 from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.token_mask import TokenMask
 from scmoe_ds.replace.upcycle import MoEFeedForward
 
 IGNORED = -100
@@ -100,12 +101,19 @@ class SwinMoE(nn.Module):
             block.output = nn.Identity()  # the second half of Swinv2's MLP; an expert has both
         if config.architecture == "scmoe":
             self._connect_shortcuts()
+        self._images = _ImageMask(self)
+        for module in self.modules():
+            if isinstance(module, MoEFeedForward):
+                module.token_mask = self._images
+            if isinstance(module, HookedScMoE) and module.pair is not None:
+                module.pair.token_mask = self._images
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> SwinOutput:
         """
         Args:
             images: [B, C, S, S] floating point.
-            labels: [B] int64, `IGNORED` where an image does not count; None: no loss.
+            labels: [B] int64, `IGNORED` where an image does not count; None: no loss. In evaluation such an image only
+                fills the batch: its tokens go to no routed expert.
 
         Raises:
             ValueError: images of another shape than the model's.
@@ -114,6 +122,7 @@ class SwinMoE(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != (C, S, S):
             raise ValueError(f"images of shape {tuple(images.shape)}: the model wants [batch, {C}, {S}, {S}] "
                              "(--num-channels, --img-size)")  # fmt: skip
+        self._images.see(None if self.training else labels)
         pooled_BD = self.swin(images.to(self.head.weight.dtype)).pooler_output
         logits_BN = self.head(pooled_BD)
         moe_loss = load_balancing_loss(self)
@@ -142,6 +151,21 @@ class SwinMoE(nn.Module):
                 assert layer.pair is not None
                 width = self.settings.width_of(MOE_STAGES[0])
                 layer.shortcut_norm = layer.pair.norm = nn.LayerNorm(width, eps=self.settings.layernorm_epsilon)
+
+
+class _ImageMask(TokenMask):
+    """The images that fill a batch, for stages with any number of tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, [])
+        self._used_B: Tensor | None = None
+
+    def see(self, labels: Tensor | None) -> None:
+        used_B = None if labels is None else labels != IGNORED
+        self._used_B = None if used_B is None or bool(used_B.all()) else used_B
+
+    def of(self, hidden: Tensor) -> Tensor | None:
+        return None if self._used_B is None else self._used_B.unsqueeze(1).expand(hidden.shape[:2])
 
 
 def _in_its_precision(mlp: nn.Sequential, args: tuple[Tensor]) -> tuple[Tensor]:

@@ -215,8 +215,15 @@ def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
     )  # fmt: skip
     # Each rank pads its own batch, and generates for its own prompts.
     admit_any_tokens(moe, config.gate_softmax, unequal=config.expert_parallel_size > 1)
+    for expert in moe.deepspeed_moe.experts.deepspeed_experts:
+        expert.register_forward_pre_hook(_contiguous)
     dense = next(block.mlp.parameters())
     return moe.to(device=dense.device, dtype=dense.dtype)
+
+
+def _contiguous(expert: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Expert-parallel ranks' pieces of DeepSpeed's buffers, of which GPT-2's layers want a view."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def _perturb(moe: MoE, noise: float, first_seed: int) -> None:

@@ -44,6 +44,30 @@ def make(settings: SwinSettings = SMALL, **fields: Any) -> SwinMoE:
     return model
 
 
+# --- padding
+
+
+@pytest.mark.parametrize("variant", ["topk", "shared_expert", "pos2"])
+def test_images_that_fill_a_batch_change_nothing(variant: str) -> None:
+    """In evaluation, with a capacity for which the other images would fight with them."""
+    fields = {
+        **VARIANTS[variant],
+        "drop_tokens": True,
+        "eval_capacity_factor": 0.6,
+        "min_capacity": 1,
+        "use_rts": False,
+    }
+    alone, filled = make(**fields).eval(), make(**fields).eval()
+    images = torch.randn(5, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([3, 1, 4, IGNORED, IGNORED])
+    for _ in range(2):  # the first pass looks for operators
+        with torch.no_grad():
+            wanted, found = alone(images[:3], labels[:3]), filled(images, labels)
+        torch.testing.assert_close(found.logits[:3], wanted.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.loss, wanted.loss)
+        assert all(torch.equal(a, b) for a, b in zip(found.exp_counts, wanted.exp_counts, strict=True))
+
+
 # --- table 9
 
 PAPER = {"swinv2-moe-s": (96, [3, 6, 12, 24], 49.7e6, 157e6), "swinv2-moe-b": (128, [4, 8, 16, 32], 87.9e6, None)}
