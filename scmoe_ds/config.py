@@ -207,12 +207,7 @@ class ScMoEConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _former_names(cls, section: Any) -> Any:
-        """JSON files and checkpoints of before keep their numbers."""
-        former = section.get("gate_softmax") if isinstance(section, dict) else None
-        if not isinstance(former, str) or former not in FORMER_GATE_SOFTMAX:
-            return section
-        ignored = section.get("architecture") in ("topk", "shared_expert")  # DeepSpeed's own layers did not read it
-        return {**section, "gate_softmax": "deepspeed" if ignored else FORMER_GATE_SOFTMAX[former]}
+        return in_present_words(section) if isinstance(section, Mapping) else section
 
     @model_validator(mode="after")
     def _rules(self) -> ScMoEConfig:
@@ -337,6 +332,15 @@ class ScMoEConfig(_Section):
         if not self.expert_tensor_parallelism and ep % tp and tp % ep:
             raise fail("scmoe.expert_parallel_size", ep,
                        f"it or --tensor-model-parallel-size {tp} must divide the other")  # fmt: skip
+
+
+def in_present_words(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section in which former names mean what they did: JSON files and checkpoints of before keep their numbers."""
+    former = section.get("gate_softmax")
+    if not isinstance(former, str) or former not in FORMER_GATE_SOFTMAX:
+        return dict(section)
+    ignored = section.get("architecture") in ("topk", "shared_expert")  # DeepSpeed's own layers did not read it
+    return {**section, "gate_softmax": "deepspeed" if ignored else FORMER_GATE_SOFTMAX[former]}
 
 
 def json_schema() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from scmoe_ds.checkpoint.description import BATCH, BINDING_SECTION_FIELDS, FREE_MODEL_FIELDS
 from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.config import in_present_words
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 DATA = "data"
@@ -161,7 +162,7 @@ def _decisive(description: Mapping[str, Any]) -> dict[str, Any]:
     for kind in ("gpt", "swin"):
         shape = description.get(kind, {})
         named |= {_flag(key): value for key, value in shape.items() if key in FREE_MODEL_FIELDS}
-    section = description.get("scmoe", {})
+    section = in_present_words(description.get("scmoe", {}))
     named |= {f"scmoe.{key}": value for key, value in section.items() if key not in BINDING_SECTION_FIELDS}
     return named
 

@@ -97,6 +97,9 @@ def test_nothing_is_said_when_nothing_differs() -> None:
     moved = {"content": ["aa"], "shown": "elsewhere"}
     now = described(other_layout, data=moved, split=split_shares("80, 10, 10"), accumulation_steps=1, replicas=2)
     assert differences(json.loads(json.dumps(described())), now) == []
+    former_words = json.loads(json.dumps(described()))
+    former_words["scmoe"]["gate_softmax"] = "before_topk"
+    assert differences(former_words, described()) == []
     before_the_record = {key: value for key, value in described().items() if key != "run"}
     assert differences(before_the_record, described(changed(JSON, optimizer__params__lr=1.0), seed=3)) == []
 
