@@ -311,8 +311,10 @@ class Trainer:
         try:
             self._saved = checkpoint.save(
                 self.engine, self.settings.save, self.iteration, self.consumed_samples, self.description,
-                self.settings.keep_last, self.carried,
+                self.settings.keep_last, self.carried, self._validation[0] if self._validation else None,
             )  # fmt: skip
+        except checkpoint.NotFiniteError as error:
+            raise TrainingError(str(error), since=self.iteration) from None
         except Exception as error:
             at_iteration(error, self.iteration)
             raise

@@ -10,6 +10,7 @@ from scmoe_ds.checkpoint.comparison import run_settings
 from scmoe_ds.checkpoint.description import describe, rebuild
 from scmoe_ds.checkpoint.failures import note as note_failure
 from scmoe_ds.checkpoint.files import DESCRIPTION_FILE, MANIFEST_FILE, CheckpointError
+from scmoe_ds.checkpoint.finite import NotFiniteError
 from scmoe_ds.checkpoint.loading import Source, choose, load, samples_of_run
 from scmoe_ds.checkpoint.saving import check_writable, save
 
@@ -17,6 +18,7 @@ __all__ = [
     "DESCRIPTION_FILE",
     "MANIFEST_FILE",
     "CheckpointError",
+    "NotFiniteError",
     "Source",
     "check_writable",
     "choose",

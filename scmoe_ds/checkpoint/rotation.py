@@ -11,16 +11,20 @@ from scmoe_ds.checkpoint.files import (
     DESCRIPTION_FILE,
     MANIFEST_FILE,
     PART,
+    CheckpointError,
     FileEntry,
     flush,
     iteration_of,
     newest_first,
+    read_json,
     read_latest,
     write_whole,
 )
 
 logger = logging.getLogger("scmoe_ds")
 
+VALIDATED = "last validation that passed"
+"""In a description: an iteration, or null."""
 _REMOVING = "removing-"
 
 
@@ -46,23 +50,48 @@ def remove_unfinished(root: Path) -> None:
 
 
 def remove_old(root: Path, keep_last: int) -> None:
-    """Removes all but the `keep_last` newest whole checkpoints up to the one that `latest` names.
+    """Removes all but the `keep_last` newest whole checkpoints up to the one that `latest` names, and the newest that a
+    validation has passed since.
 
     A checkpoint is renamed before its files go: no half-removed one is ever taken for a whole one. Directories without
     a manifest and checkpoints newer than `latest` are not touched. A failure is logged; it is no reason to stop.
     """
-    latest = read_latest(root)
+    latest = read_latest(root, "--save")
     last = iteration_of(latest) if latest else None
     if last is None:
         return
-    whole = [tag for tag in newest_first(root) if all((root / tag / name).is_file() for name in
-                                                      (DESCRIPTION_FILE, MANIFEST_FILE))]  # fmt: skip
-    older = [tag for tag in whole if (iteration_of(tag) or 0) <= last]
+    older = _whole_up_to(root, last)
+    validated = last_validated(root, last)
+    good = next((tag for tag in older if validated is not None and (iteration_of(tag) or 0) <= validated), None)
     for tag in older[keep_last:]:
+        if tag == good:
+            continue
         try:
             shutil.rmtree(_set_aside(root / tag))
         except OSError as error:
             logger.warning("--keep-last: %s was not removed (%s)", root / tag, error.strerror)
+
+
+def last_validated(root: Path, iteration: int, validated: int | None = None) -> int | None:
+    """The last iteration at which a validation of a run that saves in `root` gave a finite loss, up to `iteration`.
+
+    Args:
+        validated: of this run since its start. Else the newest checkpoint knows: each records it, and passes it on.
+    """
+    for tag in [] if validated is not None else _whole_up_to(root, iteration):
+        try:
+            description = read_json(root / tag / DESCRIPTION_FILE, "--save")
+        except CheckpointError:  # a damaged one knows nothing
+            continue
+        if VALIDATED in description:
+            recorded = description[VALIDATED]
+            return recorded if isinstance(recorded, int) else None
+    return validated
+
+
+def _whole_up_to(root: Path, iteration: int) -> list[str]:
+    return [tag for tag in newest_first(root) if (iteration_of(tag) or 0) <= iteration
+            and all((root / tag / name).is_file() for name in (DESCRIPTION_FILE, MANIFEST_FILE))]  # fmt: skip
 
 
 def _set_aside(directory: Path) -> Path:

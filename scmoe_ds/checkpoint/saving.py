@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from scmoe_ds.checkpoint import files, rotation
+from scmoe_ds.checkpoint import files, finite, rotation
 from scmoe_ds.checkpoint.description import BATCH, CONSUMED
 from scmoe_ds.checkpoint.files import CheckpointError, FileEntry
 from scmoe_ds.checkpoint.names import saved_splits
@@ -52,6 +52,7 @@ def save(
     description: Mapping[str, Any],
     keep_last: int | None = None,
     carried: Mapping[str, bytes] | None = None,
+    validated: int | None = None,
 ) -> Path:
     """Writes `<directory>/global_step<iteration>`; all ranks call it.
 
@@ -63,11 +64,14 @@ def save(
         description: what `describe` gave.
         keep_last: then removes all but so many checkpoints; None keeps all.
         carried: names and contents of small files that lie beside the others (of rank 0).
+        validated: the last iteration at which a validation gave a finite loss; the newest checkpoint up to it is never
+            removed.
 
     Returns:
         the checkpoint's directory.
 
     Raises:
+        NotFiniteError: on every rank, if a weight or an optimizer state of any is not finite; nothing is written.
         CheckpointError: on every rank, if any of them could not write.
     """
     final = Path(directory) / f"global_step{iteration}"
@@ -77,12 +81,14 @@ def save(
         rotation.remove_unfinished(part.parent)
         part.mkdir(parents=True, exist_ok=True)
         batch = getattr(engine, "train_batch_size", lambda: None)()
-        whole = {**description, BATCH: batch, CONSUMED: consumed_samples, "splits": saved_splits(engine)}
+        whole = {**description, BATCH: batch, CONSUMED: consumed_samples, "splits": saved_splits(engine),
+                 rotation.VALIDATED: rotation.last_validated(part.parent, iteration, validated)}  # fmt: skip
         (part / files.DESCRIPTION_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         for name, content in (carried or {}).items():
             (part / name).write_bytes(content)
 
     state = {"iteration": iteration, "consumed_samples": consumed_samples, "overlap": engine.overlap.state()}
+    finite.check(engine, f"--save {directory}: {final.name}")
     with _one_sentence(part):
         run_together(prepare, on_rank_zero=True)
         written = _write(engine, part, state)

@@ -47,7 +47,8 @@ def interrupted_saves(directory: str) -> list[str]:
         if tag == "global_step3.part" and dist.get_rank() == 0:
             Path(save_dir, tag, checkpoint.MANIFEST_FILE).mkdir()  # cannot be written
 
-    engine = SimpleNamespace(save_checkpoint=write, overlap=SimpleNamespace(state=lambda: None))
+    engine = SimpleNamespace(save_checkpoint=write, overlap=SimpleNamespace(state=lambda: None),
+                             module=torch.nn.Module(), optimizer=None)  # fmt: skip
     used = []
     for iteration in (1, 2, 3, 4):
         with contextlib.suppress(checkpoint.CheckpointError):

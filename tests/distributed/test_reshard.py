@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,7 @@ def precision_and_failures(directory: str) -> list[Any]:
         Run(2, load=bf16, precision="bf16"), Run(1, 2, load=bf16, precision="bf16"), Run(2, load=bf16),
     ])  # fmt: skip
     engine = make_engine(make_json(Run(2)), 7)
+    poisoned = save_with_a_moment_that_is_nan(engine, fp32)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     message = ""
@@ -193,11 +195,36 @@ def precision_and_failures(directory: str) -> list[Any]:
     except checkpoint.CheckpointError as error:
         message = str(error)
     dist.barrier()
-    return [same, other, back, message, sorted(path.name for path in Path(fp32).iterdir())]
+    return [same, other, back, poisoned, message, sorted(path.name for path in Path(fp32).iterdir())]
+
+
+def save_with_a_moment_that_is_nan(engine: Any, directory: str) -> str:
+    """On rank 1 alone, in the middle of a parameter's piece; the loss of this step is finite, and so is the next."""
+    train_step(engine, 0)
+    held = [(name, parameter._hp_mapping) for name, parameter in engine.module.named_parameters()
+            if getattr(parameter, "_hp_mapping", None) is not None]  # fmt: skip
+    name, mapping = held[len(held) // 2]
+    inner, address = engine.optimizer.optimizer, mapping.hp_fragment_address
+    moments = inner.state[inner.param_groups[mapping.param_group_index]["params"][0]]["exp_avg"]
+    if dist.get_rank() == 1:
+        moments[address.start + address.numel // 2] = float("nan")
+    try:
+        checkpoint.save(engine, directory, 8, 0, {})
+    except checkpoint.CheckpointError as error:
+        return str(error).replace(f" {name} ", " THE PARAMETER " if dist.get_rank() == 1 else f" {name} ")
+    finally:
+        moments.nan_to_num_()
+    return "saved"
 
 
 def test_precision_and_a_rank_that_cannot_write(tmp_path: Path) -> None:
-    for same, other, back, message, left in run_distributed(precision_and_failures, 2, str(tmp_path)):
+    results = run_distributed(precision_and_failures, 2, str(tmp_path))
+    poisoned = results[1][3]
+    assert re.search(
+        r"global_step8 was not saved: on rank 1, exp_avg in the optimizer of THE PARAMETER is nan", poisoned
+    )
+    assert results[0][3].startswith(poisoned.split(" THE ")[0]), "on both ranks"
+    for same, other, back, _, message, left in results:
         assert other["losses"][0] == same["losses"][0], "the bf16 weights are the rounded fp32 ones"
         assert other["losses"] == pytest.approx(same["losses"], rel=1e-3)
         assert back["losses"] == pytest.approx(same["losses"], rel=1e-3)

@@ -170,6 +170,25 @@ def test_keep_last(tmp_path: Path) -> None:
     assert tags(tmp_path) == ["global_step12", "global_step5"]
 
 
+def test_the_last_checkpoint_that_a_validation_passed_stays(tmp_path: Path) -> None:
+    """`save` asks before it writes; a validation at iteration 25 has passed the weights of 20, not those of 30."""
+
+    def save(step: int, validated: int | None) -> list[str]:
+        known = rotation.last_validated(tmp_path, step, validated)
+        make(tmp_path, step, {**DESCRIPTION, rotation.VALIDATED: known})
+        rotation.remove_old(tmp_path, 1)
+        return tags(tmp_path)
+
+    assert save(10, None) == ["global_step10"]
+    assert save(20, None) == ["global_step20"], "no validation yet"
+    assert save(30, 25) == ["global_step20", "global_step30"]
+    assert save(40, 25) == ["global_step20", "global_step40"], "what is between them goes"
+    assert save(50, None) == ["global_step20", "global_step50"], "after a resume, before its first validation"
+    assert save(60, None) == ["global_step20", "global_step60"]
+    assert save(70, 70) == ["global_step70"]
+    assert save(75, 75) == ["global_step75"]
+
+
 def test_a_removal_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, 1)
     kept = make(tmp_path, 2)
