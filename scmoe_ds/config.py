@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 from scmoe_ds.config_errors import ScMoEConfigError, explain, fail
 from scmoe_ds.deepspeed_json import load_deepspeed_json
 from scmoe_ds.deepspeed_settings import check_settings
+from scmoe_ds.limits import MOST_CHUNKS
 
 Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
 Position = Literal["pos1", "pos2", "pos3"]
@@ -27,10 +28,6 @@ GateSoftmax = Literal["deepspeed", "all", "chosen", "kept"]
 FORMER_GATE_SOFTMAX: dict[str, GateSoftmax] = {"before_topk": "deepspeed", "after_topk": "kept"}
 """Names of before, for what they did."""
 Auto = Literal["auto"]
-
-
-MOST_CHUNKS = 8
-"""The planner tries every slot of every chunk: their number must not explode."""
 
 
 class _Section(DeepSpeedConfigModel):

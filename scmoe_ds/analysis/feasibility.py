@@ -85,7 +85,7 @@ class KindStudy:
 def _read_json(flag: str, path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AnalysisError(f"{flag} {path} cannot be read as JSON: {error}") from None
 
 

@@ -21,6 +21,8 @@ logger = logging.getLogger("scmoe_ds")
 Description = Mapping[str, Any]
 Saved = list[dict[str, Any]]
 _PATH = "scmoe.overlap.calibration_file"
+_OPERATORS = ("attention", "mlp", "shared")
+_REMEDY = "Remove it to measure again, or name another"
 
 
 def read_calibration(file: str | None) -> Saved | None:
@@ -37,10 +39,10 @@ def read_calibration(file: str | None) -> Saved | None:
             saved = json.loads(Path(file).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise ScMoEConfigError(f"{_PATH} = {file}: cannot be read ({error})") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ScMoEConfigError(f"{_PATH} = {file}: cannot be read ({error}). {_REMEDY}") from None
         if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):
-            raise ScMoEConfigError(f"{_PATH} = {file}: is not a calibration (a JSON list of objects)")
+            raise ScMoEConfigError(f"{_PATH} = {file}: is not a calibration (a JSON list of objects). {_REMEDY}")
         return saved
 
     holder = [run_together(read, on_rank_zero=True)]
@@ -81,12 +83,12 @@ def write_calibration(file: str | None, saved: Saved | None) -> None:
 
 
 def find_times(
-    saved: Sequence[Any], wanted: Sequence[Description], chunk_counts: Sequence[int], source: str
+    saved: Any, wanted: Sequence[Description], chunk_counts: Sequence[int], source: str
 ) -> list[OperatorTimes]:
     """The saved times of each wanted kind of pair.
 
     Args:
-        saved: what `AdaptiveOverlap.state` gave.
+        saved: what `AdaptiveOverlap.state` gave, or whatever else a file holds.
         wanted: descriptions of this run's kinds.
         chunk_counts: the numbers of chunks that there must be times for.
         source: where they come from, for the message.
@@ -94,29 +96,54 @@ def find_times(
     Raises:
         ScMoEConfigError: there are none, with what differs from the nearest, or they are damaged.
     """
-    remedy = "Remove it to measure again, or name another"
+    if not isinstance(saved, list):
+        raise ScMoEConfigError(f"{source} is damaged: it is no list. {_REMEDY}")
     found = []
     for description in wanted:
         nearest: tuple[list[str], dict[str, Any], Any] | None = None
         for entry in saved:
             other = entry.get("description") if isinstance(entry, dict) else None
             if not isinstance(other, dict):
-                raise ScMoEConfigError(f"{source} is damaged: an entry has no description. {remedy}")
+                raise ScMoEConfigError(f"{source} is damaged: an entry has no description. {_REMEDY}")
             keys = [key for key in {**description, **other} if description.get(key) != other.get(key)]
             if nearest is None or len(keys) < len(nearest[0]):
                 nearest = keys, other, entry.get("times")
         if nearest is None or nearest[0]:
             keys, other, _ = nearest or ([], {}, None)
-            listed = "; ".join(f"{key}: {other.get(key)!r} there, {description.get(key)!r} in this run" for key in keys)
-            raise ScMoEConfigError(f"{source} is of another model or machine: {listed or 'it is empty'}. {remedy}")
-        try:
-            times = OperatorTimes.model_validate(nearest[2])
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "times"
-            raise ScMoEConfigError(f"{source} is damaged: {place}: {first['msg']}. {remedy}") from None
+            listed = "; ".join(f"{_short(key)}: {_short(repr(other.get(key)))} there, "
+                               f"{_short(repr(description.get(key)))} in this run" for key in keys[:20])  # fmt: skip
+            raise ScMoEConfigError(f"{source} is of another model or machine: {listed or 'it is empty'}. {_REMEDY}")
+        times = _checked(nearest[2], description, source)
         if missing := set(chunk_counts) - set(times.chunks):
             raise ScMoEConfigError(f"{source} has times of {sorted(times.chunks)} chunks only, not of "
-                                   f"{sorted(missing)}. {remedy}")  # fmt: skip
+                                   f"{sorted(missing)}. {_REMEDY}")  # fmt: skip
         found.append(times)
     return found
+
+
+def _checked(times: Any, description: Description, source: str) -> OperatorTimes:
+    """The limits of the JSON hold for files too: the planner tries every slot of every chunk."""
+    try:
+        checked = OperatorTimes.model_validate(times)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(_short(part) for part in first["loc"]) or "times"
+        raise ScMoEConfigError(f"{source} is damaged: {place} = {_short(repr(first['input']))}: {first['msg']}. "
+                               f"{_REMEDY}") from None  # fmt: skip
+    names = [each.name for each in checked.backbone]
+    described = [str(name) for name in description.get("operators") or []]
+    ours = all(name.split(" ")[0] in _OPERATORS for name in described)  # a replaced layer's description has modules
+    if described and ours and described != names:
+        raise ScMoEConfigError(f"{source} is damaged: times of the operators {_short(names)}, which are not those of "
+                               f"its description. {_REMEDY}")  # fmt: skip
+    one = checked.chunks[1]
+    parts = (*checked.backbone, one.dispatch, one.experts, one.combine)
+    if not any(part.forward_ms + part.backward_ms for part in parts):
+        raise ScMoEConfigError(f"{source} is damaged: all times are 0. {_REMEDY}")
+    return checked
+
+
+def _short(value: object) -> str:
+    """On one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "…"

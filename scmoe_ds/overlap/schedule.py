@@ -27,6 +27,9 @@ TIE = 0.001
 # more transfers cost the computation beside them: on two CPU nodes a predicted gain of 2.6 % was a loss of 2 %, one of
 # 7 % a gain of 5.5 % (benchmarks/results). Nobody shall lose by leaving the choice to us.
 MIN_GAIN = 0.04
+MOST_EVENTS = 1_000_000
+"""Simulated per pass and number of chunks, about a second. Eight chunks around eight operators have 12 870 schedules,
+around a hundred operators 10^11."""
 
 
 @dataclass(frozen=True)
@@ -237,13 +240,23 @@ def _schedules(times: OperatorTimes, slots: Slots, num_chunks: Count) -> Iterato
         num_chunks = len(slots)
     for count in sorted(times.chunks) if num_chunks == "auto" else [num_chunks]:
         if isinstance(slots, str):
-            yield from map(_schedule, itertools.combinations_with_replacement(_all_slots(times), count))
+            yield from map(_schedule, itertools.combinations_with_replacement(_slots_to_try(times, count), count))
         else:
             yield _schedule([slots] * count if isinstance(slots, int) else slots)
 
 
 def _all_slots(times: OperatorTimes) -> range:
     return range(1, len(times.backbone) + 2)
+
+
+def _slots_to_try(times: OperatorTimes, count: int) -> list[int]:
+    """All slots, or in a long backbone so many of them, evenly spaced, that their combinations can be tried."""
+    slots, most = _all_slots(times), len(times.backbone) + 1
+    while most > 2 and math.comb(most + count - 1, count) * (len(slots) + 5 * count) > MOST_EVENTS:
+        most -= 1
+    if count == 1 or most == len(slots):
+        return list(slots)
+    return sorted({1 + round(place * (len(slots) - 1) / (most - 1)) for place in range(most)})
 
 
 def _schedule(slots: Sequence[int]) -> Schedule:

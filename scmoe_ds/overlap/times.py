@@ -9,7 +9,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from scmoe_ds.limits import MOST_CHUNKS
+
+MOST_MS = 1e9
+"""Of one operator, eleven days: no such time was ever measured, and sums of them stay finite."""
+MOST_OPERATORS = 1024
+
+Milliseconds = Annotated[float, Field(ge=0, le=MOST_MS, allow_inf_nan=False, strict=True)]
 
 
 class _Frozen(BaseModel):
@@ -26,7 +32,7 @@ class PassTimes(_Frozen):
 class OperatorTime(PassTimes):
     """An operator of the backbone: "attention", "mlp", "shared" and the like."""
 
-    name: str
+    name: Annotated[str, Field(max_length=100)]
 
 
 class ChunkTimes(_Frozen):
@@ -55,8 +61,8 @@ class OperatorTimes(_Frozen):
     gate: PassTimes
     encode: PassTimes
     decode: PassTimes
-    backbone: tuple[OperatorTime, ...]
-    chunks: dict[Annotated[int, Field(ge=1)], ChunkTimes]
+    backbone: Annotated[tuple[OperatorTime, ...], Field(max_length=MOST_OPERATORS)]
+    chunks: dict[Annotated[int, Field(ge=1, le=MOST_CHUNKS)], ChunkTimes]
 
     @model_validator(mode="after")
     def _unchunked_is_there(self) -> OperatorTimes:
