@@ -110,8 +110,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save", help="directory of checkpoints; default: none are written")
     group.add_argument("--save-interval", type=int, help="iterations per checkpoint; one is always saved at the end")
     group.add_argument("--keep-last", type=int, help="checkpoints that --save keeps; default: all")
-    group.add_argument("--load", help="directory of checkpoints to resume from (an empty or missing one starts from "
-                       "scratch), one checkpoint, or exported weights to start with")  # fmt: skip
+    group.add_argument("--load", help="directory of checkpoints to resume from (its latest), one checkpoint, or "
+                       "exported weights to start with")  # fmt: skip
     group.add_argument("--auto-resume", action="store_true",
                        help="resume from the newest whole checkpoint in --save; if none, from --load")  # fmt: skip
     group.add_argument("--recompute-granularity", choices=GRANULARITIES, help="activation checkpointing: keep the "
