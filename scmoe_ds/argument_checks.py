@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
+
+MOST_WORKERS = 1024
+"""Data loader processes of a rank: each takes memory, and more than a machine has stop it."""
+
+MOST_ITERATIONS = 10**9
+"""More samples than the index of a run can hold."""
 
 MOST_MINUTES = 10**6
 """About two years; clocks and timeouts of torch overflow long after it."""
@@ -27,6 +34,13 @@ def check_lowest(args: argparse.Namespace, lowest: int, names: Sequence[str]) ->
         value = getattr(args, name)
         if value is not None and value < lowest:
             raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+
+
+def check_positive(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises an ArgumentError for what is no finite number above 0."""
+    for name in names:
+        if not 0 < getattr(args, name) < math.inf:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a finite number above 0")
 
 
 def check_minutes(args: argparse.Namespace, names: Sequence[str]) -> None:
@@ -59,7 +73,16 @@ def check_training(args: argparse.Namespace) -> None:
                            "tensor_model_parallel_size", "save_interval", "exit_interval", "scmoe_trace",
                            "keep_last"))  # fmt: skip
     check_lowest(args, 0, ("train_iters", "eval_iters", "num_workers", "seed"))
-    check_minutes(args, ("distributed_timeout_minutes", "exit_duration_in_mins"))
+    for name, most in (
+        ("num_workers", MOST_WORKERS),
+        ("train_iters", MOST_ITERATIONS),
+        ("eval_iters", MOST_ITERATIONS),
+    ):
+        if getattr(args, name) > most:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at most {most}")
+    check_minutes(args, ("distributed_timeout_minutes",))
+    if args.exit_duration_in_mins is not None:
+        check_positive(args, ("exit_duration_in_mins",))
     for name in ("save_interval", "keep_last", "auto_resume"):
         if getattr(args, name) and not args.save:
             raise ArgumentError(f"--{name.replace('_', '-')} needs --save, the directory of the checkpoints")

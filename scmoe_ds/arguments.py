@@ -16,6 +16,7 @@ from scmoe_ds import megatron_flags
 from scmoe_ds.argument_checks import (
     ArgumentError,
     check_lowest,
+    check_positive,
     check_rates,
     check_training,
     require_flags,
@@ -162,6 +163,8 @@ def _norm(text: str) -> str:
 
 
 def _slot(text: str) -> int | str:
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f'{text} must be a number or "auto"')
     return text if text == "auto" else int(text)
 
 
@@ -252,3 +255,4 @@ def _check(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
                             f"{args.max_position_embeddings}; leave the latter out")  # fmt: skip
     check_rates(args, ("attention_dropout", "hidden_dropout"))
+    check_positive(args, ("layernorm_epsilon", "rotary_base", "init_method_std"))

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 
 from scmoe_ds.config_errors import ScMoEConfigError, explain, fail
 from scmoe_ds.deepspeed_json import load_deepspeed_json
+from scmoe_ds.deepspeed_keys import unquoted
 from scmoe_ds.deepspeed_settings import check_settings
 from scmoe_ds.limits import MOST_CHUNKS
 
@@ -44,7 +45,9 @@ class _Section(DeepSpeedConfigModel):
         # pydantic would read "8" and true as the integers 8 and 1; in a hand-written file they are slips.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("is true or false where a number or a name is wanted")
-        if isinstance(value, str) and value.replace(".", "", 1).lstrip("+-").isdigit():
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("is too large")
+        if isinstance(value, str) and unquoted(value) is not None:
             raise ValueError("is a string; write the number without quotes")
         return value
 

@@ -215,10 +215,12 @@ def broken_rule(value: Any, holds: Any) -> str | None:
         return "is filled in by Hugging Face's Trainer alone; write the value, or remove the key"
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and holds is not float:
         value = int(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "is too large"
     wants_text = holds is Any or holds is str or str in get_args(holds)
-    if isinstance(value, str) and not wants_text and (literal := _unquoted(value)) is not None:
+    if isinstance(value, str) and not wants_text and (literal := unquoted(value)) is not None:
         return f"is a string; write {literal} without quotes"
     try:
         _adapter(holds).validate_json(json.dumps(value, default=str), strict=True)
@@ -242,7 +244,7 @@ def _adapter(holds: Any) -> TypeAdapter[Any]:
         return TypeAdapter(Any)
 
 
-def _unquoted(text: str) -> str | None:
+def unquoted(text: str) -> str | None:
     """The number, true or false that a string spells."""
     text = text.strip()
     if text.lower() in ("true", "false"):

@@ -133,6 +133,10 @@ def _check_scheduler(own: Mapping[str, Any], wrapped: bool) -> Iterator[str]:
                 scheduler.step()
 
         yield from _try("scheduler.params", numbers, run)
+    for key, value in numbers.items():
+        lowest = 1 if key == "total_num_steps" else 0 if key.endswith(("_lr", "_ratio")) else None
+        if lowest is not None and isinstance(value, (int, float)) and value < lowest:
+            yield str(fail(f"scheduler.params.{key}", value, f"must be at least {lowest}"))
     warmup = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
     if params.get("warmup_type", warmup[0]) not in warmup:
         yield str(fail("scheduler.params.warmup_type", params["warmup_type"], f"must be one of {', '.join(warmup)}"))

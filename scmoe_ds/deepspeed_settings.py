@@ -139,6 +139,9 @@ def _zero_with_experts(zero: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
         yield fail("zero_optimization.reduce_scatter", False, "DeepSpeed wants true with experts; remove it")
     if zero.get("compute_grad_norm") is False:
         yield fail("zero_optimization.compute_grad_norm", False, "the gradient norm is logged and checked; remove it")
+    bucket = zero.get("allgather_bucket_size")
+    if stage in (1, 2) and isinstance(bucket, (int, float)) and bucket % 2:
+        yield fail("zero_optimization.allgather_bucket_size", bucket, "must be even")
     if zero.get("zenflow") is not None:
         yield fail("zero_optimization.zenflow", zero["zenflow"], "does not know of experts; remove it")
     if zero.get("legacy_stage1") is True:

@@ -10,6 +10,13 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 
+def _integer(text: str) -> int:
+    number = int(text)
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is too large")
+    return number
+
+
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser that takes no abbreviations and does not print its usage with every error.
 
@@ -21,6 +28,7 @@ class FlagParser(argparse.ArgumentParser):
         kwargs["allow_abbrev"] = False
         super().__init__(*args, **kwargs)
         self.elsewhere = dict(elsewhere or {})
+        self.register("type", int, _integer)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; but a flag that does not exist ends the program, with the nearest that does."""

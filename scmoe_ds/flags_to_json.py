@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from scmoe_ds.argument_checks import ArgumentError
+from scmoe_ds.argument_checks import ArgumentError, check_lowest
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.deepspeed_json import load_deepspeed_json
 from scmoe_ds.deepspeed_settings import check_program
@@ -140,6 +140,7 @@ def set_length(args: argparse.Namespace, whole: dict[str, Any]) -> None:
     Raises:
         ArgumentError: one of them without the batch size of all ranks.
     """
+    check_lowest(args, 1, [dest_of(flag) for flag in LENGTH_FLAGS])
     lengths = [_steps(args, flag, whole) for flag in LENGTH_FLAGS if getattr(args, dest_of(flag)) is not None]
     if lengths:
         args.train_iters = min([*lengths, *([] if args.train_iters is None else [args.train_iters])])
@@ -159,6 +160,7 @@ def merge_schedule(whole: dict[str, Any], args: argparse.Namespace, source: str)
     lr = params.get("lr") if isinstance(params, dict) else None
     if not isinstance(lr, (int, float)) or not lr:
         raise ArgumentError(f"{given[0]}: needs a learning rate; give --lr, or optimizer.params.lr in {source}")
+    _check_schedule_flags(args, lr)
     lengths = {flag: _steps(args, flag, whole) for flag in given if flag.endswith(("-iters", "-samples", "-tokens"))}
     total = next((steps for flag, steps in lengths.items() if "decay" in flag), args.train_iters)
     warmup = next((steps for flag, steps in lengths.items() if "warmup" in flag), 0)
@@ -178,6 +180,15 @@ def merge_schedule(whole: dict[str, Any], args: argparse.Namespace, source: str)
     _set(whole, "scheduler.type", kind, flags, source)
     for key, value in own.items():
         _set(whole, f"scheduler.params.{key}", value, flags, source)
+
+
+def _check_schedule_flags(args: argparse.Namespace, lr: float) -> None:
+    check_lowest(args, 1, ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens"))
+    check_lowest(args, 0, ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens"))
+    if args.min_lr is not None and not 0 <= args.min_lr <= lr:
+        raise ArgumentError(f"--min-lr {args.min_lr}: must be in 0 … {lr}, the learning rate")
+    if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction <= 1:
+        raise ArgumentError(f"--lr-warmup-fraction {args.lr_warmup_fraction}: must be in 0 … 1")
 
 
 def _steps(args: argparse.Namespace, flag: str, whole: dict[str, Any]) -> int:

@@ -6,7 +6,14 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_rates, check_training, require_flags
+from scmoe_ds.argument_checks import (
+    ArgumentError,
+    check_lowest,
+    check_positive,
+    check_rates,
+    check_training,
+    require_flags,
+)
 from scmoe_ds.arguments import add_deepspeed, add_moe, add_training, parse_flags
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.flag_parser import FlagParser
@@ -65,6 +72,7 @@ def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.N
         if min(getattr(args, name)) < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: each must be at least 1")
     check_rates(args, ("drop_path_rate", "hidden_dropout", "attention_dropout"))
+    check_positive(args, ("init_method_std",))
     check_training(args)
     if args.tensor_model_parallel_size > 1 or args.recompute_granularity or args.log_gating_interval:
         raise ArgumentError("--tensor-model-parallel-size, --recompute-granularity and --log-gating-interval are for "

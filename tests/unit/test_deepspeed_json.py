@@ -114,6 +114,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (adam(betas=[0.9, 1.5]), r"optimizer\.params\.betas = \[0\.9, 1\.5\]: Invalid beta"),
     (schedule("WarmupCosineLR", total_num_steps=9, warmup_num_steps=0), r"scheduler\.params\.warmup_num_steps = 0"),
     (schedule("WarmupLR", warmup_type="quad"), r'scheduler\.params\.warmup_type = "quad": must be one of log, linear'),
+    (zero(reduce_bucket_size=10**20), r"zero_optimization\.reduce_bucket_size = 10+: is too large"),
+    (zero(allgather_bucket_size=7), r"zero_optimization\.allgather_bucket_size = 7: must be even"),
+    (schedule("WarmupLR", warmup_min_lr=-1.0), r"scheduler\.params\.warmup_min_lr = -1\.0: must be at least 0"),
+    (schedule("WarmupCosineLR", total_num_steps=0), r"scheduler\.params\.total_num_steps = 0: must be at least 1"),
+    ({"scmoe": {"capacity_factor": "1e0"}}, r'scmoe\.capacity_factor = "1e0": is a string; write the number'),
+    ({"scmoe": {"min_capacity": 10**20}}, r"scmoe\.min_capacity = 10+: is too large"),
     # no numbers
     ({"gradient_clipping": INFINITY}, r"gradient_clipping = Infinity: must be a finite number"),
     (adam(lr=float("nan")), r"optimizer\.params\.lr = NaN: must be a finite number"),
