@@ -220,6 +220,15 @@ def check_filled_in(whole: Mapping[str, Any]) -> None:
                    "write the number of steps")  # fmt: skip
 
 
+def steps_without_rate(schedule: Mapping[str, Any]) -> int:
+    """How many steps DeepSpeed's warm-up makes before its learning rate leaves 0: it counts from one before the start,
+    and its first rate is the least one."""
+    kind, params = schedule.get("type"), section(schedule, "params")
+    if kind == "WarmupCosineLR":
+        return 1 if params.get("warmup_min_ratio") else 2
+    return 2 if kind in ("WarmupLR", "WarmupDecayLR") and not params.get("warmup_min_lr") else 0
+
+
 def warn(whole: Mapping[str, Any]) -> None:
     """Logs settings that run, but not as their user expects."""
     if "gradient_clipping" not in whole:
@@ -228,6 +237,10 @@ def warn(whole: Mapping[str, Any]) -> None:
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and torch.cuda.is_available():
         logger.warning("CUDA_DEVICE_MAX_CONNECTIONS=1 puts all streams in one queue: communication and computation "
                        "take turns. Unset it")  # fmt: skip
+    schedule = section(whole, "scheduler")
+    if steps := steps_without_rate(schedule):
+        logger.info(f'scheduler.type = "{schedule["type"]}": DeepSpeed makes the first {steps} of the training steps '
+                    "with a learning rate of 0")  # fmt: skip
     zero = section(whole, "zero_optimization")
     if not zero.get("stage"):
         logger.warning("zero_optimization.stage is 0: DeepSpeed reports no gradient norm there; set stage 1 or 2 to "

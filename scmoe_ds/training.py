@@ -207,6 +207,11 @@ class Trainer:
             self._end_trace(recorder)
 
     def _engine_step(self) -> None:
+        rates = self.engine.get_lr()
+        self.log.learning_rate = rates[0]
+        # The schedule goes on within the step. DeepSpeed's own monitor events and lines come after it, and would show
+        # the next step's rate.
+        self.engine.get_lr = lambda: rates
         try:
             self.engine.step()
         except Exception as error:  # DeepSpeed raises nothing narrower for this
@@ -215,6 +220,8 @@ class Trainer:
                 since = self.iteration + 1 - self.health.skipped_in_a_row
                 raise overflows_at_any_scale(self.iteration + 1, finding, since) from None
             raise
+        finally:
+            del self.engine.get_lr
 
     def _require_health(self, finding: int) -> None:
         """A run that has diverged must neither be saved nor go on."""

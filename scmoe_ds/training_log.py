@@ -59,9 +59,11 @@ class TrainingLog:
 
     Attributes:
         loss_name, unit: what a model calls its loss without the balancing term, and its tokens.
+        learning_rate: with which the last step was made.
     """
 
     loss_name, unit = "lm loss", "tokens"
+    learning_rate = math.nan
 
     def __init__(self, engine: Any, train_iters: int, tokens_per_iteration: int) -> None:
         self.engine, self.train_iters, self.tokens_per_iteration = engine, train_iters, tokens_per_iteration
@@ -91,7 +93,7 @@ class TrainingLog:
             self._timed_steps += sums.steps
             self._timed_seconds += sums.seconds
         seconds = sums.seconds / sums.steps
-        norm, rate = self.engine.get_global_grad_norm(), self.engine.get_lr()[0]
+        norm, rate = self.engine.get_global_grad_norm(), self.learning_rate
         norm = float(norm) if norm is not None else math.nan
         tokens_per_second = self._speed(sums.steps, sums.seconds)
         low, high = _load_shares(sums.exp_counts)
