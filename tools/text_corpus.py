@@ -28,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from scmoe_ds.data.corpus import standard_library_documents, write_indexed_dataset
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.index_cache import file_entry, replaced
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import GPT2BPETokenizer
 
 FORMAT = 1  # raise it when the choice, order or encoding of the documents changes
+MARKER = "corpus.json"
 SUFFIXES = (".py", ".rst", ".md", ".txt")
 _SKIPPED_PARTS = re.compile(r"tests?|testing|idle_test|test_?data|data|fixtures?|__pycache__|_?vendor(ed)?|.*-info")
 _SKIPPED_NAMES = re.compile(
@@ -177,21 +179,46 @@ def prepare_corpus(directory: Path, settings: CorpusSettings) -> Corpus:
         DataError: the directory cannot be written, or too little text is installed for both parts.
     """
     wanted = {"format": FORMAT, **asdict(settings)}
-    marker = directory / "corpus.json"
-    if marker.is_file():
-        record = json.loads(marker.read_text(encoding="utf-8"))
-        if record["settings"] == wanted:
-            return Corpus(directory, record)
+    marker = directory / MARKER
+    record = _whole_corpus(directory, wanted)
+    if record is not None:
+        return Corpus(directory, record)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         marker.unlink(missing_ok=True)  # the corpus is whole only with it
         record = write_corpus(directory, choose(installed_documents(), 1e6 * settings.megabytes), settings)
         installed = {"python": sys.version.split()[0], "packages": _packages()}
-        record = {"settings": wanted, **record, **installed}
-        marker.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record = {"settings": wanted, **record, **installed, "files": _files(directory)}
+        with replaced(marker) as staged:
+            staged.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write the corpus in {directory}: {error.strerror}.") from error
     return Corpus(directory, record)
+
+
+def _whole_corpus(directory: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a corpus with these settings whose files are as they were written; None if there is none."""
+    try:
+        record: dict[str, Any] = json.loads((directory / MARKER).read_text(encoding="utf-8"))
+        if record["settings"] != wanted:
+            return None
+        # Earlier versions recorded no checksums.
+        if record.get("files", _files(directory)) == _files(directory):
+            return record
+        damage = "its files are not what was written"
+    except FileNotFoundError as error:
+        if error.filename == str(directory / MARKER):
+            return None
+        damage = f"{error.filename} is missing"
+    except (ValueError, KeyError, TypeError):
+        damage = f"{MARKER} is damaged"
+    print(f"text_corpus.py: the corpus in {directory}: {damage}; made anew", file=sys.stderr)
+    return None
+
+
+def _files(directory: Path) -> dict[str, Any]:
+    return {name: file_entry(directory / name)
+            for name in ("text_corpus.bin", "text_corpus.idx", "vocab.json", "merges.txt")}  # fmt: skip
 
 
 def write_corpus(directory: Path, documents: list[Document], settings: CorpusSettings) -> dict[str, Any]:

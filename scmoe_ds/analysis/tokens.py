@@ -84,6 +84,7 @@ def read_data_set(prefix: str, split: str | None, vocab_size: int) -> np.ndarray
 
     Raises:
         DataError: files that are missing or damaged, ids outside of the vocabulary, or a split that is none.
+        AnalysisError: a split without a validation part.
     """
     layout = read_layout(prefix)
     check_token_range(layout, vocab_size)
@@ -91,4 +92,7 @@ def read_data_set(prefix: str, split: str | None, vocab_size: int) -> np.ndarray
     if split is None:
         return tokens
     validation, offsets = split_ranges(split, len(layout.lengths))[1], layout.offsets()
+    if offsets[validation.start] == offsets[validation.stop]:
+        raise AnalysisError(f"--split {split} leaves no validation part of --data-path {prefix}: give another one, or "
+                            "leave --split out to read all of it")  # fmt: skip
     return tokens[offsets[validation.start] : offsets[validation.stop]]

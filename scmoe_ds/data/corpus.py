@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.index_cache import file_entry, replaced
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import ByteTokenizer
 
@@ -213,11 +214,10 @@ def prepare_default_corpus(directory: str | os.PathLike[str]) -> str:
     random.Random(_SHUFFLE_SEED).shuffle(texts)
     documents = ([*tokenizer.tokenize(text), tokenizer.eod] for text in texts)
     summary = write_indexed_dataset(prefix, documents, tokenizer.vocab_size)
-    staged = Path(f"{prefix}.{uuid.uuid4().hex}.tmp")
     sizes = {key: value for key, value in asdict(summary).items() if key != "prefix"}
-    record = json.dumps({**_corpus_identity(), **sizes}, indent=2)
-    staged.write_text(record + "\n", encoding="utf-8")
-    staged.replace(prefix + ".json")
+    record = json.dumps({**_corpus_identity(), **sizes, "files": _entries(prefix)}, indent=2)
+    with replaced(Path(prefix + ".json")) as staged:
+        staged.write_text(record + "\n", encoding="utf-8")
     return prefix
 
 
@@ -275,17 +275,13 @@ def _corpus_identity() -> dict[str, Any]:
 
 
 def _is_current(prefix: str) -> bool:
-    """Whether the record beside the corpus matches this interpreter and the sizes of both files."""
+    """Whether the record beside the corpus matches this interpreter and the checksums of both files."""
     try:
         record = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
-        if any(record[key] != value for key, value in _corpus_identity().items()):
-            return False
-        token_bytes = np.dtype(record["dtype"]).itemsize
-        # 34 bytes of header; per document a 4-byte length, an 8-byte offset and an 8-byte boundary.
-        index_bytes = 34 + 12 * record["num_documents"] + 8 * (record["num_documents"] + 1)
-        return (
-            Path(prefix + ".bin").stat().st_size == token_bytes * record["num_tokens"]
-            and Path(prefix + ".idx").stat().st_size == index_bytes
-        )
+        return all(record[key] == value for key, value in {**_corpus_identity(), "files": _entries(prefix)}.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _entries(prefix: str) -> dict[str, Any]:
+    return {extension: file_entry(Path(prefix + extension)) for extension in (".bin", ".idx")}

@@ -6,12 +6,14 @@ Shape suffixes: N images, C channels, S pixels a side.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -19,6 +21,8 @@ from torch.utils.data import Dataset
 
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import split_ranges, split_shares
+
+logger = logging.getLogger("scmoe_ds")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 MODES = {1: "L", 3: "RGB"}
@@ -90,12 +94,17 @@ class ImageFolder(Dataset[Sample]):
         if num_channels not in MODES:
             raise DataError(f"--num-channels {num_channels}: images have 1 (grey) or 3 (colours)")
         self.image_size, self.mode = image_size, MODES[num_channels]
-        self.files = [
+        found = [
             (path, label)
             for label, name in enumerate(self.classes)
             for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES
+            if not path.is_dir()
         ]
+        self.files = [(path, label) for path, label in found if path.suffix.lower() in SUFFIXES]
+        left_out = [str(path) for path, _ in found if path.suffix.lower() not in SUFFIXES]
+        if left_out and not (dist.is_initialized() and dist.get_rank()):
+            logger.warning(f"{len(left_out)} file(s) in {root} are no images by their names and left out: "
+                           f"{', '.join(left_out[:10])}{', …' if len(left_out) > 10 else ''}")  # fmt: skip
         if not self.files:
             raise DataError(f"--data-path {root}: no images in it; they are expected as {root}/<class>/<image>, "
                             f"with names that end in {', '.join(SUFFIXES)}")  # fmt: skip

@@ -76,7 +76,7 @@ class IndexCache:
             if record["description"] != self.description:
                 return None, "it is of other data or settings"
             for path in self._files:
-                if record["files"][path.name] != _entry(path):
+                if record["files"][path.name] != file_entry(path):
                     return None, f"{path.name} is not what was written"
             return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in self._files), None
         except FileNotFoundError as error:
@@ -87,11 +87,11 @@ class IndexCache:
     def _save(self, arrays: Arrays) -> None:
         files = {}
         for path, array in zip(self._files, arrays, strict=True):
-            with _replaced(path) as staged:
+            with replaced(path) as staged:
                 with staged.open("wb") as stream:
                     np.save(stream, array, allow_pickle=False)
-                files[path.name] = _entry(staged)
-        with _replaced(self._record) as staged:
+                files[path.name] = file_entry(staged)
+        with replaced(self._record) as staged:
             record = {"description": self.description, "files": files}
             staged.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -106,7 +106,8 @@ class IndexCache:
             ) from error
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file, as a record keeps them."""
     value = 0
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK_BYTES):
@@ -115,7 +116,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path) -> Iterator[Path]:
     """A name to write under; what is there at the end takes the place of ``path``."""
     staged = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:

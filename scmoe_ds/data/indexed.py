@@ -247,6 +247,11 @@ def _check_files_exist(prefix: str) -> None:
 
 def _read_header(idx_path: str, content: bytes) -> tuple[np.dtype, int, int]:
     """Dtype, number of sequences, number of document boundaries."""
+    if content.startswith(b"TNTIDX"):
+        raise DataError(
+            f"{idx_path} is of an old format (--dataset-impl lazy or cached). {_REBUILD}, or with --dataset-impl mmap "
+            "of the tool that wrote it."
+        )
     if not content.startswith(_MAGIC[: len(content)]) or not content:
         raise DataError(
             f"{idx_path} is not the index of a Megatron dataset: it starts with {content[:9]!r}, not "

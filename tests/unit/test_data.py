@@ -172,6 +172,11 @@ def test_default_corpus_is_reused_until_it_is_not_current(small_library: Path, t
     Path(prefix + ".bin").write_bytes(content[:-2])
     prepare_default_corpus(directory)
     assert Path(prefix + ".bin").read_bytes() == content  # damaged: written again, and the same
+    for extension in (".bin", ".idx"):
+        whole = Path(prefix + extension).read_bytes()
+        Path(prefix + extension).write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+        prepare_default_corpus(directory)
+        assert Path(prefix + extension).read_bytes() == whole
 
     record = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
     Path(prefix + ".json").write_text(json.dumps({**record, "python": "2.7"}), encoding="utf-8")
@@ -241,6 +246,7 @@ def edit(path: str, offset: int, content: bytes) -> None:
     ("offset", "content", "expected"),
     [
         (0, b"PK\x03\x04", "not the index of a Megatron dataset"),
+        (0, b"TNTIDX\0\0", "of an old format .* --dataset-impl mmap"),
         (9, struct.pack("<Q", 2), "index version 2"),
         (17, b"\x06", "dtype code 6"),
         (17, b"\x04", "contradicts itself"),  # tokens of 4 bytes, offsets for tokens of 2

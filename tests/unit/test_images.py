@@ -32,7 +32,7 @@ def write_images(root: Path, sizes: dict[str, list[tuple[int, int]]]) -> Path:
     return root
 
 
-def test_image_folder(tmp_path: Path) -> None:
+def test_image_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_images(tmp_path / "set", {"b": [(8, 8), (20, 10)], "a": [(3, 5)]})
     folder = ImageFolder(root, 8)
     assert folder.classes == ("a", "b") and len(folder) == 3
@@ -48,8 +48,11 @@ def test_image_folder(tmp_path: Path) -> None:
     sets = load_images(str(parts), "folder", 8, 3, 2, "80,20", 0)
     assert sets.classes == ("a", "b") and int(sets.valid[0]["labels"]) == 1
     shutil.rmtree(parts / "val")
+    (parts / "train" / "b" / "notes.md").touch()
     alone = load_images(str(parts), "folder", 8, 3, 2, "80,20", 0)
     assert alone.classes == ("a", "b") and alone.valid is None and "no val/" in str(alone.no_validation)
+    assert [record.message.partition(" in ")[0] for record in caplog.records] == ["1 file(s)"]
+    assert "notes.md" in caplog.text
 
 
 def test_order_split_and_padding() -> None:

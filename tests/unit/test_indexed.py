@@ -11,6 +11,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from scmoe_ds import program
+from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.tokens import read_data_set
 from scmoe_ds.data.corpus import unigram_entropy, write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets, documents_of, validation_entropy
@@ -137,6 +138,8 @@ def test_validation_is_the_same_sequences_everywhere(tmp_path: Path, documents: 
     assert validation_entropy(valid) == pytest.approx(entropy, abs=1e-12)
     assert unigram_entropy(prefix, range(160, 200)) == pytest.approx(entropy, abs=1e-12)
     assert read_data_set(prefix, "8,2,0", 257).tolist() == tokens
+    with pytest.raises(AnalysisError, match=r"leaves no validation part .* leave --split out"):
+        read_data_set(prefix, "1", 257)
     evaluated = IndexedDocuments(prefix, "8,2,0", ByteTokenizer())
     assert np.concatenate([evaluated.tokens(i) for i in range(len(evaluated.lengths))]).tolist() == tokens
     # A document is one text; only the first may have begun before the split.

@@ -127,6 +127,15 @@ def test_corpus_is_the_same_bytes_each_time_and_validation_comes_last(tmp_path: 
     read = tokenizer.detokenize([int(token) for row in rows for token in row.tokens])
     assert held_out.startswith(read[:-4]) and len(held_out) - len(read) < 40 * SEQUENCE
     assert all((row.tokens[1:] == row.labels[:-1]).all() for row in rows)
+    for name in ("text_corpus.bin", "text_corpus.idx", "vocab.json", "merges.txt", "corpus.json"):
+        whole = (tmp_path / "one" / name).read_bytes()
+        for damaged in (whole[: len(whole) // 2], whole[:50] + bytes([whole[50] ^ 1]) + whole[51:], None):
+            if damaged is None:
+                (tmp_path / "one" / name).unlink()
+            else:
+                (tmp_path / "one" / name).write_bytes(damaged)
+            assert prepare_corpus(tmp_path / "one", settings).record == one.record
+            assert (tmp_path / "one" / name).read_bytes() == whole
     with pytest.raises(DataError, match="no validation document"):
         prepare_corpus(tmp_path / "three", CorpusSettings(0.3, 0.0, 300))
 
