@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.measure import environment
 from benchmarks.tables import table
+from scmoe_ds.markdown import code
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -87,7 +88,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         "# SwinV2-MoE on scikit-learn's digits",
         "",
-        f"`{record['command']}`",
+        code(record["command"]),
         "",
         f"{hardware}. Seeds {seeds}; {record['iterations']} iterations of 32 images; accuracy on the fifth of the 1797 "
         "images that was not trained on (359: one is 0.28 %). Each seed has a split of its own, the same for all rows.",

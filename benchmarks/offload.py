@@ -47,6 +47,7 @@ from scmoe_ds.inference.offload import offload_experts
 from scmoe_ds.inference.pregate import guess_experts
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.store import ExpertStore
+from scmoe_ds.markdown import code, escape
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import backbone_names
@@ -264,8 +265,8 @@ def markdown(record: dict[str, Any]) -> str:
         return f"{value['median']:.{digits}f} ({value['p10']:.{digits}f}–{value['p90']:.{digits}f})"
 
     where = record["environment"]
-    lines = [f"# Experts from {record['tier']}: {record['model']}, one token at a time", "",
-             f"`{record['command']}`, {where['date']}, {where['device']}, torch {where['torch']}, commit "
+    lines = [f"# Experts from {record['tier']}: {escape(record['model'])}, one token at a time", "",
+             f"{code(record['command'])}, {where['date']}, {where['device']}, torch {where['torch']}, commit "
              f"{where['commit']}; {record['dtype']} ({record['file_dtype']} in the file), {record['rounds']} rounds of "
              f"{record['tokens']} tokens; room for {record['places']} experts (top-2: twice as many).", "",
              "| | ms per pair of blocks | against resident, % | of offload's extra time removed, %; window / "
@@ -281,7 +282,7 @@ def markdown(record: dict[str, Any]) -> str:
         names = ("used", "hits", "migrations", "predicted", "confirmed")
         used = " / ".join(str(counts[name]) for name in names) if counts else "–"
         lines.append(
-            f"| {entry['row']} | {spread(entry['pair_ms'], 2)} | {spread(entry['extra_percent'], 0)} | "
+            f"| {escape(entry['row'])} | {spread(entry['pair_ms'], 2)} | {spread(entry['extra_percent'], 0)} | "
             f"{spread(entry['removed_percent'], 0)}{limit} | {entry['peak_bytes'] / 1e9:.2f} | "
             f"{entry['memory_of_resident']:.2f} | {used} | {'yes' if entry['same_text'] else 'NO'} |"
         )

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.tables import table
+from scmoe_ds.markdown import code, escape
 
 # Two-sided 95 % quantiles of Student's t with 1, 2, … degrees of freedom: with three seeds, two standard errors would
 # call one in five differences significant that are none.
@@ -125,7 +126,7 @@ def setting(record: dict[str, Any]) -> list[str]:
                       f"{corpus['tokens'][part] / 1e6:.2f} M tokens" for part in ("train", "validation"))  # fmt: skip
     optimizer = identity["deepspeed"]["optimizer"]
     return [
-        *(f"`{command}`" for command in record["commands"]),
+        *(code(command) for command in record["commands"]),
         "",
         f"{environments}. Model and loop: {flags}. {optimizer['type']}, learning rate {optimizer['params']['lr']:g}; "
         f"{record['tokens'] / 1e6:.2f} M training tokens a run, {record['tokens'] / corpus['tokens']['train']:.2f} "
@@ -142,8 +143,8 @@ def failures(record: dict[str, Any]) -> list[str]:
     """A section with the runs that have failed, if there are any."""
     failed = [run for run in record["runs"] if run["status"] == "failed"]
     lines = ["", "## Failed runs", ""] if failed else []
-    return lines + [f"- {run['variant']}, seed {run['seed']}, after {run['seconds']:.0f} s: "
-                  f"{run['error'].strip().splitlines()[-1]}" for run in failed]  # fmt: skip
+    return lines + [f"- {escape(run['variant'])}, seed {run['seed']}, after {run['seconds']:.0f} s: "
+                  f"{escape(run['error'].strip().splitlines()[-1])}" for run in failed]  # fmt: skip
 
 
 def _sequences(record: dict[str, Any]) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import scmoe_ds.markdown
 from benchmarks.measure import Spread
+from scmoe_ds.markdown import code, escape
 
 Row = dict[str, Any]
 _TITLES = {"forward": "forward", "train": "training"}
@@ -59,16 +61,15 @@ def head(record: dict[str, Any]) -> list[str]:
         f"{link['layer_ms']:.0f} ms of the baseline's MoE layer ({100 * link['share']:.0f} %)"
         for mode, link in record.get("links", {}).items()
     )
-    hardware = ", ".join(f"{key} {value}" for key, value in record["environment"].items())
+    hardware = ", ".join(escape(f"{key} {value}") for key, value in record["environment"].items())
     linked = f", linked at: {links}" if links else ""
-    return [f"`{record['command']}`", "",
+    return [code(record["command"]), "",
             f"{hardware}. Two network namespaces, one pinned rank each{linked}."]  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table; all but the first column are aligned to the right."""
-    return ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|",
-            *("| " + " | ".join(row) + " |" for row in rows)]  # fmt: skip
+    return scmoe_ds.markdown.table(header, rows, "---:")
 
 
 def _speedups(modes: dict[str, Any]) -> list[str]:

@@ -10,7 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.similarity import POSITIONS
@@ -82,6 +84,43 @@ class KindStudy:
         return float(getattr(one.dispatch, f"{phase}_ms") + getattr(one.combine, f"{phase}_ms"))
 
 
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Layer(_Part):
+    stage: int
+    block: int
+    cosine: float
+
+
+class _Position(_Part):
+    mean: float | None
+    least: float | None
+    passes: bool
+    layers: list[_Layer]
+
+
+class _Verdict(_Part):
+    text: list[str]
+    threshold: float
+    positions: dict[Literal["pos1", "pos2", "pos3"], _Position]
+
+    @field_validator("positions")
+    @classmethod
+    def _all(cls, found: dict[str, _Position]) -> dict[str, _Position]:
+        if missing := [name for name in POSITIONS if name not in found]:
+            raise ValueError(f"{missing[0]} is missing")
+        return found
+
+
+class _Record(_Part):
+    """Of a record of similarity, what the page is about."""
+
+    model: str
+    verdict: _Verdict
+
+
 def _read_json(flag: str, path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -95,15 +134,12 @@ def read_similarity(path: str) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("kind") != "similarity":
         raise AnalysisError(f'--similarity {path} is no record of "similarity", which analyze_gpt_scmoe.py writes')
     try:
-        verdict = record["verdict"]
-        _ = record["model"], verdict["text"], float(verdict["threshold"])
-        for found in [verdict["positions"][position] for position in POSITIONS]:
-            _ = found["mean"], found["least"], found["passes"]
-            _ = [(layer["stage"], layer["block"], float(layer["cosine"])) for layer in found["layers"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise AnalysisError(f"--similarity {path} is incomplete ({type(error).__name__}: {error}); run the analysis "
+        return _Record.model_validate(record).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part)[:60] for part in first["loc"])
+        raise AnalysisError(f"--similarity {path} is incomplete or damaged: {place}: {first['msg']}; run the analysis "
                             "again") from None  # fmt: skip
-    return record
 
 
 def read_times(path: str) -> list[tuple[Description, OperatorTimes]]:
@@ -121,8 +157,8 @@ def read_times(path: str) -> list[tuple[Description, OperatorTimes]]:
             found += [(description, times) for times in find_times([entry], [description], (1,), source)]
         except ScMoEConfigError as error:
             raise AnalysisError(str(error)) from None
-        if type(top_k := description.get("top_k", 1)) is not int or top_k < 1:
-            raise AnalysisError(f"{source} is damaged: top_k {top_k!r} is no number of experts")
+        if type(top_k := description.get("top_k", 1)) is not int or not 1 <= top_k <= 10**6:
+            raise AnalysisError(f"{source} is damaged: top_k {str(top_k)[:40]!r} is no number of experts")
     return found
 
 

@@ -9,10 +9,12 @@ import itertools
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from scmoe_ds import markdown
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.feasibility import MODES, KindStudy, conclude
 from scmoe_ds.overlap.plan_text import schedule_text
@@ -129,11 +131,14 @@ def figure(kinds: list[KindStudy]) -> Figure:
 
 
 def _markdown(tag: str, value: Any, picture: str) -> str:
+    """What the two files hold is text of others, in the model's name, in descriptions and in the verdict."""
     if tag == "table":
-        head, *rows = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in value)
-        return "\n".join([head, "|---" * len(value[0]) + "|", *rows])
-    before = {"h1": "# ", "h2": "## ", "pre": "```json\n", "img": "!["}.get(tag, "")
-    return f"{before}{value}" + {"pre": "\n```", "img": f"]({picture})"}.get(tag, "")
+        return "\n".join(markdown.table(value[0], value[1:]))
+    if tag == "pre":
+        return f"```json\n{value}\n```"
+    if tag == "img":
+        return f"![{markdown.escape(value)}]({quote(picture)})"
+    return {"h1": "# ", "h2": "## "}.get(tag, "") + markdown.paragraph(value)
 
 
 def _html(tag: str, value: Any, png: bytes) -> str:
@@ -149,13 +154,13 @@ def write(record: dict[str, Any], kinds: list[KindStudy], prefix: str) -> list[P
     """Writes <prefix>.md, .html and .png; an AnalysisError if they cannot be written."""
     picture, page = io.BytesIO(), parts(record, kinds)
     figure(kinds).savefig(picture, format="png", dpi=120)
-    markdown, web, png = (Path(prefix + suffix) for suffix in (".md", ".html", ".png"))
+    text, web, png = (Path(prefix + suffix) for suffix in (".md", ".html", ".png"))
     head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ScMoE</title><style>{_STYLE}</style>'
     body = "\n".join(_html(tag, value, picture.getvalue()) for tag, value in page)
     try:
-        markdown.write_text("\n\n".join(_markdown(*part, png.name) for part in page) + "\n", encoding="utf-8")
+        text.write_text("\n\n".join(_markdown(*part, png.name) for part in page) + "\n", encoding="utf-8")
         web.write_text(f"{head}</head><body>\n{body}\n</body></html>\n", encoding="utf-8")
         png.write_bytes(picture.getvalue())
     except OSError as error:
         raise AnalysisError(f"--output-prefix {prefix} cannot be written ({error})") from None
-    return [markdown, web, png]
+    return [text, web, png]

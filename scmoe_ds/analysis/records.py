@@ -69,12 +69,15 @@ def save(record: dict[str, Any], path: str) -> list[Path]:
 
 def draw(record: dict[str, Any], json_path: Path) -> Path:
     """Writes a record's figure beside its JSON file."""
-    from scmoe_ds.analysis import figures  # matplotlib takes a second to import
+    import matplotlib  # takes a second to import
+
+    from scmoe_ds.analysis import figures
 
     drawn = {"similarity": figures.similarity, "gating": figures.gating, "gradients": figures.gradients}
     picture = json_path.with_suffix(".png")
     try:
-        drawn[record["kind"]](record).savefig(picture, dpi=150)
+        with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a path is no formula
+            drawn[record["kind"]](record).savefig(picture, dpi=150)
     except OSError as error:
         raise AnalysisError(f"{picture} cannot be written ({error})") from None
     return picture
@@ -88,7 +91,7 @@ def redraw(path: str, kind: str) -> Path:
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AnalysisError(f"--from-json {path} cannot be read as JSON: {error}") from None
     found = record.get("kind") if isinstance(record, dict) else None
     if found != kind:
@@ -96,6 +99,9 @@ def redraw(path: str, kind: str) -> Path:
         raise AnalysisError(f'--from-json {path} is no record of "{kind}"{remedy}')
     try:
         return draw(record, Path(path))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise AnalysisError(f"--from-json {path} is incomplete ({type(error).__name__}: {error}); run the analysis "
-                            "again") from None  # fmt: skip
+    except AnalysisError:
+        raise
+    except Exception as error:  # a record of others may hold anything, and matplotlib raises anything
+        said = " ".join(str(error).split())[:200]
+        raise AnalysisError(f"--from-json {path} is incomplete or damaged ({type(error).__name__}: {said}); run the "
+                            "analysis again") from None  # fmt: skip
