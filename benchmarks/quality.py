@@ -200,6 +200,19 @@ class Benchmark:
         self.figure(record.content).savefig(output.with_suffix(".png"), dpi=110)
 
 
+def _tables_of(benchmark: Benchmark, path: Path) -> None:
+    """
+    Raises:
+        QualityError: no record, or one in which something is missing or of another type.
+    """
+    record = Record.read(path, benchmark.name)
+    try:
+        benchmark.save_tables(record, path)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise QualityError(f"{path} is incomplete or damaged ({type(error).__name__}: {error}); take another record"
+                           ) from None  # fmt: skip
+
+
 def parse(benchmark: Benchmark, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags of such a program."""
     short_name = benchmark.settings.stem
@@ -269,7 +282,7 @@ def run(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes save
     try:
         if args.from_json:
-            benchmark.save_tables(Record.read(args.from_json, benchmark.name), args.from_json)
+            _tables_of(benchmark, args.from_json)
             return 0
         return measure(benchmark, args, command)
     except (QualityError, DataError) as error:

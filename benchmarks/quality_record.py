@@ -116,6 +116,9 @@ def load_plan(path: Path, preset: str) -> Plan:
         QualityError: no such file or preset, a section that is no valid "scmoe" section, a claim about no variant.
     """
     whole = _read_settings(path)
+    for key, kind in (("presets", dict), ("variants", dict), ("references", list), ("claims", list)):
+        if not isinstance(whole.get(key), kind):
+            raise QualityError(f'--settings {path}: "{key}" is missing or of another type; see benchmarks/quality.json')
     if preset not in whole["presets"]:
         raise QualityError(f"--preset {preset}: {path} has {', '.join(whole['presets'])}")
     variants = {name: dict(own) for name, own in whole["variants"].items()}
@@ -143,11 +146,16 @@ def load_plan(path: Path, preset: str) -> Plan:
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(whole, dict):
+            raise ValueError("not a JSON object")
+        base_name = whole.pop("extends", None)
+        if base_name is None:
+            return whole
+        base = _read_settings(path.parent / str(base_name))
+    except QualityError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # also of a file that extends itself
         raise QualityError(f"--settings {path}: cannot be read ({error})") from None
-    if "extends" not in whole:
-        return dict(whole)
-    base = _read_settings(path.parent / whole.pop("extends"))
     return {**_merged(base, whole), "variants": whole["variants"]}
 
 
@@ -174,7 +182,7 @@ class Record:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise QualityError(f"{path} cannot be read ({error})") from None
         if (
             not isinstance(content, dict)

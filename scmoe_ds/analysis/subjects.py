@@ -131,12 +131,21 @@ def open_hugging_face(directory: str, dtype: str | None, device: torch.device) -
     local_directory(directory)
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AnalysisError(f"--hf-model {directory} does not load as a causal language model: {reason}") from None
+    model = load_hugging_face(AutoModelForCausalLM, directory, "a causal language model")
     return model.to(device=device, dtype=DTYPES[dtype] if dtype else None).eval()
+
+
+def load_hugging_face(kind: Any, directory: str, what: str) -> Any:
+    """A model of a class of transformers; no code that the directory brings along is run.
+
+    Raises:
+        AnalysisError: it does not load.
+    """
+    try:
+        return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise AnalysisError(f"--hf-model {directory} does not load as {what}: {reason}") from None
 
 
 def local_directory(directory: str) -> Path:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scmoe_ds.analysis.errors import AnalysisError
-from scmoe_ds.analysis.subjects import local_directory
+from scmoe_ds.analysis.subjects import load_hugging_face, local_directory
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.convert import open_weights
 from scmoe_ds.checkpoint.names import global_names
@@ -68,13 +68,14 @@ def open_hugging_face_swin(directory: str, device: torch.device) -> nn.Module:
     """
     try:
         config = json.loads((local_directory(directory) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AnalysisError(f"--hf-model {directory}: its config.json cannot be read ({error})") from None
-    if config.get("model_type") != "swinv2":
-        raise AnalysisError(f'--images goes with a SwinV2; --hf-model {directory} is a "{config.get("model_type")}"')
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "swinv2":
+        raise AnalysisError(f'--images goes with a SwinV2; --hf-model {directory} is a "{kind}"')
     from transformers import Swinv2Model
 
-    model: Any = Swinv2Model.from_pretrained(directory, local_files_only=True)
+    model = load_hugging_face(Swinv2Model, directory, "a SwinV2")
     return model.to(device).eval()
 
 

@@ -207,7 +207,11 @@ def locate(path: Path, flag: str = "", remedy: str = "name one that a training r
         CheckpointError: it stands for none.
     """
     name = f"{flag}{path}"
-    if path.exists() and not path.is_dir():
+    try:
+        is_file = path.exists() and not path.is_dir()
+    except OSError as error:  # a name that is too long, for one
+        raise CheckpointError(f"{flag}{str(path)[:200]}: cannot be read ({error.strerror}); {remedy}") from None
+    if is_file:
         raise CheckpointError(f"{name}: is a file, not a directory of checkpoints; name the directory")
     if is_export(path) or (path / files.DESCRIPTION_FILE).is_file():
         return path

@@ -246,3 +246,15 @@ def test_an_honest_export_is_read(good: Path, tmp_path: Path) -> None:
     path = changed(good, tmp_path / "export", CONFIG_FILE, lambda whole: whole["gpt"].pop("residual_scale"))
     assert TrainedModel.open(path).settings.residual_scale == 1.0
     assert export(good, tmp_path / "again") == 1
+
+
+@pytest.mark.parametrize("text", ["[", "[]", "[" * 100_000, "{}", '{"model_type": "swinv2"}', '{"model_type": "swinv2", "depths": 3}',
+                                  '{"model_type": "gpt2", "n_layer": "x"}', '{"model_type": "x", "auto_map": {"AutoModelForCausalLM": "evil.X"}}'])  # fmt: skip
+def test_hugging_face_models(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    (tmp_path / "text.txt").write_text("abc")
+    for what in (["--images", "digits"], ["--text-file", str(tmp_path / "text.txt")]):
+        flags = ["--hf-model", str(tmp_path), *what, "--output", str(tmp_path / "out.json")]
+        assert analyze_gpt_scmoe.main(["similarity", *flags]) == 2
+        assert f"--hf-model {tmp_path}" in capsys.readouterr().err

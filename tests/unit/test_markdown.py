@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import analyze_gpt_scmoe
-from benchmarks import tables
+from benchmarks import quality, tables
 from scmoe_ds.markdown import code, escape, paragraph, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,3 +147,17 @@ def test_a_dollar_is_no_formula(tmp_path: Path) -> None:
     whole = json.loads((ROOT / "benchmarks" / "results" / "analysis_similarity_scmoe.json").read_text())
     (tmp_path / "r.json").write_text(json.dumps({**whole, "model": "runs/$\\frac{$"}))
     assert analyze_gpt_scmoe.main(["similarity", "--from-json", str(tmp_path / "r.json")]) == 0
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "3", "{}", json.dumps({"benchmark": "benchmarks.quality", "identity": {}, "corpus": {},
+                                                                         "variants": {}, "runs": [3]})])  # fmt: skip
+def test_damaged_records_of_benchmarks(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.json").write_text(text)
+    assert quality.main(["--from-json", str(tmp_path / "r.json")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_settings_that_extend_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "s.json").write_text('{"extends": "s.json"}')
+    assert quality.main(["--settings", str(tmp_path / "s.json")]) == 2
+    assert f"--settings {tmp_path / 's.json'}: cannot be read" in capsys.readouterr().err
