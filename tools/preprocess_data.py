@@ -288,7 +288,7 @@ def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
     size = 0
     for item in items:
         chunk.append(item)
-        size += len(item.line)
+        size += len(item.line) or os.path.getsize(item.path)
         if len(chunk) == _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0

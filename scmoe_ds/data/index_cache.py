@@ -100,8 +100,9 @@ class IndexCache:
         try:
             yield
         except OSError as error:
+            no_room = f"there is no room ({error})"  # NumPy's own words carry no reason
             raise DataError(
-                f"cannot write the index cache in {self.directory}: {error.strerror or error}. Set --data-cache-path "
+                f"cannot write the index cache in {self.directory}: {error.strerror or no_room}. Set --data-cache-path "
                 "to a writable directory that has room and that all nodes share."
             ) from error
 

@@ -110,7 +110,7 @@ def _load(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any
         try:
             loaded = manager.load([name])
         except Exception as error:  # data sets, YAML, Jinja and the tasks' own code raise anything
-            said = " ".join(str(error).split())
+            said = " ".join(f"{error} {error.__cause__ or ''}".split())
             raise EvaluationError(
                 f"--tasks {name}: its definition or data cannot be read from local files ({type(error).__name__}: "
                 f"{said[:300]}): nothing is downloaded; name your files as dataset_kwargs.data_files in a task of "

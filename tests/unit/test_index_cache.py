@@ -94,6 +94,17 @@ def test_a_whole_cache_is_read_without_a_word_and_without_writing(
     assert not caplog.records
 
 
+def test_a_disk_that_fills_up_under_numpy_is_one_sentence(
+    settings: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise OSError("9600 requested and 4064 written")
+
+    monkeypatch.setattr(index_cache.np, "save", short)
+    with pytest.raises(DataError, match=r"cache: there is no room \(9600 requested and 4064 written\)\. Set --data-c"):
+        samples(settings)
+
+
 @pytest.mark.parametrize(("place", "code"), [("TemporaryFile", errno.EROFS), ("save", errno.ENOSPC)])
 def test_a_directory_that_cannot_be_written_is_one_sentence(
     settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, code: int
