@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,22 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def carried_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Names and contents of the files that go into a checkpoint; none if they are too large."""
-    files = tokenizer.files()
-    size = sum(map(len, files.values()))
-    if size > MOST_BYTES:
-        logger.info(f"checkpoints record the tokenizer, but not its files ({size / 1e6:.0f} MB, more than "
-                    f"{MOST_BYTES / 1e6:.0f}): name them when you load one")  # fmt: skip
+    """Names and contents of the files that go into a checkpoint; none if they are too large, or do not make the same
+    tokenizer again."""
+    try:
+        files = tokenizer.files()
+        size = sum(map(len, files.values()))
+        if size > MOST_BYTES:
+            raise DataError(f"{size / 1e6:.0f} MB, more than {MOST_BYTES / 1e6:.0f}")
+        with tempfile.TemporaryDirectory() as directory:
+            for name, content in files.items():
+                Path(directory, name).write_bytes(content)
+            if describe(tokenizer_in(Path(directory), tokenizer.name)) != describe(tokenizer):
+                raise DataError("what it saves makes another tokenizer")
+    except Exception as error:  # a tokenizer of transformers may raise anything when it saves itself
+        reason = " ".join(str(error).split())[:200]
+        logger.info(f"checkpoints record the tokenizer, but do not carry its files ({reason}): name them when you load "
+                    "one")  # fmt: skip
         return {}
     return files
 
@@ -83,8 +94,8 @@ def recorded_tokenizer(directory: Path, found: Record, flag: str) -> Tokenizer:
     """
     checked = _checked(directory, found)
     if not checked["files"] and checked["type"] != "ByteTokenizer":
-        raise CheckpointError(f"{flag} {directory} was trained with {_text(checked)}, but does not carry its files, "
-                              "which are large; name them with --tokenizer-type and the flags of training")  # fmt: skip
+        raise CheckpointError(f"{flag} {directory} was trained with {_text(checked)}, but does not carry its files; "
+                              "name them with --tokenizer-type and the flags of training")  # fmt: skip
     try:
         tokenizer = tokenizer_in(directory, checked["type"])
     except (DataError, OSError) as error:

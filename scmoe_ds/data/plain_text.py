@@ -18,35 +18,34 @@ Encode = Callable[[str], list[int]]
 
 
 def plain_encoder(tokenizer: Any) -> Encode:
-    """The function from a text to its ids, with no special token added around it.
+    """The function from a text to its ids, with no special token added around it; it can be pickled.
 
     Args:
         tokenizer: of transformers, backed by `tokenizers` ("fast") or by Python ("slow").
     """
     added = tokenizer.added_tokens_decoder.values()
     control = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    if tokenizer.is_fast:
-        return _fast_encoder(tokenizer.backend_tokenizer.to_str(), control)
-    return _slow_encoder(tokenizer, control)
+    return (_FastEncoder if tokenizer.is_fast else _SlowEncoder)(tokenizer, control)
 
 
-def _fast_encoder(saved: str, control: set[str]) -> Encode:
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.pre_tokenizers import Sequence, Split
+class _FastEncoder:
+    def __init__(self, tokenizer: Any, control: set[str]) -> None:
+        from tokenizers import Regex, Tokenizer
+        from tokenizers.pre_tokenizers import Sequence, Split
 
-    encoder = Tokenizer.from_str(saved)  # a copy: the tokenizer itself stays as its files have it
-    encoder.encode_special_tokens = True
-    encoder.no_truncation()
-    encoder.no_padding()
-    reachable = _reachable(json.loads(saved), control)
-    if reachable:
-        cut = Split(Regex(_first_characters(reachable)), "merged_with_previous")
-        encoder.pre_tokenizer = cut if encoder.pre_tokenizer is None else Sequence([encoder.pre_tokenizer, cut])
+        saved = tokenizer.backend_tokenizer.to_str()
+        encoder = Tokenizer.from_str(saved)  # a copy: the tokenizer itself stays as its files have it
+        encoder.no_truncation()
+        encoder.no_padding()
+        reachable = _reachable(json.loads(saved), control)
+        if reachable:
+            cut = Split(Regex(_first_characters(reachable)), "merged_with_previous")
+            encoder.pre_tokenizer = cut if encoder.pre_tokenizer is None else Sequence([encoder.pre_tokenizer, cut])
+        self._encoder = encoder
 
-    def encode(text: str) -> list[int]:
-        return list(encoder.encode(text, add_special_tokens=False).ids)
-
-    return encode
+    def __call__(self, text: str) -> list[int]:
+        self._encoder.encode_special_tokens = True  # pickling forgets it
+        return list(self._encoder.encode(text, add_special_tokens=False).ids)
 
 
 def _reachable(saved: dict[str, Any], control: set[str]) -> set[str]:
@@ -72,24 +71,25 @@ def _first_characters(words: Iterable[str]) -> str:
     return "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
 
 
-def _slow_encoder(tokenizer: Any, control: set[str]) -> Encode:
-    if hasattr(tokenizer, "tokens_trie"):
-        ordinary = type(tokenizer.tokens_trie)()
-        for token in tokenizer.added_tokens_decoder.values():
-            if not token.special and token.content not in control:
-                ordinary.add(token.content)
-        tokenizer.tokens_trie = ordinary
-    forbidden = set(tokenizer.convert_tokens_to_ids(sorted(control))) - {tokenizer.unk_token_id}
-    spelled = re.compile(_first_characters(word for word in control if len(word) > 1) or "(?!)")
+class _SlowEncoder:
+    def __init__(self, tokenizer: Any, control: set[str]) -> None:
+        self._tokenizer = tokenizer
+        if hasattr(tokenizer, "tokens_trie"):
+            ordinary = type(tokenizer.tokens_trie)()
+            for token in tokenizer.added_tokens_decoder.values():
+                if not token.special and token.content not in control:
+                    ordinary.add(token.content)
+            tokenizer.tokens_trie = ordinary
+        self._forbidden = set(tokenizer.convert_tokens_to_ids(sorted(control))) - {tokenizer.unk_token_id}
+        self._spelled = re.compile(_first_characters(word for word in control if len(word) > 1) or "(?!)")
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if forbidden.isdisjoint(ids):
-            return list(ids)
+    def __call__(self, text: str) -> list[int]:
+        ids = self._ids(text)
+        if self._forbidden.isdisjoint(ids):
+            return ids
         # Some tokenizers look for control tokens by themselves, as a whole text or a whole word.
-        places = [0, *(match.end() for match in spelled.finditer(text)), len(text)]
-        pieces = [text[begin:end] for begin, end in pairwise(places) if begin < end]
-        return [token for piece in pieces
-                for token in tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]]  # fmt: skip
+        places = [0, *(match.end() for match in self._spelled.finditer(text)), len(text)]
+        return [token for begin, end in pairwise(places) if begin < end for token in self._ids(text[begin:end])]
 
-    return encode
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

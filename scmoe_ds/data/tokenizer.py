@@ -207,10 +207,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod = int(self._tokenizer.eos_token_id)
         self._encode = plain_encoder(self._tokenizer)
         end = str(self._tokenizer.eos_token)
-        if any(self.eod in self._encode(text) for text in (end, f"a{end}b", f"a {end} b")):
+        unknown = "\U0010fffd"  # where the token for unknown text is the end-of-sequence token
+        if any(self.eod in self._encode(text) for text in (end, f"a{end}b", f"a {end} b", unknown)):
             raise DataError(
-                f"--tokenizer-model {tokenizer_model}: the end-of-sequence token {end!r} is ordinary text, so that a "
-                'text could end a document. Set "eos_token" in its tokenizer_config.json to a token of its own.'
+                f"--tokenizer-model {tokenizer_model}: ordinary text can become the end-of-sequence token {end!r}, so "
+                'that it could end a document. Set "eos_token" in its tokenizer_config.json to a token of its own.'
             )
         self._describe(f"{i}\t{token}\n".encode() for token, i in sorted(vocabulary.items()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import string
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def save_fast(directory: Path, kind: str) -> HuggingFaceTokenizer:
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "bpe that looks up words", "bpe with a merge of it"])
 def test_fast_tokenizers_give_characters(kind: str, tmp_path: Path) -> None:
-    tokenizer = save_fast(tmp_path, kind)
+    tokenizer = pickle.loads(pickle.dumps(save_fast(tmp_path, kind)))  # as worker processes get it
     ids = tokenizer._tokenizer.get_vocab()
     for text in TEXTS:
         found = tokenizer.tokenize(text)
@@ -106,6 +107,7 @@ def ctrl(tmp_path: Path) -> Any:
 
 
 def test_slow_tokenizers(ctrl: HuggingFaceTokenizer) -> None:
+    ctrl = pickle.loads(pickle.dumps(ctrl))
     slow = ctrl._tokenizer
     assert not slow.is_fast
     for text in ("</s>", "a</s>b", "was <s>old</s> now", " </s> "):
@@ -126,10 +128,15 @@ def test_byt5(tmp_path: Path) -> None:
 
 
 def test_an_end_of_sequence_that_is_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_object=fast("bpe"), unk_token="<unk>", eos_token=".").save_pretrained(
         str(tmp_path)
     )
-    with pytest.raises(DataError, match=r"end-of-sequence token '\.' is ordinary text"):
+    words, unknown = tmp_path / "words", Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+    PreTrainedTokenizerFast(tokenizer_object=unknown, unk_token="</s>", eos_token="</s>").save_pretrained(str(words))
+    with pytest.raises(DataError, match=r"the end-of-sequence token '</s>'"):
+        HuggingFaceTokenizer(str(words))
+    with pytest.raises(DataError, match=r"ordinary text can become the end-of-sequence token '\.'"):
         HuggingFaceTokenizer(str(tmp_path))
