@@ -26,7 +26,7 @@ from scmoe_ds.deepspeed_gradients import check_clipping, check_output
 from scmoe_ds.deepspeed_json import load_deepspeed_json
 from scmoe_ds.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
-from scmoe_ds.output import steady_monitors
+from scmoe_ds.output import steady_monitors, without_full_disks
 from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.overlap.transport import probe
 from scmoe_ds.pairs import applied_to, describe_pair, describe_schedules, pairs_of
@@ -109,6 +109,7 @@ def initialize(
         prepare_whole_experts(model, section)
     if dist.get_rank() == 0:
         warn(whole)
+        whole = without_full_disks(whole)
     if getattr(args, "deepspeed_config", None) is not None:
         args = copy.copy(args)
         args.deepspeed_config = None  # DeepSpeed accepts one source

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from deepspeed.monitor.monitor import Monitor
 
+_PROBE_BYTES = 1 << 16
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 logger = logging.getLogger("scmoe_ds")
 
 
@@ -75,6 +79,30 @@ def steady_output(stdout: bool = True) -> Iterator[None]:
             except OSError:  # the interpreter would fail for what is still in the buffer, and end with code 120
                 with suppress(OSError, ValueError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def without_full_disks(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's JSON without the monitors whose disk is full already: to make them would fail. For rank 0.
+
+    Other reasons for which a directory cannot be written are their user's to mend, and stay.
+    """
+    kept = dict(whole)
+    for name in ("tensorboard", "csv_monitor"):
+        section = whole.get(name)
+        if not isinstance(section, Mapping) or not section.get("enabled"):
+            continue
+        directory = os.path.join(section.get("output_path") or "", section.get("job_name") or "")
+        try:
+            os.makedirs(directory or ".", exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory or ".") as probe:
+                probe.write(bytes(_PROBE_BYTES))
+        except OSError as error:
+            if error.errno in _FULL:
+                logger.warning(
+                    "%s: %s cannot be written: %s. The job goes on without it", name, directory, error.strerror
+                )
+                kept[name] = {**section, "enabled": False}
+    return kept
 
 
 def steady_monitors(master: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import subprocess
@@ -78,3 +79,18 @@ def test_a_monitor_that_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "job" / "Train_loss.csv").unlink()
     monitor.write_events([("Train/loss", 0.5, 3)])
     assert (tmp_path / "job" / "Train_loss.csv").read_text().splitlines()[-1] == "3,0.5"
+
+
+def test_a_monitor_whose_disk_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    whole = {"tensorboard": section, "csv_monitor": {**section, "enabled": False}, "train_batch_size": 2}
+    assert output.without_full_disks(whole) == whole
+
+    def refuse(dir: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
+    caplog.set_level(logging.WARNING, "scmoe_ds")
+    assert output.without_full_disks(whole) == {**whole, "tensorboard": {**section, "enabled": False}}
+    assert f"tensorboard: {tmp_path}/job cannot be written: No space left on device" in caplog.text
