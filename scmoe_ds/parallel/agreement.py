@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pickle
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from scmoe_ds.parallel import watch
 
 T = TypeVar("T")
-_steps = itertools.count()
 
 
 class RankDisagreementError(ValueError):
@@ -79,13 +75,8 @@ def wait_for_all() -> None:
 
     Where no guardian would end a job whose rank is dead, the next collective has to: then this does not wait.
     """
-    if not _distributed() or watch.active is None:
-        return
-    store, key, pause_s = distributed_c10d._get_default_store(), f"scmoe/step/{next(_steps)}", 1e-3
-    store.add(key, 1)
-    while store.add(key, 0) < dist.get_world_size():
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, 0.5)
+    if _distributed() and watch.active is not None:
+        watch.active.wait_for_all()
 
 
 def require_agreement(name: str, value: Any) -> None:

@@ -129,6 +129,7 @@ class Guardian:
         self.members: dict[int, Lines] = {}  # of the hub: rank to connection
         self.heard: dict[int, float] = {}  # of the hub: rank to the time of its last word; of others: 0 to the hub's
         self.board: dict[int, dict[str, Any]] = {}
+        self.arrived: dict[int, int] = {}  # of the hub: step to the number of ranks that have come to it
         self.silent_since: dict[int, float] = {}  # of the hub
         self.standing: dict[int, dict[str, Any]] = {}  # of the hub: where main threads have been for some seconds
         if rank == 0 and ranks > 1:
@@ -165,6 +166,11 @@ class Guardian:
             if "hub" in message:
                 self._connect(*message["hub"])
             self.done = self.done or "done" in message
+            if "step" in message:
+                if self.rank == 0:
+                    self._count(message["step"])
+                elif self.hub is not None:
+                    self.hub.send({"step": message["step"]})
             if "stands" in message:
                 self._report({"stands": message["stands"]})
             if "note" in message:
@@ -223,7 +229,9 @@ class Guardian:
         try:
             connection = socket.create_connection((address, port), timeout=5)
         except OSError:
-            return  # this rank is watched here alone
+            self.control.send({"joined": False})  # this rank is watched here alone
+            return
+        self.control.send({"joined": True})
         self.hub = Lines(connection)
         self.hub.send({"rank": self.rank, "token": token})
         self.heard[0] = self.now
@@ -237,6 +245,7 @@ class Guardian:
             if lines.rank is not None:  # without a word of its rank: somebody has killed the guardian alone
                 del self.members[lines.rank]
                 self.heard.pop(lines.rank, None)
+                self._tell_all({"joined": False})
             return
         for message in messages:
             if lines.rank is None and message.get("token") == self.token:
@@ -247,6 +256,8 @@ class Guardian:
             if lines.rank is None:
                 continue  # a stranger
             self.heard[lines.rank] = self.now
+            if "step" in message:
+                self._count(message["step"])
             if "entry" in message:
                 self._note(lines.rank, message["entry"])
 
@@ -257,6 +268,7 @@ class Guardian:
             self.selector.unregister(self.hub.socket)
             self.hub = None
             self.heard.clear()
+            self.control.send({"joined": False})
             return
         self.heard[0] = self.now
         if self.board.get(0, {}).pop("unheard", False):
@@ -267,6 +279,15 @@ class Guardian:
                 self.control.send({"board": message["board"]})
             if "dead" in message:
                 self._die(message["dead"])
+            if "reached" in message or "joined" in message:
+                self.control.send(message)
+
+    def _count(self, step: int) -> None:
+        """On the hub: one more rank has come to a step."""
+        self.arrived[step] = self.arrived.get(step, 0) + 1
+        if self.arrived[step] == self.ranks:
+            del self.arrived[step]
+            self._tell_all({"reached": step})
 
     def _report(self, entry: dict[str, Any]) -> None:
         """Tells all ranks something about this one."""

@@ -35,30 +35,32 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if "RANK" in environment:
         return
-    for name, variables, size_on_host, key, is_task in (
-        ("Open MPI", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_SIZE",
-         environment.get("OMPI_COMM_WORLD_LOCAL_SIZE"), environment.get("PMIX_NAMESPACE", ""), _under_mpi()),
-        # An interactive shell under `srun --pty` is a task, but the programs that are started in it are not.
-        ("Slurm", "SLURM_PROCID SLURM_LOCALID SLURM_STEP_NUM_TASKS",
-         environment.get("SLURM_STEP_NUM_TASKS") if environment.get("SLURM_STEP_NUM_NODES") == "1" else None,
-         f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}",
-         "SLURM_STEP_ID" in environment and "SLURM_PTY_PORT" not in environment),
-    ):  # fmt: skip
-        rank, local_rank, ranks = (environment.get(variable) for variable in variables.split())
-        if not is_task or rank is None or local_rank is None or ranks is None or ranks == "1":
-            continue
-        if "MASTER_ADDR" not in environment:
-            if size_on_host != ranks:
-                raise LauncherError(
-                    f"{name} started {ranks} processes on several hosts, but MASTER_ADDR is not set: export it (the "
-                    "host of rank 0, as the others reach it) and MASTER_PORT, or start with the deepspeed launcher"
-                )
-            environment["MASTER_ADDR"] = "127.0.0.1"
-            # The same on all ranks, and another one for another job on this host.
-            environment.setdefault("MASTER_PORT", str(20000 + zlib.crc32(key.encode()) % 10000))
-        environment.setdefault("MASTER_PORT", "29500")
-        environment.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=ranks)
+    if "OMPI_COMM_WORLD_RANK" in environment and _under_mpi():
+        on_one_host = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == environment.get("OMPI_COMM_WORLD_SIZE")
+        variables = "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_SIZE"
+        _adopt(environment, "Open MPI", variables, on_one_host, environment.get("PMIX_NAMESPACE", ""))
+    # An interactive shell under `srun --pty` is a task, but the programs that are started in it are not.
+    elif "SLURM_STEP_ID" in environment and "SLURM_PTY_PORT" not in environment:
+        job = f"{environment.get('SLURM_JOB_ID')}.{environment['SLURM_STEP_ID']}"
+        on_one_host = environment.get("SLURM_STEP_NUM_NODES") == "1"
+        _adopt(environment, "Slurm", "SLURM_PROCID SLURM_LOCALID SLURM_STEP_NUM_TASKS", on_one_host, job)
+
+
+def _adopt(environment: MutableMapping[str, str], name: str, variables: str, on_one_host: bool, job: str) -> None:
+    rank, local_rank, ranks = (environment.get(variable) for variable in variables.split())
+    if rank is None or local_rank is None or ranks is None or ranks == "1":
         return
+    if "MASTER_ADDR" not in environment:
+        if not on_one_host:
+            raise LauncherError(
+                f"{name} started {ranks} processes on several hosts, but MASTER_ADDR is not set: export it (the "
+                "host of rank 0, as the others reach it) and MASTER_PORT, or start with the deepspeed launcher"
+            )
+        environment["MASTER_ADDR"] = "127.0.0.1"
+        # The same on all ranks, and another one for another job on this host.
+        environment.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 10000))
+    environment.setdefault("MASTER_PORT", "29500")
+    environment.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=ranks)
 
 
 def end_with_parent() -> None:

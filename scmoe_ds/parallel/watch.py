@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import distributed_c10d
+import torch.distributed as dist
 
 from scmoe_ds.parallel import stopping
 from scmoe_ds.parallel.guardian import Lines
@@ -29,7 +30,6 @@ _OWN_WORDS_S = 5.0
 """So long a dead job's main thread may take to end by itself, with what it knows, before it is ended."""
 _STANDS_S = 3.0
 _IN_COLLECTIVE = re.compile(r"torch.distributed|scmoe_ds.overlap|agreed|wait_for_all")
-_HUB = "scmoe/hub"
 NOTE_LENGTH = 400
 
 active: Watch | None = None
@@ -54,6 +54,8 @@ class Watch:
         self.board: dict[int, dict[str, Any]] = {}
         self.launcher_is_lost = self._closing = False
         self._hub: dict[str, Any] | None = None
+        self._joined: bool | None = None  # whether the guardians of all ranks are connected
+        self._steps, self._reached, self._news = itertools.count(1), 0, threading.Event()
         self._limit: tuple[float, str] | None = None
         self._stack: list[Any] = []
         self._since, self._place = 0.0, ""
@@ -95,20 +97,37 @@ class Watch:
         finally:
             self._limit = None
 
-    def join(self, timeout_s: float = 5.0) -> None:
-        """Connects the guardians; called when the process group's store is there. Collective."""
+    def join(self, timeout_s: float = 6.0) -> None:
+        """Connects the guardians; called as soon as there is a process group. Collective."""
         if self.ranks == 1:
             return
-        store = distributed_c10d._get_default_store()
+        deadline = time.monotonic() + timeout_s
         if self.rank == 0:
-            deadline = time.monotonic() + timeout_s
             while self._hub is None and self._control is not None and time.monotonic() < deadline:
                 time.sleep(0.01)
-            store.set(_HUB, json.dumps(self._hub))
-            return
-        hub = json.loads(store.get(_HUB))
-        if hub is not None and self._control is not None:
-            self._control.send({"hub": [os.environ["MASTER_ADDR"], hub["port"], hub["token"]]})
+        hubs = [self._hub]
+        dist.broadcast_object_list(hubs)
+        if self.rank and hubs[0] is not None and self._control is not None:
+            address = [os.environ["MASTER_ADDR"], hubs[0]["port"], hubs[0]["token"]]
+            self._control.send({"hub": address})
+            while self._joined is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        joined: list[Any] = [None] * self.ranks
+        dist.all_gather_object(joined, bool(self._joined) if self.rank else hubs[0] is not None)
+        self._joined = all(joined) and self._joined is not False
+
+    def wait_for_all(self) -> None:
+        """Returns when all ranks have called it, however long that takes. Collective.
+
+        It needs neither torch's store, which may be in a launcher that has gone, nor a collective with its limit. Where
+        the guardians are not connected it returns at once.
+        """
+        step = next(self._steps)
+        if self._control is not None:
+            self._control.send({"step": step})
+        while self._joined and self._reached < step:
+            self._news.wait(1.0)
+            self._news.clear()
 
     def note(self, text: str, is_cause: bool) -> None:
         """Tells the other ranks why this one ends."""
@@ -215,9 +234,13 @@ class Watch:
         messages = self._control.receive()
         if messages is None:
             self._selector.unregister(self._control.socket)
+            self._joined = False
             return
         for message in messages:
             self._hub = message if "port" in message else self._hub
+            self._joined = message.get("joined", self._joined)
+            self._reached = message.get("reached", self._reached)
+            self._news.set()
             if "launcher" in message:
                 self.launcher_is_lost = True
                 print(f"{self.program}: the launcher of rank {self.rank} has gone or is stopped: the job ends as after "

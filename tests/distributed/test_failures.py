@@ -210,7 +210,8 @@ def test_a_signal_in_a_validation_is_obeyed_in_it(tmp_path: Path) -> None:
 def long_step_under_a_short_limit() -> str:
     """The result of a step that takes twice the limit of collectives on rank 0."""
     limit_world(timedelta(seconds=2))
-    with Watch("test", timeout_s=2.0):
+    with Watch("test", timeout_s=2.0) as watch:
+        watch.join()
         return str(run_together(lambda: time.sleep(4.0 * (dist.get_rank() == 0)) or "done"))
 
 
