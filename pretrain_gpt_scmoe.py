@@ -75,10 +75,10 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     )  # fmt: skip
     description = checkpoint.describe(shape, config, ranks, whole, run)
     description["tokenizer"] = record(describe(tokenizer), carried or {})
+    if args.save:
+        checkpoint.claim(args.save)
     source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
     datasets = load_data(args, settings, data, replicas, source)
-    if args.save:
-        checkpoint.check_writable(args.save)
 
     model = build_model(shape, config, args)
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)

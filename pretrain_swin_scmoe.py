@@ -61,11 +61,11 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
         split=split_shares(args.split),
     )  # fmt: skip
     description = checkpoint.describe(shape, config, ranks, whole, run)
+    if args.save:
+        checkpoint.claim(args.save)
     source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
     samples = checkpoint.samples_of_run(source, max(args.train_iters, 1), settings.rank_batch_size * ranks)
     training = Epochs(sets.train, samples, args.seed)
-    if args.save:
-        checkpoint.check_writable(args.save)
 
     model = SwinMoE(shape, config)
     initialize_swin(model, args.seed, expert_parallel_rank(config.expert_parallel_size))

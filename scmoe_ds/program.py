@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from scmoe_ds import checkpoint
 from scmoe_ds.arguments import parse_arguments
 from scmoe_ds.engine import show_log
 from scmoe_ds.output import steady_output
@@ -77,7 +78,10 @@ def _run(name: str, job: Job, errors: tuple[type[Exception], ...], timeout: time
         connected = connect(timeout)
         if connected and dist.get_world_size() > 1:
             reporter = FailureReporter(name)
-        job()
+        try:
+            job()
+        finally:
+            checkpoint.release()  # every way out below may end the process at once
     except errors as error:
         code = 2
         alone = os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0"

@@ -12,7 +12,8 @@ from scmoe_ds.checkpoint.failures import note as note_failure
 from scmoe_ds.checkpoint.files import DESCRIPTION_FILE, MANIFEST_FILE, CheckpointError
 from scmoe_ds.checkpoint.finite import NotFiniteError
 from scmoe_ds.checkpoint.loading import Source, choose, load, samples_of_run
-from scmoe_ds.checkpoint.saving import check_writable, save
+from scmoe_ds.checkpoint.lock import release
+from scmoe_ds.checkpoint.saving import claim, save
 
 __all__ = [
     "DESCRIPTION_FILE",
@@ -20,12 +21,13 @@ __all__ = [
     "CheckpointError",
     "NotFiniteError",
     "Source",
-    "check_writable",
     "choose",
+    "claim",
     "describe",
     "load",
     "note_failure",
     "rebuild",
+    "release",
     "run_settings",
     "samples_of_run",
     "save",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from scmoe_ds.checkpoint import files, finite, rotation
+from scmoe_ds.checkpoint import files, finite, lock, rotation
 from scmoe_ds.checkpoint.description import BATCH, CONSUMED
 from scmoe_ds.checkpoint.files import CheckpointError, FileEntry
 from scmoe_ds.checkpoint.names import saved_splits
@@ -22,17 +22,19 @@ from scmoe_ds.parallel.agreement import run_together
 _PROBE_BYTES = 1 << 22
 
 
-def check_writable(directory: str | os.PathLike[str]) -> None:
-    """Makes the directory and tries to write in it, on rank 0, now rather than after the first thousand steps.
+def claim(directory: str | os.PathLike[str]) -> None:
+    """Makes the directory, takes its lock and tries to write in it, on rank 0. Collective.
+
+    Ask before a checkpoint is chosen: a job that is just ending may still write the newest.
 
     Raises:
-        CheckpointError: on every rank.
+        CheckpointError: on every rank: another job saves there, or nothing can be written.
     """
 
     def probe() -> None:
         try:
             os.fsencode(directory).decode()
-            os.makedirs(directory, exist_ok=True)
+            lock.hold(Path(directory))
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:
@@ -78,6 +80,7 @@ def save(
     part = final.with_name(final.name + files.PART)
 
     def prepare() -> None:
+        lock.require(part.parent)
         rotation.remove_unfinished(part.parent)
         part.mkdir(parents=True, exist_ok=True)
         batch = getattr(engine, "train_batch_size", lambda: None)()

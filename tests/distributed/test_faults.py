@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import tempfile
 import time
 from datetime import timedelta
@@ -47,6 +49,7 @@ def interrupted_saves(directory: str) -> list[str]:
         if tag == "global_step3.part" and dist.get_rank() == 0:
             Path(save_dir, tag, checkpoint.MANIFEST_FILE).mkdir()  # cannot be written
 
+    checkpoint.claim(directory)
     engine = SimpleNamespace(save_checkpoint=write, overlap=SimpleNamespace(state=lambda: None),
                              module=torch.nn.Module(), optimizer=None)  # fmt: skip
     used = []
@@ -56,7 +59,33 @@ def interrupted_saves(directory: str) -> list[str]:
         dist.barrier()
         used.append((Path(directory) / "latest").read_text())
     assert not list(Path(directory).glob("*.part"))
+    checkpoint.release()
     return used
+
+
+def claims(free: str, taken: str) -> list[str]:
+    """What each rank hears about both directories; the process that started the ranks saves in the second."""
+    heard = []
+    for directory in (free, taken):
+        try:
+            checkpoint.claim(directory)
+            heard.append("free")
+        except checkpoint.CheckpointError as error:
+            heard.append(str(error))
+    return heard
+
+
+def test_all_ranks_hear_that_another_job_saves_there(tmp_path: Path) -> None:
+    checkpoint.claim(tmp_path / "taken")
+    try:
+        first, second = run_distributed(claims, 2, str(tmp_path / "free"), str(tmp_path / "taken"))
+    finally:
+        checkpoint.release()
+    assert first[0] == second[0] == "free"
+    assert (
+        first[1] == second[1]
+        and f"another job saves there (host {socket.gethostname()}, process {os.getpid()}" in first[1]
+    )
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint_in_use() -> None:
