@@ -21,7 +21,7 @@ from scmoe_ds.replace.hooked import _checkpoint_region
 
 logger = logging.getLogger("scmoe_ds")
 
-_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "hidden_states")
+_TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
 _MOST_KEPT = 4096
 """Layers whose blocks may be computed again, over all forward passes before a backward pass."""
 
@@ -75,7 +75,7 @@ class TokenMask:
         if takes and mask is None:
             around = None
         elif takes and isinstance(mask, Tensor) and mask.ndim == 2:
-            around = _used(mask, _tokens(args, kwargs))
+            around = _used(mask, _tokens(args, kwargs), around)
         self._calls.append(around)
 
     def _leave(self, *_: object) -> None:
@@ -115,15 +115,15 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _used(mask_BX: Tensor, tokens: Tensor | None) -> Tensor | None:
-    """[B, S] bool of the tokens that are read; None: all are real, or the mask is about something else."""
+def _used(mask_BX: Tensor, tokens: Tensor | None, around: Tensor | None) -> Tensor | None:
+    """[B, S] bool of the tokens that are read, None if all are real; `around` if the mask is about something else."""
     if tokens is not None:
         B, S = tokens.shape[:2]
         if len(mask_BX) != B or mask_BX.shape[1] < S:
-            return None
+            return around
         mask_BX = mask_BX[:, mask_BX.shape[1] - S :]
     if mask_BX.is_floating_point() and bool((mask_BX < 0).any()):
-        return None  # it is added to the scores: zero stands for real tokens
+        return around  # it is added to the scores: zero stands for real tokens
     used_BS = mask_BX != 0
     return None if bool(used_BS.all()) else used_BS
 

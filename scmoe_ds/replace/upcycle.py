@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
+from scmoe_ds.moe.experts import TwoProjections
 from scmoe_ds.replace.convert import HookedScMoE
 from scmoe_ds.replace.replacement import replace_moe_layers
 from scmoe_ds.replace.taps import MLP_NAMES, POST_ATTENTION_NORMS
@@ -216,7 +217,8 @@ def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
     # Each rank pads its own batch, and generates for its own prompts.
     admit_any_tokens(moe, config.gate_softmax, unequal=config.expert_parallel_size > 1)
     for expert in moe.deepspeed_moe.experts.deepspeed_experts:
-        expert.register_forward_pre_hook(_contiguous)
+        if not isinstance(expert, TwoProjections):  # which are computed together as long as nobody watches one of them
+            expert.register_forward_pre_hook(_contiguous)
     dense = next(block.mlp.parameters())
     return moe.to(device=dense.device, dtype=dense.dtype)
 

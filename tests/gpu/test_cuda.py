@@ -26,9 +26,9 @@ def make_run(dispatch: str = "exact", drop_tokens: bool = True, **section: objec
     return run
 
 
-def results(run: ScheduledRun, hidden: torch.Tensor) -> list[torch.Tensor]:
+def results(run: ScheduledRun, hidden: torch.Tensor, used: torch.Tensor | None = None) -> list[torch.Tensor]:
     hidden = hidden.clone().requires_grad_()
-    output = run(hidden)
+    output = run(hidden, used)
     loss = output.hidden.float().square().mean() + output.l_aux
     return [output.hidden, *torch.autograd.grad(loss, [hidden, *run.parameters()], materialize_grads=True)]
 
@@ -40,6 +40,19 @@ def test_equals_the_cpu(k: int) -> None:
     on_cpu = results(run, hidden)
     for cpu, gpu in zip(on_cpu, results(run.cuda(), hidden.cuda()), strict=True):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("softmax", ["all", "chosen", "kept"])
+def test_padding_and_weights_equal_the_cpu(softmax: str, k: int) -> None:
+    """With a mask that lies on either device."""
+    hidden, used = torch.randn(2, 32, 64), torch.arange(32) < torch.tensor([[32], [9]])
+    run = make_run(drop_tokens=False, top_k=k, gate_softmax=softmax)
+    on_cpu = results(run, hidden, used)
+    run.cuda()
+    for mask in (used, used.cuda()):
+        for cpu, gpu in zip(on_cpu, results(run, hidden.cuda(), mask), strict=True):
+            torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("drop_tokens", [True, False])

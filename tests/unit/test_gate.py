@@ -52,9 +52,11 @@ def make(name: str, k: int, **kwargs: object) -> MoE:
     return layer
 
 
-def results(layer: MoE, x: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def results(
+    layer: MoE, x: Tensor, used: Tensor | None = None, tap: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(7)
-    return (*layer(x, used), torch.rand(1))
+    return (*(layer(x, used) if tap is None else layer(x, used, shortcut=tap)), torch.rand(1))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -85,16 +87,22 @@ def test_masked_tokens_are_as_good_as_absent(name: str, k: int, drop: bool) -> N
     x = torch.randn(3, 10, HIDDEN).requires_grad_()
     used = torch.rand(3, 10) < 0.6
     alone = x.detach()[used].requires_grad_()
-    output, l_aux, counts, after = results(layer, x, used)
-    wanted, wanted_l_aux, wanted_counts, wanted_after = results(layer, alone)
+    tap = torch.randn(3, 10, HIDDEN) if isinstance(layer, StagedMoE) else None
+    output, l_aux, counts, after = results(layer, x, used, tap)
+    wanted, wanted_l_aux, wanted_counts, wanted_after = results(layer, alone, tap=None if tap is None else tap[used])
     torch.testing.assert_close(output[used], wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(l_aux, wanted_l_aux)
     assert torch.equal(counts, wanted_counts) and torch.equal(after, wanted_after)
     assert not drop or "DGMoE" in name or counts.max() > int(used.sum()) * 0.6 * k / EXPERTS, "nothing is dropped"
     shared = nothing_routed(layer, x)
     torch.testing.assert_close(output[~used], shared[~used], rtol=1e-5, atol=1e-6)
-    (grad,) = torch.autograd.grad((output[used] ** 2).sum() + l_aux, x)
-    (wanted_grad,) = torch.autograd.grad((wanted**2).sum() + wanted_l_aux, alone)
+    sources = [x, *layer.parameters()]
+    grad, *others = torch.autograd.grad((output[used] ** 2).sum() + l_aux, sources, materialize_grads=True)
+    wanted_grad, *wanted_others = torch.autograd.grad(
+        (wanted**2).sum() + wanted_l_aux, [alone, *sources[1:]], materialize_grads=True
+    )
+    for one, other in zip(others, wanted_others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad[used], wanted_grad, rtol=1e-4, atol=1e-5)
     assert not grad[~used].any()
 
