@@ -193,7 +193,10 @@ def _named(path: Path, description: Mapping[str, Any]) -> Source:
     directory = run_together(lambda: str(locate(path, "--load ", remedy)))
     require_agreement("the latest checkpoint", directory)
     assert directory is not None
-    return _check(Path(directory), "--load", description)
+    found = _check(Path(directory), "--load", description)
+    if (failure := failures.read(found.path)) is not None:
+        _log(f"{found}: a run that went on from it ended at once ({failure})", logging.WARNING)
+    return found
 
 
 def locate(path: Path, flag: str = "", remedy: str = "name one that a training run has saved") -> Path:

@@ -427,6 +427,7 @@ def test_a_diverged_run_goes_on_further_back_and_its_remedies_work(pretrain: Pro
     assert failures.read(tmp_path / "run/global_step4") is None, "only what the run came from"
     explicit = pretrain("--load", "run/global_step5", "--save", "run", expect=2)
     assert "from iteration 5" in explicit, "a user who names it gets it"
+    assert "--load run/global_step5: a run that went on from it ended at once (iteration 6: " in explicit
     text = pretrain(*start, optimizer__params__lr=1e-5)
     assert (
         "passed over: --auto-resume run/global_step5: a run that went on from it ended at once (iteration 6: " in text
