@@ -33,16 +33,27 @@ def wrong_gradients(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
                    'the loss scale; use "bfloat16", or "fp16": {"enabled": true}')  # fmt: skip
 
 
-def check_clipping(whole: Mapping[str, Any], expert_parallel_size: int) -> None:
-    """Without ZeRO, each rank takes the norm over the experts that it holds, and DeepSpeed clips by the ranks' mean.
+def check_norm(whole: Mapping[str, Any], expert_parallel_size: int, divided: bool) -> None:
+    """What depends on the layout.
+
+    Args:
+        divided: experts are in pieces on tensor-parallel ranks.
 
     Raises:
-        ScMoEConfigError: clipping by that mean.
+        ScMoEConfigError: a layout in which DeepSpeed's gradient norm, and clipping by it, is wrong. Without ZeRO, each
+            rank takes the norm over the experts that it holds, and DeepSpeed clips by the ranks' mean. Its bf16
+            optimizer counts what all ranks hold of divided experts (a bias) once for each rank.
     """
-    clip = whole.get("gradient_clipping", 1.0)
-    if clip and expert_parallel_size > 1 and not section(whole, "zero_optimization").get("stage"):
+    zero, clip = section(whole, "zero_optimization"), whole.get("gradient_clipping", 1.0)
+    if clip and expert_parallel_size > 1 and not zero.get("stage"):
         raise fail("zero_optimization.stage", 0, "with expert parallelism DeepSpeed clips (gradient_clipping = "
                    f'{clip}) by a norm that is too small; set stage 1 or 2, or "gradient_clipping": 0')  # fmt: skip
+    sums = section(whole, "data_types").get("grad_accum_dtype")
+    in_bf16 = (section(whole, "bf16") or section(whole, "bfloat16")).get("enabled")
+    offloads = section(zero, "offload_optimizer").get("device", "none") != "none"
+    if divided and in_bf16 and sums in ("fp32", "float32") and zero.get("stage") == 1 and not offloads:
+        raise fail("data_types.grad_accum_dtype", sums, "with expert_tensor_parallelism DeepSpeed's bf16 optimizer "
+                   "counts parts of experts twice in the gradient norm; set zero_optimization.stage to 2")  # fmt: skip
 
 
 def check_output(module: nn.Module, inputs: object, output: object) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from scmoe_ds.client_optimizer import add_new_parameters, listed, with_expert_groups
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.deepspeed_gradients import check_clipping, check_output
+from scmoe_ds.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.deepspeed_json import load_deepspeed_json
 from scmoe_ds.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
@@ -98,7 +98,7 @@ def initialize(
     applied, section = applied_to(model, section)
     holders = bwc_tensor_model_parallel_world_size(mpu)
     section.check_world(dist.get_world_size(), holders)
-    check_clipping(whole, section.expert_parallel_size)
+    check_norm(whole, section.expert_parallel_size, section.expert_tensor_parallelism and holders > 1)
     micro_batch_size, _ = batch_sizes(whole, dist.get_world_size() // holders)
     if optimizer is None and model_parameters is None:
         model_parameters = parameter_groups(model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import scmoe_ds
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.deepspeed_gradients import check_clipping
+from scmoe_ds.deepspeed_gradients import check_norm
 from scmoe_ds.engine import connect
 from scmoe_ds.models.gpt import GPT, GPTOutput
 from scmoe_ds.models.initialization import initialize_parameters
@@ -176,14 +176,17 @@ def test_keys_that_would_give_other_gradients(key: str) -> None:
         trained(make_gpt, REFUSED[key], 1)
 
 
-def test_no_zero_and_expert_parallelism_must_not_clip() -> None:
-    check_clipping({}, 1)
-    check_clipping({"gradient_clipping": 0}, 2)
-    check_clipping(case(1), 2)
-    with pytest.raises(
-        ScMoEConfigError, match=r"zero_optimization\.stage = 0: .*\(gradient_clipping = 1\.0\).* set stage 1"
-    ):
-        check_clipping({}, 2)
+def test_layouts_in_which_deepspeeds_norm_is_wrong() -> None:
+    check_norm({}, 1, False)
+    check_norm({"gradient_clipping": 0}, 2, False)
+    check_norm(case(1), 2, True)
+    with pytest.raises(ScMoEConfigError, match=r"zero_optimization\.stage = 0: .*= 1\.0\).* set stage 1"):
+        check_norm({}, 2, False)
+    summed_in_fp32: dict[str, Any] = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
+    check_norm(case(1, **summed_in_fp32), 2, False)
+    check_norm(case(2, **summed_in_fp32), 2, True)
+    with pytest.raises(ScMoEConfigError, match=r"data_types\.grad_accum_dtype = \"fp32\": .*stage to 2"):
+        check_norm(case(1, **summed_in_fp32), 2, True)
 
 
 def test_an_output_that_hides_its_tensors_is_refused() -> None:
