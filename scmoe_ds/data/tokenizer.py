@@ -2,77 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from scmoe_ds.data.errors import DataError
-from scmoe_ds.data.plain_text import plain_encoder
+from scmoe_ds.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from scmoe_ds.data.tokenizer_base import Tokenizer, missing_package
 
 TOKENIZER_TYPES = ("ByteTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer")
 
 _VOCAB_FILE, _MERGE_FILE = "vocab.json", "merges.txt"
 _GPT2_END_OF_DOCUMENT = "<|endoftext|>"
-
-
-class Tokenizer(ABC):
-    """Text to token ids and back, with what megatron-core's ``GPTDataset`` reads of a tokenizer.
-
-    Attributes:
-        name: the value of ``--tokenizer-type`` that selects this class.
-        vocab_size: number of ids, before padding; every id is in ``0 .. vocab_size - 1``.
-        eod: id of the end-of-document token.
-        unique_identifiers: JSON-serialisable description; GPTDataset hashes it into its cache key, so it
-            must change whenever the vocabulary does. It holds no path: moving a file invalidates nothing.
-    """
-
-    name: str
-    vocab_size: int
-    eod: int
-    unique_identifiers: OrderedDict[str, Any]
-
-    @property
-    def pad(self) -> int:
-        """-1, GPTDataset's value for "no such token".
-
-        GPTDataset masks the loss at the padding id and overwrites the token there with 0. Pretraining
-        samples are always full, so a real id here could only damage text that happens to contain it.
-        """
-        return -1
-
-    @abstractmethod
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text``, with no special token added, and none in place of a text that spells one."""
-
-    @abstractmethod
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; the inverse of ``tokenize`` on its output."""
-
-    def vocabulary(self) -> dict[str, int]:
-        """Its tokens, as its files spell them, and their ids."""
-        raise NotImplementedError
-
-    def files(self) -> dict[str, bytes]:
-        """Names and contents of the files from which ``tokenizer_in`` makes it again."""
-        raise NotImplementedError
-
-    def _describe(self, vocabulary: Iterable[bytes]) -> None:
-        """Set ``unique_identifiers`` from the class, its sizes and a digest of the vocabulary."""
-        digest = hashlib.sha256()
-        for part in vocabulary:
-            digest.update(part)
-        self.unique_identifiers = OrderedDict(
-            [
-                ("class", self.name),
-                ("vocab_size", self.vocab_size),
-                ("eod", self.eod),
-                ("vocabulary_sha256", digest.hexdigest()),
-            ]
-        )
 
 
 @final
@@ -116,8 +57,7 @@ class GPT2BPETokenizer(Tokenizer):
         merge_file: one merge a line.
 
     Raises:
-        DataError: a file is absent, unreadable, or without ``<|endoftext|>``.
-        ImportError: the package ``tokenizers`` is not installed.
+        DataError: a file is absent, unreadable, or without ``<|endoftext|>``, or ``tokenizers`` is not installed.
     """
 
     name = "GPT2BPETokenizer"
@@ -128,7 +68,7 @@ class GPT2BPETokenizer(Tokenizer):
         try:
             from tokenizers.implementations import ByteLevelBPETokenizer
         except ImportError as error:
-            raise _missing_package("tokenizers", self.name) from error
+            raise missing_package("tokenizers", self.name) from error
         try:
             self._bpe = ByteLevelBPETokenizer.from_file(vocab_file, merge_file)
         except Exception as error:  # the Rust library raises bare Exception
@@ -160,79 +100,6 @@ class GPT2BPETokenizer(Tokenizer):
 
     def files(self) -> dict[str, bytes]:
         return {name: path.read_bytes() for name, path in self._paths.items()}
-
-
-@final
-class HuggingFaceTokenizer(Tokenizer):
-    """Any ``transformers`` tokenizer saved in a local directory; its end-of-sequence token ends a document.
-
-    Args:
-        tokenizer_model: directory written by ``tokenizer.save_pretrained``. A hub name is not looked up.
-
-    Raises:
-        DataError: the directory is absent, does not load, or has no end-of-sequence token.
-        ImportError: the package ``transformers`` is not installed.
-    """
-
-    name = "HuggingFaceTokenizer"
-
-    def __init__(self, tokenizer_model: str) -> None:
-        if not Path(tokenizer_model).is_dir():
-            raise DataError(
-                f"--tokenizer-model {tokenizer_model} is not a local directory. Save the tokenizer with "
-                "transformers' save_pretrained and give that directory; names on a hub are not downloaded."
-            )
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise _missing_package("transformers", self.name) from error
-        try:
-            # Without a "no" transformers asks on the terminal whether to run code that the directory brings along.
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                tokenizer_model, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
-            raise DataError(
-                f"--tokenizer-model {tokenizer_model} does not load as a transformers tokenizer: {error}. "
-                "The directory needs tokenizer_config.json and the vocabulary files next to it."
-            ) from error
-        if self._tokenizer.eos_token_id is None:
-            raise DataError(
-                f"--tokenizer-model {tokenizer_model} has no end-of-sequence token to end a document with. "
-                'Set "eos_token" in its tokenizer_config.json.'
-            )
-        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-        # Ids may have gaps, so the count of tokens can be less than the greatest id plus one.
-        self.vocab_size = max(len(self._tokenizer), max(vocabulary.values()) + 1)
-        self.eod = int(self._tokenizer.eos_token_id)
-        self._encode = plain_encoder(self._tokenizer)
-        end = str(self._tokenizer.eos_token)
-        unknown = "\U0010fffd"  # where the token for unknown text is the end-of-sequence token
-        if any(self.eod in self._encode(text) for text in (end, f"a{end}b", f"a {end} b", unknown)):
-            raise DataError(
-                f"--tokenizer-model {tokenizer_model}: ordinary text can become the end-of-sequence token {end!r}, so "
-                'that it could end a document. Set "eos_token" in its tokenizer_config.json to a token of its own.'
-            )
-        self._describe(f"{i}\t{token}\n".encode() for token, i in sorted(vocabulary.items()))
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of ``text`` without the special tokens that some tokenizers add around it.
-
-        A text such as ``</s>`` is ordinary text; added tokens that are not special are words like any other.
-        """
-        return self._encode(text)
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included, spaces as they are."""
-        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-    def vocabulary(self) -> dict[str, int]:
-        return dict(self._tokenizer.get_vocab())
-
-    def files(self) -> dict[str, bytes]:
-        with tempfile.TemporaryDirectory() as directory:
-            self._tokenizer.save_pretrained(directory)
-            return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}
 
 
 def build_tokenizer(
@@ -305,10 +172,3 @@ def _require_flag(flag: str, value: str | None, tokenizer_type: str, expected: s
 def _require_file(flag: str, path: str, expected: str) -> None:
     if not Path(path).is_file():
         raise DataError(f"{flag} {path} is not a file. Give the local path of {expected}.")
-
-
-def _missing_package(package: str, tokenizer_type: str) -> ImportError:
-    return ImportError(
-        f"--tokenizer-type {tokenizer_type} needs the package {package!r}, which is not installed. "
-        "Install it, or use --tokenizer-type ByteTokenizer."
-    )
