@@ -11,15 +11,13 @@ The output does not depend on --workers.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import glob
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +28,12 @@ from scmoe_ds.data import reader
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import BadDocumentError
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
+from scmoe_ds.data.worker_processes import SIGNALS, map_in_order
 from scmoe_ds.flag_parser import FlagParser
 
 _TEXT_KEY = "text"
-_CHUNK_DOCUMENTS, _CHUNK_BYTES = 32, 1 << 22
-_AHEAD_PER_WORKER = 4  # chunks; bounds the memory
 _NAMED = 10  # of bad documents, and of files left out
 _PROGRAM = "preprocess_data.py"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Encoded = dict[str, np.ndarray]
 
@@ -227,97 +223,7 @@ def encode_all(items: Iterator[Item], encoder: Encoder, workers: int) -> Iterato
     Raises:
         DataError: a worker was killed.
     """
-    if workers == 1:
-        yield from (_encode(encoder, item) for item in items)
-        return
-    # One pipe for each worker, whose other end it alone holds: its death closes the pipe, at whatever moment it comes.
-    # multiprocessing.Pool and ProcessPoolExecutor wait for ever for the rest of a result that was half sent.
-    processes, idle = [], []
-    for _ in range(workers):
-        here, there = multiprocessing.Pipe()
-        process = multiprocessing.Process(target=_work, args=(there, encoder), daemon=True)
-        process.start()
-        there.close()
-        processes.append(process)
-        idle.append(here)
-    try:
-        yield from _in_order(_chunks(items), idle, _AHEAD_PER_WORKER * workers)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _in_order(chunks: Iterator[list[Item]], idle: list[Connection], ahead: int) -> Iterator[Encoded | Exception]:
-    """Results in the order of the chunks, of which at most ``ahead`` are sent before the first of them is back."""
-    sent = returned = 0
-    at_work: dict[Connection, int] = {}
-    results: dict[int, list[Encoded | Exception]] = {}
-    while True:
-        while idle and sent < returned + ahead and (chunk := next(chunks, None)):
-            with _killed_is_an_error():
-                idle[-1].send(chunk)
-            at_work[idle.pop()] = sent
-            sent += 1
-        if not at_work:
-            return
-        for connection in wait(list(at_work)):
-            assert isinstance(connection, Connection)
-            with _killed_is_an_error():
-                results[at_work.pop(connection)] = connection.recv()
-            idle.append(connection)
-        while returned in results:
-            yield from results.pop(returned)
-            returned += 1
-
-
-@contextmanager
-def _killed_is_an_error() -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError):
-        raise DataError(
-            "a worker process was killed, most likely because memory ran out (the kernel's log says so). "
-            "Run with fewer --workers."
-        ) from None
-
-
-def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """What a worker gets at once."""
-    chunk: list[Item] = []
-    size = 0
-    for item in items:
-        chunk.append(item)
-        size += len(item.line) or os.path.getsize(item.path)
-        if len(chunk) == _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _work(connection: Connection, encoder: Encoder) -> None:
-    """The life of a worker."""
-    for number in _SIGNALS:  # Ctrl-C reaches all processes of a terminal; this one's parent will end it
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        connection.send([_encode(encoder, item) for item in connection.recv()])
-
-
-def _end_with_parent() -> None:
-    """Nobody else would end the workers of a process that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode(encoder: Encoder, item: Item) -> Encoded | Exception:
-    try:
-        return encoder.encode(item)
-    except Exception as error:
-        return error
+    return map_in_order(encoder.encode, items, workers, lambda item: len(item.line) or os.path.getsize(item.path))
 
 
 @contextmanager
@@ -325,11 +231,11 @@ def _signals_end_the_run() -> Iterator[None]:
     """Lets half-written files be removed; a second signal does not disturb that."""
 
     def end(number: int, frame: object) -> None:
-        for each in _SIGNALS:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         raise Ended(number)
 
-    before = {number: signal.signal(number, end) for number in _SIGNALS}
+    before = {number: signal.signal(number, end) for number in SIGNALS}
     try:
         yield
     finally:
@@ -365,6 +271,9 @@ def _check_output(prefix: str) -> None:
     directory = Path(prefix).resolve().parent
     if not directory.is_dir():
         raise DataError(f"--output-prefix {prefix}: directory {directory} does not exist. Create it first.")
+    left = sorted(map(str, directory.glob(f"{glob.escape(Path(prefix).name)}_*_document.*.tmp.*")))
+    if left:  # of a run on another machine, perhaps: not for us to remove
+        _say(f"half-written files of a run that was killed, or is still at work: {_first(left)}")
 
 
 def _positive(text: str) -> int:

@@ -256,6 +256,16 @@ def test_signals_end_the_run_and_leave_nothing(
     assert {each: signal.getsignal(each) for each in before} == before
 
 
+def test_files_of_a_killed_run_are_named(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "x"}])
+    (tmp_path / "o[1]_text_document.0123.tmp.bin").touch()
+    (tmp_path / "o1_text_document.0123.tmp.bin").touch()
+    assert tool.main(flags(source, tmp_path / "o[1]")) == 0
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.endswith(f"or is still at work: {tmp_path}/o[1]_text_document.0123.tmp.bin")
+    assert read_back(tmp_path / "o[1]_text_document") == [[120]]
+
+
 def test_a_full_disk_leaves_nothing(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
