@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds.checkpoint import description as fields
-from scmoe_ds.checkpoint import failures, files, reshard, tensor_files, tokenizer_files
+from scmoe_ds.checkpoint import failures, files, parsing, reshard, tensor_files, tokenizer_files
 from scmoe_ds.checkpoint.comparison import Difference, Outcome, check_refused, differences, select
 from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
 from scmoe_ds.checkpoint.hyperparameters import OwnSettings
@@ -264,6 +264,9 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
     def describe() -> dict[str, Any]:
         saved = files.read_description(path, CONFIG_FILE if export else files.DESCRIPTION_FILE, flag)
         fields.check_model(saved, description, f"{flag} {path}")
+        parsing.parse(saved, path)
+        if not export and saved.get("layout") is None:
+            raise files.damaged(path, f"{files.DESCRIPTION_FILE} has no layout", flag)
         _check_tokenizer(path, flag, saved.get(tokenizer_files.KEY), description.get(tokenizer_files.KEY), export)
         check_refused(different(saved), flag, path)
         return saved

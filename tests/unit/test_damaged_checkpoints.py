@@ -184,6 +184,27 @@ def test_what_is_no_manifest(case: str, tmp_path: Path, caplog: pytest.LogCaptur
     assert choose(tmp_path) == older and "global_step10" in caplog.text
 
 
+DESCRIPTIONS: dict[str, dict[str, Any]] = {
+    "no layout": {"layout": None},
+    "a layout that is a list": {"layout": []},
+    "ranks as text": {"layout": {**DESCRIPTION["layout"], "number of processes": "2"}},
+    "no ranks": {"layout": {**DESCRIPTION["layout"], "--tensor-model-parallel-size": 0}},
+    "a model that is text": {"model": "GPT"},
+    "no shape": {"gpt": None},
+    "a shape with an unknown key": {"gpt": {**DESCRIPTION["gpt"], "colour": "red"}},
+    "a section that is a list": {"scmoe": [1]},
+}
+
+
+@pytest.mark.parametrize("case", DESCRIPTIONS)
+def test_a_made_up_description_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    """Its checksum is right: nobody but its writer has changed it."""
+    newer = make(tmp_path, 10, {**DESCRIPTION, **DESCRIPTIONS[case]})
+    for load, save, resume in ((str(tmp_path), None, False), (None, str(tmp_path), True)):
+        with pytest.raises(CheckpointError, match=newer.name):
+            checkpoint.choose(load, save, resume, DESCRIPTION)
+
+
 @pytest.mark.parametrize("method", ["read_text", "stat", "open"])
 def test_files_that_may_not_be_read(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """root may read everything: the operating system's answer is put in its mouth."""
