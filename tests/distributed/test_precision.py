@@ -108,6 +108,12 @@ CASES: dict[str, tuple[dict[str, Any], str | None]] = {
     "bf16, ZeRO-1": (BF16, None),
     "bf16, ZeRO-2": ({**BF16, "zero_optimization": {"stage": 2}}, None),
     "bf16, offload": ({**BF16, "zero_optimization": {"stage": 2, **OFFLOAD}}, None),
+    "bf16 summed in fp32, ZeRO-1": ({**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, None),
+    "divided before the sum, ZeRO-1": ({"prescale_gradients": True, "gradient_predivide_factor": 2.0}, None),
+    "overlapped reduction, ZeRO-2": (
+        {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}},
+        None,
+    ),
     "full recomputation, ZeRO-2": ({"recompute": "full", "zero_optimization": {"stage": 2}}, None),
     "an optimizer, ZeRO-1": ({}, "an optimizer"),
     "an optimizer, offload": ({"zero_optimization": OFFLOAD, "zero_force_ds_cpu_optimizer": False}, "an optimizer"),
