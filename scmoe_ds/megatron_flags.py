@@ -94,6 +94,7 @@ IN_FORCE: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "--rotary-percent": (("1", "1.0"), "all of a head is rotated"),
     "--empty-unused-memory-level": (("0",), "the cache of the device is kept"),
     "--weight-decay-incr-style": (("constant",), "weight decay is constant"),
+    "--override-opt_param-scheduler": (None, "a resumed run has the schedule of the JSON"),
     "--exit-signal-handler": (None, "SIGTERM always saves and stops"),
     "--no-query-key-layer-scaling": (None, "attention is scaled by the head's size alone"),
     "--log-validation-ppl-to-tensorboard": (None, "perplexities are written"),
@@ -103,8 +104,6 @@ IN_FORCE: dict[str, tuple[tuple[str, ...] | None, str]] = {
 """Flags that ask for what is so here, with the values for which that holds and the reason."""
 
 NO_EFFECT: dict[str, tuple[int, str]] = {
-    "--override-opt_param-scheduler": (0, "docs/checkpoints.md says what a resume takes from the JSON"),
-    "--use-checkpoint-opt_param-scheduler": (0, "docs/checkpoints.md says what a resume takes from the JSON"),
     "--deepspeed-activation-checkpointing": (0, "--recompute-granularity decides what is recomputed"),
     "--recompute-method": (1, "--recompute-granularity decides what is recomputed"),
     "--recompute-num-layers": (1, "--recompute-granularity decides what is recomputed"),
@@ -195,6 +194,7 @@ REFUSED: dict[str, str] = {
     "--skip-train": _EVALUATE,
     "--inference": _EVALUATE,
     "--ds-inference": _EVALUATE,
+    "--use-checkpoint-opt_param-scheduler": "a resumed run has the schedule of the JSON",
     "--finetune": _RESUME,
     "--no-load-optim": _RESUME,
     "--no-load-rng": _RESUME,

@@ -16,7 +16,7 @@ import torch
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.deepspeed_json import load_deepspeed_json
 from scmoe_ds.deepspeed_keys import known_keys
-from scmoe_ds.deepspeed_settings import check_accelerator, check_filled_in, check_program
+from scmoe_ds.deepspeed_settings import check_accelerator, check_filled_in, check_program, warn
 
 INFINITY = float("inf")
 JSON: dict[str, Any] = {
@@ -288,6 +288,18 @@ def test_the_length_of_the_schedule_has_to_be_known() -> None:
     with pytest.raises(ScMoEConfigError, match=r'^scheduler\.params\.total_num_steps = "auto": .*write the number'):
         check_filled_in({**JSON, **schedule("WarmupCosineLR", total_num_steps="auto")})
     check_filled_in({**JSON, **schedule("WarmupCosineLR", total_num_steps=10)})
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({}, "gradient_clipping is not set: DeepSpeed clips gradients at a norm of 1.0"),
+    ({"aio": {"queue_depth": 8}, **zero(zero_hpz_partition_size=8)}, "zero_optimization.zero_hpz_partition_size, aio: no effect"),
+    ({"gradient_clipping": 0}, None),
+])  # fmt: skip
+def test_what_the_log_says(change: dict[str, Any], line: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "scmoe_ds"):
+        warn({**JSON, **change})
+    said = [record.message for record in caplog.records if "clips" in record.message or "no effect" in record.message]
+    assert any(each.startswith(line) for each in said) if line else not said
 
 
 @pytest.mark.parametrize(("text", "message"), [
