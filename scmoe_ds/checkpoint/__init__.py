@@ -1,9 +1,9 @@
 """Checkpoints: DeepSpeed's own MoE files, checked, durable, and readable by any layout of the same model.
 
-`files` which are whole and which can go; `saving`; `loading` which one a run starts from, `failures` which did not
-train, `comparison` what a resume does about settings that differ, `hyperparameters` in an engine; `saved_state` the
-files as whole parameters; `reshard` these into an engine; `safetensors_files` and `convert` weights for others and from
-others.
+`files` which are whole and which can go; `saving`; `loading` which one a run starts from (`directories` what
+a path stands for, `failures` which did not train), `comparison` what a resume does about settings that differ and
+`hyperparameters` the same in an engine; `saved_state` the files as whole parameters; `reshard` these into an engine;
+`safetensors_files` and `convert` weights for others and from others.
 """
 
 from scmoe_ds.checkpoint.comparison import run_settings

@@ -28,6 +28,7 @@ ZERO_STAGE = "zero_optimization.stage"
 ROUND_ROBIN = "zero_optimization.round_robin_gradients"
 PRECISION = "precision"
 BATCH = "sequences per step"
+ITERATION = "iteration"
 CONSUMED = "consumed samples"
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import failures, files, parsing, reshard, tensor_files, tokenizer_files
 from scmoe_ds.checkpoint.comparison import Difference, Outcome, check_refused, differences, select
+from scmoe_ds.checkpoint.directories import check_save, locate
 from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
 from scmoe_ds.checkpoint.hyperparameters import OwnSettings
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export
@@ -67,9 +68,11 @@ def choose(load: str | None, save: str | None, auto_resume: bool, description: M
         found = _named(Path(load), description)
     require_agreement("the checkpoint to start from", None if found is None else str(found.path))
     if save:
-        run_together(lambda: _check_save(Path(save), found, auto_resume), on_rank_zero=True)
+        start = None if found is None else found.path
+        run_together(lambda: check_save(Path(save), start, auto_resume), on_rank_zero=True)
     if found is None:
-        _log(f"no checkpoint is loaded{f', {save} has none' if auto_resume else ''}: this run starts from scratch")
+        reason = f", {save} has none to go on from" if auto_resume else ""
+        _log(f"no checkpoint is loaded{reason}: this run starts from scratch")
     return found
 
 
@@ -78,8 +81,10 @@ def samples_of_run(source: Source | None, train_iters: int, samples_per_iteratio
     whole = train_iters * samples_per_iteration
     if source is None or source.weights_only:
         return whole
-    iteration = files.iteration_of(source.path.name) or 0
-    read = source.description.get(fields.CONSUMED, iteration * (source.description.get(fields.BATCH) or 0))
+    saved = source.description
+    with tensor_files.as_expected(source.path, source.flag):
+        iteration = int(saved.get(fields.ITERATION, files.iteration_of(source.path.name) or 0))
+        read = int(saved.get(fields.CONSUMED, iteration * (saved.get(fields.BATCH) or 0)))
     return max(whole, read + (train_iters - iteration) * samples_per_iteration)
 
 
@@ -106,17 +111,17 @@ def load(engine: Any, source: Source | None) -> tuple[int, int]:
     if source.changed or not _deepspeed_can_read(source.description["layout"]):
         state = run_together(lambda: _reshard(engine, source, not own_schedule))
     else:
-        state = run_together(
-            lambda: _load_with_deepspeed(engine, source, not own_schedule)
-        )  # it does not communicate either
+        # It does not communicate either.
+        state = run_together(lambda: _load_with_deepspeed(engine, source, not own_schedule))
     assert state is not None
-    own.fit_implementation()
-    own.put_back_clipping()
-    if source.differs_in("fp16"):
-        own.put_back_loss_scale()
-    saved_rate = own.learning_rate
-    if own_schedule:
-        own.put_back_optimizer(state["lr_scheduler"])
+    with tensor_files.as_expected(source.path, source.flag):
+        own.fit_implementation()
+        own.put_back_clipping()
+        if source.differs_in("fp16"):
+            own.put_back_loss_scale()
+        saved_rate = own.learning_rate
+        if own_schedule:
+            own.put_back_optimizer(state["lr_scheduler"])
     # Times of another layout are of no use; they are measured again.
     engine.overlap.resume(state.get("overlap") if set(source.changed) <= {fields.ZERO_STAGE} else None)
     _say_what_was_loaded(source, state, saved_rate, own.learning_rate)
@@ -197,55 +202,6 @@ def _named(path: Path, description: Mapping[str, Any]) -> Source:
     if (failure := failures.read(found.path)) is not None:
         _log(f"{found}: a run that went on from it ended at once ({failure})", logging.WARNING)
     return found
-
-
-def locate(path: Path, flag: str = "", remedy: str = "name one that a training run has saved") -> Path:
-    """The directory of tensors that a path stands for: a checkpoint, the latest of a directory, or an export.
-
-    Args:
-        flag: before the path in a message.
-        remedy: what a user does who meant to have a checkpoint there.
-
-    Raises:
-        CheckpointError: it stands for none.
-    """
-    name = f"{flag}{path}"
-    try:
-        is_file = path.exists() and not path.is_dir()
-    except OSError as error:  # a name that is too long, for one
-        raise CheckpointError(f"{flag}{str(path)[:200]}: cannot be read ({error.strerror}); {remedy}") from None
-    if is_file:
-        raise CheckpointError(f"{name}: is a file, not a directory of checkpoints; name the directory")
-    if is_export(path) or (path / files.DESCRIPTION_FILE).is_file():
-        return path
-    tags, latest = files.newest_first(path), files.read_latest(path)
-    if latest in tags:
-        return path / latest
-    if tags:
-        state = "has no file latest" if latest is None else f"latest names {latest}, but there is no such directory"
-        others = f"; the others are {', '.join(tags[1:])}" if tags[1:] else ""
-        raise CheckpointError(f"{name}: {state}; name one of its checkpoints, e.g. {flag}{path / tags[0]}{others}")
-    reason = " (no such directory)" if not path.exists() else "" if any(path.iterdir()) else " (it is empty)"
-    raise CheckpointError(f"{name} is neither a checkpoint nor a directory of them nor an export{reason}; {remedy}")
-
-
-def _check_save(save: Path, found: Source | None, auto_resume: bool) -> None:
-    """A run writes over checkpoints only of the run that it goes on from.
-
-    Raises:
-        CheckpointError: `save` has others.
-    """
-    tags = files.newest_first(save)
-    if not tags or auto_resume:
-        return
-    if found is None or found.path.resolve().parent != save.resolve():
-        some = tags[0] + ", …" * bool(tags[1:])
-        raise CheckpointError(f"--save {save}: holds checkpoints of another run ({some}), "
-                              "which this one would write over; go on from them with --auto-resume, or choose another "
-                              "directory")  # fmt: skip
-    if newer := tags[: tags.index(found.path.name)]:
-        logger.warning("%s: %s also holds newer checkpoints (%s), from which --auto-resume would go on; move them "
-                       "elsewhere if they are not wanted any more", found, save, ", ".join(newer))  # fmt: skip
 
 
 def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:

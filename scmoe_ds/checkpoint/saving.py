@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds.checkpoint import files, finite, lock, rotation
-from scmoe_ds.checkpoint.description import BATCH, CONSUMED
+from scmoe_ds.checkpoint.description import BATCH, CONSUMED, ITERATION
 from scmoe_ds.checkpoint.files import CheckpointError, FileEntry
 from scmoe_ds.checkpoint.names import saved_splits
 from scmoe_ds.parallel.agreement import run_together
@@ -84,7 +84,8 @@ def save(
         rotation.remove_unfinished(part.parent)
         part.mkdir(parents=True, exist_ok=True)
         batch = getattr(engine, "train_batch_size", lambda: None)()
-        whole = {**description, BATCH: batch, CONSUMED: consumed_samples, "splits": saved_splits(engine),
+        whole = {**description, BATCH: batch, ITERATION: iteration, CONSUMED: consumed_samples,
+                 "splits": saved_splits(engine),
                  rotation.VALIDATED: rotation.last_validated(part.parent, iteration, validated)}  # fmt: skip
         (part / files.DESCRIPTION_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         for name, content in (carried or {}).items():

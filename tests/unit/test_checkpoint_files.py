@@ -14,7 +14,7 @@ import torch
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import files, rotation
-from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel.tensor import Split, merge, split
@@ -226,3 +226,12 @@ def test_split_and_merge(rule: Split | None) -> None:
     if rule == Split(0, (8, 4, 4)):
         assert parts[1][:, 0].tolist() == [row * 8 for row in (4, 5, 6, 7, 10, 11, 14, 15)], "its piece of each section"
     assert split(full, rule, 0, 1) is full
+
+
+@pytest.mark.parametrize("record", [5, ["seed"], "optimizer"])
+def test_a_record_of_the_run_that_is_none_is_damage(record: Any, tmp_path: Path) -> None:
+    older = make(tmp_path, 1)
+    make(tmp_path, 2, {**DESCRIPTION, "run": record})
+    with pytest.raises(DamagedCheckpointError, match="global_step2: the checkpoint cannot be read"):
+        checkpoint.choose(str(tmp_path), None, False, DESCRIPTION)
+    assert checkpoint.choose(None, str(tmp_path), True, DESCRIPTION).path == older  # type: ignore[union-attr]

@@ -348,7 +348,7 @@ def test_load_of_nothing_is_an_error(pretrain: Program, tmp_path: Path) -> None:
     # The remedy: leave it out; or one command line for start and restart.
     assert "this run starts from scratch" in pretrain("--save", "run", "--exit-interval", "1")
     start = ("--save", "other", "--auto-resume", "--exit-interval", "1")
-    assert "no checkpoint is loaded, other has none: this run starts from scratch" in pretrain(*start)
+    assert "no checkpoint is loaded, other has none to go on from: this run starts from scratch" in pretrain(*start)
     text = pretrain(*start)
     assert "--auto-resume other/global_step1: loaded, iteration 1, 4 samples read" in text
     assert "scratch" not in text and "differs" not in text and "of this run" not in text, "nothing differs"
@@ -407,11 +407,12 @@ def test_what_changes_a_run_is_one_warning(pretrain: Program) -> None:
         assert part in line
 
 
-def test_smaller_steps_find_data_to_the_end(pretrain: Program) -> None:
+def test_smaller_steps_find_data_to_the_end(pretrain: Program, tmp_path: Path) -> None:
     """4 sequences for 6 steps, then 2 for 2 more: the run reads 28, not 8 · 2."""
     pretrain("--save", "run", "--exit-interval", "6")
-    text = pretrain("--save", "run", "--auto-resume", gradient_accumulation_steps=1)
-    assert "finished at iteration 8" in text
+    (tmp_path / "run/global_step6").rename(tmp_path / "renamed")
+    text = pretrain("--load", "renamed", gradient_accumulation_steps=1)
+    assert "from iteration 6" in text and "finished at iteration 8" in text
     assert checkpoint.samples_of_run(None, 8, 2) == 16
 
 
