@@ -68,7 +68,7 @@ _SECTION_RULES: dict[str, Keys] = {
     "data_types": {"grad_accum_dtype": _Dtype, "param_dtype": _Dtype, "buffer_dtype": _Dtype,
                    "keep_in_fp32_modules": Any},
     "flops_profiler": {"profile_step": PositiveInt, "top_modules": PositiveInt,
-                       "recompute_fwd_factor": NonNegativeFloat},
+                       "recompute_fwd_factor": NonNegativeFloat, "output_file": str | None},
     "aio": {"block_size": PositiveInt, "queue_depth": PositiveInt, "intra_op_parallelism": PositiveInt},
     "optimizer": {"type": str, "params": dict},
     "scheduler": {"type": str, "params": dict},

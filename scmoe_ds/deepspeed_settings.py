@@ -5,6 +5,7 @@ Better a sentence here than DeepSpeed's assertion after minutes of start-up, or 
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -158,16 +159,18 @@ def check_program(whole: Mapping[str, Any]) -> None:
     if whole.get("managed_gradient_accumulation") is False:
         lines.append(fail("managed_gradient_accumulation", False, "the training loop steps once per micro-batch, and "
                           "leaves the accumulation to DeepSpeed; remove it"))  # fmt: skip
-    for monitor in ("tensorboard", "csv_monitor"):
-        own = section(whole, monitor)
-        if own.get("enabled") is True and own.get("output_path") and os.environ.get("RANK", "0") == "0":
-            existing = next(each for each in (Path(own["output_path"]), *Path(own["output_path"]).absolute().parents)
-                            if each.exists())  # fmt: skip
+    writes = {"tensorboard": "output_path", "csv_monitor": "output_path", "flops_profiler": "output_file"}
+    for name, key in writes.items():
+        own = section(whole, name)
+        if own.get("enabled") is True and own.get(key) and os.environ.get("RANK", "0") == "0":
+            parents = [Path(own[key]), *Path(own[key]).absolute().parents]
             try:
-                tempfile.TemporaryDirectory(dir=existing).cleanup()
+                tempfile.TemporaryDirectory(dir=next(each for each in parents if each.is_dir())).cleanup()
+                if any(each.is_file() for each in parents[key == "output_file" :]):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             except OSError as error:
-                lines.append(fail(f"{monitor}.output_path", own["output_path"],
-                                  f"cannot write there ({error.strerror}); name another directory"))  # fmt: skip
+                lines.append(fail(f"{name}.{key}", own[key],
+                                  f"cannot write there ({error.strerror}); name another place"))  # fmt: skip
     if lines:
         raise ScMoEConfigError("\n".join(map(str, lines)))
 

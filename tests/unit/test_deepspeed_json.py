@@ -269,10 +269,12 @@ def test_what_only_the_programs_refuse(tmp_path: Path) -> None:
     for key, value, message in (
         ("managed_gradient_accumulation", False, "managed_gradient_accumulation = false"),
         ("csv_monitor", {"enabled": True, "output_path": str(tmp_path / "file" / "x")}, "csv_monitor.output_path"),
+        ("flops_profiler", {"enabled": True, "output_file": "/proc/x/y"}, "flops_profiler.output_file = .*/proc/x/y"),
     ):
         read({key: value})
         with pytest.raises(ScMoEConfigError, match=message):
             check_program({**JSON, key: value})
+    check_program({**JSON, "flops_profiler": {"enabled": True, "output_file": str(tmp_path / "file")}})
     check_program({**JSON, "csv_monitor": {"enabled": True, "output_path": str(tmp_path / "new")}})
 
 
