@@ -15,6 +15,7 @@ import psutil
 
 _MPI = r"mpirun|mpiexec\S*|orterun|prterun|orted|prted|prte|hydra\S*"
 _LAUNCHER = re.compile(rf"({_MPI}|deepspeed|ds|torchrun|accelerate|srun|slurmstepd\S*)$")
+_INTERPRETER = re.compile(r"python|pypy|sh$|bash$|env$")
 _MODULES = re.compile(r"deepspeed\.launcher\.\w+|torch\.distributed\.(run|launch)|accelerate\.commands\S*")
 
 
@@ -95,7 +96,9 @@ def _is_launcher(process: psutil.Process) -> bool:
     words = _words(process)[:6]
     programs = [os.path.basename(word.rstrip(":")) for word in words[:3] if not word.startswith("-")]
     modules = [after for word, after in itertools.pairwise(words) if word == "-m"]
-    return any(_LAUNCHER.match(each) for each in programs[:2]) or any(_MODULES.fullmatch(each) for each in modules)
+    scripts = programs[1:2] if programs and _INTERPRETER.match(programs[0]) else []
+    named = any(_LAUNCHER.match(each) for each in programs[:1] + scripts)
+    return named or any(_MODULES.fullmatch(each) for each in modules)
 
 
 def _under_mpi() -> bool:

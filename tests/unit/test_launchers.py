@@ -95,6 +95,7 @@ def test_the_launchers_of_a_process() -> None:
         (["bash", "run_deepspeed.sh"], False),
         (["bash", "-c", "deepspeed train.py"], False),
         (["vim", "deepspeed.json"], False),
+        (["less", "deepspeed"], False),
         (["/usr/bin/python", "-m", "pytest", "tests"], False),
     ],
 )  # fmt: skip
