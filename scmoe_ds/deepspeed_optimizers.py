@@ -47,8 +47,8 @@ def _check_optimizer(own: Mapping[str, Any], whole: Mapping[str, Any], zero: boo
         return
     kind = _optimizer_class(name, params, offloads)
     if kind is None:
-        names = [*deepspeed_config.DEEPSPEED_OPTIMIZERS, *_classes(torch.optim, torch.optim.Optimizer)]
-        near = nearest(name, [each for each in names if each != "adamw" or name.islower()])
+        others = [each for each in _classes(torch.optim, torch.optim.Optimizer) if each.lower() == name.lower()]
+        near = nearest(name, ["Adam", "AdamW", "Lion", "Lamb", "Muon", *others])
         yield str(fail("optimizer.type", name, f'no optimizer of DeepSpeed or torch; use "{near or "AdamW"}"'))
         return
     if isinstance(kind, str):

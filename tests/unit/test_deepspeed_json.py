@@ -126,7 +126,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (zero(reduce_bucket_size=INFINITY), r"zero_optimization\.reduce_bucket_size = Infinity: must be a finite number"),
     # optimizers and schedules
     ({"optimizer": {"type": "Foo"}}, r'optimizer\.type = "Foo": no optimizer of DeepSpeed or torch'),
-    ({"optimizer": {"type": "OneBitAdam", "params": {}}}, r'optimizer\.type = "OneBitAdam": no optimizer'),
+    ({"optimizer": {"type": "OneBitAdam", "params": {}}}, r'optimizer\.type = "OneBitAdam": no optimizer .*use "AdamW"'),
+    ({"optimizer": {"type": "Adm", "params": {}}}, r'optimizer\.type = "Adm": .*use "Adam"'),
+    ({"optimizer": {"type": "rmsprop", "params": {}}}, r'optimizer\.type = "rmsprop": .*use "RMSprop"'),
     ({"optimizer": {"params": {}}}, r"optimizer\.type is missing"),
     ({"optimizer": {}}, r"optimizer\.type is missing"),
     ({"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, r'optimizer\.type = "SGD": .*"zero_allow_untested_optimizer": true'),
