@@ -46,7 +46,8 @@ def failed_collective(error: BaseException) -> FailedCollective | None:
     for each in _chain(error):
         if isinstance(each, ExchangeError):
             return FailedCollective(each.collective, each.ranks, each.peers, _short(each.reason))
-    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _SIGNS.search(str(error)))):
+    is_sign = isinstance(error, RuntimeError) and _SIGNS.search(str(error)) and "DataLoader" not in str(error)
+    if not (isinstance(error, dist.DistError) or is_sign):
         return None
     name, ranks = _in_traceback(error)
     return FailedCollective(name, ranks, [rank for rank in ranks if rank != dist.get_rank()], _short(str(error)))

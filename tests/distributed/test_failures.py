@@ -249,6 +249,7 @@ def test_words_and_peers_of_a_failure() -> None:
     assert (found.ranks, found.peers, found.reason) == ([2, 3], [3], "Connection closed by peer [10.0.0.1]:5")
     assert failed_collective(RuntimeError("shape '[2]' is invalid")) is None
     assert failed_collective(ValueError("timed out")) is None
+    assert failed_collective(RuntimeError("DataLoader timed out after 9 seconds")) is None, "its workers hang"
 
 
 class OtherBytes(Tokenizer):
