@@ -60,6 +60,11 @@ def changed(good: Path, out: Path, name: str, change: Change | str) -> Path:
     return sign(out)
 
 
+def errors(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a program wrote to stderr, but for the line that says which checkpoint it loads."""
+    return "".join(line for line in capsys.readouterr().err.splitlines(True) if not line.startswith("loading "))
+
+
 def put(*keys_and_value: Any) -> Change:
     *parents, key, value = keys_and_value
 
@@ -142,7 +147,7 @@ def test_json(name: str, case: str, good: Path, tmp_path: Path, capsys: pytest.C
     path = changed(good, tmp_path / "export", name, (CONFIGS if name == CONFIG_FILE else INDICES)[case])
     started = time.monotonic()
     assert generate_gpt_scmoe.main(["--load", str(path), "--prompt", "ab", "--max-new-tokens", "2"]) == 2
-    message = capsys.readouterr().err
+    message = errors(capsys)
     assert message.startswith("generate_gpt_scmoe.py: error: ") and message.count("\n") == 1, message
     assert str(path) in message or "the checkpoint's " in message
     assert time.monotonic() - started < 10, "a model of that size was built"
@@ -164,7 +169,7 @@ def test_every_program(case: str, good: Path, tmp_path: Path, capsys: pytest.Cap
         runs.append(lambda: convert_checkpoint.main(["residual-to-scmoe", path, str(tmp_path / "other")]))
     for run in runs:
         assert run() == 2
-        message = capsys.readouterr().err
+        message = errors(capsys)
         assert message.count("\n") == 1 and "Traceback" not in message, message
 
 
@@ -206,7 +211,7 @@ def test_tensor_files(header: bytes, good: Path, tmp_path: Path, capsys: pytest.
     sign(out)
     for flags in ([], ["--experts", "offload"]):
         assert generate_gpt_scmoe.main(["--load", str(out), "--prompt", "ab", *flags]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        assert errors(capsys).count("\n") == 1
 
 
 def test_experts_of_another_type_or_shape(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
