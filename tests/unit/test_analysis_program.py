@@ -149,7 +149,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "short data": ((*ON_DATA, "--load", "DIR/export", "--max-tokens", "47"), "--max-tokens 47: less than one sequence of 48"),
     "no text": ((*OUT, "--load", "DIR/export", "--text-file", "DIR/nowhere"), "cannot be read as UTF-8 text"),
     "no UTF-8": ((*OUT, "--load", "DIR/export", "--text-file", "DIR/latin.txt"), "cannot be read as UTF-8 text"),
-    "no validation": ((*OUT, "--data-path", "DIR/parts", "--split", "1,0,0", "--load", "DIR/export"), "the validation part of --split 1,0,0 of --data-path DIR/parts has 0 tokens"),
+    "no validation": ((*OUT, "--data-path", "DIR/parts", "--split", "1,0,0", "--load", "DIR/export"), "--split 1,0,0 leaves no validation part of --data-path DIR/parts"),
     "split of a text": ((*ON_TEXT, "--split", "1,1,0", "--load", "DIR/export"), "--split is of a data set"),
     "no data set": ((*OUT, "--load", "DIR/export", "--data-path", "DIR/no"), "no.bin and"),
     "long": ((*ON_TEXT, "--load", "DIR/export", "--seq-length", "49"), "exceeds the model's context of 48"),
