@@ -1,10 +1,11 @@
 """Checkpoints: DeepSpeed's own MoE files, checked, durable, and readable by any layout of the same model.
 
-`files` which are whole and which can go; `saving`; `loading` which one a run starts from (`directories` what
-a path stands for, `failures` which did not train), `comparison` what a resume does about settings that differ and
-`hyperparameters` the same in an engine; `saved_state` the files as whole parameters; `reshard` these into an engine;
-`safetensors_files` and `convert` weights for others and from others; `parsing` descriptions that others may have
-written, `paths` the files that they name; `tokenizer_files`.
+`files` which are whole, `tensor_files` their one loader, `rotation` which can go, `lock` one job per directory;
+`saving`, `finite` what is not saved; `loading` which one a run starts from (`directories` what a path stands for,
+`failures` which did not train), `comparison` what a resume does about settings that differ and `hyperparameters` the
+same in an engine; `saved_state` the files as whole parameters; `reshard` these into an engine; `safetensors_files`
+and `convert` weights for others and from others; `parsing` descriptions that others may have written, `paths` the
+files that they name; `tokenizer_files`.
 """
 
 from scmoe_ds.checkpoint.comparison import run_settings
