@@ -366,9 +366,11 @@ class Guardian:
                 each.kill(signal.SIGKILL)
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), 2)  # whoever reads the rank's log waits for its end
-        deadline = time.monotonic() + LINGER_S
-        while self.members and time.monotonic() < deadline:
+        end = self.now + LINGER_S
+        # Nothing is said to members beyond a link that is cut.
+        while self.now < end and any(self.now - self.heard[rank] <= SILENT_S for rank in self.members):
             time.sleep(TICK_S)
+            self.now += TICK_S
             self._poll(0)
             self._tell_all({})
 
