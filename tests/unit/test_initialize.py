@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "two": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(), config_params=whole()),
             "got config and config_params"),
     "a model in the place of args": (lambda: scmoe_ds.initialize(WithScMoE(), whole()), "hand over model="),
-    "no optimizer": (lambda: scmoe_ds.initialize(model=WithScMoE(), config={**whole(), "optimizer": None}),
+    "no optimizer": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=without_optimizer(1)),
                      r'zero_optimization\.stage = 1: ZeRO needs an optimizer: add an "optimizer" section'),
     "DeepSpeed's layers": (lambda: scmoe_ds.initialize(model=Model(), config=whole()),
                            r'the first blocks\.1\.mlp\); set "replace": true'),
@@ -114,6 +114,12 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a MoE of Hugging Face": (lambda: scmoe_ds.initialize(model=mixtral(), config=whole()),
                               r"\(2 × MixtralSparseMoeBlock are none\)"),
 }  # fmt: skip
+
+
+def without_optimizer(stage: int) -> dict[str, Any]:
+    changed = {**whole(), "zero_optimization": {"stage": stage}}
+    del changed["optimizer"]
+    return changed
 
 
 def mixtral() -> nn.Module:
@@ -133,9 +139,7 @@ def test_the_remedies_work() -> None:
     for section in ({"replace": True}, {"architecture": "topk"}):
         engine, *_ = scmoe_ds.initialize(model=Model(), config=whole(**section))
         train(engine)
-    stage_0 = {**whole(), "zero_optimization": {"stage": 0}}
-    del stage_0["optimizer"]
-    engine, optimizer, *_ = scmoe_ds.initialize(model=WithScMoE(), config=stage_0)
+    engine, optimizer, *_ = scmoe_ds.initialize(model=WithScMoE(), config=without_optimizer(0))
     assert optimizer is None and torch.isfinite(engine(torch.randn(2, 6, 8)))
 
 
