@@ -303,7 +303,7 @@ def table() -> str:
     rows = [(flag, "the same") for flag in SAME]
     for flag, (path, kind) in JSON_FLAGS.items():
         rows.append((flag, f"`{path}`" + (f" = {json.dumps(kind)}" if isinstance(kind, (bool, str)) else "")))
-    rows += [(flag, "`scheduler`, below") for flag in SCHEDULE_FLAGS]
+    rows += [(flag, "`scheduler`, [above](#optimizer-and-schedule)") for flag in SCHEDULE_FLAGS]
     rows += [(flag, "`--train-iters`, with the batch size; the shortest of the three holds") for flag in LENGTH_FLAGS]
     for flag, (other, kind) in SAME_AS.items():
         rows.append((flag, f"`{other}{'' if callable(kind) else ' ' + kind}`"))
