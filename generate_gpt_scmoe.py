@@ -81,7 +81,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
     prompts = list(args.prompt)
     if args.prompt_file is not None:
         try:
-            prompts += read_document(args.prompt_file).splitlines()
+            # Not splitlines, which also divides at form feeds and other characters of a text.
+            prompts += [
+                line.removesuffix("\r") for line in read_document(args.prompt_file).removesuffix("\n").split("\n")
+            ]
         except (OSError, DataError) as error:
             raise ArgumentError(f"--prompt-file {args.prompt_file} cannot be read as UTF-8 text: {error}") from None
     if not prompts and not args.interactive:

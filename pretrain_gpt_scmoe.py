@@ -66,12 +66,16 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     data = data_settings(args, tokenizer)
     carried = run_together(lambda: carried_files(tokenizer), on_rank_zero=True) if args.save else None
-    content = [run_together(lambda: identify(data.path_of(0), data.flag_of(0)), on_rank_zero=True)]
+    # With --split the validation data is a part of the same files.
+    own_path = data.data_paths is not None and data.has_split(1)
+    content = [run_together(lambda: [identify(data.path_of(number), data.flag_of(number))
+                                     for number in range(1 + own_path)], on_rank_zero=True)]  # fmt: skip
     dist.broadcast_object_list(content)
+    assert content[0] is not None
     run = checkpoint.run_settings(
-        whole, micro_batch_size, accumulation_steps, replicas, content[0], seed=args.seed,
+        whole, micro_batch_size, accumulation_steps, replicas, content[0][0], seed=args.seed,
         split=split_shares(args.split) if args.split else None, seq_length=args.seq_length,
-        train_iters=args.train_iters,
+        train_iters=args.train_iters, valid_data_path=content[0][1] if own_path else None,
     )  # fmt: skip
     description = checkpoint.describe(shape, config, ranks, whole, run)
     description["tokenizer"] = record(describe(tokenizer), carried or {})

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
@@ -188,7 +189,7 @@ def _check(section: Mapping[str, Any], keys: Keys, prefix: str, known_wrong: Map
             continue  # Accelerate writes infinity, for never
         if key not in keys:
             # At the top level all keys would be too many to name.
-            unknown = unknown_key(path, key, keys)
+            unknown = unknown_key(path, key, keys if prefix else [*keys, "scmoe"])
             far = not prefix and "valid keys" in unknown
             lines.append(f'{path}: unknown key; remove it, or let a key of your own begin with "_"' if far else unknown)
         elif path not in _KEEPS_AUTO and not (value == "auto" and key.startswith("stage3_")):
@@ -219,6 +220,8 @@ def broken_rule(value: Any, holds: Any) -> str | None:
         value = int(value)
     if isinstance(value, int) and abs(value) >= 2**63:
         return "is too large"
+    if isinstance(value, bool) and isinstance(holds, type) and issubclass(holds, Enum):
+        return "must be a number"
     wants_text = holds is Any or holds is str or str in get_args(holds)
     if isinstance(value, str) and not wants_text and (literal := unquoted(value)) is not None:
         return f"is a string; write {literal} without quotes"

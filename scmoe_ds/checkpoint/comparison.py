@@ -19,8 +19,8 @@ from scmoe_ds.config import in_present_words
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 DATA = "data"
-JSON_KEYS = ("optimizer", "scheduler", "gradient_clipping", "fp16", "bf16", "data_types", "prescale_gradients",
-             "gradient_predivide_factor", "communication_data_type")  # fmt: skip
+JSON_KEYS = ("optimizer", "scheduler", "gradient_clipping", "fp16", "bf16", "torch_autocast", "data_types",
+             "prescale_gradients", "gradient_predivide_factor", "communication_data_type")  # fmt: skip
 """DeepSpeed's keys that decide the numbers of a step, beside the batch sizes."""
 
 
@@ -43,6 +43,7 @@ TABLE: dict[str, Outcome] = {
     "*16.enabled": Outcome.FREE,
     "fp16*": Outcome.TAKEN_OVER,
     "bf16*": Outcome.TAKEN_OVER,
+    "torch_autocast*": Outcome.TAKEN_OVER,
     "data_types*": Outcome.TAKEN_OVER,
     "prescale_gradients": Outcome.TAKEN_OVER,
     "gradient_predivide_factor": Outcome.TAKEN_OVER,
@@ -54,6 +55,7 @@ TABLE: dict[str, Outcome] = {
     "--split": Outcome.CHANGES_THE_RUN,
     "--seq-length": Outcome.CHANGES_THE_RUN,
     "--train-iters": Outcome.CHANGES_THE_RUN,
+    "--valid-data-path": Outcome.CHANGES_THE_RUN,
     "--*-dropout": Outcome.TAKEN_OVER,
     "--drop-path-rate": Outcome.TAKEN_OVER,
     "--layernorm-epsilon": Outcome.CHANGES_THE_RUN,

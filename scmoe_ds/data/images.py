@@ -108,7 +108,9 @@ class ImageFolder(Dataset[Sample]):
         if not self.files:
             raise DataError(f"--data-path {root}: no images in it; they are expected as {root}/<class>/<image>, "
                             f"with names that end in {', '.join(SUFFIXES)}")  # fmt: skip
-        names = "\n".join(str(path.relative_to(root)) for path, _ in self.files)
+        # Not the contents, which would all be read; a link to nothing is an error when it is read.
+        sizes = [path.stat().st_size if path.exists() else 0 for path, _ in self.files]
+        names = "\n".join(f"{path.relative_to(root)} {size}" for (path, _), size in zip(self.files, sizes, strict=True))
         self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:12]
 
     def __len__(self) -> int:

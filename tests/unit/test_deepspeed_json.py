@@ -45,6 +45,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gradient_acumulation_steps": 2}, r'gradient_acumulation_steps: unknown key \(did you mean "gradient_accumulation'),
     ({"Gradient_Clipping": 1.0}, r'Gradient_Clipping: unknown key \(did you mean "gradient_clipping"\?\)'),
     ({"zero_optimisation": {"stage": 1}}, r'zero_optimisation: unknown key \(did you mean "zero_optimization"\?\)'),
+    ({"ScMoE": {}}, r'ScMoE: unknown key \(did you mean "scmoe"\?\)'),
+    (zero(stage=True), r"zero_optimization\.stage = true: must be a number"),
     ({"my_section": {}}, r'my_section: unknown key; .*begin with "_"'),
     ({"tensorboard": {"enable": True}}, r'tensorboard\.enable: unknown key \(did you mean "enabled"\?\)'),
     ({"flops_profiler": {"enabeld": True}}, r'flops_profiler\.enabeld: .*"enabled"'),

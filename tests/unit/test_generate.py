@@ -213,9 +213,10 @@ def test_program(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     first = capsys.readouterr()
     assert first.out.startswith("ab") and "prefill 2 tokens" in first.err and "ms per step" in first.err
     file = tmp_path / "prompts.txt"
-    file.write_text("ab\nsecond\n")
+    file.write_bytes(b"ab\r\nsec\x0cond\n")  # Python, not a text editor, ends a line at a form feed
     assert run_program(*common, "--prompt-file", str(file)) == 0
-    assert capsys.readouterr().out.startswith(first.out)  # the same text in a batch as alone
+    assert (out := capsys.readouterr().out).startswith(first.out)  # the same text in a batch as alone
+    assert out[len(first.out) :].startswith("sec\x0cond")
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n\n" + "x" * 60 + "\nab\n"))
     assert run_program(*common, "--interactive") == 0
     talked = capsys.readouterr()

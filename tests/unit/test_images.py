@@ -42,6 +42,8 @@ def test_image_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert image.shape == (3, 8, 8)
         expected = torch.tensor([red / 127.5 - 1, -1.0, 1.0]).reshape(3, 1, 1).expand(3, 8, 8)
         assert torch.equal(image, expected)
+    (root / "a" / "0.png").write_bytes((root / "a" / "0.png").read_bytes() + b"more")
+    assert ImageFolder(root, 8).fingerprint != folder.fingerprint, "another file of the same name"
     assert ImageFolder(root, 8, num_channels=1)[0]["images"].shape == (1, 8, 8)
     parts = write_images(tmp_path / "parts" / "train", {"b": [(8, 8)], "a": [(8, 8)]}).parent
     write_images(parts / "val", {"b": [(8, 8)]})

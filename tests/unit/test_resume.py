@@ -73,7 +73,8 @@ def changed(whole: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def described(whole: dict[str, Any] = JSON, settings: GPTSettings = SETTINGS, **flags: Any) -> dict[str, Any]:
-    defaults = {"seed": 1, "split": split_shares("8,1,1"), "seq_length": 16, "train_iters": 10, "micro_batch_size": 2,
+    defaults = {"seed": 1, "split": split_shares("8,1,1"), "seq_length": 16, "train_iters": 10, "valid_data_path": None,
+                "micro_batch_size": 2,
                 "accumulation_steps": 2, "replicas": 1, "data": {"content": ["aa"], "shown": "here"}}  # fmt: skip
     config = ScMoEConfig.from_deepspeed(whole)
     return fields.describe(settings, config, 1, whole, run_settings(whole, **{**defaults, **flags}))
@@ -118,6 +119,8 @@ CHANGES: dict[str, tuple[dict, dict, str, Outcome]] = {
     "split": ({}, {"split": split_shares("5,4,1")}, "--split = [0.5, 0.4, 0.1] (was [0.8, 0.1, 0.1])", Outcome.CHANGES_THE_RUN),
     "length": ({}, {"seq_length": 8}, "--seq-length = 8 (was 16)", Outcome.CHANGES_THE_RUN),
     "iterations": ({}, {"train_iters": 50}, "--train-iters = 50 (was 10)", Outcome.CHANGES_THE_RUN),
+    "validation": ({}, {"valid_data_path": {"content": ["cc"], "shown": "v"}}, "--valid-data-path = v [cc] (was not set)", Outcome.CHANGES_THE_RUN),
+    "autocast": ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast.enabled = true (was not set)", Outcome.TAKEN_OVER),
     "data": ({}, {"data": {"content": ["bb"], "shown": "there"}}, "data = there [bb] (was here [aa])", Outcome.CHANGES_THE_RUN),
 }  # fmt: skip
 
