@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from benchmarks.quality_run import active_parameters, forward_flops
 from scmoe_ds.arguments import ArgumentError, build_parser, gpt_settings
+from scmoe_ds.checkpoint.files import write_whole
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.tokenizer import pad_vocab_size
 from scmoe_ds.engine import batch_sizes, fingerprint
@@ -243,9 +243,7 @@ class Record:
 
     def save(self) -> None:
         """Writes the file: the old one or the new one is there at any time."""
-        staged = self.path.with_name(self.path.name + ".tmp")
-        staged.write_text(to_json(self.content), encoding="utf-8")
-        os.replace(staged, self.path)
+        write_whole(self.path, to_json(self.content))
 
 
 def to_json(content: Mapping[str, Any]) -> str:

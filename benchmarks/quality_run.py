@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import sys
@@ -28,6 +27,7 @@ import torch
 from pretrain_gpt_scmoe import USER_ERRORS, pretrain
 from scmoe_ds.analysis.similarity import measure
 from scmoe_ds.analysis.subjects import gpt_subject
+from scmoe_ds.checkpoint.files import write_whole
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.flags import split_ranges
 from scmoe_ds.engine import device
@@ -78,9 +78,7 @@ def train_and_evaluate(task: Task, args: argparse.Namespace, whole: dict[str, An
     found = {"processor_seconds": round(time.process_time(), 1), "sequence_losses": losses}
     if task.similarity_sequences:
         found["similarity"] = similarity_of(model, rows[: task.similarity_sequences], task.batch_size)
-    staged = Path(task.result + ".tmp")
-    staged.write_text(json.dumps(found), encoding="utf-8")
-    os.replace(staged, task.result)
+    write_whole(Path(task.result), json.dumps(found))
 
 
 def held_out_rows(prefix: str, split: str, seq_length: int, most: int) -> list[Row]:

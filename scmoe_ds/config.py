@@ -7,7 +7,6 @@ the world size) can rule out is ruled out here, before a process group exists.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, Union
@@ -15,7 +14,7 @@ from typing import Any, Literal, Union
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from scmoe_ds.config_errors import ScMoEConfigError, explain, fail
+from scmoe_ds.config_errors import ScMoEConfigError, explain, fail, nearest
 from scmoe_ds.deepspeed_json import load_deepspeed_json
 from scmoe_ds.deepspeed_keys import unquoted
 from scmoe_ds.deepspeed_settings import check_settings
@@ -189,8 +188,8 @@ class ScMoEConfig(_Section):
     @classmethod
     def _from_section(cls, whole: Mapping[str, Any]) -> ScMoEConfig:
         if "scmoe" not in whole:
-            near = difflib.get_close_matches("scmoe", [str(key) for key in whole], n=1)
-            hint = f' (is "{near[0]}" a slip?)' if near else ""
+            near = nearest("scmoe", map(str, whole))
+            hint = f' (is "{near}" a slip?)' if near else ""
             raise ScMoEConfigError(
                 f'no "scmoe" section in the DeepSpeed JSON{hint}: add "scmoe": {{}} to use the defaults'
             )

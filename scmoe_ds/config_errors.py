@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,10 +31,10 @@ def unknown_key(path: str, key: str, valid: Collection[str]) -> str:
     )
 
 
-def nearest(name: str, valid: Collection[str]) -> str | None:
+def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The valid name that one may have meant, in any case of the letters."""
     by_case = {each.lower(): each for each in valid}
-    near = difflib.get_close_matches(name.lower(), by_case, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), by_case, n=1, cutoff=cutoff)
     return by_case[near[0]] if near else None
 
 
@@ -70,11 +70,11 @@ def _is_key(section: Mapping[str, Any], location: tuple[int | str, ...], key: in
 def _unknown_key(path: str, keys: list[str], valid: Mapping[str, Collection[str]]) -> str:
     *parents, key = keys
     fields = valid[".".join(parents)]
-    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+    near = nearest(key, fields, cutoff=0.4)
     elsewhere = [name for name, others in valid.items() if name and not parents and key in others]
     hint = ""
     if elsewhere:
         hint = f' (did you mean "{elsewhere[0]}": {{"{key}"}}?)'
     elif near:
-        hint = f' (did you mean "{near[0]}"?)'
+        hint = f' (did you mean "{near}"?)'
     return f"{path}: unknown key{hint}; valid keys are {', '.join(fields)}"

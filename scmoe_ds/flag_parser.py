@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
+
+from scmoe_ds.config_errors import nearest
 
 
 def _integer(text: str) -> int:
@@ -59,5 +60,5 @@ class FlagParser(argparse.ArgumentParser):
         if flag in self.elsewhere:
             return f"{flag} is not taken here: {self.elsewhere[flag]}"
         shown = [name for action in self._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
-        near = difflib.get_close_matches(flag, shown, n=1) or difflib.get_close_matches(flag, self.elsewhere, n=1)
-        return f"{flag}: unknown flag" + (f' (did you mean "{near[0]}"?)' if near else "; --help lists them")
+        near = nearest(flag, shown) or nearest(flag, self.elsewhere)
+        return f"{flag}: unknown flag" + (f' (did you mean "{near}"?)' if near else "; --help lists them")

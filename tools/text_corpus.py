@@ -26,9 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, not installed
 
+from scmoe_ds.checksums import file_entry
 from scmoe_ds.data.corpus import standard_library_documents, write_indexed_dataset
 from scmoe_ds.data.errors import DataError
-from scmoe_ds.data.index_cache import file_entry, replaced
+from scmoe_ds.data.index_cache import replaced
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import GPT2BPETokenizer
 

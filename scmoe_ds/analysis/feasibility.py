@@ -6,15 +6,14 @@ timed operators give the other positions too, as far as they go: one that was no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.analysis.records import read_json
 from scmoe_ds.analysis.similarity import POSITIONS
 from scmoe_ds.config import ScMoEConfigError
 from scmoe_ds.overlap.calibration_file import Description, find_times
@@ -121,16 +120,9 @@ class _Record(_Part):
     verdict: _Verdict
 
 
-def _read_json(flag: str, path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AnalysisError(f"{flag} {path} cannot be read as JSON: {error}") from None
-
-
 def read_similarity(path: str) -> dict[str, Any]:
     """A record of the sub-command "similarity"; an AnalysisError if it is none."""
-    record = _read_json("--similarity", path)
+    record = read_json("--similarity", path)
     if not isinstance(record, dict) or record.get("kind") != "similarity":
         raise AnalysisError(f'--similarity {path} is no record of "similarity", which analyze_gpt_scmoe.py writes')
     try:
@@ -144,7 +136,7 @@ def read_similarity(path: str) -> dict[str, Any]:
 
 def read_times(path: str) -> list[tuple[Description, OperatorTimes]]:
     """Description and times of every kind of layers in a "calibration_file"; an AnalysisError if it has none."""
-    saved, source = _read_json("--calibration", path), f"--calibration {path}"
+    saved, source = read_json("--calibration", path), f"--calibration {path}"
     if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):
         raise AnalysisError(f"{source} is not a calibration (a JSON list of objects): give the file that "
                             '"scmoe": {"overlap": {"calibration_file": …}} names')  # fmt: skip

@@ -83,16 +83,25 @@ def draw(record: dict[str, Any], json_path: Path) -> Path:
     return picture
 
 
+def read_json(flag: str, path: str) -> Any:
+    """The JSON file that a flag names.
+
+    Raises:
+        AnalysisError: it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AnalysisError(f"{flag} {path} cannot be read as JSON: {error}") from None
+
+
 def redraw(path: str, kind: str) -> Path:
     """Makes the figure of a record anew.
 
     Raises:
         AnalysisError: not a record of that kind.
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AnalysisError(f"--from-json {path} cannot be read as JSON: {error}") from None
+    record = read_json("--from-json", path)
     found = record.get("kind") if isinstance(record, dict) else None
     if found != kind:
         remedy = f'; use the sub-command "{found}"' if found in KINDS else ", which analyze_gpt_scmoe.py writes"

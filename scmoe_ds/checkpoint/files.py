@@ -12,13 +12,13 @@ import json
 import logging
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from scmoe_ds.checksums import FileEntry, checksum
 from scmoe_ds.parallel.agreement import run_together
 
 logger = logging.getLogger("scmoe_ds")
@@ -27,7 +27,6 @@ DESCRIPTION_FILE = "scmoe.json"
 MANIFEST_FILE = "scmoe_files.json"
 PART = ".part"
 """Ends the name of what is still being written."""
-_BLOCK_BYTES = 1 << 22
 _TAG = re.compile("global_step(0|[1-9][0-9]*)")
 
 
@@ -37,27 +36,6 @@ class CheckpointError(ValueError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint that is not what was written; an older one may still serve."""
-
-
-class FileEntry(TypedDict):
-    """What the manifest knows of a file."""
-
-    bytes: int
-    crc32: str
-
-
-def checksum(path: Path) -> str:
-    """CRC-32 of a file as eight hexadecimal digits; finds every flipped bit and runs at the speed of memory."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
-
-
-def entry(path: Path) -> FileEntry:
-    """Size and checksum of a file."""
-    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
 
 
 def flush(path: Path) -> None:

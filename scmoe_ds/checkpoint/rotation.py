@@ -12,7 +12,6 @@ from scmoe_ds.checkpoint.files import (
     MANIFEST_FILE,
     PART,
     CheckpointError,
-    FileEntry,
     flush,
     iteration_of,
     newest_first,
@@ -20,6 +19,7 @@ from scmoe_ds.checkpoint.files import (
     read_latest,
     write_whole,
 )
+from scmoe_ds.checksums import FileEntry
 
 logger = logging.getLogger("scmoe_ds")
 

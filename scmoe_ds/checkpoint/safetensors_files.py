@@ -16,6 +16,7 @@ from torch import Tensor
 from scmoe_ds.checkpoint import files
 from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
 from scmoe_ds.checkpoint.paths import inside
+from scmoe_ds.checksums import file_entry
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -111,7 +112,7 @@ def write_weights(
             (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         for name, octets in (carried or {}).items():
             (out / name).write_bytes(octets)
-        manifest = {file.name: files.entry(file) for file in sorted(out.iterdir())}
+        manifest = {file.name: file_entry(file) for file in sorted(out.iterdir())}
         files.write_whole(out / files.MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: the export was not written ({error}); make room or choose another "

@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from scmoe_ds.checkpoint import files, finite, lock, rotation
 from scmoe_ds.checkpoint.description import BATCH, CONSUMED, ITERATION
-from scmoe_ds.checkpoint.files import CheckpointError, FileEntry
+from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.checkpoint.names import saved_splits
+from scmoe_ds.checksums import FileEntry, file_entry
 from scmoe_ds.parallel.agreement import run_together
 
 _PROBE_BYTES = 1 << 22
@@ -187,7 +188,7 @@ def _check_in(part: Path, written: list[Path]) -> dict[str, FileEntry]:
     def own() -> dict[str, FileEntry]:
         for file in written:
             files.flush(file)
-        return {str(file.relative_to(part)): files.entry(file) for file in written}
+        return {str(file.relative_to(part)): file_entry(file) for file in written}
 
     entries: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(entries, run_together(own))

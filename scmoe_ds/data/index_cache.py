@@ -11,19 +11,16 @@ import logging
 import os
 import tempfile
 import uuid
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from scmoe_ds.checksums import file_entry
 from scmoe_ds.data.errors import DataError
 
 logger = logging.getLogger("scmoe_ds")
-
-_BLOCK_BYTES = 1 << 22
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -105,15 +102,6 @@ class IndexCache:
                 f"cannot write the index cache in {self.directory}: {error.strerror or no_room}. Set --data-cache-path "
                 "to a writable directory that has room and that all nodes share."
             ) from error
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file, as a record keeps them."""
-    value = 0
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            value = zlib.crc32(block, value)
-    return {"bytes": path.stat().st_size, "crc32": f"{value:08x}"}
 
 
 @contextmanager

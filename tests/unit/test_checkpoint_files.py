@@ -15,6 +15,7 @@ from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import files, rotation
 from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
+from scmoe_ds.checksums import file_entry
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel.tensor import Split, merge, split
@@ -33,7 +34,7 @@ def make(root: Path, step: int, description: dict[str, Any] = DESCRIPTION, lates
         torch.save(torch.full((50,), 2 * step + rank), part / f"rank_{rank}.pt")
     (part / files.DESCRIPTION_FILE).write_text(json.dumps(description))
     before = files.read_latest(root)
-    rotation.publish(part, final, {file.name: files.entry(file) for file in part.iterdir()})
+    rotation.publish(part, final, {file.name: file_entry(file) for file in part.iterdir()})
     if not latest and before is not None:
         (root / "latest").write_text(before)
     return final
@@ -57,7 +58,7 @@ def alter(file: Path, old: str, new: str) -> None:
 def test_a_checksum_is_the_whole_files(tmp_path: Path) -> None:
     content = bytes(range(256)) * 40_000  # several blocks
     (tmp_path / "file").write_bytes(content)
-    assert files.entry(tmp_path / "file") == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+    assert file_entry(tmp_path / "file") == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
 
 
 DAMAGE = {

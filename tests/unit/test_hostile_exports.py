@@ -22,6 +22,7 @@ from scmoe_ds.checkpoint import CheckpointError, files
 from scmoe_ds.checkpoint.convert import export, open_weights
 from scmoe_ds.checkpoint.description import describe
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE, write_weights
+from scmoe_ds.checksums import file_entry
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import connect
 from scmoe_ds.inference.model import TrainedModel
@@ -44,7 +45,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sign(path: Path) -> Path:
     """A manifest that agrees with what is there."""
     (path / files.MANIFEST_FILE).unlink(missing_ok=True)
-    manifest = {file.name: files.entry(file) for file in path.iterdir()}
+    manifest = {file.name: file_entry(file) for file in path.iterdir()}
     (path / files.MANIFEST_FILE).write_text(json.dumps(manifest))
     return path
 
