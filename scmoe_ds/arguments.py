@@ -101,7 +101,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     """Flags of the training loop."""
     group = parser.add_argument_group("training, validation and checkpoints")
     group.add_argument("--train-iters", type=int, help="optimizer steps of the whole run, over all resumes")
-    group.add_argument("--exit-duration-in-mins", type=float, help="save and stop after so many minutes")
+    group.add_argument("--exit-duration-in-mins", type=float, help="save and stop after this many minutes")
     group.add_argument("--exit-interval", type=int, help="save and stop at an iteration that this divides")
     group.add_argument("--log-interval", type=int, default=100, help="iterations per log line")
     group.add_argument("--log-gating-interval", type=int, help="iterations between the gates' choices (paper figure 9) "

@@ -1,6 +1,6 @@
 """DeepSpeed's keys of the JSON: which there are and what each may hold, read off the installed DeepSpeed.
 
-Its newer sections are pydantic models. Of the older ones and of the top level it is recorded which keys DeepSpeed asks
+Its newer sections are pydantic models. For the older ones and the top level a dict records which keys DeepSpeed asks
 for, and with which default. DeepSpeed itself ignores keys that it does not know, reads "4" as 4, and leaves out "auto".
 """
 
@@ -41,7 +41,7 @@ _NO_MODEL: dict[str, Any] = {
     "activation_checkpointing": {}, "aio": {}, "autotuning": {}, "data_types": {}, "timers": {},
     "checkpoint": {"writer": {}, "parallel_write": {}}, "data_efficiency": {"data_sampling": {}, "data_routing": {}},
 }  # fmt: skip
-"""Sections of which DeepSpeed has no model, with the least that makes it read each."""
+"""Sections without a pydantic model, each with the least content that makes DeepSpeed read it."""
 
 _MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
@@ -63,7 +63,7 @@ _RULES: Keys = {
     "log_level": Literal[(*log_levels, *map(str.upper, log_levels))] | None,
     "sequence_parallel_size": PositiveInt,
 }
-"""Of keys whose default says too little."""
+"""For keys whose default does not show what they may hold."""
 
 _SECTION_RULES: dict[str, Keys] = {
     "data_types": {"grad_accum_dtype": _Dtype, "param_dtype": _Dtype, "buffer_dtype": _Dtype,
@@ -99,7 +99,7 @@ class _Recorder(dict[str, Any]):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without DeepSpeed's own log: what it would say of the settings it says when it starts."""
+    """Silences DeepSpeed's log, which says the same again when it starts."""
     logger = logging.getLogger("DeepSpeed")
     before, logger.disabled = logger.disabled, True
     try:
@@ -266,12 +266,12 @@ def _not_finite(value: Any, path: str) -> list[str]:
     return [line for key, each in items for line in _not_finite(each, f"{path}.{key}")]
 
 
-# They need the number of ranks.
+# Checked by DeepSpeed at its start: they depend on the number of ranks.
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def _read_by_deepspeed(whole: Mapping[str, Any]) -> list[str]:
-    """What DeepSpeed says when it reads all keys, under the key that makes it say so by itself."""
+    """DeepSpeed's own errors when it reads all keys, each under the key that causes it alone."""
     lines: list[str] = []
     rest = {key: value for key, value in whole.items() if key not in _BATCH}
     while message := _refusal(rest):

@@ -143,7 +143,7 @@ def _check_scheduler(own: Mapping[str, Any], wrapped: bool) -> Iterator[str]:
 
 
 def _check_params(path: str, params: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[str]:
-    """Names, and the type of each value after that of its default."""
+    """Names, and types: each value must have the type of its default."""
     for key, value in params.items():
         default = valid.get(key)
         where = f"{path}.{key}"

@@ -21,7 +21,7 @@ def exponent_of_two(text: str) -> int:
 
 
 def whole_number(text: str) -> int:
-    """Megatron has some whole numbers as 1000.0."""
+    """Megatron writes some whole numbers as 1000.0."""
     if not float(text).is_integer():
         raise ValueError("not a whole number")
     return int(float(text))
@@ -132,7 +132,7 @@ NO_EFFECT: dict[str, tuple[int, str]] = {
     "--log-optimizer-states-to-tensorboard": (0, "analyze_gpt_scmoe.py gradients looks at them"),
     "--no-log-loss-scale-to-tensorboard": (0, "DeepSpeed's monitors write what they write"),
     "--no-log-learnig-rate-to-tensorboard": (0, "DeepSpeed's monitors write what they write"),
-    "--tensorboard-log-interval": (1, "--log-interval is that of the monitors too"),
+    "--tensorboard-log-interval": (1, "--log-interval holds for the monitors too"),
     "--tensorboard-queue-size": (1, "DeepSpeed's monitors flush what they write"),
     "--timing-log-level": (1, '"wall_clock_breakdown" writes times'),
     "--timing-log-option": (1, '"wall_clock_breakdown" writes times'),
@@ -224,8 +224,8 @@ REFUSED: dict[str, str] = {
     "--remote-device": _ZERO3,
     "--use-pin-memory": _ZERO3,
     "--memory-centric-tiled-linear": _ZERO3,
-    "--log-params-norm": "analyze_gpt_scmoe.py gradients looks at norms; the log has that of the gradient",
-    "--log-num-zeros-in-grad": "analyze_gpt_scmoe.py gradients looks at norms; the log has that of the gradient",
+    "--log-params-norm": "analyze_gpt_scmoe.py gradients looks at norms; the log has the gradient norm",
+    "--log-num-zeros-in-grad": "analyze_gpt_scmoe.py gradients looks at norms; the log has the gradient norm",
     "--kill-switch-file": "send SIGTERM to a rank, or use --exit-duration-in-mins",
     "--wandb-save-dir": "wandb takes it from its own variable WANDB_DIR",
     "--mos": _TEACHER,

@@ -61,7 +61,7 @@ def steady_output(stdout: bool = True) -> Iterator[None]:
     """While it lasts, nothing that writes to stdout or stderr fails: print, logging, tracebacks, other packages.
 
     Args:
-        stdout: not only stderr; False where stdout is a program's result, whose loss is an error.
+        stdout: guard stdout too; False where it is a program's result, whose loss is an error.
     """
     before, reports = (sys.stdout, sys.stderr), logging.raiseExceptions
     logging.raiseExceptions = False  # a handler would write a traceback about each line that is lost
@@ -84,7 +84,7 @@ def steady_output(stdout: bool = True) -> Iterator[None]:
 def without_full_disks(whole: Mapping[str, Any]) -> dict[str, Any]:
     """DeepSpeed's JSON without the monitors whose disk is full already: to make them would fail. For rank 0.
 
-    Other reasons for which a directory cannot be written are their user's to mend, and stay.
+    A directory that cannot be written for another reason is the user's to mend: its monitor stays on.
     """
     kept = dict(whole)
     for name in ("tensorboard", "csv_monitor"):

@@ -44,7 +44,7 @@ def run_program(
         job: gets what `parse` returns; of the default, the flags, the DeepSpeed JSON and its "scmoe" section.
         errors: what a user can mend; it ends in one sentence, not in a traceback.
         parse: reads the flags; default: those of pretrain_gpt_scmoe.py.
-        stdout_is_log: what the job prints is not its result: it goes on when that cannot be written.
+        stdout_is_log: the job prints a log, not a result, and goes on when it cannot be written.
     """
     errors = (*errors, LauncherError)
     if not faulthandler.is_enabled():

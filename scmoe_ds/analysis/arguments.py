@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     gradients.add_argument("--micro-batches", type=int, default=16, help="between which the noise is taken")
     feasibility = commands.add_parser(
         "feasibility", help="one page: would ScMoE pay for a model on a machine?", allow_abbrev=False,
-        description="Would ScMoE pay for a model on a machine? One page, from two files: needs neither of them.",
+        description="Would ScMoE pay for a model on a machine? Reads two JSON files. Loads no model and needs no GPU.",
     )  # fmt: skip
     feasibility.add_argument("--similarity", help='a record of the sub-command "similarity" of the model')
     feasibility.add_argument("--calibration", help='measured times: a "calibration_file"')

@@ -114,7 +114,7 @@ class _Verdict(_Part):
 
 
 class _Record(_Part):
-    """Of a record of similarity, what the page is about."""
+    """The part of a similarity record that the page shows."""
 
     model: str
     verdict: _Verdict

@@ -120,7 +120,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Dif
     """The settings that differ, in the order of this run's record, without those that are free.
 
     Args:
-        saved, wanted: what `describe` gave, then and now. What either does not record is not compared.
+        saved, wanted: results of `describe`, then and now. A setting that one of them lacks is not compared.
     """
     then, now = _decisive(saved), _decisive(json.loads(json.dumps(wanted)))
     found = []
@@ -157,7 +157,7 @@ def select(found: Sequence[Difference], outcome: Outcome) -> str:
 
 
 def _decisive(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Name in messages to value, of all that `describe` recorded and that neither model nor layout covers."""
+    """The settings that belong neither to the model nor to the layout: name in messages to value."""
     named = dict(description.get("run") or {})
     if BATCH in description:  # of a checkpoint that an earlier version wrote
         named.setdefault(BATCH, description[BATCH])
@@ -180,7 +180,7 @@ def _flatten(name: str, value: Any) -> dict[str, Any]:
 
 
 def _identity(name: str, value: Any) -> Any:
-    """What is compared: of data the content, of an optimizer the state that it keeps."""
+    """What is compared: the content of data, the kind of state of an optimizer, else the value."""
     if isinstance(value, dict):
         return value["content"]
     if name == "optimizer.type" and isinstance(value, str):

@@ -17,7 +17,7 @@ logger = logging.getLogger("scmoe_ds")
 FAILURE_FILE = "scmoe_failure.json"
 """Lies in the checkpoint's directory: a checkpoint that takes its place has none. Not in the manifest."""
 FIRST_STEPS = 3
-"""So many steps behind a checkpoint a loss or gradient that is not finite is held to be the checkpoint's fault: a
+"""A loss or gradient that is not finite within this many steps after a checkpoint counts as the checkpoint's fault. A
 moment that is not finite shows in the loss of the second step."""
 
 
@@ -25,7 +25,7 @@ def note(root: Path, iteration: int, reason: str) -> Path | None:
     """Notes that the newest checkpoint before an iteration does not train, if it is one of the last few steps.
 
     Args:
-        root: of --save. One rank calls it.
+        root: directory of --save. One rank calls this.
         iteration: the first whose numbers were not finite.
         reason: a line for the next start.
 

@@ -47,18 +47,18 @@ class OwnSettings:
         return float(self._groups_now[0]["lr"]) if self._groups_now else None
 
     def put_back_clipping(self) -> None:
-        """The norm that gradients are clipped to."""
+        """Restores the norm that gradients are clipped to."""
         if self._clip_grad is not None:
             self._engine.optimizer.clip_grad = self._clip_grad
 
     def put_back_loss_scale(self) -> None:
-        """fp16's loss scale, fixed or dynamic, as at a start."""
+        """Restores fp16's loss scale, fixed or dynamic, as at a start."""
         for key, value in self._loss_scale.items():
             setattr(self._engine.optimizer, key, value)
 
     def put_back_optimizer(self, saved_schedule: Mapping[str, Any] | None) -> None:
-        """Learning rate, betas, weight decay, …; then the schedule of this run, at the step that the engine has
-        reached. The scheduler must not have loaded a state.
+        """Restores learning rate, betas, weight decay, …; then puts this run's schedule at the step that the engine
+        has reached. The scheduler must not have loaded a state.
 
         Args:
             saved_schedule: the state of the checkpoint's scheduler; None: there was none.
@@ -80,9 +80,9 @@ class OwnSettings:
                 scheduler.step()
 
     def fit_implementation(self) -> None:
-        """Makes the state that another implementation of the same optimizer saved this one's (torch's Adam, DeepSpeed's
-        on GPU or CPU): the settings that only this one has, and its way of counting steps. torch counts in tensors;
-        an integer it would count in a copy, and correct the bias of the first step for ever."""
+        """Converts a state that another implementation of the same optimizer saved (torch's Adam, DeepSpeed's on GPU or
+        CPU): adds the settings that only this one has, and counts steps as it does. torch counts in tensors; an integer
+        would stay as it is, so that every step would be corrected for the bias of the first."""
         for group, own in zip(self._groups_now, self._groups, strict=True):
             group.update({key: value for key, value in own.items() if key not in group})
         package = type(self._inner).__module__.split(".")[0]

@@ -150,8 +150,8 @@ def _reshard(engine: Any, source: Source, schedule: bool) -> dict[str, Any]:
 
 
 def _deepspeed_can_read(layout: Mapping[str, Any]) -> bool:
-    """DeepSpeed's loader looks for its experts under a rank's own tensor-parallel rank, but copies of them on several
-    tensor-parallel ranks are written by one."""
+    """DeepSpeed looks for experts under the rank's own tensor-parallel rank. But only one of several tensor-parallel
+    ranks that hold the same experts writes them."""
     return layout[fields.EXPERT_TENSOR_PARALLEL] or layout[fields.EXPERT_PARALLEL] % layout[fields.TENSOR_PARALLEL] == 0
 
 

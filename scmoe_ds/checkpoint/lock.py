@@ -2,8 +2,8 @@
 
 Rank 0 holds a POSIX lock on a file in the directory while its process lives. The operating system gives it back however
 the process ends, and no child inherits it. Some network file systems keep such locks to one host, or have none. So the
-file also says whose it is: of a process on this host one can ask whether it lives; one elsewhere touches the file every
-few seconds, and a newcomer waits for that.
+file also names its holder. On the same host a newcomer looks whether that process lives. A holder elsewhere touches the
+file every few seconds, and a newcomer waits for that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOCK_FILE = "scmoe.lock"
 REFRESH_S = 5.0
 """Between two touches of the file."""
 STALE_S = 30.0
-"""A job on another host that has not touched the file for so long is gone."""
+"""A job on another host is gone when it has not touched the file for this long."""
 ENDING_S = 3.0
 """A process that has been killed still has to give back its memory, and only then its lock."""
 _BUSY = (errno.EAGAIN, errno.EACCES)
@@ -69,7 +69,7 @@ def require(directory: Path) -> None:
 
 
 class DirectoryLock:
-    """What `hold` takes; see there."""
+    """The lock that `hold` takes."""
 
     def __init__(self, directory: Path) -> None:
         made = not directory.exists()
@@ -189,7 +189,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _place() -> str:
-    """Within it a process id means one process: a boot of a machine, and a container's numbering."""
+    """Boot of this machine and namespace of its process ids: within both, an id means one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

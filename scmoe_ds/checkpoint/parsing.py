@@ -1,7 +1,7 @@
 """A description that was read from a file, as settings: everything in it is checked before anything is built from it.
 
 `scmoe.json` and `config.json` may come from others. Types and ranges are checked by pydantic, and the number of layers
-and experts by the names in the weights' files: a number that is made up must not build a model of its size.
+and experts by the names in the weights' files: an invented number must not build a model of that size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scmoe_ds.models.swin_settings import SwinSettings
 
 T = TypeVar("T")
 _MOST = 2**31
-"""Of a size. Python's numbers have no end, and torch's overflow long after this."""
+"""The largest size. Python's integers have no limit, and torch's overflow far beyond this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Parsed:
 
 
 def parse(description: Mapping[str, Any], path: Path) -> Parsed:
-    """
+    """The checked settings of a description.
+
     Args:
         description: an object of JSON.
         path: the directory of its file, for the message.
@@ -64,7 +65,7 @@ def parse(description: Mapping[str, Any], path: Path) -> Parsed:
 
 
 def check_counts(parsed: Parsed, names: Collection[str], path: Path) -> None:
-    """Each block and each expert has a parameter of its own.
+    """Refuses more blocks or experts than the files have parameters: each has one of its own.
 
     Args:
         names: of the parameters that the files hold.

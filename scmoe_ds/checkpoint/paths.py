@@ -14,8 +14,8 @@ def inside(directory: Path, name: object, source: str) -> Path:
         source: that file, for the message.
 
     Raises:
-        DamagedCheckpointError: a name that leads elsewhere: a path, or a link that leaves the directory. Links into the
-            store of Hugging Face's cache, in which a downloaded directory consists of nothing else, are no such.
+        DamagedCheckpointError: a name that leads elsewhere: a path, or a link that leaves the directory. Links into
+            Hugging Face's cache are allowed, because downloaded directories consist of them.
     """
     plain = isinstance(name, str) and name.isprintable() and name not in ("", "..") and name == Path(name).name
     if not plain:

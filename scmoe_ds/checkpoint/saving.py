@@ -65,7 +65,7 @@ def save(
     Args:
         engine: DeepSpeed's, with `overlap`.
         description: what `describe` gave.
-        keep_last: then removes all but so many checkpoints; None keeps all.
+        keep_last: number of checkpoints that stay; None keeps all.
         carried: names and contents of small files that lie beside the others (of rank 0).
         validated: the last iteration at which a validation gave a finite loss; the newest checkpoint up to it is never
             removed.

@@ -83,7 +83,7 @@ def as_expected(directory: Path, flag: str) -> Iterator[None]:
     """Turns what Python raises about tensor files that do not hold what they should into one sentence.
 
     Raises:
-        DamagedCheckpointError: something else than `read`'s own errors came up.
+        DamagedCheckpointError: for any error but `read`'s own.
     """
     try:
         yield

@@ -109,14 +109,15 @@ def recorded_tokenizer(directory: Path, found: Record, flag: str) -> Tokenizer:
 
 
 def check_same(directory: Path, found: Record, tokenizer: Record, flag: str, whose: str) -> None:
-    """
+    """Refuses a tokenizer that is not the recorded one.
+
     Args:
         found: what a checkpoint or an export records.
         tokenizer: `describe` of the one that is to be used.
         whose: names the latter.
 
     Raises:
-        CheckpointError: these are two, with both of them.
+        CheckpointError: they differ; names both.
     """
     checked = _checked(directory, found)
     if tokenizer["identity"] == checked["identity"]:
@@ -132,7 +133,7 @@ def check_same(directory: Path, found: Record, tokenizer: Record, flag: str, who
 
 
 def _checked(directory: Path, found: Any) -> Record:
-    """What a file says about a tokenizer, if it is what `record` writes."""
+    """A file's record of a tokenizer, checked to have the form that `record` writes."""
     identity = found.get("identity") if isinstance(found, dict) else None
     good = (
         isinstance(identity, dict)

@@ -2,7 +2,7 @@
 
 DeepSpeed's own functions know a mask for k = 1 only, let masked tokens into the balancing loss and the capacity, refuse
 fewer tokens than `min_capacity`, and forget which expert a dropped choice was. Here masked tokens are left out before
-anything is computed: the result is that of the other tokens alone.
+anything is computed, so that the result depends on the other tokens alone.
 
 Shape suffixes: T tokens, U used tokens, D hidden, E experts, K routed experts per token.
 """
@@ -141,7 +141,7 @@ def _balancing_loss(k: int, probability_TE: Tensor, counted_TE: Tensor) -> Tenso
 
 
 def capacity_of(gate: TopKGate, tokens: int) -> int:
-    """DeepSpeed's capacity for so many tokens. It follows from shapes: no host waits for a GPU."""
+    """DeepSpeed's capacity for a number of tokens. It follows from shapes: no host waits for a GPU."""
     factor = gate.capacity_factor if gate.training else gate.eval_capacity_factor
     shape = torch.empty(tokens, gate.wg.out_features, device="meta")
     return int(sharded_moe._capacity(shape, torch.tensor(factor * gate.k), torch.tensor(gate.min_capacity)))

@@ -112,7 +112,7 @@ def times_from(known: Mapping[Key, float], backbone: Sequence[str], chunk_counts
                 for phase in _PHASES}  # fmt: skip
 
     def of_span(name: str, phase: str, chunks: int) -> float:
-        # Pieces together cannot take less than the whole: what says so is noise, and "auto" would fall for it.
+        # Pieces together cannot take less than the whole. Such a measurement is noise; "auto" must not act on it.
         return max(known.get((count, name, phase), 0.0) for count in (1, chunks))
 
     return OperatorTimes(

@@ -34,10 +34,3 @@ def unpack(packed: Tensor, wire_dtype: str | None, dtype: torch.dtype) -> Tensor
         return packed.to(dtype)
     quantized, scale = packed[:, :-_SCALE_BYTES], packed[:, -_SCALE_BYTES:].contiguous().view(torch.float32)
     return (quantized.contiguous().view(torch.float8_e4m3fn).float() * scale).to(dtype)
-
-
-def bytes_per_row(hidden_size: int, dtype: torch.dtype, wire_dtype: str | None) -> int:
-    """Bytes that one row of `hidden_size` numbers of `dtype` takes on the wire."""
-    if wire_dtype == "bf16":
-        return 2 * hidden_size
-    return hidden_size + _SCALE_BYTES if wire_dtype == "fp8" else dtype.itemsize * hidden_size

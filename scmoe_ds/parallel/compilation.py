@@ -1,7 +1,7 @@
 """What DeepSpeed compiles at its first use: announced, and not held up by a lock whose owner is dead.
 
 torch's lock is a file that its owner removes. An interrupted compilation leaves it, and every later start would wait
-for it without a word. A process that compiles leaves its name beside the lock, for the hosts that do not see it.
+for it without a word. A process that compiles leaves a file with its name beside the lock, for other hosts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils import cpp_extension
 
 logger = logging.getLogger("scmoe_ds")
 _QUIET_S = 600.0
-"""A compilation of another host, whose processes are not seen here, is taken for dead after so long without a file."""
+"""A compilation on another host, whose processes are not seen here, counts as dead after this long without a file."""
 _NETWORK = ("nfs", "lustre", "beegfs", "gpfs", "ceph", "fuse", "cifs", "smb", "9p", "afs", "panfs", "wekafs")
 
 

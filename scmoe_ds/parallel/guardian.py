@@ -25,16 +25,16 @@ from typing import Any
 
 TICK_S = 0.5
 SILENT_S = 3.0
-"""After so long without a sign of life a rank is named to the others."""
+"""A rank is named to the others after this long without a sign of life."""
 GRACE_S = 10.0
 """From the job's death to the end of ranks that did not end by themselves."""
 LINGER_S = 15.0
-_TOLD = 64  # so many ranks' ends are repeated to all others: in a large job the first ones matter
+_TOLD = 64  # ranks whose ends are repeated to all others: in a large job the first ones matter
 _STOPPED = ("T", "t")
 
 
 class Process:
-    """A process of this host, by id and start: an id alone may be another one's later."""
+    """A process of this host, known by id and start time: ids are used again."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.stopped_s = pid, 0.0
@@ -181,7 +181,7 @@ class Guardian:
         if state not in _STOPPED and self.process.has_worked():
             self.last_sign = self.now
         silent_s = self.now - self.last_sign
-        # By its user, with Ctrl-Z. If other ranks go on, the hub will end the job.
+        # The user has pressed Ctrl-Z. If other ranks go on, the hub will end the job.
         paused = state in _STOPPED and any(each.state in _STOPPED for each in self.launchers)
         if (silent_s > min(SILENT_S, self.timeout / 2)) != self.silent:
             self.silent = not self.silent

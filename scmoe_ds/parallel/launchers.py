@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class LauncherError(ValueError):
-    """A launcher that did not say all that a rank needs."""
+    """A launcher did not set all variables that a rank needs."""
 
 
 def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -71,7 +71,7 @@ def end_with_parent() -> None:
 
 
 def launchers() -> list[psutil.Process]:
-    """The processes of this host that this rank's job hangs on; none if it was started by hand.
+    """The launcher's processes on this host, whose end ends the job; none if this rank was started by hand.
 
     These are its ancestors up to the last launcher. Where pdsh and ssh stand between the launcher's parts: also the
     session of the ssh server, and on the host where the job was started pdsh and what started it.

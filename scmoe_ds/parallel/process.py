@@ -18,7 +18,7 @@ from scmoe_ds.parallel.shared_memory import forget_names
 from scmoe_ds.parallel.timeouts import limit_new_groups, limit_world
 
 _LATE_START_S = 10.0
-"""Ranks do not start at the same moment: the wait for the last of them may take so much longer than a collective."""
+"""Ranks do not start at the same moment: the wait for the last one may take this much longer than a collective."""
 
 _SLACK_S = 3.0
 
@@ -48,7 +48,7 @@ def connect(timeout: timedelta | None = None) -> bool:
         limit_new_groups(timeout)
     timeout = timeout or default_pg_timeout
     meeting = timeout + timedelta(seconds=_LATE_START_S)
-    # torch has no limit for an address at which something else answers, or nothing that speaks.
+    # torch waits without a limit when another service answers at the address, or accepts and stays silent.
     limit = nullcontext() if watch.active is None else watch.active.limit(
         meeting.total_seconds() + _SLACK_S, str(_cannot_meet(TimeoutError("no answer"), meeting)))  # fmt: skip
     try:

@@ -27,7 +27,7 @@ from scmoe_ds.parallel.launchers import launchers
 _PROGRAM = Path(__file__).with_name("guardian.py")
 _BEAT_S = 1.0
 _OWN_WORDS_S = 5.0
-"""So long a dead job's main thread may take to end by itself, with what it knows, before it is ended."""
+"""When the job is dead, the main thread has this long to end by itself, with its own message."""
 _STANDS_S = 3.0
 _IN_COLLECTIVE = re.compile(r"torch.distributed|scmoe_ds.overlap|agreed|wait_for_all")
 NOTE_LENGTH = 400
@@ -41,7 +41,7 @@ class Watch:
 
     Args:
         program: for messages.
-        timeout_s: without a sign of life for so long, a rank is ended.
+        timeout_s: a rank is ended after this long without a sign of life.
 
     Attributes:
         board: what is known of other ranks in trouble: rank to "host", "note", "is_cause", "silent" (gives no sign of

@@ -97,7 +97,7 @@ class HookedPair:
         self.recorder: PairRecorder = SILENT
         self._seen: dict[bool, _Seen] = {}  # by whether gradients are wanted
         self._flight: _Flight | None = None
-        # Of a pair that is cut, for the recomputation: the tapped value, and some of what the layer read then.
+        # For recomputation when a checkpoint boundary cuts the pair: the tapped value, and part of the layer's input.
         self._kept: tuple[Tensor, Tensor] | None = None
         self._apart = False  # whether the last forward pass ran in pieces, not all of it in the layer
         self._sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Whether a tap that was found by its name reads what its position says, seen in the first forward pass.
+"""Checks in the first forward pass whether a tap that was found by its name reads the value of its position.
 
 Pos-2 is the residual stream between attention and MLP (paper section 3): the block's input plus a branch, which is the
 output of one of the block's modules, scaled or thinned out by dropout. The norm in front of the routed experts is the

@@ -1,10 +1,9 @@
 """Which tokens of a model that others wrote are padding: its `attention_mask`, brought to the MoE layers by hooks.
 
-The mask is that of Hugging Face: [B, S], zero for padding, and with a key/value cache [B, more], of which the last S
-columns are about the tokens that are read. The hooks are on the modules above the blocks. Of those that take an
-`attention_mask` the innermost decides (the two stacks of an encoder-decoder have one each): None stands for no padding.
-Where it is given another form (4-D, additive, a dictionary of them), the call around it decides; if nobody gives a 2-D
-one, no token is taken for padding.
+The mask is Hugging Face's: [B, S], zero for padding. With a key/value cache it is [B, more], and its last S columns are
+about the tokens that are read. The hooks are on the modules above the blocks. The innermost module that takes an
+`attention_mask` decides (the two stacks of an encoder-decoder have one each); None means no padding. When its mask has
+another form (4-D, additive, a dictionary), the call around it decides. Without a 2-D mask no token counts as padding.
 """
 
 from __future__ import annotations
@@ -129,5 +128,5 @@ def _used(mask_BX: Tensor, tokens: Tensor | None, around: Tensor | None) -> Tens
 
 
 def _fingerprint(hidden: Tensor) -> bytes:
-    """Tells what a block reads from what it read in other forward passes."""
+    """Distinguishes a block's input from its inputs in other forward passes."""
     return hidden.detach().double().sum(-1).cpu().numpy().tobytes()

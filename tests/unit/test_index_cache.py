@@ -18,8 +18,6 @@ from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.index_cache import IndexCache
 from scmoe_ds.data.tokenizer import ByteTokenizer
 
-NAMES = ("document_index", "sample_index", "shuffle_index")
-
 
 @pytest.fixture
 def settings(tmp_path: Path) -> DataSettings:
