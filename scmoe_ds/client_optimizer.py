@@ -63,12 +63,28 @@ def _split(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def listed(model_parameters: Any) -> Any:
-    """What the user handed over as a list that may be changed; groups have the names by which DeepSpeed knows them."""
+    """What the user handed over as a list that may be changed; groups have the names by which DeepSpeed knows them.
+
+    Raises:
+        ScMoEConfigError: nothing in it.
+    """
     if model_parameters is None or isinstance(model_parameters, torch.Tensor):
         return model_parameters
     found = [model_parameters] if isinstance(model_parameters, dict) else list(model_parameters)
-    return [{"name": f"group {number}", **each, "params": list(each["params"])} if isinstance(each, dict) else each
-            for number, each in enumerate(found)]  # fmt: skip
+    if not found:
+        raise ScMoEConfigError("model_parameters is empty: a generator gives its parameters once; hand over a list, or "
+                               "leave it out to train all that require a gradient")  # fmt: skip
+    return [{"name": f"group {number}", **each, "params": _members(each["params"])} if isinstance(each, dict)
+            else _unnamed(each) for number, each in enumerate(found)]  # fmt: skip
+
+
+def _members(params: Any) -> list[Any]:
+    return [params] if isinstance(params, torch.Tensor) else [_unnamed(each) for each in params]
+
+
+def _unnamed(parameter: Any) -> Any:
+    """torch takes (name, parameter) as well; DeepSpeed, where there are experts, does not."""
+    return parameter[1] if isinstance(parameter, tuple) else parameter
 
 
 def add_new_parameters(groups: list[Any], model: nn.Module, old: set[int]) -> None:

@@ -83,8 +83,11 @@ def merge_flags(section: Any, args: argparse.Namespace, source: str) -> Any:
             continue
         if flag == "mlp_type":
             value = MLP_TYPES[value]
-        if flag == "num_experts" and len(value) == 1:
-            value = value[0]
+        if flag == "num_experts":
+            if 1 in value:
+                raise ArgumentError("--num-experts 1: this is Megatron-DeepSpeed's word for a dense MLP, which this "
+                                    "program does not train; use at least 2")  # fmt: skip
+            value = value[0] if len(value) == 1 else value
         *parents, key = path.split(".")
         target = merged
         for parent in parents:

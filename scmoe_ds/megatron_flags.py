@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from scmoe_ds.megatron_refused import REFUSED, REFUSED_GROUPS
+
 
 def exponent_of_two(text: str) -> int:
     """2**32, as Megatron writes a loss scale, to 32, as DeepSpeed does."""
@@ -155,90 +157,6 @@ SCHEDULE_FLAGS: dict[str, Any] = {
 LENGTH_FLAGS = {"--train-samples": int, "--train-tokens": int}
 
 
-_ZERO3 = "is for ZeRO-3, with which experts do not run"
-_NO_SUCH_MODEL = "the model has no such part"
-_TEACHER = "there is no distillation"
-_EVALUATE = "use evaluate_gpt_scmoe.py, or generate_gpt_scmoe.py"
-_RESUME = (
-    "--load and --auto-resume take all of a checkpoint, in any layout; to start from weights alone, --load an export"
-)
-_CURRICULUM = "sequences have one length, --seq-length"
-
-REFUSED: dict[str, str] = {
-    "--batch-size": "use --micro-batch-size",
-    "--warmup": "use --lr-warmup-fraction",
-    "--model-parallel-size": "use --tensor-model-parallel-size",
-    "--encoder-seq-length": "use --seq-length",
-    "--decoder-seq-length": _NO_SUCH_MODEL,
-    "--encoder-num-layers": "use --num-layers",
-    "--decoder-num-layers": _NO_SUCH_MODEL,
-    "--kv-channels": "a head has --hidden-size / --num-attention-heads channels",
-    "--num-experts-switch": "use --num-experts",
-    "--no-position-embedding": "use --position-embedding-type learned_absolute or rope",
-    "--apply-layernorm-1p": _NO_SUCH_MODEL,
-    "--apply-residual-connection-post-layernorm": "--norm-placement post is the nearest",
-    "--openai-gelu": "the MLP has GELU, or --swiglu",
-    "--squared-relu": "the MLP has GELU, or --swiglu",
-    "--embedding-weights-in-fp32": _NO_SUCH_MODEL,
-    "--fp32-residual-connection": _NO_SUCH_MODEL,
-    "--fp16-lm-cross-entropy": "the loss is computed in fp32",
-    "--init-method-xavier-uniform": "weights are normal, of --init-method-std",
-    "--data-parallel-random-init": "all replicas start with the same weights",
-    "--sequence-parallel": "tensor-parallel ranks keep whole sequences; leave it out",
-    "--use-distributed-optimizer": 'use "zero_optimization": {"stage": 1} of the JSON',
-    "--start-weight-decay": "weight decay is constant: optimizer.params.weight_decay of the JSON",
-    "--end-weight-decay": "weight decay is constant: optimizer.params.weight_decay of the JSON",
-    "--rampup-batch-size": "the batch size is constant: train_batch_size of the JSON",
-    "--num-layers-per-virtual-pipeline-stage": "a shortcut may not cross a pipeline stage",
-    "--pipeline-model-parallel-split-rank": "a shortcut may not cross a pipeline stage",
-    "--skip-train": _EVALUATE,
-    "--inference": _EVALUATE,
-    "--ds-inference": _EVALUATE,
-    "--use-checkpoint-opt_param-scheduler": "a resumed run has the schedule of the JSON",
-    "--finetune": _RESUME,
-    "--no-load-optim": _RESUME,
-    "--no-load-rng": _RESUME,
-    "--no-load-lr-state": _RESUME,
-    "--no-save-optim": "checkpoints are whole; tools/convert_checkpoint.py writes weights alone",
-    "--no-save-rng": "checkpoints are whole; tools/convert_checkpoint.py writes weights alone",
-    "--load-tag": "name the checkpoint itself: --load DIRECTORY/global_stepN",
-    "--universal-checkpoint": "cannot hold experts; --load resumes in any layout",
-    "--use-checkpoint-args": "write the flags of the run that is resumed; a difference is named",
-    "--vocab-size": "the tokenizer decides it",
-    "--vocab-extra-ids": "the tokenizer decides it",
-    "--reset-position-ids": "documents are packed as they come",
-    "--reset-attention-mask": "documents are packed as they come",
-    "--eod-mask-loss": "documents are packed as they come",
-    "--random-ltd": _CURRICULUM,
-    "--data-efficiency-curriculum-learning": _CURRICULUM,
-    "--train-data-exact-num-epochs": "--train-iters decides how much is read",
-    "--profile": "use --scmoe-trace N, or flops_profiler of the JSON",
-    "--profile-name": "use --scmoe-trace N, or flops_profiler of the JSON",
-    "--profile-backward": "use --scmoe-trace N, or flops_profiler of the JSON",
-    "--partition-activations": "use --recompute-granularity",
-    "--contigious-checkpointing": "use --recompute-granularity",
-    "--checkpoint-in-cpu": "use --recompute-granularity",
-    "--synchronize-each-layer": "use --recompute-granularity",
-    "--distribute-checkpointed-activations": "use --recompute-granularity",
-    "--distribute-saved-activations": "use --recompute-granularity",
-    "--remote-device": _ZERO3,
-    "--use-pin-memory": _ZERO3,
-    "--memory-centric-tiled-linear": _ZERO3,
-    "--log-params-norm": "analyze_gpt_scmoe.py gradients looks at norms; the log has the gradient norm",
-    "--log-num-zeros-in-grad": "analyze_gpt_scmoe.py gradients looks at norms; the log has the gradient norm",
-    "--kill-switch-file": "send SIGTERM to a rank, or use --exit-duration-in-mins",
-    "--wandb-save-dir": "wandb takes it from its own variable WANDB_DIR",
-    "--mos": _TEACHER,
-    "--kd": _TEACHER,
-    "--load-teacher": _TEACHER,
-    "--num-layers-teacher": _TEACHER,
-    "--num-experts-teacher": _TEACHER,
-    "--hidden-size-teacher": _TEACHER,
-    "--num-attention-heads-teacher": _TEACHER,
-}
-"""Flags that this program does not have, and what serves instead."""
-
-
 def add_json_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that set keys of DeepSpeed's JSON; not in --help, which says where they are listed."""
     for flag, (_, kind) in JSON_FLAGS.items():
@@ -317,7 +235,9 @@ def table() -> str:
             )
         )
     rows += [(flag, f"no effect, named in the log: {reason}") for flag, (_, reason) in NO_EFFECT.items()]
-    rows += [(flag, f"refused: {reason}") for flag, reason in REFUSED.items()]
+    grouped = {flag for flags in REFUSED_GROUPS.values() for flag in flags.split()}
+    rows += [(flag, f"refused: {reason}") for flag, reason in REFUSED.items() if flag not in grouped]
+    rows += [("`, `".join(flags.split()), f"refused: {reason}") for reason, flags in REFUSED_GROUPS.items()]
     lines = [f"| `{flag}` | {text} |" for flag, text in sorted(rows, key=lambda row: row[0].lower())]
     return "\n".join(["| Megatron-DeepSpeed | here |", "|---|---|", *lines])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Union
@@ -21,8 +22,15 @@ from scmoe_ds.overlap.executor import backbone_names
 from scmoe_ds.overlap.plan_text import layers_text
 from scmoe_ds.replace.convert import HookedScMoE
 from scmoe_ds.replace.hooked import HookedPair
+from scmoe_ds.replace.replacement import nothing_to_apply_to
 
 ModelPair = Union[ScheduledRun, HookedPair]
+
+logger = logging.getLogger("scmoe_ds")
+
+_OF_GATES = ("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_tokens", "noisy_gate_policy", "use_rts",
+             "top2_2nd_expert_sampling")  # fmt: skip
+_OF_LAYERS = ("dispatch", "gate_softmax", "wire_dtype")
 
 
 def pairs_of(model: nn.Module) -> list[ModelPair]:
@@ -50,6 +58,7 @@ def applied_to(model: nn.Module, config: ScMoEConfig) -> tuple[str, ScMoEConfig]
     if len(sizes) > 1:
         raise ScMoEConfigError(f"the MoE layers have expert-parallel sizes {sorted(sizes)}; build them with one")
     _check_sizes(layers, config)
+    _warn_of_other_settings(layers, config)
     config = config.model_copy(update={"expert_parallel_size": sizes.pop()})
     kinds = Counter(type(layer).__name__ for _, layer in layers)
     kinds_text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
@@ -62,14 +71,7 @@ def applied_to(model: nn.Module, config: ScMoEConfig) -> tuple[str, ScMoEConfig]
 def _plain_layers(model: nn.Module, config: ScMoEConfig, found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """DeepSpeed's own layers, which are what the section asks for where its architecture is a baseline of DeepSpeed."""
     if not found:
-        foreign = Counter(type(module).__name__ for module in model.modules() if _looks_like_moe(module))
-        others = "; ".join(f"{number} × {name}" for name, number in foreign.items())
-        raise ScMoEConfigError(
-            f'the "scmoe" section has nothing to apply to: {type(model).__name__} holds no MoE layer of DeepSpeed or '
-            f"of scmoe_ds{f' ({others} are none)' if others else ''}. Build it with deepspeed.moe.layer.MoE and set "
-            '"replace": true, make one of a dense model by scmoe_ds.moe_from_dense, or use scmoe_ds.ScMoE; to train '
-            "the model as it is, call deepspeed.initialize"
-        )
+        raise nothing_to_apply_to(model)
     names = f"{len(found)} × deepspeed.moe.layer.MoE, the first {found[0][0]}"
     kinds = {"shared_expert" if layer.use_residual else "topk" for _, layer in found}
     if config.is_scheduled:
@@ -79,11 +81,6 @@ def _plain_layers(model: nn.Module, config: ScMoEConfig, found: list[tuple[str, 
         raise ScMoEConfigError(f'scmoe.architecture = "{config.architecture}": the model\'s layers ({names}) are '
                                f'"{" and ".join(sorted(kinds))}"; set that')  # fmt: skip
     return found
-
-
-def _looks_like_moe(module: nn.Module) -> bool:
-    """A MoE of somebody else's: routed experts below it, or it calls itself so."""
-    return isinstance(getattr(module, "experts", None), nn.Module) or type(module).__name__.lower().endswith("moe")
 
 
 def _check_sizes(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
@@ -99,6 +96,20 @@ def _check_sizes(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
         for field, (asked, has) in wanted.items():
             if field in config.model_fields_set and asked != has:
                 raise ScMoEConfigError(f"scmoe.{field} = {asked!r}: {name} has {has!r}; set that, or remove the field")
+
+
+def _warn_of_other_settings(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
+    """Fields that only this package's own models are built from; layers that others built keep what they have."""
+    differ: dict[str, str] = {}
+    for name, layer in layers:
+        gate = layer.deepspeed_moe.gate
+        for field in sorted(config.model_fields_set & set(_OF_GATES + _OF_LAYERS)):
+            asked = getattr(config, field)
+            has = getattr(gate if field in _OF_GATES else layer, field, asked)
+            if asked != has:
+                differ.setdefault(field, f"scmoe.{field} = {asked!r}, {name} has {has!r}")
+    if differ and dist.get_rank() == 0:
+        logger.warning("not applied, the layers keep what they were built with: %s", "; ".join(differ.values()))
 
 
 def describe_pair(

@@ -83,6 +83,9 @@ class _Silent:
     def watch(self, name: str, chunk: int) -> None:
         return None
 
+    def __reduce__(self) -> str:
+        return "SILENT"  # a copy of a model has this very one
+
 
 SILENT = _Silent()
 

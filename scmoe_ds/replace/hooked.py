@@ -11,8 +11,9 @@ overlap. Operators are the children of the blocks between the two that have para
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +106,9 @@ class HookedPair:
         self._check = None if tap.is_users else TapCheck(name, tap)  # until the first pass is over
         self._attach()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_flight": None, "_kept": None}  # of a pass, which a copy has not had
+
     @property
     def group(self) -> dist.ProcessGroup | None:
         """The ranks between which rows travel."""
@@ -140,8 +144,9 @@ class HookedPair:
         self._handles.append(handle)
         for name, module in self._candidates():
             self._sizes[name] = sum(parameter.numel() for parameter in module.parameters())
-            self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after(name)))
+            # No closure, which would lead a copy of the model back to this pair.
+            self._handles.append(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after))
 
     def _candidates(self) -> list[tuple[str, nn.Module]]:
         found = []
@@ -188,40 +193,34 @@ class HookedPair:
         return self.layer.begin(shortcut, used_token, blocking=not flight.schedule.overlap,
                                 num_chunks=flight.schedule.num_chunks, recorder=flight.recorder)  # fmt: skip
 
-    def _before(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            flight = self._flight
-            if flight is None:
-                return None
-            # An operator that has not come back is tried once more: Megatron-DeepSpeed calls its attention with a
-            # keyword first, and without it after a TypeError.
-            if flight.entered is not module:
-                flight.operators.append(name)
-                flight.run_experts(flight.schedule.chunks_at(len(flight.operators)))
-            flight.entered = module
-            if flight.routed is None or flight.recorder is SILENT:
-                return None
-            return _marked_inputs(flight.recorder, self._distinct(flight), args, kwargs)
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flight = self._flight
+        if flight is None:
+            return None
+        # An operator that has not come back is tried once more: Megatron-DeepSpeed calls its attention with a
+        # keyword first, and without it after a TypeError.
+        if flight.entered is not module:
+            flight.operators.append(name)
+            flight.run_experts(flight.schedule.chunks_at(len(flight.operators)))
+        flight.entered = module
+        if flight.routed is None or flight.recorder is SILENT:
+            return None
+        return _marked_inputs(flight.recorder, self._distinct(flight), args, kwargs)
 
-        return hook
-
-    def _after(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            flight = self._flight
-            if flight is None or flight.entered is not module:  # the tap lies in the operator itself
-                return None
-            flight.entered = None
-            if flight.routed is None:
-                return None
-            marked = None
-            if flight.recorder is not SILENT:
-                first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-                (first,) = flight.recorder.close(self._distinct(flight), first)
-                marked = first if rest is None else (first, *rest)
-            flight.routed.send()
-            return marked
-
-        return hook
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        flight = self._flight
+        if flight is None or flight.entered is not module:  # the tap lies in the operator itself
+            return None
+        flight.entered = None
+        if flight.routed is None:
+            return None
+        marked = None
+        if flight.recorder is not SILENT:
+            first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+            (first,) = flight.recorder.close(self._distinct(flight), first)
+            marked = first if rest is None else (first, *rest)
+        flight.routed.send()
+        return marked
 
     @staticmethod
     def _distinct(flight: _Flight) -> str:
@@ -301,7 +300,8 @@ class HookedPair:
                 'the layer\'s own block, e.g. "{block}.input_layernorm:input", which is Pos-1'
             )
         raise RuntimeError(
-            f"{self.name} ran, but not its tap {self.place.module_name} before it; set scmoe.tap to a module that does"
+            f"{self.name} ran, but not its tap {self.place.module_name} before it; set scmoe.tap to a module that "
+            "does. Blocks that share one MoE cannot be replaced: give each its own"
         )
 
     def _look_back(self, flight: _Flight, hidden_states: Tensor, is_masked: bool) -> None:

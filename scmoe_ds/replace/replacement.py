@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 from deepspeed.moe.layer import MoE
 from torch import nn
 
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.replace.convert import HookedScMoE, convert, routed_experts_per_token
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.taps import Tap, find_tap
@@ -36,7 +38,7 @@ def replace_moe_layers(model: nn.Module, config: ScMoEConfig) -> nn.Module:
         ScMoEConfigError: no MoE layer, or one that cannot be replaced; the model is then as it was.
     """
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
-    _check(found, config)
+    _check(model, found, config)
     taps = []
     for index, (name, _) in enumerate(found):
         position = config.first_layer_position if index == 0 else None
@@ -71,15 +73,34 @@ def is_replaced(model: nn.Module) -> bool:
     return any(isinstance(module, HookedScMoE) for module in model.modules())
 
 
-def _check(found: list[tuple[str, Any]], config: ScMoEConfig) -> None:
+def nothing_to_apply_to(model: nn.Module) -> ScMoEConfigError:
+    """The error about a model without a layer for the section: what was found, and what would serve."""
+    foreign = Counter(type(module).__name__ for module in model.modules() if _looks_like_moe(module))
+    others = "; ".join(f"{number} × {name}" for name, number in foreign.items())
+    return ScMoEConfigError(
+        f'the "scmoe" section has nothing to apply to: {type(model).__name__} holds no MoE layer of DeepSpeed or '
+        f"of scmoe_ds{f' ({others} are none)' if others else ''}. Build it with deepspeed.moe.layer.MoE and set "
+        '"replace": true, make one of a dense model by scmoe_ds.moe_from_dense, or use scmoe_ds.ScMoE; to train '
+        "the model as it is, call deepspeed.initialize"
+    )
+
+
+def _looks_like_moe(module: nn.Module) -> bool:
+    """A MoE of somebody else's: routed experts below it, or it calls itself so."""
+    return isinstance(getattr(module, "experts", None), nn.Module) or type(module).__name__.lower().endswith("moe")
+
+
+def _check(model: nn.Module, found: list[tuple[str, Any]], config: ScMoEConfig) -> None:
     if not found:
-        raise ScMoEConfigError("scmoe.replace: the model holds no deepspeed.moe.layer.MoE")
+        raise nothing_to_apply_to(model)
     if config.architecture != "scmoe" or config.post_norm or config.shortcut_distance != 1:
         raise ScMoEConfigError('scmoe.replace makes layers of architecture "scmoe" with shortcut_distance 1 and '
                                "without post_norm; remove what says otherwise")  # fmt: skip
     for name, layer in found:
         if isinstance(layer, HookedScMoE):
             raise ScMoEConfigError(f"{name} has been replaced already")
+        if isinstance(layer, StagedMoE):
+            raise ScMoEConfigError(f"scmoe.replace: {name} is a {type(layer).__name__} already; remove the field")
         for field, value in (("num_experts", layer.num_experts), ("expert_parallel_size", layer.ep_size)):
             wanted = getattr(config, field)
             if field in config.model_fields_set and wanted != value:

@@ -40,6 +40,9 @@ class MoEFeedForward(nn.Module):
         self.l_aux: Tensor | None = None
         self.exp_counts: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "l_aux": None}  # its graph is that of a pass; a copy has had none
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
         used_token = None

@@ -110,6 +110,12 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "experts": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(num_experts=64)),
                 r"scmoe\.num_experts = 64: moe has 4; set that"),
     "merge": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(merge="cg2")), r"scmoe\.merge = 'cg2': moe has"),
+    "parameters that are used up": (lambda: scmoe_ds.initialize(model=Model(), config=whole(replace=True),
+                                                                model_parameters=iter([])), "model_parameters is empty"),
+    "a dense model to replace in": (lambda: scmoe_ds.initialize(model=nn.Linear(8, 8), config=whole(replace=True)),
+                                    r"Linear holds no MoE layer.*scmoe_ds\.moe_from_dense"),
+    "a ScMoE to replace": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(replace=True)),
+                           r"scmoe\.replace: moe is a ScMoE already; remove the field"),
     "a dense model": (lambda: scmoe_ds.initialize(model=nn.Linear(8, 8), config=whole()), "Linear holds no MoE layer"),
     "a MoE of Hugging Face": (lambda: scmoe_ds.initialize(model=mixtral(), config=whole()),
                               r"\(2 × MixtralSparseMoeBlock are none\)"),
@@ -149,6 +155,13 @@ def test_the_log_says_what_the_section_applies_to(caplog: pytest.LogCaptureFixtu
     assert 'the "scmoe" section applies to 1 HookedScMoE (blocks.1.mlp): 4 experts, top-1' in caplog.text
 
 
+def test_settings_that_layers_were_built_without_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    scmoe_ds.initialize(model=Model(), config=whole(replace=True, min_capacity=99, drop_tokens=True, wire_dtype="bf16"))
+    scmoe_ds.initialize(model=WithScMoE(), config=whole(dispatch="padded", min_capacity=1))
+    said = [each.message.partition(": ")[2] for each in caplog.records if each.message.startswith("not applied")]
+    assert said == ["scmoe.min_capacity = 99, blocks.1.mlp has 1", "scmoe.dispatch = 'padded', moe has 'exact'"]
+
+
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -158,6 +171,10 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 HANDED_OVER: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     "a generator": lambda model: {"model_parameters": model.parameters()},
     "a list": lambda model: {"model_parameters": list(model.parameters())},
+    "names": lambda model: {"model_parameters": model.named_parameters()},
+    "a group": lambda model: {"model_parameters": {"params": model.parameters()}},
+    "a group with names": lambda model: {"model_parameters": [{"params": model.named_parameters()}]},
+    "a group for each": lambda model: {"model_parameters": ({"params": each} for each in model.parameters())},
     "groups": lambda model: {"model_parameters": groups_of(model)},
     "an optimizer": lambda model: {"optimizer": torch.optim.AdamW(groups_of(model), lr=1e-2)},
     "an optimizer and parameters": lambda model: {

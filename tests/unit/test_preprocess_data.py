@@ -64,6 +64,23 @@ def test_workers_do_not_change_the_output(tool: ModuleType, tmp_path: Path) -> N
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.parametrize("eod", [[EOD], []])
+def test_the_bytes_are_those_of_megatrons_builder(tool: ModuleType, tmp_path: Path, eod: list[int]) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    texts = ["ab", "\u00fc\u20ac", "x" * 70_000, "\n", "<|endoftext|>"]
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    assert tool.main(flags(source, tmp_path / "our", *(["--append-eod"] if eod else []))) == 0
+    builder = IndexedDatasetBuilder(str(tmp_path / "their.bin"), dtype=DType.optimal_dtype(257))
+    for text in texts:  # Megatron-LM's tools/preprocess_data.py hands over lists
+        ids = [*text.encode(), *eod]
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(str(tmp_path / "their.idx"))
+    for extension in ("bin", "idx"):
+        ours, theirs = (tmp_path / f"{name}.{extension}" for name in ("our_text_document", "their"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_keys_empty_texts_and_no_eod(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records: list[dict[str, object]] = [{"a": "x", "b": "yy"}, {"a": "", "b": "z", "c": 1}]
     source = write_jsonl(tmp_path / "in.jsonl", records)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -256,7 +258,7 @@ def test_a_recorder_hears_of_every_operator() -> None:
 
 
 BAD = {
-    "no MoE": (lambda: nn.ModuleList([nn.Linear(2, 2)]), {}, "holds no deepspeed.moe.layer.MoE"),
+    "no MoE": (lambda: nn.ModuleList([nn.Linear(2, 2)]), {}, "ModuleList holds no MoE layer of DeepSpeed"),
     "first block": (lambda: nn.Sequential(nn.ModuleList([Block(SETTINGS, TheirFeedForward())])), {},
                     r"0\.0\.mlp\.moe is in the first block of 0"),
     "no ModuleList": (lambda: nn.Sequential(TheirFeedForward()), {}, "in no nn.ModuleList"),
@@ -398,3 +400,28 @@ def run_without_aux(model: nn.Module) -> dict[str, Tensor]:
     output.square().mean().backward()
     found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     return {**found, "input": value.grad, "output": output.detach()}
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}  # fmt: skip
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_a_copy_of_a_replaced_model_feeds_itself(make_copy: Callable[[nn.Module], nn.Module]) -> None:
+    """As those that keep averaged weights make one."""
+    model = replace_moe_layers(make(), section())
+    other = make_copy(model)
+    expected = [run(model) for _ in range(2)]
+    for pass_number, want in enumerate(expected):
+        require_equal(run(other), want)
+        assert all(
+            layer.pair is not None and layer.pair._apart == (pass_number > 0) for layer in replaced_layers(other)
+        )
+    for one, two in zip(replaced_layers(model), replaced_layers(other), strict=True):
+        assert one.pair is not None and two.pair is not None and one.pair is not two.pair
+        names = [each.name for each in one.pair.operators()]
+        assert names == [each.name for each in two.pair.operators()] and len(names) > 1
+        assert two.pair.recorder is one.pair.recorder
+    undo_replacement(other)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())
+    require_equal(run(model), expected[1])

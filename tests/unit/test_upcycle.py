@@ -239,3 +239,19 @@ def test_negative_noise_and_dense_models_are_refused() -> None:
         moe_from_dense(dense(), section(), noise=-1.0)
     with pytest.raises(ScMoEConfigError, match="no layer made by moe_from_dense"):
         scmoe_ds.load_balancing_loss(dense())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_can_be_copied_after_a_pass(recompute: bool) -> None:
+    """By those that keep averaged weights; a block that is computed again keeps what its tap gave."""
+    model = moe_from_dense(dense("LLaMA"), section(position="pos2")).train()
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for _ in range(2):
+        logits(model).square().mean().backward()
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    assert not torch.allclose(logits(other), logits(model), atol=1e-3)
