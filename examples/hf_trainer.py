@@ -33,6 +33,11 @@ CONFIG = {
 
 
 class MoETrainer(transformers.Trainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # compute_loss gives a micro-batch's mean. Without this, Trainer would add these up over the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
     def create_optimizer(self, *_):
         groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(self.model))
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.args.learning_rate)
@@ -64,8 +69,8 @@ model = scmoe_ds.moe_from_dense(dense_model(), scmoe_ds.ScMoEConfig.from_deepspe
 with tempfile.TemporaryDirectory() as directory:
     arguments = transformers.TrainingArguments(
         output_dir=directory, deepspeed=CONFIG, learning_rate=3e-3, lr_scheduler_type="constant", max_steps=STEPS,
-        per_device_train_batch_size=8, logging_steps=10, save_strategy="no", report_to=[], disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=10, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = MoETrainer(model, arguments, train_dataset=[sequence(number) for number in range(SEQUENCES)])
     trainer.train()

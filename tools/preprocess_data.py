@@ -212,9 +212,13 @@ def read_items(paths: Iterable[Path]) -> Iterator[Item]:
         if reader.is_text(path):
             yield Item(str(path), 0, b"")
             continue
+        has_lines = False
         for number, line in reader.read_lines(path):
             if line.strip():
+                has_lines = True
                 yield Item(str(path), number, line)
+        if not has_lines:  # a copy that never began, perhaps
+            _say(f"{path} is empty")
 
 
 def encode_all(items: Iterator[Item], encoder: Encoder, workers: int) -> Iterator[Encoded | Exception]:

@@ -219,11 +219,12 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
 
     def describe() -> dict[str, Any]:
         saved = files.read_description(path, CONFIG_FILE if export else files.DESCRIPTION_FILE, flag)
+        # First: another tokenizer makes another vocabulary, which no flag sets.
+        _check_tokenizer(path, flag, saved.get(tokenizer_files.KEY), description.get(tokenizer_files.KEY), export)
         fields.check_model(saved, description, f"{flag} {path}")
         parsing.parse(saved, path)
         if not export and saved.get("layout") is None:
             raise files.damaged(path, f"{files.DESCRIPTION_FILE} has no layout", flag)
-        _check_tokenizer(path, flag, saved.get(tokenizer_files.KEY), description.get(tokenizer_files.KEY), export)
         check_refused(different(saved), flag, path)
         return saved
 

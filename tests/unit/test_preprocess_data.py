@@ -200,10 +200,12 @@ def test_a_directory_of_shards(tool: ModuleType, tmp_path: Path, capsys: pytest.
     (source / "s3.TXT.gz").write_bytes(gzip.compress(b"3"))
     for i in range(12):
         (source / f"s{i:02}.parquet").touch()
+    (source / "s4.jsonl").touch()
     assert tool.main(flags(source, tmp_path / "out", "--workers", "2")) == 0
     assert read_back(tmp_path / "out_text_document") == [[ord(each)] for each in "2013"]  # sorted by path
     said = capsys.readouterr().err
     assert f"12 file(s) of --input {source} left out: {source}/s00.parquet, " in said
+    assert f"{source}/s4.jsonl is empty" in said
     assert "s09.parquet, …" in said and "s10.parquet" not in said
 
 

@@ -17,6 +17,7 @@ from scmoe_ds.checkpoint.convert import export, open_weights
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.files import read_manifest
 from scmoe_ds.checkpoint.safetensors_files import write_weights
+from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.data.tokenizer import (
     ByteTokenizer,
     GPT2BPETokenizer,
@@ -154,6 +155,11 @@ def test_a_resume_with_another_tokenizer(trained: Path, directory: Path, caplog:
             loading._check_tokenizer(trained, "--load", saved, wanted, export=True)
         assert "was trained with" in caplog.text
     loading._check_tokenizer(trained, "--load", None, wanted, export=False)  # of an earlier version
+    caplog.clear()
+    larger = describe_model(GPTSettings(2, 16, 2, 512, 32), ScMoEConfig(num_experts=2))
+    with pytest.raises(CheckpointError, match="vocab_size: 384 in the checkpoint, 512"):
+        loading._check(trained, "--load", {**larger, "tokenizer": wanted})
+    assert "was trained with" in caplog.text, "the reason is named before what follows from it"
 
 
 def test_a_checkpoint_carries_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
