@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 MOST_WORKERS = 1024
-"""Data loader processes of a rank: each takes memory, and more than a machine has stop it."""
+"""Most data loader processes of a rank: each takes memory, and too many stop a machine."""
 
 MOST_ITERATIONS = 10**9
 """More samples than the index of a run can hold."""

@@ -258,7 +258,7 @@ class Trainer:
         return None if self._told_to_stop else mean_over_ranks(total / batch_count)
 
     def _until_stopped(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """Batches of a validation; none any more once the ranks have agreed to stop."""
+        """Batches of a validation, which ends early when the ranks have agreed to stop."""
         for batch in batches:
             self._told_to_stop = self._stop is not None and self._stop.agreed().reason is not None
             if self._told_to_stop:

@@ -241,7 +241,7 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
 
 
 def _check_tokenizer(path: Path, flag: str, saved: Any, wanted: Any, export: bool) -> None:
-    """A run goes on with its tokenizer. One that starts from an export's weights may have another: it is told.
+    """A run goes on with its tokenizer. A run that starts from an export may have another one: a warning names both.
 
     Raises:
         CheckpointError: another tokenizer.

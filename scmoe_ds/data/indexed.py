@@ -162,7 +162,7 @@ def with_uncounted_eod(lengths: np.ndarray, boundaries: np.ndarray, num_tokens: 
 
 
 def _uncounted_token(layout: IndexedLayout, eod: int | None) -> int:
-    """The token that ends all documents, or rather 1000 of them.
+    """The token that ends every document; at most 1000 of them are read.
 
     Raises:
         DataError: they do not end alike, or with another token than ``eod``.

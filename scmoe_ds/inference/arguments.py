@@ -133,7 +133,7 @@ def load(args: argparse.Namespace) -> Loaded:
 
 
 def _tokenizer(args: argparse.Namespace, trained: TrainedModel) -> Tokenizer:
-    """The one that the checkpoint records, or the one that the flags name if it is no other one."""
+    """The tokenizer that the checkpoint records; one that the flags name must be the same."""
     if args.tokenizer_type is None and trained.tokenizer is not None:
         for name in ("tokenizer_model", "vocab_file", "merge_file"):
             if getattr(args, name) is not None:

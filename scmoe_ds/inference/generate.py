@@ -41,8 +41,8 @@ class Request:
     Attributes:
         max_new_tokens: most tokens of a completion.
         sampling: how they are chosen.
-        end: tokens, each of which ends a completion, as the last one and without a text.
-        stop: texts, each of which ends a completion, wherever in a token it begins or ends. They need a tokenizer.
+        end: each of these tokens ends a completion; it is the last token and has no text.
+        stop: each of these texts ends a completion, wherever token borders are. They need a tokenizer.
         vocab_size: tokens of the tokenizer; the padding of the vocabulary behind them is never chosen. None: all.
     """
 
@@ -59,8 +59,8 @@ class Completion:
 
     Attributes:
         prompt: its number.
-        tokens: the new ones, with those of the stop text.
-        text: of them, up to the stop text; "" without a tokenizer. While it goes on: what no later token changes.
+        tokens: the new ones, the tokens of the stop text included.
+        text: their text up to the stop text; "" without a tokenizer. Before the end, only what no later token changes.
         ended: "stop", "length" (max_new_tokens), "context" (no further position), or None while it goes on.
     """
 
@@ -169,7 +169,7 @@ class TextGenerator:
                 logits_BV = self._decode(tokens_B, cache, completions)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache, serves_only: bool) -> Tensor:
-        """[B, V] logits of the token after each prompt; `serves_only`: the prompt is none."""
+        """[B, V] logits of the token after each prompt; with `serves_only` the prompt only fills the batch."""
         lengths = [len(prompt) for prompt in prompts]
         tokens_BS = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The text of a completion while its tokens come: what of it is certain, and where a stop text ends it."""
+"""The text of a completion while its tokens come: which part is certain, and where a stop text ends it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GrowingText:
         self.text, self.stopped = "", False
 
     def add(self, token: int) -> None:
-        """Another token."""
+        """Takes the next token."""
         self._tokens.append(token)
         text = self._tokenizer.detokenize(self._tokens[self._begin :])
         if len(text) > len(self._known) and not text.endswith(_UNKNOWN):

@@ -176,7 +176,7 @@ class GPT(nn.Module):
 
 
 def apart(part: Tensor) -> Tensor:
-    """The same value beside the graph of the loss that was made of it.
+    """The same value as a tensor of its own, through which the loss's gradient does not pass.
 
     DeepSpeed divides the gradient of every tensor of an output by the accumulation steps when `backward` is called on a
     tensor itself. A part through which the loss's gradient passes would divide it again.

@@ -143,7 +143,7 @@ def _standing(entry: dict[str, Any]) -> str:
 
 
 def _is_culprit(entry: dict[str, Any]) -> bool:
-    """Of a rank's entry on the board: it failed for a reason of its own, or fell silent before it could say one."""
+    """Whether a rank's entry on the board shows a cause: its own failure, or silence before it could say anything."""
     troubled = entry.get("silent") or entry.get("unheard") or entry.get("stands") or "gone" in entry
     return bool(entry.get("is_cause") or (troubled and "note" not in entry))
 

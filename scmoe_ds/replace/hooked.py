@@ -81,7 +81,7 @@ class HookedPair:
 
     Attributes:
         schedule, forward_schedule, recorder: as those of models.blocks.ScheduledRun.
-        token_mask: knows which tokens are padding; None: none is.
+        token_mask: knows which tokens are padding; None: there is no padding.
     """
 
     tap = 0  # all of `operators` is backbone
@@ -333,7 +333,7 @@ class HookedPair:
 
 
 def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Its children; of those that only hold others and are never called, theirs."""
+    """Its children. Lists and dicts of modules are never called: their children stand for them."""
     for name, child in block.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from ((f"{name}.{inner}", each) for inner, each in _parts(child))

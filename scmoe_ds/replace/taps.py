@@ -131,7 +131,7 @@ def _place(blocks: Sequence[str], moe_name: str) -> int | None:
 
 
 def _between(tap: str, moe_name: str, blocks: Sequence[str], index: int | None) -> Sequence[str]:
-    """The blocks whose children are operators: from the one that holds the tap to that of the layer."""
+    """The blocks whose children are operators: from the tap's block to the layer's."""
     if index is not None:
         for place in range(index, -1, -1):
             if f"{tap}.".startswith(blocks[place] + "."):
@@ -160,7 +160,7 @@ def _children(model: nn.Module, name: str) -> list[str]:
 
 
 def _reads_raw_stream(block: nn.Module) -> str | None:
-    """Of a block whose norms end the branches, so that attention and MLP read the raw residual stream: its MLP's name.
+    """Name of the MLP in a block whose norms end the branches: attention and MLP read the raw residual stream there.
 
     Swinv2; OLMo2, OLMo3, EXAONE 4.
     """
