@@ -63,10 +63,11 @@ def steady_output(stdout: bool = True) -> Iterator[None]:
     Args:
         stdout: guard stdout too; False where it is a program's result, whose loss is an error.
     """
-    before, reports = (sys.stdout, sys.stderr), logging.raiseExceptions
+    # A process that was started with a closed descriptor has None there.
+    before = tuple(stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    reports = logging.raiseExceptions
     logging.raiseExceptions = False  # a handler would write a traceback about each line that is lost
-    if stdout:
-        sys.stdout = SteadyStream(before[0], "stdout", before[1])  # type: ignore[assignment]
+    sys.stdout = SteadyStream(before[0], "stdout", before[1]) if stdout else before[0]  # type: ignore[assignment]
     sys.stderr = SteadyStream(before[1], "stderr", before[0])  # type: ignore[assignment]
     try:
         yield

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -52,7 +53,8 @@ def run_program(
         faulthandler.enable(2)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path or a text that the terminal cannot show is no reason to end
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # a descriptor that is closed
+                stream.reconfigure(errors="backslashreplace")
     with steady_output(stdout=stdout_is_log):
         show_log()
         try:
@@ -97,7 +99,7 @@ def _run(name: str, job: Job, errors: tuple[type[Exception], ...], timeout: time
         if dist.get_rank() == 0:
             print(f"{name}: interrupted", file=sys.stderr, flush=True)
         leave(INTERRUPTED)  # the others may be inside a collective
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a library that calls sys.exit on one rank leaves the others, too
         if reporter is None:
             raise
         reporter.end(error)

@@ -27,7 +27,7 @@ DESCRIPTION_FILE = "scmoe.json"
 MANIFEST_FILE = "scmoe_files.json"
 PART = ".part"
 """Ends the name of what is still being written."""
-_TAG = re.compile("global_step(0|[1-9][0-9]*)")
+_TAG = re.compile("global_step(0|[1-9][0-9]{0,17})")
 
 
 class CheckpointError(ValueError):
@@ -262,14 +262,16 @@ def read_latest(root: Path, flag: str = "--load") -> str | None:
         wrong = None if iteration_of(tag) is not None else "no checkpoint's name (global_step<iteration>)"
         if wrong is None and _leads_out(root, tag):
             wrong = "a link that leads out of the directory"
+        state = f"names {tag[:100]!r}, which is {wrong}" if tag else "is empty"
     except (OSError, ValueError) as error:
         tag, wrong = "", getattr(error, "strerror", None) or "not UTF-8"
+        state = f"cannot be read ({wrong})"
     if wrong is not None:
-        state = f"names {tag[:100]!r}, which is {wrong}" if tag else f"cannot be read ({wrong})"
         other = next((f"a checkpoint itself: {root / found}" for found in newest_first(root)), "another directory")
         raise CheckpointError(f"{flag} {root}: latest {state}; name {other}")
     return tag
 
 
 def _leads_out(root: Path, name: str) -> bool:
-    return (root / name).resolve().parent != root.resolve()
+    # Not Path.resolve, which raises a RuntimeError for a link to itself.
+    return os.path.dirname(os.path.realpath(root / name)) != os.path.realpath(root)

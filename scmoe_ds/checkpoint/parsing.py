@@ -142,13 +142,18 @@ def _dtype(description: Mapping[str, Any]) -> str:
 def _layout(layout: Any) -> Mapping[str, Any]:
     if not isinstance(layout, dict):
         raise ValueError("layout: must be an object")
-    for key in (fields.PROCESSES, fields.EXPERT_PARALLEL, fields.TENSOR_PARALLEL):
+    sizes = (fields.PROCESSES, fields.EXPERT_PARALLEL, fields.TENSOR_PARALLEL)
+    kinds = {fields.EXPERT_TENSOR_PARALLEL: bool, fields.ZERO_STAGE: int, fields.ROUND_ROBIN: bool,
+             fields.PRECISION: str}  # fmt: skip
+    for key in sizes:
         if type(layout.get(key)) is not int or layout[key] < 1:
             raise ValueError(f"layout.{key} = {str(layout.get(key))[:60]}: must be a number of ranks")
-    for key, kind in ((fields.EXPERT_TENSOR_PARALLEL, bool), (fields.ZERO_STAGE, int), (fields.ROUND_ROBIN, bool),
-                      (fields.PRECISION, str)):  # fmt: skip
+    for key, kind in kinds.items():
         if type(layout.get(key)) is not kind:
             raise ValueError(f"layout.{key} = {str(layout.get(key))[:60]}: must be of type {kind.__name__}")
+    # A newer version may spread its tensors in a way that is not known here.
+    if unknown := layout.keys() - {*sizes, *kinds}:
+        raise ValueError(f"layout.{min(unknown)[:60]}: this version knows no such field")
     return layout
 
 

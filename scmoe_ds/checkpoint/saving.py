@@ -39,7 +39,8 @@ def claim(directory: str | os.PathLike[str]) -> None:
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:
-            raise CheckpointError(f"--save {directory}: cannot write there ({error.strerror}); "
+            file = "" if error.filename in (None, str(directory)) else f"{Path(error.filename).name}: "
+            raise CheckpointError(f"--save {directory}: cannot write there ({file}{error.strerror}); "
                                   "choose another directory or mend its permissions") from None  # fmt: skip
         except UnicodeDecodeError:
             raise CheckpointError(f"--save {str(directory)!a}: is not UTF-8; choose another name") from None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,14 @@ def write_calibration(file: str | None, saved: Saved | None) -> None:
     """Writes the times on rank 0. A file that cannot be written any more is no reason to stop: it is logged."""
     if file is None or dist.get_rank() != 0:
         return
-    part = Path(f"{file}.part")
+    part = Path(f"{file}.{uuid.uuid4().hex}.part")  # other jobs may write theirs at this moment
     try:
         part.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
         part.replace(file)  # another run may be reading it
     except OSError as error:
         logger.warning("%s = %s: not written (%s)", _PATH, file, error.strerror)
+        with suppress(OSError):
+            part.unlink()
 
 
 def find_times(

@@ -84,7 +84,7 @@ class FailureReporter:
         found = self._board(until=lambda board: "note" in board.get(0, {}))
         return found.get(0, {}).get("note") != text[:NOTE_LENGTH]
 
-    def end(self, error: Exception) -> NoReturn:
+    def end(self, error: Exception | SystemExit) -> NoReturn:
         """Prints the traceback and, last, a sentence; ends the process with exit code 1.
 
         Nothing is destroyed in order: other ranks may hang in a collective, and would hold this one up.
@@ -93,18 +93,18 @@ class FailureReporter:
         traceback.print_exception(error)
         collective = failed_collective(error)
         if collective is None:
-            self.note(f"{type(error).__name__}: {_short(str(error))}")
+            self.note(_words(error))
         else:
             self.note(_describe(collective), is_cause=False)
         told = self._tell(error, collective)
         print(f"{self.program}: error: {told}", file=sys.stderr, flush=True)
         leave(1)
 
-    def _tell(self, error: Exception, collective: FailedCollective | None) -> str:
+    def _tell(self, error: BaseException, collective: FailedCollective | None) -> str:
         iteration = getattr(error, "scmoe_iteration", None)
         where = f"{self._named(self.rank)}{'' if iteration is None else f', iteration {iteration}'}"
         if collective is None:
-            return f"{where}: {type(error).__name__}: {_short(str(error))} (see the traceback above)"
+            return f"{where}: {_words(error)} (see the traceback above)"
         return f"{where}: {_describe(collective)}. {self._who()}. {_remedy(collective.reason)}"
 
     def _who(self) -> str:
@@ -197,6 +197,11 @@ def _remedy(reason: str) -> str:
     if re.search(r"timed out|timeout", reason, re.IGNORECASE):
         return f"If a rank was only slow, raise --distributed-timeout-minutes; otherwise {resume}"
     return resume[0].upper() + resume[1:]
+
+
+def _words(error: BaseException) -> str:
+    text = _short(str(error))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _short(text: str) -> str:

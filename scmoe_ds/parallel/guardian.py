@@ -45,7 +45,7 @@ class Process:
     def _stat(self) -> tuple[str, int, str] | None:
         """State, clock ticks of work, start."""
         try:
-            with open(f"/proc/{self.pid}/stat") as stream:
+            with open(f"/proc/{self.pid}/stat", errors="replace") as stream:  # the kernel cuts a name anywhere
                 fields = stream.read().rsplit(")", 1)[1].split()
         except OSError:
             return None

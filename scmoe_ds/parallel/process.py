@@ -14,7 +14,7 @@ from deepspeed.constants import default_pg_timeout
 from scmoe_ds.parallel import compilation, watch
 from scmoe_ds.parallel.agreement import wait_for_all
 from scmoe_ds.parallel.launchers import LauncherError, adopt_launcher
-from scmoe_ds.parallel.shared_memory import forget_names
+from scmoe_ds.parallel.shared_memory import forget_names, require_room
 from scmoe_ds.parallel.timeouts import limit_new_groups, limit_world
 
 _LATE_START_S = 10.0
@@ -56,6 +56,7 @@ def connect(timeout: timedelta | None = None) -> bool:
             if accelerator.device_name() == "cpu":
                 # DeepSpeed compiles before the ranks meet, which may take a minute on one node and none on another.
                 dist.init_process_group(accelerator.communication_backend_name(), timeout=meeting)
+                require_room()
             else:
                 deepspeed.init_distributed(auto_mpi_discovery=False, timeout=meeting)
     except dist.DistError as error:

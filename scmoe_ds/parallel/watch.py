@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +194,9 @@ class Watch:
             if self._control is not None:
                 self._control.send({})
                 self._tell_where_it_stands()
-            if self._limit is not None and time.monotonic() > self._limit[0]:
-                self._end(2, self._limit[1])
+            limit = self._limit  # the main thread may take it back at any moment
+            if limit is not None and time.monotonic() > limit[0]:
+                self._end(2, limit[1])
             if self._dead is not None and time.monotonic() > self._dead[1] + _OWN_WORDS_S:
                 self._end(1, f"rank {self.rank} (host {socket.gethostname()}): the job has ended: {self._dead[0]}")
 
@@ -253,5 +254,6 @@ class Watch:
     def _end(self, code: int, words: str | None) -> None:
         if words is not None:
             print(f"{self.program}: error: {words}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)

@@ -16,7 +16,7 @@ import analyze_gpt_scmoe
 from scmoe_ds.config import ScMoEConfigError
 from scmoe_ds.engine import connect
 from scmoe_ds.overlap import schedule
-from scmoe_ds.overlap.calibration_file import find_times, read_calibration
+from scmoe_ds.overlap.calibration_file import find_times, read_calibration, write_calibration
 from scmoe_ds.overlap.schedule import plan
 from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
@@ -92,6 +92,23 @@ def test_entries(saved: Any) -> None:
 def test_good_times() -> None:
     (found,) = find_times(GOOD, [GOOD[0]["description"]], (1, 2, 4), "times.json")
     assert found.model_dump(mode="json") == GOOD[0]["times"]
+
+
+def test_jobs_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another job writes the same file, and is done, between this one's writing and its renaming."""
+    connect()
+    file, rename = tmp_path / "times.json", Path.replace
+    own, others = GOOD, [*GOOD, *GOOD]
+
+    def late(part: Path, target: Any) -> Path:
+        monkeypatch.setattr(Path, "replace", rename)
+        write_calibration(str(file), others)
+        return part.replace(target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    write_calibration(str(file), own)
+    assert json.loads(file.read_text()) == own
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(

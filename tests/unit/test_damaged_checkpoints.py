@@ -188,6 +188,7 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "no layout": {"layout": None},
     "a layout that is a list": {"layout": []},
     "ranks as text": {"layout": {**DESCRIPTION["layout"], "number of processes": "2"}},
+    "a layout of a newer version": {"layout": {**DESCRIPTION["layout"], "--context-parallel-size": 2}},
     "no ranks": {"layout": {**DESCRIPTION["layout"], "--tensor-model-parallel-size": 0}},
     "a model that is text": {"model": "GPT"},
     "no shape": {"gpt": None},
@@ -229,7 +230,8 @@ LATEST = {
     "global_step010": "which is no checkpoint's name",
     "global_step\u0661\u0660": "which is no checkpoint's name",
     ".": "which is no checkpoint's name",
-    "": r"latest cannot be read \(no checkpoint's name",
+    "": r"latest is empty",
+    "global_step" + "9" * 5000: "which is no checkpoint's name",
     "\udcff": r"latest cannot be read \(not UTF-8\)",
 }
 
@@ -244,6 +246,21 @@ def test_latest_names_a_checkpoint_of_its_directory_or_nothing(content: str, tmp
     assert str(caught.value).endswith(f"name a checkpoint itself: {newest}"), "and this remedy works:"
     assert checkpoint.choose(str(newest), None, False, DESCRIPTION).path == newest  # type: ignore[union-attr]
     assert choose(root) == newest
+
+
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    newest = make(tmp_path, 10)
+    loop = tmp_path / "global_step11"
+    loop.symlink_to(loop)
+    assert choose(tmp_path) == newest
+    (tmp_path / "latest").write_text(loop.name)
+    with pytest.raises(CheckpointError, match=f"name .* --load {newest}|name a checkpoint itself: {newest}"):
+        checkpoint.choose(str(tmp_path), None, False, DESCRIPTION)
+    tensors = newest / "rank_0.pt"
+    tensors.unlink()
+    tensors.symlink_to(tensors)
+    with pytest.raises(DamagedCheckpointError, match=tensors.name):
+        checkpoint.choose(str(newest), None, False, DESCRIPTION)
 
 
 def test_links_out_of_the_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

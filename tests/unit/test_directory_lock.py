@@ -192,6 +192,9 @@ def test_a_directory_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/saved: cannot write there \(Not a directory\)"):
         checkpoint.claim(tmp_path / "file" / "saved")
+    (tmp_path / "saved" / "scmoe.lock").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"cannot write there \(scmoe\.lock: Is a directory\)"):
+        checkpoint.claim(tmp_path / "saved")
 
 
 def test_a_program(tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,6 +123,19 @@ def test_the_end_of_a_rank_with_a_note_is_the_end_of_the_job_for_that_reason(sta
     first.process.kill()
     first.process.wait()
     assert second.hears("dead") == 'rank 0 (host host0) ended with "all_reduce failed"'
+
+
+def test_a_process_whose_name_is_cut_within_a_character() -> None:
+    """The kernel keeps 15 bytes of a name."""
+    name = Path("/proc/self/comm")
+    before = name.read_bytes()
+    try:
+        name.write_bytes("начать-обучение".encode()[:15])
+        with pytest.raises(UnicodeDecodeError):
+            name.read_text(encoding="utf-8")
+        assert guardian.Process(os.getpid()).state in ("R", "S")
+    finally:
+        name.write_bytes(before.rstrip())
 
 
 def test_ranks_that_say_done_end_in_peace(start: Start) -> None:

@@ -40,6 +40,13 @@ def test_a_full_disk_under_a_stream(stream: str) -> None:
         assert "a line 2999\n" in done.stdout
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_were_never_open(closed: str) -> None:
+    """Python has None in the place of a stream whose descriptor is closed when it starts."""
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, PROGRAM]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
 def test_a_reader_that_has_gone() -> None:
     command = [sys.executable, "-c", PROGRAM]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
