@@ -130,7 +130,7 @@ def test_a_process_whose_name_is_cut_within_a_character() -> None:
     name = Path("/proc/self/comm")
     before = name.read_bytes()
     try:
-        name.write_bytes("начать-обучение".encode()[:15])
+        name.write_bytes("обучение".encode()[:15])
         with pytest.raises(UnicodeDecodeError):
             name.read_text(encoding="utf-8")
         assert guardian.Process(os.getpid()).state in ("R", "S")
