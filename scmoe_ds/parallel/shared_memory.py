@@ -22,7 +22,7 @@ _BUFFER_BYTES = 67 << 20
 
 def require_room() -> None:
     """Without room for the buffers of all ranks, DeepSpeed's collectives are torch's; it would not notice, and every
-    rank would end by SIGBUS. Collective, before DeepSpeed makes them."""
+    rank would end by a segmentation fault. Collective, before DeepSpeed makes them."""
     ranks = int(os.environ.get("LOCAL_SIZE", "0"))
     if ranks != dist.get_world_size():  # DeepSpeed shares memory only where its launcher started all ranks on one host
         return

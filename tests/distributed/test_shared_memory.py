@@ -15,7 +15,7 @@ from tests.helpers.distributed import free_port
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys, torch, deepspeed.comm
-import scmoe_ds.engine as engine
+import scmoe_ds.parallel.process as engine
 names = lambda: [name for name in os.listdir("/dev/shm") if name.split("_")[-2] == os.environ["MASTER_PORT"]]
 forget = engine.forget_names
 engine.forget_names = lambda: (print("named:", len(names())), forget())
@@ -48,7 +48,7 @@ def test_no_buffer_outlives_its_job() -> None:
 
 @pytest.mark.skipif(not DIRECTORY.is_dir(), reason="no /dev/shm")
 def test_without_room_collectives_go_through_torch() -> None:
-    """64 MiB are what Docker gives: DeepSpeed does not notice, and its ranks end by SIGBUS."""
+    """64 MiB are what Docker gives: DeepSpeed does not notice, and its ranks end by a segmentation fault."""
     for output in run(NO_ROOM + PROGRAM)[0]:
         assert "named: 0" in output and "left: 0 sum: 2.0" in output
 
