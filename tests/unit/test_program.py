@@ -15,7 +15,7 @@ from scmoe_ds import program
 def test_a_stream_that_is_closed_before_a_program_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdout", "stderr"):
         descriptor = os.open(os.devnull, os.O_WRONLY)
-        stream = os.fdopen(descriptor, "w")
+        stream = open(descriptor, "w", closefd=False)  # noqa: SIM115
         stream.write("something that is still to be written")
         os.close(descriptor)
         monkeypatch.setattr(sys, name, stream)
