@@ -340,18 +340,3 @@ def in_present_words(section: Mapping[str, Any]) -> dict[str, Any]:
         return dict(section)
     ignored = section.get("architecture") in ("topk", "shared_expert")  # DeepSpeed's own layers did not read it
     return {**section, "gate_softmax": "deepspeed" if ignored else FORMER_GATE_SOFTMAX[former]}
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a DeepSpeed file with a "scmoe" section, for editors; other keys are left to DeepSpeed."""
-    section = ScMoEConfig.model_json_schema()
-    section["description"] = "ScMoE layers: architecture, routing, expert parallelism and overlap."
-    definitions = section.pop("$defs", {})
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "DeepSpeed JSON with a scmoe section",
-        "type": "object",
-        "properties": {"scmoe": section},
-        "required": ["scmoe"],
-        "$defs": definitions,
-    }

@@ -90,11 +90,7 @@ def initialize(
         groups.mpu = mpu  # DeepSpeed's engine does so too; layers that are replaced have to know it before
     model_parameters = listed(model_parameters)
     if section.replace and not is_replaced(model):
-        old = {id(parameter) for parameter in model.parameters()}
-        replace_moe_layers(model, section)
-        for given in (getattr(optimizer, "param_groups", None), model_parameters):
-            if isinstance(given, list):
-                add_new_parameters(given, model, old)
+        _replace(model, section, getattr(optimizer, "param_groups", None), model_parameters)
     applied, section = applied_to(model, section)
     holders = bwc_tensor_model_parallel_world_size(mpu)
     section.check_world(dist.get_world_size(), holders)
@@ -110,19 +106,34 @@ def initialize(
     if dist.get_rank() == 0:
         warn(whole)
         whole = without_full_disks(whole)
-    if getattr(args, "deepspeed_config", None) is not None:
-        args = copy.copy(args)
-        args.deepspeed_config = None  # DeepSpeed accepts one source
     result = deepspeed.initialize(
-        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
-        lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu, dist_init_required=dist_init_required,
-        collate_fn=collate_fn, config=whole, mesh_param=mesh_param,
+        args=_without_json(args), model=model, optimizer=optimizer, model_parameters=model_parameters,
+        training_data=training_data, lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu,
+        dist_init_required=dist_init_required, collate_fn=collate_fn, config=whole, mesh_param=mesh_param,
     )  # fmt: skip
     result[0].module.register_forward_hook(check_output)
     steady_monitors(result[0].monitor)
     layout = Layout(dist.get_world_size(), holders, section.expert_parallel_size, section.expert_tensor_parallelism)
     result[0].overlap = overlap_of(model, section, layout, micro_batch_size, applied)
     return result
+
+
+def _replace(model: nn.Module, section: ScMoEConfig, *handed_over: Any) -> None:
+    """Replaces the model's layers; the lists of parameters or groups that the user has handed over get the new ones."""
+    old = {id(parameter) for parameter in model.parameters()}
+    replace_moe_layers(model, section)
+    for given in handed_over:
+        if isinstance(given, list):
+            add_new_parameters(given, model, old)
+
+
+def _without_json(args: Any) -> Any:
+    """DeepSpeed accepts one source of its JSON, which `initialize` has read already."""
+    if getattr(args, "deepspeed_config", None) is None:
+        return args
+    args = copy.copy(args)
+    args.deepspeed_config = None
+    return args
 
 
 def _json_of(args: Any, config: Any, config_params: Any) -> Any:

@@ -15,12 +15,28 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, not installed
 
-from scmoe_ds.config import json_schema
+from scmoe_ds.config import ScMoEConfig
 
 SCHEMA = Path(__file__).resolve().parent.parent / "ds_configs" / "scmoe.schema.json"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a DeepSpeed file with a "scmoe" section, for editors; other keys are left to DeepSpeed."""
+    section = ScMoEConfig.model_json_schema()
+    section["description"] = "ScMoE layers: architecture, routing, expert parallelism and overlap."
+    definitions = section.pop("$defs", {})
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "DeepSpeed JSON with a scmoe section",
+        "type": "object",
+        "properties": {"scmoe": section},
+        "required": ["scmoe"],
+        "$defs": definitions,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

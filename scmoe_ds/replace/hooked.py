@@ -11,7 +11,6 @@ overlap. Operators are the children of the blocks between the two that have para
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,8 @@ from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap.executor import Operator, Stream
 from scmoe_ds.overlap.recorder import SILENT, PairRecorder
 from scmoe_ds.overlap.schedule import Schedule, slot_that_halves
-from scmoe_ds.replace.tap_check import TapCheck, first_hidden
+from scmoe_ds.replace.calls import checkpoint_region, first_hidden, marked_inputs, parts, recomputes
+from scmoe_ds.replace.tap_check import TapCheck
 
 if TYPE_CHECKING:
     from scmoe_ds.replace.convert import HookedScMoE
@@ -151,7 +151,7 @@ class HookedPair:
     def _candidates(self) -> list[tuple[str, nn.Module]]:
         found = []
         for _, block in self.place.blocks:
-            for name, child in _parts(block):
+            for name, child in parts(block):
                 is_norm = "norm" in type(child).__name__.lower()
                 holds_layer = any(module is self.layer for module in child.modules())
                 if not is_norm and not holds_layer and any(True for _ in child.parameters()):
@@ -171,11 +171,11 @@ class HookedPair:
             )
         training = torch.is_grad_enabled()
         schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
-        region = _checkpoint_region()
-        if _recomputes(region) and not self._apart and self._kept is not None:
+        region = checkpoint_region()
+        if recomputes(region) and not self._apart and self._kept is not None:
             return  # the tap's own block is repeated; the layer's was before, with the value that is kept
-        self._flight = _Flight(value, _RECOMPUTED if _recomputes(region) else region, schedule, self.recorder)
-        if not _recomputes(region):  # which has to do what the first pass did
+        self._flight = _Flight(value, _RECOMPUTED if recomputes(region) else region, schedule, self.recorder)
+        if not recomputes(region):  # which has to do what the first pass did
             seen = self._seen.get(training)
             self._apart = seen is not None and not seen.is_cut
         if self._check is not None:
@@ -205,7 +205,7 @@ class HookedPair:
         flight.entered = module
         if flight.routed is None or flight.recorder is SILENT:
             return None
-        return _marked_inputs(flight.recorder, self._distinct(flight), args, kwargs)
+        return marked_inputs(flight.recorder, self._distinct(flight), args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         flight = self._flight
@@ -312,7 +312,7 @@ class HookedPair:
         if self._check is not None:
             self._check.finish(flight.value)
             self._check = None
-        is_cut = flight.boundary is not _checkpoint_region()
+        is_cut = flight.boundary is not checkpoint_region()
         self._kept = (flight.value, _sample(hidden_states)) if is_cut else None
         if training in self._seen:
             return
@@ -332,46 +332,12 @@ class HookedPair:
             )
 
 
-def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Its children. Lists and dicts of modules are never called: their children stand for them."""
-    for name, child in block.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from ((f"{name}.{inner}", each) for inner, each in _parts(child))
-        else:
-            yield name, child
-
-
 _RECOMPUTED = object()
 
 
 def _sample(hidden_states: Tensor) -> Tensor:
     """Enough of a value to tell it from that of another forward pass."""
     return hidden_states.detach().flatten()[:256].clone()
-
-
-def _checkpoint_region() -> object:
-    """Identifies the activation checkpoint that surrounds the call; None outside of any."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
-
-
-def _recomputes(region: object) -> bool:
-    """Whether torch's activation checkpointing repeats a forward pass there."""
-    return getattr(region, "__qualname__", "").startswith("_recomputation_hook")
-
-
-def _marked_inputs(
-    recorder: PairRecorder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    for index, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            (marked,) = recorder.open(name, value)
-            return (*args[:index], marked, *args[index + 1 :]), kwargs
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            (marked,) = recorder.open(name, value)
-            return args, {**kwargs, key: marked}
-    return args, kwargs
 
 
 def _not_to_be_run(stream: Stream) -> Stream:

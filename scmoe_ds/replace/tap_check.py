@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.replace.calls import first_hidden
 from scmoe_ds.replace.taps import Tap
 
 _ROUNDINGS = 8
@@ -116,15 +117,6 @@ class TapCheck:
         found = first_hidden(args, kwargs)
         if found is not None:
             self._normed.append(_Seen.of(found))
-
-
-def first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first floating-point tensor among a module's arguments, or in a tuple that comes first."""
-    for value in (*args, *kwargs.values()):
-        first = value[0] if isinstance(value, (tuple, list)) and value else value
-        if isinstance(first, Tensor) and first.is_floating_point():
-            return first
-    return None
 
 
 def _is_combination(rest: Tensor, allowed: Tensor, branches: list[Tensor], unit: float) -> bool:

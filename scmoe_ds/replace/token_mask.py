@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.replace.hooked import _checkpoint_region
+from scmoe_ds.replace.calls import checkpoint_region
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -62,7 +62,7 @@ class TokenMask:
                                "every other token", tuple(used_BS.shape), tuple(hidden.shape))  # fmt: skip
             self._has_warned = True
             return None
-        if _checkpoint_region() is not None or (self._model.training and not torch.is_grad_enabled()):
+        if checkpoint_region() is not None or (self._model.training and not torch.is_grad_enabled()):
             self._kept[_fingerprint(hidden)] = used_BS
             if len(self._kept) > _MOST_KEPT:
                 del self._kept[next(iter(self._kept))]

@@ -23,6 +23,7 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
 from scmoe_ds.replace.convert import HookedScMoE
+from tests.helpers.blocks import Block
 from tests.helpers.distributed import run_distributed
 from tests.helpers.hugging_face import FAMILIES
 
@@ -233,18 +234,6 @@ def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> 
                 assert (value - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
 
 
-class TheirBlock(nn.Module):
-    def __init__(self, feed_forward: nn.Module) -> None:
-        super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.attention, self.mlp = nn.Linear(8, 8), feed_forward
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attention(self.input_layernorm(hidden))
-        output = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + (output[0] if isinstance(output, tuple) else output)
-
-
 def train_with_tensor_parallelism(size: int, ep: int, fields: dict[str, Any]) -> tuple[list[float], Tensor, list[str]]:
     """Losses of a replaced model whose experts would be divided, its first shared expert, and an error if there is one.
 
@@ -257,7 +246,7 @@ def train_with_tensor_parallelism(size: int, ep: int, fields: dict[str, Any]) ->
         place = dist.get_rank() // size % ep * moe.num_local_experts + number
         nn.init.constant_(expert.weight, 0.1 * (place + 1))
     torch.manual_seed(1)
-    model = nn.Sequential(TheirBlock(nn.Linear(8, 8)), TheirBlock(moe))
+    model = nn.Sequential(Block(nn.Linear(8, 8)), Block(moe))
     nn.init.normal_(moe.deepspeed_moe.gate.wg.weight, std=0.5)
     whole = make_json(ep, True)
     whole["gradient_accumulation_steps"] = 1

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import scmoe_ds
 from scmoe_ds import ScMoE, ScMoEConfigError
 from scmoe_ds.replace.convert import HookedScMoE
+from tests.helpers.blocks import Block
 
 ADAM = {"lr": 1e-2, "weight_decay": 0.1}
 
@@ -31,18 +32,6 @@ def whole(**section: Any) -> dict[str, Any]:
         "zero_optimization": {"stage": 1},
         "scmoe": {"overlap": {"calibration_steps": 0}, **section},
     }
-
-
-class Block(nn.Module):
-    def __init__(self, feed_forward: nn.Module) -> None:
-        super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.attention, self.mlp = nn.Linear(8, 8), feed_forward
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attention(self.input_layernorm(hidden))
-        output = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + (output[0] if isinstance(output, tuple) else output)
 
 
 class Model(nn.Module):
