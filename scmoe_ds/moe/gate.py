@@ -19,6 +19,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor
 
 from scmoe_ds.config import FORMER_GATE_SOFTMAX, GateSoftmax
+from scmoe_ds.overlap.counts import largest
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,5 @@ def _spread(routing: Routing, index_U: Tensor, used_T: Tensor) -> Routing:
 def _agreed(routing: Routing, group: dist.ProcessGroup | None) -> Routing:
     if group is None or dist.get_world_size(group) == 1:
         return routing
-    largest = routing.exp_counts.new_empty(()).fill_(routing.capacity)  # a number from the host without a copy of it
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    return replace(routing, capacity=largest)
+    own = routing.exp_counts.new_empty(()).fill_(routing.capacity)  # a number from the host without a copy of it
+    return replace(routing, capacity=largest(own, group))

@@ -1,10 +1,11 @@
-"""The exchange of row counts that an uneven all-to-all needs beforehand."""
+"""The exchange of row counts that an all-to-all needs beforehand."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.overlap.recorder import Watch
@@ -72,3 +73,9 @@ def start_counts(
     launch = partial(transport.launch, received, rows_per_piece, sizes, sizes)
     wait = launch() if watch is None else watch.launch("forward", launch)
     return CountsInFlight(rows_per_piece, local, received, wait)
+
+
+def largest(count: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The largest of all ranks' counts, in place: int64 scalar. Blocking; padded buffers agree on their size with it."""
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
+    return count
