@@ -76,6 +76,6 @@ def start_counts(
 
 
 def largest(count: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The largest of all ranks' counts, in place: int64 scalar. Blocking; padded buffers agree on their size with it."""
+    """The largest of all ranks' counts (int64 scalar), in place. Blocking; padded buffers get one size by it."""
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
     return count
