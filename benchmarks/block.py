@@ -46,9 +46,9 @@ from benchmarks.variants import (
     selected,
     unit,
 )
+from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.overlap.recorder import Phase
 from scmoe_ds.overlap.schedule import Mode
-from scmoe_ds.overlap.transport import METHODS
 
 CROSSING_RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0)
 FIRST_CROSSING_MBIT = 400.0

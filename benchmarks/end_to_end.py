@@ -30,7 +30,7 @@ from benchmarks.block import Bench, on_two_nodes, write
 from benchmarks.link import find_rate
 from benchmarks.measure import Spread, over_ranks
 from benchmarks.variants import AGAIN, BASELINES, Shape, baseline, one_primitive
-from scmoe_ds.overlap.transport import METHODS
+from scmoe_ds.comm.transport import METHODS
 
 LAYERS, VOCABULARY = 4, 1024
 SHAPE = Shape("GPT, 4 layers, 384 wide, 2 experts, 2 × 144 tokens per rank", 384, 12, 2, 144, 2, 2.0)

@@ -27,6 +27,7 @@ from benchmarks.link import find_rate
 from benchmarks.measure import Spread, interleave, over_ranks
 from benchmarks.serving_figures import speedups
 from benchmarks.variants import AGAIN, SHAPES, LocalCopy, Shape, baseline, one_primitive
+from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.config import OverlapConfig, ScMoEConfig
 from scmoe_ds.engine import expert_parallel_rank
 from scmoe_ds.inference.kv_cache import KeyValueCache
@@ -36,7 +37,6 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.overlap.transport import METHODS, Transport
 
 LAYERS, VOCABULARY, PROMPT = 4, 1024, 144
 STOCK = "DeepSpeed top-2"

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scmoe_ds.comm.transport import Transport, Wait
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.schedule import Count, Slots
-from scmoe_ds.overlap.transport import Transport, Wait
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from scmoe_ds.client_optimizer import add_new_parameters, listed, with_expert_groups
+from scmoe_ds.comm.transport import probe
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.deepspeed_json import load_deepspeed_json
@@ -28,7 +29,6 @@ from scmoe_ds.deepspeed_settings import check_accelerator, check_filled_in, chec
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.output import steady_monitors, without_full_disks
 from scmoe_ds.overlap.adaptive import AdaptiveOverlap
-from scmoe_ds.overlap.transport import probe
 from scmoe_ds.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement

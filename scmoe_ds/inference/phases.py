@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config import OverlapConfig, ScMoEConfig
 from scmoe_ds.engine import choose_all_to_all
 from scmoe_ds.models.blocks import ScheduledRun
@@ -25,7 +26,6 @@ from scmoe_ds.overlap.executor import backbone_names
 from scmoe_ds.overlap.plan_text import schedule_text
 from scmoe_ds.overlap.recorder import SILENT, Recorder
 from scmoe_ds.overlap.schedule import Schedule, plan
-from scmoe_ds.overlap.transport import Transport
 from scmoe_ds.parallel.groups import Layout
 
 logger = logging.getLogger("scmoe_ds")

@@ -18,8 +18,8 @@ from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor
 
+from scmoe_ds.comm.counts import largest
 from scmoe_ds.config import FORMER_GATE_SOFTMAX, GateSoftmax
-from scmoe_ds.overlap.counts import largest
 
 
 @dataclass(frozen=True)

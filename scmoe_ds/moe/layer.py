@@ -23,6 +23,8 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import bwc, groups
 from torch import Tensor, nn
 
+from scmoe_ds.comm.transport import METHODS, Transport
+from scmoe_ds.comm.wire import WIRE_DTYPES
 from scmoe_ds.config import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.experts import initialize_experts
 from scmoe_ds.moe.gate import route
@@ -30,8 +32,6 @@ from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
 from scmoe_ds.moe.routed import RoutedTokens, Travel
 from scmoe_ds.moe.shares import Shares
 from scmoe_ds.overlap.recorder import SILENT, PairRecorder, Renamed
-from scmoe_ds.overlap.transport import METHODS, Transport
-from scmoe_ds.overlap.wire import WIRE_DTYPES
 from scmoe_ds.parallel.agreement import run_together
 
 
@@ -43,7 +43,7 @@ class StagedMoE(MoE):
         dispatch: "exact" sends and computes routed tokens only; "padded" uses DeepSpeed's capacity buffers.
         gate_softmax: among which experts a token's weights add up to 1: "all", the "chosen" ones (paper eq. 2-3), or
             those "kept" by the capacity; "deepspeed": all for k = 1, kept for more.
-        all_to_all: primitive of dispatch and combine, see scmoe_ds.overlap.transport.
+        all_to_all: primitive of dispatch and combine, see scmoe_ds.comm.transport.
         wire_dtype: None, "bf16" or "fp8": number format of rows and their gradients between ranks.
 
     Raises:

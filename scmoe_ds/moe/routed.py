@@ -14,14 +14,14 @@ import torch
 from deepspeed.moe.experts import Experts
 from torch import Tensor
 
+from scmoe_ds.comm.all_to_all import InFlight, Route, prepare, start
+from scmoe_ds.comm.counts import CountsInFlight, start_counts
+from scmoe_ds.comm.transport import Transport
 from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows, decode
 from scmoe_ds.moe.experts import MovingExperts, run_experts
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.shares import Shares
-from scmoe_ds.overlap.all_to_all import InFlight, Route, prepare, start
-from scmoe_ds.overlap.counts import CountsInFlight, start_counts
 from scmoe_ds.overlap.recorder import SILENT, PairRecorder
-from scmoe_ds.overlap.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Travel:
     """How the rows of one layer travel.
 
     Attributes:
-        transport, wire_dtype, blocking: see scmoe_ds.overlap.all_to_all.
+        transport, wire_dtype, blocking: see scmoe_ds.comm.all_to_all.
         shares: which of the tokens this rank sends.
         num_chunks: pieces that are sent, computed and returned one after another.
         deferred: leave the launch of the dispatch to `send`. A GPU's counts reach the host only after the gate has

@@ -18,7 +18,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from scmoe_ds.overlap.all_to_all import Route
+from scmoe_ds.comm.all_to_all import Route
 
 
 @dataclass(frozen=True)

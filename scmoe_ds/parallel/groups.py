@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from scmoe_ds.overlap.hierarchical import HierarchicalTransport
-from scmoe_ds.overlap.transport import METHODS, Transport
+from scmoe_ds.comm.hierarchical import HierarchicalTransport
+from scmoe_ds.comm.transport import METHODS, Transport
 
 
 def nodes_of_ranks() -> list[Hashable]:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.moe.layer import ScMoE
 from scmoe_ds.moe.merge import Merge, coefficient_network
 from scmoe_ds.moe.shares import Shares
-from scmoe_ds.overlap.transport import Transport
 from scmoe_ds.replace.hooked import HookedPair
 
 SharedFrom = Union[int, Literal["fresh", "mean"]]

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe_ds.overlap.all_to_all import Route, start
-from scmoe_ds.overlap.counts import start_counts
-from scmoe_ds.overlap.transport import METHODS, Transport
+from scmoe_ds.comm.all_to_all import Route, start
+from scmoe_ds.comm.counts import start_counts
+from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.parallel.groups import make_transports, ranks_by_node
 from tests.helpers.distributed import run_distributed
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe_ds import ScMoE
-from scmoe_ds.overlap import transport as transport_module
-from scmoe_ds.overlap.transport import Transport
+from scmoe_ds.comm import transport as transport_module
+from scmoe_ds.comm.transport import Transport
 from tests.helpers.distributed import run_distributed
 
 HIDDEN, TOKENS, EXPERTS = 16, 48, 8

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds import checkpoint
-from scmoe_ds.overlap.all_to_all import start
-from scmoe_ds.overlap.transport import METHODS, Transport
+from scmoe_ds.comm.all_to_all import start
+from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.parallel.timeouts import limit_new_groups
 from tests.helpers.distributed import run_distributed
 

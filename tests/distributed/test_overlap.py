@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
@@ -19,7 +20,6 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import Operator
 from scmoe_ds.overlap.recorder import Recorder, Span
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.overlap.transport import Transport
 from tests.helpers.distributed import run_distributed
 
 SETTINGS = GPTSettings(2, 16, 4, 64, 12, hidden_dropout=0.1)

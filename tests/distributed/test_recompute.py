@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import expert_parallel_rank
 from scmoe_ds.models.gpt import GPT
@@ -18,7 +19,6 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.overlap.transport import Transport
 from tests.helpers.distributed import run_distributed
 
 SETTINGS = GPTSettings(4, 32, 4, 64, 32, hidden_dropout=0.1, attention_dropout=0.1)

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scmoe_ds
+from scmoe_ds.comm.counts import start_counts
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe.dispatch import ExactLayout
 from scmoe_ds.moe.experts import can_group, grouped_experts, grouped_product, run_experts
-from scmoe_ds.overlap.counts import start_counts
 
 D, E, ROWS = 8, 4, 4096
 
@@ -146,8 +146,8 @@ def test_gradients_of_tokens_with_many_choices() -> None:
 
 
 @pytest.mark.parametrize("path", [
-    "moe/dispatch.py", "moe/experts.py", "moe/gate.py", "moe/layer.py", "moe/routed.py", "overlap/all_to_all.py",
-    "overlap/counts.py", "overlap/executor.py", "overlap/transport.py",
+    "moe/dispatch.py", "moe/experts.py", "moe/gate.py", "moe/layer.py", "moe/routed.py", "comm/all_to_all.py",
+    "comm/counts.py", "overlap/executor.py", "comm/transport.py",
 ])  # fmt: skip
 def test_no_tensor_is_made_of_numbers_on_the_device(path: str) -> None:
     """Such a copy comes from pageable memory: the host waits for all that the GPU has to do before."""

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmoe_ds import ScMoE
+from scmoe_ds.comm.wire import pack, unpack
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows
 from scmoe_ds.moe.experts import TwoProjections, grouped_experts, run_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.layer import DGMoE
 from scmoe_ds.moe.shares import Shares
-from scmoe_ds.overlap.wire import pack, unpack
 
 HIDDEN, TOKENS, EXPERTS = 16, 40, 4
 

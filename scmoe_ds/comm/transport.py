@@ -2,7 +2,7 @@
 
 "collective": `all_to_all_single`, NCCL's and gloo's own. gloo's runs half duplex when ranks enter at different times.
 "send_receive": all receives are posted, then all sends; full duplex on a link, one message per pair of ranks.
-"hierarchical": inside the nodes, then across; in scmoe_ds.overlap.hierarchical, for groups that span nodes.
+"hierarchical": inside the nodes, then across; in scmoe_ds.comm.hierarchical, for groups that span nodes.
 
 Every primitive launches at once, takes uneven and zero sizes, and is used alike on all ranks: ranks that used different
 ones would wait for each other forever.

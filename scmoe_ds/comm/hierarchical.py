@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe_ds.overlap.transport import Transport, Wait
+from scmoe_ds.comm.transport import Transport, Wait
 
 
 @dataclass(frozen=True)

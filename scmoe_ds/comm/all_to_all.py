@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe_ds.comm.side_stream import side_stream
+from scmoe_ds.comm.transport import Transport, Wait
+from scmoe_ds.comm.wire import pack, unpack
 from scmoe_ds.overlap.recorder import Phase, Watch
-from scmoe_ds.overlap.side_stream import side_stream
-from scmoe_ds.overlap.transport import Transport, Wait
-from scmoe_ds.overlap.wire import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def prepare(
             stay (dropped choices that were sorted behind all others).
         transport: the ranks and the primitive; a world of one sends nothing and gives `rows` back.
         blocking: wait at once, forward and backward (the reference without overlap).
-        wire_dtype: None, or a number format of scmoe_ds.overlap.wire for rows and their gradients on the wire.
+        wire_dtype: None, or a number format of scmoe_ds.comm.wire for rows and their gradients on the wire.
         watches: an observer or None for each chunk; as many chunks are made.
     """
     if transport.size == 1:

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scmoe_ds.comm.side_stream import side_stream
+from scmoe_ds.comm.transport import Transport, Wait
 from scmoe_ds.overlap.recorder import Watch
-from scmoe_ds.overlap.side_stream import side_stream
-from scmoe_ds.overlap.transport import Transport, Wait
 
 
 class CountsInFlight:
