@@ -51,7 +51,7 @@ from scmoe_ds.markdown import code, escape
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import backbone_names
-from scmoe_ds.overlap.recorder import SILENT, Recorder
+from scmoe_ds.trace.recorder import SILENT, Recorder
 
 SHAPES = {
     "medium": (GPTSettings(24, 1024, 16, 50304, 2048), "GPT2-MoE-Medium with 8 experts, 24 layers"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.measure import over_ranks
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.overlap.executor import Stream
-from scmoe_ds.overlap.recorder import SILENT, PairRecorder, Phase, Recorder, Span
+from scmoe_ds.trace.recorder import SILENT, PairRecorder, Phase, Recorder, Span
 
 CPU = torch.device("cpu")
 EXPOSED = "exposed communication"

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from benchmarks.block import Bench, link, on_two_nodes
 from benchmarks.parts import record_steps
 from benchmarks.variants import SHAPES, main_table, one_primitive
-from scmoe_ds.overlap.recorder import Span
-from scmoe_ds.overlap.spans import gather_spans
-from scmoe_ds.overlap.timeline_figure import draw
+from scmoe_ds.trace.recorder import Span
+from scmoe_ds.trace.spans import gather_spans
+from scmoe_ds.trace.timeline_figure import draw
 
 DRAWN = ("serial", "overlapped", "chunked")
 

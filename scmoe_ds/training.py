@@ -23,8 +23,6 @@ from scmoe_ds import checkpoint
 from scmoe_ds.data.dataset import documents_of
 from scmoe_ds.data.sampler import pretraining_batches
 from scmoe_ds.engine import device
-from scmoe_ds.overlap.recorder import Recorder
-from scmoe_ds.overlap.timeline import save_timeline
 from scmoe_ds.parallel.failures import at_iteration
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
@@ -35,6 +33,8 @@ from scmoe_ds.step_health import (
     not_finite,
     overflows_at_any_scale,
 )
+from scmoe_ds.trace.recorder import Recorder
+from scmoe_ds.trace.timeline import save_timeline
 from scmoe_ds.training_log import TrainingLog, TrainingOutput, mean_over_ranks, say
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from scmoe_ds.comm.side_stream import side_stream
 from scmoe_ds.comm.transport import Transport, Wait
 from scmoe_ds.comm.wire import pack, unpack
-from scmoe_ds.overlap.recorder import Phase, Watch
+from scmoe_ds.trace.recorder import Phase, Watch
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scmoe_ds.comm.side_stream import side_stream
 from scmoe_ds.comm.transport import Transport, Wait
-from scmoe_ds.overlap.recorder import Watch
+from scmoe_ds.trace.recorder import Watch
 
 
 class CountsInFlight:

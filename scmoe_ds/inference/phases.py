@@ -24,9 +24,9 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.overlap.calibration import Recording, measure
 from scmoe_ds.overlap.executor import backbone_names
 from scmoe_ds.overlap.plan_text import schedule_text
-from scmoe_ds.overlap.recorder import SILENT, Recorder
 from scmoe_ds.overlap.schedule import Schedule, plan
 from scmoe_ds.parallel.groups import Layout
+from scmoe_ds.trace.recorder import SILENT, Recorder
 
 logger = logging.getLogger("scmoe_ds")
 

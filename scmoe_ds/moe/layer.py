@@ -31,8 +31,8 @@ from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
 from scmoe_ds.moe.routed import RoutedTokens, Travel
 from scmoe_ds.moe.shares import Shares
-from scmoe_ds.overlap.recorder import SILENT, PairRecorder, Renamed
 from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.trace.recorder import SILENT, PairRecorder, Renamed
 
 
 class StagedMoE(MoE):

@@ -21,7 +21,7 @@ from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows, decod
 from scmoe_ds.moe.experts import MovingExperts, run_experts
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.shares import Shares
-from scmoe_ds.overlap.recorder import SILENT, PairRecorder
+from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from scmoe_ds.overlap.calibration_file import (
 )
 from scmoe_ds.overlap.executor import Backbone, backbone_names
 from scmoe_ds.overlap.plan_text import layers_text, plan_lines
-from scmoe_ds.overlap.recorder import SILENT, PairRecorder, Recorder
 from scmoe_ds.overlap.schedule import Mode, Plan, Schedule, plan
 from scmoe_ds.overlap.times import OperatorTimes
+from scmoe_ds.trace.recorder import SILENT, PairRecorder, Recorder
 
 logger = logging.getLogger("scmoe_ds")
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from scmoe_ds.overlap.recorder import Span
 from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.trace.recorder import Span
 
 _CUT = ("dispatch", "experts", "combine")
 _PARTS = {

@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from scmoe_ds.overlap.recorder import SILENT, PairRecorder
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     from scmoe_ds.engine import batch_sizes, device, expert_parallel_rank, fingerprint
     from scmoe_ds.models.gpt import GPT
     from scmoe_ds.models.initialization import initialize_parameters
-    from scmoe_ds.overlap.recorder import Recorder
-    from scmoe_ds.overlap.spans import gather_spans, hidden_share_of_ranks
     from scmoe_ds.parallel.agreement import require_agreement
+    from scmoe_ds.trace.recorder import Recorder
+    from scmoe_ds.trace.spans import gather_spans, hidden_share_of_ranks
 
     require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
     config.check_world(dist.get_world_size())

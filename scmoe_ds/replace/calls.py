@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.overlap.recorder import PairRecorder
+from scmoe_ds.trace.recorder import PairRecorder
 
 
 def first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -18,8 +18,8 @@ from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import Operator
-from scmoe_ds.overlap.recorder import Recorder, Span
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.trace.recorder import Recorder, Span
 from tests.helpers.distributed import run_distributed
 
 SETTINGS = GPTSettings(2, 16, 4, 64, 12, hidden_dropout=0.1)

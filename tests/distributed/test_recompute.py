@@ -17,8 +17,8 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.recompute import Recompute
-from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.trace.recorder import Recorder
 from tests.helpers.distributed import run_distributed
 
 SETTINGS = GPTSettings(4, 32, 4, 64, 32, hidden_dropout=0.1, attention_dropout=0.1)

@@ -12,8 +12,8 @@ from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.experts import can_group, grouped_product
-from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.trace.recorder import Recorder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -13,9 +13,9 @@ from benchmarks.planned import Calibrated, schedule_of
 from benchmarks.variants import AGAIN, BASELINES, STOCK, TABLES, Variant, baseline, limit_of, main_table, selected
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.overlap.recorder import Lane, Span
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.trace.recorder import Lane, Span
 
 
 def both(forward_ms: float, backward_ms: float) -> PassTimes:

@@ -19,10 +19,10 @@ from benchmarks.replace import Block, Direct, results
 from scmoe_ds import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import MLP, GPTSettings
-from scmoe_ds.overlap.recorder import Recorder
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace import replace_moe_layers, undo_replacement
 from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.trace.recorder import Recorder
 
 SETTINGS = GPTSettings(4, 16, 2, 32, 12)
 EXPERTS = 4

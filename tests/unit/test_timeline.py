@@ -16,10 +16,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from scmoe_ds.overlap.recorder import Lane, Phase, Span
-from scmoe_ds.overlap.spans import HiddenShare, gather_spans, hidden_share, hidden_share_of_ranks
-from scmoe_ds.overlap.timeline import save_timeline, write_trace
-from scmoe_ds.overlap.timeline_figure import draw, figure
+from scmoe_ds.trace.recorder import Lane, Phase, Span
+from scmoe_ds.trace.spans import HiddenShare, gather_spans, hidden_share, hidden_share_of_ranks
+from scmoe_ds.trace.timeline import save_timeline, write_trace
+from scmoe_ds.trace.timeline_figure import draw, figure
 from tests.helpers.distributed import run_distributed
 
 BLUE, SKY, ORANGE, PINK = "#0072b2", "#56b4e9", "#e69f00", "#cc79a7"
@@ -256,7 +256,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_import_needs_no_matplotlib() -> None:
-    code = "import sys; sys.modules['matplotlib'] = None; import scmoe_ds.overlap.timeline"
+    code = "import sys; sys.modules['matplotlib'] = None; import scmoe_ds.trace.timeline"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmoe_ds.overlap.recorder import Phase, Span
-from scmoe_ds.overlap.spans import LANES, Spans, check_spans, hidden_share_of_ranks, rows_of_lane
+from scmoe_ds.trace.recorder import Phase, Span
+from scmoe_ds.trace.spans import LANES, Spans, check_spans, hidden_share_of_ranks, rows_of_lane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

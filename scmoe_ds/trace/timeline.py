@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scmoe_ds.overlap.recorder import Span
-from scmoe_ds.overlap.spans import LANES, Spans, check_spans, gather_spans, nanoseconds, rows_of_lane
-from scmoe_ds.overlap.timeline_figure import draw
+from scmoe_ds.trace.recorder import Span
+from scmoe_ds.trace.spans import LANES, Spans, check_spans, gather_spans, nanoseconds, rows_of_lane
+from scmoe_ds.trace.timeline_figure import draw
 
 
 def save_timeline(spans: Spans, directory: str | Path, iteration: int) -> list[Path]:

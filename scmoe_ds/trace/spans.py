@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from scmoe_ds.overlap.recorder import Phase, Span
+from scmoe_ds.trace.recorder import Phase, Span
 
 Spans = Sequence[Span]
 LANES = ("compute", "communication")
