@@ -17,7 +17,7 @@ from typing import Any
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.blocks import tap_of
 from scmoe_ds.overlap.schedule import Mode, Schedule, plan, simulate
-from scmoe_ds.overlap.times import OperatorTime, OperatorTimes
+from scmoe_ds.planner.times import OperatorTime, OperatorTimes
 
 RESULTS = Path(__file__).parent / "results"
 RECORDS = ("block_swin_60_padded", "block_swin_50_padded", "block_gpt2-medium_15_padded")

@@ -28,12 +28,12 @@ from scmoe_ds.deepspeed_json import load_deepspeed_json
 from scmoe_ds.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.output import steady_monitors, without_full_disks
-from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
 from scmoe_ds.parallel.process import connect
+from scmoe_ds.planner.adaptive import AdaptiveOverlap
 from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers
 
 logger = logging.getLogger("scmoe_ds")

@@ -17,9 +17,9 @@ from torch import nn
 from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.overlap.adaptive import AdaptiveOverlap
 from scmoe_ds.overlap.executor import backbone_names
-from scmoe_ds.overlap.plan_text import layers_text
+from scmoe_ds.planner.adaptive import AdaptiveOverlap
+from scmoe_ds.planner.plan_text import layers_text
 from scmoe_ds.replace.convert import HookedScMoE
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.replacement import nothing_to_apply_to

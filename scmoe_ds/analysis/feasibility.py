@@ -16,9 +16,9 @@ from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.records import read_json
 from scmoe_ds.analysis.similarity import POSITIONS
 from scmoe_ds.config import ScMoEConfigError
-from scmoe_ds.overlap.calibration_file import Description, find_times
 from scmoe_ds.overlap.schedule import BreakEven, Mode, Plan, Schedule, break_even, plan, simulate
-from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.planner.calibration_file import Description, find_times
+from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
 MODES: tuple[Mode, ...] = ("forward", "train")
 MIN_SPEEDUP = 1.01  # less is "next to nothing", as in the log of a calibration

@@ -21,11 +21,11 @@ from scmoe_ds.config import OverlapConfig, ScMoEConfig
 from scmoe_ds.engine import choose_all_to_all
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.overlap.calibration import Recording, measure
 from scmoe_ds.overlap.executor import backbone_names
-from scmoe_ds.overlap.plan_text import schedule_text
 from scmoe_ds.overlap.schedule import Schedule, plan
 from scmoe_ds.parallel.groups import Layout
+from scmoe_ds.planner.calibration import Recording, measure
+from scmoe_ds.planner.plan_text import schedule_text
 from scmoe_ds.trace.recorder import SILENT, Recorder
 
 logger = logging.getLogger("scmoe_ds")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Union
 
-from scmoe_ds.overlap.times import OperatorTimes, PassTimes
+from scmoe_ds.planner.times import OperatorTimes, PassTimes
 
 Count = Union[Literal["auto"], int]
 Slots = Union[Literal["auto"], int, Sequence[int]]

@@ -19,8 +19,8 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap import executor
-from scmoe_ds.overlap.calibration import times_from
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.calibration import times_from
 from scmoe_ds.trace.recorder import SILENT, Recorder
 from tests.helpers.distributed import run_distributed
 

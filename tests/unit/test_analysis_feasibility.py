@@ -13,7 +13,7 @@ import torch.distributed as dist
 import analyze_gpt_scmoe
 from scmoe_ds.analysis import feasibility
 from scmoe_ds.analysis.feasibility import conclude, settings, study
-from scmoe_ds.overlap.times import OperatorTimes
+from scmoe_ds.planner.times import OperatorTimes
 
 MS = {"attention": (6, 10), "attention 2": (6, 10), "mlp": (4, 8), "shared": (4, 8)}
 

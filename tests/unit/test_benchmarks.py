@@ -14,7 +14,7 @@ from benchmarks.variants import AGAIN, BASELINES, STOCK, TABLES, Variant, baseli
 from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 from scmoe_ds.trace.recorder import Lane, Span
 
 

@@ -16,9 +16,9 @@ import analyze_gpt_scmoe
 from scmoe_ds.config import ScMoEConfigError
 from scmoe_ds.engine import connect
 from scmoe_ds.overlap import schedule
-from scmoe_ds.overlap.calibration_file import find_times, read_calibration, write_calibration
 from scmoe_ds.overlap.schedule import plan
-from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.planner.calibration_file import find_times, read_calibration, write_calibration
+from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = json.loads((ROOT / "benchmarks" / "results" / "analysis_times.json").read_text())

@@ -22,7 +22,7 @@ from scmoe_ds.overlap.schedule import (
     plan,
     simulate,
 )
-from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
 Pair = tuple[float, float]
 MODES: tuple[Mode, ...] = ("forward", "train")

@@ -21,7 +21,7 @@ from scmoe_ds.config import ScMoEConfig
 from scmoe_ds.engine import connect
 from scmoe_ds.evaluation.windows import Row
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 from tests.helpers.exports import whole_model
 from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, some_documents, tiny_settings
 from tools import text_corpus

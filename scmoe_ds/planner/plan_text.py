@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scmoe_ds.overlap.schedule import Plan, Schedule, Simulated, break_even, idle_window_ms
-from scmoe_ds.overlap.times import OperatorTimes, PassTimes
+from scmoe_ds.planner.times import OperatorTimes, PassTimes
 
 
 def plan_lines(name: str, times: OperatorTimes, train: Plan, forward: Plan) -> list[str]:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from scmoe_ds.config import ScMoEConfigError
-from scmoe_ds.overlap.times import OperatorTimes
 from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.planner.times import OperatorTimes
 
 logger = logging.getLogger("scmoe_ds")
 

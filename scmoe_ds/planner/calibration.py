@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from scmoe_ds.overlap.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 from scmoe_ds.trace.recorder import Span
 
 _CUT = ("dispatch", "experts", "combine")

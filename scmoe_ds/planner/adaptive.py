@@ -16,18 +16,18 @@ import torch.distributed as dist
 from torch import nn
 
 from scmoe_ds.config import OverlapConfig, ScMoEConfigError
-from scmoe_ds.overlap.calibration import Recording, measure
-from scmoe_ds.overlap.calibration_file import (
+from scmoe_ds.overlap.executor import Backbone, backbone_names
+from scmoe_ds.overlap.schedule import Mode, Plan, Schedule, plan
+from scmoe_ds.planner.calibration import Recording, measure
+from scmoe_ds.planner.calibration_file import (
     Description,
     check_writable,
     find_times,
     read_calibration,
     write_calibration,
 )
-from scmoe_ds.overlap.executor import Backbone, backbone_names
-from scmoe_ds.overlap.plan_text import layers_text, plan_lines
-from scmoe_ds.overlap.schedule import Mode, Plan, Schedule, plan
-from scmoe_ds.overlap.times import OperatorTimes
+from scmoe_ds.planner.plan_text import layers_text, plan_lines
+from scmoe_ds.planner.times import OperatorTimes
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Recorder
 
 logger = logging.getLogger("scmoe_ds")
