@@ -39,7 +39,7 @@ pretrain: $(STAMP)  ## train a small ScMoE GPT for a few minutes, on the GPUs th
 	$(BIN)/python tools/quick_start.py
 
 schema: $(STAMP)  ## write ds_configs/scmoe.schema.json
-	$(BIN)/python tools/write_schema.py
+	$(BIN)/python scmoe_ds/config/schema.py
 
 # Where a service manager runs, openssh-server would start a system-wide sshd: not as a side effect of a test.
 cluster-packages:  ## Debian packages for the tests on two machines, as root in a container; without them those tests skip

@@ -37,7 +37,7 @@ from scmoe_ds.analysis.tokens import TokenSequences, read_data_set
 from scmoe_ds.argument_checks import ArgumentError
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.files import iteration_of, newest_first
-from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer

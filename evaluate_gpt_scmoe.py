@@ -25,7 +25,7 @@ import torch.distributed as dist
 from scmoe_ds.argument_checks import ArgumentError, check_lowest
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.files import write_whole
-from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.engine import device
 from scmoe_ds.evaluation import tasks

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_text
 from scmoe_ds.checkpoint import CheckpointError
-from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import Tokenizer

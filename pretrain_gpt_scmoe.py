@@ -21,13 +21,13 @@ from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.arguments import ArgumentError, comparable, gpt_settings
 from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
-from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.deepspeed_settings import check_accelerator
+from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.corpus import prepare_default_corpus
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify, validation_entropy
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import SPLIT_FLAGS, split_shares
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
-from scmoe_ds.deepspeed_settings import check_accelerator
 from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters

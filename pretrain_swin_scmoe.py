@@ -15,11 +15,11 @@ import torch.distributed as dist
 import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.arguments import ArgumentError, comparable
-from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.deepspeed_settings import check_accelerator
+from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import split_shares
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
-from scmoe_ds.deepspeed_settings import check_accelerator
 from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 from scmoe_ds.image_training import ImageTrainer

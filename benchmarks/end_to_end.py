@@ -62,7 +62,7 @@ def architectures(dispatch: str) -> dict[str, dict[str, Any]]:
 def make_engine(section: Mapping[str, Any], settings: dict[str, Any]) -> Any:
     """An engine for a model with this section, on this rank."""
     import scmoe_ds
-    from scmoe_ds.config import ScMoEConfig
+    from scmoe_ds.config.section import ScMoEConfig
     from scmoe_ds.engine import expert_parallel_rank
     from scmoe_ds.models.gpt import GPT
     from scmoe_ds.models.initialization import initialize_parameters

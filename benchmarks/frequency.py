@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import tap_of
 from scmoe_ds.overlap.schedule import Mode, Schedule, plan, simulate
 from scmoe_ds.planner.times import OperatorTime, OperatorTimes

@@ -28,7 +28,7 @@ from benchmarks.measure import Spread, interleave, over_ranks
 from benchmarks.serving_figures import speedups
 from benchmarks.variants import AGAIN, SHAPES, LocalCopy, Shape, baseline, one_primitive
 from scmoe_ds.comm.transport import METHODS, Transport
-from scmoe_ds.config import OverlapConfig, ScMoEConfig
+from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
 from scmoe_ds.engine import expert_parallel_rank
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.model import serving_config

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Spread, environment, interleave
 from scmoe_ds import ScMoE
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE

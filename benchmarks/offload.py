@@ -40,7 +40,7 @@ from benchmarks.measure import Spread, environment
 from benchmarks.serving_figures import latencies
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.safetensors_files import write_weights
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import offload_experts

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from benchmarks.parts import CPU, record_steps, sum_ms
 from benchmarks.variants import Table, Variant
-from scmoe_ds.config import OverlapConfig
+from scmoe_ds.config.section import OverlapConfig
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.overlap.schedule import Mode, Schedule, plan, simulate
 from scmoe_ds.planner.adaptive import CHUNK_COUNTS, AdaptiveOverlap

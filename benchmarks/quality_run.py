@@ -28,7 +28,7 @@ from pretrain_gpt_scmoe import USER_ERRORS, pretrain
 from scmoe_ds.analysis.similarity import measure
 from scmoe_ds.analysis.subjects import gpt_subject
 from scmoe_ds.checkpoint.files import write_whole
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.flags import split_ranges
 from scmoe_ds.engine import device
 from scmoe_ds.evaluation.scoring import Scorer

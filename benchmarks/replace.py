@@ -24,7 +24,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from benchmarks.measure import Spread, environment, interleave
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
 from scmoe_ds.replace import replace_moe_layers

@@ -24,7 +24,7 @@ from benchmarks.quality_table import (
 )
 from benchmarks.tables import table
 from scmoe_ds.analysis.similarity import POSITIONS, THRESHOLD
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73")
 

@@ -22,7 +22,7 @@ from scmoe_ds.argument_checks import (
     require_flags,
     set_tokenizer_type,
 )
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.flags import DEFAULT_SPLIT, resolve_data_flags
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
 from scmoe_ds.flag_parser import FlagParser

@@ -12,9 +12,9 @@ import math
 from typing import Any
 
 from scmoe_ds.argument_checks import ArgumentError, check_lowest
-from scmoe_ds.config import ScMoEConfig
-from scmoe_ds.deepspeed_json import load_deepspeed_json
-from scmoe_ds.deepspeed_settings import check_program
+from scmoe_ds.config.deepspeed_json import load_deepspeed_json
+from scmoe_ds.config.deepspeed_settings import check_program
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.megatron_flags import JSON_FLAGS, LENGTH_FLAGS, SCHEDULE_FLAGS, dest_of
 
 MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}

@@ -15,7 +15,7 @@ from scmoe_ds.argument_checks import (
     require_flags,
 )
 from scmoe_ds.arguments import add_deepspeed, add_moe, add_training, parse_flags
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.flag_parser import FlagParser
 from scmoe_ds.flags_to_json import read_json, read_section
 from scmoe_ds.megatron_flags import add_json_flags

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.convert import export, residual_to_scmoe
 from scmoe_ds.checkpoint.directories import locate
-from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.flag_parser import FlagParser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.probes import Capture, Probe, Representation, Side
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import Block, tap_of
 from scmoe_ds.models.gpt import GPT
 

@@ -21,7 +21,7 @@ from scmoe_ds.checkpoint.convert import open_weights
 from scmoe_ds.checkpoint.names import global_names
 from scmoe_ds.checkpoint.parsing import parse, without_memory
 from scmoe_ds.checkpoint.reshard import check_shapes
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.images import Digits, ImageFolder
 from scmoe_ds.models.swin import SwinMoE
 from scmoe_ds.models.swin_settings import SwinSettings

@@ -15,7 +15,7 @@ from typing import Any
 
 from scmoe_ds.checkpoint.description import BATCH, BINDING_SECTION_FIELDS, FREE_MODEL_FIELDS
 from scmoe_ds.checkpoint.files import CheckpointError
-from scmoe_ds.config import in_present_words
+from scmoe_ds.config.section import in_present_words
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 DATA = "data"

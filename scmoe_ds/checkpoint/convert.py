@@ -17,7 +17,7 @@ from scmoe_ds.checkpoint.parsing import check_counts, parse
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export, write_weights
 from scmoe_ds.checkpoint.saved_state import SavedState
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import tap_of
 
 Readers = dict[str, Callable[[], Tensor]]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_minutes
 from scmoe_ds.arguments import comparable
 from scmoe_ds.checkpoint import CheckpointError, tokenizer_files
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from scmoe_ds.engine import device, fingerprint
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config

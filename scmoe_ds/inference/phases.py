@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.comm.transport import Transport
-from scmoe_ds.config import OverlapConfig, ScMoEConfig
+from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
 from scmoe_ds.engine import choose_all_to_all
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.gpt import GPT

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.layers import GPTSettings, make_norm
 from scmoe_ds.models.parallel_layers import (

@@ -13,7 +13,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from deepspeed.utils import bwc, groups
 from torch import Tensor
 
-from scmoe_ds.config import GateSoftmax
+from scmoe_ds.config.section import GateSoftmax
 from scmoe_ds.moe.gate import capacity_of, route
 
 Gated = tuple[Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.comm.wire import WIRE_DTYPES
-from scmoe_ds.config import FORMER_GATE_SOFTMAX, GateSoftmax
+from scmoe_ds.config.section import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.experts import initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs

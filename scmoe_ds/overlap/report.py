@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from scmoe_ds.config import OverlapConfig, ScMoEConfig
+from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds the model of a training command, times it, and prints the report; returns the exit code."""
     # These stand above this module in the order of imports; as a program it stands above them.
     from scmoe_ds.arguments import ArgumentError
-    from scmoe_ds.config import ScMoEConfigError
+    from scmoe_ds.config.section import ScMoEConfigError
     from scmoe_ds.parallel.agreement import RankDisagreementError
     from scmoe_ds.program import run_program
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from scmoe_ds.config import OverlapConfig, ScMoEConfigError
+from scmoe_ds.config.section import OverlapConfig, ScMoEConfigError
 from scmoe_ds.overlap.executor import Backbone, backbone_names
 from scmoe_ds.overlap.schedule import Mode, Plan, Schedule, plan
 from scmoe_ds.planner.calibration import Recording, measure

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from scmoe_ds.limits import MOST_CHUNKS
+from scmoe_ds.config.limits import MOST_CHUNKS
 
 MOST_MS = 1e9
 """Of one operator, eleven days: no such time was ever measured, and sums of them stay finite."""

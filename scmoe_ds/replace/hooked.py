@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scmoe_ds.config import OverlapConfig, ScMoEConfigError
+from scmoe_ds.config.section import OverlapConfig, ScMoEConfigError
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap.executor import Operator, Stream
 from scmoe_ds.overlap.schedule import Schedule, slot_that_halves

@@ -18,7 +18,7 @@ from typing import Literal
 from deepspeed.moe.layer import MoE
 from torch import nn
 
-from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 
 Side = Literal["input", "output"]
 

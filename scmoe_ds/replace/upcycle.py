@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.experts import TwoProjections
 from scmoe_ds.replace.convert import HookedScMoE

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.comm.transport import Transport
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings

@@ -11,7 +11,7 @@ from torch import Tensor
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.checkpoint.tokenizer_files import describe, record
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters

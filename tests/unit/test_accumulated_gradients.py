@@ -13,8 +13,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 import scmoe_ds
-from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.deepspeed_gradients import check_norm
+from scmoe_ds.config.deepspeed_gradients import check_norm
+from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.engine import connect
 from scmoe_ds.models.gpt import GPT, GPTOutput
 from scmoe_ds.models.initialization import initialize_parameters

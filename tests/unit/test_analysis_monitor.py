@@ -12,7 +12,7 @@ import torch.distributed as dist
 import scmoe_ds
 from scmoe_ds.analysis.gating import SCALARS, measure
 from scmoe_ds.analysis.gating_monitor import GatingMonitor
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters

@@ -11,7 +11,7 @@ from benchmarks.measure import Spread, interleave
 from benchmarks.parts import EXPOSED, KINDS, REST_OF_LAYER, layer_ms, parts_of
 from benchmarks.planned import Calibrated, schedule_of
 from benchmarks.variants import AGAIN, BASELINES, STOCK, TABLES, Variant, baseline, limit_of, main_table, selected
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import analyze_gpt_scmoe
-from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.engine import connect
 from scmoe_ds.overlap import schedule
 from scmoe_ds.overlap.schedule import plan

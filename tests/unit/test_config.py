@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from scmoe_ds import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.config import OverlapConfig
-from tools.write_schema import json_schema
+from scmoe_ds.config.schema import json_schema
+from scmoe_ds.config.section import OverlapConfig
 
 
 def section(**fields: object) -> ScMoEConfig:

@@ -13,10 +13,10 @@ import deepspeed
 import pytest
 import torch
 
-from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.deepspeed_json import load_deepspeed_json
-from scmoe_ds.deepspeed_keys import known_keys
-from scmoe_ds.deepspeed_settings import check_accelerator, check_filled_in, check_program, warn
+from scmoe_ds.config.deepspeed_json import load_deepspeed_json
+from scmoe_ds.config.deepspeed_keys import known_keys
+from scmoe_ds.config.deepspeed_settings import check_accelerator, check_filled_in, check_program, warn
+from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 
 INFINITY = float("inf")
 JSON: dict[str, Any] = {

@@ -17,7 +17,7 @@ from scmoe_ds import megatron_flags
 from scmoe_ds.analysis.arguments import build_parser as build_analysis_parser
 from scmoe_ds.argument_checks import ArgumentError
 from scmoe_ds.arguments import build_parser, parse_arguments
-from scmoe_ds.config import ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.image_arguments import build_image_parser, parse_image_arguments
 
 SIZES = ["--num-layers", "2", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"]

@@ -15,7 +15,7 @@ from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import pretrain_gpt_scmoe
-from scmoe_ds.deepspeed_settings import steps_without_rate, warn
+from scmoe_ds.config.deepspeed_settings import steps_without_rate, warn
 from tests.unit.test_bad_input import FLAGS, JSON
 from tests.unit.test_bad_input import data as data
 from tests.unit.test_bad_input import world_of_one as world_of_one

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters

@@ -19,7 +19,7 @@ from benchmarks.quality import Crew, locked
 from benchmarks.quality_record import QualityError, Record, load_plan
 from benchmarks.quality_run import Task, held_out_rows, read_log
 from benchmarks.quality_table import figure, markdown, paired, verdict
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.errors import DataError
 from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, some_documents, tiny_settings
 from tools import text_corpus

@@ -24,7 +24,7 @@ from scmoe_ds.checkpoint import comparison, failures, loading
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint.comparison import Outcome, differences, outcome_of, run_settings
 from scmoe_ds.checkpoint.hyperparameters import OwnSettings
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import identify
 from scmoe_ds.data.flags import split_shares

@@ -13,7 +13,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor
 
 import pretrain_swin_scmoe
-from scmoe_ds.config import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.images import Digits
 from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin

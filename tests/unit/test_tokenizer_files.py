@@ -17,7 +17,7 @@ from scmoe_ds.checkpoint.convert import export, open_weights
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.files import read_manifest
 from scmoe_ds.checkpoint.safetensors_files import write_weights
-from scmoe_ds.config import ScMoEConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import (
     ByteTokenizer,
     GPT2BPETokenizer,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from scmoe_ds.config_errors import ScMoEConfigError, fail
-from scmoe_ds.deepspeed_keys import section
+from scmoe_ds.config.deepspeed_keys import section
+from scmoe_ds.config.errors import ScMoEConfigError, fail
 
 
 def wrong_gradients(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:

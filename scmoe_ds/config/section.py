@@ -14,11 +14,11 @@ from typing import Any, Literal, Union
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from scmoe_ds.config_errors import ScMoEConfigError, explain, fail, nearest
-from scmoe_ds.deepspeed_json import load_deepspeed_json
-from scmoe_ds.deepspeed_keys import unquoted
-from scmoe_ds.deepspeed_settings import check_settings
-from scmoe_ds.limits import MOST_CHUNKS
+from scmoe_ds.config.deepspeed_json import load_deepspeed_json
+from scmoe_ds.config.deepspeed_keys import unquoted
+from scmoe_ds.config.deepspeed_settings import check_settings
+from scmoe_ds.config.errors import ScMoEConfigError, explain, fail, nearest
+from scmoe_ds.config.limits import MOST_CHUNKS
 
 Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
 Position = Literal["pos1", "pos2", "pos3"]

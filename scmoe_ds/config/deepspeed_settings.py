@@ -18,10 +18,10 @@ from typing import Any
 import deepspeed
 import torch
 
-from scmoe_ds.config_errors import ScMoEConfigError, fail
-from scmoe_ds.deepspeed_gradients import wrong_gradients
-from scmoe_ds.deepspeed_keys import check_keys, section
-from scmoe_ds.deepspeed_optimizers import check_optimizer
+from scmoe_ds.config.deepspeed_gradients import wrong_gradients
+from scmoe_ds.config.deepspeed_keys import check_keys, section
+from scmoe_ds.config.deepspeed_optimizers import check_optimizer
+from scmoe_ds.config.errors import ScMoEConfigError, fail
 
 logger = logging.getLogger("scmoe_ds")
 
