@@ -35,8 +35,8 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement, run_together
 from scmoe_ds.program import run_program
-from scmoe_ds.step_health import TrainingError
-from scmoe_ds.training import RunSettings, Summary, Trainer
+from scmoe_ds.training.health import TrainingError
+from scmoe_ds.training.loop import RunSettings, Summary, Trainer
 
 USER_ERRORS = (AnalysisError, ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError,
                RankDisagreementError, TrainingError)  # fmt: skip

@@ -22,12 +22,12 @@ from scmoe_ds.data.flags import split_shares
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
 from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
-from scmoe_ds.image_training import ImageTrainer
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement
 from scmoe_ds.program import run_program
-from scmoe_ds.step_health import TrainingError
-from scmoe_ds.training import RunSettings, Summary
+from scmoe_ds.training.health import TrainingError
+from scmoe_ds.training.images import ImageTrainer
+from scmoe_ds.training.loop import RunSettings, Summary
 
 USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError, RankDisagreementError,
                TrainingError)  # fmt: skip

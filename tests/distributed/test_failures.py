@@ -35,9 +35,9 @@ from scmoe_ds.parallel.failures import failed_collective
 from scmoe_ds.parallel.launchers import LauncherError
 from scmoe_ds.parallel.timeouts import limit_world
 from scmoe_ds.parallel.watch import Watch
-from scmoe_ds.step_health import MOST_SKIPPED_STEPS, StepHealth, TrainingError, is_loss_scale_exhausted
-from scmoe_ds.training import Trainer
-from scmoe_ds.training_log import TrainingOutput
+from scmoe_ds.training.health import MOST_SKIPPED_STEPS, StepHealth, TrainingError, is_loss_scale_exhausted
+from scmoe_ds.training.log import TrainingOutput
+from scmoe_ds.training.loop import Trainer
 from tests.helpers.distributed import free_port, run_distributed
 
 ROOT = Path(__file__).parents[2]

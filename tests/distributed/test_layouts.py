@@ -21,7 +21,7 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.parallel import tensor
-from scmoe_ds.training import seed_micro_batch
+from scmoe_ds.training.loop import seed_micro_batch
 from tests.helpers.distributed import run_distributed
 
 STEPS, VOCABULARY, SEQUENCE, MICRO_BATCHES = 20, 64, 32, 4

@@ -22,7 +22,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
-from scmoe_ds.training import seed_micro_batch
+from scmoe_ds.training.loop import seed_micro_batch
 from tests.distributed.test_layouts import MICRO_BATCHES, SEQUENCE, VOCABULARY, micro_batch
 from tests.helpers.distributed import run_distributed
 

@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 240
-PRELOADED = ["torch", "deepspeed", "scmoe_ds", "scmoe_ds.models.gpt", "scmoe_ds.training", "megatron.core"]
+PRELOADED = ["torch", "deepspeed", "scmoe_ds", "scmoe_ds.models.gpt", "scmoe_ds.training.loop", "megatron.core"]
 
 
 def free_port() -> int:

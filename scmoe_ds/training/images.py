@@ -10,8 +10,8 @@ from torch import Tensor
 
 from scmoe_ds.engine import device
 from scmoe_ds.models.swin import IGNORED, SwinOutput
-from scmoe_ds.training import Trainer
-from scmoe_ds.training_log import TrainingLog, say
+from scmoe_ds.training.log import TrainingLog, say
+from scmoe_ds.training.loop import Trainer
 
 
 class ImageLog(TrainingLog):
