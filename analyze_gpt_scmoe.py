@@ -41,7 +41,7 @@ from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer
-from scmoe_ds.engine import device
+from scmoe_ds.engine.initialize import device
 from scmoe_ds.program import run_program
 
 USER_ERRORS = (AnalysisError, ArgumentError, CheckpointError, DataError, ScMoEConfigError)

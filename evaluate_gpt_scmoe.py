@@ -27,7 +27,7 @@ from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.files import write_whole
 from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.data.errors import DataError
-from scmoe_ds.engine import device
+from scmoe_ds.engine.initialize import device
 from scmoe_ds.evaluation import tasks
 from scmoe_ds.evaluation.errors import EvaluationError
 from scmoe_ds.evaluation.perplexity import evaluate_documents

@@ -20,7 +20,7 @@ from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.engine import device
+from scmoe_ds.engine.initialize import device
 from scmoe_ds.flag_parser import FlagParser
 from scmoe_ds.inference import arguments
 from scmoe_ds.inference.generate import Completion, GenerationError, GenerationTimes, Request, TextGenerator

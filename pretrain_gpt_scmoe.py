@@ -28,7 +28,7 @@ from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identi
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import SPLIT_FLAGS, split_shares
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
-from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
+from scmoe_ds.engine.initialize import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings

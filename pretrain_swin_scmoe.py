@@ -20,7 +20,7 @@ from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import split_shares
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
-from scmoe_ds.engine import batch_sizes, expert_parallel_rank, fingerprint
+from scmoe_ds.engine.initialize import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement

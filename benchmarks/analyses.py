@@ -24,7 +24,7 @@ import torch
 from benchmarks.quality import ROOT, locked
 from benchmarks.quality_record import Plan, QualityError, load_plan
 from scmoe_ds.data.errors import DataError
-from scmoe_ds.engine import fingerprint
+from scmoe_ds.engine.initialize import fingerprint
 from tools.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
 
 RUNS = {"top2": "top-2", "shared_expert": "shared expert", "dgmoe": "DGMoE Pos-2", "scmoe": "ScMoE Pos-2 CG-1"}

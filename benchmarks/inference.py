@@ -29,7 +29,7 @@ from benchmarks.serving_figures import speedups
 from benchmarks.variants import AGAIN, SHAPES, LocalCopy, Shape, baseline, one_primitive
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
-from scmoe_ds.engine import expert_parallel_rank
+from scmoe_ds.engine.initialize import expert_parallel_rank
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.model import serving_config
 from scmoe_ds.inference.phases import PHASES, Phase, Phases
@@ -172,7 +172,7 @@ def serve(phase: Phase, wanted: Sequence[str], settings: dict[str, Any]) -> dict
 
 def rank_main(settings: dict[str, Any]) -> None:
     """What each of the two processes runs; rank 0 prints the record."""
-    from scmoe_ds.engine import connect
+    from scmoe_ds.engine.initialize import connect
 
     torch.set_num_threads(1)
     connect()

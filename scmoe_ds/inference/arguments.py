@@ -15,7 +15,7 @@ from scmoe_ds.arguments import comparable
 from scmoe_ds.checkpoint import CheckpointError, tokenizer_files
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
-from scmoe_ds.engine import device, fingerprint
+from scmoe_ds.engine.initialize import device, fingerprint
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import MODES, expert_bytes, num_experts, offload_experts
 from scmoe_ds.inference.store import ExpertStore

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
-from scmoe_ds.engine import choose_all_to_all
+from scmoe_ds.engine.initialize import choose_all_to_all
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.overlap.executor import backbone_names

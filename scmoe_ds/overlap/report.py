@@ -35,7 +35,7 @@ def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
 
     import scmoe_ds
     from scmoe_ds.arguments import comparable, gpt_settings
-    from scmoe_ds.engine import batch_sizes, device, expert_parallel_rank, fingerprint
+    from scmoe_ds.engine.initialize import batch_sizes, device, expert_parallel_rank, fingerprint
     from scmoe_ds.models.gpt import GPT
     from scmoe_ds.models.initialization import initialize_parameters
     from scmoe_ds.parallel.agreement import require_agreement

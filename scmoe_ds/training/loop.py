@@ -22,7 +22,7 @@ from torch import Tensor
 from scmoe_ds import checkpoint
 from scmoe_ds.data.dataset import documents_of
 from scmoe_ds.data.sampler import pretraining_batches
-from scmoe_ds.engine import device
+from scmoe_ds.engine.initialize import device
 from scmoe_ds.parallel.failures import at_iteration
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size

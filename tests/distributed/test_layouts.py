@@ -15,7 +15,7 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 import scmoe_ds
-from scmoe_ds.engine import expert_parallel_rank
+from scmoe_ds.engine.initialize import expert_parallel_rank
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, GPTSettings

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import scmoe_ds
 from scmoe_ds.config.deepspeed_settings import check_accelerator
-from scmoe_ds.engine import connect, expert_parallel_rank, parameter_groups
+from scmoe_ds.engine.initialize import connect, expert_parallel_rank, parameter_groups
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings

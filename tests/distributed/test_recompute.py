@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine import expert_parallel_rank
+from scmoe_ds.engine.initialize import expert_parallel_rank
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings

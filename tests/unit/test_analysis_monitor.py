@@ -13,7 +13,7 @@ import scmoe_ds
 from scmoe_ds.analysis.gating import SCALARS, measure
 from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from tests.helpers.distributed import run_distributed

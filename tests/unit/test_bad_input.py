@@ -13,7 +13,7 @@ import pytest
 
 import pretrain_gpt_scmoe
 from scmoe_ds.data.corpus import write_indexed_dataset
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 
 JSON: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,

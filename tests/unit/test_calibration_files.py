@@ -14,7 +14,7 @@ import pytest
 
 import analyze_gpt_scmoe
 from scmoe_ds.config.section import ScMoEConfigError
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 from scmoe_ds.overlap import schedule
 from scmoe_ds.overlap.schedule import plan
 from scmoe_ds.planner.calibration_file import find_times, read_calibration, write_calibration

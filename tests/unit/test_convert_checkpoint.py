@@ -18,7 +18,7 @@ from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.convert import export
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings

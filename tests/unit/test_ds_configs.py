@@ -19,7 +19,7 @@ from deepspeed.runtime.lr_schedules import WarmupCosineLR
 
 from scmoe_ds.arguments import build_parser, gpt_settings, parse_arguments
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
-from scmoe_ds.engine import batch_sizes
+from scmoe_ds.engine.initialize import batch_sizes
 from scmoe_ds.flags_to_json import SECTION_FLAGS
 from scmoe_ds.image_arguments import build_image_parser, parse_image_arguments, swin_settings
 from scmoe_ds.models import swin

@@ -19,7 +19,7 @@ from deepspeed.launcher.runner import parse_args as launcher_arguments
 import evaluate_gpt_scmoe
 import generate_gpt_scmoe
 from scmoe_ds.arguments import parse_arguments
-from scmoe_ds.engine import batch_sizes
+from scmoe_ds.engine.initialize import batch_sizes
 from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import generate_gpt_scmoe
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 from scmoe_ds.inference.generate import Completion, GenerationError, Request, TextGenerator
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config

@@ -10,7 +10,7 @@ import pytest
 import pretrain_gpt_scmoe
 import pretrain_swin_scmoe
 from scmoe_ds.data.corpus import write_indexed_dataset
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 from tests.unit.test_bad_input import FLAGS, JSON
 
 ROOT = Path(__file__).parents[2]

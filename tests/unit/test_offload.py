@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import generate_gpt_scmoe
 from scmoe_ds.checkpoint import CheckpointError
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 from scmoe_ds.inference.arguments import expert_places
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import inference, offload, serving_figures
 from benchmarks.variants import Shape
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 from scmoe_ds.inference.phases import PHASES, Phase
 
 

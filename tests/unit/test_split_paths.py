@@ -14,7 +14,7 @@ from scmoe_ds.data.dataset import DataSettings, build_datasets, identify, valida
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import DEFAULT_SPLIT, resolve_data_flags
 from scmoe_ds.data.tokenizer import ByteTokenizer
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 from tests.unit.test_no_validation import gpt
 
 SEQ = 8

@@ -25,7 +25,7 @@ from scmoe_ds.data.tokenizer import (
     Tokenizer,
     tokenizer_in,
 )
-from scmoe_ds.engine import connect
+from scmoe_ds.engine.initialize import connect
 from scmoe_ds.models.layers import GPTSettings
 from tests.helpers.exports import whole_model
 

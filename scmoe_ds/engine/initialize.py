@@ -20,15 +20,15 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
-from scmoe_ds.client_optimizer import add_new_parameters, listed, with_expert_groups
 from scmoe_ds.comm.transport import probe
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
 from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.engine.client_optimizer import add_new_parameters, listed, with_expert_groups
+from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.output import steady_monitors, without_full_disks
-from scmoe_ds.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
