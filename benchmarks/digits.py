@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.measure import environment
 from benchmarks.tables import table
-from scmoe_ds.markdown import code
+from scmoe_ds.analysis.markdown import code
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {

@@ -38,6 +38,7 @@ from torch import Tensor
 from benchmarks.block import write
 from benchmarks.measure import Spread, environment
 from benchmarks.serving_figures import latencies
+from scmoe_ds.analysis.markdown import code, escape
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.config.section import ScMoEConfig
@@ -47,7 +48,6 @@ from scmoe_ds.inference.offload import offload_experts
 from scmoe_ds.inference.pregate import guess_experts
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.store import ExpertStore
-from scmoe_ds.markdown import code, escape
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import backbone_names

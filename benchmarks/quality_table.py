@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.tables import table
-from scmoe_ds.markdown import code, escape
+from scmoe_ds.analysis.markdown import code, escape
 
 # Two-sided 95 % quantiles of Student's t with 1, 2, … degrees of freedom: with three seeds, two standard errors would
 # call one in five differences significant that are none.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import scmoe_ds.markdown
+import scmoe_ds.analysis.markdown
 from benchmarks.measure import Spread
-from scmoe_ds.markdown import code, escape
+from scmoe_ds.analysis.markdown import code, escape
 
 Row = dict[str, Any]
 _TITLES = {"forward": "forward", "train": "training"}
@@ -69,7 +69,7 @@ def head(record: dict[str, Any]) -> list[str]:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table; all but the first column are aligned to the right."""
-    return scmoe_ds.markdown.table(header, rows, "---:")
+    return scmoe_ds.analysis.markdown.table(header, rows, "---:")
 
 
 def _speedups(modes: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, not installed
 
-from scmoe_ds.checksums import file_entry
+from scmoe_ds.data.checksums import file_entry
 from scmoe_ds.data.corpus import standard_library_documents, write_indexed_dataset
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.index_cache import replaced

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from scmoe_ds import markdown
+from scmoe_ds.analysis import markdown
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.feasibility import MODES, KindStudy, conclude
 from scmoe_ds.planner.plan_text import schedule_text

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from scmoe_ds.checksums import FileEntry, checksum
+from scmoe_ds.data.checksums import FileEntry, checksum
 from scmoe_ds.parallel.agreement import run_together
 
 logger = logging.getLogger("scmoe_ds")

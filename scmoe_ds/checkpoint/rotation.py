@@ -19,7 +19,7 @@ from scmoe_ds.checkpoint.files import (
     read_latest,
     write_whole,
 )
-from scmoe_ds.checksums import FileEntry
+from scmoe_ds.data.checksums import FileEntry
 
 logger = logging.getLogger("scmoe_ds")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scmoe_ds.checksums import file_entry
+from scmoe_ds.data.checksums import file_entry
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.index_cache import replaced
 from scmoe_ds.data.reader import read_document

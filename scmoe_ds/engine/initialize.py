@@ -28,10 +28,10 @@ from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.engine.client_optimizer import add_new_parameters, listed, with_expert_groups
 from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
-from scmoe_ds.output import steady_monitors, without_full_disks
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
+from scmoe_ds.parallel.output import steady_monitors, without_full_disks
 from scmoe_ds.parallel.process import connect
 from scmoe_ds.planner.adaptive import AdaptiveOverlap
 from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers

@@ -10,7 +10,7 @@ import pytest
 
 import analyze_gpt_scmoe
 from benchmarks import quality, tables
-from scmoe_ds.markdown import code, escape, paragraph, table
+from scmoe_ds.analysis.markdown import code, escape, paragraph, table
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = [

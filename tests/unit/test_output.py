@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 from deepspeed.monitor import csv_monitor
 
-from scmoe_ds import output
+from scmoe_ds.parallel import output
 
 PROGRAM = """
 import sys
-from scmoe_ds.output import steady_output
+from scmoe_ds.parallel.output import steady_output
 with steady_output():
     for number in range(3000):
         print("a line", number)
