@@ -47,7 +47,7 @@ from benchmarks.variants import (
     unit,
 )
 from scmoe_ds.comm.transport import METHODS
-from scmoe_ds.overlap.schedule import Mode
+from scmoe_ds.planner.plan import Mode
 from scmoe_ds.trace.recorder import Phase
 
 CROSSING_RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0)

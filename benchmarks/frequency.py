@@ -16,7 +16,8 @@ from typing import Any
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import tap_of
-from scmoe_ds.overlap.schedule import Mode, Schedule, plan, simulate
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.plan import Mode, plan, simulate
 from scmoe_ds.planner.times import OperatorTime, OperatorTimes
 
 RESULTS = Path(__file__).parent / "results"

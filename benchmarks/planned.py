@@ -12,8 +12,9 @@ from benchmarks.parts import CPU, record_steps, sum_ms
 from benchmarks.variants import Table, Variant
 from scmoe_ds.config.section import OverlapConfig
 from scmoe_ds.models.blocks import ScheduledRun
-from scmoe_ds.overlap.schedule import Mode, Schedule, plan, simulate
+from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.adaptive import CHUNK_COUNTS, AdaptiveOverlap
+from scmoe_ds.planner.plan import Mode, plan, simulate
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
 from scmoe_ds.trace.recorder import Phase, Span
 

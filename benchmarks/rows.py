@@ -9,7 +9,8 @@ from typing import Any
 from benchmarks.measure import Spread
 from benchmarks.planned import Calibrated
 from benchmarks.variants import Table, limit_of
-from scmoe_ds.overlap.schedule import Mode, Schedule
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.plan import Mode
 from scmoe_ds.planner.plan_text import schedule_text
 
 Times = Mapping[str, Sequence[float]]

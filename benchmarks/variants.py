@@ -18,7 +18,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.overlap.schedule import Count, Slots
+from scmoe_ds.planner.plan import Count, Slots
 
 
 @dataclass(frozen=True)

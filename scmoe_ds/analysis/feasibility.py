@@ -16,8 +16,9 @@ from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.records import read_json
 from scmoe_ds.analysis.similarity import POSITIONS
 from scmoe_ds.config.section import ScMoEConfigError
-from scmoe_ds.overlap.schedule import BreakEven, Mode, Plan, Schedule, break_even, plan, simulate
+from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration_file import Description, find_times
+from scmoe_ds.planner.plan import BreakEven, Mode, Plan, break_even, plan, simulate
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
 MODES: tuple[Mode, ...] = ("forward", "train")

@@ -20,24 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scmoe_ds.errors import ExchangeError
+
 Wait = Callable[[], object]
 METHODS = ("collective", "send_receive")
 _LATE_S = 2e-3
-
-
-class ExchangeError(RuntimeError):
-    """An exchange that failed.
-
-    Attributes:
-        collective: what it was, in words that the ranks follow.
-        ranks: global ranks of its group.
-        peers: those of them whose connection failed, or all others.
-        reason: the library's message.
-    """
-
-    def __init__(self, collective: str, ranks: Sequence[int], peers: Sequence[int], reason: str) -> None:
-        super().__init__(f"{collective} {', '.join(map(str, ranks))} failed: {reason}")
-        self.collective, self.ranks, self.peers, self.reason = collective, list(ranks), list(peers), reason
 
 
 @dataclass(frozen=True)

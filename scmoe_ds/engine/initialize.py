@@ -20,6 +20,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
+from scmoe_ds.comm.hierarchical import make_transports
 from scmoe_ds.comm.transport import probe
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
@@ -30,7 +31,7 @@ from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules,
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement
-from scmoe_ds.parallel.groups import Layout, describe_groups, make_transports, nodes_of_ranks
+from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
 from scmoe_ds.parallel.output import steady_monitors, without_full_disks
 from scmoe_ds.parallel.process import connect
 from scmoe_ds.planner.adaptive import AdaptiveOverlap

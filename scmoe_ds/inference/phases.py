@@ -22,9 +22,10 @@ from scmoe_ds.engine.initialize import choose_all_to_all
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.overlap.executor import backbone_names
-from scmoe_ds.overlap.schedule import Schedule, plan
+from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.planner.calibration import Recording, measure
+from scmoe_ds.planner.plan import plan
 from scmoe_ds.planner.plan_text import schedule_text
 from scmoe_ds.trace.recorder import SILENT, Recorder
 

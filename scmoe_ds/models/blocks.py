@@ -28,8 +28,9 @@ from scmoe_ds.moe.merge import Merge
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
-from scmoe_ds.overlap.schedule import Schedule, slot_that_halves
+from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.tensor import mark, split_of
+from scmoe_ds.planner.plan import slot_that_halves
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 

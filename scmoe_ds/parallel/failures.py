@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from scmoe_ds.comm.transport import ExchangeError
+from scmoe_ds.errors import ExchangeError
 from scmoe_ds.parallel import watch
 from scmoe_ds.parallel.watch import NOTE_LENGTH
 

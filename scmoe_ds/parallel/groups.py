@@ -1,4 +1,4 @@
-"""Which ranks share a node, and the process groups that a hierarchical all-to-all needs."""
+"""Which ranks share a node, and which form the groups of a layout."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-
-from scmoe_ds.comm.hierarchical import HierarchicalTransport
-from scmoe_ds.comm.transport import METHODS, Transport
 
 
 def nodes_of_ranks() -> list[Hashable]:
@@ -87,44 +84,3 @@ def _describe(kind: str, purpose: str, groups: Sequence[Sequence[int]], nodes: S
     rest = f", … ({len(groups)} in all)" if len(groups) > shown else ""
     where = f"{crossing} of {len(groups)} {purpose} between nodes" if crossing else "all stay inside their node"
     return f"{kind} groups of ranks {', '.join(texts)}{rest}: {where} ({len(set(nodes))} node(s))"
-
-
-def ranks_by_node(ranks: Sequence[int], nodes: Sequence[Hashable]) -> list[list[int]] | None:
-    """The ranks of a group node by node, if a hierarchical all-to-all makes sense for it.
-
-    Returns:
-        None for a group inside one node, one rank per node, nodes of different sizes, or ranks of a node that do not
-        follow each other.
-    """
-    rows: dict[Hashable, list[int]] = {}
-    for rank in ranks:
-        rows.setdefault(nodes[rank], []).append(rank)
-    layout = list(rows.values())
-    places = {len(row) for row in layout}
-    in_order = [rank for row in layout for rank in row] == list(ranks)
-    return layout if len(layout) > 1 and len(places) == 1 and places != {1} and in_order else None
-
-
-def make_transports(
-    group: dist.ProcessGroup, all_groups: Sequence[Sequence[int]], nodes: Sequence[Hashable]
-) -> dict[str, Transport]:
-    """Every all-to-all primitive that a group can use. Collective over the world: it may create groups.
-
-    Args:
-        group: this rank's expert-parallel group.
-        all_groups: the global ranks of all expert-parallel groups, the same list on every rank.
-        nodes: the node of every rank of the world.
-    """
-    transports = {method: Transport(group, method) for method in METHODS}
-    layouts = [ranks_by_node(ranks, nodes) for ranks in all_groups]
-    if None in layouts:  # one choice for the whole world, so that its groups are alike
-        return transports
-    mine: dict[str, dist.ProcessGroup] = {}
-    for layout in layouts:
-        assert layout is not None
-        for name, members in [("node", row) for row in layout] + [("place", list(column)) for column in zip(*layout)]:  # noqa: B905
-            created = dist.new_group(members)
-            if dist.get_rank() in members:
-                mine[name] = created
-    hierarchical = HierarchicalTransport(group, node_group=mine["node"], place_group=mine["place"])
-    return {**transports, hierarchical.method: hierarchical}

@@ -17,7 +17,7 @@ from torch import nn
 
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfigError
 from scmoe_ds.overlap.executor import Backbone, backbone_names
-from scmoe_ds.overlap.schedule import Mode, Plan, Schedule, plan
+from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration import Recording, measure
 from scmoe_ds.planner.calibration_file import (
     Description,
@@ -26,6 +26,7 @@ from scmoe_ds.planner.calibration_file import (
     read_calibration,
     write_calibration,
 )
+from scmoe_ds.planner.plan import Mode, Plan, plan
 from scmoe_ds.planner.plan_text import layers_text, plan_lines
 from scmoe_ds.planner.times import OperatorTimes
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Recorder

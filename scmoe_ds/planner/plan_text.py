@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scmoe_ds.overlap.schedule import Plan, Schedule, Simulated, break_even, idle_window_ms
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.plan import Plan, Simulated, break_even, idle_window_ms
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfigError
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap.executor import Operator, Stream
-from scmoe_ds.overlap.schedule import Schedule, slot_that_halves
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.plan import slot_that_halves
 from scmoe_ds.replace.calls import checkpoint_region, first_hidden, marked_inputs, parts, recomputes
 from scmoe_ds.replace.tap_check import TapCheck
 from scmoe_ds.trace.recorder import SILENT, PairRecorder

@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 
 import pretrain_gpt_scmoe
-from scmoe_ds.comm.transport import ExchangeError
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
+from scmoe_ds.errors import ExchangeError
 from scmoe_ds.models.gpt import GPTOutput
 from scmoe_ds.parallel import process
 from scmoe_ds.parallel.agreement import run_together

@@ -15,9 +15,9 @@ import pytest
 import analyze_gpt_scmoe
 from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.engine.initialize import connect
-from scmoe_ds.overlap import schedule
-from scmoe_ds.overlap.schedule import plan
+from scmoe_ds.planner import plan as schedule
 from scmoe_ds.planner.calibration_file import find_times, read_calibration, write_calibration
+from scmoe_ds.planner.plan import plan
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
 ROOT = Path(__file__).resolve().parents[2]

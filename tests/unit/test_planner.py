@@ -10,18 +10,8 @@ from collections.abc import Iterator, Sequence
 import pydantic
 import pytest
 
-from scmoe_ds.overlap.schedule import (
-    MIN_GAIN,
-    TIE,
-    Mode,
-    Phase,
-    Schedule,
-    Simulated,
-    break_even,
-    idle_window_ms,
-    plan,
-    simulate,
-)
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.plan import MIN_GAIN, TIE, Mode, Phase, Simulated, break_even, idle_window_ms, plan, simulate
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
 Pair = tuple[float, float]

@@ -10,7 +10,7 @@ import torch
 from scmoe_ds import Schedule
 from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
-from scmoe_ds.overlap.schedule import slot_that_halves
+from scmoe_ds.planner.plan import slot_that_halves
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
