@@ -36,10 +36,10 @@ check: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 pretrain: $(STAMP)  ## train a small ScMoE GPT for a few minutes, on the GPUs that are there or on two CPU processes
-	$(BIN)/python tools/quick_start.py
+	$(BIN)/python examples/quick_start.py
 
 schema: $(STAMP)  ## write ds_configs/scmoe.schema.json
-	$(BIN)/python scmoe_ds/config/schema.py
+	$(BIN)/python -m scmoe_ds.config.schema
 
 # Where a service manager runs, openssh-server would start a system-wide sshd: not as a side effect of a test.
 cluster-packages:  ## Debian packages for the tests on two machines, as root in a container; without them those tests skip

@@ -3,9 +3,9 @@
     python -m benchmarks.analyses --output-dir benchmarks/results
 
 Top-2, shared expert, DGMoE and ScMoE are trained as benchmarks.quality does it (its corpus, sizes and optimizer; fewer
-iterations, more checkpoints), then analyze_gpt_scmoe.py reads held-out text with them. For the feasibility page, the
+iterations, more checkpoints), then scmoe analyze reads held-out text with them. For the feasibility page, the
 operators of ScMoE are timed on two CPU processes or on all GPUs. Training goes on where it was stopped.
-Each figure can be made again from its record: `python analyze_gpt_scmoe.py KIND --from-json FILE`.
+Each figure can be made again from its record: `scmoe analyze KIND --from-json FILE`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 
 from benchmarks.quality import ROOT, locked
 from benchmarks.quality_record import Plan, QualityError, load_plan
+from benchmarks.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.engine.initialize import fingerprint
-from tools.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
 
 RUNS = {"top2": "top-2", "shared_expert": "shared expert", "dgmoe": "DGMoE Pos-2", "scmoe": "ScMoE Pos-2 CG-1"}
 """Directory of a run to its variant in benchmarks/quality.json."""
@@ -44,10 +44,27 @@ def train(plan: Plan, corpus: Corpus, directory: Path, iterations: int, interval
         run.mkdir(parents=True, exist_ok=True)
         config = run / "deepspeed.json"
         config.write_text(json.dumps(plan.deepspeed(variant), indent=1) + "\n", encoding="utf-8")
-        _call(plan, "pretrain_gpt_scmoe.py", *plan.model_flags(variant), "--deepspeed_config", str(config),
-              "--data-path", corpus.prefix, "--split", corpus.split, *corpus.tokenizer_flags, "--seed", str(SEED),
-              "--train-iters", str(iterations), "--save", str(run), "--save-interval", str(interval),
-              "--auto-resume")  # fmt: skip
+        _call(
+            plan,
+            "pretrain_gpt_scmoe.py",
+            *plan.model_flags(variant),
+            "--deepspeed_config",
+            str(config),
+            "--data-path",
+            corpus.prefix,
+            "--split",
+            corpus.split,
+            *corpus.tokenizer_flags,
+            "--seed",
+            str(SEED),
+            "--train-iters",
+            str(iterations),
+            "--save",
+            str(run),
+            "--save-interval",
+            str(interval),
+            "--auto-resume",
+        )
 
 
 def analyse(plan: Plan, corpus: Corpus, directory: Path, output: Path) -> None:
@@ -59,15 +76,52 @@ def analyse(plan: Plan, corpus: Corpus, directory: Path, output: Path) -> None:
     held_out = ["--data-path", corpus.prefix, "--split", corpus.split]
     batch = ["--batch-size", str(plan.preset["deepspeed"]["train_micro_batch_size_per_gpu"])]
     for name in ("top2", "scmoe"):
-        _call(plan, "analyze_gpt_scmoe.py", "similarity", "--load", str(directory / name), *held_out, "--max-tokens",
-              str(SIMILARITY_TOKENS), "--output", str(output / f"analysis_similarity_{name}.json"))  # fmt: skip
+        _call(
+            plan,
+            "-m",
+            "scmoe_ds.programs.analyze",
+            "similarity",
+            "--load",
+            str(directory / name),
+            *held_out,
+            "--max-tokens",
+            str(SIMILARITY_TOKENS),
+            "--output",
+            str(output / f"analysis_similarity_{name}.json"),
+        )
     for name in ("dgmoe", "scmoe"):
-        _call(plan, "analyze_gpt_scmoe.py", "gating", "--load", str(directory / name), "--all-checkpoints", *held_out,
-              *batch, "--max-tokens", str(GATING_TOKENS), "--output",
-              str(output / f"analysis_gating_{name}.json"))  # fmt: skip
+        _call(
+            plan,
+            "-m",
+            "scmoe_ds.programs.analyze",
+            "gating",
+            "--load",
+            str(directory / name),
+            "--all-checkpoints",
+            *held_out,
+            *batch,
+            "--max-tokens",
+            str(GATING_TOKENS),
+            "--output",
+            str(output / f"analysis_gating_{name}.json"),
+        )
     loads = [flag for name in RUNS for flag in ("--load", str(directory / name))]
-    _call(plan, "analyze_gpt_scmoe.py", "gradients", *loads, "--all-checkpoints", *held_out, *batch, "--dtype", "fp32",
-          "--micro-batches", str(MICRO_BATCHES), "--output", str(output / "analysis_gradients.json"))  # fmt: skip
+    _call(
+        plan,
+        "-m",
+        "scmoe_ds.programs.analyze",
+        "gradients",
+        *loads,
+        "--all-checkpoints",
+        *held_out,
+        *batch,
+        "--dtype",
+        "fp32",
+        "--micro-batches",
+        str(MICRO_BATCHES),
+        "--output",
+        str(output / "analysis_gradients.json"),
+    )
 
 
 def judge(plan: Plan, directory: Path, output: Path) -> None:
@@ -83,16 +137,39 @@ def judge(plan: Plan, directory: Path, output: Path) -> None:
         return
     times, fresh, config = output / "analysis_times.json", directory / "times.json", directory / "deepspeed.json"
     fresh.unlink(missing_ok=True)  # otherwise it would be read instead of measured
-    section = {**plan.sections[RUNS["scmoe"]], "expert_parallel_size": ranks,
-               "overlap": {"calibration_file": str(fresh)}}  # fmt: skip
+    section = {
+        **plan.sections[RUNS["scmoe"]],
+        "expert_parallel_size": ranks,
+        "overlap": {"calibration_file": str(fresh)},
+    }
     config.write_text(json.dumps({**plan.preset["deepspeed"], "scmoe": section}, indent=1) + "\n", encoding="utf-8")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    _call(plan, launcher, "--num_accelerators" if on_cpu else "--num_gpus", str(ranks), "--module",
-          "scmoe_ds.overlap.report", "--deepspeed_config", str(config), *plan.model_flags(), "--save",
-          str(directory))  # fmt: skip
+    _call(
+        plan,
+        launcher,
+        "--num_accelerators" if on_cpu else "--num_gpus",
+        str(ranks),
+        "--module",
+        "scmoe_ds.programs.report",
+        "--deepspeed_config",
+        str(config),
+        *plan.model_flags(),
+        "--save",
+        str(directory),
+    )
     shutil.copy(fresh, times)
-    _call(plan, "analyze_gpt_scmoe.py", "feasibility", "--similarity", str(output / "analysis_similarity_top2.json"),
-          "--calibration", str(times), "--output-prefix", str(output / "analysis_feasibility"))  # fmt: skip
+    _call(
+        plan,
+        "-m",
+        "scmoe_ds.programs.analyze",
+        "feasibility",
+        "--similarity",
+        str(output / "analysis_similarity_top2.json"),
+        "--calibration",
+        str(times),
+        "--output-prefix",
+        str(output / "analysis_feasibility"),
+    )
 
 
 def _call(plan: Plan, *command: str) -> None:
@@ -125,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks.analyses: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"benchmarks.analyses: {error.cmd[1]} ended with exit code {error.returncode}", file=sys.stderr)
+        program = error.cmd[2] if error.cmd[1] == "-m" else error.cmd[1]
+        print(f"benchmarks.analyses: {program} ended with exit code {error.returncode}", file=sys.stderr)
         return 1
     return 0
 

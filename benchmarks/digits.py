@@ -40,7 +40,7 @@ WANTED = 95.0
 
 def flags_of(variant: str, seed: int, iterations: int) -> list[str]:
     """The command line of one run, behind `python`."""
-    return ["pretrain_swin_scmoe.py", "--preset", "swin-digits", "--deepspeed_config",
+    return ["-m", "scmoe_ds.programs.pretrain_swin", "--preset", "swin-digits", "--deepspeed_config",
             "ds_configs/swin_digits_cpu.json", "--train-iters", str(iterations), "--seed", str(seed),
             *VARIANTS[variant]]  # fmt: skip
 

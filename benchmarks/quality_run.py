@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain_gpt_scmoe import USER_ERRORS, pretrain
 from scmoe_ds.analysis.similarity import measure
 from scmoe_ds.analysis.subjects import gpt_subject
 from scmoe_ds.checkpoint.files import write_whole
@@ -35,7 +34,8 @@ from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import Row
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.program import run_program
+from scmoe_ds.programs.pretrain_gpt import USER_ERRORS, pretrain
+from scmoe_ds.programs.run import run_program
 
 _DECIMALS = 6
 _SIMILARITY_DECIMALS = 4

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-: "${DATA:?set DATA to the prefix of the .bin and .idx files that tools/preprocess_data.py wrote}"
+: "${DATA:?set DATA to the prefix of the .bin and .idx files that scmoe preprocess wrote}"
 : "${VOCAB:=gpt2-vocab.json}" "${MERGES:=gpt2-merges.txt}"
 : "${HOSTFILE:=examples/hostfile_2x8}" "${MASTER_PORT:=29500}"
 : "${CHECKPOINTS:=checkpoints/gpt2_moe_medium}"

@@ -1,9 +1,14 @@
-"""One thread per process, as every rank has on the machines that run these tests; and no process group outlives the
-module that made it, nor do the variables by which its ranks would find each other."""
+"""The environment of all tests, so that `pytest` alone has it; and no process group outlives the module that made it,
+nor do the variables by which its ranks would find each other."""
 
 import os
+from pathlib import Path
 
+# One thread per process, as every rank has on the machines that run these tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Programs that tests start from another directory are those of this checkout.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+
 from collections.abc import Iterator
 
 import pytest

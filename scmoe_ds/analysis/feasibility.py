@@ -125,7 +125,7 @@ def read_similarity(path: str) -> dict[str, Any]:
     """A record of the sub-command "similarity"; an AnalysisError if it is none."""
     record = read_json("--similarity", path)
     if not isinstance(record, dict) or record.get("kind") != "similarity":
-        raise AnalysisError(f'--similarity {path} is no record of "similarity", which analyze_gpt_scmoe.py writes')
+        raise AnalysisError(f'--similarity {path} is no record of "similarity", which scmoe analyze writes')
     try:
         return _Record.model_validate(record).model_dump()
     except ValidationError as error:
@@ -142,7 +142,7 @@ def read_times(path: str) -> list[tuple[Description, OperatorTimes]]:
         raise AnalysisError(f"{source} is not a calibration (a JSON list of objects): give the file that "
                             '"scmoe": {"overlap": {"calibration_file": …}} names')  # fmt: skip
     if not saved:
-        raise AnalysisError(f"{source} has no times; measure them with scmoe_ds.overlap.report")
+        raise AnalysisError(f"{source} has no times; measure them with scmoe_ds.programs.report")
     found = []
     for entry in saved:
         description = entry.get("description") if isinstance(entry.get("description"), dict) else {}

@@ -104,7 +104,7 @@ def redraw(path: str, kind: str) -> Path:
     record = read_json("--from-json", path)
     found = record.get("kind") if isinstance(record, dict) else None
     if found != kind:
-        remedy = f'; use the sub-command "{found}"' if found in KINDS else ", which analyze_gpt_scmoe.py writes"
+        remedy = f'; use the sub-command "{found}"' if found in KINDS else ", which scmoe analyze writes"
         raise AnalysisError(f'--from-json {path} is no record of "{kind}"{remedy}')
     try:
         return draw(record, Path(path))

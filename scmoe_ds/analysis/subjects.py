@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.probes import Probe, check_hugging_face, gpt_probes, hugging_face_probes, swin_probes
-from scmoe_ds.inference import arguments
-from scmoe_ds.inference.arguments import Loaded
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.programs.flags import model as arguments
+from scmoe_ds.programs.flags.model import Loaded
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def swin_subject(model: nn.Module) -> Subject:
 
 
 def open_gpt(args: argparse.Namespace, path: str) -> Loaded:
-    """A checkpoint or export for one process; flags as those of `generate_gpt_scmoe.py`.
+    """A checkpoint or export for one process; flags as those of `scmoe generate`.
 
     Raises:
         ArgumentError, CheckpointError, DataError, ScMoEConfigError: what a user can mend.

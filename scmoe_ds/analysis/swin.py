@@ -28,7 +28,7 @@ from scmoe_ds.models.swin_settings import SwinSettings
 
 
 def open_swin(path: str, device: torch.device) -> SwinMoE:
-    """A checkpoint of pretrain_swin_scmoe.py for one process, without drops.
+    """A checkpoint of scmoe pretrain-swin for one process, without drops.
 
     Raises:
         CheckpointError: none, damaged, or of another model.

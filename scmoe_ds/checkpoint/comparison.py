@@ -146,7 +146,7 @@ def check_refused(found: Sequence[Difference], flag: str, path: object) -> None:
         if each.outcome is Outcome.REFUSED:
             raise CheckpointError(
                 f"{each.name} = {_shown(each.now)}: the optimizer state in {flag} {path} is of {_shown(each.then)}; "
-                "set it back, or start a new run with the weights alone: python tools/convert_checkpoint.py "
+                "set it back, or start a new run with the weights alone: scmoe convert "
                 f"export {path} OUT, then --load OUT and another --save"
             )
 

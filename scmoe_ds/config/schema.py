@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Write ds_configs/scmoe.schema.json, the JSON Schema of a DeepSpeed JSON with a "scmoe" section.
 
-    python scmoe_ds/config/schema.py            # after a change of scmoe_ds/config/section.py
-    python scmoe_ds/config/schema.py --check    # exit code 1 if the file is missing or stale; writes nothing
+    python -m scmoe_ds.config.schema            # after a change of scmoe_ds/config/section.py
+    python -m scmoe_ds.config.schema --check    # exit code 1 if the file is missing or stale; writes nothing
 
 Editors complete and check the section with it. It knows each field alone; rules that span fields (divisibility,
 positions, slots) are checked when a run starts.
@@ -17,11 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, not installed
-
 from scmoe_ds.config.section import ScMoEConfig
 
-SCHEMA = Path(__file__).resolve().parent.parent / "ds_configs" / "scmoe.schema.json"
+SCHEMA = Path("ds_configs", "scmoe.schema.json")
 
 
 def json_schema() -> dict[str, Any]:
@@ -53,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output.is_file() and args.output.read_text(encoding="utf-8") == text:
         return 0
     state = "stale" if args.output.is_file() else "missing"
-    print(f"{args.output} is {state}; run: python scmoe_ds/config/schema.py", file=sys.stderr)
+    print(f"{args.output} is {state}; run: python -m scmoe_ds.config.schema", file=sys.stderr)
     return 1
 
 

@@ -29,7 +29,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _INTEGER_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
-_REBUILD = "Build the dataset again with tools/preprocess_data.py"
+_REBUILD = "Build the dataset again with scmoe preprocess"
 _SCAN_BLOCK_TOKENS = 1 << 24
 _FULL_SCAN_TOKENS = 1_000_000_000
 _NUM_SAMPLED_BLOCKS = 16
@@ -242,7 +242,7 @@ def _check_files_exist(prefix: str) -> None:
     remedy = "Give the path without extension (Megatron's prefix, often ending in _text_document)"
     if prefix.endswith((".bin", ".idx")):
         remedy = f"Give the path without extension: {prefix[:-4]}"
-    raise DataError(f"{' and '.join(missing)} not found. {remedy}, or make the dataset with tools/preprocess_data.py.")
+    raise DataError(f"{' and '.join(missing)} not found. {remedy}, or make the dataset with scmoe preprocess.")
 
 
 def _read_header(idx_path: str, content: bytes) -> tuple[np.dtype, int, int]:

@@ -111,7 +111,7 @@ class DiskExperts:
     fp32 migrate in half the time.
 
     Args:
-        path: of an export of tools/convert_checkpoint.py.
+        path: of an export of scmoe convert.
         names: global names of this rank's routed experts.
         threads: that read at the same time: one fills a buffer while another's is copied.
 
@@ -123,7 +123,7 @@ class DiskExperts:
     def __init__(self, path: Path, names: Sequence[str], threads: int = 2) -> None:
         if not is_export(path):
             raise CheckpointError(f"--load {path}: experts can only be read from files of an export; make one with "
-                                  f"python tools/convert_checkpoint.py export {path} OUT")  # fmt: skip
+                                  f"scmoe convert export {path} OUT")  # fmt: skip
         self._places = _places(path, names)
         self._files = {place.file: _File(place.file) for place in self._places.values()}
         self._pool = ThreadPoolExecutor(threads, "expert-reader")

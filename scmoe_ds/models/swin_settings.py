@@ -100,5 +100,5 @@ SWIN_PRESETS: dict[str, dict[str, Any]] = {
         "dataset": "digits", "init_method_std": 0.1,
     },
 }  # fmt: skip
-"""Values of the flags of pretrain_swin_scmoe.py. The paper is silent on stochastic depth: 0.2 is Swin-MoE's own.
+"""Values of the flags of scmoe pretrain-swin. The paper is silent on stochastic depth: 0.2 is Swin-MoE's own.
 Weights of 0.02 suit hundreds of inputs: with 16, a norm enlarges its branch's output, and gradients, a hundredfold."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import evaluate_gpt_scmoe
 from scmoe_ds.data.corpus import write_indexed_dataset
+from scmoe_ds.programs import evaluate as evaluate_program
 from tests.helpers.distributed import run_distributed
 from tests.unit.test_evaluate import (
     ALL_TASKS,
@@ -24,7 +24,7 @@ from tests.unit.test_evaluate import (
 def evaluate_each(load: list[str], what: list[list[str]]) -> None:
     """One evaluation after the other in one process group."""
     for flags in what:
-        assert evaluate_gpt_scmoe.main([*load, *flags]) == 0
+        assert evaluate_program.main([*load, *flags]) == 0
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import pretrain_gpt_scmoe
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
@@ -35,6 +34,7 @@ from scmoe_ds.parallel.failures import failed_collective
 from scmoe_ds.parallel.launchers import LauncherError
 from scmoe_ds.parallel.timeouts import limit_world
 from scmoe_ds.parallel.watch import Watch
+from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 from scmoe_ds.training.health import MOST_SKIPPED_STEPS, StepHealth, TrainingError, is_loss_scale_exhausted
 from scmoe_ds.training.log import TrainingOutput
 from scmoe_ds.training.loop import Trainer
@@ -75,7 +75,7 @@ def poisoned_run(arguments: list[str]) -> tuple[int, str]:
     Trainer._forward = poisoned  # type: ignore[method-assign]
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
-        code = pretrain_gpt_scmoe.main(arguments)
+        code = pretrain_gpt_program.main(arguments)
     return code, errors.getvalue()
 
 
@@ -197,7 +197,7 @@ def run_with_a_signal_in_a_validation(arguments: list[str]) -> tuple[int, list[i
         return original(trainer, batch)
 
     Trainer._forward = forward  # type: ignore[method-assign]
-    return pretrain_gpt_scmoe.main(arguments), passes
+    return pretrain_gpt_program.main(arguments), passes
 
 
 def test_a_signal_in_a_validation_is_obeyed_in_it(tmp_path: Path) -> None:

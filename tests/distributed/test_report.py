@@ -1,4 +1,4 @@
-"""`python -m scmoe_ds.overlap.report`: what a user reads before training."""
+"""`scmoe report`: what a user reads before training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def report(directory: Path, ranks: int, *flags: str, **changes: object) -> subpr
     whole = {**CONFIG, "tensorboard": {"enabled": False}, "scmoe": {**CONFIG["scmoe"], **changes}}
     (directory / "ds.json").write_text(json.dumps(whole))
     launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    program = ["--module", "scmoe_ds.overlap.report"] if ranks > 1 else ["-m", "scmoe_ds.overlap.report"]
+    program = ["--module", "scmoe_ds.programs.report"] if ranks > 1 else ["-m", "scmoe_ds.programs.report"]
     command = [sys.executable, *(launcher if ranks > 1 else []), *program]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, "--deepspeed_config", str(directory / "ds.json"), *FLAGS, *flags], cwd=directory,
@@ -58,8 +58,4 @@ def test_nothing_to_hide(changes: dict, tmp_path: Path) -> None:
 def test_a_bad_setting_is_one_message(tmp_path: Path) -> None:
     done = report(tmp_path, 1)
     assert done.returncode == 2
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .startswith("scmoe_ds.overlap.report: error: scmoe.expert_parallel_size = 2")
-    )
+    assert done.stderr.strip().splitlines()[-1].startswith("scmoe report: error: scmoe.expert_parallel_size = 2")

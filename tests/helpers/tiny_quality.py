@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks import quality
+from benchmarks.text_corpus import Document
 from scmoe_ds.data.corpus import standard_library_documents
-from tools.text_corpus import Document
 
 ITERATIONS, SEQUENCE = 6, 32
 _SETTINGS = Path(quality.__file__).with_suffix(".json")

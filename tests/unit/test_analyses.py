@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks import analyses
-from scmoe_ds.analysis.arguments import build_parser, check
-from scmoe_ds.arguments import parse_arguments
-from tools.text_corpus import Corpus
+from benchmarks.text_corpus import Corpus
+from scmoe_ds.programs.flags.analysis import build_parser, check
+from scmoe_ds.programs.flags.gpt import parse_arguments
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
 
     def run(command: list[str], **_: Any) -> None:
         called.append(command[1:])
-        if "scmoe_ds.overlap.report" in command:
+        if "scmoe_ds.programs.report" in command:
             config = json.loads(Path(command[command.index("--deepspeed_config") + 1]).read_text(encoding="utf-8"))
             Path(config["scmoe"]["overlap"]["calibration_file"]).write_text("[]", encoding="utf-8")
 
@@ -42,12 +42,13 @@ def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
     assert analyses.main(["--output-dir", "out/of", "--work-dir", str(tmp_path / "work")]) == 0
     assert not [word for command in commands for word in command if word.startswith(str(tmp_path))]
     trained, found = {}, []
-    for program, *arguments in commands:
+    for command in commands:
+        program, *arguments = command[1:] if command[0] == "-m" else command
         if program == "pretrain_gpt_scmoe.py":
             args, _, config = parse_arguments(arguments)
             trained[args.save] = config
             assert args.train_iters == 300 and args.save_interval == 50 and args.auto_resume
-        elif program == "analyze_gpt_scmoe.py":
+        elif program == "scmoe_ds.programs.analyze":
             args = build_parser().parse_args(arguments)
             if args.analysis != "feasibility":
                 check(args)
@@ -61,7 +62,7 @@ def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
     # The page reads what the commands before it write.
     *_, launch, _ = commands
     assert found[-1].similarity == found[0].output
-    _, _, config = parse_arguments(launch[launch.index("scmoe_ds.overlap.report") + 1 :])
+    _, _, config = parse_arguments(launch[launch.index("scmoe_ds.programs.report") + 1 :])
     assert config.expert_parallel_size == 2 and Path(found[-1].calibration) == Path("out/of/analysis_times.json")
     assert Path(found[-1].calibration).read_text(encoding="utf-8") == "[]"
 

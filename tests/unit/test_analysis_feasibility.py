@@ -1,4 +1,4 @@
-"""analyze_gpt_scmoe.py feasibility: numbers against a computation by hand, both pages, and what a user can get wrong."""
+"""scmoe analyze feasibility: numbers against a computation by hand, both pages, and what a user can get wrong."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-import analyze_gpt_scmoe
 from scmoe_ds.analysis import feasibility
 from scmoe_ds.analysis.feasibility import conclude, settings, study
 from scmoe_ds.planner.times import OperatorTimes
+from scmoe_ds.programs import analyze as analyze_program
 
 MS = {"attention": (6, 10), "attention 2": (6, 10), "mlp": (4, 8), "shared": (4, 8)}
 
@@ -129,7 +129,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def run(directory: Path, *flags: str) -> int:
-    return analyze_gpt_scmoe.main(["feasibility", *(flag.replace("DIR", str(directory)) for flag in flags)])
+    return analyze_program.main(["feasibility", *(flag.replace("DIR", str(directory)) for flag in flags)])
 
 
 GOOD = ("--similarity", "DIR/similarity.json", "--calibration", "DIR/times.json", "--output-prefix", "DIR/out")
@@ -163,7 +163,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     wanted = {("--help",): " feasibility one page: would ScMoE pay", ("feasibility", "--help"): "--output-prefix"}
     for flags, text in wanted.items():
         with pytest.raises(SystemExit, match=r"^0$"):
-            analyze_gpt_scmoe.main(flags)
+            analyze_program.main(flags)
         assert text in " ".join(capsys.readouterr().out.split())
 
 
@@ -191,6 +191,6 @@ def test_bad_input(case: str, files: Path, capsys: pytest.CaptureFixture[str]) -
     flags, message = BAD[case]
     assert run(files, *flags) == 2
     errors = capsys.readouterr().err
-    assert errors.startswith("analyze_gpt_scmoe.py: error: ") and errors.count("\n") == 1
+    assert errors.startswith("scmoe analyze: error: ") and errors.count("\n") == 1
     assert message.replace("DIR", str(files)) in errors
     assert not (files / "out.md").exists()

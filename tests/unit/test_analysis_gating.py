@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import analyze_gpt_scmoe
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.gating import SCALARS, gate_layers, measure
 from scmoe_ds.config.section import ScMoEConfig
@@ -22,6 +21,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.gate import route
+from scmoe_ds.programs import analyze as analyze_program
 from tests.helpers.by_hand import gpt_by_hand
 from tests.helpers.exports import whole_model, write_export
 
@@ -204,7 +204,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(files: str, *flags: str) -> int:
-    return analyze_gpt_scmoe.main(["gating", *(flag.replace("DIR", files) for flag in flags)])
+    return analyze_program.main(["gating", *(flag.replace("DIR", files) for flag in flags)])
 
 
 def test_program(files: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +242,6 @@ def test_bad_input(case: str, files: str, capsys: pytest.CaptureFixture[str]) ->
     flags, message = BAD[case]
     assert run(files, *flags) == 2
     errors = capsys.readouterr().err
-    assert f"analyze_gpt_scmoe.py: error: {message}" in errors or message in errors
+    assert f"scmoe analyze: error: {message}" in errors or message in errors
     assert errors.count("error: ") == 1 and "Traceback" not in errors
     assert not (Path(files) / "never.json").exists()

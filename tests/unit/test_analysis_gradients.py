@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import analyze_gpt_scmoe
 from scmoe_ds.analysis import figures
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.gradients import GradientSums, Group, measure, parameter_groups
@@ -19,6 +18,7 @@ from scmoe_ds.analysis.tokens import TokenSequences
 from scmoe_ds.engine.initialize import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.programs import analyze as analyze_program
 from tests.helpers.exports import whole_model, write_export
 
 SETTINGS = GPTSettings(4, 16, 2, 384, 32)
@@ -141,7 +141,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(files: str, *flags: str) -> int:
-    return analyze_gpt_scmoe.main(["gradients", *(flag.replace("DIR", files) for flag in flags)])
+    return analyze_program.main(["gradients", *(flag.replace("DIR", files) for flag in flags)])
 
 
 ON_TEXT = ("--text-file", "DIR/text.txt", "--seq-length", "16", "--batch-size", "2", "--micro-batches", "4")

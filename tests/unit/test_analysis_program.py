@@ -1,4 +1,4 @@
-"""analyze_gpt_scmoe.py similarity: its record and figure against plain computations, and what a user can get wrong."""
+"""scmoe analyze similarity: its record and figure against plain computations, and what a user can get wrong."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 import torch
 import transformers
 
-import analyze_gpt_scmoe
-from scmoe_ds.analysis.arguments import build_parser
 from scmoe_ds.analysis.similarity import measure
 from scmoe_ds.analysis.subjects import swin_subject
 from scmoe_ds.checkpoint.description import describe
@@ -22,6 +20,8 @@ from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.images import Digits
 from scmoe_ds.engine.initialize import connect
+from scmoe_ds.programs import analyze as analyze_program
+from scmoe_ds.programs.flags.analysis import build_parser
 from tests.helpers.exports import whole_model, write_export
 from tests.unit.test_analysis_similarity import GPT2, gpt_by_hand, hugging_face_by_hand, plain_swin, swin_moe
 
@@ -63,7 +63,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(files: dict[str, str], *flags: str) -> int:
-    return analyze_gpt_scmoe.main(["similarity", *(flag.replace("DIR", files["DIR"]) for flag in flags)])
+    return analyze_program.main(["similarity", *(flag.replace("DIR", files["DIR"]) for flag in flags)])
 
 
 def test_program(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,8 +127,8 @@ def test_program_with_swin(files: dict[str, str]) -> None:
 
 def test_commands_of_the_page() -> None:
     """Every command of docs/analysis.md and of the program's own text has flags that exist."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "analysis.md").read_text() + str(analyze_gpt_scmoe.__doc__)
-    commands = re.findall(r"^python analyze_gpt_scmoe\.py (.*)$", page.replace("\\\n", " "), re.MULTILINE)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "analysis.md").read_text() + str(analyze_program.__doc__)
+    commands = re.findall(r"^scmoe analyze (.*)$", page.replace("\\\n", " "), re.MULTILINE)
     assert len(commands) == 16
     for command in commands:
         build_parser().parse_args(shlex.split(command))
@@ -176,6 +176,6 @@ def test_bad_input(case: str, files: dict[str, str], capsys: pytest.CaptureFixtu
     flags, message = BAD[case]
     assert run(files, *flags) == 2
     errors = capsys.readouterr().err
-    lines = [line for line in errors.splitlines() if line.startswith("analyze_gpt_scmoe.py: error: ")]
+    lines = [line for line in errors.splitlines() if line.startswith("scmoe analyze: error: ")]
     assert len(lines) == 1 and message.replace("DIR", files["DIR"]) in lines[0] and "Traceback" not in errors, errors
     assert not (Path(files["DIR"]) / "never.json").exists()

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pretrain_gpt_scmoe
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.engine.initialize import connect
+from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 
 JSON: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -149,7 +149,7 @@ def run(directory: Path, data: str, json_changes: dict, flag_changes: dict) -> i
     file.write_text(json.dumps(whole))
     flags = {**FLAGS, "--deepspeed_config": str(file), "--data-path": data, **flag_changes}
     flags = {name: (value or "").replace("DATA", data).split() for name, value in flags.items() if value != "REMOVE"}
-    return pretrain_gpt_scmoe.main([word for name, values in flags.items() for word in [name, *values]])
+    return pretrain_gpt_program.main([word for name, values in flags.items() for word in [name, *values]])
 
 
 def snapshot(directory: Path) -> set[str]:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-import analyze_gpt_scmoe
 from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.engine.initialize import connect
 from scmoe_ds.planner import plan as schedule
 from scmoe_ds.planner.calibration_file import find_times, read_calibration, write_calibration
 from scmoe_ds.planner.plan import plan
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.programs import analyze as analyze_program
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = json.loads((ROOT / "benchmarks" / "results" / "analysis_times.json").read_text())
@@ -131,7 +131,7 @@ def test_feasibility(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     TIMES[case](saved[0]["times"])
     (tmp_path / "times.json").write_text(json.dumps(saved))
     similarity = str(ROOT / "benchmarks" / "results" / "analysis_similarity_scmoe.json")
-    code = analyze_gpt_scmoe.main(["feasibility", "--similarity", similarity, "--calibration", str(tmp_path / "times.json"),
+    code = analyze_program.main(["feasibility", "--similarity", similarity, "--calibration", str(tmp_path / "times.json"),
                                    "--output-prefix", str(tmp_path / "out")])  # fmt: skip
     assert code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.glob("out*"))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-import pretrain_gpt_scmoe
 from scmoe_ds.checkpoint.convert import open_weights
+from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 from tests.unit.test_bad_input import FLAGS, JSON
 from tests.unit.test_bad_input import data as data
 from tests.unit.test_bad_input import world_of_one as world_of_one
@@ -22,7 +22,7 @@ def pretrain(directory: Path, data: str, *flags: str, **changes: Any) -> int:
     file = directory / "ds.json"
     file.write_text(json.dumps({**JSON, "tensorboard": {"enabled": False}, **changes}))
     base = [word for pair in FLAGS.items() for word in pair]
-    return pretrain_gpt_scmoe.main([*base, "--deepspeed_config", str(file), "--data-path", data, *flags])
+    return pretrain_gpt_program.main([*base, "--deepspeed_config", str(file), "--data-path", data, *flags])
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -62,13 +62,13 @@ def test_deepspeeds_own_loader_runs_no_code(
     """Also of a file that changed after it was checked."""
     save = str(tmp_path / "saved")
     assert pretrain(tmp_path, data, "--save", save, "--train-iters", "2", "--exit-interval", "1") == 0
-    build, file = pretrain_gpt_scmoe.build_model, next(Path(save).glob("*/layer_0_expert_2_*.pt"))
+    build, file = pretrain_gpt_program.build_model, next(Path(save).glob("*/layer_0_expert_2_*.pt"))
 
     def build_later(*arguments: Any) -> Any:
         torch.save({"payload": Payload(tmp_path / "ran")}, file)
         return build(*arguments)
 
-    monkeypatch.setattr(pretrain_gpt_scmoe, "build_model", build_later)
+    monkeypatch.setattr(pretrain_gpt_program, "build_model", build_later)
     assert pretrain(tmp_path, data, "--load", save, "--train-iters", "2") == 2
     assert f"{file.name} holds posix.system, which is no part of a checkpoint" in capfd.readouterr().err
     assert not (tmp_path / "ran").exists()

@@ -22,8 +22,8 @@ from scmoe_ds.engine.initialize import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.programs.convert import main
 from tests.helpers.exports import whole_model, write_export
-from tools.convert_checkpoint import main
 
 SETTINGS = GPTSettings(
     4, 16, 2, 32, 16, normalization="RMSNorm", swiglu=True, ffn_hidden_size=24, layernorm_epsilon=1e-3
@@ -203,7 +203,7 @@ def test_bad_input(
         capsys.readouterr()
         assert main(argv) == 2, argv
         error = capsys.readouterr().err
-        assert message in error and error.startswith("convert_checkpoint.py: error: ") and error.count("\n") == 1
+        assert message in error and error.startswith("scmoe convert: error: ") and error.count("\n") == 1
         assert not Path(out).exists()
 
 

@@ -17,16 +17,16 @@ from deepspeed.monitor.config import DeepSpeedMonitorConfig
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.lr_schedules import WarmupCosineLR
 
-from scmoe_ds.arguments import build_parser, gpt_settings, parse_arguments
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
 from scmoe_ds.engine.initialize import batch_sizes
-from scmoe_ds.flags_to_json import SECTION_FLAGS
-from scmoe_ds.image_arguments import build_image_parser, parse_image_arguments, swin_settings
 from scmoe_ds.models import swin
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.models.swin_settings import STAGES, SWIN_PRESETS, SwinSettings
+from scmoe_ds.programs.flags.gpt import build_parser, gpt_settings, parse_arguments
+from scmoe_ds.programs.flags.swin import build_image_parser, parse_image_arguments, swin_settings
+from scmoe_ds.programs.flags.to_json import SECTION_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path for path in (ROOT / "ds_configs").glob("*.json") if path.name != "scmoe.schema.json")

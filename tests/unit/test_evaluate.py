@@ -1,4 +1,4 @@
-"""evaluate_gpt_scmoe.py against loops over tokens: one whole forward pass for each."""
+"""scmoe evaluate against loops over tokens: one whole forward pass for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate_gpt_scmoe
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.config.section import ScMoEConfig
@@ -27,6 +26,7 @@ from scmoe_ds.evaluation.windows import Row, SlidingWindow
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.programs import evaluate as evaluate_program
 
 CONTEXT, EOD = 32, 256
 TEXT = "Les œufs, the eggs: twelve of them\n\nA second line – and more words than one window holds. Ça suffit. "
@@ -97,7 +97,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def evaluate(directory: Path, *flags: object) -> dict[str, Any]:
     out = directory / "record.json"
-    assert evaluate_gpt_scmoe.main([*map(str, flags), "--output", str(out)]) == 0
+    assert evaluate_program.main([*map(str, flags), "--output", str(out)]) == 0
     return json.loads(out.read_text())
 
 
@@ -389,13 +389,13 @@ def test_bad_input(case: str, bad_files: dict[str, str], capfd: pytest.CaptureFi
     flags, message = BAD[case]
     capfd.readouterr()
     try:
-        code: object = evaluate_gpt_scmoe.main([bad_files.get(flag, flag) for flag in flags])
+        code: object = evaluate_program.main([bad_files.get(flag, flag) for flag in flags])
     except SystemExit as stop:  # argparse's own
         code = stop.code
     errors = capfd.readouterr().err
     assert code == 2, errors
     assert "Traceback" not in errors
-    assert len(re.findall(r"evaluate_gpt_scmoe\.py: error: ", errors)) == 1 or "usage: " in errors, errors
+    assert len(re.findall(r"scmoe evaluate: error: ", errors)) == 1 or "usage: " in errors, errors
     assert re.search(message, errors), errors
 
 
@@ -409,7 +409,7 @@ def test_an_unknown_task(bad_files: dict[str, str], capfd: pytest.CaptureFixture
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Small)
     flags = ["--load", bad_files["EXPORT"], "--tasks", "tiny_choice,unheard_of", "--include-path", bad_files["TASKS"]]
-    assert evaluate_gpt_scmoe.main(flags) == 2
+    assert evaluate_program.main(flags) == 2
     errors = capfd.readouterr().err
     assert re.search(
         r"--tasks unheard_of: neither a task of lm_eval nor of yours; --include-path \S+ has broken, ", errors
@@ -418,11 +418,11 @@ def test_an_unknown_task(bad_files: dict[str, str], capfd: pytest.CaptureFixture
 
 def test_without_lm_eval(export: str, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)  # an import of it fails
-    assert evaluate_gpt_scmoe.main(["--load", export, "--tasks", "hellaswag"]) == 2
+    assert evaluate_program.main(["--load", export, "--tasks", "hellaswag"]) == 2
     assert re.search(r'--tasks needs the package lm_eval .*: pip install "lm_eval', capfd.readouterr().err)
 
 
 def test_a_model_that_has_diverged(export: str, text_file: str, capfd: pytest.CaptureFixture, monkeypatch: Any) -> None:
     monkeypatch.setattr(Scorer, "score", lambda self, rows: torch.full((len(rows), 2), float("nan")).double())
-    assert evaluate_gpt_scmoe.main(["--load", export, "--text-file", text_file]) == 2
+    assert evaluate_program.main(["--load", export, "--text-file", text_file]) == 2
     assert "the loss is nan" in capfd.readouterr().err

@@ -16,21 +16,24 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import fetch_hostfile
 from deepspeed.launcher.runner import parse_args as launcher_arguments
 
-import evaluate_gpt_scmoe
-import generate_gpt_scmoe
-from scmoe_ds.arguments import parse_arguments
 from scmoe_ds.engine.initialize import batch_sizes
-from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
+from scmoe_ds.programs import evaluate as evaluate_program
+from scmoe_ds.programs import generate as generate_program
+from scmoe_ds.programs.flags.gpt import parse_arguments
+from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 RUNNABLE = {"replace_moe": (), "upcycle_gpt2": (), "hf_trainer": (),
             "digits_moe": ("--deepspeed", "--deepspeed_config", "examples/digits_moe.json")}  # fmt: skip
 QUOTED = ["replace_moe", "upcycle_gpt2"]
-PROGRAMS = {"pretrain_gpt_scmoe.py": parse_arguments, "pretrain_swin_scmoe.py": parse_image_arguments}
+PROGRAMS = {
+    "pretrain_gpt_scmoe.py": parse_arguments,
+    "scmoe_ds.programs.pretrain_swin": parse_image_arguments,
+}
 PAGES = ["README.md", "docs/replace.md", "ds_configs/README.md"]
-SERVING = {"generate_gpt_scmoe.py": generate_gpt_scmoe.build_parser,
-           "evaluate_gpt_scmoe.py": evaluate_gpt_scmoe.build_parser}  # fmt: skip
+SERVING = {"generate": generate_program.build_parser,
+           "evaluate": evaluate_program.build_parser}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -61,7 +64,7 @@ def test_the_page_has_what_the_example_has(name: str) -> None:
 def commands(page: str) -> list[str]:
     """The command lines of a page that start one of the two programs."""
     text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))  # lines that a backslash continues
-    return re.findall(r"^(?:\w+=\S+ )*deepspeed .*\bpretrain_\w+\.py .*$", text, re.MULTILINE)
+    return re.findall(r"^(?:\w+=\S+ )*deepspeed .*\bpretrain_\w+(?:\.py)? .*$", text, re.MULTILINE)
 
 
 LINES = {f"{page} {number}": line for page in PAGES for number, line in enumerate(commands(page), 1)}
@@ -77,7 +80,7 @@ def test_a_command_line_of_a_page_is_accepted(line: str, monkeypatch: pytest.Mon
     ranks = launcher.num_gpus if launcher.num_gpus > 0 else sum(fetch_hostfile(launcher.hostfile).values())
     config.check_world(ranks)
     batch_sizes(whole, ranks)
-    if launcher.user_script == "pretrain_swin_scmoe.py":
+    if launcher.user_script == "scmoe_ds.programs.pretrain_swin":
         swin_settings(args)
 
 
@@ -85,7 +88,7 @@ def serving(page: str) -> list[list[str]]:
     """Program and flags of a page's command lines that serve a trained model."""
     text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))
     lines = re.findall(
-        r"^(?:\S*python|deepspeed) (?:.* )?((?:generate|evaluate)_gpt_scmoe\.py --.*)$", text, re.MULTILINE
+        r"^(?:scmoe |deepspeed .*--module scmoe_ds\.programs\.)((?:generate|evaluate) --.*)$", text, re.MULTILINE
     )
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -100,7 +103,11 @@ def test_serving_command_lines_are_accepted(page: str) -> None:
 def test_commands_are_found_where_the_pages_have_them() -> None:
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        assert len(commands(page)) + len(serving(page)) == len(re.findall(r"\.py --", text)) >= 1
+        assert (
+            len(commands(page)) + len(serving(page))
+            == len(re.findall(r"(?:\.py|generate|evaluate|_swin) --", text))
+            >= 1
+        )
 
 
 @pytest.mark.parametrize(("name", "slots"), [("hostfile_1x8", [8]), ("hostfile_2x8", [8, 8])])
@@ -141,5 +148,5 @@ def test_scripts(name: str) -> None:
 @pytest.mark.parametrize("page", ["ds_configs/README.md", "examples/README.md"])
 def test_paths_in_the_readmes_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    paths = re.findall(r"\b(?:ds_configs|examples|tools)/[\w./-]*\w", text)
+    paths = re.findall(r"\b(?:ds_configs|examples)/[\w./-]*\w", text)
     assert paths and [path for path in paths if not (ROOT / path).exists()] == []

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-import evaluate_gpt_scmoe
-import generate_gpt_scmoe
-from scmoe_ds import megatron_flags
-from scmoe_ds.analysis.arguments import build_parser as build_analysis_parser
-from scmoe_ds.argument_checks import ArgumentError
-from scmoe_ds.arguments import build_parser, parse_arguments
 from scmoe_ds.config.section import ScMoEConfigError
-from scmoe_ds.image_arguments import build_image_parser, parse_image_arguments
+from scmoe_ds.programs import evaluate as evaluate_program
+from scmoe_ds.programs import generate as generate_program
+from scmoe_ds.programs.flags import megatron as megatron_flags
+from scmoe_ds.programs.flags.analysis import build_parser as build_analysis_parser
+from scmoe_ds.programs.flags.checks import ArgumentError
+from scmoe_ds.programs.flags.gpt import build_parser, parse_arguments
+from scmoe_ds.programs.flags.swin import build_image_parser, parse_image_arguments
 
 SIZES = ["--num-layers", "2", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"]
 JSON: dict[str, Any] = {
@@ -130,7 +130,7 @@ def test_the_tables_are_those_of_the_parser() -> None:
     assert set().union(*taken) == hidden
     assert not megatron_flags.REFUSED.keys() & options.keys()
     page = Path(megatron_flags.__file__).parents[1] / "docs" / "from_megatron_deepspeed.md"
-    assert megatron_flags.table() in page.read_text(), "python -m scmoe_ds.megatron_flags writes the table"
+    assert megatron_flags.table() in page.read_text(), "python -m scmoe_ds.programs.flags.megatron writes the table"
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -242,13 +242,13 @@ def test_the_files_name_the_tokenizer(files: list[str], kind: str, parse: Any) -
     (build_parser, ["--hiden-size=2", "--xyz"], '--hiden-size: unknown flag (did you mean "--hidden-size"?); --xyz: unknown'),
     (build_parser, ["--num-layers", "two"], "argument --num-layers: invalid int value: 'two'"),
     (build_parser, ["--pipeline-model-parallel-size", "2"], "2 is refused: a shortcut may not cross a pipeline stage"),
-    (build_parser, ["--skip-train"], "--skip-train is not taken here: use evaluate_gpt_scmoe.py"),
+    (build_parser, ["--skip-train"], "--skip-train is not taken here: use scmoe evaluate"),
     (build_parser, ["--topk", "9" * 20], "argument --topk: 99999999999999999999 is too large"),
     (build_parser, ["--scmoe-expert-slot", "1.5"], 'argument --scmoe-expert-slot: 1.5 must be a number or "auto"'),
     (build_parser, ["extra"], "extra: belongs to no flag; remove it"),
     (build_image_parser, ["--img-sise", "2"], 'did you mean "--img-size"?'),
-    (generate_gpt_scmoe.build_parser, ["--laod", "x"], '--laod: unknown flag (did you mean "--load"?)'),
-    (evaluate_gpt_scmoe.build_parser, ["--load", "x", "--task", "a"], 'did you mean "--tasks"?'),
+    (generate_program.build_parser, ["--laod", "x"], '--laod: unknown flag (did you mean "--load"?)'),
+    (evaluate_program.build_parser, ["--load", "x", "--task", "a"], 'did you mean "--tasks"?'),
     (build_analysis_parser, ["similarity", "--hf-modle", "x"], 'did you mean "--hf-model"?'),
     (build_analysis_parser, ["similarty"], "invalid choice: 'similarty'"),
 ])  # fmt: skip

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import generate_gpt_scmoe
 from scmoe_ds.engine.initialize import connect
 from scmoe_ds.inference.generate import Completion, GenerationError, Request, TextGenerator
 from scmoe_ds.inference.kv_cache import KeyValueCache
@@ -25,6 +24,7 @@ from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.sampling import Sampling, allowed, choose
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.programs import generate as generate_program
 from tests.helpers.distributed import environment_of_one
 from tests.helpers.exports import greedy, whole_model, write_export
 
@@ -204,7 +204,7 @@ def test_no_autograd_and_no_growth(tmp_path: Path) -> None:
 
 
 def run_program(*flags: str) -> int:
-    return generate_gpt_scmoe.main([str(flag) for flag in flags])
+    return generate_program.main([str(flag) for flag in flags])
 
 
 def test_program(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -224,7 +224,7 @@ def test_program(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_stream_prints_what_is_certain(capsys: pytest.CaptureFixture[str]) -> None:
-    stream = generate_gpt_scmoe._Stream(">")
+    stream = generate_program._Stream(">")
     for text in ("", "a", "a", "ab\n"):
         stream(Completion(0, text=text))
         assert capsys.readouterr().out.endswith(text[1:])
@@ -267,7 +267,7 @@ def test_bad_input(export: Path, flags: list[str], words: str, capsys: pytest.Ca
     message = capsys.readouterr().err
     if message.startswith("loading "):  # says which checkpoint it is about
         message = message.split("\n", 1)[1]
-    assert message.startswith("generate_gpt_scmoe.py: error: ") and words in message and message.count("\n") == 1
+    assert message.startswith("scmoe generate: error: ") and words in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [["--temperature", "1e-45"], ["--temperature", "1e-300"], ["--top-p", "1e-300"],
@@ -323,10 +323,11 @@ def test_damaged_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_interrupt(export: Path) -> None:
     """Ctrl-C in the middle of a text: 130, one line, and nothing left behind."""
-    program = Path(generate_gpt_scmoe.__file__)
     # The shell that runs the tests may ignore SIGINT, and a child would inherit that.
-    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-            f"sys.path.insert(0, {str(program.parent)!r}); import generate_gpt_scmoe as g; sys.exit(g.main())")  # fmt: skip
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from scmoe_ds.programs import generate; sys.exit(generate.main())"
+    )
     command = [sys.executable, "-c", code, "--load", str(export), "--interactive", "--max-new-tokens", "40"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=environment_of_one())  # fmt: skip

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scmoe_ds.arguments import build_parser, gpt_settings
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.initialize import parameter_groups
 from scmoe_ds.models.gpt import GPT, masked_mean
@@ -19,6 +18,7 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, RotaryEmbedding, fused_layer_norm_class
 from scmoe_ds.models.parallel_layers import vocabulary_cross_entropy
 from scmoe_ds.models.presets import PRESETS
+from scmoe_ds.programs.flags.gpt import build_parser, gpt_settings
 from tests.helpers.by_hand import run_by_hand
 
 SMALL = dict(num_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=64, max_position_embeddings=16)

@@ -14,9 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import analyze_gpt_scmoe
-import evaluate_gpt_scmoe
-import generate_gpt_scmoe
 from scmoe_ds.analysis.swin import open_swin
 from scmoe_ds.checkpoint import CheckpointError, files
 from scmoe_ds.checkpoint.convert import export, open_weights
@@ -29,8 +26,11 @@ from scmoe_ds.inference.model import TrainedModel
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin import SwinMoE
 from scmoe_ds.models.swin_settings import SwinSettings
+from scmoe_ds.programs import analyze as analyze_program
+from scmoe_ds.programs import convert as convert_checkpoint
+from scmoe_ds.programs import evaluate as evaluate_program
+from scmoe_ds.programs import generate as generate_program
 from tests.helpers.exports import whole_model, write_export
-from tools import convert_checkpoint
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -147,9 +147,9 @@ INDICES: dict[str, Change | str] = {
 def test_json(name: str, case: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = changed(good, tmp_path / "export", name, (CONFIGS if name == CONFIG_FILE else INDICES)[case])
     started = time.monotonic()
-    assert generate_gpt_scmoe.main(["--load", str(path), "--prompt", "ab", "--max-new-tokens", "2"]) == 2
+    assert generate_program.main(["--load", str(path), "--prompt", "ab", "--max-new-tokens", "2"]) == 2
     message = errors(capsys)
-    assert message.startswith("generate_gpt_scmoe.py: error: ") and message.count("\n") == 1, message
+    assert message.startswith("scmoe generate: error: ") and message.count("\n") == 1, message
     assert str(path) in message or "the checkpoint's " in message
     assert time.monotonic() - started < 10, "a model of that size was built"
 
@@ -160,10 +160,10 @@ def test_every_program(case: str, good: Path, tmp_path: Path, capsys: pytest.Cap
     text = tmp_path / "text.txt"
     text.write_text("abc " * 20)
     runs: list[Callable[[], Any]] = [
-        lambda: evaluate_gpt_scmoe.main(["--load", path, "--text-file", str(text)]),
-        lambda: analyze_gpt_scmoe.main(["similarity", "--load", path, "--text-file", str(text),
+        lambda: evaluate_program.main(["--load", path, "--text-file", str(text)]),
+        lambda: analyze_program.main(["similarity", "--load", path, "--text-file", str(text),
                                         "--output", str(tmp_path / "out.json")]),
-        lambda: generate_gpt_scmoe.main(["--load", path, "--prompt", "a", "--experts", "offload"]),
+        lambda: generate_program.main(["--load", path, "--prompt", "a", "--experts", "offload"]),
     ]  # fmt: skip
     if case != "wide":  # a conversion builds no model
         runs.append(lambda: convert_checkpoint.main(["export", path, str(tmp_path / "out")]))
@@ -211,7 +211,7 @@ def test_tensor_files(header: bytes, good: Path, tmp_path: Path, capsys: pytest.
     next(out.glob("*.safetensors")).write_bytes(header)
     sign(out)
     for flags in ([], ["--experts", "offload"]):
-        assert generate_gpt_scmoe.main(["--load", str(out), "--prompt", "ab", *flags]) == 2
+        assert generate_program.main(["--load", str(out), "--prompt", "ab", *flags]) == 2
         assert errors(capsys).count("\n") == 1
 
 
@@ -224,7 +224,7 @@ def test_experts_of_another_type_or_shape(good: Path, tmp_path: Path, capsys: py
     for value, words in ((whole[expert].double(), "is of type F64"), (whole[expert].t().contiguous(), "has shape")):
         save_file({**whole, expert: value}, shard)
         sign(out)
-        assert generate_gpt_scmoe.main(["--load", str(out), "--prompt", "ab", "--experts", "offload"]) == 2
+        assert generate_program.main(["--load", str(out), "--prompt", "ab", "--experts", "offload"]) == 2
         assert words in capsys.readouterr().err
 
 
@@ -262,5 +262,5 @@ def test_hugging_face_models(text: str, tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "text.txt").write_text("abc")
     for what in (["--images", "digits"], ["--text-file", str(tmp_path / "text.txt")]):
         flags = ["--hf-model", str(tmp_path), *what, "--output", str(tmp_path / "out.json")]
-        assert analyze_gpt_scmoe.main(["similarity", *flags]) == 2
+        assert analyze_program.main(["similarity", *flags]) == 2
         assert f"--hf-model {tmp_path}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Images, the command line of pretrain_swin_scmoe.py and the table of digits; models: test_swin.py."""
+"""Images, the command line of scmoe pretrain-swin and the table of digits; models: test_swin.py."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-import pretrain_swin_scmoe
 from benchmarks import digits
-from scmoe_ds.argument_checks import ArgumentError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.images import Digits, Epochs, ImageFolder, Padded, load_images, split_in_two
-from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 from scmoe_ds.models.swin import IGNORED
 from scmoe_ds.models.swin_settings import SWIN_PRESETS
+from scmoe_ds.programs import pretrain_swin as pretrain_swin_program
+from scmoe_ds.programs.flags.checks import ArgumentError
+from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "ds_configs" / "swin_digits_cpu.json")
 
@@ -137,7 +137,7 @@ def test_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("flags", [["--dataset", "folder"], ["--scmoe-position", "pos9"]])
 def test_the_program_ends_in_one_sentence(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) if "pos9" in flags else nullcontext():
-        assert pretrain_swin_scmoe.main(swin_flags("--deepspeed_config", "none.json", *flags)) == 2
+        assert pretrain_swin_program.main(swin_flags("--deepspeed_config", "none.json", *flags)) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1 and ("none.json" in lines[0] or "pos9" in lines[0])
 

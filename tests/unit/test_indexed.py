@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from scmoe_ds import program
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.tokens import read_data_set
 from scmoe_ds.data.corpus import unigram_entropy, write_indexed_dataset
@@ -20,6 +19,7 @@ from scmoe_ds.data.indexed import check_indexed_dataset, read_layout
 from scmoe_ds.data.sequences import Sequences
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.evaluation.text import IndexedDocuments
+from scmoe_ds.programs import run as program
 
 EOD = 256
 

@@ -14,8 +14,8 @@ import torch
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-import pretrain_gpt_scmoe
 from scmoe_ds.config.deepspeed_settings import steps_without_rate, warn
+from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 from tests.unit.test_bad_input import FLAGS, JSON
 from tests.unit.test_bad_input import data as data
 from tests.unit.test_bad_input import world_of_one as world_of_one
@@ -44,7 +44,7 @@ def test_log_and_monitors_show_the_steps_own_rate(
     }
     (tmp_path / "ds.json").write_text(json.dumps(whole))
     flags = [word for pair in FLAGS.items() for word in pair]
-    assert pretrain_gpt_scmoe.main([*flags, "--deepspeed_config", str(tmp_path / "ds.json"), "--data-path", data,
+    assert pretrain_gpt_program.main([*flags, "--deepspeed_config", str(tmp_path / "ds.json"), "--data-path", data,
                                     "--train-iters", "6", "--log-interval", "1"]) == 0  # fmt: skip
     output = capfd.readouterr()
     logged = [float(rate) for rate in re.findall(r"^iteration .*learning rate: (\S+)", output.out, re.MULTILINE)]

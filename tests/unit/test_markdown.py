@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import analyze_gpt_scmoe
 from benchmarks import quality, tables
 from scmoe_ds.analysis.markdown import code, escape, paragraph, table
+from scmoe_ds.programs import analyze as analyze_program
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = [
@@ -78,7 +78,7 @@ def test_the_feasibility_page(text: str, tmp_path: Path) -> None:
     times[0]["description"][text] = text
     (tmp_path / "s.json").write_text(json.dumps(similarity))
     (tmp_path / "t.json").write_text(json.dumps(times))
-    assert analyze_gpt_scmoe.main(["feasibility", "--similarity", str(tmp_path / "s.json"), "--calibration",
+    assert analyze_program.main(["feasibility", "--similarity", str(tmp_path / "s.json"), "--calibration",
                                    str(tmp_path / "t.json"), "--output-prefix", str(tmp_path / "out")]) == 0  # fmt: skip
     page = parsed((tmp_path / "out.md").read_text())
     kinds = [token.type for token in page]
@@ -123,7 +123,7 @@ def test_damaged_records_of_similarity(change: Any, tmp_path: Path, capsys: pyte
     whole = json.loads((ROOT / "benchmarks" / "results" / "analysis_similarity_scmoe.json").read_text())
     (tmp_path / "s.json").write_text(json.dumps(merge(whole, change)))
     times = str(ROOT / "benchmarks" / "results" / "analysis_times.json")
-    assert analyze_gpt_scmoe.main(["feasibility", "--similarity", str(tmp_path / "s.json"), "--calibration", times,
+    assert analyze_program.main(["feasibility", "--similarity", str(tmp_path / "s.json"), "--calibration", times,
                                    "--output-prefix", str(tmp_path / "out")]) == 2  # fmt: skip
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and f"--similarity {tmp_path / 's.json'} is incomplete or damaged" in message
@@ -138,7 +138,7 @@ def test_damaged_records_of_similarity(change: Any, tmp_path: Path, capsys: pyte
 ])  # fmt: skip
 def test_damaged_records_to_draw(kind: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.json").write_text(text)
-    assert analyze_gpt_scmoe.main([kind, "--from-json", str(tmp_path / "r.json")]) == 2
+    assert analyze_program.main([kind, "--from-json", str(tmp_path / "r.json")]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and f"--from-json {tmp_path / 'r.json'}" in message
 
@@ -146,7 +146,7 @@ def test_damaged_records_to_draw(kind: str, text: str, tmp_path: Path, capsys: p
 def test_a_dollar_is_no_formula(tmp_path: Path) -> None:
     whole = json.loads((ROOT / "benchmarks" / "results" / "analysis_similarity_scmoe.json").read_text())
     (tmp_path / "r.json").write_text(json.dumps({**whole, "model": "runs/$\\frac{$"}))
-    assert analyze_gpt_scmoe.main(["similarity", "--from-json", str(tmp_path / "r.json")]) == 0
+    assert analyze_program.main(["similarity", "--from-json", str(tmp_path / "r.json")]) == 0
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "3", "{}", json.dumps({"benchmark": "benchmarks.quality", "identity": {}, "corpus": {},

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import pretrain_gpt_scmoe
-import pretrain_swin_scmoe
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.engine.initialize import connect
+from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
+from scmoe_ds.programs import pretrain_swin as pretrain_swin_program
 from tests.unit.test_bad_input import FLAGS, JSON
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def gpt(directory: Path, **changes: str | None) -> int:
     (directory / "ds.json").write_text(json.dumps({**JSON, "tensorboard": {"enabled": False}}))
     flags = {**FLAGS, "--deepspeed_config": str(directory / "ds.json"), "--data-path": prefix}
     flags.update({f"--{name.replace('_', '-')}": value for name, value in changes.items()})
-    return pretrain_gpt_scmoe.main(
+    return pretrain_gpt_program.main(
         [word for name, value in flags.items() if value is not None for word in (name, value)]
     )
 
@@ -69,7 +69,7 @@ def test_a_share_that_rounds_to_nothing_names_the_way_out(tmp_path: Path, capsys
                                                (["--eval-iters", "0"], "--eval-iters 0")])  # fmt: skip
 def test_images_without_validation(capsys: pytest.CaptureFixture[str], flags: list[str], reason: str) -> None:
     config = str(ROOT / "ds_configs" / "swin_digits_cpu.json")
-    assert pretrain_swin_scmoe.main([*SWIN, "--deepspeed_config", config, *flags]) == 0
+    assert pretrain_swin_program.main([*SWIN, "--deepspeed_config", config, *flags]) == 0
     output = capsys.readouterr().out
     assert f"no validation: {reason}\n" in output
     assert "accuracy" not in output

@@ -15,10 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import generate_gpt_scmoe
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.engine.initialize import connect
-from scmoe_ds.inference.arguments import expert_places
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import offload_experts
@@ -28,6 +26,8 @@ from scmoe_ds.inference.sources import PIECE_BYTES, DiskExperts, ExpertFileError
 from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.programs import generate as generate_program
+from scmoe_ds.programs.flags.model import expert_places
 from tests.helpers.distributed import environment_of_one
 from tests.helpers.exports import whole_model, write_export
 
@@ -214,7 +214,7 @@ def test_the_cache_has_places_for_what_exists(
     monkeypatch.setattr(ExpertStore, "__init__", note)
     flags = ["--load", str(export), "--prompt", "ab", "--max-new-tokens", "2", "--experts", "offload-async"]
     with caplog.at_level("INFO", logger="scmoe_ds"):
-        assert generate_gpt_scmoe.main([*flags, "--expert-cache", size]) == 0
+        assert generate_program.main([*flags, "--expert-cache", size]) == 0
     assert taken == [places]
     assert ("this rank has 8: all of them stay" in caplog.text) == (size not in ("8", "3"))
 
@@ -238,7 +238,7 @@ def test_missing_and_short_files(export: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(ExpertFileError, match=r"Export the checkpoint again, into another dir"):
         DiskExperts(export, names)
     flags = ["--load", str(export), "--prompt", "a", "--experts", "offload-async"]
-    assert generate_gpt_scmoe.main(flags) == 2
+    assert generate_program.main(flags) == 2
     assert f"{file.name} is missing" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"has no x\.weight"):
         DiskExperts(export, ["x.weight"])
@@ -278,7 +278,7 @@ def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.Mon
 
 
 def test_checkpoint_that_is_no_export(export: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"convert_checkpoint\.py export"):
+    with pytest.raises(CheckpointError, match=r"scmoe convert export"):
         DiskExperts(export.parent, [])
 
 
@@ -290,11 +290,11 @@ def test_sizes_of_the_cache() -> None:
 
 LIMITED = """
     import resource, sys
-    import generate_gpt_scmoe
+    from scmoe_ds.programs import generate as generate_program
     used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
     limit = used + int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    sys.exit(generate_gpt_scmoe.main(sys.argv[2:]))
+    sys.exit(generate_program.main(sys.argv[2:]))
 """
 
 
@@ -307,7 +307,7 @@ def test_model_larger_than_the_memory(tmp_path: Path) -> None:
 
     def generate(mode: str) -> subprocess.CompletedProcess[str]:
         flags = f"--load {path} --prompt ab --max-new-tokens 8 --experts {mode} --temperature 0".split()
-        root = str(Path(generate_gpt_scmoe.__file__).parent)
+        root = str(Path(generate_program.__file__).parent)
         return subprocess.run(
             [sys.executable, "-c", textwrap.dedent(LIMITED), str(300 << 20), *flags],
             capture_output=True, text=True, check=False, env={**environment_of_one(), "PYTHONPATH": root},

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py: what it writes, in which order, and what it refuses."""
+"""scmoe preprocess: what it writes, in which order, and what it refuses."""
 
 import gzip
 import json
@@ -19,11 +19,10 @@ EOD = 256
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import preprocess_data
+def tool() -> ModuleType:
+    from scmoe_ds.programs import preprocess
 
-    return preprocess_data
+    return preprocess
 
 
 def read_back(prefix: Path) -> list[list[int]]:
@@ -45,7 +44,7 @@ def flags(source: Path, prefix: Path, *more: str) -> list[str]:
 
 def test_as_a_command_from_another_directory(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "ab"}, {"text": "ü"}])
-    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *flags(source, tmp_path / "out")]
+    command = [sys.executable, "-m", "scmoe_ds.programs.preprocess", *flags(source, tmp_path / "out")]
     done = subprocess.run([*command, "--append-eod"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert read_back(tmp_path / "out_text_document") == [[97, 98, EOD], [0xC3, 0xBC, EOD]]
@@ -72,7 +71,7 @@ def test_the_bytes_are_those_of_megatrons_builder(tool: ModuleType, tmp_path: Pa
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
     assert tool.main(flags(source, tmp_path / "our", *(["--append-eod"] if eod else []))) == 0
     builder = IndexedDatasetBuilder(str(tmp_path / "their.bin"), dtype=DType.optimal_dtype(257))
-    for text in texts:  # Megatron-LM's tools/preprocess_data.py hands over lists
+    for text in texts:  # Megatron-LM's preprocess_data.py hands over lists
         ids = [*text.encode(), *eod]
         builder.add_document(ids, [len(ids)])
     builder.finalize(str(tmp_path / "their.idx"))

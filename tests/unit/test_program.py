@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scmoe_ds import program
+from scmoe_ds.programs import run as program
 
 
 def test_a_stream_that_is_closed_before_a_program_starts(monkeypatch: pytest.MonkeyPatch) -> None:

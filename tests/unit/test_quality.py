@@ -14,16 +14,22 @@ from typing import IO, Any
 import numpy as np
 import pytest
 
-from benchmarks import quality
+from benchmarks import quality, text_corpus
 from benchmarks.quality import Crew, locked
 from benchmarks.quality_record import QualityError, Record, load_plan
 from benchmarks.quality_run import Task, held_out_rows, read_log
 from benchmarks.quality_table import figure, markdown, paired, verdict
+from benchmarks.text_corpus import (
+    CorpusSettings,
+    Document,
+    choose,
+    is_validation,
+    prepare_corpus,
+    site_packages_documents,
+)
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.errors import DataError
 from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, some_documents, tiny_settings
-from tools import text_corpus
-from tools.text_corpus import CorpusSettings, Document, choose, is_validation, prepare_corpus, site_packages_documents
 
 SETTINGS = Path(quality.__file__).with_suffix(".json")
 VARIANTS = list(json.loads(SETTINGS.read_text(encoding="utf-8"))["variants"])

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-import pretrain_gpt_scmoe
-import pretrain_swin_scmoe
 import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import comparison, failures, loading
@@ -33,6 +31,8 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin_settings import SwinSettings
+from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
+from scmoe_ds.programs import pretrain_swin as pretrain_swin_program
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = GPTSettings(2, 16, 2, 32, 16, hidden_dropout=0.0, attention_dropout=0.0)
@@ -325,7 +325,7 @@ class Program:
         file.write_text(json.dumps(changed(JSON, **json_changes)))
         words = [word for name, value in FLAGS.items() for word in (name, value)]
         self.capfd.readouterr()
-        code = pretrain_gpt_scmoe.main([*words, "--deepspeed_config", str(file), "--data-path", self.data, *flags])
+        code = pretrain_gpt_program.main([*words, "--deepspeed_config", str(file), "--data-path", self.data, *flags])
         printed = self.capfd.readouterr()
         text = printed.out + printed.err
         assert code == expect, text
@@ -391,9 +391,9 @@ def test_another_optimizer_is_refused_and_its_remedy_works(pretrain: Program, tm
         r'error: optimizer\.type = "SGD": the optimizer state in --auto-resume (\S+) is of "AdamW"; set it back, or'
     )
     assert re.search(pattern, text)
-    command = re.search(r"python (tools/\S+) export (\S+) OUT, then --load OUT and another --save", text)
-    assert command is not None and (ROOT / command[1]).is_file()
-    from tools.convert_checkpoint import main as convert
+    command = re.search(r"scmoe (convert) export (\S+) OUT, then --load OUT and another --save", text)
+    assert command is not None
+    from scmoe_ds.programs.convert import main as convert
 
     assert convert(["export", command[2], "OUT"]) == 0
     text = pretrain("--load", "OUT", "--save", "another", "--exit-interval", "1", **sgd)
@@ -464,10 +464,10 @@ def test_the_image_program_does_likewise(tmp_path: Path, capfd: pytest.CaptureFi
     flags = ["--preset", "swin-digits", "--dataset", "digits", "--train-iters", "1", "--deepspeed_config",
              str(ROOT / "ds_configs/swin_digits_cpu.json")]  # fmt: skip
     flags += ["--moe-expert-parallel-size", "1"]
-    assert pretrain_swin_scmoe.main([*flags, "--load", str(tmp_path / "absent")]) == 2
+    assert pretrain_swin_program.main([*flags, "--load", str(tmp_path / "absent")]) == 2
     assert "(no such directory); mend the path" in capfd.readouterr().err
     (tmp_path / "run/global_step5").mkdir(parents=True)
-    assert pretrain_swin_scmoe.main([*flags, "--save", str(tmp_path / "run")]) == 2
+    assert pretrain_swin_program.main([*flags, "--save", str(tmp_path / "run")]) == 2
     assert "holds checkpoints of another run (global_step5)" in capfd.readouterr().err
 
 
@@ -512,6 +512,6 @@ def test_a_layout_that_binds_goes_on_in_that_very_layout(pretrain: Program) -> N
 
 
 def test_tools_and_files_that_messages_name_exist() -> None:
-    for source in [*ROOT.glob("scmoe_ds/**/*.py"), *ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
-        for named in re.findall(r"\b(?:tools|docs|ds_configs|examples)/\w+(?:\.\w+)+\b", source.read_text()):
+    for source in [*ROOT.glob("scmoe_ds/**/*.py"), *ROOT.glob("*.py")]:
+        for named in re.findall(r"\b(?:docs|ds_configs|examples)/\w+(?:\.\w+)+\b", source.read_text()):
             assert (ROOT / named).is_file(), f"{source.name} names {named}"

@@ -74,7 +74,7 @@ def test_schema_finds_slips(section: dict[str, Any], finding: str) -> None:
 
 
 def write_schema(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "write_schema.py"), *arguments]
+    command = [sys.executable, "-m", "scmoe_ds.config.schema", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 

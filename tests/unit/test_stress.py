@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import stress
+from benchmarks import stress, text_corpus
 from benchmarks.frequency import RECORDS, RESULTS, Measured, operators_of, predict, read_measured
 from benchmarks.quality_record import Record, load_plan
 from benchmarks.quality_run import similarity_of
@@ -24,7 +24,6 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 from tests.helpers.exports import whole_model
 from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, some_documents, tiny_settings
-from tools import text_corpus
 
 SETTINGS = Path(stress.__file__).with_suffix(".json")
 

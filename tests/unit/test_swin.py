@@ -12,12 +12,12 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor
 
-import pretrain_swin_scmoe
 from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.images import Digits
-from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.models.swin_settings import SwinSettings
+from scmoe_ds.programs import pretrain_swin as pretrain_swin_program
+from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 from scmoe_ds.replace.convert import HookedScMoE
 from tests.helpers.distributed import run_distributed
 
@@ -215,10 +215,10 @@ def test_parameters_in_bf16_as_an_engine_makes_them(variant: str) -> None:
 
 
 def run_script(directory: str, *flags: str) -> tuple[int, dict[str, Any]]:
-    """pretrain_swin_scmoe.py on this rank; the state of the run, where one was made."""
+    """scmoe pretrain-swin on this rank; the state of the run, where one was made."""
     os.chdir(directory)
     found: dict[str, Any] = {}
-    trainer = pretrain_swin_scmoe.ImageTrainer
+    trainer = pretrain_swin_program.ImageTrainer
 
     class Watched(trainer):  # type: ignore[misc, valid-type]
         def run(self) -> Any:
@@ -231,10 +231,10 @@ def run_script(directory: str, *flags: str) -> tuple[int, dict[str, Any]]:
             self.first = self.iteration
             return super()._train(*args)
 
-    pretrain_swin_scmoe.ImageTrainer = Watched  # type: ignore[misc]
+    pretrain_swin_program.ImageTrainer = Watched  # type: ignore[misc]
     sizes = ["--img-size", "16", "--patch-dim", "1", "--window-size", "4", "--embed-dim", "8", "--depths", "1", "1", "2",
              "2", "--num-heads", "1", "1", "2", "2", "--num-channels", "1", "--num-classes", "10"]  # fmt: skip
-    code = pretrain_swin_scmoe.main([*sizes, "--dataset", "digits", "--deepspeed_config", CONFIG, *flags])
+    code = pretrain_swin_program.main([*sizes, "--dataset", "digits", "--deepspeed_config", CONFIG, *flags])
     return code, found
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import generate_gpt_scmoe
 from scmoe_ds.checkpoint import CheckpointError, loading, saving, tokenizer_files
 from scmoe_ds.checkpoint.convert import export, open_weights
 from scmoe_ds.checkpoint.description import describe_model
@@ -27,6 +26,7 @@ from scmoe_ds.data.tokenizer import (
 )
 from scmoe_ds.engine.initialize import connect
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.programs import generate as generate_program
 from tests.helpers.exports import whole_model
 
 TEXT = "def return é 世界"
@@ -113,7 +113,7 @@ def trained(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(trained: Path, *flags: str) -> int:
-    return generate_gpt_scmoe.main(["--load", str(trained), "--prompt", "re", "--max-new-tokens", "3", "--temperature", "0",
+    return generate_program.main(["--load", str(trained), "--prompt", "re", "--max-new-tokens", "3", "--temperature", "0",
                                     *flags])  # fmt: skip
 
 

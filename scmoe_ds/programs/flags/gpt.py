@@ -12,8 +12,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scmoe_ds import megatron_flags
-from scmoe_ds.argument_checks import (
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.data.flags import DEFAULT_SPLIT, resolve_data_flags
+from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.presets import PRESETS
+from scmoe_ds.models.recompute import GRANULARITIES
+from scmoe_ds.programs.flags import megatron as megatron_flags
+from scmoe_ds.programs.flags.checks import (
     ArgumentError,
     check_lowest,
     check_positive,
@@ -22,14 +28,8 @@ from scmoe_ds.argument_checks import (
     require_flags,
     set_tokenizer_type,
 )
-from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.flags import DEFAULT_SPLIT, resolve_data_flags
-from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
-from scmoe_ds.flag_parser import FlagParser
-from scmoe_ds.flags_to_json import MLP_TYPES, merge_schedule, read_json, read_section, set_length
-from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.models.presets import PRESETS
-from scmoe_ds.models.recompute import GRANULARITIES
+from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.flags.to_json import MLP_TYPES, merge_schedule, read_json, read_section, set_length
 
 logger = logging.getLogger("scmoe_ds")
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_minutes
-from scmoe_ds.arguments import comparable
 from scmoe_ds.checkpoint import CheckpointError, tokenizer_files
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
@@ -23,6 +21,8 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 from scmoe_ds.parallel.groups import Layout
+from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest, check_minutes
+from scmoe_ds.programs.flags.gpt import comparable
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -31,7 +31,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Flags that name a trained model, its tokenizer and its layout."""
     group = parser.add_argument_group("model and tokenizer")
     group.add_argument("--load", required=True, help="a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its "
-                       "latest), or an export of tools/convert_checkpoint.py")  # fmt: skip
+                       "latest), or an export of scmoe convert")  # fmt: skip
     group.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it was trained or exported")
     add_tokenizer(group, "the one that the checkpoint records; ByteTokenizer where it records none")
     group = parser.add_argument_group("ranks", "started with the deepspeed launcher; alone, a process is all ranks")

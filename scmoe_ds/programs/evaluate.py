@@ -1,8 +1,8 @@
 """Evaluates a trained GPT: loss and perplexity of a text, or benchmarks of lm_eval.
 
-python evaluate_gpt_scmoe.py --load checkpoints/gpt --data-path data/corpus_text_document --split 969,30,1
-python evaluate_gpt_scmoe.py --load export --text-file wikitext.test.tokens --stride 256 --output wikitext.json
-deepspeed --num_gpus 8 evaluate_gpt_scmoe.py --load export --moe-expert-parallel-size 8 \\
+scmoe evaluate --load checkpoints/gpt --data-path data/corpus_text_document --split 969,30,1
+scmoe evaluate --load export --text-file wikitext.test.tokens --stride 256 --output wikitext.json
+deepspeed --num_gpus 8 --module scmoe_ds.programs.evaluate --load export --moe-expert-parallel-size 8 \\
     --tasks hellaswag,piqa --include-path tasks
 """
 
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scmoe_ds.argument_checks import ArgumentError, check_lowest
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.files import write_whole
 from scmoe_ds.config.section import ScMoEConfigError
@@ -34,12 +33,13 @@ from scmoe_ds.evaluation.perplexity import evaluate_documents
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.text import open_documents
 from scmoe_ds.evaluation.windows import SlidingWindow
-from scmoe_ds.flag_parser import FlagParser
-from scmoe_ds.inference import arguments
-from scmoe_ds.inference.arguments import Loaded
 from scmoe_ds.inference.phases import Phases
 from scmoe_ds.parallel.agreement import RankDisagreementError, run_together
-from scmoe_ds.program import run_program
+from scmoe_ds.programs.flags import model as arguments
+from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest
+from scmoe_ds.programs.flags.model import Loaded
+from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.run import run_program
 
 USER_ERRORS = (ArgumentError, CheckpointError, DataError, EvaluationError, RankDisagreementError, ScMoEConfigError)
 _LABELS = {"loss": "loss, nats per token"}
@@ -47,13 +47,13 @@ _LABELS = {"loss": "loss, nats per token"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates; returns the exit code."""
-    return run_program("evaluate_gpt_scmoe.py", argv, evaluate, USER_ERRORS, parse)
+    return run_program("scmoe evaluate", argv, evaluate, USER_ERRORS, parse)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this program."""
     parser = FlagParser(
-        prog="evaluate_gpt_scmoe.py",
+        prog="scmoe evaluate",
         description="Loss and perplexity of a GPT that pretrain_gpt_scmoe.py has trained, on a text or data set, or "
         "its results on tasks of lm_eval. No token is dropped here, while the validation of a training run applies "
         "the section's eval_capacity_factor: the two losses may differ a little.",
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_model(parser)
     group = parser.add_argument_group("what to evaluate on")
     what = group.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data-path", help="prefix of a .bin and .idx of tools/preprocess_data.py")
+    what.add_argument("--data-path", help="prefix of a .bin and .idx of scmoe preprocess")
     what.add_argument("--text-file", help="a UTF-8 text, evaluated as one document")
     what.add_argument("--tasks", nargs="+", help="tasks of lm_eval, separated by spaces or commas; nothing is "
                       "downloaded")  # fmt: skip

@@ -1,14 +1,14 @@
 """Analyses a trained GPT: similarity of representations, choices of gates, gradients, feasibility. One process.
 
-python analyze_gpt_scmoe.py similarity --load checkpoints/gpt --data-path data/corpus_text_document \\
+scmoe analyze similarity --load checkpoints/gpt --data-path data/corpus_text_document \\
     --max-tokens 100000 --output similarity.json
-python analyze_gpt_scmoe.py similarity --hf-model models/gpt2 --text-file book.txt --output gpt2.json
-python analyze_gpt_scmoe.py gating --load checkpoints/gpt --all-checkpoints --text-file book.txt --output gating.json
-python analyze_gpt_scmoe.py gradients --load checkpoints/scmoe --load checkpoints/top2 --text-file book.txt \\
+scmoe analyze similarity --hf-model models/gpt2 --text-file book.txt --output gpt2.json
+scmoe analyze gating --load checkpoints/gpt --all-checkpoints --text-file book.txt --output gating.json
+scmoe analyze gradients --load checkpoints/scmoe --load checkpoints/top2 --text-file book.txt \\
     --output gradients.json
-python analyze_gpt_scmoe.py similarity --load checkpoints/swin --images digits --output swin.json
-python analyze_gpt_scmoe.py feasibility --similarity similarity.json --calibration times.json --output-prefix report
-python analyze_gpt_scmoe.py similarity --from-json similarity.json
+scmoe analyze similarity --load checkpoints/swin --images digits --output swin.json
+scmoe analyze feasibility --similarity similarity.json --calibration times.json --output-prefix report
+scmoe analyze similarity --from-json similarity.json
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 import torch.distributed as dist
 
 from scmoe_ds.analysis import feasibility, gating, gradients, records, similarity, swin
-from scmoe_ds.analysis.arguments import build_parser, check
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.subjects import (
     Subject,
@@ -34,7 +33,6 @@ from scmoe_ds.analysis.subjects import (
     swin_subject,
 )
 from scmoe_ds.analysis.tokens import TokenSequences, read_data_set
-from scmoe_ds.argument_checks import ArgumentError
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.files import iteration_of, newest_first
 from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
@@ -42,7 +40,9 @@ from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer
 from scmoe_ds.engine.initialize import device
-from scmoe_ds.program import run_program
+from scmoe_ds.programs.flags.analysis import build_parser, check
+from scmoe_ds.programs.flags.checks import ArgumentError
+from scmoe_ds.programs.run import run_program
 
 USER_ERRORS = (AnalysisError, ArgumentError, CheckpointError, DataError, ScMoEConfigError)
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         return (args,)
 
-    return run_program("analyze_gpt_scmoe.py", argv, analyze, USER_ERRORS, parse)
+    return run_program("scmoe analyze", argv, analyze, USER_ERRORS, parse)
 
 
 def _feasibility(args: argparse.Namespace) -> int:
@@ -70,7 +70,7 @@ def _feasibility(args: argparse.Namespace) -> int:
 
         paths = feasibility_page.write(record, kinds, args.output_prefix)
     except USER_ERRORS as error:
-        print(f"analyze_gpt_scmoe.py: error: {error}", file=sys.stderr)
+        print(f"scmoe analyze: error: {error}", file=sys.stderr)
         return 2
     lines = [f"ScMoE {feasibility.conclude(kind, record['verdict'])[0]}" for kind in kinds]
     print("\n".join([*lines, *(f"wrote {path}" for path in paths)]), flush=True)

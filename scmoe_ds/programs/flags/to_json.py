@@ -11,11 +11,11 @@ import json
 import math
 from typing import Any
 
-from scmoe_ds.argument_checks import ArgumentError, check_lowest
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_program
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.megatron_flags import JSON_FLAGS, LENGTH_FLAGS, SCHEDULE_FLAGS, dest_of
+from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest
+from scmoe_ds.programs.flags.megatron import JSON_FLAGS, LENGTH_FLAGS, SCHEDULE_FLAGS, dest_of
 
 MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}
 """Megatron-DeepSpeed's --mlp-type, with ours added, to `scmoe.architecture`."""

@@ -1,4 +1,4 @@
-"""Command line of pretrain_swin_scmoe.py: the flags of pretrain_gpt_scmoe.py, with images in the place of text."""
+"""Command line of scmoe pretrain-swin: the flags of pretrain_gpt_scmoe.py, with images in the place of text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from scmoe_ds.argument_checks import (
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.models.swin_settings import STAGES, SWIN_PRESETS, SwinSettings
+from scmoe_ds.programs.flags.checks import (
     ArgumentError,
     check_lowest,
     check_positive,
@@ -14,12 +16,10 @@ from scmoe_ds.argument_checks import (
     check_training,
     require_flags,
 )
-from scmoe_ds.arguments import add_deepspeed, add_moe, add_training, parse_flags
-from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.flag_parser import FlagParser
-from scmoe_ds.flags_to_json import read_json, read_section
-from scmoe_ds.megatron_flags import add_json_flags
-from scmoe_ds.models.swin_settings import STAGES, SWIN_PRESETS, SwinSettings
+from scmoe_ds.programs.flags.gpt import add_deepspeed, add_moe, add_training, parse_flags
+from scmoe_ds.programs.flags.megatron import add_json_flags
+from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.flags.to_json import read_json, read_section
 
 SIZES = ("img_size", "window_size", "embed_dim", "depths", "num_heads")
 
@@ -27,7 +27,7 @@ SIZES = ("img_size", "window_size", "embed_dim", "depths", "num_heads")
 def build_image_parser() -> argparse.ArgumentParser:
     """The parser; a preset, if one is named, has to be applied as defaults afterwards."""
     parser = FlagParser(
-        prog="pretrain_swin_scmoe.py",
+        prog="scmoe pretrain-swin",
         description="Train a SwinV2-MoE image classifier with ScMoE layers under DeepSpeed.",
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

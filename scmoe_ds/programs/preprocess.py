@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Turn text into Megatron's indexed datasets, with the flags of Megatron's tool of the same name.
 
-    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --append-eod \\
+    scmoe preprocess --input corpus.jsonl --output-prefix data/corpus --append-eod \\
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --workers 8
 
 writes data/corpus_text_document.bin and .idx; pass data/corpus_text_document to --data-path.
@@ -22,18 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, not installed
-
 from scmoe_ds.data import reader
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import BadDocumentError
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from scmoe_ds.data.worker_processes import SIGNALS, map_in_order
-from scmoe_ds.flag_parser import FlagParser
+from scmoe_ds.programs.flags.parser import FlagParser
 
 _TEXT_KEY = "text"
 _NAMED = 10  # of bad documents, and of files left out
-_PROGRAM = "preprocess_data.py"
+_PROGRAM = "scmoe preprocess"
 
 Encoded = dict[str, np.ndarray]
 
@@ -109,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Megatron's flags; exits with status 2 on an unknown one."""
     parser = FlagParser(
-        prog="preprocess_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scmoe preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_argument_group("input")
     source.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 _ZERO3 = "is for ZeRO-3, with which experts do not run"
 _NO_SUCH_MODEL = "the model has no such part"
 _TEACHER = "there is no distillation"
-_EVALUATE = "use evaluate_gpt_scmoe.py, or generate_gpt_scmoe.py"
+_EVALUATE = "use scmoe evaluate, or scmoe generate"
 _RESUME = (
     "--load and --auto-resume take all of a checkpoint, in any layout; to start from weights alone, --load an export"
 )
@@ -46,8 +46,8 @@ REFUSED: dict[str, str] = {
     "--no-load-optim": _RESUME,
     "--no-load-rng": _RESUME,
     "--no-load-lr-state": _RESUME,
-    "--no-save-optim": "checkpoints are whole; tools/convert_checkpoint.py writes weights alone",
-    "--no-save-rng": "checkpoints are whole; tools/convert_checkpoint.py writes weights alone",
+    "--no-save-optim": "checkpoints are whole; scmoe convert writes weights alone",
+    "--no-save-rng": "checkpoints are whole; scmoe convert writes weights alone",
     "--load-tag": "name the checkpoint itself: --load DIRECTORY/global_stepN",
     "--universal-checkpoint": "cannot hold experts; --load resumes in any layout",
     "--use-checkpoint-args": "write the flags of the run that is resumed; a difference is named",
@@ -71,8 +71,8 @@ REFUSED: dict[str, str] = {
     "--remote-device": _ZERO3,
     "--use-pin-memory": _ZERO3,
     "--memory-centric-tiled-linear": _ZERO3,
-    "--log-params-norm": "analyze_gpt_scmoe.py gradients looks at norms; the log has the gradient norm",
-    "--log-num-zeros-in-grad": "analyze_gpt_scmoe.py gradients looks at norms; the log has the gradient norm",
+    "--log-params-norm": "scmoe analyze gradients looks at norms; the log has the gradient norm",
+    "--log-num-zeros-in-grad": "scmoe analyze gradients looks at norms; the log has the gradient norm",
     "--kill-switch-file": "send SIGTERM to a rank, or use --exit-duration-in-mins",
     "--wandb-save-dir": "wandb takes it from its own variable WANDB_DIR",
     "--mos": _TEACHER,
@@ -94,7 +94,7 @@ REFUSED_GROUPS: dict[str, str] = {
         --biencoder-shared-query-context-model --ict-load --bert-load --titles-data-path --query-in-block-prob
         --use-one-sent-docs --evidence-data-path --retriever-report-topk-accuracies --retriever-score-scaling
         --block-data-path --embedding-path --indexer-batch-size --indexer-log-interval""",
-    "use pretrain_swin_scmoe.py for images": """
+    "use scmoe pretrain-swin for images": """
         --num-classes --img-h --img-w --num-channels --patch-dim --classes-fraction --data-per-class-fraction
         --no-data-sharding --head-lr-mult --vision-pretraining --vision-pretraining-type --vision-backbone-type
         --swin-backbone-type --mask-type --mask-factor --iter-per-epoch --dino-local-img-size
@@ -122,7 +122,7 @@ REFUSED_GROUPS: dict[str, str] = {
     "a tokenizer never runs code of its directory": "--trust-remote-code",
     "weights are always initialised": "--no-initialization",
     "this is a program, not a library; use scmoe_ds.initialize": "--use-dataset-only --lazy-mpu-init --onnx-safe",
-    "use generate_gpt_scmoe.py": "--max-tokens-to-oom",
+    "use scmoe generate": "--max-tokens-to-oom",
     '"wall_clock_breakdown" of the JSON writes times': "--no-barrier-with-level-1-timing",
     "no layer runs in fp8 or through Transformer Engine": """
         --fp8-e4m3 --fp8-hybrid --no-fp8-wgrad --fp8-margin --fp8-interval --transformer-impl --fp8-amax-history-len

@@ -14,13 +14,13 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds import checkpoint
-from scmoe_ds.arguments import parse_arguments
 from scmoe_ds.engine.initialize import show_log
 from scmoe_ds.parallel.failures import FailureReporter, leave
 from scmoe_ds.parallel.launchers import LauncherError
 from scmoe_ds.parallel.output import steady_output
 from scmoe_ds.parallel.process import connect, prepare_environment
 from scmoe_ds.parallel.watch import Watch
+from scmoe_ds.programs.flags.gpt import parse_arguments
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell's."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from scmoe_ds.megatron_refused import REFUSED, REFUSED_GROUPS
+from scmoe_ds.programs.flags.megatron_refused import REFUSED, REFUSED_GROUPS
 
 
 def exponent_of_two(text: str) -> int:
@@ -131,7 +131,7 @@ NO_EFFECT: dict[str, tuple[int, str]] = {
     "--log-timers-to-tensorboard": (0, '"wall_clock_breakdown" writes them'),
     "--log-memory-to-tensorboard": (0, '"memory_breakdown" prints it'),
     "--log-world-size-to-tensorboard": (0, "it is in the log"),
-    "--log-optimizer-states-to-tensorboard": (0, "analyze_gpt_scmoe.py gradients looks at them"),
+    "--log-optimizer-states-to-tensorboard": (0, "scmoe analyze gradients looks at them"),
     "--no-log-loss-scale-to-tensorboard": (0, "DeepSpeed's monitors write what they write"),
     "--no-log-learnig-rate-to-tensorboard": (0, "DeepSpeed's monitors write what they write"),
     "--tensorboard-log-interval": (1, "--log-interval holds for the monitors too"),

@@ -1,4 +1,4 @@
-"""Flags of analyze_gpt_scmoe.py."""
+"""Flags of scmoe analyze."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.records import check_output
-from scmoe_ds.argument_checks import ArgumentError, check_lowest
-from scmoe_ds.flag_parser import FlagParser
-from scmoe_ds.inference.arguments import add_tokenizer
 from scmoe_ds.inference.model import DTYPES
+from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest
+from scmoe_ds.programs.flags.model import add_tokenizer
+from scmoe_ds.programs.flags.parser import FlagParser
 
 _CHECKPOINT = "a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export"
 
@@ -19,7 +19,7 @@ _CHECKPOINT = "a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its l
 def build_parser() -> argparse.ArgumentParser:
     """The parser, with one sub-command for each analysis."""
     parser = FlagParser(
-        prog="analyze_gpt_scmoe.py",
+        prog="scmoe analyze",
         description="Analyse a trained GPT: similarity of its representations, choices of its gates, norms and noise "
         "of its gradients. One process on one device; no token is dropped.",
     )
@@ -63,7 +63,7 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     group.add_argument("--output", help="a .json file; the figure goes beside it, as .png")
     group.add_argument("--from-json", help="make the figure of such a file anew, without a model")
     group = parser.add_argument_group("what is read")
-    group.add_argument("--data-path", help="prefix of a .bin and .idx of tools/preprocess_data.py")
+    group.add_argument("--data-path", help="prefix of a .bin and .idx of scmoe preprocess")
     group.add_argument("--split", help="with --data-path: shares of train, valid and test as in pretraining, of which "
                        "the validation documents are read; default: all documents")  # fmt: skip
     group.add_argument("--text-file", help="a UTF-8 text")

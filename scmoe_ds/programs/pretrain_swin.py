@@ -1,6 +1,6 @@
 """Trains a SwinV2-MoE with ScMoE layers: arguments → images → model → engine → loop.
 
-deepspeed pretrain_swin_scmoe.py --deepspeed_config ds_configs/swin_digits_cpu.json --preset swin-digits …
+deepspeed --module scmoe_ds.programs.pretrain_swin --deepspeed_config ds_configs/swin_digits_cpu.json …
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch.distributed as dist
 
 import scmoe_ds
 from scmoe_ds import checkpoint
-from scmoe_ds.arguments import ArgumentError, comparable
 from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import split_shares
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
 from scmoe_ds.engine.initialize import batch_sizes, expert_parallel_rank, fingerprint
-from scmoe_ds.image_arguments import parse_image_arguments, swin_settings
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement
-from scmoe_ds.program import run_program
+from scmoe_ds.programs.flags.gpt import ArgumentError, comparable
+from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
+from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.health import TrainingError
 from scmoe_ds.training.images import ImageTrainer
 from scmoe_ds.training.loop import RunSettings, Summary
@@ -35,7 +35,7 @@ USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.Checkpoint
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training job; returns the exit code."""
-    return run_program("pretrain_swin_scmoe.py", argv, train, USER_ERRORS, parse_image_arguments, stdout_is_log=True)
+    return run_program("scmoe pretrain-swin", argv, train, USER_ERRORS, parse_image_arguments, stdout_is_log=True)
 
 
 def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:

@@ -1,7 +1,7 @@
 """Generates text with a trained GPT: one process, or several under the deepspeed launcher.
 
-python generate_gpt_scmoe.py --load checkpoints/gpt --prompt "def main():" --max-new-tokens 200 --temperature 0.8
-deepspeed --num_gpus 8 generate_gpt_scmoe.py --load export --moe-expert-parallel-size 8 --prompt-file prompts.txt
+scmoe generate --load checkpoints/gpt --prompt "def main():" --max-new-tokens 200 --temperature 0.8
+deepspeed --num_gpus 8 --module scmoe_ds.programs.generate --load export --moe-expert-parallel-size 8 --prompt "def "
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from scmoe_ds.argument_checks import ArgumentError, check_lowest, check_text
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.config.section import ScMoEConfigError
 from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.engine.initialize import device
-from scmoe_ds.flag_parser import FlagParser
-from scmoe_ds.inference import arguments
 from scmoe_ds.inference.generate import Completion, GenerationError, GenerationTimes, Request, TextGenerator
 from scmoe_ds.inference.phases import Phases
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.store import StoreCounts
 from scmoe_ds.parallel.agreement import RankDisagreementError
-from scmoe_ds.program import run_program
+from scmoe_ds.programs.flags import model as arguments
+from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest, check_text
+from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.run import run_program
 
 USER_ERRORS = (ArgumentError, CheckpointError, DataError, GenerationError, RankDisagreementError, ScMoEConfigError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generates; returns the exit code."""
-    return run_program("generate_gpt_scmoe.py", argv, generate, USER_ERRORS, parse)
+    return run_program("scmoe generate", argv, generate, USER_ERRORS, parse)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this program."""
     parser = FlagParser(
-        prog="generate_gpt_scmoe.py",
+        prog="scmoe generate",
         description="Generate text with a GPT that pretrain_gpt_scmoe.py has trained.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,7 +1,7 @@
 """Does overlap pay on this machine? Times a model's first micro-batches, without training it, and says what they mean.
 
-    deepspeed --module scmoe_ds.overlap.report --deepspeed_config X.json --num-layers 4 …
-    python -m scmoe_ds.overlap.report --deepspeed_config X.json …          (one process, nothing to communicate)
+    deepspeed --module scmoe_ds.programs.report --deepspeed_config X.json --num-layers 4 …
+    scmoe report --deepspeed_config X.json …          (one process, nothing to communicate)
 
 The flags are those of pretrain_gpt_scmoe.py; tokens are random. The tables are those that training logs.
 """
@@ -19,12 +19,12 @@ from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds the model of a training command, times it, and prints the report; returns the exit code."""
     # These stand above this module in the order of imports; as a program it stands above them.
-    from scmoe_ds.arguments import ArgumentError
     from scmoe_ds.config.section import ScMoEConfigError
     from scmoe_ds.parallel.agreement import RankDisagreementError
-    from scmoe_ds.program import run_program
+    from scmoe_ds.programs.flags.gpt import ArgumentError
+    from scmoe_ds.programs.run import run_program
 
-    return run_program("scmoe_ds.overlap.report", argv, _measure,
+    return run_program("scmoe report", argv, _measure,
                        (ArgumentError, ScMoEConfigError, RankDisagreementError))  # fmt: skip
 
 
@@ -34,11 +34,11 @@ def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     import torch.distributed as dist
 
     import scmoe_ds
-    from scmoe_ds.arguments import comparable, gpt_settings
     from scmoe_ds.engine.initialize import batch_sizes, device, expert_parallel_rank, fingerprint
     from scmoe_ds.models.gpt import GPT
     from scmoe_ds.models.initialization import initialize_parameters
     from scmoe_ds.parallel.agreement import require_agreement
+    from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
     from scmoe_ds.trace.recorder import Recorder
     from scmoe_ds.trace.spans import gather_spans, hidden_share_of_ranks
 

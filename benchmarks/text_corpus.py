@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Tens of megabytes of real text that every machine with Python and this package's requirements already has.
 
-    python tools/text_corpus.py --output data/text_corpus --megabytes 30 --vocab-size 4096
+    python -m benchmarks.text_corpus --output data/text_corpus --megabytes 30 --vocab-size 4096
 
 The running Python's library and the installed packages, their sources and documents, with a byte-level BPE trained on
 the training part: text_corpus.bin/.idx (training documents first, then validation), vocab.json and merges.txt for
@@ -23,8 +22,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, not installed
 
 from scmoe_ds.data.checksums import file_entry
 from scmoe_ds.data.corpus import standard_library_documents, write_indexed_dataset

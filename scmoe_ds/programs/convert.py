@@ -1,7 +1,7 @@
 """Model weights out of a checkpoint of pretrain_gpt_scmoe.py, as safetensors that --load takes to start a run with.
 
-python tools/convert_checkpoint.py export checkpoints/run out --dtype bf16
-python tools/convert_checkpoint.py residual-to-scmoe checkpoints/residual_moe out --position pos2
+scmoe convert export checkpoints/run out --dtype bf16
+scmoe convert residual-to-scmoe checkpoints/residual_moe out --position pos2
 """
 
 from __future__ import annotations
@@ -14,22 +14,18 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, not installed
-
 from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.convert import export, residual_to_scmoe
 from scmoe_ds.checkpoint.directories import locate
 from scmoe_ds.config.section import ScMoEConfigError
-from scmoe_ds.flag_parser import FlagParser
+from scmoe_ds.programs.flags.parser import FlagParser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = FlagParser(
-        prog="convert_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(prog="scmoe convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add = {
         "export": "whole parameters, merged over expert- and tensor-parallel ranks",
@@ -63,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                        "shortcut_norm": args.shortcut_norm}  # fmt: skip
             shards = residual_to_scmoe(args.source, args.out, changes, DTYPES[args.dtype], size)
     except (CheckpointError, ScMoEConfigError) as error:
-        print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
+        print(f"scmoe convert: error: {error}", file=sys.stderr)
         return 2
     source = locate(args.source)
     print(f"wrote {args.out} of {source} ({shards} file(s) of weights); start a run with them: --load {args.out}")

@@ -1,0 +1,54 @@
+"""The `scmoe` command: `scmoe PROGRAM FLAGS` is `python -m scmoe_ds.programs.MODULE FLAGS`.
+
+On several ranks a program is started by the launcher: `deepspeed --module scmoe_ds.programs.MODULE FLAGS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from scmoe_ds.config.errors import nearest
+
+PROGRAMS = {
+    "pretrain": ("pretrain_gpt", "train a GPT with ScMoE layers"),
+    "pretrain-swin": ("pretrain_swin", "train a SwinV2-MoE with ScMoE layers"),
+    "generate": ("generate", "generate text with a trained GPT"),
+    "evaluate": ("evaluate", "loss, perplexity and lm_eval tasks of a trained GPT"),
+    "analyze": ("analyze", "similarity, gating and gradients of a trained model; would ScMoE pay for it?"),
+    "report": ("report", "does overlap pay on this machine? Times a model without training it"),
+    "preprocess": ("preprocess", "text to Megatron's indexed datasets"),
+    "convert": ("convert", "weights out of a checkpoint, as safetensors"),
+}
+"""Sub-command: its module in this package, and what it does."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a program; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    name, *flags = words
+    if name == "--version":
+        print(f"scmoe_ds {version('scmoe_ds')}")
+        return 0
+    if name not in PROGRAMS:
+        near = nearest(name, PROGRAMS)
+        remedy = f'did you mean "{near}"?' if near else f"choose one of {', '.join(PROGRAMS)}"
+        print(f"scmoe: error: {name}: no such program; {remedy}", file=sys.stderr)
+        return 2
+    code: int = importlib.import_module(f"scmoe_ds.programs.{PROGRAMS[name][0]}").main(flags)
+    return code
+
+
+def usage() -> str:
+    """The help text: one line for each program."""
+    rows = [f"  {name:<15}{text}" for name, (_, text) in PROGRAMS.items()]
+    return "\n".join(["usage: scmoe PROGRAM [flags]; scmoe PROGRAM --help lists the flags", "", *rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Pretrains a GPT with ScMoE layers: arguments → data → model → engine → loop.
+
+deepspeed pretrain_gpt_scmoe.py --deepspeed_config ds_configs/gpt_small_cpu.json --num-layers 4 …
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import scmoe_ds
+from scmoe_ds import checkpoint
+from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.analysis.gating_monitor import GatingMonitor
+from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
+from scmoe_ds.config.deepspeed_settings import check_accelerator
+from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.data.corpus import prepare_default_corpus
+from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify, validation_entropy
+from scmoe_ds.data.errors import DataError
+from scmoe_ds.data.flags import SPLIT_FLAGS, split_shares
+from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
+from scmoe_ds.engine.initialize import batch_sizes, expert_parallel_rank, fingerprint
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.parallel import tensor
+from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement, run_together
+from scmoe_ds.programs.flags.gpt import ArgumentError, comparable, gpt_settings
+from scmoe_ds.programs.run import run_program
+from scmoe_ds.training.health import TrainingError
+from scmoe_ds.training.loop import RunSettings, Summary, Trainer
+
+USER_ERRORS = (AnalysisError, ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError,
+               RankDisagreementError, TrainingError)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a training job; returns the exit code."""
+    return run_program("pretrain_gpt_scmoe.py", argv, pretrain, USER_ERRORS, stdout_is_log=True)
+
+
+def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
+    """One training job in a process group that exists."""
+    ranks = dist.get_world_size()
+    require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
+    check_accelerator(whole)
+    config.check_world(ranks, args.tensor_model_parallel_size)
+    tensor.start(args.tensor_model_parallel_size)
+    replicas = tensor.data_parallel_size()
+    micro_batch_size, accumulation_steps = batch_sizes(whole, replicas)
+    settings = RunSettings(
+        args.train_iters, micro_batch_size, accumulation_steps, args.seq_length, args.seed, args.log_interval,
+        args.eval_interval, args.eval_iters, args.num_workers, args.save, args.save_interval, args.exit_interval,
+        args.scmoe_trace, args.scmoe_trace_dir, args.exit_duration_in_mins, args.keep_last,
+    )  # fmt: skip
+    tokenizer = build_tokenizer(args.tokenizer_type, tokenizer_model=args.tokenizer_model,
+                                vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
+    shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
+    data = data_settings(args, tokenizer)
+    carried = run_together(lambda: carried_files(tokenizer), on_rank_zero=True) if args.save else None
+    # With --split the validation data is a part of the same files.
+    own_path = data.data_paths is not None and data.has_split(1)
+    content = [run_together(lambda: [identify(data.path_of(number), data.flag_of(number))
+                                     for number in range(1 + own_path)], on_rank_zero=True)]  # fmt: skip
+    dist.broadcast_object_list(content)
+    assert content[0] is not None
+    run = checkpoint.run_settings(
+        whole, micro_batch_size, accumulation_steps, replicas, content[0][0], seed=args.seed,
+        split=split_shares(args.split) if args.split else None, seq_length=args.seq_length,
+        train_iters=args.train_iters, valid_data_path=content[0][1] if own_path else None,
+    )  # fmt: skip
+    description = checkpoint.describe(shape, config, ranks, whole, run)
+    description["tokenizer"] = record(describe(tokenizer), carried or {})
+    if args.save:
+        checkpoint.claim(args.save)
+    source = checkpoint.choose(args.load, args.save, args.auto_resume, description)
+    datasets = load_data(args, settings, data, replicas, source)
+
+    model = build_model(shape, config, args)
+    engine, *_ = scmoe_ds.initialize(model=model, config=whole)
+
+    iteration, consumed_samples = checkpoint.load(engine, source)
+    if args.log_gating_interval:
+        GatingMonitor(engine, args.log_gating_interval)
+    if dist.get_rank() == 0:
+        print(f"training {config.architecture} from iteration {iteration} to {args.train_iters} on {ranks} "
+              f"{'GPU' if torch.cuda.is_available() else 'CPU'} process(es), expert-parallel size "
+              f"{config.expert_parallel_size}", flush=True)  # fmt: skip
+    trainer = Trainer(engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples,
+                      carried)  # fmt: skip
+    summary = trainer.run()
+    test_loss = None
+    if datasets.test is not None and summary.iteration >= args.train_iters:
+        test_loss = trainer.evaluate(datasets.test)
+    if dist.get_rank() == 0:
+        report(summary, whole, datasets, test_loss)
+    return summary
+
+
+def build_model(shape: GPTSettings, config: ScMoEConfig, args: argparse.Namespace) -> GPT:
+    """This rank's part of the model, with weights that depend on the seed alone.
+
+    Raises:
+        ArgumentError: sizes that the tensor-parallel ranks do not divide.
+    """
+    try:
+        model = GPT(shape, config, args.seq_length, tensor.tensor_parallel_group(), args.recompute_granularity)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+    ep_rank = expert_parallel_rank(config.expert_parallel_size, config.expert_tensor_parallelism)
+    initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers, ep_rank,
+                          tensor.tensor_parallel_rank(), tensor.tensor_parallel_size())  # fmt: skip
+    return model
+
+
+def data_settings(args: argparse.Namespace, tokenizer: Tokenizer) -> DataSettings:
+    """What the flags say of the data; without any of them, the default corpus, which is made if need be."""
+    common = (args.seq_length, args.seed, tokenizer, args.data_cache_path)
+    if args.train_data_path:
+        paths = tuple(tuple(getattr(args, name) or ()) for name in SPLIT_FLAGS)
+        return DataSettings((), None, *common, data_paths=paths)
+    prefixes = args.data_path or [run_together(lambda: prepare_default_corpus(args.corpus_dir))]
+    return DataSettings(tuple(prefixes), args.split, *common)
+
+
+def load_data(
+    args: argparse.Namespace, settings: RunSettings, data: DataSettings, replicas: int, source: checkpoint.Source | None
+) -> Datasets:
+    """Training samples for the whole run, validation samples for one validation, and as many of --test-data-path; the
+    same on every rank."""
+    per_iteration = settings.rank_batch_size * replicas
+    per_evaluation = args.eval_iters * settings.micro_batch_size * replicas
+    validation = per_evaluation if data.has_split(1) else 0
+    test = per_evaluation if args.test_data_path else 0
+    if not validation and dist.get_rank() == 0:
+        reason = f"--split {args.split} leaves no share for it" if args.split else "--valid-data-path is not given"
+        print(f"no validation: {reason if args.eval_iters else '--eval-iters 0'}", flush=True)
+    training = checkpoint.samples_of_run(source, args.train_iters, per_iteration)
+    datasets = build_datasets(data, training, validation, test)
+    sizes = [len(part) if part is not None else 0 for part in (datasets.train, datasets.valid, datasets.test)]
+    require_agreement("the number of samples in the data", sizes)
+    return datasets
+
+
+def report(summary: Summary, whole: dict[str, Any], datasets: Datasets, test_loss: float | None) -> None:
+    """The last lines of a run."""
+    board = whole.get("tensorboard", {})
+    loss = summary.validation_loss
+    print(f"\nfinished at iteration {summary.iteration}")
+    if loss is not None:
+        print(f"  validation loss        {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}")
+        entropy = validation_entropy(datasets.valid)
+        if entropy is not None:
+            print(f"  its unigram entropy    {entropy:.4f} nats per token (what a model that knows token frequencies "
+                  "only could reach)")  # fmt: skip
+    if test_loss is not None:
+        print(f"  test loss              {test_loss:.4f} nats per token")
+    print(f"  speed                  {summary.tokens_per_second:.0f} tokens per second")
+    print(
+        f"  checkpoint             {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}"
+    )
+    if board.get("enabled"):
+        print(f"  TensorBoard log        {os.path.join(board.get('output_path', ''), board.get('job_name', ''))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
