@@ -38,7 +38,7 @@ from benchmarks.quality_record import Plan, QualityError, Record, load_plan
 from benchmarks.quality_run import Task, read_log
 from benchmarks.quality_table import figure, markdown
 from benchmarks.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 _OF_A_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

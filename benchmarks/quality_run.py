@@ -34,7 +34,7 @@ from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import Row
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.programs.pretrain_gpt import USER_ERRORS, pretrain
+from scmoe_ds.programs.pretrain_gpt import pretrain
 from scmoe_ds.programs.run import run_program
 
 _DECIMALS = 6
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", type=Path, help="JSON that benchmarks.quality has written")
     task = Task(**json.loads(parser.parse_args(argv).task.read_text(encoding="utf-8")))
-    return run_program("benchmarks.quality_run", task.flags, partial(train_and_evaluate, task), USER_ERRORS)
+    return run_program("benchmarks.quality_run", task.flags, partial(train_and_evaluate, task))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from typing import Any
 
 from scmoe_ds.data.checksums import file_entry
 from scmoe_ds.data.corpus import standard_library_documents, write_indexed_dataset
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.index_cache import replaced
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import GPT2BPETokenizer
+from scmoe_ds.errors import DataError
 
 FORMAT = 1  # raise it when the choice, order or encoding of the documents changes
 MARKER = "corpus.json"

@@ -1,8 +1,63 @@
-"""Errors that several rooms raise and handle."""
+"""Every error that a user can correct, and the one of an exchange that failed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+class UserError(ValueError):
+    """What a user can correct. The message is one sentence that names the setting, the rule and the remedy.
+
+    Programs print it without a traceback and end with exit code 2.
+    """
+
+
+class ScMoEConfigError(UserError):
+    """A setting that its user can mend: the message has the JSON path, the value, the rule and the remedy."""
+
+
+class ArgumentError(UserError):
+    """A flag that its user can mend."""
+
+
+class DataError(UserError):
+    """Data, a tokenizer file or a data flag is unusable; the message says what was found and what to do."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written or used, and why."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on, and why.
+
+    Attributes:
+        since: the first iteration whose numbers were not finite.
+    """
+
+    def __init__(self, message: str, since: int | None = None) -> None:
+        super().__init__(message)
+        self.since = since
+
+
+class GenerationError(UserError):
+    """A prompt or a setting of generation that its user can mend."""
+
+
+class EvaluationError(UserError):
+    """A text, a task or a result that cannot be evaluated; the message says what was found and what to do."""
+
+
+class AnalysisError(UserError):
+    """A model, data set or record that cannot be analysed; the message says what was found and what to do."""
+
+
+class RankDisagreementError(UserError):
+    """Ranks of one run hold different settings or data."""
+
+
+class LauncherError(UserError):
+    """A launcher did not set all variables that a rank needs."""
 
 
 class ExchangeError(RuntimeError):

@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.records import read_json
 from scmoe_ds.analysis.similarity import POSITIONS
-from scmoe_ds.config.section import ScMoEConfigError
+from scmoe_ds.errors import AnalysisError, ScMoEConfigError
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration_file import Description, find_times
 from scmoe_ds.planner.plan import BreakEven, Mode, Plan, break_even, plan, simulate

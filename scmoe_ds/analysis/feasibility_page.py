@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from scmoe_ds.analysis import markdown
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.feasibility import MODES, KindStudy, conclude
+from scmoe_ds.errors import AnalysisError
 from scmoe_ds.planner.plan_text import schedule_text
 
 Part = tuple[str, Any]  # a tag of HTML ("h1", "h2", "p", "pre", "img") and its text, or "table" and its rows

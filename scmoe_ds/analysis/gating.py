@@ -29,9 +29,9 @@ from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor, nn
 
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.probes import Capture, Probe, Representation, Side
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import AnalysisError
 from scmoe_ds.models.blocks import Block, tap_of
 from scmoe_ds.models.gpt import GPT
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.errors import AnalysisError
 from scmoe_ds.models.gpt import GPT
 
 BRANCHES = ("attention", "MLP", "shared expert", "routed experts", "gate", "merge", "embedding and head")

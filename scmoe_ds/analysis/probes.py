@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from scmoe_ds.analysis.errors import AnalysisError
+from scmoe_ds.errors import AnalysisError
 from scmoe_ds.models.blocks import Block
 from scmoe_ds.models.gpt import GPT
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.checkpoint.files import write_whole
+from scmoe_ds.errors import AnalysisError
 
 KINDS = ("similarity", "gating", "gradients")
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.probes import Capture, Probe, Representation
 from scmoe_ds.analysis.subjects import Subject
+from scmoe_ds.errors import AnalysisError
 
 THRESHOLD = 0.8
 """Least cosine similarity between the two ends of a shortcut. Below it the shortcut feeds the experts something else

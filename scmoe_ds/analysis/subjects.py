@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.probes import Probe, check_hugging_face, gpt_probes, hugging_face_probes, swin_probes
+from scmoe_ds.errors import AnalysisError
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.programs.flags import model as arguments

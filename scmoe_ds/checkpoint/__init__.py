@@ -11,7 +11,7 @@ files that they name; `tokenizer_files`.
 from scmoe_ds.checkpoint.comparison import run_settings
 from scmoe_ds.checkpoint.description import describe, rebuild
 from scmoe_ds.checkpoint.failures import note as note_failure
-from scmoe_ds.checkpoint.files import DESCRIPTION_FILE, MANIFEST_FILE, CheckpointError
+from scmoe_ds.checkpoint.files import DESCRIPTION_FILE, MANIFEST_FILE
 from scmoe_ds.checkpoint.finite import NotFiniteError
 from scmoe_ds.checkpoint.loading import Source, choose, load, samples_of_run
 from scmoe_ds.checkpoint.lock import release
@@ -20,7 +20,6 @@ from scmoe_ds.checkpoint.saving import claim, save
 __all__ = [
     "DESCRIPTION_FILE",
     "MANIFEST_FILE",
-    "CheckpointError",
     "NotFiniteError",
     "Source",
     "choose",

@@ -12,12 +12,12 @@ from torch import Tensor
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import files, tokenizer_files
 from scmoe_ds.checkpoint.directories import locate
-from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.checkpoint.parsing import check_counts, parse
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export, write_weights
 from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.blocks import tap_of
 
 Readers = dict[str, Callable[[], Tensor]]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.parallel.tensor import tensor_parallel_size

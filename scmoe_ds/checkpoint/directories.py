@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 
 from scmoe_ds.checkpoint import files
-from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.checkpoint.safetensors_files import is_export
+from scmoe_ds.errors import CheckpointError
 
 logger = logging.getLogger("scmoe_ds")
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from scmoe_ds.data.checksums import FileEntry, checksum
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.agreement import run_together
 
 logger = logging.getLogger("scmoe_ds")
@@ -28,10 +29,6 @@ MANIFEST_FILE = "scmoe_files.json"
 PART = ".part"
 """Ends the name of what is still being written."""
 _TAG = re.compile("global_step(0|[1-9][0-9]{0,17})")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or used, and why."""
 
 
 class DamagedCheckpointError(CheckpointError):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.errors import CheckpointError
 
 _LARGEST_WEIGHT = math.sqrt(torch.finfo(torch.float32).max)
 """The square of a larger one is infinite: no norm and no product of such weights can be computed."""

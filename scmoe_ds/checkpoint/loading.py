@@ -14,10 +14,11 @@ from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import failures, files, parsing, reshard, tensor_files, tokenizer_files
 from scmoe_ds.checkpoint.comparison import Difference, Outcome, check_refused, differences, select
 from scmoe_ds.checkpoint.directories import check_save, locate
-from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
+from scmoe_ds.checkpoint.files import DamagedCheckpointError
 from scmoe_ds.checkpoint.hyperparameters import OwnSettings
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export
 from scmoe_ds.checkpoint.saved_state import SavedState
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 
 logger = logging.getLogger("scmoe_ds")

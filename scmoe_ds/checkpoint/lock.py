@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.errors import CheckpointError
 
 logger = logging.getLogger("scmoe_ds")
 

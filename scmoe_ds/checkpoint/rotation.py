@@ -11,7 +11,6 @@ from scmoe_ds.checkpoint.files import (
     DESCRIPTION_FILE,
     MANIFEST_FILE,
     PART,
-    CheckpointError,
     flush,
     iteration_of,
     newest_first,
@@ -20,6 +19,7 @@ from scmoe_ds.checkpoint.files import (
     write_whole,
 )
 from scmoe_ds.data.checksums import FileEntry
+from scmoe_ds.errors import CheckpointError
 
 logger = logging.getLogger("scmoe_ds")
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scmoe_ds.checkpoint import files
-from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
+from scmoe_ds.checkpoint.files import DamagedCheckpointError
 from scmoe_ds.checkpoint.paths import inside
 from scmoe_ds.data.checksums import file_entry
+from scmoe_ds.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"

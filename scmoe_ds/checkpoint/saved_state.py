@@ -22,8 +22,9 @@ from torch import Tensor
 
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import files, tensor_files
-from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError, remedy
+from scmoe_ds.checkpoint.files import DamagedCheckpointError, remedy
 from scmoe_ds.checkpoint.names import expert_of, layer_of, read_splits, with_expert
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.tensor import Split, merge
 
 MASTER = "fp32"

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from scmoe_ds.checkpoint import files, finite, lock, rotation
 from scmoe_ds.checkpoint.description import BATCH, CONSUMED, ITERATION
-from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.checkpoint.names import saved_splits
 from scmoe_ds.data.checksums import FileEntry, file_entry
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.agreement import run_together
 
 _PROBE_BYTES = 1 << 22

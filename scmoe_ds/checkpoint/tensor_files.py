@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from scmoe_ds.checkpoint import files
-from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.agreement import run_together
 
 _FORBIDDEN = re.compile(r"(?:GLOBAL|function) ([\w.]+)")

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
+from scmoe_ds.checkpoint.files import DamagedCheckpointError
 from scmoe_ds.checkpoint.paths import inside
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, tokenizer_in
+from scmoe_ds.errors import CheckpointError, DataError
 
 logger = logging.getLogger("scmoe_ds")
 

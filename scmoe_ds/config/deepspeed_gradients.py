@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from scmoe_ds.config.deepspeed_keys import section
-from scmoe_ds.config.errors import ScMoEConfigError, fail
+from scmoe_ds.config.messages import fail
+from scmoe_ds.errors import ScMoEConfigError
 
 
 def wrong_gradients(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scmoe_ds.config.errors import ScMoEConfigError
+from scmoe_ds.errors import ScMoEConfigError
 
 
 class _Repeating(dict[str, Any]):

@@ -29,7 +29,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import log_levels
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
-from scmoe_ds.config.errors import fail, unknown_key
+from scmoe_ds.config.messages import fail, unknown_key
 
 Keys = dict[str, Any]
 """Key to what it may hold: a type, or the keys of an object."""

@@ -20,7 +20,7 @@ from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from scmoe_ds.config.deepspeed_keys import broken_rule, quiet, section
-from scmoe_ds.config.errors import fail, nearest, unknown_key
+from scmoe_ds.config.messages import fail, nearest, unknown_key
 
 _OF_DEEPSPEED = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}
 """Parameters of Adam and AdamW that DeepSpeed takes out before it builds the optimizer."""

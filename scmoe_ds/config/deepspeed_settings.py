@@ -21,7 +21,8 @@ import torch
 from scmoe_ds.config.deepspeed_gradients import wrong_gradients
 from scmoe_ds.config.deepspeed_keys import check_keys, section
 from scmoe_ds.config.deepspeed_optimizers import check_optimizer
-from scmoe_ds.config.errors import ScMoEConfigError, fail
+from scmoe_ds.config.messages import fail
+from scmoe_ds.errors import ScMoEConfigError
 
 logger = logging.getLogger("scmoe_ds")
 

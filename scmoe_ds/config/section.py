@@ -17,8 +17,9 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_keys import unquoted
 from scmoe_ds.config.deepspeed_settings import check_settings
-from scmoe_ds.config.errors import ScMoEConfigError, explain, fail, nearest
 from scmoe_ds.config.limits import MOST_CHUNKS
+from scmoe_ds.config.messages import explain, fail, nearest
+from scmoe_ds.errors import ScMoEConfigError
 
 Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
 Position = Literal["pos1", "pos2", "pos3"]

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scmoe_ds.data.checksums import file_entry
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.index_cache import replaced
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import ByteTokenizer
+from scmoe_ds.errors import DataError
 
 # megatron-core takes seconds to import, so it is imported where a dataset is opened or written.
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch.utils.data import Dataset
 
 from scmoe_ds.data.corpus import unigram_entropy
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.flags import parse_data_path, plain_split, split_ranges, split_shares
 from scmoe_ds.data.indexed import (
     IndexedLayout,
@@ -35,6 +34,7 @@ from scmoe_ds.data.indexed import (
 from scmoe_ds.data.megatron_classes import Builder, FingerprintedConfig, PretrainingDataset, is_distributed
 from scmoe_ds.data.sampler import PretrainingSampler, pretraining_batches
 from scmoe_ds.data.tokenizer import Tokenizer
+from scmoe_ds.errors import DataError
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 
 __all__ = [

@@ -6,8 +6,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import read_document
+from scmoe_ds.errors import DataError
 
 DEFAULT_SPLIT = "969, 30, 1"
 SPLIT_FLAGS = ("train_data_path", "valid_data_path", "test_data_path")

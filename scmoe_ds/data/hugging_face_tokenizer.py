@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.plain_text import plain_encoder
 from scmoe_ds.data.tokenizer_base import Tokenizer, missing_package
+from scmoe_ds.errors import DataError
 
 
 @final

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from scmoe_ds.data.checksums import file_entry
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.errors import DataError
 
 logger = logging.getLogger("scmoe_ds")
 

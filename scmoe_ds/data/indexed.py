@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.errors import DataError
 
 logger = logging.getLogger("scmoe_ds")
 

@@ -15,9 +15,9 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.index_cache import IndexCache
 from scmoe_ds.data.sequences import Sequences
+from scmoe_ds.errors import DataError
 
 # It warns that indices stay in memory, which is what is asked of it here.
 logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.errors import DataError
 
 TEXT_ENDING = ".txt"
 ENDINGS = (".jsonl", ".json", TEXT_ENDING)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.errors import DataError
 from scmoe_ds.parallel.launchers import end_with_parent
 from scmoe_ds.parallel.timeouts import limit_s
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.indexed import with_uncounted_eod
+from scmoe_ds.errors import DataError
 
 
 class Sequences(IndexedDataset):

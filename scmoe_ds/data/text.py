@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import STREAM_ERRORS, is_compressed, open_stream
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
+from scmoe_ds.errors import DataError
 
 _PIECE_BYTES = 1 << 20
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from scmoe_ds.data.tokenizer_base import Tokenizer, missing_package
+from scmoe_ds.errors import DataError
 
 TOKENIZER_TYPES = ("ByteTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer")
 

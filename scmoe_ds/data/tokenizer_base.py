@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.errors import DataError
 
 
 class Tokenizer(ABC):

@@ -14,7 +14,7 @@ import torch
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
-from scmoe_ds.config.errors import ScMoEConfigError
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.replace.convert import HookedScMoE
 
 

@@ -25,9 +25,10 @@ from scmoe_ds.comm.transport import probe
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.client_optimizer import add_new_parameters, listed, with_expert_groups
 from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules, pairs_of
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement

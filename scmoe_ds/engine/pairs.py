@@ -14,7 +14,8 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.executor import backbone_names

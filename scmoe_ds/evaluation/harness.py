@@ -17,7 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.evaluation.errors import EvaluationError
+from scmoe_ds.errors import EvaluationError
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import Row, SlidingWindow, row_of
 from scmoe_ds.inference.generate import Request, TextGenerator

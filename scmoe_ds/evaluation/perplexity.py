@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.evaluation.errors import EvaluationError
+from scmoe_ds.errors import EvaluationError
 from scmoe_ds.evaluation.scoring import Scorer, replica
 from scmoe_ds.evaluation.text import Documents
 from scmoe_ds.evaluation.windows import SlidingWindow, Window, row_of

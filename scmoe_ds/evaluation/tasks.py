@@ -10,11 +10,10 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.evaluation.errors import EvaluationError
+from scmoe_ds.errors import ArgumentError, EvaluationError
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import SlidingWindow
 from scmoe_ds.parallel.agreement import run_together
-from scmoe_ds.programs.flags.checks import ArgumentError
 
 _BOOTSTRAP_SAMPLES = 1000
 

@@ -10,7 +10,7 @@ from scmoe_ds.data.flags import split_ranges
 from scmoe_ds.data.indexed import check_token_range, content_digest, read_layout
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
-from scmoe_ds.evaluation.errors import EvaluationError
+from scmoe_ds.errors import EvaluationError
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.data.tokenizer import Tokenizer
+from scmoe_ds.errors import GenerationError
 from scmoe_ds.inference.growing_text import GrowingText
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.phases import Phases
@@ -28,10 +29,6 @@ from scmoe_ds.parallel.tensor import (
     tensor_parallel_rank,
     tensor_parallel_size,
 )
-
-
-class GenerationError(ValueError):
-    """A prompt or a setting of generation that its user can mend."""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scmoe_ds.checkpoint.files import CheckpointError
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.safetensors_files import is_export, shards_of
+from scmoe_ds.errors import CheckpointError
 
 PAGE_BYTES = 4096
 PIECE_BYTES = 4 << 20

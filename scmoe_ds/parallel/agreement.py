@@ -10,13 +10,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from scmoe_ds.errors import RankDisagreementError
 from scmoe_ds.parallel import watch
 
 T = TypeVar("T")
-
-
-class RankDisagreementError(ValueError):
-    """Ranks of one run hold different settings or data."""
 
 
 def run_together(step: Callable[[], T], on_rank_zero: bool = False) -> T | None:

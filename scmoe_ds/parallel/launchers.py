@@ -13,6 +13,8 @@ from contextlib import suppress
 
 import psutil
 
+from scmoe_ds.errors import LauncherError
+
 _MPI = r"mpirun|mpiexec\S*|orterun|prterun|orted|prted|prte|hydra\S*"
 _LAUNCHER = re.compile(rf"({_MPI}|deepspeed|ds|torchrun|accelerate|srun|slurmstepd\S*)$")
 _INTERPRETER = re.compile(r"python|pypy|sh$|bash$|env$")
@@ -20,10 +22,6 @@ _MODULES = re.compile(r"deepspeed\.launcher\.\w+|torch\.distributed\.(run|launch
 
 
 _PR_SET_PDEATHSIG = 1
-
-
-class LauncherError(ValueError):
-    """A launcher did not set all variables that a rank needs."""
 
 
 def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -11,9 +11,10 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
+from scmoe_ds.errors import LauncherError
 from scmoe_ds.parallel import compilation, watch
 from scmoe_ds.parallel.agreement import wait_for_all
-from scmoe_ds.parallel.launchers import LauncherError, adopt_launcher
+from scmoe_ds.parallel.launchers import adopt_launcher
 from scmoe_ds.parallel.shared_memory import forget_names, require_room
 from scmoe_ds.parallel.timeouts import limit_new_groups, limit_world
 

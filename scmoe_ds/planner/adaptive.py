@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from scmoe_ds.config.section import OverlapConfig, ScMoEConfigError
+from scmoe_ds.config.section import OverlapConfig
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.overlap.executor import Backbone, backbone_names
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration import Recording, measure

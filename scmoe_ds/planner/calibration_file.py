@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from scmoe_ds.config.section import ScMoEConfigError
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.planner.times import OperatorTimes
 

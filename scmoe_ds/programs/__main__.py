@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from scmoe_ds.config.errors import nearest
+from scmoe_ds.config.messages import nearest
 
 PROGRAMS = {
     "pretrain": ("pretrain_gpt", "train a GPT with ScMoE layers"),

@@ -23,7 +23,6 @@ import numpy as np
 import torch.distributed as dist
 
 from scmoe_ds.analysis import feasibility, gating, gradients, records, similarity, swin
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.subjects import (
     Subject,
     gpt_subject,
@@ -33,18 +32,14 @@ from scmoe_ds.analysis.subjects import (
     swin_subject,
 )
 from scmoe_ds.analysis.tokens import TokenSequences, read_data_set
-from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.files import iteration_of, newest_first
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer
 from scmoe_ds.engine.initialize import device
+from scmoe_ds.errors import ArgumentError, UserError
 from scmoe_ds.programs.flags.analysis import build_parser, check
-from scmoe_ds.programs.flags.checks import ArgumentError
 from scmoe_ds.programs.run import run_program
-
-USER_ERRORS = (AnalysisError, ArgumentError, CheckpointError, DataError, ScMoEConfigError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         return (args,)
 
-    return run_program("scmoe analyze", argv, analyze, USER_ERRORS, parse)
+    return run_program("scmoe analyze", argv, analyze, parse)
 
 
 def _feasibility(args: argparse.Namespace) -> int:
@@ -69,7 +64,7 @@ def _feasibility(args: argparse.Namespace) -> int:
         from scmoe_ds.analysis import feasibility_page  # matplotlib takes a second to import
 
         paths = feasibility_page.write(record, kinds, args.output_prefix)
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"scmoe analyze: error: {error}", file=sys.stderr)
         return 2
     lines = [f"ScMoE {feasibility.conclude(kind, record['verdict'])[0]}" for kind in kinds]

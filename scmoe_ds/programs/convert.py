@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.convert import export, residual_to_scmoe
 from scmoe_ds.checkpoint.directories import locate
-from scmoe_ds.config.section import ScMoEConfigError
+from scmoe_ds.errors import CheckpointError, UserError
 from scmoe_ds.programs.flags.parser import FlagParser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             changes = {"position": args.position, "first_layer_position": args.first_layer_position,
                        "shortcut_norm": args.shortcut_norm}  # fmt: skip
             shards = residual_to_scmoe(args.source, args.out, changes, DTYPES[args.dtype], size)
-    except (CheckpointError, ScMoEConfigError) as error:
+    except UserError as error:
         print(f"scmoe convert: error: {error}", file=sys.stderr)
         return 2
     source = locate(args.source)

@@ -22,21 +22,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.checkpoint.files import write_whole
-from scmoe_ds.config.section import ScMoEConfigError
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.engine.initialize import device
+from scmoe_ds.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    EvaluationError,
+    RankDisagreementError,
+    ScMoEConfigError,
+)
 from scmoe_ds.evaluation import tasks
-from scmoe_ds.evaluation.errors import EvaluationError
 from scmoe_ds.evaluation.perplexity import evaluate_documents
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.text import open_documents
 from scmoe_ds.evaluation.windows import SlidingWindow
 from scmoe_ds.inference.phases import Phases
-from scmoe_ds.parallel.agreement import RankDisagreementError, run_together
+from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.programs.flags import model as arguments
-from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest
+from scmoe_ds.programs.flags.checks import check_lowest
 from scmoe_ds.programs.flags.model import Loaded
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.run import run_program
@@ -47,7 +51,7 @@ _LABELS = {"loss": "loss, nats per token"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates; returns the exit code."""
-    return run_program("scmoe evaluate", argv, evaluate, USER_ERRORS, parse)
+    return run_program("scmoe evaluate", argv, evaluate, parse)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,28 +14,27 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from scmoe_ds.checkpoint import CheckpointError
-from scmoe_ds.config.section import ScMoEConfigError
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.engine.initialize import device
-from scmoe_ds.inference.generate import Completion, GenerationError, GenerationTimes, Request, TextGenerator
+from scmoe_ds.errors import (
+    ArgumentError,
+    DataError,
+    GenerationError,
+)
+from scmoe_ds.inference.generate import Completion, GenerationTimes, Request, TextGenerator
 from scmoe_ds.inference.phases import Phases
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.store import StoreCounts
-from scmoe_ds.parallel.agreement import RankDisagreementError
 from scmoe_ds.programs.flags import model as arguments
-from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest, check_text
+from scmoe_ds.programs.flags.checks import check_lowest, check_text
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.run import run_program
-
-USER_ERRORS = (ArgumentError, CheckpointError, DataError, GenerationError, RankDisagreementError, ScMoEConfigError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generates; returns the exit code."""
-    return run_program("scmoe generate", argv, generate, USER_ERRORS, parse)
+    return run_program("scmoe generate", argv, generate, parse)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from scmoe_ds.data import reader
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import BadDocumentError
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from scmoe_ds.data.worker_processes import SIGNALS, map_in_order
+from scmoe_ds.errors import DataError
 from scmoe_ds.programs.flags.parser import FlagParser
 
 _TEXT_KEY = "text"

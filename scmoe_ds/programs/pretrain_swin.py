@@ -15,27 +15,22 @@ import torch.distributed as dist
 import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.config.deepspeed_settings import check_accelerator
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.flags import split_shares
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
 from scmoe_ds.engine.initialize import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
-from scmoe_ds.parallel.agreement import RankDisagreementError, require_agreement
-from scmoe_ds.programs.flags.gpt import ArgumentError, comparable
+from scmoe_ds.parallel.agreement import require_agreement
+from scmoe_ds.programs.flags.gpt import comparable
 from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 from scmoe_ds.programs.run import run_program
-from scmoe_ds.training.health import TrainingError
 from scmoe_ds.training.images import ImageTrainer
 from scmoe_ds.training.loop import RunSettings, Summary
-
-USER_ERRORS = (ArgumentError, ScMoEConfigError, DataError, checkpoint.CheckpointError, RankDisagreementError,
-               TrainingError)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training job; returns the exit code."""
-    return run_program("scmoe pretrain-swin", argv, train, USER_ERRORS, parse_image_arguments, stdout_is_log=True)
+    return run_program("scmoe pretrain-swin", argv, train, parse_image_arguments, stdout_is_log=True)
 
 
 def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:

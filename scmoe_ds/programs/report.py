@@ -13,35 +13,28 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+import scmoe_ds
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
+from scmoe_ds.engine.initialize import batch_sizes, device, expert_parallel_rank, fingerprint
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.parallel.agreement import require_agreement
+from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
+from scmoe_ds.programs.run import run_program
+from scmoe_ds.trace.recorder import Recorder
+from scmoe_ds.trace.spans import gather_spans, hidden_share_of_ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds the model of a training command, times it, and prints the report; returns the exit code."""
-    # These stand above this module in the order of imports; as a program it stands above them.
-    from scmoe_ds.config.section import ScMoEConfigError
-    from scmoe_ds.parallel.agreement import RankDisagreementError
-    from scmoe_ds.programs.flags.gpt import ArgumentError
-    from scmoe_ds.programs.run import run_program
-
-    return run_program("scmoe report", argv, _measure,
-                       (ArgumentError, ScMoEConfigError, RankDisagreementError))  # fmt: skip
+    return run_program("scmoe report", argv, _measure)
 
 
 def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig, rounds: int = 5) -> None:
     """Calibrates (the engine logs the report as soon as times are known), then looks at the chosen schedule at work."""
-    import torch
-    import torch.distributed as dist
-
-    import scmoe_ds
-    from scmoe_ds.engine.initialize import batch_sizes, device, expert_parallel_rank, fingerprint
-    from scmoe_ds.models.gpt import GPT
-    from scmoe_ds.models.initialization import initialize_parameters
-    from scmoe_ds.parallel.agreement import require_agreement
-    from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
-    from scmoe_ds.trace.recorder import Recorder
-    from scmoe_ds.trace.spans import gather_spans, hidden_share_of_ranks
-
     require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
     config.check_world(dist.get_world_size())
     micro_batch_size, _ = batch_sizes(whole, dist.get_world_size())

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from scmoe_ds import checkpoint
 from scmoe_ds.engine.initialize import show_log
+from scmoe_ds.errors import UserError
 from scmoe_ds.parallel.failures import FailureReporter, leave
-from scmoe_ds.parallel.launchers import LauncherError
 from scmoe_ds.parallel.output import steady_output
 from scmoe_ds.parallel.process import connect, prepare_environment
 from scmoe_ds.parallel.watch import Watch
@@ -33,21 +33,18 @@ def run_program(
     name: str,
     argv: Sequence[str] | None,
     job: Job,
-    errors: tuple[type[Exception], ...],
     parse: Parse = parse_arguments,
     stdout_is_log: bool = False,
 ) -> int:
-    """Runs a job in a process group; returns the exit code.
+    """Runs a job in a process group; returns the exit code. A UserError ends in one sentence, not in a traceback.
 
     Args:
         name: for the error message.
         argv: flags; default: the command line's.
         job: gets what `parse` returns; of the default, the flags, the DeepSpeed JSON and its "scmoe" section.
-        errors: what a user can mend; it ends in one sentence, not in a traceback.
         parse: reads the flags; default: those of pretrain_gpt_scmoe.py.
         stdout_is_log: the job prints a log, not a result, and goes on when it cannot be written.
     """
-    errors = (*errors, LauncherError)
     if not faulthandler.is_enabled():
         # A file that is mapped into memory and becomes shorter ends a process by SIGBUS: the stack says which is read.
         faulthandler.enable(2)
@@ -61,7 +58,7 @@ def run_program(
             parsed = parse(argv)
             if not dist.is_initialized():
                 prepare_environment()
-        except errors as error:
+        except UserError as error:
             # Before the ranks have met, each node speaks for itself.
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"{name}: error: {error}", file=sys.stderr, flush=True)
@@ -70,10 +67,10 @@ def run_program(
             return INTERRUPTED
         timeout = timedelta(minutes=getattr(parsed[0], "distributed_timeout_minutes", 10.0))
         with Watch(name, timeout.total_seconds()) as watch:
-            return _run(name, lambda: job(*parsed), errors, timeout, watch)
+            return _run(name, lambda: job(*parsed), timeout, watch)
 
 
-def _run(name: str, job: Job, errors: tuple[type[Exception], ...], timeout: timedelta, watch: Watch) -> int:
+def _run(name: str, job: Job, timeout: timedelta, watch: Watch) -> int:
     reporter: FailureReporter | None = None
     connected, code = False, 0
     try:
@@ -84,7 +81,7 @@ def _run(name: str, job: Job, errors: tuple[type[Exception], ...], timeout: time
             job()
         finally:
             checkpoint.release()  # every way out below may end the process at once
-    except errors as error:
+    except UserError as error:
         code = 2
         alone = os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0"
         if alone if reporter is None else reporter.speaks(str(error)):

@@ -11,7 +11,8 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from scmoe_ds.comm.transport import Transport
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import ScMoE
 from scmoe_ds.moe.merge import Merge, coefficient_network
 from scmoe_ds.moe.shares import Shares

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scmoe_ds.config.section import OverlapConfig, ScMoEConfigError
+from scmoe_ds.config.section import OverlapConfig
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap.executor import Operator, Stream
 from scmoe_ds.overlap.schedule import Schedule

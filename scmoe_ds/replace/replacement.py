@@ -9,7 +9,8 @@ from typing import Any
 from deepspeed.moe.layer import MoE
 from torch import nn
 
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.replace.convert import HookedScMoE, convert, routed_experts_per_token
 from scmoe_ds.replace.hooked import HookedPair

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.config.section import ScMoEConfigError
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.replace.calls import first_hidden
 from scmoe_ds.replace.taps import Tap
 

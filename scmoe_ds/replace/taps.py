@@ -18,7 +18,8 @@ from typing import Literal
 from deepspeed.moe.layer import MoE
 from torch import nn
 
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
 
 Side = Literal["input", "output"]
 

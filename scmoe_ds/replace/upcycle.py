@@ -12,7 +12,8 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.experts import TwoProjections
 from scmoe_ds.replace.convert import HookedScMoE

@@ -12,21 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe_ds.errors import TrainingError
+
 MOST_SKIPPED_STEPS = 50
 """In a row. A dynamic loss scale of 2^32 reaches 1 in fewer; a run that goes on after them does not train."""
 _FINE, _NORM = 0, 1
-
-
-class TrainingError(ValueError):
-    """Training cannot go on, and why.
-
-    Attributes:
-        since: the first iteration whose numbers were not finite.
-    """
-
-    def __init__(self, message: str, since: int | None = None) -> None:
-        super().__init__(message)
-        self.since = since
 
 
 class StepHealth:

@@ -23,18 +23,13 @@ from scmoe_ds import checkpoint
 from scmoe_ds.data.dataset import documents_of
 from scmoe_ds.data.sampler import pretraining_batches
 from scmoe_ds.engine.initialize import device
+from scmoe_ds.errors import TrainingError
 from scmoe_ds.parallel.failures import at_iteration
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
 from scmoe_ds.trace.recorder import Recorder
 from scmoe_ds.trace.timeline import save_timeline
-from scmoe_ds.training.health import (
-    StepHealth,
-    TrainingError,
-    is_loss_scale_exhausted,
-    not_finite,
-    overflows_at_any_scale,
-)
+from scmoe_ds.training.health import StepHealth, is_loss_scale_exhausted, not_finite, overflows_at_any_scale
 from scmoe_ds.training.log import TrainingLog, TrainingOutput, mean_over_ranks, say
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 import scmoe_ds
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings

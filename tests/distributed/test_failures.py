@@ -26,16 +26,15 @@ import torch.distributed as dist
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
-from scmoe_ds.errors import ExchangeError
+from scmoe_ds.errors import ExchangeError, LauncherError, TrainingError
 from scmoe_ds.models.gpt import GPTOutput
 from scmoe_ds.parallel import process
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.failures import failed_collective
-from scmoe_ds.parallel.launchers import LauncherError
 from scmoe_ds.parallel.timeouts import limit_world
 from scmoe_ds.parallel.watch import Watch
 from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
-from scmoe_ds.training.health import MOST_SKIPPED_STEPS, StepHealth, TrainingError, is_loss_scale_exhausted
+from scmoe_ds.training.health import MOST_SKIPPED_STEPS, StepHealth, is_loss_scale_exhausted
 from scmoe_ds.training.log import TrainingOutput
 from scmoe_ds.training.loop import Trainer
 from tests.helpers.distributed import free_port, run_distributed

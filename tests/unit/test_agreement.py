@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from scmoe_ds.checkpoint import CheckpointError
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel import agreement
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.gating import SCALARS, gate_layers, measure
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.initialize import connect
+from scmoe_ds.errors import AnalysisError
 from scmoe_ds.inference.model import serving_config
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters

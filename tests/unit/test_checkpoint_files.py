@@ -14,9 +14,10 @@ import torch
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import files, rotation
-from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
+from scmoe_ds.checkpoint.files import DamagedCheckpointError
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.checksums import file_entry
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel.tensor import Split, merge, split
 

@@ -23,7 +23,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import files, tensor_files
-from scmoe_ds.checkpoint.files import CheckpointError, DamagedCheckpointError
+from scmoe_ds.checkpoint.files import DamagedCheckpointError
+from scmoe_ds.errors import CheckpointError
 from tests.unit.test_checkpoint_files import DESCRIPTION, alter, make
 
 FLIPS = 1500

@@ -35,9 +35,9 @@ from scmoe_ds.data.dataset import (
     pretraining_batches,
     split_ranges,
 )
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
+from scmoe_ds.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ = 8
@@ -584,7 +584,7 @@ import json, multiprocessing, sys, warnings
 warnings.simplefilter("ignore")
 import torch.distributed as dist
 from scmoe_ds.data.dataset import DataSettings, build_datasets, pretraining_batches
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.errors import DataError
 from scmoe_ds.data.tokenizer import ByteTokenizer
 
 directory, a, b = sys.argv[1:]

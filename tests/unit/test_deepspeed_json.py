@@ -16,7 +16,8 @@ import torch
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_keys import known_keys
 from scmoe_ds.config.deepspeed_settings import check_accelerator, check_filled_in, check_program, warn
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
 
 INFINITY = float("inf")
 JSON: dict[str, Any] = {

@@ -19,7 +19,7 @@ import pytest
 
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import lock
-from scmoe_ds.checkpoint.files import CheckpointError
+from scmoe_ds.errors import CheckpointError
 from tests.unit.test_bad_input import data as data
 from tests.unit.test_bad_input import expect_refusal, run
 from tests.unit.test_bad_input import world_of_one as world_of_one

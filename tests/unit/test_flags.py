@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from scmoe_ds.config.section import ScMoEConfigError
+from scmoe_ds.errors import ArgumentError, ScMoEConfigError
 from scmoe_ds.programs import evaluate as evaluate_program
 from scmoe_ds.programs import generate as generate_program
 from scmoe_ds.programs.flags import megatron as megatron_flags
 from scmoe_ds.programs.flags.analysis import build_parser as build_analysis_parser
-from scmoe_ds.programs.flags.checks import ArgumentError
 from scmoe_ds.programs.flags.gpt import build_parser, parse_arguments
 from scmoe_ds.programs.flags.swin import build_image_parser, parse_image_arguments
 

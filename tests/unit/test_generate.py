@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.engine.initialize import connect
-from scmoe_ds.inference.generate import Completion, GenerationError, Request, TextGenerator
+from scmoe_ds.errors import GenerationError
+from scmoe_ds.inference.generate import Completion, Request, TextGenerator
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.sampling import Sampling, allowed, choose

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scmoe_ds.analysis.swin import open_swin
-from scmoe_ds.checkpoint import CheckpointError, files
+from scmoe_ds.checkpoint import files
 from scmoe_ds.checkpoint.convert import export, open_weights
 from scmoe_ds.checkpoint.description import describe
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE, write_weights
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.checksums import file_entry
 from scmoe_ds.engine.initialize import connect
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.model import TrainedModel
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin import SwinMoE

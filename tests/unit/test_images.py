@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 
 from benchmarks import digits
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.images import Digits, Epochs, ImageFolder, Padded, load_images, split_in_two
+from scmoe_ds.errors import ArgumentError, DataError
 from scmoe_ds.models.swin import IGNORED
 from scmoe_ds.models.swin_settings import SWIN_PRESETS
 from scmoe_ds.programs import pretrain_swin as pretrain_swin_program
-from scmoe_ds.programs.flags.checks import ArgumentError
 from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "ds_configs" / "swin_digits_cpu.json")

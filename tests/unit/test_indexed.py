@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.tokens import read_data_set
 from scmoe_ds.data.corpus import unigram_entropy, write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets, documents_of, validation_entropy
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.indexed import check_indexed_dataset, read_layout
 from scmoe_ds.data.sequences import Sequences
 from scmoe_ds.data.tokenizer import ByteTokenizer
+from scmoe_ds.errors import AnalysisError, DataError
 from scmoe_ds.evaluation.text import IndexedDocuments
 from scmoe_ds.programs import run as program
 
@@ -195,5 +194,5 @@ def test_a_program_says_where_a_bus_error_came_from(monkeypatch: pytest.MonkeyPa
     def refuse(argv: Any) -> Any:
         raise DataError("no")
 
-    assert program.run_program("test", [], lambda: None, (DataError,), refuse) == 2
+    assert program.run_program("test", [], lambda: None, refuse) == 2
     assert enabled == [2]  # standard error

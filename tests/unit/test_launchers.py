@@ -8,8 +8,9 @@ import textwrap
 
 import pytest
 
+from scmoe_ds.errors import LauncherError
 from scmoe_ds.parallel import launchers
-from scmoe_ds.parallel.launchers import LauncherError, adopt_launcher
+from scmoe_ds.parallel.launchers import adopt_launcher
 
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
 STEP = {**ALLOCATION, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1",

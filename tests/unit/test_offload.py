@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.checkpoint import CheckpointError
 from scmoe_ds.engine.initialize import connect
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import offload_experts

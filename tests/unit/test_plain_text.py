@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import HuggingFaceTokenizer
+from scmoe_ds.errors import DataError
 
 CHARACTERS = string.ascii_letters + string.digits + "<>/|_."
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}

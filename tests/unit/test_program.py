@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from scmoe_ds.errors import UserError
 from scmoe_ds.programs import run as program
 
 
@@ -21,9 +22,9 @@ def test_a_stream_that_is_closed_before_a_program_starts(monkeypatch: pytest.Mon
         monkeypatch.setattr(sys, name, stream)
 
     def parse(argv: object) -> tuple[object, ...]:
-        raise ValueError("a flag")
+        raise UserError("a flag")
 
-    assert program.run_program("a program", [], print, (ValueError,), parse) == 2
+    assert program.run_program("a program", [], print, parse) == 2
 
 
 def test_one_rank_that_calls_sys_exit_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,4 +45,4 @@ def test_one_rank_that_calls_sys_exit_has_failed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(program.dist, "get_world_size", lambda: 2)
     watch: Any = None
     with pytest.raises(Ended, match="3"):
-        program._run("a program", lambda: sys.exit(3), (), timedelta(1), watch)
+        program._run("a program", lambda: sys.exit(3), timedelta(1), watch)

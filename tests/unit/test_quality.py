@@ -28,7 +28,7 @@ from benchmarks.text_corpus import (
     site_packages_documents,
 )
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.errors import DataError
+from scmoe_ds.errors import DataError
 from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, some_documents, tiny_settings
 
 SETTINGS = Path(quality.__file__).with_suffix(".json")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from scmoe_ds.data import reader, text
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.reader import BadDocumentError, find_files, parse_line, read_document, read_lines
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer
+from scmoe_ds.errors import DataError
 
 LINES = [f'{{"text": "{"é" * (i % 40)}{i}"}}\n'.encode() for i in range(5000)]
 

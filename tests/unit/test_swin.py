@@ -12,8 +12,9 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor
 
-from scmoe_ds.config.section import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.images import Digits
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.programs import pretrain_swin as pretrain_swin_program

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from scmoe_ds.data.errors import DataError
 from scmoe_ds.data.tokenizer import (
     TOKENIZER_TYPES,
     ByteTokenizer,
@@ -14,6 +13,7 @@ from scmoe_ds.data.tokenizer import (
     build_tokenizer,
     pad_vocab_size,
 )
+from scmoe_ds.errors import DataError
 
 TEXT = 'Grüße, 世界! 🙂\n\tdef f(x):  return "x"\r\n'
 

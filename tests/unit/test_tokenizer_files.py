@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe_ds.checkpoint import CheckpointError, loading, saving, tokenizer_files
+from scmoe_ds.checkpoint import loading, saving, tokenizer_files
 from scmoe_ds.checkpoint.convert import export, open_weights
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.files import read_manifest
@@ -25,6 +25,7 @@ from scmoe_ds.data.tokenizer import (
     tokenizer_in,
 )
 from scmoe_ds.engine.initialize import connect
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.programs import generate as generate_program
 from tests.helpers.exports import whole_model

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from scmoe_ds.analysis.errors import AnalysisError
 from scmoe_ds.analysis.records import check_output
+from scmoe_ds.errors import AnalysisError, ArgumentError
 from scmoe_ds.inference.model import DTYPES
-from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest
+from scmoe_ds.programs.flags.checks import check_lowest
 from scmoe_ds.programs.flags.model import add_tokenizer
 from scmoe_ds.programs.flags.parser import FlagParser
 

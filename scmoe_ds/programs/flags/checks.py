@@ -6,6 +6,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from scmoe_ds.errors import ArgumentError
+
 MOST_WORKERS = 1024
 """Most data loader processes of a rank: each takes memory, and too many stop a machine."""
 
@@ -14,10 +16,6 @@ MOST_ITERATIONS = 10**9
 
 MOST_MINUTES = 10**6
 """About two years; clocks and timeouts of torch overflow long after it."""
-
-
-class ArgumentError(ValueError):
-    """A flag that its user can mend."""
 
 
 def require_flags(args: argparse.Namespace, names: Sequence[str]) -> None:

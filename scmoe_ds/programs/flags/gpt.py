@@ -15,12 +15,12 @@ from typing import Any
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.flags import DEFAULT_SPLIT, resolve_data_flags
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
+from scmoe_ds.errors import ArgumentError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.models.recompute import GRANULARITIES
 from scmoe_ds.programs.flags import megatron as megatron_flags
 from scmoe_ds.programs.flags.checks import (
-    ArgumentError,
     check_lowest,
     check_positive,
     check_rates,

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from scmoe_ds.checkpoint import CheckpointError, tokenizer_files
+from scmoe_ds.checkpoint import tokenizer_files
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from scmoe_ds.engine.initialize import device, fingerprint
+from scmoe_ds.errors import ArgumentError, CheckpointError
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import MODES, expert_bytes, num_experts, offload_experts
 from scmoe_ds.inference.store import ExpertStore
@@ -21,7 +22,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 from scmoe_ds.parallel.groups import Layout
-from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest, check_minutes
+from scmoe_ds.programs.flags.checks import check_lowest, check_minutes
 from scmoe_ds.programs.flags.gpt import comparable
 
 logger = logging.getLogger("scmoe_ds")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from scmoe_ds.config.errors import nearest
+from scmoe_ds.config.messages import nearest
 
 
 def _integer(text: str) -> int:

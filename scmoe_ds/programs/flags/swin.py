@@ -7,15 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ArgumentError
 from scmoe_ds.models.swin_settings import STAGES, SWIN_PRESETS, SwinSettings
-from scmoe_ds.programs.flags.checks import (
-    ArgumentError,
-    check_lowest,
-    check_positive,
-    check_rates,
-    check_training,
-    require_flags,
-)
+from scmoe_ds.programs.flags.checks import check_lowest, check_positive, check_rates, check_training, require_flags
 from scmoe_ds.programs.flags.gpt import add_deepspeed, add_moe, add_training, parse_flags
 from scmoe_ds.programs.flags.megatron import add_json_flags
 from scmoe_ds.programs.flags.parser import FlagParser

@@ -14,7 +14,8 @@ from typing import Any
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_program
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.programs.flags.checks import ArgumentError, check_lowest
+from scmoe_ds.errors import ArgumentError
+from scmoe_ds.programs.flags.checks import check_lowest
 from scmoe_ds.programs.flags.megatron import JSON_FLAGS, LENGTH_FLAGS, SCHEDULE_FLAGS, dest_of
 
 MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}

@@ -9,12 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from scmoe_ds.errors import ScMoEConfigError
+
 _LONGEST = 200
 """Characters of a value that are shown."""
-
-
-class ScMoEConfigError(ValueError):
-    """A setting that its user can mend: the message has the JSON path, the value, the rule and the remedy."""
 
 
 def fail(path: str, value: object, rule: str) -> ScMoEConfigError:
