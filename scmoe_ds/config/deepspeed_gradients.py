@@ -1,7 +1,7 @@
 """Settings with which DeepSpeed 0.19 gives MoE layers wrong gradients, or reports and clips by a wrong norm.
 
 Right is the mean over all micro-batches of all ranks. Every key that acts in the backward pass was measured against
-sums in fp64; tests/unit/test_accumulated_gradients.py repeats it.
+sums in fp64; tests/engine/test_accumulated_gradients.py repeats it.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import cluster
-from tests.helpers.distributed import free_port
+from lab import cluster
+from lab.distributed import free_port
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cluster.machines import TwoMachines, machines_available
-from tests.helpers import cluster
-from tests.helpers.cluster import Job
+from lab import cluster
+from lab.cluster import Job
+from lab.machines import TwoMachines, machines_available
 
 pytestmark = pytest.mark.skipif(
     machines_available() is not None, reason=f"no two machines here: {machines_available()}"

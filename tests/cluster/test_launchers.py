@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cluster.machines import TwoMachines, machines_available
-from benchmarks.cluster.nodes import ADDRESSES
-from tests.helpers import cluster
-from tests.helpers.distributed import free_port
+from lab import cluster
+from lab.distributed import free_port
+from lab.machines import TwoMachines, machines_available
+from lab.nodes import ADDRESSES
 
 needs_machines = pytest.mark.skipif(
     machines_available() is not None, reason=f"no two machines here: {machines_available()}"

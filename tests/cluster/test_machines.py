@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cluster import machines as module
-from benchmarks.cluster.machines import TwoMachines, machines_available
+from lab import machines as module
+from lab.machines import TwoMachines, machines_available
 
 needs_machines = pytest.mark.skipif(
     machines_available() is not None, reason=f"no two machines here: {machines_available()}"
@@ -23,7 +23,7 @@ ETC = Path("/etc/netns")
 
 HOLD = """
 import time
-from benchmarks.cluster.machines import TwoMachines
+from lab.machines import TwoMachines
 with TwoMachines() as machines:
     machines.run_on(1, ["sleep", "1000"])
     print(machines.names[0], flush=True)

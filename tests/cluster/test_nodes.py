@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cluster.nodes import PREFIX, TwoNodes, available, shape_own_end
+from lab.nodes import PREFIX, TwoNodes, available, shape_own_end
 
 pytestmark = pytest.mark.skipif(available() is not None, reason=f"no two nodes here: {available()}")
 REPOSITORY = Path(__file__).parents[2]
 
 MEET = """
 import os, torch, torch.distributed as dist
-from benchmarks.cluster.nodes import shape_own_end
+from lab.nodes import shape_own_end
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 received = torch.empty(2)
@@ -42,7 +42,7 @@ sys.exit("rank 1 has no tokens")
 
 HOLD = """
 import time
-from benchmarks.cluster.nodes import TwoNodes
+from lab.nodes import TwoNodes
 with TwoNodes(high_priority=True) as nodes:
     print(nodes.names[0], flush=True)
     nodes.launch(["sleep", "1000"])

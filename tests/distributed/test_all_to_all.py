@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lab.distributed import run_distributed
 from scmoe_ds.comm.all_to_all import Route, start
 from scmoe_ds.comm.counts import start_counts
 from scmoe_ds.comm.hierarchical import make_transports, ranks_by_node
 from scmoe_ds.comm.transport import METHODS, Transport
-from tests.helpers.distributed import run_distributed
 
 # SPLITS[i][j]: rows that rank i sends to rank j; rank 1 sends nothing at all, rank 0 keeps nothing.
 SPLITS = {

@@ -18,9 +18,9 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
+from lab.distributed import run_distributed
 from scmoe_ds import ScMoE
 from scmoe_ds.moe.layer import StagedMoE
-from tests.helpers.distributed import run_distributed
 
 WIDTH, STEPS = 16, 4
 Make = Callable[..., nn.Module]

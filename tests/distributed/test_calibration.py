@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import scmoe_ds
+from lab.distributed import run_distributed
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
@@ -23,7 +24,6 @@ from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration import times_from
 from scmoe_ds.trace.recorder import SILENT, Recorder
-from tests.helpers.distributed import run_distributed
 
 SETTINGS = GPTSettings(4, 16, 4, 64, 12)
 STEPS = 5

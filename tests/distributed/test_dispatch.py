@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lab.distributed import run_distributed
 from scmoe_ds import ScMoE
 from scmoe_ds.comm import transport as transport_module
 from scmoe_ds.comm.transport import Transport
-from tests.helpers.distributed import run_distributed
 
 HIDDEN, TOKENS, EXPERTS = 16, 48, 8
 ROUTINGS = ("random", "skewed", "all to one", "empty experts")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lab.distributed import run_distributed
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.programs import evaluate as evaluate_program
-from tests.helpers.distributed import run_distributed
-from tests.unit.test_evaluate import (
+from tests.evaluation.test_evaluate import (
     ALL_TASKS,
     CONTEXT,
     DOCUMENTS,

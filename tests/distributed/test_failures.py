@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lab.distributed import free_port, run_distributed
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
@@ -37,7 +38,6 @@ from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 from scmoe_ds.training.health import MOST_SKIPPED_STEPS, StepHealth, is_loss_scale_exhausted
 from scmoe_ds.training.log import TrainingOutput
 from scmoe_ds.training.loop import Trainer
-from tests.helpers.distributed import free_port, run_distributed
 
 ROOT = Path(__file__).parents[2]
 JSON = {

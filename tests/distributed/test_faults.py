@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lab.distributed import run_distributed
 from scmoe_ds import checkpoint
 from scmoe_ds.comm.all_to_all import start
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.parallel.timeouts import limit_new_groups
-from tests.helpers.distributed import run_distributed
 
 
 def late_rank(method: str) -> None:

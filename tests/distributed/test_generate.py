@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lab.distributed import run_distributed
 from scmoe_ds.inference.generate import Completion, Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import offload_experts
@@ -21,7 +22,6 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.groups import Layout
-from tests.helpers.distributed import run_distributed
 from tests.helpers.exports import whole_model, write_export
 
 CPU, FP32 = torch.device("cpu"), torch.float32

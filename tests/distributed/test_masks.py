@@ -10,11 +10,11 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from lab.distributed import run_distributed
 from scmoe_ds import ScMoE, ScMoEConfig, load_balancing_loss, moe_from_dense
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.layer import DGMoE, StagedMoE
 from scmoe_ds.parallel import tensor
-from tests.helpers.distributed import run_distributed
 from tests.helpers.hugging_face import gpt2
 
 HIDDEN, EXPERTS = 16, 4

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lab.distributed import run_distributed
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
@@ -20,7 +21,6 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import Operator
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.trace.recorder import Recorder, Span
-from tests.helpers.distributed import run_distributed
 
 SETTINGS = GPTSettings(2, 16, 4, 64, 12, hidden_dropout=0.1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.helpers.distributed import free_port
+from lab.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = json.loads((ROOT / "ds_configs" / "gpt_small_cpu.json").read_text())

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lab.distributed import run_distributed
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.initialize import expert_parallel_rank
@@ -19,7 +20,6 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.trace.recorder import Recorder
-from tests.helpers.distributed import run_distributed
 
 SETTINGS = GPTSettings(4, 32, 4, 64, 32, hidden_dropout=0.1, attention_dropout=0.1)
 SCHEDULES = {"blocking": Schedule(2, 1, overlap=False), "overlapped": Schedule(2, 1), "chunks": Schedule((1, 4), 2)}

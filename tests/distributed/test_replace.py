@@ -16,15 +16,15 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 import scmoe_ds
-from benchmarks.replace import Direct, Replaced
-from benchmarks.replace import results as computed
+from benchmarks.speed.replace import Direct, Replaced
+from benchmarks.speed.replace import results as computed
+from lab.distributed import run_distributed
 from scmoe_ds import ScMoEConfig, load_balancing_loss, moe_from_dense
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
 from scmoe_ds.replace.convert import HookedScMoE
 from tests.helpers.blocks import Block
-from tests.helpers.distributed import run_distributed
 from tests.helpers.hugging_face import FAMILIES
 
 STEPS, MICRO_BATCHES = 20, 2

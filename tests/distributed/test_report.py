@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.distributed import free_port
 from tests.distributed.test_pretrain import CONFIG, ROOT
-from tests.helpers.distributed import free_port
 
 FLAGS = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64 --train-iters 1".split()
 

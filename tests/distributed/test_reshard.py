@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import scmoe_ds
+from lab.distributed import run_distributed
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import loading
 from scmoe_ds.checkpoint.convert import export
@@ -24,7 +25,6 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
 from scmoe_ds.training.loop import seed_micro_batch
 from tests.distributed.test_layouts import MICRO_BATCHES, SEQUENCE, VOCABULARY, micro_batch
-from tests.helpers.distributed import run_distributed
 
 SETTINGS = GPTSettings(2, 32, 4, VOCABULARY, SEQUENCE, hidden_dropout=0.1)
 SAVED_AT, STEPS = 5, 10

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.distributed import free_port
 from scmoe_ds.parallel.shared_memory import DIRECTORY
-from tests.helpers.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

@@ -1,4 +1,4 @@
-"""benchmarks.quality in seconds: a small corpus and a tiny model."""
+"""benchmarks.quality.compare in seconds: a small corpus and a tiny model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from functools import cache
 from pathlib import Path
 
-from benchmarks import quality
-from benchmarks.text_corpus import Document
+from benchmarks.quality.compare import compare as quality
+from benchmarks.quality.text_corpus import Document
 from scmoe_ds.data.corpus import standard_library_documents
 
 ITERATIONS, SEQUENCE = 6, 32
-_SETTINGS = Path(quality.__file__).with_suffix(".json")
+_SETTINGS = Path(quality.__file__).with_name("quality.json")
 
 
 @cache
@@ -21,7 +21,7 @@ def some_documents(count: int = 60) -> list[Document]:
 
 
 def tiny_settings(path: Path) -> Path:
-    """Those of benchmarks.quality for a model and a corpus that take seconds."""
+    """Those of benchmarks.quality.compare for a model and a corpus that take seconds."""
     whole = json.loads(_SETTINGS.read_text(encoding="utf-8"))
     cpu = whole["presets"]["cpu"]
     cpu["corpus"] = {"megabytes": 0.3, "validation_share": 0.2, "vocab_size": 300}

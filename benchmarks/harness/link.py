@@ -1,0 +1,64 @@
+"""The link's rate: searched so that the all-to-all takes a wanted share of the baseline's MoE layer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.harness.measure import over_ranks
+from benchmarks.harness.parts import layer_ms, record_steps, sum_ms
+from lab.nodes import shape_own_end
+
+LOWEST_MBIT, HIGHEST_MBIT = 5.0, 8000.0
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Link:
+    """The rate that was found, and what it was found from: medians over some steps of the baseline's pair.
+
+    Attributes:
+        share: all_to_all_ms / layer_ms.
+        all_to_all_ms: the MoE layer's all-to-alls, each as long as for the rank that came last: the others' time is
+            also the time that they waited for that one.
+        layer_ms: the MoE layer with them, of the slower rank.
+    """
+
+    rate_mbit: float
+    share: float
+    all_to_all_ms: float
+    layer_ms: float
+
+
+def next_rate(rate_mbit: float, communication_ms: float, total_ms: float, share: float) -> float:
+    """The rate that would give the wanted share if the communication took time in proportion to 1 / rate."""
+    wanted_ms = share / (1 - share) * max(total_ms - communication_ms, 0.02 * total_ms)
+    return min(max(rate_mbit * communication_ms / wanted_ms, LOWEST_MBIT), HIGHEST_MBIT)
+
+
+def find_rate(run: nn.Module, step: Callable[[], None], share: float, searches: int = 6) -> Link:
+    """Sets the link so that the all-to-alls take `share` of the time of the pair's MoE layer.
+
+    They are timed in the pair's own steps. A loop of all-to-alls alone would measure something else: gloo's collective
+    is full duplex only if all ranks enter it at the same moment. A rank that comes later sends its rows before it says
+    that it is ready to receive, and then the two directions take turns. Between ranks that compute, that is the rule.
+
+    Args:
+        run: the baseline's pair, without overlap.
+        step: a forward pass or a training step of it.
+    """
+    rate = 400.0
+    for search in range(searches):
+        shape_own_end(rate)
+        steps = record_steps(run, step, REPEATS + 1)[1:]  # the first pays for connections and allocations
+        sent = sum_ms(steps, dist.ReduceOp.MIN, lambda span: span.lane == "communication")
+        (layer,) = over_ranks([statistics.median(layer_ms(spans) for spans in steps)])
+        found = Link(rate, sent / layer, sent, layer)
+        if abs(found.share - share) < 0.015 or search == searches - 1:
+            break
+        rate = next_rate(rate, sent, layer, share)
+    return found

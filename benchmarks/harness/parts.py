@@ -1,0 +1,179 @@
+"""What a step of a pair consists of, measured in the step itself: this package's pairs and DeepSpeed's alike.
+
+A pair of this package tells the recorder all by itself. DeepSpeed's layers know no recorder: marks of the same recorder
+are put around the blocks' operators, the layer, its experts and its shared expert by hooks, and its all-to-alls are
+timed where they block. What is left of the layer then is gate, encode, decode and merge.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.harness.measure import over_ranks
+from scmoe_ds.models.blocks import PlainRun, ScheduledRun
+from scmoe_ds.overlap.executor import Stream
+from scmoe_ds.trace.recorder import SILENT, PairRecorder, Phase, Recorder, Span
+
+CPU = torch.device("cpu")
+EXPOSED = "exposed communication"
+REST_OF_LAYER = "gate, encode, decode, merge"
+KINDS = ("attention", "MLP", "shared expert", REST_OF_LAYER, "experts", EXPOSED)
+
+_KIND_OF_PREFIX = {"attention": "attention", "mlp": "MLP", "shared": "shared expert", "experts": "experts"}
+_LAYER = "moe layer"  # of DeepSpeed, as a whole
+
+
+def kind_of(span: Span) -> str:
+    """Which part of a bar a span belongs to."""
+    if span.lane == "wait":
+        return EXPOSED
+    name = span.name.removeprefix("current ")  # of DGMoE's second routing
+    return next((kind for prefix, kind in _KIND_OF_PREFIX.items() if name.startswith(prefix)), REST_OF_LAYER)
+
+
+def parts_of(spans: list[Span]) -> dict[str, float]:
+    """Milliseconds of each of `KINDS` in one step."""
+    parts = dict.fromkeys(KINDS, 0.0)
+    for span in spans:
+        if span.lane != "communication":
+            parts[kind_of(span)] += span.duration_ms
+    if any(span.name == _LAYER for span in spans):  # a layer of DeepSpeed: its span has its parts inside
+        parts[REST_OF_LAYER] -= parts["experts"] + parts["shared expert"] + parts[EXPOSED]
+    return parts
+
+
+def layer_ms(spans: list[Span]) -> float:
+    """The MoE layer in one step, with its communication and without a shared expert."""
+    parts = parts_of(spans)
+    return parts[REST_OF_LAYER] + parts["experts"] + parts[EXPOSED]
+
+
+def sum_ms(steps: Sequence[list[Span]], op: Any, wanted: Callable[[Span], bool]) -> float:
+    """The median step's sum of the spans that are wanted, each of the rank that `op` picks. Collective."""
+    sums = []
+    for spans in steps:
+        found = [span.duration_ms for span in spans if wanted(span)]
+        sums.append(sum(over_ranks(found, op)) if found else 0.0)
+    return statistics.median(sums)
+
+
+def record_steps(run: nn.Module, step: Callable[[], None], count: int) -> list[list[Span]]:
+    """The spans of each of some steps, under the schedule that the pair has and not aligned between ranks."""
+    found = []
+    for _ in range(count):
+        dist.barrier()
+        recorder = Recorder(CPU)
+        with _told(run, recorder) if isinstance(run, ScheduledRun) else _marked(run, recorder):
+            step()
+        found.append(recorder.spans())
+    return found
+
+
+def mean_over_ranks(steps: list[list[Span]]) -> dict[str, float]:
+    """The median step's parts, averaged over ranks: milliseconds by kind, the same on every rank. Collective."""
+    parts = [parts_of(spans) for spans in steps]
+    mine = {kind: statistics.median(each[kind] for each in parts) for kind in KINDS}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    return {kind: statistics.mean(each[kind] for each in ranks) for kind in KINDS}
+
+
+def hidden_by_waits(steps: list[list[Span]], sent_ms: dict[Phase, float]) -> dict[str, float]:
+    """For each pass, the share of its communication that nobody waited for: the slower rank's median step.
+
+    Collective. A second look at the hidden share beside the difference to the step without communication: it tells
+    forward from backward, but does not see what the transfers cost the computation beside them.
+
+    Args:
+        sent_ms: how long the communication of each pass takes with nothing beside it.
+    """
+    shares: dict[str, float] = {}
+    for phase, all_ms in sent_ms.items():
+        waited_ms = [sum(span.duration_ms for span in spans if span.lane == "wait" and span.phase == phase)
+                     for spans in steps]  # fmt: skip
+        (slower_ms,) = over_ranks([statistics.median(waited_ms)])
+        shares[phase] = 1 - slower_ms / all_ms
+    return shares
+
+
+@contextmanager
+def _told(run: ScheduledRun, recorder: Recorder) -> Iterator[None]:
+    run.recorder = recorder.pair(0)
+    try:
+        yield
+    finally:
+        run.recorder = SILENT
+
+
+@contextmanager
+def _marked(run: nn.Module, recorder: Recorder) -> Iterator[None]:
+    assert isinstance(run, PlainRun)
+    pair = recorder.pair(0)
+    blocks: list[Any] = list(run.blocks)
+    layer = blocks[-1].moe
+    names = {layer: _LAYER, layer.deepspeed_moe.experts: "experts"}
+    if layer.use_residual:
+        names[layer.mlp] = "shared"
+    hooks = [hook for module, name in names.items() for hook in _mark_module(module, name, pair)]
+    for block in blocks:
+        block.attend = _mark_operator(block.attend, "attention", pair)
+        if block is not blocks[-1]:
+            block.feed = _mark_operator(block.feed, "mlp", pair)
+
+    try:
+        with _timed_all_to_alls(recorder):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for block in blocks:
+            for name in ("attend", "feed"):
+                block.__dict__.pop(name, None)
+
+
+@contextmanager
+def _timed_all_to_alls(recorder: Recorder) -> Iterator[None]:
+    """Every all-to-all blocks: it is communication and wait at once. Which pass it belongs to is not known here."""
+    original = deepspeed.comm.all_to_all_single
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = original(*args, **kwargs)
+        ended = time.perf_counter()
+        recorder.add((0, "all-to-all", "communication", "forward", 0), started, ended)
+        recorder.add((0, "all-to-all", "wait", "forward", 0), started, ended)
+        return result
+
+    with mock.patch.object(deepspeed.comm, "all_to_all_single", timed):
+        yield
+
+
+def _mark_operator(operator: Callable[[Stream], Stream], name: str, pair: PairRecorder) -> Callable[[Stream], Stream]:
+    def marked(stream: Stream) -> Stream:
+        (entering,) = pair.open(name, stream.hidden)
+        (leaving,) = pair.close(name, operator(Stream(entering)).hidden)
+        return Stream(leaving)
+
+    return marked
+
+
+def _mark_module(module: nn.Module, name: str, pair: PairRecorder) -> list[Any]:
+    def opened(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (*pair.open(name, inputs[0]), *inputs[1:])
+
+    def closed(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        if isinstance(output, tuple):  # the layer's output, its loss, and counts, which have no gradient
+            return (*pair.close(name, *output[:2]), *output[2:])
+        return pair.close(name, output)[0]
+
+    return [module.register_forward_pre_hook(opened), module.register_forward_hook(closed)]

@@ -1,0 +1,74 @@
+"""What a training step of a pair looks like on two nodes: without overlap, with it, in two chunks.
+
+    python -m benchmarks.speed.timeline --share 0.6 --output benchmarks/results
+
+Measured spans of one step each, at the rate that benchmarks.speed.block finds for that share, as figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.harness.parts import record_steps
+from benchmarks.harness.variants import SHAPES, main_table, one_primitive
+from benchmarks.speed.block import Bench, link, on_two_nodes
+from scmoe_ds.trace.recorder import Span
+from scmoe_ds.trace.spans import gather_spans
+from scmoe_ds.trace.timeline_figure import draw
+
+DRAWN = ("serial", "overlapped", "chunked")
+
+
+def rank_main(settings: dict[str, Any]) -> None:
+    """What each of the two processes runs; rank 0 prints the spans."""
+    from scmoe_ds.engine.initialize import connect
+
+    torch.set_num_threads(1)
+    connect()
+    shape = SHAPES[settings["shape"]]
+    names = {kind: f"ScMoE Pos-{settings['position']}, {kind}" for kind in DRAWN}
+    with one_primitive(settings["method"]):
+        rate = link(shape, "train", settings)
+        whole = main_table(settings["dispatch"])
+        bench = Bench({name: whole[name] for name in names.values()}, shape, "train", settings)
+        bench.calibrate()
+        spans = {}
+        for kind, name in names.items():
+            *_, last = record_steps(bench.runs[name], bench.steps[name], 5)
+            spans[kind] = [[vars(span) for span in rank] for rank in gather_spans(last) or []]
+    if dist.get_rank() == 0:
+        print("RECORD " + json.dumps({"link": vars(rate), "spans": spans}), flush=True)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="swin")
+    parser.add_argument("--position", type=int, choices=(1, 2, 3), default=2)
+    parser.add_argument("--share", type=float, default=0.6)
+    parser.add_argument("--dispatch", choices=["padded", "exact"], default="padded")
+    parser.add_argument("--method", choices=["collective", "send_receive"], default="send_receive")
+    parser.add_argument("--output", type=Path, default=Path("."), help="directory for the figures")
+    parser.add_argument("--rank-settings", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_settings:
+        rank_main(json.loads(args.rank_settings))
+        return
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "rank_settings")}
+    record = on_two_nodes("benchmarks.speed.timeline", settings | {"rounds": 1, "skew": 0.0})
+    args.output.mkdir(parents=True, exist_ok=True)
+    for kind, ranks in record["spans"].items():
+        spans = [[Span(**span) for span in rank] for rank in ranks]
+        file = args.output / f"timeline_{args.shape}_{round(100 * args.share)}_{kind}.png"
+        draw(spans, file, title_prefix=f"ScMoE Pos-{args.position}, {kind}, {record['link']['rate_mbit']:.0f} Mbit/s: ")
+        print(file)
+
+
+if __name__ == "__main__":
+    main()

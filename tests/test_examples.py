@@ -1,0 +1,152 @@
+"""What a reader copies: the examples of docs/replace.md run and are quoted as they are, the files of examples/ are
+valid, and every command line of a page is one that the launcher and the program accept."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
+from deepspeed.launcher.runner import fetch_hostfile
+from deepspeed.launcher.runner import parse_args as launcher_arguments
+
+from scmoe_ds.engine.initialize import batch_sizes
+from scmoe_ds.programs import evaluate as evaluate_program
+from scmoe_ds.programs import generate as generate_program
+from scmoe_ds.programs.flags.gpt import parse_arguments
+from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+RUNNABLE = {"replace_moe": (), "upcycle_gpt2": (), "hf_trainer": (),
+            "digits_moe": ("--deepspeed", "--deepspeed_config", "examples/digits_moe.json")}  # fmt: skip
+QUOTED = ["replace_moe", "upcycle_gpt2"]
+PROGRAMS = {
+    "pretrain_gpt_scmoe.py": parse_arguments,
+    "scmoe_ds.programs.pretrain_swin": parse_image_arguments,
+}
+PAGES = ["README.md", "docs/replace.md", "ds_configs/README.md"]
+SERVING = {"generate": generate_program.build_parser,
+           "evaluate": evaluate_program.build_parser}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_an_example_runs_and_its_loss_falls(name: str) -> None:
+    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    run = subprocess.run([sys.executable, "-m", f"examples.{name}", *RUNNABLE[name]], cwd=ROOT, capture_output=True, text=True,
+                         timeout=600, check=False, env=alone)  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    losses = [float(each) for each in re.findall(r"^(?:ScMoE, )?step.* ([\d.]+)$", run.stdout, re.MULTILINE)]
+    assert len(losses) >= 6
+    assert losses[-1] < 0.85 * losses[0]
+    if name == "hf_trainer":  # a mean over the accumulated micro-batches, not their sum
+        assert losses[0] < math.log(64) + 0.2
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_the_page_has_what_the_example_has(name: str) -> None:
+    """Every line of Python that docs/replace.md quotes under an example's name is in the file."""
+    page = (ROOT / "docs/replace.md").read_text(encoding="utf-8")
+    source = {line.strip() for line in (ROOT / f"examples/{name}.py").read_text(encoding="utf-8").splitlines()}
+    _, _, after = page.partition(f"examples/{name}.py")
+    block = re.search(r"```python\n(.*?)```", after, re.DOTALL)
+    assert block is not None
+    for line in block[1].splitlines():
+        assert line.strip() in {*source, "", "..."}, line
+
+
+def commands(page: str) -> list[str]:
+    """The command lines of a page that start one of the two programs."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))  # lines that a backslash continues
+    return re.findall(r"^(?:\w+=\S+ )*deepspeed .*\bpretrain_\w+(?:\.py)? .*$", text, re.MULTILINE)
+
+
+LINES = {f"{page} {number}": line for page in PAGES for number, line in enumerate(commands(page), 1)}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_command_line_of_a_page_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags, presets, files and batch sizes; data and tokenizers are the reader's own."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    launcher = launcher_arguments(words[words.index("deepspeed") + 1 :])
+    args, whole, config = PROGRAMS[launcher.user_script](launcher.user_args)
+    ranks = launcher.num_gpus if launcher.num_gpus > 0 else sum(fetch_hostfile(launcher.hostfile).values())
+    config.check_world(ranks)
+    batch_sizes(whole, ranks)
+    if launcher.user_script == "scmoe_ds.programs.pretrain_swin":
+        swin_settings(args)
+
+
+def serving(page: str) -> list[list[str]]:
+    """Program and flags of a page's command lines that serve a trained model."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))
+    lines = re.findall(
+        r"^(?:scmoe |deepspeed .*--module scmoe_ds\.programs\.)((?:generate|evaluate) --.*)$", text, re.MULTILINE
+    )
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/inference.md", "docs/evaluation.md"])
+def test_serving_command_lines_are_accepted(page: str) -> None:
+    assert serving(page)
+    for program, *flags in serving(page):
+        SERVING[program]().parse_args(flags)
+
+
+def test_commands_are_found_where_the_pages_have_them() -> None:
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert (
+            len(commands(page)) + len(serving(page))
+            == len(re.findall(r"(?:\.py|generate|evaluate|_swin) --", text))
+            >= 1
+        )
+
+
+@pytest.mark.parametrize(("name", "slots"), [("hostfile_1x8", [8]), ("hostfile_2x8", [8, 8])])
+def test_hostfiles(name: str, slots: list[int]) -> None:
+    assert list(fetch_hostfile(str(EXAMPLES / name)).values()) == slots
+
+
+def test_environment_file() -> None:
+    """DeepSpeed splits every line at "=" and exports it: a blank line is an error there, a comment an export."""
+    lines = (EXAMPLES / "deepspeed_env.example").read_text(encoding="utf-8").splitlines()
+    assert lines and all(re.fullmatch(r"[A-Z][A-Z0-9_]*=[\w@%+=:,./-]+", line) for line in lines)
+    assert not any(line.startswith("CUDA_DEVICE_MAX_CONNECTIONS") for line in lines)
+    runner = PDSHRunner(launcher_arguments(["train.py"]), "")
+    for line in lines:
+        runner.add_export(*line.split("=", maxsplit=1))
+    assert len(runner.exports) == len(lines)
+
+
+@pytest.mark.parametrize("name", ["pretrain_gpt2_moe_medium_16xA800.sh", "pretrain_gpt2_moe_medium.slurm"])
+def test_scripts(name: str) -> None:
+    """Shell syntax, launcher flags and training flags, read by the parsers that will read them."""
+    path = EXAMPLES / name
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
+    launcher, training = re.findall(r"deepspeed (--hostfile.*?) pretrain_gpt_scmoe\.py (.*?)(?:'|\"\$@\"|\n)", text)[0]
+    launcher = re.sub(r"\$\{MASTER_ADDR:\+(.*?)\}", r"\1", launcher).replace('"$SLURM_NODEID"', "0")
+    launcher = launcher.replace('"$MASTER_PORT"', "29500")
+    assert launcher_arguments([*launcher.split(), "pretrain_gpt_scmoe.py"]).user_script == "pretrain_gpt_scmoe.py"
+    flags = training.split()
+    at = flags.index("--deepspeed_config") + 1
+    assert flags[at] == "ds_configs/gpt2_moe_medium_16xA800.json"
+    flags[at] = str(ROOT / flags[at])
+    args, whole, config = parse_arguments(flags)
+    config.check_world(16)
+    assert args.train_iters * whole["train_batch_size"] * args.seq_length == pytest.approx(1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("page", ["ds_configs/README.md", "examples/README.md"])
+def test_paths_in_the_readmes_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    paths = re.findall(r"\b(?:ds_configs|examples)/[\w./-]*\w", text)
+    assert paths and [path for path in paths if not (ROOT / path).exists()] == []

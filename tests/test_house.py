@@ -1,0 +1,84 @@
+"""Imports of the package point one way, down the list of its rooms, and run in no circle."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "scmoe_ds"
+FLOORS = [
+    ["programs"],
+    ["evaluation", "analysis"],
+    ["training", "inference"],
+    ["engine", "checkpoint"],
+    ["models"],
+    ["replace"],
+    ["planner"],
+    ["moe"],
+    ["overlap"],
+    ["comm"],
+    ["config", "data"],
+    ["trace", "parallel"],
+    ["errors", "compat"],
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LOOSE = {"__init__", "errors", "compat"}
+LONGEST_FILE = 300
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package by its dotted name behind `scmoe_ds.`."""
+    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): ast.parse(path.read_text("utf-8")) for name, path in paths.items()}
+
+
+def imports(tree: ast.Module, known: set[str]) -> set[str]:
+    """Modules of the package that a module imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scmoe_ds."):
+            module = (node.module or "").removeprefix("scmoe_ds.")
+            found |= {f"{module}.{each.name}" if f"{module}.{each.name}" in known else module for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "scmoe_ds":
+            found |= {each.name for each in node.names if each.name in known}
+        elif isinstance(node, ast.Import):
+            found |= {each.name.removeprefix("scmoe_ds.") for each in node.names if each.name.startswith("scmoe_ds.")}
+    return found
+
+
+TREES = modules()
+GRAPH = {name: imports(tree, set(TREES)) for name, tree in TREES.items()}
+
+
+def test_every_module_has_a_room() -> None:
+    loose = {name for name in TREES if "." not in name and (PACKAGE / f"{name}.py").is_file()}
+    assert loose <= LOOSE
+    assert {name.split(".")[0] for name in TREES} - {"__init__"} <= FLOOR.keys()
+
+
+def test_imports_point_down() -> None:
+    def goes_up(name: str, target: str) -> bool:
+        room, other = name.split(".")[0], target.split(".")[0]
+        return room != other and FLOOR[other] <= FLOOR[room]
+
+    pairs = [(name, target) for name, targets in GRAPH.items() for target in targets if name != "__init__"]
+    assert [f"{name} -> {target}" for name, target in pairs if goes_up(name, target)] == []
+
+
+def test_no_imports_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for target in GRAPH.get(name, ()):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in GRAPH:
+        visit(name, ())
+
+
+def test_no_file_is_longer_than_a_reader_likes() -> None:
+    lines = {path: len(path.read_text("utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert [f"{path.name}: {count}" for path, count in lines.items() if count > LONGEST_FILE] == []
