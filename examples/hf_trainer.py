@@ -52,8 +52,9 @@ class MoETrainer(transformers.Trainer):
 def dense_model() -> transformers.GPT2LMHeadModel:
     """Stands for a model that somebody has trained; the same on every rank."""
     torch.manual_seed(0)
-    shape = transformers.GPT2Config(vocab_size=64, n_positions=LENGTH, n_embd=64, n_layer=4, n_head=4, bos_token_id=0,
-                                    eos_token_id=0)  # fmt: skip
+    shape = transformers.GPT2Config(
+        vocab_size=64, n_positions=LENGTH, n_embd=64, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0
+    )
     shape.resid_pdrop = shape.embd_pdrop = shape.attn_pdrop = 0.0
     return transformers.GPT2LMHeadModel(shape)
 
@@ -68,10 +69,19 @@ connect()  # before the layers are made: which experts a rank makes depends on t
 model = scmoe_ds.moe_from_dense(dense_model(), scmoe_ds.ScMoEConfig.from_deepspeed({"scmoe": SECTION}), noise=0.01)
 with tempfile.TemporaryDirectory() as directory:
     arguments = transformers.TrainingArguments(
-        output_dir=directory, deepspeed=CONFIG, learning_rate=3e-3, lr_scheduler_type="constant", max_steps=STEPS,
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=10, save_strategy="no",
-        report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+        output_dir=directory,
+        deepspeed=CONFIG,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
     trainer = MoETrainer(model, arguments, train_dataset=[sequence(number) for number in range(SEQUENCES)])
     trainer.train()
 if torch.distributed.get_rank() == 0:

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ("--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 "
-         "--hidden-dropout 0 --attention-dropout 0 --split 90,5,5").split()  # fmt: skip
+MODEL = (
+    "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 "
+    "--hidden-dropout 0 --attention-dropout 0 --split 90,5,5"
+).split()
 SAVE = "checkpoints/quick_start"
 LOOP = f"--train-iters 300 --log-interval 20 --eval-interval 100 --eval-iters 10 --save {SAVE}".split()
 

@@ -24,9 +24,15 @@ CONFIG = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "gradient_clipping": 1.0,
     "zero_optimization": {"stage": 1},
-    "scmoe": {"architecture": "scmoe", "position": "pos2", "moe_every": 2, "num_experts": 4,
-              "expert_parallel_size": RANKS_PER_LAYER, "overlap": {"calibration_steps": 0}},
-}  # fmt: skip
+    "scmoe": {
+        "architecture": "scmoe",
+        "position": "pos2",
+        "moe_every": 2,
+        "num_experts": 4,
+        "expert_parallel_size": RANKS_PER_LAYER,
+        "overlap": {"calibration_steps": 0},
+    },
+}
 
 
 def batch(number: int) -> torch.Tensor:

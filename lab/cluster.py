@@ -19,11 +19,18 @@ ROOT = Path(__file__).parents[1]
 REFERENCE_ITERATIONS = 100
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 # --train-iters shapes the shuffle: the same for all jobs that are compared, and far away for those that a fault ends.
-FLAGS = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64 --hidden-dropout 0.1 "
-         "--split 90,5,5 --log-interval 1 --eval-iters 2 --train-iters 1000").split()  # fmt: skip
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-               "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-               "PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=4 -oServerAliveCountMax=3"}  # fmt: skip
+FLAGS = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64 --hidden-dropout 0.1 "
+    "--split 90,5,5 --log-interval 1 --eval-iters 2 --train-iters 1000"
+).split()
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=4 -oServerAliveCountMax=3",
+}
 
 
 def write_files(directory: Path) -> None:
@@ -31,13 +38,20 @@ def write_files(directory: Path) -> None:
     whole = json.loads((ROOT / "ds_configs" / "gpt_small_cpu.json").read_text())
     del whole["tensorboard"]
     # Chunks and the way of the all-to-all decide the order of sums, and may be chosen differently from run to run.
-    whole["scmoe"] |= {"all_to_all": "collective",
-                       "overlap": {"num_chunks": 1, "expert_slot": 1, "calibration_steps": 0}}  # fmt: skip
+    whole["scmoe"] |= {
+        "all_to_all": "collective",
+        "overlap": {"num_chunks": 1, "expert_slot": 1, "calibration_steps": 0},
+    }
     (directory / "ds.json").write_text(json.dumps(whole))
     (directory / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
     # PATH: what the ranks compile at their start needs this environment's ninja. MASTER_ADDR: for Open MPI.
-    variables = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1",
-                 "PATH": os.environ["PATH"], "MASTER_ADDR": ADDRESSES[0]}  # fmt: skip
+    variables = {
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "OMP_NUM_THREADS": "1",
+        "PATH": os.environ["PATH"],
+        "MASTER_ADDR": ADDRESSES[0],
+    }
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         variables["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
     (directory / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
@@ -102,8 +116,12 @@ class Job:
 
     def left(self) -> list[str]:
         """Command lines of what runs on the machines beside their own init and sshd."""
-        return [line for node in range(2) if node in self.machines.running for line in
-                self.machines.processes(node).values()]  # fmt: skip
+        return [
+            line
+            for node in range(2)
+            if node in self.machines.running
+            for line in self.machines.processes(node).values()
+        ]
 
 
 def start(

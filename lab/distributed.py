@@ -47,8 +47,13 @@ def run_distributed(
     """
     with tempfile.TemporaryDirectory() as directory:
         multiprocessing.set_forkserver_preload(PRELOADED)
-        context = mp.start_processes(_worker, (dict(os.environ), ranks, free_port(), directory, function, arguments),
-                                     nprocs=ranks, join=False, start_method="forkserver")  # fmt: skip
+        context = mp.start_processes(
+            _worker,
+            (dict(os.environ), ranks, free_port(), directory, function, arguments),
+            nprocs=ranks,
+            join=False,
+            start_method="forkserver",
+        )
         assert context is not None
         # join() returns as soon as one process has ended; it is called until all have.
         deadline = time.monotonic() + timeout_s

@@ -28,8 +28,14 @@ import psutil
 from lab.nodes import _SIGNALS, ADDRESSES, PREFIX, TwoNodes, _kill_all_in, _run
 
 HOSTS = ("node0", "node1")
-COMMANDS = {"sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "mpirun": "openmpi-bin",
-            "unshare": "util-linux", "nsenter": "util-linux"}  # fmt: skip
+COMMANDS = {
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "mpirun": "openmpi-bin",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+}
 _FILES = Path("/etc/netns")  # `ip netns exec` binds what is in <namespace>/ here over /etc
 _START_S = 20.0
 
@@ -184,8 +190,12 @@ class TwoMachines(TwoNodes):
                 (ssh / "known_hosts").write_text(known)
                 (ssh / "ssh_config").write_text(_SSH_CONFIG)
                 (ssh / "sshd_config").write_text(_SSHD_CONFIG)
-                for source, target in (("client_key", "client_key"), ("client_key.pub", "client_key.pub"),
-                                       (host, "host_key"), (f"{host}.pub", "host_key.pub")):  # fmt: skip
+                for source, target in (
+                    ("client_key", "client_key"),
+                    ("client_key.pub", "client_key.pub"),
+                    (host, "host_key"),
+                    (f"{host}.pub", "host_key.pub"),
+                ):
                     shutil.copy(Path(keys, source), ssh / target)
 
     def _start_node(self, node: int) -> None:

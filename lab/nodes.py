@@ -162,10 +162,18 @@ class TwoNodes:
     ) -> subprocess.Popen[bytes]:
         node, local_rank = divmod(rank, ranks_per_node)
         variables = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(2 * ranks_per_node),
-            "LOCAL_WORLD_SIZE": str(ranks_per_node), "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500",
-            "GLOO_SOCKET_IFNAME": "eth0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment,
-        }  # fmt: skip
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(2 * ranks_per_node),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node),
+            "MASTER_ADDR": ADDRESSES[0],
+            "MASTER_PORT": "29500",
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
         cores = sorted(os.sched_getaffinity(0))
         # All of these replace themselves by the next: the process started here is the rank itself.
         command = [*self.prefix(node), "taskset", "-c", str(cores[rank % len(cores)])]

@@ -24,23 +24,33 @@ from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-RUNNABLE = {"replace_moe": (), "upcycle_gpt2": (), "hf_trainer": (),
-            "digits_moe": ("--deepspeed", "--deepspeed_config", "examples/digits_moe.json")}  # fmt: skip
+RUNNABLE = {
+    "replace_moe": (),
+    "upcycle_gpt2": (),
+    "hf_trainer": (),
+    "digits_moe": ("--deepspeed", "--deepspeed_config", "examples/digits_moe.json"),
+}
 QUOTED = ["replace_moe", "upcycle_gpt2"]
 PROGRAMS = {
     "pretrain_gpt_scmoe.py": parse_arguments,
     "scmoe_ds.programs.pretrain_swin": parse_image_arguments,
 }
 PAGES = ["README.md", "docs/replace.md", "ds_configs/README.md"]
-SERVING = {"generate": generate_program.build_parser,
-           "evaluate": evaluate_program.build_parser}  # fmt: skip
+SERVING = {"generate": generate_program.build_parser, "evaluate": evaluate_program.build_parser}
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_an_example_runs_and_its_loss_falls(name: str) -> None:
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    run = subprocess.run([sys.executable, "-m", f"examples.{name}", *RUNNABLE[name]], cwd=ROOT, capture_output=True, text=True,
-                         timeout=600, check=False, env=alone)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", f"examples.{name}", *RUNNABLE[name]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=alone,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     losses = [float(each) for each in re.findall(r"^(?:ScMoE, )?step.* ([\d.]+)$", run.stdout, re.MULTILINE)]
     assert len(losses) >= 6

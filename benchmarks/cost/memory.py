@@ -67,8 +67,9 @@ def measure(ep: int, stage: int, precision: str) -> dict[str, Any]:
         "scmoe": {"num_experts": EXPERTS, "expert_parallel_size": ep, "overlap": {"calibration_steps": 0}},
     }
     model = GPT(SHAPE, scmoe_ds.ScMoEConfig.from_deepspeed(config), group=tensor.tensor_parallel_group())
-    initialize_parameters(model, 1, 0.02, SHAPE.num_layers, tp_rank=tensor.tensor_parallel_rank(),
-                          tp_size=tensor.tensor_parallel_size())  # fmt: skip
+    initialize_parameters(
+        model, 1, 0.02, SHAPE.num_layers, tp_rank=tensor.tensor_parallel_rank(), tp_size=tensor.tensor_parallel_size()
+    )
     others = live().keys() - {each.untyped_storage().data_ptr() for each in model.parameters()}
     engine, *_ = scmoe_ds.initialize(model=model, config=config)
     kept: dict[int, int] = {}
@@ -81,21 +82,28 @@ def measure(ep: int, stage: int, precision: str) -> dict[str, Any]:
             gradients = max(gradients, sum(size for address, size in live().items() if address not in kept))
             engine.step()
         kept = live()
-    parameters = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
-                  for each in engine.module.parameters()}  # fmt: skip
+    parameters = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in engine.module.parameters()
+    }
     optimizer = sum(size for address, size in kept.items() if address not in parameters.keys() | others)
     routed = sum(each.numel() for each in engine.module.parameters() if is_moe_param(each))
     dense = sum(each.numel() for each in engine.module.parameters()) - routed
-    return {"stage": stage, "precision": precision, "parameters": sum(parameters.values()), "gradients": gradients,
-            "optimizer": optimizer, "dense": dense, "routed": routed}  # fmt: skip
+    return {
+        "stage": stage,
+        "precision": precision,
+        "parameters": sum(parameters.values()),
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "dense": dense,
+        "routed": routed,
+    }
 
 
 def formulas(row: dict[str, Any], ranks: int, tp: int, ep: int) -> dict[str, float]:
     """Bytes as the ZeRO paper counts them."""
     size, dense, routed = {"bf16": 2, "fp32": 4}[row["precision"]], row["dense"], row["routed"]
     part = dense / (ranks // tp) + routed / (ranks // ep)
-    return {"parameters": size * (dense + routed), "gradients": size * part,
-            "optimizer": 12 * part}  # fmt: skip
+    return {"parameters": size * (dense + routed), "gradients": size * part, "optimizer": 12 * part}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -105,8 +113,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [f"{row['measured'][kind] / 1e6:.2f} ({row['measured'][kind] / row['formula'][kind]:.3f})"
-                 for kind in ("parameters", "gradients", "optimizer")]  # fmt: skip
+        cells = [
+            f"{row['measured'][kind] / 1e6:.2f} ({row['measured'][kind] / row['formula'][kind]:.3f})"
+            for kind in ("parameters", "gradients", "optimizer")
+        ]
         layout = [row["ranks"], row["tp"], row["ep"], row["measured"]["stage"], row["measured"]["precision"]]
         lines.append("| " + " | ".join(map(str, [*layout, *cells])) + " |")
     return "\n".join(lines)
@@ -120,8 +130,10 @@ def main() -> None:
     rows = []
     for ranks, tp, ep in LAYOUTS:
         for found in zip(*run_distributed(measure_all, ranks, tp, ep, timeout_s=900), strict=True):
-            by_rank = [{"ranks": ranks, "tp": tp, "ep": ep, "measured": each, "formula": formulas(each, ranks, tp, ep)}
-                       for each in found]  # fmt: skip
+            by_rank = [
+                {"ranks": ranks, "tp": tp, "ep": ep, "measured": each, "formula": formulas(each, ranks, tp, ep)}
+                for each in found
+            ]
             rows.append(max(by_rank, key=distance))
     print(table(rows))
     print(f"\nfurthest from its formula: {100 * max(map(distance, rows)):.2f} %")

@@ -28,8 +28,12 @@ from scmoe_ds import ScMoE
 TOKENS = [256, 512, 1024, 2048, 4096, 8192, 16384]
 EXPERTS = [4, 8, 16, 32, 64, 128]
 HIDDEN = 128
-MEMORY = [STOCK, "+ shared expert (DeepSpeed Residual MoE)", "top-2, exact dispatch, full duplex",
-          "+ full-duplex all-to-all = ScMoE Pos-2"]  # fmt: skip
+MEMORY = [
+    STOCK,
+    "+ shared expert (DeepSpeed Residual MoE)",
+    "top-2, exact dispatch, full duplex",
+    "+ full-duplex all-to-all = ScMoE Pos-2",
+]
 
 
 def layer_times(sizes: list[tuple[int, int]], rounds: int) -> list[float]:
@@ -90,12 +94,18 @@ def draw(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for panel, key, label in zip(panels, ("tokens", "experts", "ep"),
-                                 ("tokens per rank", "experts", "expert-parallel size"), strict=True):  # fmt: skip
+    for panel, key, label in zip(
+        panels, ("tokens", "experts", "ep"), ("tokens per rank", "experts", "expert-parallel size"), strict=True
+    ):
         part = record[key]
         panel.plot(part["sizes"], part["ms"], marker="o")
-        panel.set(xscale="log", yscale="log", xlabel=label, ylabel="ms per training step of the layer",
-                  title=f"slope {part['slope']:.2f}" if "slope" in part else "two cores only")  # fmt: skip
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel=label,
+            ylabel="ms per training step of the layer",
+            title=f"slope {part['slope']:.2f}" if "slope" in part else "two cores only",
+        )
         panel.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
 
@@ -111,13 +121,17 @@ def main() -> None:
     memory = run_distributed(measure_memory, 1, MEMORY, [4, 16], timeout_s=1800)[0]
     record = {
         "environment": environment(),
-        "settings": {"hidden_size": HIDDEN, "rounds": args.rounds, "experts at varying tokens": 8,
-                     "tokens at varying experts and EP": 2048},
+        "settings": {
+            "hidden_size": HIDDEN,
+            "rounds": args.rounds,
+            "experts at varying tokens": 8,
+            "tokens at varying experts and EP": 2048,
+        },
         "tokens": {"sizes": TOKENS, "ms": tokens, "slope": slope(TOKENS, tokens)},
         "experts": {"sizes": EXPERTS, "ms": experts, "slope": slope(EXPERTS, experts)},
         "ep": {"sizes": [1, 2, 4], "ms": ep},
         "peak_memory": memory,
-    }  # fmt: skip
+    }
     print(json.dumps(record, indent=1))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -99,8 +99,9 @@ def hidden_by_waits(steps: list[list[Span]], sent_ms: dict[Phase, float]) -> dic
     """
     shares: dict[str, float] = {}
     for phase, all_ms in sent_ms.items():
-        waited_ms = [sum(span.duration_ms for span in spans if span.lane == "wait" and span.phase == phase)
-                     for spans in steps]  # fmt: skip
+        waited_ms = [
+            sum(span.duration_ms for span in spans if span.lane == "wait" and span.phase == phase) for spans in steps
+        ]
         (slower_ms,) = over_ranks([statistics.median(waited_ms)])
         shares[phase] = 1 - slower_ms / all_ms
     return shares

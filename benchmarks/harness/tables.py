@@ -49,8 +49,10 @@ def markdown(record: dict[str, Any], shape: str) -> str:
         lines += ["", f"## Predicted and measured, and the limit: {_TITLES[mode]}", "", *_limits(modes[mode]["rows"])]
     for mode, found in modes.items():
         for best in found.get("auto_over_best", []):
-            lines.append(f"\n{_TITLES[mode]}, {best['position']}: auto takes {Spread(**best['auto_over_best'])} × the "
-                         f"time of the best slot of all ({best['best']}).")  # fmt: skip
+            lines.append(
+                f"\n{_TITLES[mode]}, {best['position']}: auto takes {Spread(**best['auto_over_best'])} × the "
+                f"time of the best slot of all ({best['best']})."
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -63,8 +65,7 @@ def head(record: dict[str, Any]) -> list[str]:
     )
     hardware = ", ".join(escape(f"{key} {value}") for key, value in record["environment"].items())
     linked = f", linked at: {links}" if links else ""
-    return [code(record["command"]), "",
-            f"{hardware}. Two network namespaces, one pinned rank each{linked}."]  # fmt: skip
+    return [code(record["command"]), "", f"{hardware}. Two network namespaces, one pinned rank each{linked}."]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -82,8 +83,14 @@ def _speedups(modes: dict[str, Any]) -> list[str]:
 
 
 _PLANNED = ["variant", "schedule", "predicted ms", "predicted / measured"]
-_LIMITED = ["communication ms", "exposed ms", "processor ms of transfers", "hidden",
-            "not waited for (forward / backward)", "time / time without communication"]  # fmt: skip
+_LIMITED = [
+    "communication ms",
+    "exposed ms",
+    "processor ms of transfers",
+    "hidden",
+    "not waited for (forward / backward)",
+    "time / time without communication",
+]
 
 
 def _limits(rows: Sequence[Row]) -> list[str]:
@@ -129,7 +136,28 @@ def _crossing(rows: Sequence[Row]) -> list[str]:
         one, auto = group["unchunked"], group["auto"]
         ratios = [str(Spread(**group[name]["over_unchunked"])) for name in ("2 chunks", "4 chunks", "auto")]
         predicted = [f"{group[name]['predicted_ms'] / one['predicted_ms']:.3f}" for name in ("2 chunks", "4 chunks")]
-        lines.append([position, f"{rate:.0f}", f"{one['communication_over_window']:.2f}", f"{one['median_ms']:.0f}",
-                      *ratios, auto["schedule"], " / ".join(predicted)])  # fmt: skip
-    return table(["position", "Mbit/s", "communication / window", "one chunk ms", "2 chunks", "4 chunks", "auto",
-                  "auto's choice", "predicted: 2 / 4 chunks"], lines)  # fmt: skip
+        lines.append(
+            [
+                position,
+                f"{rate:.0f}",
+                f"{one['communication_over_window']:.2f}",
+                f"{one['median_ms']:.0f}",
+                *ratios,
+                auto["schedule"],
+                " / ".join(predicted),
+            ]
+        )
+    return table(
+        [
+            "position",
+            "Mbit/s",
+            "communication / window",
+            "one chunk ms",
+            "2 chunks",
+            "4 chunks",
+            "auto",
+            "auto's choice",
+            "predicted: 2 / 4 chunks",
+        ],
+        lines,
+    )

@@ -40,11 +40,12 @@ class Shape:
 
 
 SHAPES = {
-    "swin": Shape("SwinV2-MoE-S stage 3, one expert per rank, 8 windows of 144 tokens per rank",
-                  384, 12, 8, 144, 2, 1.25),
+    "swin": Shape(
+        "SwinV2-MoE-S stage 3, one expert per rank, 8 windows of 144 tokens per rank", 384, 12, 8, 144, 2, 1.25
+    ),
     "gpt2-medium": Shape("GPT2-MoE-Medium, one expert per rank, 128 tokens per rank", 1024, 16, 1, 128, 2, 2.0),
     "gpt": Shape("GPT2-MoE-Medium cut to 512 wide and 4 experts, 4 × 256 tokens per rank", 512, 8, 4, 256, 4, 2.0),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,10 @@ def slots_table(dispatch: str) -> Table:
     """Every slot of every position in one chunk, and the choice of the planner."""
     table = baseline(dispatch)
     for position in (1, 2, 3):
-        table |= {f"ScMoE Pos-{position}, slot {slot}": _scmoe(position, dispatch, slots=slot)
-                  for slot in range(1, position + 3)}  # fmt: skip
+        table |= {
+            f"ScMoE Pos-{position}, slot {slot}": _scmoe(position, dispatch, slots=slot)
+            for slot in range(1, position + 3)
+        }
         table |= {f"ScMoE Pos-{position}, auto": _scmoe(position, dispatch, chunks="auto")}
     return table
 
@@ -160,8 +163,11 @@ def slots_table(dispatch: str) -> Table:
 def crossing_table(dispatch: str) -> Table:
     """One chunk against several; each ScMoE is compared with its own unchunked row."""
     chunks = {"unchunked": 1, "2 chunks": 2, "4 chunks": 4, "auto": "auto"}
-    return {f"ScMoE Pos-{position}, {name}": _scmoe(position, dispatch, chunks=count)
-            for position in (1, 2) for name, count in chunks.items()}  # fmt: skip
+    return {
+        f"ScMoE Pos-{position}, {name}": _scmoe(position, dispatch, chunks=count)
+        for position in (1, 2)
+        for name, count in chunks.items()
+    }
 
 
 def ablation_table(dispatch: str = "exact") -> Table:
@@ -250,8 +256,12 @@ def build(variant: Variant, shape: Shape, skew: float, method: str = "collective
     """
     ranks = dist.get_world_size()
     num_experts = max(shape.num_experts, -(-variant.section.get("top_k", 1) // ranks) * ranks)
-    section = {"num_experts": num_experts, "expert_parallel_size": ranks, "capacity_factor": shape.capacity_factor,
-               **variant.section}  # fmt: skip
+    section = {
+        "num_experts": num_experts,
+        "expert_parallel_size": ranks,
+        "capacity_factor": shape.capacity_factor,
+        **variant.section,
+    }
     config = ScMoEConfig.from_deepspeed({"scmoe": section})
     settings = GPTSettings(2, shape.hidden_size, shape.heads, 64, shape.seq_length)
     torch.manual_seed(0)

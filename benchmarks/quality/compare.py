@@ -56,8 +56,16 @@ class Crew:
         inherited: a file descriptor that holds the lock as long as any of the processes lives.
     """
 
-    def __init__(self, plan: Plan, corpus: Corpus, record: Record, directory: Path, parallel: int,
-                 minutes: float | None, inherited: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        plan: Plan,
+        corpus: Corpus,
+        record: Record,
+        directory: Path,
+        parallel: int,
+        minutes: float | None,
+        inherited: int,
+    ) -> None:
         self.plan, self.corpus, self.record, self.directory = plan, corpus, record, directory
         self.parallel, self.inherited = parallel, inherited
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
@@ -78,8 +86,10 @@ class Crew:
                 for number, future in enumerate(as_completed(futures), 1):
                     run = future.result()
                     if run is not None:
-                        print(f"{number} of {len(wanted)}: {run['variant']}, seed {run['seed']}: {_outcome(run)}",
-                              flush=True)  # fmt: skip
+                        print(
+                            f"{number} of {len(wanted)}: {run['variant']}, seed {run['seed']}: {_outcome(run)}",
+                            flush=True,
+                        )
             finally:
                 self.stop()
 
@@ -106,8 +116,12 @@ class Crew:
         text = log.read_text(encoding="utf-8", errors="replace")
         if result.is_file():
             found = json.loads(result.read_text(encoding="utf-8"))
-            run |= {"status": "finished", "loss": statistics.fmean(found["sequence_losses"]), **found,
-                    **read_log(text, self.plan.tokens_per_iteration)}  # fmt: skip
+            run |= {
+                "status": "finished",
+                "loss": statistics.fmean(found["sequence_losses"]),
+                **found,
+                **read_log(text, self.plan.tokens_per_iteration),
+            }
         elif self.stopping.is_set():
             return None
         else:
@@ -121,14 +135,34 @@ class Crew:
     def _task(self, variant: str, seed: int, directory: Path) -> Task:
         config = directory / "deepspeed.json"
         config.write_text(json.dumps(self.plan.deepspeed(variant), indent=1) + "\n", encoding="utf-8")
-        flags = [*self.plan.model_flags(variant), "--deepspeed_config", str(config), "--seed", str(seed),
-                 "--data-path", self.corpus.prefix, "--split", self.corpus.split, *self.corpus.tokenizer_flags,
-                 # A cache of its own: runs at the same time would write one file.
-                 "--data-cache-path", str(directory / "cache"),
-                 "--save", str(directory / "checkpoints"), "--keep-last", "1", "--auto-resume"]  # fmt: skip
+        flags = [
+            *self.plan.model_flags(variant),
+            "--deepspeed_config",
+            str(config),
+            "--seed",
+            str(seed),
+            "--data-path",
+            self.corpus.prefix,
+            "--split",
+            self.corpus.split,
+            *self.corpus.tokenizer_flags,
+            # A cache of its own: runs at the same time would write one file.
+            "--data-cache-path",
+            str(directory / "cache"),
+            "--save",
+            str(directory / "checkpoints"),
+            "--keep-last",
+            "1",
+            "--auto-resume",
+        ]
         sizes = self.plan.preset["evaluation"]
-        return Task(flags, sizes["sequences"], sizes["batch_size"], sizes.get("similarity_sequences", 0),
-                    str(directory / "result.json"))  # fmt: skip
+        return Task(
+            flags,
+            sizes["sequences"],
+            sizes["batch_size"],
+            sizes.get("similarity_sequences", 0),
+            str(directory / "result.json"),
+        )
 
     def _wait(self, task: Path, stream: IO[str]) -> int:
         alone = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
@@ -140,9 +174,15 @@ class Crew:
         }
         # A session of its own: Ctrl-C at a terminal reaches this process alone, which lets the others save.
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.quality.run", str(task)], cwd=task.parent, env=environ, stdout=stream,
-            stderr=subprocess.STDOUT, text=True, start_new_session=True, pass_fds=(self.inherited,),
-        )  # fmt: skip
+            [sys.executable, "-m", "benchmarks.quality.run", str(task)],
+            cwd=task.parent,
+            env=environ,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            pass_fds=(self.inherited,),
+        )
         self._children.add(child)
         if self.stopping.is_set():  # it was set while the process was started
             child.terminate()
@@ -170,8 +210,10 @@ def locked(directory: Path) -> Iterator[int]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise QualityError(f"another process works in {directory} (its training processes may outlive it for a "
-                               "while): wait for it, or give --work-dir") from None  # fmt: skip
+            raise QualityError(
+                f"another process works in {directory} (its training processes may outlive it for a "
+                "while): wait for it, or give --work-dir"
+            ) from None
         yield stream.fileno()
 
 
@@ -209,26 +251,32 @@ def _tables_of(benchmark: Benchmark, path: Path) -> None:
     try:
         benchmark.save_tables(record, path)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise QualityError(f"{path} is incomplete or damaged ({type(error).__name__}: {error}); take another record"
-                           ) from None  # fmt: skip
+        raise QualityError(
+            f"{path} is incomplete or damaged ({type(error).__name__}: {error}); take another record"
+        ) from None
 
 
 def parse(benchmark: Benchmark, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags of such a program."""
     short_name = benchmark.settings.stem
-    parser = argparse.ArgumentParser(prog=f"python -m {benchmark.name}", description=benchmark.text,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {benchmark.name}",
+        description=benchmark.text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--settings", type=Path, default=benchmark.settings, help="variants and sizes")
     parser.add_argument("--preset", default="cpu", help="sizes in --settings")
-    parser.add_argument("--output", help="path of record, table and figure, without suffix (default: "
-                        f"data/quality/PRESET/{short_name})")  # fmt: skip
+    parser.add_argument(
+        "--output", help=f"path of record, table and figure, without suffix (default: data/quality/PRESET/{short_name})"
+    )
     parser.add_argument("--work-dir", type=Path, default=Path("data/quality"), help="corpus, checkpoints, logs")
     parser.add_argument("--seeds", type=_seed, nargs="+", default=[1, 2, 3], help="in this order")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="only variants whose name has a PART")
     parser.add_argument("--parallel", type=_positive, default=1, help="runs at the same time; they share the cores")
     parser.add_argument("--budget-minutes", type=float, help="start no run later than that")
-    parser.add_argument("--retry-failed", action="store_true", help="run again what has failed; the failure stays "
-                        "in the record")  # fmt: skip
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="run again what has failed; the failure stays in the record"
+    )
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="make table and figure of a record; run nothing")
     return parser.parse_args(argv)
 
@@ -263,10 +311,14 @@ def measure(benchmark: Benchmark, args: argparse.Namespace, command: str) -> int
         record = Record.open(Path(f"{output}.json"), plan, corpus.record, benchmark.name)
         record.want(args.seeds, command)
         record.save()  # claims may have been added since the last run
-        wanted = [pair for pair in ((variant, seed) for seed in args.seeds for variant in variants)
-                  if record.lacks(*pair, args.retry_failed)]  # fmt: skip
-        crew = Crew(plan, corpus, record, work / plan.fingerprint(corpus.record), args.parallel, args.budget_minutes,
-                    inherited)  # fmt: skip
+        wanted = [
+            pair
+            for pair in ((variant, seed) for seed in args.seeds for variant in variants)
+            if record.lacks(*pair, args.retry_failed)
+        ]
+        crew = Crew(
+            plan, corpus, record, work / plan.fingerprint(corpus.record), args.parallel, args.budget_minutes, inherited
+        )
         crew.work(wanted)
     benchmark.save_tables(record, Path(f"{output}.json"))
     # A failure that was run again with success stays in the record, and is no reason to call it a failure.

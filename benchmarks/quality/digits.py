@@ -40,9 +40,19 @@ WANTED = 95.0
 
 def flags_of(variant: str, seed: int, iterations: int) -> list[str]:
     """The command line of one run, behind `python`."""
-    return ["-m", "scmoe_ds.programs.pretrain_swin", "--preset", "swin-digits", "--deepspeed_config",
-            "ds_configs/swin_digits_cpu.json", "--train-iters", str(iterations), "--seed", str(seed),
-            *VARIANTS[variant]]  # fmt: skip
+    return [
+        "-m",
+        "scmoe_ds.programs.pretrain_swin",
+        "--preset",
+        "swin-digits",
+        "--deepspeed_config",
+        "ds_configs/swin_digits_cpu.json",
+        "--train-iters",
+        str(iterations),
+        "--seed",
+        str(seed),
+        *VARIANTS[variant],
+    ]
 
 
 def run_once(variant: str, seed: int, iterations: int) -> dict[str, Any]:
@@ -71,8 +81,13 @@ def start_record(seeds: Sequence[int], iterations: int) -> dict[str, Any]:
     """A record without runs."""
     command = f"python -m benchmarks.quality.digits --seeds {' '.join(map(str, seeds))} --iterations {iterations}"
     rows = [{"variant": variant, "flags": " ".join(flags), "runs": []} for variant, flags in VARIANTS.items()]
-    return {"command": command, "environment": environment(), "seeds": list(seeds), "iterations": iterations,
-            "rows": rows}  # fmt: skip
+    return {
+        "command": command,
+        "environment": environment(),
+        "seeds": list(seeds),
+        "iterations": iterations,
+        "rows": rows,
+    }
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -108,8 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = start_record(args.seeds, args.iterations)
     with ThreadPoolExecutor(args.parallel) as pool:
         # The first seed's runs come first, and the record is written after each: a long table can be cut short.
-        futures = {pool.submit(run_once, row["variant"], seed, args.iterations): row
-                   for seed in args.seeds for row in record["rows"]}  # fmt: skip
+        futures = {
+            pool.submit(run_once, row["variant"], seed, args.iterations): row
+            for seed in args.seeds
+            for row in record["rows"]
+        }
         for future in as_completed(futures):
             futures[future]["runs"].append(future.result())
             futures[future]["runs"].sort(key=lambda run: run["seed"])

@@ -94,8 +94,11 @@ class Plan:
         config = ScMoEConfig.from_deepspeed(self.deepspeed(variant))
         with torch.device("meta"):
             model = GPT(gpt_settings(args, pad_vocab_size(vocab_size)), config, args.seq_length)
-        return {"active_parameters": active_parameters(model), "forward_flops_per_token": forward_flops(model),
-                "parameters": sum(each.numel() for each in model.parameters())}  # fmt: skip
+        return {
+            "active_parameters": active_parameters(model),
+            "forward_flops_per_token": forward_flops(model),
+            "parameters": sum(each.numel() for each in model.parameters()),
+        }
 
     def num_layers(self, variant: str) -> int:
         """Blocks of a variant."""
@@ -126,8 +129,13 @@ def load_plan(path: Path, preset: str) -> Plan:
         raise QualityError(f"--preset {preset}: {path} has {', '.join(whole['presets'])}")
     variants = {name: dict(own) for name, own in whole["variants"].items()}
     flags = {name: own.pop("flags", {}) for name, own in variants.items()}
-    plan = Plan(preset, whole["presets"][preset], {name: {**whole["section"], **own} for name, own in variants.items()},
-                flags, {key: whole[key] for key in ("references", "claims", "equivalence_margin_nats")})  # fmt: skip
+    plan = Plan(
+        preset,
+        whole["presets"][preset],
+        {name: {**whole["section"], **own} for name, own in variants.items()},
+        flags,
+        {key: whole[key] for key in ("references", "claims", "equivalence_margin_nats")},
+    )
     for name, own in flags.items():
         if fixed := sorted({"seq-length", "train-iters"} & own.keys()):
             raise QualityError(f"{path}: variant {name}: --{fixed[0]} decides the data, which all variants share")
@@ -139,8 +147,10 @@ def load_plan(path: Path, preset: str) -> Plan:
             raise QualityError(f"{path}: variant {name}: {error}") from None
     named = {*whole["references"], *(claim[side] for claim in whole["claims"] for side in (0, 2))}
     if unknown := sorted(named - set(plan.sections)):
-        raise QualityError(f"{path}: references or claims name {', '.join(unknown)}, which is no variant; there are "
-                           f"{', '.join(plan.sections)}")  # fmt: skip
+        raise QualityError(
+            f"{path}: references or claims name {', '.join(unknown)}, which is no variant; there are "
+            f"{', '.join(plan.sections)}"
+        )
     if other := [relation for _, relation, *_ in whole["claims"] if relation not in RELATIONS]:
         raise QualityError(f"{path}: a claim says {other[0]!r}; it can say {' or '.join(RELATIONS)}")
     return plan
@@ -163,8 +173,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], own[key]) for key in base.keys() & own.keys()
-            if isinstance(base[key], dict) and isinstance(own[key], dict)}  # fmt: skip
+    both = {
+        key: _merged(base[key], own[key])
+        for key in base.keys() & own.keys()
+        if isinstance(base[key], dict) and isinstance(own[key], dict)
+    }
     return {**base, **own, **both}
 
 
@@ -204,12 +217,21 @@ class Record:
             QualityError: the file is of other sizes, data or variants; runs of both cannot be compared.
         """
         identity = plan.identity(corpus)
-        variants = {name: {"section": section, "flags": plan.flags[name], **plan.compute(name, corpus["vocab_size"])}
-                    for name, section in plan.sections.items()}  # fmt: skip
+        variants = {
+            name: {"section": section, "flags": plan.flags[name], **plan.compute(name, corpus["vocab_size"])}
+            for name, section in plan.sections.items()
+        }
         content: dict[str, Any] = {
-            "benchmark": benchmark, "commands": [], "seeds": [], "identity": identity, "tokens": plan.tokens,
-            "corpus": corpus, "variants": variants, "environments": [], "runs": [],
-        }  # fmt: skip
+            "benchmark": benchmark,
+            "commands": [],
+            "seeds": [],
+            "identity": identity,
+            "tokens": plan.tokens,
+            "corpus": corpus,
+            "variants": variants,
+            "environments": [],
+            "runs": [],
+        }
         if path.exists():
             content = cls.read(path, benchmark).content
             for key, wanted in identity.items():
@@ -217,8 +239,10 @@ class Record:
             for name in variants.keys() & content["variants"].keys():
                 _require_same(path, f"variant {name}", content["variants"][name]["section"], plan.sections[name])
                 _require_same(path, f"variant {name}", content["variants"][name]["flags"], plan.flags[name])
-            content["variants"] = {**variants, **{name: each for name, each in content["variants"].items()
-                                                  if name not in variants}}  # fmt: skip
+            content["variants"] = {
+                **variants,
+                **{name: each for name, each in content["variants"].items() if name not in variants},
+            }
         return cls(path, {**content, **plan.common})
 
     def want(self, seeds: Sequence[int], command: str) -> None:
@@ -262,5 +286,7 @@ def _require_same(path: Path, name: str, found: Any, wanted: Any) -> None:
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in {**found, **wanted}:
             _require_same(path, f"{name}.{key}", found.get(key), wanted.get(key))
-    raise QualityError(f"{path} is of another configuration: its {name} is {json.dumps(found)}, now it is "
-                       f"{json.dumps(wanted)}; give another --output, or restore the setting")  # fmt: skip
+    raise QualityError(
+        f"{path} is of another configuration: its {name} is {json.dumps(found)}, now it is "
+        f"{json.dumps(wanted)}; give another --output, or restore the setting"
+    )

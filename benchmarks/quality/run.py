@@ -102,12 +102,19 @@ def similarity_of(model: GPT, rows: Sequence[Row], batch_size: int) -> dict[str,
     """Names, norms, cosine similarity and L2 distance of all representations."""
     subject = gpt_subject(model)
     starts = range(0, len(rows), batch_size)
-    found = measure(subject, (torch.from_numpy(np.stack([row.tokens for row in rows[at : at + batch_size]]))
-                              for at in starts))  # fmt: skip
+    found = measure(
+        subject, (torch.from_numpy(np.stack([row.tokens for row in rows[at : at + batch_size]])) for at in starts)
+    )
     record = found.record()
-    return {"tokens": record["tokens"], "names": record["names"], "norm": [round(each, 4) for each in record["norm"]],
-            **{key: [[round(value, _SIMILARITY_DECIMALS) for value in row] for row in record[key]]
-               for key in ("cosine", "l2")}}  # fmt: skip
+    return {
+        "tokens": record["tokens"],
+        "names": record["names"],
+        "norm": [round(each, 4) for each in record["norm"]],
+        **{
+            key: [[round(value, _SIMILARITY_DECIMALS) for value in row] for row in record[key]]
+            for key in ("cosine", "l2")
+        },
+    }
 
 
 def read_log(text: str, tokens_per_iteration: int) -> dict[str, Any]:
@@ -129,8 +136,10 @@ def read_log(text: str, tokens_per_iteration: int) -> dict[str, Any]:
             first = False
         elif found := re.match(r"validation at iteration (\d+) .*lm loss: ([\d.E+-]+)", line):
             points["validation"][int(found[1])] = float(found[2])
-    curves = {name: [[iteration * tokens_per_iteration, round(loss, _DECIMALS)] for iteration, loss in
-                     sorted(values.items())] for name, values in points.items()}  # fmt: skip
+    curves = {
+        name: [[iteration * tokens_per_iteration, round(loss, _DECIMALS)] for iteration, loss in sorted(values.items())]
+        for name, values in points.items()
+    }
     sessions = len(re.findall(r"^training .* from iteration \d+ to ", text, re.MULTILINE))
     return {**curves, "tokens_per_second": statistics.median(speeds) if speeds else None, "sessions": sessions}
 

@@ -84,18 +84,30 @@ def _conditions(record: dict[str, Any]) -> list[str]:
     rows = []
     for scmoe, relation, top2, *_ in record["claims"]:
         difference, distance = paired(record, scmoe, top2), _distance(record, scmoe)
-        rows.append([
-            condition(scmoe),
-            *(mean_and_deviation([run["loss"] for run in finished(record, name).values()]) for name in (top2, scmoe)),
-            difference_cell(difference),
-            verdict(difference, relation, margin),
-            *(_similarity_cell(similarity_of(record, top2, position, distance)) for position in POSITIONS),
-            _similarity_cell(similarity_of(record, scmoe, _own_position(record, scmoe), distance)),
-            _number(adjacent_similarity(record, top2)),
-        ])  # fmt: skip
-    header = ["changed", "loss of top-2", "loss of ScMoE", "ScMoE − top-2", "is ScMoE's lower?",
-              *(f"Pos-{each[-1]} in top-2" for each in POSITIONS), "own shortcut of ScMoE",
-              "adjacent in top-2"]  # fmt: skip
+        rows.append(
+            [
+                condition(scmoe),
+                *(
+                    mean_and_deviation([run["loss"] for run in finished(record, name).values()])
+                    for name in (top2, scmoe)
+                ),
+                difference_cell(difference),
+                verdict(difference, relation, margin),
+                *(_similarity_cell(similarity_of(record, top2, position, distance)) for position in POSITIONS),
+                _similarity_cell(similarity_of(record, scmoe, _own_position(record, scmoe), distance)),
+                _number(adjacent_similarity(record, top2)),
+            ]
+        )
+    header = [
+        "changed",
+        "loss of top-2",
+        "loss of ScMoE",
+        "ScMoE − top-2",
+        "is ScMoE's lower?",
+        *(f"Pos-{each[-1]} in top-2" for each in POSITIONS),
+        "own shortcut of ScMoE",
+        "adjacent in top-2",
+    ]
     note = (
         "Loss: nats per token, mean ± standard deviation over the seeds; difference: mean ± standard error of the "
         "paired differences (in brackets over the sequences). Base: the model above, pre-norm, residual scale 1, MoE "
@@ -126,8 +138,11 @@ def _number(value: float | None) -> str:
 def frequencies(record: dict[str, Any]) -> list[tuple[str, str, ScMoEConfig]]:
     """The claims that differ from the base in the section alone: ScMoE, top-2, and ScMoE's section."""
     variants = record["variants"]
-    return [(scmoe, top2, ScMoEConfig.from_deepspeed({"scmoe": variants[scmoe]["section"]}))
-            for scmoe, _, top2, *_ in record["claims"] if not variants[scmoe]["flags"]]  # fmt: skip
+    return [
+        (scmoe, top2, ScMoEConfig.from_deepspeed({"scmoe": variants[scmoe]["section"]}))
+        for scmoe, _, top2, *_ in record["claims"]
+        if not variants[scmoe]["flags"]
+    ]
 
 
 def _frequencies(record: dict[str, Any]) -> list[str]:
@@ -138,14 +153,23 @@ def _frequencies(record: dict[str, Any]) -> list[str]:
         position = "Pos-1" if config.moe_every == 1 else f"Pos-{config.position[-1]}"
         if config.shortcut_distance > 1:
             position += f", distance {config.shortcut_distance}"
-        losses = [mean_and_deviation([run["loss"] for run in finished(record, name).values()])
-                  for name in (scmoe, top2)]  # fmt: skip
+        losses = [
+            mean_and_deviation([run["loss"] for run in finished(record, name).values()]) for name in (scmoe, top2)
+        ]
         mflop = f"{record['variants'][scmoe]['forward_flops_per_token'] / 1e6:.2f}"
-        rows.append([f"1/{config.moe_every}", position, *cells, *losses, difference_cell(paired(record, scmoe, top2)),
-                     mflop])  # fmt: skip
+        rows.append(
+            [f"1/{config.moe_every}", position, *cells, *losses, difference_cell(paired(record, scmoe, top2)), mflop]
+        )
     shares = [f"predicted speed-up at {each.share:.0%}" for each in measured.values()]
-    header = ["MoE frequency", "shortcut", *shares, "loss of ScMoE", "loss of top-2", "ScMoE − top-2",
-              "forward MFLOP per token"]  # fmt: skip
+    header = [
+        "MoE frequency",
+        "shortcut",
+        *shares,
+        "loss of ScMoE",
+        "loss of top-2",
+        "ScMoE − top-2",
+        "forward MFLOP per token",
+    ]
     records = ", ".join(f"[{name}]({name}.md)" for name in RECORDS)
     note = (
         "Speed-up: **predicted** by the planner, of a training step's blocks (without embedding, head and optimizer), "
@@ -160,8 +184,7 @@ def _frequencies(record: dict[str, Any]) -> list[str]:
 
 def _speedup_cell(measured: Measured, config: ScMoEConfig) -> str:
     found = predict(measured, config, "train")
-    return (f"{found.blocking_ms / found.scmoe_ms:.2f} / {found.pipelined_ms / found.scmoe_ms:.2f} "
-            f"({found.hidden:.0%})")  # fmt: skip
+    return f"{found.blocking_ms / found.scmoe_ms:.2f} / {found.pipelined_ms / found.scmoe_ms:.2f} ({found.hidden:.0%})"
 
 
 def figure(record: dict[str, Any]) -> Figure:
@@ -174,8 +197,10 @@ def figure(record: dict[str, Any]) -> Figure:
     _draw_similarities(right, record, claims)
     shown = list(dict.fromkeys(claim[2] for claim in claims))
     panels = list(lower.subplots(2, max(-(-len(shown) // 2), 1), squeeze=False).flat)
-    matrices = {name: np.mean([run["similarity"]["cosine"] for run in finished(record, name).values()], axis=0)
-                for name in shown}  # fmt: skip
+    matrices = {
+        name: np.mean([run["similarity"]["cosine"] for run in finished(record, name).values()], axis=0)
+        for name in shown
+    }
     image = None
     for axes, name in zip(panels, shown, strict=False):
         image = axes.imshow(matrices[name], vmin=min(0.0, *map(np.min, matrices.values())), vmax=1, cmap="viridis")
@@ -185,8 +210,9 @@ def figure(record: dict[str, Any]) -> Figure:
         axes.set_axis_off()
     if image is not None:
         lower.colorbar(image, ax=list(lower.axes), shrink=0.8, label="cosine similarity")
-    lower.suptitle("all representations of the top-2 models, from the input to the last block, mean over the seeds",
-                   fontsize=10)  # fmt: skip
+    lower.suptitle(
+        "all representations of the top-2 models, from the input to the last block, mean over the seeds", fontsize=10
+    )
     return whole
 
 
@@ -211,8 +237,14 @@ def _draw_similarities(axes: Axes, record: dict[str, Any], claims: list[list[str
         for place, (scmoe, _, top2, *_) in enumerate(claims):
             layers = similarity_of(record, top2, position, _distance(record, scmoe))
             height = place + 0.22 * (number - 1)
-            axes.plot(layers, [height] * len(layers), "o", color=_COLOURS[number], markersize=4,
-                      label=f"Pos-{position[-1]}" if place == 0 else None)  # fmt: skip
+            axes.plot(
+                layers,
+                [height] * len(layers),
+                "o",
+                color=_COLOURS[number],
+                markersize=4,
+                label=f"Pos-{position[-1]}" if place == 0 else None,
+            )
     axes.axvline(THRESHOLD, color="#333333", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()

@@ -74,8 +74,9 @@ def paired(record: dict[str, Any], first: str, second: str) -> Difference | None
     ]
     by_seed = tuple(statistics.fmean(differences) for differences in by_sequence)
     over_seeds = [statistics.fmean(values) for values in zip(*by_sequence, strict=True)]
-    return Difference(seeds, by_seed, statistics.fmean(by_seed), _standard_error(by_seed),
-                      _standard_error(over_seeds) or 0.0)  # fmt: skip
+    return Difference(
+        seeds, by_seed, statistics.fmean(by_seed), _standard_error(by_seed), _standard_error(over_seeds) or 0.0
+    )
 
 
 def _standard_error(values: Sequence[float]) -> float | None:
@@ -119,11 +120,15 @@ def markdown(record: dict[str, Any]) -> str:
 def setting(record: dict[str, Any]) -> list[str]:
     """Commands, machine, sizes and text of a record, for the head of its table."""
     identity, corpus = record["identity"], record["corpus"]
-    environments = "; ".join(", ".join(f"{key} {value}" for key, value in each.items())
-                             for each in record["environments"])  # fmt: skip
+    environments = "; ".join(
+        ", ".join(f"{key} {value}" for key, value in each.items()) for each in record["environments"]
+    )
     flags = ", ".join(f"{name} {value}" for name, value in identity["flags"].items())
-    sizes = ", ".join(f"{part} {corpus['documents'][part]} documents, {corpus['bytes'][part] / 1e6:.1f} MB, "
-                      f"{corpus['tokens'][part] / 1e6:.2f} M tokens" for part in ("train", "validation"))  # fmt: skip
+    sizes = ", ".join(
+        f"{part} {corpus['documents'][part]} documents, {corpus['bytes'][part] / 1e6:.1f} MB, "
+        f"{corpus['tokens'][part] / 1e6:.2f} M tokens"
+        for part in ("train", "validation")
+    )
     optimizer = identity["deepspeed"]["optimizer"]
     return [
         *(code(command) for command in record["commands"]),
@@ -143,8 +148,11 @@ def failures(record: dict[str, Any]) -> list[str]:
     """A section with the runs that have failed, if there are any."""
     failed = [run for run in record["runs"] if run["status"] == "failed"]
     lines = ["", "## Failed runs", ""] if failed else []
-    return lines + [f"- {escape(run['variant'])}, seed {run['seed']}, after {run['seconds']:.0f} s: "
-                  f"{escape(run['error'].strip().splitlines()[-1])}" for run in failed]  # fmt: skip
+    return lines + [
+        f"- {escape(run['variant'])}, seed {run['seed']}, after {run['seconds']:.0f} s: "
+        f"{escape(run['error'].strip().splitlines()[-1])}"
+        for run in failed
+    ]
 
 
 def _sequences(record: dict[str, Any]) -> int:
@@ -160,19 +168,31 @@ def _losses(record: dict[str, Any]) -> list[str]:
         losses = [run["loss"] for run in runs.values()]
         speeds = [run["tokens_per_second"] for run in runs.values() if run["tokens_per_second"]]
         failures = sum(run["variant"] == name and run["status"] == "failed" for run in record["runs"])
-        rows.append([
-            name,
-            mean_and_deviation(losses),
-            f"{math.exp(min(statistics.fmean(losses), 700)):.3f}" if losses else "–",
-            *("" if name == reference else difference_cell(paired(record, name, reference))
-              for reference in references),
-            f"{flops / 1e6:.2f}" + (f" ({unequal})" if (unequal := _compute_cell(flops / base - 1)) else ""),
-            f"{variant['active_parameters'] / 1e6:.2f} of {variant['parameters'] / 1e6:.2f}",
-            f"{statistics.median(speeds):.0f}" if speeds else "–",
-            f"{len(runs)} of {len(record['seeds'])}" + (f", {failures} failed" if failures else ""),
-        ])  # fmt: skip
-    header = ["architecture", "loss, nats per token", "perplexity", *(f"loss − {name}'s" for name in references),
-              "forward MFLOP per token", "active parameters, M", "tokens/s", "runs"]  # fmt: skip
+        rows.append(
+            [
+                name,
+                mean_and_deviation(losses),
+                f"{math.exp(min(statistics.fmean(losses), 700)):.3f}" if losses else "–",
+                *(
+                    "" if name == reference else difference_cell(paired(record, name, reference))
+                    for reference in references
+                ),
+                f"{flops / 1e6:.2f}" + (f" ({unequal})" if (unequal := _compute_cell(flops / base - 1)) else ""),
+                f"{variant['active_parameters'] / 1e6:.2f} of {variant['parameters'] / 1e6:.2f}",
+                f"{statistics.median(speeds):.0f}" if speeds else "–",
+                f"{len(runs)} of {len(record['seeds'])}" + (f", {failures} failed" if failures else ""),
+            ]
+        )
+    header = [
+        "architecture",
+        "loss, nats per token",
+        "perplexity",
+        *(f"loss − {name}'s" for name in references),
+        "forward MFLOP per token",
+        "active parameters, M",
+        "tokens/s",
+        "runs",
+    ]
     note = (
         "Loss: mean ± standard deviation over the seeds. Differences: mean ± standard error over the seeds of the "
         "paired differences; in brackets the standard error over the sequences, which knows nothing of other seeds. "
@@ -213,10 +233,24 @@ def _verdicts(record: dict[str, Any]) -> list[str]:
             interval = "–" if difference.error is None else f"{low:+.4f} … {high:+.4f}"
             cells = [difference_cell(difference), interval, str(len(difference.seeds))]
         flops = [record["variants"][name]["forward_flops_per_token"] for name in (first, second)]
-        rows.append([f"{first} {relation} {second}", verdict(difference, relation, margin), *cells,
-                     _compute_cell(flops[0] / flops[1] - 1), "".join(paper)])  # fmt: skip
-    header = ["claim (loss)", "verdict", "difference, nats per token", "95 % interval", "seeds",
-              "the first one's compute", "the paper's numbers, first and second"]  # fmt: skip
+        rows.append(
+            [
+                f"{first} {relation} {second}",
+                verdict(difference, relation, margin),
+                *cells,
+                _compute_cell(flops[0] / flops[1] - 1),
+                "".join(paper),
+            ]
+        )
+    header = [
+        "claim (loss)",
+        "verdict",
+        "difference, nats per token",
+        "95 % interval",
+        "seeds",
+        "the first one's compute",
+        "the paper's numbers, first and second",
+    ]
     return ["## Verdict", "", RULE.format(margin=margin), "", *table(header, rows)]
 
 
@@ -234,8 +268,11 @@ def figure(record: dict[str, Any]) -> Figure:
         means = [statistics.fmean(points[tokens]) for tokens in sorted(points)]
         style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colours
         lower.plot([tokens / 1e6 for tokens in sorted(points)], means, style, label=name, linewidth=1)
-    lower.set(xlabel="training tokens, millions", ylabel="validation loss, nats per token", title="learning curves: "
-              "validation batches of each seed, with drops")  # fmt: skip
+    lower.set(
+        xlabel="training tokens, millions",
+        ylabel="validation loss, nats per token",
+        title="learning curves: validation batches of each seed, with drops",
+    )
     if names:
         lower.legend(fontsize=7, ncols=2)
     return whole
@@ -248,6 +285,8 @@ def _draw_losses(axes: Axes, record: dict[str, Any], names: Sequence[str]) -> No
         axes.errorbar([place], [statistics.fmean(losses)], yerr=[deviation], fmt="o", color="#0072B2", capsize=4)
         axes.plot([place] * len(losses), losses, "x", color="#D55E00", markersize=5)
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
-    axes.set(ylabel="loss, nats per token", title="held-out sequences: mean ± standard deviation over the seeds; "
-             "crosses: seeds")  # fmt: skip
+    axes.set(
+        ylabel="loss, nats per token",
+        title="held-out sequences: mean ± standard deviation over the seeds; crosses: seeds",
+    )
     axes.grid(axis="y", linewidth=0.3)

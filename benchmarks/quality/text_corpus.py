@@ -87,8 +87,14 @@ class Corpus:
 
     @property
     def tokenizer_flags(self) -> list[str]:
-        return ["--tokenizer-type", GPT2BPETokenizer.name, "--vocab-file", str(self.directory / "vocab.json"),
-                "--merge-file", str(self.directory / "merges.txt")]  # fmt: skip
+        return [
+            "--tokenizer-type",
+            GPT2BPETokenizer.name,
+            "--vocab-file",
+            str(self.directory / "vocab.json"),
+            "--merge-file",
+            str(self.directory / "merges.txt"),
+        ]
 
 
 def site_packages_documents(root: Path) -> Iterator[Document]:
@@ -215,8 +221,10 @@ def _whole_corpus(directory: Path, wanted: dict[str, Any]) -> dict[str, Any] | N
 
 
 def _files(directory: Path) -> dict[str, Any]:
-    return {name: file_entry(directory / name)
-            for name in ("text_corpus.bin", "text_corpus.idx", "vocab.json", "merges.txt")}  # fmt: skip
+    return {
+        name: file_entry(directory / name)
+        for name in ("text_corpus.bin", "text_corpus.idx", "vocab.json", "merges.txt")
+    }
 
 
 def write_corpus(directory: Path, documents: list[Document], settings: CorpusSettings) -> dict[str, Any]:
@@ -265,10 +273,15 @@ def _packages() -> dict[str, str]:
 
 def describe(record: dict[str, Any]) -> str:
     """A corpus in one sentence."""
-    parts = "; ".join(f"{part} {record['documents'][part]} documents, {record['bytes'][part] / 1e6:.1f} MB, "
-                      f"{record['tokens'][part] / 1e6:.2f} M tokens" for part in ("train", "validation"))  # fmt: skip
-    return (f"Library and installed packages of Python {record['python']}, BPE of {record['vocab_size']} "
-            f"tokens; {parts}; sha256 {record['sha256'][:12]}")  # fmt: skip
+    parts = "; ".join(
+        f"{part} {record['documents'][part]} documents, {record['bytes'][part] / 1e6:.1f} MB, "
+        f"{record['tokens'][part] / 1e6:.2f} M tokens"
+        for part in ("train", "validation")
+    )
+    return (
+        f"Library and installed packages of Python {record['python']}, BPE of {record['vocab_size']} "
+        f"tokens; {parts}; sha256 {record['sha256'][:12]}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

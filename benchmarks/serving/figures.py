@@ -26,8 +26,10 @@ def speedups(record: dict[str, Any]) -> Figure:
         names = [row["row"] for row in found["rows"]]
         spreads = [row["speedup"] for row in found["rows"]]
         medians = [spread["median"] for spread in spreads]
-        errors = [[spread["median"] - spread["p10"] for spread in spreads],
-                  [spread["p90"] - spread["median"] for spread in spreads]]  # fmt: skip
+        errors = [
+            [spread["median"] - spread["p10"] for spread in spreads],
+            [spread["p90"] - spread["median"] for spread in spreads],
+        ]
         colors = ["tab:orange" if name.startswith("ScMoE") else "tab:gray" for name in names]
         panel.barh(names, medians, xerr=errors, color=colors, ecolor="black", capsize=2)
         panel.axvline(1.0, color="black", linewidth=0.8)
@@ -45,8 +47,10 @@ def latencies(record: dict[str, Any]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     names = [row["row"] for row in rows]
     spreads = [row["pair_ms"] for row in rows]
-    errors = [[spread["median"] - spread["p10"] for spread in spreads],
-              [spread["p90"] - spread["median"] for spread in spreads]]  # fmt: skip
+    errors = [
+        [spread["median"] - spread["p10"] for spread in spreads],
+        [spread["p90"] - spread["median"] for spread in spreads],
+    ]
     left.barh(names, [spread["median"] for spread in spreads], xerr=errors, color="tab:blue", capsize=2)
     left.invert_yaxis()
     left.set_xlabel("ms per pair of blocks, one token")

@@ -93,10 +93,16 @@ class Server:
     def __init__(self, row: Served, phase: Phase, shape: Shape, method: str) -> None:
         ranks = dist.get_world_size()
         self._length = shape.seq_length if phase == "prefill" else PROMPT
-        trained = ScMoEConfig.from_deepspeed({"scmoe": {
-            "num_experts": shape.num_experts, "expert_parallel_size": ranks, **row.section,
-            "eval_capacity_factor": shape.capacity_factor,
-        }})  # fmt: skip
+        trained = ScMoEConfig.from_deepspeed(
+            {
+                "scmoe": {
+                    "num_experts": shape.num_experts,
+                    "expert_parallel_size": ranks,
+                    **row.section,
+                    "eval_capacity_factor": shape.capacity_factor,
+                }
+            }
+        )
         config = trained
         if not row.stock:
             config = serving_config(trained, ranks)
@@ -157,16 +163,26 @@ def serve(phase: Phase, wanted: Sequence[str], settings: dict[str, Any]) -> dict
     bench = Bench(baseline("padded"), shape, "forward", {"rounds": 0, "skew": 0.0, **settings})
     link = find_rate(bench.runs[STOCK], bench.cold_steps[STOCK], settings["share"])
     del bench
-    servers = {name: Server(row, phase, shape, settings["method"]) for name, row in rows().items()
-               if name == STOCK or not wanted or any(part in name for part in wanted)}  # fmt: skip
+    servers = {
+        name: Server(row, phase, shape, settings["method"])
+        for name, row in rows().items()
+        if name == STOCK or not wanted or any(part in name for part in wanted)
+    }
     for server in servers.values():
         server.warm_up()
     steps = {name: server.step for name, server in servers.items()}
     times = {
         name: over_ranks(values) for name, values in interleave(steps, settings["rounds"], 2, dist.barrier).items()
     }
-    found = [{"row": name, "median_ms": 1e3 * statistics.median(values), "slots": servers[name].slots(),
-              "speedup": vars(Spread.of_ratios(times[STOCK], values))} for name, values in times.items()]  # fmt: skip
+    found = [
+        {
+            "row": name,
+            "median_ms": 1e3 * statistics.median(values),
+            "slots": servers[name].slots(),
+            "speedup": vars(Spread.of_ratios(times[STOCK], values)),
+        }
+        for name, values in times.items()
+    ]
     return {"link": vars(link), "rows": found}
 
 
@@ -186,18 +202,29 @@ def rank_main(settings: dict[str, Any]) -> None:
 def markdown(record: dict[str, Any]) -> str:
     """The record as tables."""
     settings = record["settings"]
-    lines = [f"# Serving on two nodes, all-to-all {100 * settings['share']:.0f} % of DeepSpeed's top-2 layer", "",
-             *tables.head(record),
-             f"GPT of {LAYERS} layers in inference mode; {settings['rounds']} interleaved rounds; all-to-all of all "
-             f"rows: {settings['method']}. Speed-up over the first row: median (10th–90th percentile) of the ratios in "
-             "rounds. Slots: before which backbone operator the experts run, for each MoE layer.", ""]  # fmt: skip
+    lines = [
+        f"# Serving on two nodes, all-to-all {100 * settings['share']:.0f} % of DeepSpeed's top-2 layer",
+        "",
+        *tables.head(record),
+        f"GPT of {LAYERS} layers in inference mode; {settings['rounds']} interleaved rounds; all-to-all of all "
+        f"rows: {settings['method']}. Speed-up over the first row: median (10th–90th percentile) of the ratios in "
+        "rounds. Slots: before which backbone operator the experts run, for each MoE layer.",
+        "",
+    ]
     for phase, found in record["phases"].items():
         link, shape = found["link"], shape_of(phase, settings)
-        lines += [f"## {phase}", "", f"{shape.name}; {shape.tokens} tokens per rank and pass. Link "
-                  f"{link['rate_mbit']:.0f} Mbit/s, where the all-to-all takes {100 * link['share']:.0f} % of the "
-                  f"baseline's MoE layer ({link['all_to_all_ms']:.1f} of {link['layer_ms']:.1f} ms).", ""]  # fmt: skip
-        cells = [[row["row"], f"{row['median_ms']:.1f}", str(Spread(**row["speedup"])), row["slots"] or "–"]
-                 for row in found["rows"]]  # fmt: skip
+        lines += [
+            f"## {phase}",
+            "",
+            f"{shape.name}; {shape.tokens} tokens per rank and pass. Link "
+            f"{link['rate_mbit']:.0f} Mbit/s, where the all-to-all takes {100 * link['share']:.0f} % of the "
+            f"baseline's MoE layer ({link['all_to_all_ms']:.1f} of {link['layer_ms']:.1f} ms).",
+            "",
+        ]
+        cells = [
+            [row["row"], f"{row['median_ms']:.1f}", str(Spread(**row["speedup"])), row["slots"] or "–"]
+            for row in found["rows"]
+        ]
         lines += [*tables.table(["row", "ms", "speed-up", "slots"], cells), ""]
     return "\n".join(lines)
 

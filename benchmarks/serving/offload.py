@@ -178,8 +178,10 @@ class Process:
     def __init__(self, flags: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.serving.offload", "--worker", json.dumps(flags)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self._answer()
 
     def ask(self, order: dict[str, Any] | None) -> dict[str, Any]:
@@ -243,16 +245,24 @@ def table(found: dict[str, Any], family: str) -> list[dict[str, Any]]:
     entries = []
     for mode, own in times.items():
         extra = [100 * (mine / base - 1) for mine, base in zip(own, resident, strict=True)]
-        removed = [100 * (1 - (mine - base) / (slow - base))
-                   for mine, base, slow in zip(own, resident, late, strict=True)]  # fmt: skip
+        removed = [
+            100 * (1 - (mine - base) / (slow - base)) for mine, base, slow in zip(own, resident, late, strict=True)
+        ]
         peak = totals["resident" if mode == "resident" else "offload"]["peak_bytes"]
-        entries.append({
-            "row": f"{family} {mode}", "pair_ms": vars(Spread.of(own)), "extra_percent": vars(Spread.of(extra)),
-            "removed_percent": vars(Spread.of(removed)) if mode not in ("resident", "offload") else None,
-            "peak_bytes": peak, "memory_of_resident": peak / totals["resident"]["peak_bytes"],
-            "window_ms": window, "migration_ms": migration,
-            "counts": dict(counts[mode]), "same_text": texts[mode] == texts["resident"],
-        })  # fmt: skip
+        entries.append(
+            {
+                "row": f"{family} {mode}",
+                "pair_ms": vars(Spread.of(own)),
+                "extra_percent": vars(Spread.of(extra)),
+                "removed_percent": vars(Spread.of(removed)) if mode not in ("resident", "offload") else None,
+                "peak_bytes": peak,
+                "memory_of_resident": peak / totals["resident"]["peak_bytes"],
+                "window_ms": window,
+                "migration_ms": migration,
+                "counts": dict(counts[mode]),
+                "same_text": texts[mode] == texts["resident"],
+            }
+        )
     return entries
 
 
@@ -265,14 +275,18 @@ def markdown(record: dict[str, Any]) -> str:
         return f"{value['median']:.{digits}f} ({value['p10']:.{digits}f}–{value['p90']:.{digits}f})"
 
     where = record["environment"]
-    lines = [f"# Experts from {record['tier']}: {escape(record['model'])}, one token at a time", "",
-             f"{code(record['command'])}, {where['date']}, {where['device']}, torch {where['torch']}, commit "
-             f"{where['commit']}; {record['dtype']} ({record['file_dtype']} in the file), {record['rounds']} rounds of "
-             f"{record['tokens']} tokens; room for {record['places']} experts (top-2: twice as many).", "",
-             "| | ms per pair of blocks | against resident, % | of offload's extra time removed, %; window / "
-             "migration | peak memory, GB | of resident | experts used / found there / migrated / guessed / "
-             "guessed right | same text |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"# Experts from {record['tier']}: {escape(record['model'])}, one token at a time",
+        "",
+        f"{code(record['command'])}, {where['date']}, {where['device']}, torch {where['torch']}, commit "
+        f"{where['commit']}; {record['dtype']} ({record['file_dtype']} in the file), {record['rounds']} rounds of "
+        f"{record['tokens']} tokens; room for {record['places']} experts (top-2: twice as many).",
+        "",
+        "| | ms per pair of blocks | against resident, % | of offload's extra time removed, %; window / "
+        "migration | peak memory, GB | of resident | experts used / found there / migrated / guessed / "
+        "guessed right | same text |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for entry in record["rows"]:
         counts = entry["counts"]
         most = 100 * min(1, entry["window_ms"] / entry["migration_ms"])
@@ -315,8 +329,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--scratch", type=Path, help="where the models are written; default: the temporary directory")
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
-    parser.add_argument("--exports", nargs="+", default=[], help="trained models instead of random weights, each in "
-                        "rows of its own")  # fmt: skip
+    parser.add_argument(
+        "--exports", nargs="+", default=[], help="trained models instead of random weights, each in rows of its own"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -330,10 +345,18 @@ def main() -> None:
         entries += table(measure(flags, modes, args.rounds, args.tokens), family)
     tier = "pinned host memory" if torch.cuda.is_available() else "a file, past the page cache"
     said = " ".join(sys.argv[1:]).replace(f" --scratch {args.scratch}", "")  # where, is no part of the record
-    record = {"command": f"python -m benchmarks.serving.offload {said}", "environment": environment(),
-              "model": "trained models" if args.exports else SHAPES[args.shape][1], "tier": tier,
-              "dtype": args.dtype, "file_dtype": file_dtype,
-              "rounds": args.rounds, "tokens": args.tokens, "places": args.places, "rows": entries}  # fmt: skip
+    record = {
+        "command": f"python -m benchmarks.serving.offload {said}",
+        "environment": environment(),
+        "model": "trained models" if args.exports else SHAPES[args.shape][1],
+        "tier": tier,
+        "dtype": args.dtype,
+        "file_dtype": file_dtype,
+        "rounds": args.rounds,
+        "tokens": args.tokens,
+        "places": args.places,
+        "rows": entries,
+    }
     text = markdown(record)
     print(text)
     if args.output:

@@ -13,9 +13,14 @@ OTHER = "other"
 _TITLES = {"forward": "forward pass", "train": "training step"}
 # Okabe and Ito's colours, which colour-blind people can tell apart as well; as in the timeline of a step.
 _COLOURS = {
-    "attention": "#0072B2", "MLP": "#56B4E9", "shared expert": "#009E73", "gate, encode, decode, merge": "#F0E442",
-    "experts": "#D55E00", EXPOSED: "#CC79A7", OTHER: "#BBBBBB",
-}  # fmt: skip
+    "attention": "#0072B2",
+    "MLP": "#56B4E9",
+    "shared expert": "#009E73",
+    "gate, encode, decode, merge": "#F0E442",
+    "experts": "#D55E00",
+    EXPOSED: "#CC79A7",
+    OTHER: "#BBBBBB",
+}
 _CAPTION = (
     "Measured in {steps} steps of each schedule, mean of both ranks; other: what is left of the median step of the "
     "rounds.\nExposed communication: the computation stood still for it. In DeepSpeed's layers, which block, it is "
@@ -67,8 +72,9 @@ def crossing(record: dict[str, Any]) -> Figure:
     figure, panels = _panels(record)
     for axes, rows in panels:
         for name in dict.fromkeys(row["variant"] for row in rows):
-            points = sorted((row for row in rows if row["variant"] == name),
-                            key=lambda row: row["communication_over_window"])  # fmt: skip
+            points = sorted(
+                (row for row in rows if row["variant"] == name), key=lambda row: row["communication_over_window"]
+            )
             ratios = [row["communication_over_window"] for row in points]
             _with_errors(axes, ratios, [row["over_unchunked"] for row in points], name.split(", ")[1])
         axes.axvline(1, color="#999999", linewidth=0.8, linestyle="--")
@@ -96,9 +102,11 @@ def slots(record: dict[str, Any]) -> Figure:
 
 def _panels(record: dict[str, Any]) -> tuple[Figure, list[tuple[Axes, list[dict[str, Any]]]]]:
     """A panel with its rows for each mode and position."""
-    groups = {(mode, position): [row for row in found["rows"] if row["position"] == position]
-              for mode, found in record["modes"].items()
-              for position in dict.fromkeys(row["position"] for row in found["rows"] if row["position"])}  # fmt: skip
+    groups = {
+        (mode, position): [row for row in found["rows"] if row["position"] == position]
+        for mode, found in record["modes"].items()
+        for position in dict.fromkeys(row["position"] for row in found["rows"] if row["position"])
+    }
     figure = Figure(figsize=(4.2 * len(groups), 4), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (mode, position) in zip(panels, groups, strict=True):
@@ -108,6 +116,8 @@ def _panels(record: dict[str, Any]) -> tuple[Figure, list[tuple[Axes, list[dict[
 
 def _with_errors(axes: Axes, x: list[float], spreads: list[dict[str, float]], label: str) -> None:
     medians = [spread["median"] for spread in spreads]
-    errors = [[spread["median"] - spread["p10"] for spread in spreads],
-              [spread["p90"] - spread["median"] for spread in spreads]]  # fmt: skip
+    errors = [
+        [spread["median"] - spread["p10"] for spread in spreads],
+        [spread["p90"] - spread["median"] for spread in spreads],
+    ]
     axes.errorbar(x, medians, errors, marker="o", capsize=3, label=label)

@@ -174,11 +174,16 @@ def crossing(shape: Shape, mode: Mode, settings: dict[str, Any]) -> dict[str, An
         bench.calibrate()
         for name, row in rows.crossing_rows(table, bench.measure()).items():
             calibrated = bench.calibrated[table[name].kind]
-            found.append({
-                "table": "crossing", "mode": mode, "rate_mbit": rate, **row,
-                "communication_over_window": calibrated.communication_ms(mode) / calibrated.window_ms(mode),
-                **bench.prediction(name, row["median_ms"]),
-            })  # fmt: skip
+            found.append(
+                {
+                    "table": "crossing",
+                    "mode": mode,
+                    "rate_mbit": rate,
+                    **row,
+                    "communication_over_window": calibrated.communication_ms(mode) / calibrated.window_ms(mode),
+                    **bench.prediction(name, row["median_ms"]),
+                }
+            )
     return {"rows": found, "load_max_over_mean": bench.load_max_over_mean}
 
 
@@ -205,11 +210,19 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="swin")
-    parser.add_argument("--share", type=float, default=0.6, help="all-to-all share of the baseline's MoE layer; the "
-                        "crossing chooses its own rates")  # fmt: skip
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.6,
+        help="all-to-all share of the baseline's MoE layer; the crossing chooses its own rates",
+    )
     parser.add_argument("--dispatch", choices=BASELINES, default="padded", help="of all rows, on both sides")
-    parser.add_argument("--method", choices=METHODS, default="collective", help="all-to-all of all rows, DeepSpeed's "
-                        "own layers included; theirs is the collective")  # fmt: skip
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="collective",
+        help="all-to-all of all rows, DeepSpeed's own layers included; theirs is the collective",
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=["main"])
     parser.add_argument("--modes", nargs="+", choices=["forward", "train"], default=["forward", "train"])

@@ -75,10 +75,16 @@ def make_engine(section: Mapping[str, Any], settings: dict[str, Any]) -> Any:
         "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "torch_adam": True}},
         "zero_optimization": {"stage": 1},
         "steps_per_print": 10**9,
-        "scmoe": {"num_experts": SHAPE.num_experts, "expert_parallel_size": ranks, "all_to_all": settings["method"],
-                  "capacity_factor": SHAPE.capacity_factor, "eval_capacity_factor": SHAPE.capacity_factor,
-                  "dispatch": settings["dispatch"], **section},
-    }  # fmt: skip
+        "scmoe": {
+            "num_experts": SHAPE.num_experts,
+            "expert_parallel_size": ranks,
+            "all_to_all": settings["method"],
+            "capacity_factor": SHAPE.capacity_factor,
+            "eval_capacity_factor": SHAPE.capacity_factor,
+            "dispatch": settings["dispatch"],
+            **section,
+        },
+    }
     config = ScMoEConfig.from_deepspeed(whole)
     shape = GPTSettings(LAYERS, SHAPE.hidden_size, SHAPE.heads, VOCABULARY, SHAPE.seq_length)
     model = GPT(shape, config)
@@ -167,8 +173,10 @@ class Timed:
         """
         places = [(first_place + number) % accumulation for number in range(len(seconds))]
         plain = [None if place == accumulation - 1 else value for place, value in zip(places, seconds, strict=True)]
-        rounds = [[value for value in plain[start : start + PER_ROUND] if value is not None]
-                  for start in range(0, len(plain), PER_ROUND)]  # fmt: skip
+        rounds = [
+            [value for value in plain[start : start + PER_ROUND] if value is not None]
+            for start in range(0, len(plain), PER_ROUND)
+        ]
         begins = [number for number, place in enumerate(places) if place == 0]
         return cls(
             [statistics.mean(values) for values in rounds],
@@ -220,8 +228,11 @@ def rank_main(settings: dict[str, Any]) -> None:
         micro_batches, evaluations = measure(trainings, settings["rounds"])
     calibrations = {name: over_ranks(each.calibration_s) for name, each in trainings.items()}
     found = rows_of(micro_batches, evaluations, calibrations, settings["accumulation"])
-    record = {"links": {"train": vars(link)}, "rows": found,
-              "reports": {name: each.engine.overlap.report() for name, each in trainings.items()}}  # fmt: skip
+    record = {
+        "links": {"train": vars(link)},
+        "rows": found,
+        "reports": {name: each.engine.overlap.report() for name, each in trainings.items()},
+    }
     if dist.get_rank() == 0:
         print("RECORD " + json.dumps(record), flush=True)
     dist.destroy_process_group()
@@ -240,22 +251,27 @@ def markdown(record: dict[str, Any]) -> str:
         cost = row.get("calibration_cost_micro_batches")
         cells.append(f"{cost:.1f} (of {row['calibration_micro_batches']})" if cost is not None else "")
         lines.append(cells)
-    header = ["variant", "micro-batch ms", "speed-up", "evaluation ms", "speed-up",
-              f"iteration of {settings['accumulation']} ms", "speed-up", "all-reduce and step ms",
-              "calibration's cost in micro-batches"]  # fmt: skip
-    return "\n".join([
-        f"# {SHAPE.name}: whole iterations, {settings['dispatch']} dispatch",
-        "",
-        *tables.head(record),
+    header = [
+        "variant",
+        "micro-batch ms",
+        "speed-up",
+        "evaluation ms",
+        "speed-up",
+        f"iteration of {settings['accumulation']} ms",
+        "speed-up",
+        "all-reduce and step ms",
+        "calibration's cost in micro-batches",
+    ]
+    note = (
         f"{settings['rounds']} interleaved rounds of {PER_ROUND} micro-batches and an evaluation; speed-up over the "
         "first row: median (10th–90th percentile) of the ratios within rounds, of iterations within those that were "
         f"timed from end to end. Vocabulary {VOCABULARY}, capacity factor {SHAPE.capacity_factor}, ZeRO-1, Adam. "
         "Micro-batch: forward and backward, without the last of an iteration; evaluation: a forward pass at the same "
         "rate; all-reduce and step: of dense gradients, once per iteration: what its last micro-batch takes beyond a "
-        "usual one. Calibration's cost: what its micro-batches take beyond as many with the schedules found.",
-        "",
-        *tables.table(header, lines),
-    ]) + "\n"  # fmt: skip
+        "usual one. Calibration's cost: what its micro-batches take beyond as many with the schedules found."
+    )
+    title = f"# {SHAPE.name}: whole iterations, {settings['dispatch']} dispatch"
+    return "\n".join([title, "", *tables.head(record), note, "", *tables.table(header, lines), ""])
 
 
 def main() -> None:
@@ -274,8 +290,10 @@ def main() -> None:
         rank_main(json.loads(args.rank_settings))
         return
     if args.accumulation <= WARM_UP:
-        parser.error(f"--accumulation {args.accumulation}: the first {WARM_UP} micro-batches, in which schedules are "
-                     "calibrated, must not end an iteration")  # fmt: skip
+        parser.error(
+            f"--accumulation {args.accumulation}: the first {WARM_UP} micro-batches, in which schedules are "
+            "calibrated, must not end an iteration"
+        )
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "rank_settings")}
     record = on_two_nodes("benchmarks.speed.end_to_end", settings)
     text = markdown(record)

@@ -80,8 +80,9 @@ def operators_of(measured: Measured, blocks: int) -> list[OperatorTime]:
     """All operators of a run of so many blocks, the last of which has the MoE and a shared expert."""
     by_name = {each.name: each for each in measured.scmoe.backbone}
     return [by_name[name] for _ in range(blocks - 1) for name in ("attention", "mlp")] + [
-        by_name["attention"], by_name["shared"]
-    ]  # fmt: skip
+        by_name["attention"],
+        by_name["shared"],
+    ]
 
 
 def predict(measured: Measured, config: ScMoEConfig, mode: Mode) -> Prediction:

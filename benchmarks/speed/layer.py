@@ -46,8 +46,16 @@ def make_layers(settings: dict[str, Any], k: int, capacity_factor: float) -> dic
     def build(cls: type[MoE], **kwargs: object) -> MoE:
         torch.manual_seed(0)
         expert = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden))
-        layer = cls(hidden, expert, settings["num_experts"], settings["ep_size"], k, capacity_factor=capacity_factor,
-                    top2_2nd_expert_sampling=False, **kwargs)  # fmt: skip
+        layer = cls(
+            hidden,
+            expert,
+            settings["num_experts"],
+            settings["ep_size"],
+            k,
+            capacity_factor=capacity_factor,
+            top2_2nd_expert_sampling=False,
+            **kwargs,
+        )
         layer.set_deepspeed_parallelism()
         return layer
 
@@ -150,8 +158,11 @@ def measure_executor(settings: dict[str, Any]) -> list[dict[str, Any]]:
             row = {key: sizes[key] for key in ("hidden_size", "tokens")} | {"mode": mode, "variant": name}
             row |= {"by_hand_ms": 1e3 * statistics.median(times["by hand"]), "over_by_hand": vars(ratio)}
             rows.append(row | {"extra_us": vars(extra), "rounds": rounds})
-            print(f"{sizes['hidden_size']} wide, {sizes['tokens']} tokens, {mode:7} {name:20} time / by hand: {ratio}, "
-                  f"{extra.median:+.0f} µs of {row['by_hand_ms']:.2f} ms", flush=True)  # fmt: skip
+            print(
+                f"{sizes['hidden_size']} wide, {sizes['tokens']} tokens, {mode:7} {name:20} time / by hand: {ratio}, "
+                f"{extra.median:+.0f} µs of {row['by_hand_ms']:.2f} ms",
+                flush=True,
+            )
     return rows
 
 

@@ -56,9 +56,16 @@ class Replaced(nn.Module):
         super().__init__()
         blocks = []
         for _ in range(shape.num_layers // 2):
-            moe = MoE(shape.hidden_size, MLP(shape), num_experts, config.expert_parallel_size,
-                      capacity_factor=config.capacity_factor, min_capacity=config.min_capacity, use_residual=True,
-                      use_rts=False)  # fmt: skip
+            moe = MoE(
+                shape.hidden_size,
+                MLP(shape),
+                num_experts,
+                config.expert_parallel_size,
+                capacity_factor=config.capacity_factor,
+                min_capacity=config.min_capacity,
+                use_residual=True,
+                use_rts=False,
+            )
             blocks += [Block(shape, MLP(shape)), Block(shape, MoEFeedForward(moe))]
         self.layers = nn.ModuleList(blocks)
         replace_moe_layers(self, config)
@@ -82,8 +89,10 @@ class Direct(nn.Module):
 
     def __init__(self, shape: GPTSettings, config: ScMoEConfig, num_experts: int, same: nn.Module) -> None:
         super().__init__()
-        runs = [ScheduledRun(shape, config, num_experts, config.position, shape.max_position_embeddings)
-                for _ in range(shape.num_layers // 2)]  # fmt: skip
+        runs = [
+            ScheduledRun(shape, config, num_experts, config.position, shape.max_position_embeddings)
+            for _ in range(shape.num_layers // 2)
+        ]
         self.runs = nn.ModuleList(runs)
         self.names = {name: replaced_name(name) for name, _ in self.named_parameters()}
         for name, parameter in self.named_parameters():
@@ -106,8 +115,12 @@ def replaced_name(name: str) -> str:
         return f"layers.{2 * int(run) + 1}.mlp.moe.{rest}"
     _, block, rest = rest.split(".", 2)
     part, rest = rest.split(".", 1)
-    theirs = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attention": "self_attn",
-              "moe": "mlp.moe"}  # fmt: skip
+    theirs = {
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "attention": "self_attn",
+        "moe": "mlp.moe",
+    }
     return f"layers.{2 * int(run) + int(block)}.{theirs.get(part, part)}.{rest}"
 
 
@@ -157,9 +170,17 @@ def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     small = settings | {"hidden_size": 64, "tokens": 32}
     for sizes, position in itertools.product((settings, small), settings["positions"]):
-        config = ScMoEConfig.from_deepspeed({"scmoe": {
-            "position": position, "merge": "cg2", "num_experts": sizes["num_experts"], "use_rts": False,
-            "overlap": {"expert_slot": 2, "num_chunks": 1}}})  # fmt: skip
+        config = ScMoEConfig.from_deepspeed(
+            {
+                "scmoe": {
+                    "position": position,
+                    "merge": "cg2",
+                    "num_experts": sizes["num_experts"],
+                    "use_rts": False,
+                    "overlap": {"expert_slot": 2, "num_chunks": 1},
+                }
+            }
+        )
         width, tokens = sizes["hidden_size"], sizes["tokens"]
         shape = GPTSettings(2 * sizes["pairs"], width, max(width // 64, 1), 64, tokens)
         torch.manual_seed(0)
@@ -168,8 +189,11 @@ def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
         hidden = torch.randn(1, tokens, width, requires_grad=True)
         require_same(direct, replaced, hidden)
         for train in (False, True):
-            units = {DIRECT: step(direct, hidden, train), REPLACED: step(replaced, hidden, train),
-                     AGAIN: step(direct, hidden, train)}  # fmt: skip
+            units = {
+                DIRECT: step(direct, hidden, train),
+                REPLACED: step(replaced, hidden, train),
+                AGAIN: step(direct, hidden, train),
+            }
             rounds = settings["rounds"] * (1 if sizes is settings else 20)
             times = interleave(units, rounds, clock=CLOCKS[settings["clock"]])
             row = {
@@ -180,8 +204,11 @@ def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
             }
             rows += [row | compare(name, times, sizes["pairs"]) for name in (REPLACED, AGAIN)]
             for found in rows[-2:]:
-                print("{hidden_size} wide, {tokens} tokens, {position}, {mode:7} {variant:28} ".format(**found)
-                      + found["text"], flush=True)  # fmt: skip
+                print(
+                    "{hidden_size} wide, {tokens} tokens, {position}, {mode:7} {variant:28} ".format(**found)
+                    + found["text"],
+                    flush=True,
+                )
     return rows
 
 
@@ -191,8 +218,14 @@ def compare(name: str, times: dict[str, list[float]], pairs: int) -> dict[str, A
     extra = Spread.of([1e6 * (a - b) / pairs for a, b in zip(times[name], times[DIRECT], strict=True)])
     direct_ms = 1e3 * statistics.median(times[DIRECT])
     text = f"time / written directly: {ratio}, {extra.median:+.0f} µs per pair; {direct_ms:.2f} ms"
-    return {"variant": name, "direct_ms": direct_ms, "over_direct": vars(ratio), "extra_us_per_pair": vars(extra),
-            "rounds": len(times[name]), "text": text}  # fmt: skip
+    return {
+        "variant": name,
+        "direct_ms": direct_ms,
+        "over_direct": vars(ratio),
+        "extra_us_per_pair": vars(extra),
+        "rounds": len(times[name]),
+        "text": text,
+    }
 
 
 def main() -> None:

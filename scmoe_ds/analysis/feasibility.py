@@ -130,16 +130,19 @@ def read_similarity(path: str) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part)[:60] for part in first["loc"])
-        raise AnalysisError(f"--similarity {path} is incomplete or damaged: {place}: {first['msg']}; run the analysis "
-                            "again") from None  # fmt: skip
+        raise AnalysisError(
+            f"--similarity {path} is incomplete or damaged: {place}: {first['msg']}; run the analysis again"
+        ) from None
 
 
 def read_times(path: str) -> list[tuple[Description, OperatorTimes]]:
     """Description and times of every kind of layers in a "calibration_file"; an AnalysisError if it has none."""
     saved, source = read_json("--calibration", path), f"--calibration {path}"
     if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):
-        raise AnalysisError(f"{source} is not a calibration (a JSON list of objects): give the file that "
-                            '"scmoe": {"overlap": {"calibration_file": …}} names')  # fmt: skip
+        raise AnalysisError(
+            f"{source} is not a calibration (a JSON list of objects): give the file that "
+            '"scmoe": {"overlap": {"calibration_file": …}} names'
+        )
     if not saved:
         raise AnalysisError(f"{source} has no times; measure them with scmoe_ds.programs.report")
     found = []
@@ -198,8 +201,12 @@ def settings(position: str, verdict: Mapping[str, Any]) -> dict[str, str | None]
         return {"position": position, "first_layer_position": None}
     if len(layers) < 2 or below != layers[:1]:
         return None
-    others = {name: layer["cosine"] for name in POSITIONS for layer in verdict["positions"][name]["layers"]
-              if all(layer[key] == below[0][key] for key in ("stage", "block"))}  # fmt: skip
+    others = {
+        name: layer["cosine"]
+        for name in POSITIONS
+        for layer in verdict["positions"][name]["layers"]
+        if all(layer[key] == below[0][key] for key in ("stage", "block"))
+    }
     first = max(others, key=lambda name: others[name])
     return {"position": position, "first_layer_position": first} if others[first] >= verdict["threshold"] else None
 
@@ -222,5 +229,8 @@ def conclude(kind: KindStudy, verdict: Mapping[str, Any]) -> tuple[str, str | No
         return "pays", best, found[best]
     least = {name: verdict["positions"][name]["least"] for name in fast}
     best = max(fast, key=lambda name: -2.0 if least[name] is None else least[name])
-    return ("pays if training with this shortcut keeps the quality, which the similarity does not promise", best,
-            {"position": best, "first_layer_position": None})  # fmt: skip
+    return (
+        "pays if training with this shortcut keeps the quality, which the similarity does not promise",
+        best,
+        {"position": best, "first_layer_position": None},
+    )

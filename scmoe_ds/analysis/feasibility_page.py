@@ -23,8 +23,10 @@ Part = tuple[str, Any]  # a tag of HTML ("h1", "h2", "p", "pre", "img") and its 
 _PHASES = ("forward", "backward")
 # Okabe and Ito's colours, as in the other figures.
 _COLOURS = {"attention": "#0072B2", "mlp": "#56B4E9", "shared": "#009E73", "dispatch": "#E69F00", "combine": "#CC79A7"}
-_STYLE = ("body{font:15px sans-serif;max-width:70em;margin:auto}table{border-collapse:collapse}img{max-width:100%}"
-          "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}")  # fmt: skip
+_STYLE = (
+    "body{font:15px sans-serif;max-width:70em;margin:auto}table{border-collapse:collapse}img{max-width:100%}"
+    "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}"
+)
 
 
 def _title(position: str) -> str:
@@ -39,9 +41,15 @@ def parts(record: dict[str, Any], kinds: list[KindStudy]) -> list[Part]:
     """The page from top to bottom."""
     verdict = record["verdict"]
     named = [f", kind {n} of {len(kinds)} of MoE layers" if len(kinds) > 1 else "" for n in range(1, len(kinds) + 1)]
-    page: list[Part] = [("h1", "Would ScMoE pay?"), ("p", f"Similarity was measured in {record['model']}. Whether the "
-                        "times are of that model, the files do not tell. A JSON has one position for all kinds of MoE "
-                        "layers.")]  # fmt: skip
+    page: list[Part] = [
+        ("h1", "Would ScMoE pay?"),
+        (
+            "p",
+            f"Similarity was measured in {record['model']}. Whether the "
+            "times are of that model, the files do not tell. A JSON has one position for all kinds of MoE "
+            "layers.",
+        ),
+    ]
     for name, kind in zip(named, kinds, strict=True):
         page += [("h2", f"Conclusion{name}"), *_conclusion(kind, verdict)]
     rows = [["position", "mean cosine (measured)", "least (measured)", f"at the threshold {verdict['threshold']}"]]
@@ -63,13 +71,21 @@ def _conclusion(kind: KindStudy, verdict: dict[str, Any]) -> list[Part]:
         similar = "no MoE layer has such a tap" if least is None else f"the least similar MoE layer has {least:.3f}"
         if settings and settings["first_layer_position"]:
             similar += f"; it is the first one, which {_title(settings['first_layer_position'])} suits"
-        found.append(("p", f"{_title(position)}, predicted for training: {each.plan.predicted.hidden_share:.0%} of the "
-                      f"communication hidden, {each.speedups[0]:.2f} × as fast as without overlap, "
-                      f"{each.speedups[1]:.2f} × as fast as top-{kind.top_k + 1} MoE without a shared expert; {faster} "
-                      f"than top-{kind.top_k} without one: {each.hidden_ms:.2f} ms are hidden, the shared expert takes "
-                      f"{each.limits.shared_ms:.2f} ms. Similarity: {similar}."))  # fmt: skip
-    found += [("p", f'{_title(name)} is left out, {each.source}; a "scmoe" calibration at "position": "{name}" has it.')
-              for name, each in kind.positions.items() if not each.predictions]  # fmt: skip
+        found.append(
+            (
+                "p",
+                f"{_title(position)}, predicted for training: {each.plan.predicted.hidden_share:.0%} of the "
+                f"communication hidden, {each.speedups[0]:.2f} × as fast as without overlap, "
+                f"{each.speedups[1]:.2f} × as fast as top-{kind.top_k + 1} MoE without a shared expert; {faster} "
+                f"than top-{kind.top_k} without one: {each.hidden_ms:.2f} ms are hidden, the shared expert takes "
+                f"{each.limits.shared_ms:.2f} ms. Similarity: {similar}.",
+            )
+        )
+    found += [
+        ("p", f'{_title(name)} is left out, {each.source}; a "scmoe" calibration at "position": "{name}" has it.')
+        for name, each in kind.positions.items()
+        if not each.predictions
+    ]
     return [*found, ("pre", json.dumps({"scmoe": settings}, indent=2))] if settings else found
 
 
@@ -81,10 +97,16 @@ def _times(kind: KindStudy) -> list[Part]:
     rows = [[name, *_ms(each.forward_ms, each.backward_ms)] for name, each in named.items()]
     windows = [[_title(n), *_ms(*map(each.window_ms, _PHASES)), each.source] for n, each in kind.positions.items()]
     sums = " and ".join(f"{kind.communication_ms(phase):.2f} ms {phase}" for phase in _PHASES)
-    return [("p", f"Measured per MoE layer and micro-batch (blocking, median, slowest rank): dispatch and combine take "
-             f"{sums}. {facts}"), ("table", [["operator (measured)", "forward ms", "backward ms"], *rows]),
-            ("p", "The window is the computation between shortcut and join, a sum of measured times."),
-            ("table", [["position", "window forward ms", "window backward ms", "its times"], *windows])]  # fmt: skip
+    return [
+        (
+            "p",
+            f"Measured per MoE layer and micro-batch (blocking, median, slowest rank): dispatch and combine take "
+            f"{sums}. {facts}",
+        ),
+        ("table", [["operator (measured)", "forward ms", "backward ms"], *rows]),
+        ("p", "The window is the computation between shortcut and join, a sum of measured times."),
+        ("table", [["position", "window forward ms", "window backward ms", "its times"], *windows]),
+    ]
 
 
 def _predictions(kind: KindStudy) -> list[Part]:
@@ -96,18 +118,37 @@ def _predictions(kind: KindStudy) -> list[Part]:
         if each := position.predictions.get(mode):
             chosen, (overlap, gain), costs = each.plan.schedule, each.speedups, each.plan.predicted
             times = _ms(costs.total_ms, each.plan.serial.total_ms, each.standard_ms)
-            totals = [schedule_text(chosen), f"{costs.hidden_share:.0%}", *times[:2], f"{overlap:.2f} ×", times[2],
-                      f"{gain:.2f} ×"]  # fmt: skip
+            totals = [
+                schedule_text(chosen),
+                f"{costs.hidden_share:.0%}",
+                *times[:2],
+                f"{overlap:.2f} ×",
+                times[2],
+                f"{gain:.2f} ×",
+            ]
             limit = _ms(each.hidden_ms, each.limits.shared_ms, each.limits.largest_hidden_ms)
         rows.append(first + totals)
         limits.append(first + limit)
     share = "twice" if kind.top_k == 1 else f"{kind.top_k + 1}/{kind.top_k} of"
-    return [("p", "Predicted, not measured: the times above played through on two lanes, from shortcut to join. Empty: "
-             "an operator was not timed."), ("table", rows),
-            ("p", f"Assumed of {standard}: the same blocks; its dispatch, combine and experts take {share} the "
-             "measured time and block; gate, encode and decode take the measured time."),
-            ("p", f"Break-even: ScMoE is faster than {top} without a shared expert where it hides more communication "
-             "per layer than the shared expert takes. The last column: in one chunk."), ("table", limits)]  # fmt: skip
+    return [
+        (
+            "p",
+            "Predicted, not measured: the times above played through on two lanes, from shortcut to join. Empty: "
+            "an operator was not timed.",
+        ),
+        ("table", rows),
+        (
+            "p",
+            f"Assumed of {standard}: the same blocks; its dispatch, combine and experts take {share} the "
+            "measured time and block; gate, encode and decode take the measured time.",
+        ),
+        (
+            "p",
+            f"Break-even: ScMoE is faster than {top} without a shared expert where it hides more communication "
+            "per layer than the shared expert takes. The last column: in one chunk.",
+        ),
+        ("table", limits),
+    ]
 
 
 def figure(kinds: list[KindStudy]) -> Figure:
@@ -120,8 +161,14 @@ def figure(kinds: list[KindStudy]) -> Figure:
             window = [(each.name.split(" ")[0], each) for each in position.backbone or ()]
             for shift, stack in ((-0.2, window), (0.2, transfers)):
                 times = [getattr(each, f"{phase}_ms") for _, each in stack]
-                axes.bar([place + shift] * len(stack), times, 0.36, [sum(times[:n]) for n in range(len(times))],
-                         color=[_COLOURS[name] for name, _ in stack], edgecolor="white")  # fmt: skip
+                axes.bar(
+                    [place + shift] * len(stack),
+                    times,
+                    0.36,
+                    [sum(times[:n]) for n in range(len(times))],
+                    color=[_COLOURS[name] for name, _ in stack],
+                    edgecolor="white",
+                )
             if not window:
                 axes.text(place - 0.2, 0, " " + position.source, rotation=90, ha="center", va="bottom", fontsize=8)
         axes.set_xticks(range(len(kind.positions)), map(_title, kind.positions))

@@ -85,8 +85,13 @@ def gating(record: dict[str, Any]) -> Figure:
 def _draw_gating(axes: Axes, checkpoints: list[dict[str, Any]], name: str, style: str) -> None:
     if len(checkpoints) == 1:
         layers = checkpoints[0]["layers"]
-        axes.plot([layer["block"] for layer in layers], [layer[name] for layer in layers], style, marker="o",
-                  color=_COLOURS[0])  # fmt: skip
+        axes.plot(
+            [layer["block"] for layer in layers],
+            [layer[name] for layer in layers],
+            style,
+            marker="o",
+            color=_COLOURS[0],
+        )
         axes.set(xlabel="block", xticks=[layer["block"] for layer in layers])
         return
     iterations = [checkpoint["iteration"] for checkpoint in checkpoints]
@@ -117,10 +122,19 @@ def _gradient_curves(checkpoints: list[dict[str, Any]], labels: list[str]) -> Fi
         for row, (key, title) in enumerate(_GRADIENT_PANELS):
             axes = panels[row][column]
             for number, name in enumerate(names):
-                found = [(each["iteration"], each["branches"][name][key]) for each in run
-                         if each["branches"].get(name, {}).get(key)]  # fmt: skip
-                axes.plot([at for at, _ in found], [value for _, value in found], marker="o", markersize=3, label=name,
-                          color=_COLOURS[number % len(_COLOURS)])  # fmt: skip
+                found = [
+                    (each["iteration"], each["branches"][name][key])
+                    for each in run
+                    if each["branches"].get(name, {}).get(key)
+                ]
+                axes.plot(
+                    [at for at, _ in found],
+                    [value for _, value in found],
+                    marker="o",
+                    markersize=3,
+                    label=name,
+                    color=_COLOURS[number % len(_COLOURS)],
+                )
             axes.set(yscale="log", ylabel=title if column == 0 else "", xlabel="iteration" if row else "")
         panels[1][column].axhline(run[0]["noise_floor"], color="#333333", linestyle=":", label="noise alone")
         panels[0][column].set_title(label, fontsize=9)
@@ -134,10 +148,18 @@ def _gradient_bars(checkpoints: list[dict[str, Any]]) -> Figure:
     for axes, (key, title) in zip(figure.subplots(1, 2), _GRADIENT_PANELS, strict=True):
         width = 0.8 / len(checkpoints)
         for number, checkpoint in enumerate(checkpoints):
-            found = [(place, checkpoint["branches"][name][key]) for place, name in enumerate(names)
-                     if checkpoint["branches"].get(name, {}).get(key)]  # fmt: skip
-            axes.bar([place + (number + 0.5) * width - 0.4 for place, _ in found], [value for _, value in found], width,
-                     label=checkpoint["label"], color=_COLOURS[number % len(_COLOURS)])  # fmt: skip
+            found = [
+                (place, checkpoint["branches"][name][key])
+                for place, name in enumerate(names)
+                if checkpoint["branches"].get(name, {}).get(key)
+            ]
+            axes.bar(
+                [place + (number + 0.5) * width - 0.4 for place, _ in found],
+                [value for _, value in found],
+                width,
+                label=checkpoint["label"],
+                color=_COLOURS[number % len(_COLOURS)],
+            )
         axes.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
         axes.set(title=title, yscale="log" if key == "norm" else "linear")
     floor = checkpoints[0]["noise_floor"]

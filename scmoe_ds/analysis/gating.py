@@ -35,8 +35,16 @@ from scmoe_ds.errors import AnalysisError
 from scmoe_ds.models.blocks import Block, tap_of
 from scmoe_ds.models.gpt import GPT
 
-SCALARS = ("same_expert_share", "cosine", "l2", "preceding_score", "current_score", "load_max_over_mean",
-           "load_entropy", "drop_rate")  # fmt: skip
+SCALARS = (
+    "same_expert_share",
+    "cosine",
+    "l2",
+    "preceding_score",
+    "current_score",
+    "load_max_over_mean",
+    "load_entropy",
+    "drop_rate",
+)
 """Numbers of a layer's record, beside its "load"."""
 
 
@@ -88,10 +96,17 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
         gate = last.moe.deepspeed_moe.gate
         if gate.wg.out_features > 1:
             factor = trained.capacity_factor if trained.drop_tokens else None
-            layers.append(GateLayer(
-                current.block, Probe(kind if block or tap % 2 else Representation("input", 0), (read,)),
-                Probe(current, (last.where_read("mlp"),)), gate, trained.architecture, factor, trained.min_capacity,
-            ))  # fmt: skip
+            layers.append(
+                GateLayer(
+                    current.block,
+                    Probe(kind if block or tap % 2 else Representation("input", 0), (read,)),
+                    Probe(current, (last.where_read("mlp"),)),
+                    gate,
+                    trained.architecture,
+                    factor,
+                    trained.min_capacity,
+                )
+            )
     if not layers:
         raise AnalysisError("the model has no MoE layers with at least two experts: there is no gate to analyse")
     return layers
@@ -134,8 +149,10 @@ class GatingSums:
         """
         for probe, value in ((self.layer.preceding, preceding), (self.layer.current, current)):
             if not bool(torch.isfinite(value).all()):
-                raise AnalysisError(f"{probe.representation.name} is not finite behind its norm: the weights are not "
-                                    "finite, or the dtype cannot hold what the model computes")  # fmt: skip
+                raise AnalysisError(
+                    f"{probe.representation.name} is not finite behind its norm: the weights are not "
+                    "finite, or the dtype cannot hold what the model computes"
+                )
         preceding_TD, current_TD = (value.reshape(-1, value.shape[-1]) for value in (preceding, current))
         logits_TE, current_logits_TE = self._logits(preceding_TD), self._logits(current_TD)
         preceding_TE, current_TE = logits_TE.softmax(1), current_logits_TE.softmax(1)
@@ -153,12 +170,23 @@ class GatingSums:
         dropped = sum(self._dropped(chosen_TK, count_E) for chosen_TK, count_E in zip(parts, counts, strict=True))
         load_E = torch.stack(counts).sum(0)
         a_TD, b_TD = preceding_TD.double(), current_TD.double()
-        scalars = [len(first_T), same, F.cosine_similarity(a_TD, b_TD, dim=1).sum(), (a_TD - b_TD).norm(dim=1).sum(),
-                   preceding_TE.gather(1, first_T.unsqueeze(1)).double().sum(),
-                   current_TE.gather(1, second_T.unsqueeze(1)).double().sum(), dropped, load_E.sum()]  # fmt: skip
+        scalars = [
+            len(first_T),
+            same,
+            F.cosine_similarity(a_TD, b_TD, dim=1).sum(),
+            (a_TD - b_TD).norm(dim=1).sum(),
+            preceding_TE.gather(1, first_T.unsqueeze(1)).double().sum(),
+            current_TE.gather(1, second_T.unsqueeze(1)).double().sum(),
+            dropped,
+            load_E.sum(),
+        ]
         device = self.values.device
-        self.values += torch.cat([torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device)
-                                               for each in scalars]), load_E.double()])  # fmt: skip
+        self.values += torch.cat(
+            [
+                torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device) for each in scalars]),
+                load_E.double(),
+            ]
+        )
 
     def _logits(self, value_TD: Tensor) -> Tensor:
         return F.linear(value_TD.float(), self.layer.gate.wg.weight.float())
@@ -185,8 +213,16 @@ class GatingSums:
         tokens, same, cosine, distance, first, second, dropped, choices, *counts = self.values.tolist()
         share = [count / choices for count in counts]
         entropy = -sum(part * math.log(part) for part in share if part)
-        scalars = (same / tokens, cosine / tokens, distance / tokens, first / tokens, second / tokens,
-                   max(share) * len(share), entropy, dropped / choices)  # fmt: skip
+        scalars = (
+            same / tokens,
+            cosine / tokens,
+            distance / tokens,
+            first / tokens,
+            second / tokens,
+            max(share) * len(share),
+            entropy,
+            dropped / choices,
+        )
         return {
             "block": self.layer.block,
             "preceding": self.layer.preceding.representation.name,

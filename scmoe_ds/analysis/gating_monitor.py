@@ -31,8 +31,10 @@ class GatingMonitor:
         self._layers = gate_layers(engine.module, engine.module.config)
         self._sums: GatingSumsOfModel | None = None
         self._capture: Capture | None = None
-        self._handles = [engine.module.register_forward_pre_hook(self._before),
-                         engine.module.register_forward_hook(self._after)]  # fmt: skip
+        self._handles = [
+            engine.module.register_forward_pre_hook(self._before),
+            engine.module.register_forward_hook(self._after),
+        ]
 
     def detach(self) -> None:
         """Removes all hooks."""
@@ -74,5 +76,10 @@ class GatingMonitor:
             return
         samples = self.engine.global_samples + self.engine.train_batch_size()  # after this step
         records = [layer.record() for layer in sums.layers]
-        self.engine.monitor.write_events([(f"Gating/block_{record['block']}/{name}", record[name], samples)
-                                          for record in records for name in SCALARS])  # fmt: skip
+        self.engine.monitor.write_events(
+            [
+                (f"Gating/block_{record['block']}/{name}", record[name], samples)
+                for record in records
+                for name in SCALARS
+            ]
+        )

@@ -85,8 +85,10 @@ class GradientSums:
 
     def __init__(self, groups: dict[Group, list[nn.Parameter]]) -> None:
         self.groups = groups
-        self._sum = {group: [torch.zeros_like(each, dtype=torch.float64) for each in members]
-                     for group, members in groups.items()}  # fmt: skip
+        self._sum = {
+            group: [torch.zeros_like(each, dtype=torch.float64) for each in members]
+            for group, members in groups.items()
+        }
         self._squares: list[Tensor] = []
 
     @torch.no_grad()
@@ -109,8 +111,9 @@ class GradientSums:
         if not bool(torch.isfinite(row).all()):
             group = list(self.groups)[int((~torch.isfinite(row)).nonzero()[0])]
             where = group.branch if group.block is None else f"{group.branch} of block {group.block}"
-            raise AnalysisError(f"the gradient of the {where} is not finite in micro-batch {len(self._squares)}; try "
-                                "--dtype fp32")  # fmt: skip
+            raise AnalysisError(
+                f"the gradient of the {where} is not finite in micro-batch {len(self._squares)}; try --dtype fp32"
+            )
         self._squares.append(row)
 
     def record(self) -> dict[str, Any]:
@@ -124,8 +127,12 @@ class GradientSums:
         if count < 2:
             raise AnalysisError(f"{count} micro-batch(es): a signal-to-noise ratio needs at least 2")
         square_KG = torch.stack(self._squares)
-        signal_G = torch.stack([torch.stack([total.square().sum() for total in self._sum[group]]).sum().cpu()
-                                for group in self.groups]) / count**2  # fmt: skip
+        signal_G = (
+            torch.stack(
+                [torch.stack([total.square().sum() for total in self._sum[group]]).sum().cpu() for group in self.groups]
+            )
+            / count**2
+        )
         noise_G = (square_KG.mean(0) - signal_G).clamp(min=0)
         groups = list(self.groups)
 
@@ -134,8 +141,10 @@ class GradientSums:
             return {"norm": norm, "snr": float(signal_G[members].sum()) / noise if noise else None}
 
         branches = {name: [g for g, group in enumerate(groups) if group.branch == name] for name in BRANCHES}
-        order = sorted(range(len(groups)), key=lambda g: (groups[g].block is None, groups[g].block or 0,
-                                                          BRANCHES.index(groups[g].branch)))  # fmt: skip
+        order = sorted(
+            range(len(groups)),
+            key=lambda g: (groups[g].block is None, groups[g].block or 0, BRANCHES.index(groups[g].branch)),
+        )
         return {
             "micro_batches": count,
             "noise_floor": 1 / (count - 1),

@@ -91,9 +91,12 @@ class Capture(AbstractContextManager["Capture"]):
         for module, side in dict.fromkeys(place for probe in self._probes for place in probe.places):
             hook = partial(self._keep, (id(module), side))
             if side == "input":
-                self._handles.append(module.register_forward_pre_hook(
-                    lambda _, args, kwargs, hook=hook: hook(args[0] if args else kwargs["hidden_states"]),
-                    with_kwargs=True))  # fmt: skip
+                self._handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _, args, kwargs, hook=hook: hook(args[0] if args else kwargs["hidden_states"]),
+                        with_kwargs=True,
+                    )
+                )
             else:
                 self._handles.append(module.register_forward_hook(lambda _, args, out, hook=hook: hook(_first(out))))
         return self
@@ -120,8 +123,10 @@ class Capture(AbstractContextManager["Capture"]):
         for probe in self._probes:
             parts = [self._found.get((id(module), side)) for module, side in probe.places]
             if any(part is None for part in parts):
-                raise AnalysisError(f"{probe.representation.name}: its module did not run in the forward pass, so "
-                                    "that the representation cannot be picked up")  # fmt: skip
+                raise AnalysisError(
+                    f"{probe.representation.name}: its module did not run in the forward pass, so "
+                    "that the representation cannot be picked up"
+                )
             values.append(sum(cast(list[Tensor], parts[1:]), start=cast(Tensor, parts[0])))
         self._found.clear()
         return values
@@ -184,8 +189,11 @@ def check_hugging_face(model: nn.Module, run: Any) -> None:
     if getattr(blocks[0], "use_parallel_residual", False):
         return
     unnamed = Representation("input", 0)
-    places: list[tuple[nn.Module, Side]] = [(blocks[0], "input"), (blocks[0].get_submodule(attention), "output"),
-                                            (blocks[0].get_submodule(second_norm), "input")]  # fmt: skip
+    places: list[tuple[nn.Module, Side]] = [
+        (blocks[0], "input"),
+        (blocks[0].get_submodule(attention), "output"),
+        (blocks[0].get_submodule(second_norm), "input"),
+    ]
     with Capture([Probe(unnamed, (place,)) for place in places]) as capture:
         run()
         before, update, after = (value.float() for value in capture.take())
@@ -204,8 +212,10 @@ def _hugging_face_blocks(model: nn.Module) -> tuple[list[nn.Module], tuple[str, 
             if all(isinstance(getattr(block, name, None), nn.Module) for block in module for name in names):
                 return list(module), names
     known = "; ".join(f"{', '.join(names)} ({family})" for family, names in HUGGING_FACE_FAMILIES.items())
-    raise AnalysisError(f"--hf-model: {type(model).__name__} has no nn.ModuleList of blocks that hold a norm, an "
-                        f"attention and a norm under one of these names: {known}")  # fmt: skip
+    raise AnalysisError(
+        f"--hf-model: {type(model).__name__} has no nn.ModuleList of blocks that hold a norm, an "
+        f"attention and a norm under one of these names: {known}"
+    )
 
 
 def swin_probes(model: nn.Module) -> list[Probe]:

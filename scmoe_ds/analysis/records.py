@@ -112,5 +112,6 @@ def redraw(path: str, kind: str) -> Path:
         raise
     except Exception as error:  # a record of others may hold anything, and matplotlib raises anything
         said = " ".join(str(error).split())[:200]
-        raise AnalysisError(f"--from-json {path} is incomplete or damaged ({type(error).__name__}: {said}); run the "
-                            "analysis again") from None  # fmt: skip
+        raise AnalysisError(
+            f"--from-json {path} is incomplete or damaged ({type(error).__name__}: {said}); run the analysis again"
+        ) from None

@@ -39,8 +39,9 @@ class SimilaritySums:
 
     def __init__(self, representations: Sequence[Representation]) -> None:
         if len(representations) < 2:
-            raise AnalysisError(f"the model has {len(representations)} intermediate representation(s); at least 2 are "
-                                "needed to compare")  # fmt: skip
+            raise AnalysisError(
+                f"the model has {len(representations)} intermediate representation(s); at least 2 are needed to compare"
+            )
         self.representations = list(representations)
         self._stages: dict[int, list[int]] = {}
         for number, each in enumerate(representations):
@@ -62,8 +63,10 @@ class SimilaritySums:
         """
         for each, value in zip(self.representations, values, strict=True):
             if not bool(torch.isfinite(value).all()):
-                raise AnalysisError(f"{each.name} is not finite in batch {batch}: the weights are not finite, or the "
-                                    "dtype cannot hold what the model computes; try --dtype fp32")  # fmt: skip
+                raise AnalysisError(
+                    f"{each.name} is not finite in batch {batch}: the weights are not finite, or the "
+                    "dtype cannot hold what the model computes; try --dtype fp32"
+                )
         for stage, members in self._stages.items():
             flat = [values[member].reshape(-1, values[member].shape[-1]) for member in members]
             tokens, hidden = flat[0].shape
@@ -190,9 +193,16 @@ def verdict(
             current = place[stage, block, "attention"]
             pairs.append((tap, current))
             names = [similarity.representations[number].name for number in (tap, current)]
-            layers.append({"stage": stage, "block": block, "from": names[0], "to": names[1],
-                           "cosine": float(similarity.cosine[tap, current]),
-                           "l2": float(similarity.distance[tap, current])})  # fmt: skip
+            layers.append(
+                {
+                    "stage": stage,
+                    "block": block,
+                    "from": names[0],
+                    "to": names[1],
+                    "cosine": float(similarity.cosine[tap, current]),
+                    "l2": float(similarity.distance[tap, current]),
+                }
+            )
         cosines = [float(similarity.cosine[pair]) for pair in pairs]
         positions[position] = {
             "layers": layers,
@@ -225,9 +235,13 @@ def _sentence(position: str, found: dict[str, Any], is_own: bool) -> str:
     if not below:
         return f"{ends}: {numbers}; passes the threshold of {THRESHOLD} in all {len(found['layers'])} MoE layers"
     where = ", ".join(f"{layer['from']} → {layer['to']} ({layer['cosine']:.3f})" for layer in below)
-    consequence = ("there the shortcut feeds the experts something else than the layer they were trained for; expect "
-                   "loss of quality")  # fmt: skip
+    consequence = (
+        "there the shortcut feeds the experts something else than the layer they were trained for; expect "
+        "loss of quality"
+    )
     if is_own:
         consequence = "the experts of this model were trained with this shortcut, and on what it feeds them there"
-    return (f"{ends}: {numbers}; below the threshold of {THRESHOLD} in {len(below)} of {len(found['layers'])} MoE "
-            f"layers ({where}): {consequence}")  # fmt: skip
+    return (
+        f"{ends}: {numbers}; below the threshold of {THRESHOLD} in {len(below)} of {len(found['layers'])} MoE "
+        f"layers ({where}): {consequence}"
+    )

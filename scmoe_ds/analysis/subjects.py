@@ -67,10 +67,16 @@ def gpt_subject(model: GPT, moe_every: int | None = None) -> Subject:
     settings, config = model.settings, model.config
     blocks = moe_blocks(settings.num_layers, moe_every or config.moe_every)
     is_trained = config.has_shortcut and config.first_layer_position in (None, config.position)
-    return Subject(gpt_probes(model), model.hidden_states, model.embedding.weight.device, blocks,
-                   config.shortcut_distance, context=settings.max_position_embeddings,
-                   vocab_size=settings.vocab_size,
-                   trained=config.position if is_trained else None)  # fmt: skip
+    return Subject(
+        gpt_probes(model),
+        model.hidden_states,
+        model.embedding.weight.device,
+        blocks,
+        config.shortcut_distance,
+        context=settings.max_position_embeddings,
+        vocab_size=settings.vocab_size,
+        trained=config.position if is_trained else None,
+    )
 
 
 def hugging_face_subject(model: Any, moe_every: int | None = None) -> Subject:
@@ -92,9 +98,15 @@ def hugging_face_subject(model: Any, moe_every: int | None = None) -> Subject:
     context = getattr(model.config, "max_position_embeddings", None)
     found = [(0, probe.representation.block) for probe in probes if probe.representation.is_moe]
     blocks = found if found and moe_every is None else moe_blocks(len(probes) // 2, moe_every or 2)
-    return Subject(probes, run, weight.device, blocks,
-                   check=lambda batch: check_hugging_face(model, lambda: run(batch)), context=context,
-                   vocab_size=weight.shape[0])  # fmt: skip
+    return Subject(
+        probes,
+        run,
+        weight.device,
+        blocks,
+        check=lambda batch: check_hugging_face(model, lambda: run(batch)),
+        context=context,
+        vocab_size=weight.shape[0],
+    )
 
 
 def swin_subject(model: nn.Module) -> Subject:
@@ -116,8 +128,9 @@ def open_gpt(args: argparse.Namespace, path: str) -> Loaded:
     Raises:
         ArgumentError, CheckpointError, DataError, ScMoEConfigError: what a user can mend.
     """
-    flags = {name: getattr(args, name) for name in ("dtype", "tokenizer_type", "tokenizer_model", "vocab_file",
-                                                    "merge_file")}  # fmt: skip
+    flags = {
+        name: getattr(args, name) for name in ("dtype", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+    }
     alone = {"moe_expert_parallel_size": 1, "tensor_model_parallel_size": 1, "distributed_timeout_minutes": 10.0}
     return arguments.load(argparse.Namespace(load=path, enable_expert_tensor_parallelism=False, **alone, **flags))
 
@@ -154,6 +167,8 @@ def local_directory(directory: str) -> Path:
         AnalysisError: --hf-model is none.
     """
     if not Path(directory).is_dir():
-        raise AnalysisError(f"--hf-model {directory} is not a local directory; save the model with transformers' "
-                            "save_pretrained and give that directory: names on a hub are not downloaded")  # fmt: skip
+        raise AnalysisError(
+            f"--hf-model {directory} is not a local directory; save the model with transformers' "
+            "save_pretrained and give that directory: names on a hub are not downloaded"
+        )
     return Path(directory)

@@ -89,13 +89,15 @@ def image_batches(source: str, model: Any, batch_size: int, max_images: int | No
         DataError: no such images.
     """
     shape = model.settings if isinstance(model, SwinMoE) else model.config
-    images = Digits(shape.image_size) if source == "digits" else ImageFolder(source, shape.image_size,
-                                                                             shape.num_channels)  # fmt: skip
+    images = (
+        Digits(shape.image_size) if source == "digits" else ImageFolder(source, shape.image_size, shape.num_channels)
+    )
     count = len(images) if max_images is None else min(len(images), max_images)
     for first in range(0, count, batch_size):
         members = [images[number]["images"] for number in range(first, min(first + batch_size, count))]
         batch_BCSS = torch.stack(members)
         if batch_BCSS.shape[1] != shape.num_channels:
-            raise AnalysisError(f"--images {source}: the images have {batch_BCSS.shape[1]} channel(s), the model "
-                                f"{shape.num_channels}")  # fmt: skip
+            raise AnalysisError(
+                f"--images {source}: the images have {batch_BCSS.shape[1]} channel(s), the model {shape.num_channels}"
+            )
         yield batch_BCSS

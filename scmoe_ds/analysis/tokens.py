@@ -41,11 +41,15 @@ class TokenSequences:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
-            raise AnalysisError(f"--max-tokens {self.max_tokens}: less than one sequence of {self.seq_length} tokens; "
-                                "raise it, or give a smaller --seq-length")  # fmt: skip
+            raise AnalysisError(
+                f"--max-tokens {self.max_tokens}: less than one sequence of {self.seq_length} tokens; "
+                "raise it, or give a smaller --seq-length"
+            )
         if len(self.tokens) < self.seq_length:
-            raise AnalysisError(f"{self.source} has {len(self.tokens)} tokens, less than one sequence of "
-                                f"{self.seq_length}; give more text, or a smaller --seq-length")  # fmt: skip
+            raise AnalysisError(
+                f"{self.source} has {len(self.tokens)} tokens, less than one sequence of "
+                f"{self.seq_length}; give more text, or a smaller --seq-length"
+            )
 
     def __len__(self) -> int:
         available = len(self.tokens) if self.max_tokens is None else min(len(self.tokens), self.max_tokens)
@@ -67,9 +71,11 @@ class TokenSequences:
         per_batch = batch_size * self.seq_length
         available = (min(len(self) * self.seq_length, len(self.tokens) - 1)) // per_batch
         if available < count:
-            raise AnalysisError(f"{self.source} has {available} micro-batches of {batch_size} sequences of "
-                                f"{self.seq_length} tokens, but {count} are asked for; give more text, or lower "
-                                "--micro-batches, --batch-size or --seq-length")  # fmt: skip
+            raise AnalysisError(
+                f"{self.source} has {available} micro-batches of {batch_size} sequences of "
+                f"{self.seq_length} tokens, but {count} are asked for; give more text, or lower "
+                "--micro-batches, --batch-size or --seq-length"
+            )
         for number in range(count):
             begin = number * per_batch
             block = torch.from_numpy(self.tokens[begin : begin + per_batch + 1].astype(np.int64))
@@ -93,6 +99,8 @@ def read_data_set(prefix: str, split: str | None, vocab_size: int) -> np.ndarray
         return tokens
     validation, offsets = split_ranges(split, len(layout.lengths))[1], layout.offsets()
     if offsets[validation.start] == offsets[validation.stop]:
-        raise AnalysisError(f"--split {split} leaves no validation part of --data-path {prefix}: give another one, or "
-                            "leave --split out to read all of it")  # fmt: skip
+        raise AnalysisError(
+            f"--split {split} leaves no validation part of --data-path {prefix}: give another one, or "
+            "leave --split out to read all of it"
+        )
     return tokens[offsets[validation.start] : offsets[validation.stop]]

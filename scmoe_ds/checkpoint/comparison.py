@@ -19,8 +19,18 @@ from scmoe_ds.errors import CheckpointError
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 DATA = "data"
-JSON_KEYS = ("optimizer", "scheduler", "gradient_clipping", "fp16", "bf16", "torch_autocast", "data_types",
-             "prescale_gradients", "gradient_predivide_factor", "communication_data_type")  # fmt: skip
+JSON_KEYS = (
+    "optimizer",
+    "scheduler",
+    "gradient_clipping",
+    "fp16",
+    "bf16",
+    "torch_autocast",
+    "data_types",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "communication_data_type",
+)
 """DeepSpeed's keys that decide the numbers of a step, beside the batch sizes."""
 
 

@@ -78,8 +78,10 @@ def residual_to_scmoe(
     weights, description = open_weights(source)
     settings, old = fields.rebuild(description)
     if old.architecture not in ("shared_expert", "overlapped_shared_expert"):
-        raise CheckpointError(f'{source} is a checkpoint of architecture "{old.architecture}"; only a Residual MoE '
-                              '("shared_expert") has the parts of a ScMoE')  # fmt: skip
+        raise CheckpointError(
+            f'{source} is a checkpoint of architecture "{old.architecture}"; only a Residual MoE '
+            '("shared_expert") has the parts of a ScMoE'
+        )
     merge = "cg2" if old.architecture == "shared_expert" else old.merge
     section = {**old.model_dump(mode="json"), "architecture": "scmoe", "merge": merge, **changes}
     config = ScMoEConfig.from_deepspeed({"scmoe": section})
@@ -87,8 +89,10 @@ def residual_to_scmoe(
     readers = _readers(weights)
     if config.shortcut_norm == "own":
         if settings.norm_placement != "pre":
-            raise CheckpointError(f'{source} is a post-norm model: it has no norm that a shortcut\'s own could start '
-                                  'from; give "shortcut_norm": "shared"')  # fmt: skip
+            raise CheckpointError(
+                f"{source} is a post-norm model: it has no norm that a shortcut's own could start "
+                'from; give "shortcut_norm": "shared"'
+            )
         for run in range(config.moe_layers(settings.num_layers)):
             for name, copied in _shortcut_norm(config, run, readers).items():
                 readers[name] = readers[copied]

@@ -15,8 +15,19 @@ from scmoe_ds.parallel.tensor import tensor_parallel_size
 
 FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std", "drop_path_rate"}
 """Fields that neither the weights nor the optimizer state depend on; see `comparison` for what a resume does."""
-BINDING_SECTION_FIELDS = ("architecture", "position", "first_layer_position", "shortcut_distance", "moe_every",
-                           "num_experts", "top_k", "merge", "shortcut_norm", "post_norm", "pairs_per_moe")  # fmt: skip
+BINDING_SECTION_FIELDS = (
+    "architecture",
+    "position",
+    "first_layer_position",
+    "shortcut_distance",
+    "moe_every",
+    "num_experts",
+    "top_k",
+    "merge",
+    "shortcut_norm",
+    "post_norm",
+    "pairs_per_moe",
+)
 # Of what was added to a description later: what checkpoints without it are of.
 _BEFORE = {"norm_placement": "pre", "residual_scale": 1.0, "scmoe.pairs_per_moe": 1}
 
@@ -88,8 +99,10 @@ def check_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], name: str) 
         CheckpointError: another model; lists what differs.
     """
     if not isinstance(saved.get("model"), dict):
-        raise CheckpointError(f"{name} was written by an earlier version of scmoe_ds, whose description does not say "
-                              "how its tensors are laid out; resume it with that version")  # fmt: skip
+        raise CheckpointError(
+            f"{name} was written by an earlier version of scmoe_ds, whose description does not say "
+            "how its tensors are laid out; resume it with that version"
+        )
     now = json.loads(json.dumps(wanted["model"]))
     then = {**{key: value for key, value in _BEFORE.items() if key in now}, **saved["model"]}
     keys = [key for key in now | then if now.get(key) != then.get(key)]
@@ -117,9 +130,11 @@ def check_layout_is_free(layout: Mapping[str, Any], whose: str) -> None:
     tied = {ZERO_STAGE: layout[ZERO_STAGE] not in (1, 2), ROUND_ROBIN: bool(layout[ROUND_ROBIN])}
     for key, is_tied in tied.items():
         if is_tied:
-            raise CheckpointError(f"{whose}: {key} = {layout[key]} binds a checkpoint to its layout; resume with the "
-                                  "very layout that saved it, or save and resume with ZeRO stage 1 or 2 and without "
-                                  "round_robin_gradients")  # fmt: skip
+            raise CheckpointError(
+                f"{whose}: {key} = {layout[key]} binds a checkpoint to its layout; resume with the "
+                "very layout that saved it, or save and resume with ZeRO stage 1 or 2 and without "
+                "round_robin_gradients"
+            )
 
 
 def layout_text(changed: Mapping[str, tuple[Any, Any]]) -> str:

@@ -56,9 +56,16 @@ def check_save(save: Path, start: Path | None, auto_resume: bool) -> None:
         return
     if start is None or start.resolve().parent != save.resolve():
         some = tags[0] + ", …" * bool(tags[1:])
-        raise CheckpointError(f"--save {save}: holds checkpoints of another run ({some}), "
-                              "which this one would write over; go on from them with --auto-resume, or choose another "
-                              "directory")  # fmt: skip
+        raise CheckpointError(
+            f"--save {save}: holds checkpoints of another run ({some}), "
+            "which this one would write over; go on from them with --auto-resume, or choose another "
+            "directory"
+        )
     if newer := tags[: tags.index(start.name)] if start.name in tags else []:
-        logger.warning("--load %s: %s also holds newer checkpoints (%s), from which --auto-resume would go on; move "
-                       "them elsewhere if they are not wanted any more", start, save, ", ".join(newer))  # fmt: skip
+        logger.warning(
+            "--load %s: %s also holds newer checkpoints (%s), from which --auto-resume would go on; move "
+            "them elsewhere if they are not wanted any more",
+            start,
+            save,
+            ", ".join(newer),
+        )

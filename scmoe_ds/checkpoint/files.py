@@ -129,11 +129,15 @@ def read_manifest(directory: Path, flag: str) -> dict[str, FileEntry]:
 
 def _is_entry(name: str, found: Any) -> bool:
     return (
-        Path(name).name == name != ".." and name.isprintable()
-        and isinstance(found, dict) and found.keys() == FileEntry.__annotations__.keys()
-        and type(found["bytes"]) is int and found["bytes"] >= 0
-        and isinstance(found["crc32"], str) and re.fullmatch("[0-9a-f]{8}", found["crc32"]) is not None
-    )  # fmt: skip
+        Path(name).name == name != ".."
+        and name.isprintable()
+        and isinstance(found, dict)
+        and found.keys() == FileEntry.__annotations__.keys()
+        and type(found["bytes"]) is int
+        and found["bytes"] >= 0
+        and isinstance(found["crc32"], str)
+        and re.fullmatch("[0-9a-f]{8}", found["crc32"]) is not None
+    )
 
 
 def read_description(directory: Path, name: str, flag: str) -> dict[str, Any]:
@@ -192,8 +196,9 @@ def require_named(name: str, directory: Path, manifest: dict[str, FileEntry], fl
         DamagedCheckpointError: a file that the manifest does not vouch for.
     """
     if name not in manifest:
-        raise damaged(directory, f"{name} is not named in {MANIFEST_FILE}, so nobody knows whether it is as it was "
-                      "written", flag)  # fmt: skip
+        raise damaged(
+            directory, f"{name} is not named in {MANIFEST_FILE}, so nobody knows whether it is as it was written", flag
+        )
 
 
 def _check_size(directory: Path, name: str, expected: FileEntry, flag: str) -> None:
@@ -238,8 +243,11 @@ def newest_first(root: Path) -> list[str]:
     except OSError as error:
         raise CheckpointError(f"{root}: cannot be read ({error.strerror}); mend its permissions") from None
     for name in sorted(elsewhere):
-        logger.warning("passed over: %s is a link that leads out of the directory; --load %s uses it",
-                       root / name, (root / name).resolve())  # fmt: skip
+        logger.warning(
+            "passed over: %s is a link that leads out of the directory; --load %s uses it",
+            root / name,
+            (root / name).resolve(),
+        )
     return sorted(set(found) - elsewhere, key=iteration_of, reverse=True)  # type: ignore[arg-type]
 
 

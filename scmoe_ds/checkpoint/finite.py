@@ -50,10 +50,12 @@ def check(engine: Any, name: str) -> None:
     dist.all_gather_object(everywhere, _finding(engine))
     for rank, found in enumerate(everywhere):
         if found is not None:
-            raise NotFiniteError(f"{name} was not saved: on rank {rank}, {found}; training cannot go on from that. The "
-                                 "checkpoint before it stays: go on from it with --auto-resume. If it happens again at "
-                                 "this iteration, lower the learning rate or set gradient_clipping; if not, look at "
-                                 "the memory of that rank's device")  # fmt: skip
+            raise NotFiniteError(
+                f"{name} was not saved: on rank {rank}, {found}; training cannot go on from that. The "
+                "checkpoint before it stays: go on from it with --auto-resume. If it happens again at "
+                "this iteration, lower the learning rate or set gradient_clipping; if not, look at "
+                "the memory of that rank's device"
+            )
 
 
 def _finding(engine: Any) -> str | None:

@@ -132,8 +132,10 @@ def load(engine: Any, source: Source | None) -> tuple[int, int]:
 def _say_what_was_loaded(source: Source, state: Mapping[str, Any], then: float | None, now: float | None) -> None:
     _log(f"{source}: loaded, iteration {state['iteration']}, {state['consumed_samples']} samples read")
     if "run" not in source.description:
-        _log(f"{source}: written by an earlier version, which did not record optimizer, data and seed; the optimizer's "
-             "settings are the checkpoint's")  # fmt: skip
+        _log(
+            f"{source}: written by an earlier version, which did not record optimizer, data and seed; the optimizer's "
+            "settings are the checkpoint's"
+        )
     if taken_over := select(source.differences, Outcome.TAKEN_OVER):
         _log(f"{source}: of this run, not of the checkpoint: {taken_over}")
     if changes := select(source.differences, Outcome.CHANGES_THE_RUN):
@@ -162,8 +164,9 @@ def _load_with_deepspeed(engine: Any, source: Source, schedule: bool) -> dict[st
         tensor_files.as_expected(source.path, source.flag),
         tensor_files.fed_by_us(engine, source.path, tensor_ranks, source.flag),
     ):
-        return engine.load_checkpoint(str(source.path.parent), tag=source.path.name,
-                                      load_lr_scheduler_states=schedule)[1]  # fmt: skip
+        return engine.load_checkpoint(str(source.path.parent), tag=source.path.name, load_lr_scheduler_states=schedule)[
+            1
+        ]
 
 
 def _newest_good(root: Path, description: Mapping[str, Any]) -> Source | None:
@@ -173,15 +176,19 @@ def _newest_good(root: Path, description: Mapping[str, Any]) -> Source | None:
         CheckpointError: there are checkpoints, but none is whole.
     """
     # Rank 0's view for all: ranks that saw other files would wait for each other.
-    holder = [run_together(lambda: [(tag, failures.read(root / tag)) for tag in files.newest_first(root)],
-                           on_rank_zero=True)]  # fmt: skip
+    holder = [
+        run_together(lambda: [(tag, failures.read(root / tag)) for tag in files.newest_first(root)], on_rank_zero=True)
+    ]
     if dist.is_initialized():
         dist.broadcast_object_list(holder)
     damaged = []
     for tag, failure in holder[0] or ():
         if failure is not None:
-            _log(f"passed over: --auto-resume {root / tag}: a run that went on from it ended at once ({failure}). An "
-                 f"earlier one is looked for; --load {root / tag} uses it all the same", logging.WARNING)  # fmt: skip
+            _log(
+                f"passed over: --auto-resume {root / tag}: a run that went on from it ended at once ({failure}). An "
+                f"earlier one is looked for; --load {root / tag} uses it all the same",
+                logging.WARNING,
+            )
             continue
         try:
             return _check(root / tag, "--auto-resume", description)
@@ -189,8 +196,10 @@ def _newest_good(root: Path, description: Mapping[str, Any]) -> Source | None:
             _log(f"passed over: {error}", logging.WARNING)
             damaged.append(tag)
     if damaged:
-        raise CheckpointError(f"--auto-resume: {root} has checkpoints, but none can be used ({', '.join(damaged)}); "
-                              "move them elsewhere to start without them, or name another --save")  # fmt: skip
+        raise CheckpointError(
+            f"--auto-resume: {root} has checkpoints, but none can be used ({', '.join(damaged)}); "
+            "move them elsewhere to start without them, or name another --save"
+        )
     return None
 
 

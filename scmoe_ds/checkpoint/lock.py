@@ -139,15 +139,25 @@ class DirectoryLock:
         if holder.get("place") == _place():
             started = holder.get("process_start")
             return holder.get("pid") != os.getpid() and started is not None and started == _start_of(holder.get("pid"))
-        logger.info("--save %s: its lock is of process %s on host %s; waiting %d s for a sign of life from there",
-                    self._shown, holder.get("pid"), holder.get("host"), STALE_S)  # fmt: skip
+        logger.info(
+            "--save %s: its lock is of process %s on host %s; waiting %d s for a sign of life from there",
+            self._shown,
+            holder.get("pid"),
+            holder.get("host"),
+            STALE_S,
+        )
         before, deadline = os.fstat(self._descriptor).st_mtime_ns, time.monotonic() + STALE_S
         while time.monotonic() < deadline:
             time.sleep(min(1.0, STALE_S / 10))
             if not self._is_in_place() or os.fstat(self._descriptor).st_mtime_ns != before:
                 return True
-        logger.warning("--save %s: no sign of life from process %s on host %s for %d s: its lock is taken over",
-                       self._shown, holder.get("pid"), holder.get("host"), STALE_S)  # fmt: skip
+        logger.warning(
+            "--save %s: no sign of life from process %s on host %s for %d s: its lock is taken over",
+            self._shown,
+            holder.get("pid"),
+            holder.get("host"),
+            STALE_S,
+        )
         return False
 
     def _is_in_place(self) -> bool:
@@ -179,13 +189,20 @@ class DirectoryLock:
         who = "it is starting"
         if holder is not None:
             who = f"host {holder.get('host')}, process {holder.get('pid')}, started {holder.get('since')}"
-        return CheckpointError(f"--save {self._shown}: another job saves there ({who}; its lock is {LOCK_FILE}). "
-                               "Wait for its end, end it, or choose another directory")  # fmt: skip
+        return CheckpointError(
+            f"--save {self._shown}: another job saves there ({who}; its lock is {LOCK_FILE}). "
+            "Wait for its end, end it, or choose another directory"
+        )
 
 
 def _identity() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "process_start": _start_of(os.getpid()),
-            "place": _place(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_start": _start_of(os.getpid()),
+        "place": _place(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
 
 
 def _place() -> str:

@@ -144,8 +144,12 @@ def _layout(layout: Any) -> Mapping[str, Any]:
     if not isinstance(layout, dict):
         raise ValueError("layout: must be an object")
     sizes = (fields.PROCESSES, fields.EXPERT_PARALLEL, fields.TENSOR_PARALLEL)
-    kinds = {fields.EXPERT_TENSOR_PARALLEL: bool, fields.ZERO_STAGE: int, fields.ROUND_ROBIN: bool,
-             fields.PRECISION: str}  # fmt: skip
+    kinds = {
+        fields.EXPERT_TENSOR_PARALLEL: bool,
+        fields.ZERO_STAGE: int,
+        fields.ROUND_ROBIN: bool,
+        fields.PRECISION: str,
+    }
     for key in sizes:
         if type(layout.get(key)) is not int or layout[key] < 1:
             raise ValueError(f"layout.{key} = {str(layout.get(key))[:60]}: must be a number of ranks")

@@ -19,11 +19,15 @@ def inside(directory: Path, name: object, source: str) -> Path:
     """
     plain = isinstance(name, str) and name.isprintable() and name not in ("", "..") and name == Path(name).name
     if not plain:
-        raise DamagedCheckpointError(f"{directory}: {source} names {str(name)[:100]!r}, which is no file of this "
-                                     "directory; only files beside it are read")  # fmt: skip
+        raise DamagedCheckpointError(
+            f"{directory}: {source} names {str(name)[:100]!r}, which is no file of this "
+            "directory; only files beside it are read"
+        )
     path = directory / str(name)
     home = directory.resolve()
     if path.is_symlink() and path.resolve().parent not in (home, home.parent.parent / "blobs"):
-        raise DamagedCheckpointError(f"{directory}: {name}, which {source} names, is a link that leads out of the "
-                                     "directory; copy the file there in its place")  # fmt: skip
+        raise DamagedCheckpointError(
+            f"{directory}: {name}, which {source} names, is a link that leads out of the "
+            "directory; copy the file there in its place"
+        )
     return path

@@ -90,8 +90,12 @@ def last_validated(root: Path, iteration: int, validated: int | None = None) -> 
 
 
 def _whole_up_to(root: Path, iteration: int) -> list[str]:
-    return [tag for tag in newest_first(root) if (iteration_of(tag) or 0) <= iteration
-            and all((root / tag / name).is_file() for name in (DESCRIPTION_FILE, MANIFEST_FILE))]  # fmt: skip
+    return [
+        tag
+        for tag in newest_first(root)
+        if (iteration_of(tag) or 0) <= iteration
+        and all((root / tag / name).is_file() for name in (DESCRIPTION_FILE, MANIFEST_FILE))
+    ]
 
 
 def _set_aside(directory: Path) -> Path:

@@ -53,8 +53,9 @@ class SafetensorsWeights:
             with safe_open(shard, framework="pt") as file:
                 return read(file)
         except (OSError, SafetensorError) as error:
-            raise DamagedCheckpointError(f"--load {self.path}: {name} cannot be read from {shard.name} ({error}); "
-                                         "export it again") from None  # fmt: skip
+            raise DamagedCheckpointError(
+                f"--load {self.path}: {name} cannot be read from {shard.name} ({error}); export it again"
+            ) from None
 
 
 def shards_of(path: Path) -> dict[str, Path]:
@@ -65,8 +66,9 @@ def shards_of(path: Path) -> dict[str, Path]:
     """
     found = files.read_json(path / INDEX_FILE, "--load").get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise DamagedCheckpointError(f'--load {path}: {INDEX_FILE} has no "weight_map", an object of names and files; '
-                                     "export it again")  # fmt: skip
+        raise DamagedCheckpointError(
+            f'--load {path}: {INDEX_FILE} has no "weight_map", an object of names and files; export it again'
+        )
     manifest, places = files.read_manifest(path, "--load"), {}
     for shard in {str(shard): shard for shard in found.values()}.values():
         places[shard] = inside(path, shard, INDEX_FILE)
@@ -116,8 +118,9 @@ def write_weights(
         manifest = {file.name: file_entry(file) for file in sorted(out.iterdir())}
         files.write_whole(out / files.MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out}: the export was not written ({error}); make room or choose another "
-                              "directory") from error  # fmt: skip
+        raise CheckpointError(
+            f"{out}: the export was not written ({error}); make room or choose another directory"
+        ) from error
     return len(shards)
 
 

@@ -133,15 +133,22 @@ class SavedState:
             if match := _OPTIMIZER_FILE.fullmatch(name):
                 places[int(match[1]) * self._tensor_ranks + int(match[2])] = name
         if sorted(places) != list(range(self.layout[fields.PROCESSES])):
-            raise DamagedCheckpointError(f"{self.path}: has optimizer files of ranks {sorted(places)}, not of all "
-                                         f"{self.layout[fields.PROCESSES]}. {remedy(self.path)}")  # fmt: skip
+            raise DamagedCheckpointError(
+                f"{self.path}: has optimizer files of ranks {sorted(places)}, not of all "
+                f"{self.layout[fields.PROCESSES]}. {remedy(self.path)}"
+            )
         self._files = [self._load(places[rank])["optimizer_state_dict"] for rank in sorted(places)]
         if not all(isinstance(each["base_optimizer_state"], dict) for each in self._files):
-            raise CheckpointError(f"{self.path} was written with zero_optimization.elastic_checkpoint = true; resume "
-                                  "on the same layout, or save without")  # fmt: skip
-        found = [(rank, group, name, address) for rank, each in enumerate(self._files)
-                 for group, members in enumerate(each["param_slice_mappings"])
-                 for name, address in members.items()]  # fmt: skip
+            raise CheckpointError(
+                f"{self.path} was written with zero_optimization.elastic_checkpoint = true; resume "
+                "on the same layout, or save without"
+            )
+        found = [
+            (rank, group, name, address)
+            for rank, each in enumerate(self._files)
+            for group, members in enumerate(each["param_slice_mappings"])
+            for name, address in members.items()
+        ]
         local: dict[str, int] = {}
         for _, _, name, _ in found:
             if (layer := layer_of(name)) is not None:
@@ -166,12 +173,15 @@ class SavedState:
         shape = self.shape(name)
         if rule is not None:
             shape[rule.dim] //= len(self._pieces[name])
-        pieces = [self._flat(piece, key)[piece.start : piece.start + piece.numel]
-                  for piece in self._pieces[name][tensor_rank]]  # fmt: skip
+        pieces = [
+            self._flat(piece, key)[piece.start : piece.start + piece.numel] for piece in self._pieces[name][tensor_rank]
+        ]
         if sum(piece.numel() for piece in pieces) != math.prod(shape):
-            raise DamagedCheckpointError(f"{self.path}: the pieces of {name} ({key}) have "
-                                         f"{sum(piece.numel() for piece in pieces)} elements instead of "
-                                         f"{math.prod(shape)}. {remedy(self.path)}")  # fmt: skip
+            raise DamagedCheckpointError(
+                f"{self.path}: the pieces of {name} ({key}) have "
+                f"{sum(piece.numel() for piece in pieces)} elements instead of "
+                f"{math.prod(shape)}. {remedy(self.path)}"
+            )
         return torch.cat(pieces).view(shape)
 
     def _flat(self, piece: _Piece, key: str) -> Tensor:

@@ -40,8 +40,10 @@ def claim(directory: str | os.PathLike[str]) -> None:
                 pass
         except OSError as error:
             file = "" if error.filename in (None, str(directory)) else f"{Path(error.filename).name}: "
-            raise CheckpointError(f"--save {directory}: cannot write there ({file}{error.strerror}); "
-                                  "choose another directory or mend its permissions") from None  # fmt: skip
+            raise CheckpointError(
+                f"--save {directory}: cannot write there ({file}{error.strerror}); "
+                "choose another directory or mend its permissions"
+            ) from None
         except UnicodeDecodeError:
             raise CheckpointError(f"--save {str(directory)!a}: is not UTF-8; choose another name") from None
 
@@ -86,9 +88,14 @@ def save(
         rotation.remove_unfinished(part.parent)
         part.mkdir(parents=True, exist_ok=True)
         batch = getattr(engine, "train_batch_size", lambda: None)()
-        whole = {**description, BATCH: batch, ITERATION: iteration, CONSUMED: consumed_samples,
-                 "splits": saved_splits(engine),
-                 rotation.VALIDATED: rotation.last_validated(part.parent, iteration, validated)}  # fmt: skip
+        whole = {
+            **description,
+            BATCH: batch,
+            ITERATION: iteration,
+            CONSUMED: consumed_samples,
+            "splits": saved_splits(engine),
+            rotation.VALIDATED: rotation.last_validated(part.parent, iteration, validated),
+        }
         (part / files.DESCRIPTION_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         for name, content in (carried or {}).items():
             (part / name).write_bytes(content)

@@ -33,8 +33,13 @@ def _zero_stage(owner: Any, name: str) -> Any:
     return ZeroStageEnum(ZeroStageEnum.__members__[name])
 
 
-_SAFE_CLASSES: list[Any] = [fragment_address, ZeroStageEnum, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler,
-                            (_zero_stage, "builtins.getattr")]  # fmt: skip
+_SAFE_CLASSES: list[Any] = [
+    fragment_address,
+    ZeroStageEnum,
+    loss_scaler.LossScaler,
+    loss_scaler.DynamicLossScaler,
+    (_zero_stage, "builtins.getattr"),
+]
 
 
 def read(file: Path, flag: str = "--load", mapped: bool = True) -> Any:
@@ -54,13 +59,16 @@ def read(file: Path, flag: str = "--load", mapped: bool = True) -> Any:
     except Exception as error:  # of damaged bytes torch raises nearly any
         forbidden = _FORBIDDEN.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if forbidden is not None:
-            raise CheckpointError(f"{flag} {file.parent}: {file.name} holds {forbidden[1]}, which is no part of a "
-                                  "checkpoint and could run code: it was not read. Name a checkpoint that "
-                                  "pretrain_gpt_scmoe.py has written") from None  # fmt: skip
+            raise CheckpointError(
+                f"{flag} {file.parent}: {file.name} holds {forbidden[1]}, which is no part of a "
+                "checkpoint and could run code: it was not read. Name a checkpoint that "
+                "pretrain_gpt_scmoe.py has written"
+            ) from None
         # torch's first line about a pickle advises to trust it.
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-        raise files.damaged(file.parent, f"{file.name} cannot be read ({type(error).__name__}: {reason})",
-                            flag) from None  # fmt: skip
+        raise files.damaged(
+            file.parent, f"{file.name} cannot be read ({type(error).__name__}: {reason})", flag
+        ) from None
 
 
 def check(directory: Path, flag: str) -> None:
@@ -91,8 +99,9 @@ def as_expected(directory: Path, flag: str) -> Iterator[None]:
         raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError, OSError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise files.damaged(directory, f"the checkpoint cannot be read ({type(error).__name__}: {first})",
-                            flag) from error  # fmt: skip
+        raise files.damaged(
+            directory, f"the checkpoint cannot be read ({type(error).__name__}: {first})", flag
+        ) from error
 
 
 @contextmanager

@@ -59,8 +59,9 @@ def carried_files(tokenizer: Tokenizer) -> dict[str, bytes]:
                 raise DataError("what it saves makes another tokenizer")
     except Exception as error:  # a tokenizer of transformers may raise anything when it saves itself
         reason = " ".join(str(error).split())[:200]
-        logger.info(f"checkpoints record the tokenizer, but do not carry its files ({reason}): name them when you load "
-                    "one")  # fmt: skip
+        logger.info(
+            f"checkpoints record the tokenizer, but do not carry its files ({reason}): name them when you load one"
+        )
         return {}
     return files
 
@@ -81,8 +82,10 @@ def read_files(directory: Path, found: Record | None) -> dict[str, bytes]:
         try:
             contents[name] = (directory / name).read_bytes()
         except OSError as error:
-            raise DamagedCheckpointError(f"{directory}: {name} of its tokenizer cannot be read ({error.strerror}); "
-                                         "take another checkpoint, or make the export anew") from None  # fmt: skip
+            raise DamagedCheckpointError(
+                f"{directory}: {name} of its tokenizer cannot be read ({error.strerror}); "
+                "take another checkpoint, or make the export anew"
+            ) from None
     return contents
 
 
@@ -94,17 +97,23 @@ def recorded_tokenizer(directory: Path, found: Record, flag: str) -> Tokenizer:
     """
     checked = _checked(directory, found)
     if not checked["files"] and checked["type"] != "ByteTokenizer":
-        raise CheckpointError(f"{flag} {directory} was trained with {_text(checked)}, but does not carry its files; "
-                              "name them with --tokenizer-type and the flags of training")  # fmt: skip
+        raise CheckpointError(
+            f"{flag} {directory} was trained with {_text(checked)}, but does not carry its files; "
+            "name them with --tokenizer-type and the flags of training"
+        )
     try:
         tokenizer = tokenizer_in(directory, checked["type"])
     except (DataError, OSError) as error:
-        raise DamagedCheckpointError(f"{flag} {directory}: its tokenizer does not load ({error}); name the same one "
-                                     "with --tokenizer-type and the flags of training") from None  # fmt: skip
+        raise DamagedCheckpointError(
+            f"{flag} {directory}: its tokenizer does not load ({error}); name the same one "
+            "with --tokenizer-type and the flags of training"
+        ) from None
     if describe(tokenizer)["identity"] != checked["identity"]:
-        raise DamagedCheckpointError(f"{flag} {directory}: its tokenizer files give {_text(describe(tokenizer))}, but "
-                                     f"it was trained with {_text(checked)}; name that one with --tokenizer-type and "
-                                     "the flags of training")  # fmt: skip
+        raise DamagedCheckpointError(
+            f"{flag} {directory}: its tokenizer files give {_text(describe(tokenizer))}, but "
+            f"it was trained with {_text(checked)}; name that one with --tokenizer-type and "
+            "the flags of training"
+        )
     return tokenizer
 
 
@@ -127,9 +136,11 @@ def check_same(directory: Path, found: Record, tokenizer: Record, flag: str, who
         "GPT2BPETokenizer": f" --vocab-file {directory}/vocab.json --merge-file {directory}/merges.txt",
     }
     where = names.get(checked["type"], "") if checked["files"] else ""
-    raise CheckpointError(f"{whose} is {_text(tokenizer)}, but {flag} {directory} was trained with {_text(checked)}, "
-                          f"whose token ids mean something else; use that one: --tokenizer-type {checked['type']}"
-                          f"{where}")  # fmt: skip
+    raise CheckpointError(
+        f"{whose} is {_text(tokenizer)}, but {flag} {directory} was trained with {_text(checked)}, "
+        f"whose token ids mean something else; use that one: --tokenizer-type {checked['type']}"
+        f"{where}"
+    )
 
 
 def _checked(directory: Path, found: Any) -> Record:
@@ -143,8 +154,10 @@ def _checked(directory: Path, found: Any) -> Record:
         and isinstance(found.get("files"), list)
     )
     if not good:
-        raise DamagedCheckpointError(f'{directory}: its record of the tokenizer ("{KEY}") is damaged; take another '
-                                     "checkpoint, or make the export anew")  # fmt: skip
+        raise DamagedCheckpointError(
+            f'{directory}: its record of the tokenizer ("{KEY}") is damaged; take another '
+            "checkpoint, or make the export anew"
+        )
     for name in found["files"]:
         inside(directory, name, f'its record of the tokenizer ("{KEY}")')
     return dict(found)

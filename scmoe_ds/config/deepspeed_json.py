@@ -30,13 +30,15 @@ def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> d
     try:
         whole = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except OSError as error:
-        raise ScMoEConfigError(f"{path}: cannot read the DeepSpeed JSON ({error.strerror}); check --deepspeed_config"
-                               ) from None  # fmt: skip
+        raise ScMoEConfigError(
+            f"{path}: cannot read the DeepSpeed JSON ({error.strerror}); check --deepspeed_config"
+        ) from None
     except RecursionError:
         raise ScMoEConfigError(f"{path}: the DeepSpeed JSON is nested too deeply; check the file") from None
     except ValueError as error:  # UnicodeDecodeError among them
-        raise ScMoEConfigError(f"{path}: not valid JSON ({error}); comments and trailing commas are not allowed"
-                               ) from None  # fmt: skip
+        raise ScMoEConfigError(
+            f"{path}: not valid JSON ({error}); comments and trailing commas are not allowed"
+        ) from None
     if not isinstance(whole, dict):
         raise ScMoEConfigError(f"{path}: the DeepSpeed JSON must be an object, not {type(whole).__name__}")
     if paths := ", ".join(_repeated(whole, "")):

@@ -37,18 +37,31 @@ Keys = dict[str, Any]
 _Dtype = Literal["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"] | None
 
 _NO_MODEL: dict[str, Any] = {
-    "optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}, "torch_autocast": {}, "flops_profiler": {},
-    "activation_checkpointing": {}, "aio": {}, "autotuning": {}, "data_types": {}, "timers": {},
-    "checkpoint": {"writer": {}, "parallel_write": {}}, "data_efficiency": {"data_sampling": {}, "data_routing": {}},
-}  # fmt: skip
+    "optimizer": {"type": "Adam"},
+    "scheduler": {"type": "WarmupLR"},
+    "torch_autocast": {},
+    "flops_profiler": {},
+    "activation_checkpointing": {},
+    "aio": {},
+    "autotuning": {},
+    "data_types": {},
+    "timers": {},
+    "checkpoint": {"writer": {}, "parallel_write": {}},
+    "data_efficiency": {"data_sampling": {}, "data_routing": {}},
+}
 """Sections without a pydantic model, each with the least content that makes DeepSpeed read it."""
 
 _MODELS: dict[str, type[BaseModel]] = {
-    "zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
-    "bfloat16": DeepSpeedBF16Config, "comms_logger": CommsLoggerConfig, "compile": CompileConfig,
-    "hybrid_engine": deepspeed_config.HybridEngineConfig, "tensor_parallel": TPTrainingConfig,
+    "zero_optimization": DeepSpeedZeroConfig,
+    "fp16": DeepSpeedFP16Config,
+    "bf16": DeepSpeedBF16Config,
+    "bfloat16": DeepSpeedBF16Config,
+    "comms_logger": CommsLoggerConfig,
+    "compile": CompileConfig,
+    "hybrid_engine": deepspeed_config.HybridEngineConfig,
+    "tensor_parallel": TPTrainingConfig,
     "weight_quantization": WeightQuantConfig,
-}  # fmt: skip
+}
 
 _RULES: Keys = {
     "train_batch_size": PositiveInt | None,
@@ -66,14 +79,22 @@ _RULES: Keys = {
 """For keys whose default does not show what they may hold."""
 
 _SECTION_RULES: dict[str, Keys] = {
-    "data_types": {"grad_accum_dtype": _Dtype, "param_dtype": _Dtype, "buffer_dtype": _Dtype,
-                   "keep_in_fp32_modules": Any},
-    "flops_profiler": {"profile_step": PositiveInt, "top_modules": PositiveInt,
-                       "recompute_fwd_factor": NonNegativeFloat, "output_file": str | None},
+    "data_types": {
+        "grad_accum_dtype": _Dtype,
+        "param_dtype": _Dtype,
+        "buffer_dtype": _Dtype,
+        "keep_in_fp32_modules": Any,
+    },
+    "flops_profiler": {
+        "profile_step": PositiveInt,
+        "top_modules": PositiveInt,
+        "recompute_fwd_factor": NonNegativeFloat,
+        "output_file": str | None,
+    },
     "aio": {"block_size": PositiveInt, "queue_depth": PositiveInt, "intra_op_parallelism": PositiveInt},
     "optimizer": {"type": str, "params": dict},
     "scheduler": {"type": str, "params": dict},
-}  # fmt: skip
+}
 
 _KEEPS_AUTO = ("data_types.keep_in_fp32_modules", "pipeline")
 
@@ -234,9 +255,15 @@ def broken_rule(value: Any, holds: Any) -> str | None:
     return None
 
 
-_TYPE_RULES = {"int_type": "must be an integer", "float_type": "must be a number", "bool_type": "must be true or false",
-         "string_type": "must be a string", "list_type": "must be a list", "dict_type": "must be an object",
-         "int_from_float": "must be an integer"}  # fmt: skip
+_TYPE_RULES = {
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "int_from_float": "must be an integer",
+}
 
 
 @cache

@@ -25,8 +25,16 @@ from scmoe_ds.config.messages import fail, nearest, unknown_key
 _OF_DEEPSPEED = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}
 """Parameters of Adam and AdamW that DeepSpeed takes out before it builds the optimizer."""
 
-_OF_MUON = {"lr": 1e-3, "muon_lr": 1e-3, "adam_lr": 1e-3, "momentum": 0.95, "weight_decay": 0.0, "ns_method": "",
-            "betas": (0.9, 0.999), "eps": 1e-8}  # fmt: skip
+_OF_MUON = {
+    "lr": 1e-3,
+    "muon_lr": 1e-3,
+    "adam_lr": 1e-3,
+    "momentum": 0.95,
+    "weight_decay": 0.0,
+    "ns_method": "",
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+}
 
 
 def check_optimizer(whole: Mapping[str, Any]) -> Iterator[str]:
@@ -55,8 +63,13 @@ def _check_optimizer(own: Mapping[str, Any], whole: Mapping[str, Any], zero: boo
         yield str(fail("optimizer.type", name, kind))
         return
     if "max_grad_norm" in params:
-        yield str(fail("optimizer.params.max_grad_norm", params["max_grad_norm"],
-                       'DeepSpeed clips by the top-level key; write "gradient_clipping" instead'))  # fmt: skip
+        yield str(
+            fail(
+                "optimizer.params.max_grad_norm",
+                params["max_grad_norm"],
+                'DeepSpeed clips by the top-level key; write "gradient_clipping" instead',
+            )
+        )
         params = {key: value for key, value in params.items() if key != "max_grad_norm"}
     extra = _OF_DEEPSPEED if name.lower() in ("adam", "adamw") else {}
     valid = _OF_MUON if name.lower() == "muon" else {**_defaults(kind, 1), **extra}
@@ -68,11 +81,21 @@ def _check_optimizer(own: Mapping[str, Any], whole: Mapping[str, Any], zero: boo
         kept = {key: value for key, value in params.items() if key in _defaults(tried, 1) and key != "capturable"}
         yield from _try("optimizer.params", kept, lambda params: tried(_groups(), **params).step())
     if zero and kind is torch.optim.Adagrad:
-        yield str(fail("optimizer.type", name, 'DeepSpeed puts all parameter groups into one, and then misses the '
-                       'experts; use "AdamW"'))  # fmt: skip
+        yield str(
+            fail(
+                "optimizer.type",
+                name,
+                'DeepSpeed puts all parameter groups into one, and then misses the experts; use "AdamW"',
+            )
+        )
     elif zero and kind not in ZERO_SUPPORTED_OPTIMIZERS and not whole.get("zero_allow_untested_optimizer"):
-        yield str(fail("optimizer.type", name, "DeepSpeed has not tested it under ZeRO; "
-                       'set "zero_allow_untested_optimizer": true, or use "AdamW"'))  # fmt: skip
+        yield str(
+            fail(
+                "optimizer.type",
+                name,
+                'DeepSpeed has not tested it under ZeRO; set "zero_allow_untested_optimizer": true, or use "AdamW"',
+            )
+        )
 
 
 def _optimizer_class(name: str, params: Mapping[str, Any], offloads: bool) -> Any:
@@ -111,8 +134,14 @@ def _check_scheduler(own: Mapping[str, Any], wrapped: bool) -> Iterator[str]:
         yield str(fail("scheduler.type", name, f'no schedule of DeepSpeed or torch; use "{near or "WarmupCosineLR"}"'))
         return
     if wrapped and name not in lr_schedules.VALID_LR_SCHEDULES:
-        yield str(fail("scheduler.type", name, "torch's schedules refuse the optimizer that DeepSpeed wraps for ZeRO, "
-                       f"bf16 or fp16; use one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"))  # fmt: skip
+        yield str(
+            fail(
+                "scheduler.type",
+                name,
+                "torch's schedules refuse the optimizer that DeepSpeed wraps for ZeRO, "
+                f"bf16 or fp16; use one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
+            )
+        )
         return
     if "params" not in own:
         yield "scheduler.params is missing: write {} for the defaults of the schedule"

@@ -44,8 +44,11 @@ def _refusals(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
     if zero.get("stage") == 3:
         yield fail("zero_optimization.stage", 3, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2")
     if section(zero, "offload_param").get("device", "none") != "none":
-        yield fail("zero_optimization.offload_param", zero["offload_param"],
-                   "offloads parameters under ZeRO-3 only; remove it (offload_optimizer works)")  # fmt: skip
+        yield fail(
+            "zero_optimization.offload_param",
+            zero["offload_param"],
+            "offloads parameters under ZeRO-3 only; remove it (offload_optimizer works)",
+        )
     if section(zero, "offload_optimizer").get("device") == "nvme":
         yield fail("zero_optimization.offload_optimizer.device", "nvme", 'works under ZeRO-3 only; use "cpu"')
     if section(whole, "compile").get("deepcompile") is True:
@@ -55,13 +58,20 @@ def _refusals(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
             '"expert_parallel" (DeepSpeed AutoEP) and "scmoe" both replace MoE layers; remove one of them'
         )
     if whole.get("pipeline"):
-        yield fail("pipeline", whole["pipeline"], "a shortcut may not cross a pipeline stage: "
-                   "remove the section, and use expert and tensor parallelism")  # fmt: skip
+        yield fail(
+            "pipeline",
+            whole["pipeline"],
+            "a shortcut may not cross a pipeline stage: remove the section, and use expert and tensor parallelism",
+        )
     for key, value in section(whole, "activation_checkpointing").items():
         if value:
-            yield fail(f"activation_checkpointing.{key}", value, "has no effect on these models; remove the section "
-                       "and use --recompute-granularity selective or full (in a model of your own: "
-                       "GPT(…, recompute=…))")  # fmt: skip
+            yield fail(
+                f"activation_checkpointing.{key}",
+                value,
+                "has no effect on these models; remove the section "
+                "and use --recompute-granularity selective or full (in a model of your own: "
+                "GPT(…, recompute=…))",
+            )
     yield from _not_run_with(whole)
     yield from _monitors(whole)
     yield from _precision(whole)
@@ -75,18 +85,28 @@ def _not_run_with(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
         ("hybrid_engine.enabled", bool, "generates text inside of RLHF training; remove the section"),
         ("autotuning.enabled", bool, "starts jobs of its own that this one is not prepared for; remove the section"),
         ("data_efficiency.enabled", bool, "acts on DeepSpeed's own data loader and layers only; remove the section"),
-        ("tensor_parallel.autotp_size", _above_one, "splits layers that ScMoE does not know of; "
-         "remove the section, and use --tensor-model-parallel-size"),
+        (
+            "tensor_parallel.autotp_size",
+            _above_one,
+            "splits layers that ScMoE does not know of; remove the section, and use --tensor-model-parallel-size",
+        ),
         ("sequence_parallel_size", _above_one, "one rank of ScMoE holds whole sequences; remove it"),
         ("weight_quantization", lambda value: value is not None, "is for inference with ZeRO-3; remove the section"),
         ("use_data_before_expert_parallelism", bool, "experts are laid out over consecutive ranks; remove it"),
-        ("datastates_ckpt", lambda value: value is not None, "writes checkpoints later than their checksums are taken; "
-         "remove the section"),
+        (
+            "datastates_ckpt",
+            lambda value: value is not None,
+            "writes checkpoints later than their checksums are taken; remove the section",
+        ),
         ("checkpoint.writer", bool, "writes checkpoints in a way that their checksums do not cover; remove it"),
         ("checkpoint.load_universal", bool, "cannot hold experts; remove it, --load resumes in any layout"),
-        ("checkpoint.use_node_local_storage", bool, "checkpoints are read and checked as one directory; remove it, "
-         "and give --save a directory that all nodes share"),
-    ]  # fmt: skip
+        (
+            "checkpoint.use_node_local_storage",
+            bool,
+            "checkpoints are read and checked as one directory; remove it, "
+            "and give --save a directory that all nodes share",
+        ),
+    ]
     for path, broken, rule in rules:
         parent, _, key = path.rpartition(".")
         value = (section(whole, parent) if parent else whole).get(key)
@@ -101,8 +121,9 @@ def _above_one(value: Any) -> bool:
 def _monitors(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
     for monitor, package in {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}.items():
         if section(whole, monitor).get("enabled") is True and importlib.util.find_spec(package) is None:
-            yield fail(f"{monitor}.enabled", True, f"needs the package {package}; pip install {package}, "
-                       "or set it to false")  # fmt: skip
+            yield fail(
+                f"{monitor}.enabled", True, f"needs the package {package}; pip install {package}, or set it to false"
+            )
 
 
 def _precision(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
@@ -114,19 +135,29 @@ def _precision(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
         yield fail("bf16.enabled", True, "fp16.enabled is true as well; keep one of them")
     wanted = _SHORT.get(str(types.get("param_dtype")))
     if wanted not in (None, dtype):
-        yield fail("data_types.param_dtype", types["param_dtype"], f"the model is in {dtype}, as bf16.enabled and "
-                   "fp16.enabled say; remove it, or change these")  # fmt: skip
+        yield fail(
+            "data_types.param_dtype",
+            types["param_dtype"],
+            f"the model is in {dtype}, as bf16.enabled and fp16.enabled say; remove it, or change these",
+        )
     zero = section(whole, "zero_optimization")
     if not zero.get("stage") and _SHORT.get(str(types.get("grad_accum_dtype")), dtype) != dtype:
-        yield fail("data_types.grad_accum_dtype", types["grad_accum_dtype"], f"without ZeRO gradients are in the "
-                   f"model's {dtype}; remove it, or set zero_optimization.stage to 1")  # fmt: skip
+        yield fail(
+            "data_types.grad_accum_dtype",
+            types["grad_accum_dtype"],
+            f"without ZeRO gradients are in the model's {dtype}; remove it, or set zero_optimization.stage to 1",
+        )
     on_cpu = section(zero, "offload_optimizer").get("device") == "cpu"
     if on_cpu and not section(section(whole, "optimizer"), "params").get("torch_adam"):
         return
     for name, own in (("bf16", bf16), ("fp16", fp16)):
         if own.get(f"{name}_master_weights_and_grads") is True:
-            yield fail(f"{name}.{name}_master_weights_and_grads", True, "needs DeepSpeed's Adam on the CPU: remove it, "
-                       'or set zero_optimization.offload_optimizer.device to "cpu" and no torch_adam')  # fmt: skip
+            yield fail(
+                f"{name}.{name}_master_weights_and_grads",
+                True,
+                "needs DeepSpeed's Adam on the CPU: remove it, "
+                'or set zero_optimization.offload_optimizer.device to "cpu" and no torch_adam',
+            )
 
 
 _SHORT = {"fp32": "fp32", "float32": "fp32", "fp16": "fp16", "float16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}
@@ -135,8 +166,11 @@ _SHORT = {"fp32": "fp32", "float32": "fp32", "fp16": "fp16", "float16": "fp16", 
 def _zero_with_experts(zero: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
     stage = zero.get("stage")
     if stage in (1, 2) and zero.get("contiguous_gradients") is False:
-        yield fail("zero_optimization.contiguous_gradients", False, "DeepSpeed then averages experts over the wrong "
-                   "ranks; remove it")  # fmt: skip
+        yield fail(
+            "zero_optimization.contiguous_gradients",
+            False,
+            "DeepSpeed then averages experts over the wrong ranks; remove it",
+        )
     if stage in (1, 2) and zero.get("reduce_scatter") is False:
         yield fail("zero_optimization.reduce_scatter", False, "DeepSpeed wants true with experts; remove it")
     if zero.get("compute_grad_norm") is False:
@@ -158,8 +192,13 @@ def check_program(whole: Mapping[str, Any]) -> None:
     """
     lines = []
     if whole.get("managed_gradient_accumulation") is False:
-        lines.append(fail("managed_gradient_accumulation", False, "the training loop steps once per micro-batch, and "
-                          "leaves the accumulation to DeepSpeed; remove it"))  # fmt: skip
+        lines.append(
+            fail(
+                "managed_gradient_accumulation",
+                False,
+                "the training loop steps once per micro-batch, and leaves the accumulation to DeepSpeed; remove it",
+            )
+        )
     writes = {"tensorboard": "output_path", "csv_monitor": "output_path", "flops_profiler": "output_file"}
     for name, key in writes.items():
         own = section(whole, name)
@@ -170,8 +209,9 @@ def check_program(whole: Mapping[str, Any]) -> None:
                 if any(each.is_file() for each in parents[key == "output_file" :]):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             except OSError as error:
-                lines.append(fail(f"{name}.{key}", own[key],
-                                  f"cannot write there ({error.strerror}); name another place"))  # fmt: skip
+                lines.append(
+                    fail(f"{name}.{key}", own[key], f"cannot write there ({error.strerror}); name another place")
+                )
     if lines:
         raise ScMoEConfigError("\n".join(map(str, lines)))
 
@@ -183,11 +223,17 @@ def check_accelerator(whole: Mapping[str, Any]) -> None:
         ScMoEConfigError: a precision that the accelerator does not compute in, or an optimizer that it lacks.
     """
     accelerator = deepspeed.get_accelerator()
-    for precision, supported, other in (("fp16", accelerator.is_fp16_supported, "bf16"),
-                                        ("bf16", accelerator.is_bf16_supported, "fp16")):  # fmt: skip
+    for precision, supported, other in (
+        ("fp16", accelerator.is_fp16_supported, "bf16"),
+        ("bf16", accelerator.is_bf16_supported, "fp16"),
+    ):
         if section(whole, precision).get("enabled") and not supported():
-            raise fail(f"{precision}.enabled", True, f'the accelerator "{accelerator.device_name()}" does not support '
-                       f"it; use {other}, or remove the section for fp32")  # fmt: skip
+            raise fail(
+                f"{precision}.enabled",
+                True,
+                f'the accelerator "{accelerator.device_name()}" does not support '
+                f"it; use {other}, or remove the section for fp32",
+            )
     optimizer, on_cpu = section(whole, "optimizer"), accelerator.device_name() == "cpu"
     kind = str(optimizer.get("type")).lower()
     offloads = section(section(whole, "zero_optimization"), "offload_optimizer").get("device", "none") != "none"
@@ -204,24 +250,35 @@ def check_model_and_optimizer(whole: Mapping[str, Any], model: object, optimizer
         ScMoEConfigError: a pipeline, no optimizer for ZeRO, or one of the user's that offloading does not accept.
     """
     if isinstance(model, deepspeed.pipe.PipelineModule):
-        raise ScMoEConfigError("the model is a deepspeed.pipe.PipelineModule: a shortcut may not cross a pipeline "
-                               "stage; hand over the plain module")  # fmt: skip
+        raise ScMoEConfigError(
+            "the model is a deepspeed.pipe.PipelineModule: a shortcut may not cross a pipeline "
+            "stage; hand over the plain module"
+        )
     zero = section(whole, "zero_optimization")
     if optimizer is None and zero.get("stage") and not whole.get("optimizer"):
-        raise fail("zero_optimization.stage", zero["stage"], 'ZeRO needs an optimizer: add an "optimizer" section to '
-                   "the DeepSpeed JSON, hand optimizer=… to initialize, or set stage 0 to evaluate only")  # fmt: skip
+        raise fail(
+            "zero_optimization.stage",
+            zero["stage"],
+            'ZeRO needs an optimizer: add an "optimizer" section to '
+            "the DeepSpeed JSON, hand optimizer=… to initialize, or set stage 0 to evaluate only",
+        )
     offloads = section(zero, "offload_optimizer").get("device", "none") != "none"
     if optimizer is not None and offloads and whole.get("zero_force_ds_cpu_optimizer", True):
-        raise ScMoEConfigError("zero_optimization.offload_optimizer with an optimizer of your own: DeepSpeed wants its "
-                               'CPU Adam there; set "zero_force_ds_cpu_optimizer": false, or name the optimizer in the '
-                               "DeepSpeed JSON")  # fmt: skip
+        raise ScMoEConfigError(
+            "zero_optimization.offload_optimizer with an optimizer of your own: DeepSpeed wants its "
+            'CPU Adam there; set "zero_force_ds_cpu_optimizer": false, or name the optimizer in the '
+            "DeepSpeed JSON"
+        )
 
 
 def check_filled_in(whole: Mapping[str, Any]) -> None:
     """Raises a ScMoEConfigError for the one "auto" that pretrain_gpt_scmoe.py fills in before, from --train-iters."""
     if section(section(whole, "scheduler"), "params").get("total_num_steps") == "auto":
-        raise fail("scheduler.params.total_num_steps", "auto", "only the training programs know how long a run is; "
-                   "write the number of steps")  # fmt: skip
+        raise fail(
+            "scheduler.params.total_num_steps",
+            "auto",
+            "only the training programs know how long a run is; write the number of steps",
+        )
 
 
 def steps_without_rate(schedule: Mapping[str, Any]) -> int:
@@ -236,21 +293,31 @@ def steps_without_rate(schedule: Mapping[str, Any]) -> int:
 def warn(whole: Mapping[str, Any]) -> None:
     """Logs settings that run, but not as their user expects."""
     if "gradient_clipping" not in whole:
-        logger.info('gradient_clipping is not set: DeepSpeed clips gradients at a norm of 1.0, its default ("gradient_'
-                    'clipping": 0 trains without)')  # fmt: skip
+        logger.info(
+            'gradient_clipping is not set: DeepSpeed clips gradients at a norm of 1.0, its default ("gradient_'
+            'clipping": 0 trains without)'
+        )
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and torch.cuda.is_available():
-        logger.warning("CUDA_DEVICE_MAX_CONNECTIONS=1 puts all streams in one queue: communication and computation "
-                       "take turns. Unset it")  # fmt: skip
+        logger.warning(
+            "CUDA_DEVICE_MAX_CONNECTIONS=1 puts all streams in one queue: communication and computation "
+            "take turns. Unset it"
+        )
     schedule = section(whole, "scheduler")
     if steps := steps_without_rate(schedule):
-        logger.info(f'scheduler.type = "{schedule["type"]}": DeepSpeed makes the first {steps} of the training steps '
-                    "with a learning rate of 0")  # fmt: skip
+        logger.info(
+            f'scheduler.type = "{schedule["type"]}": DeepSpeed makes the first {steps} of the training steps '
+            "with a learning rate of 0"
+        )
     zero = section(whole, "zero_optimization")
     if not zero.get("stage"):
-        logger.warning("zero_optimization.stage is 0: DeepSpeed reports no gradient norm there; set stage 1 or 2 to "
-                       "see it")  # fmt: skip
-    idle = [f"zero_optimization.{key}" for key, value in zero.items()
-            if key.startswith(("zero_hpz", "zero_quantized")) and value not in (False, 1)]  # fmt: skip
+        logger.warning(
+            "zero_optimization.stage is 0: DeepSpeed reports no gradient norm there; set stage 1 or 2 to see it"
+        )
+    idle = [
+        f"zero_optimization.{key}"
+        for key, value in zero.items()
+        if key.startswith(("zero_hpz", "zero_quantized")) and value not in (False, 1)
+    ]
     idle += [key for key in ("compile", "aio") if whole.get(key)]
     if idle:
         logger.warning(f"{', '.join(idle)}: no effect without ZeRO-3 or DeepCompile, which ScMoE does not run with")
@@ -259,5 +326,7 @@ def warn(whole: Mapping[str, Any]) -> None:
     on_cpu = offloads or deepspeed.get_accelerator().device_name() == "cpu"
     is_adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw")
     if on_cpu and is_adam and not section(optimizer, "params").get("torch_adam"):
-        logger.warning("optimizer.params.torch_adam is not true: the first start compiles DeepSpeed's Adam for the "
-                       "CPU (a minute or two, with g++ and ninja). Set it to do without")  # fmt: skip
+        logger.warning(
+            "optimizer.params.torch_adam is not true: the first start compiles DeepSpeed's Adam for the "
+            "CPU (a minute or two, with g++ and ninja). Set it to do without"
+        )

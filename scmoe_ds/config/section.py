@@ -115,8 +115,11 @@ class ScMoEConfig(_Section):
         "auto",
         description="Routed experts per token. auto: 2 for top-k architectures, else 1: as much computation in all.",
     )
-    merge: Merge | Auto = Field("auto", description="How shared and routed outputs are added (paper eq. 6-7, 14-17); "
-                                "auto: cg1, for overlapped_shared_expert DeepSpeed's cg2.")  # fmt: skip
+    merge: Merge | Auto = Field(
+        "auto",
+        description="How shared and routed outputs are added (paper eq. 6-7, 14-17); "
+        "auto: cg1, for overlapped_shared_expert DeepSpeed's cg2.",
+    )
     expert_parallel_size: int = Field(1, ge=1, strict=True, description="Ranks that share one set of experts.")
     expert_tensor_parallelism: bool = Field(
         False,
@@ -238,33 +241,66 @@ class ScMoEConfig(_Section):
             ("num_experts", f"must be divisible by scmoe.expert_parallel_size = {ep}", any(n % ep for n in counts)),
             ("top_k", "must be at least 1", k < 1),
             ("top_k", f"cannot exceed the number of experts ({min(counts, default=0)})", k > min(counts, default=k)),
-            ("top_k", "dgmoe routes one expert from each of two layers; set 1",
-             self.architecture == "dgmoe" and k != 1),
-            ("num_experts", "dgmoe's two choices are distinct experts; it needs at least 2",
-             self.architecture == "dgmoe" and min(counts, default=2) < 2),
-            ("pairs_per_moe", "only dgmoe has no part of a MoE that belongs to one pair; set 1",
-             self.pairs_per_moe > 1 and self.architecture != "dgmoe"),
-            ("num_experts", f"pairs that share a MoE (pairs_per_moe = {self.pairs_per_moe}) have one number of experts",
-             isinstance(self.num_experts, list) and
-             any(n != counts[i - i % self.pairs_per_moe] for i, n in enumerate(counts))),
-            ("noisy_gate_policy", "DeepSpeed applies RSample with top_k 1 only; use Jitter or null",
-             self.noisy_gate_policy == "RSample" and k > 1),
-            ("shortcut_distance", f"the shortcut starts within the run of moe_every = {self.moe_every} blocks; "
-             f"use at most {max(self.moe_every - 1, 1)}", self.shortcut_distance > max(self.moe_every - 1, 1)),
-        ]  # fmt: skip
+            (
+                "top_k",
+                "dgmoe routes one expert from each of two layers; set 1",
+                self.architecture == "dgmoe" and k != 1,
+            ),
+            (
+                "num_experts",
+                "dgmoe's two choices are distinct experts; it needs at least 2",
+                self.architecture == "dgmoe" and min(counts, default=2) < 2,
+            ),
+            (
+                "pairs_per_moe",
+                "only dgmoe has no part of a MoE that belongs to one pair; set 1",
+                self.pairs_per_moe > 1 and self.architecture != "dgmoe",
+            ),
+            (
+                "num_experts",
+                f"pairs that share a MoE (pairs_per_moe = {self.pairs_per_moe}) have one number of experts",
+                isinstance(self.num_experts, list)
+                and any(n != counts[i - i % self.pairs_per_moe] for i, n in enumerate(counts)),
+            ),
+            (
+                "noisy_gate_policy",
+                "DeepSpeed applies RSample with top_k 1 only; use Jitter or null",
+                self.noisy_gate_policy == "RSample" and k > 1,
+            ),
+            (
+                "shortcut_distance",
+                f"the shortcut starts within the run of moe_every = {self.moe_every} blocks; "
+                f"use at most {max(self.moe_every - 1, 1)}",
+                self.shortcut_distance > max(self.moe_every - 1, 1),
+            ),
+        ]
         rules += [
-            (field, "with an MoE in every block (moe_every = 1) the preceding block has no plain MLP to overlap; "
-             "use pos1, which already gives the longest window", taps and self.moe_every == 1 and position != "pos1")
+            (
+                field,
+                "with an MoE in every block (moe_every = 1) the preceding block has no plain MLP to overlap; "
+                "use pos1, which already gives the longest window",
+                taps and self.moe_every == 1 and position != "pos1",
+            )
             for field, position in positions.items()
-        ]  # fmt: skip
+        ]
         if self.is_scheduled and slot != "auto":
             last = min(self.num_operators(p) for p in {self.position, self.first_layer_position or self.position}) + 1
             highest = slot[-1] if isinstance(slot, list) else slot
             # A replaced layer's backbone is the model's own: its first forward pass shows the operators.
-            rules.append(("overlap.expert_slot", f"the backbone has {last - 1} operators here; use 1 … {last}",
-                          not self.replace and isinstance(highest, int) and highest > last))  # fmt: skip
-            rules.append(("overlap.expert_slot", f"gives each chunk its slot, but num_chunks = {chunks}; remove one",
-                          isinstance(slot, list) and chunks not in ("auto", len(slot))))  # fmt: skip
+            rules.append(
+                (
+                    "overlap.expert_slot",
+                    f"the backbone has {last - 1} operators here; use 1 … {last}",
+                    not self.replace and isinstance(highest, int) and highest > last,
+                )
+            )
+            rules.append(
+                (
+                    "overlap.expert_slot",
+                    f"gives each chunk its slot, but num_chunks = {chunks}; remove one",
+                    isinstance(slot, list) and chunks not in ("auto", len(slot)),
+                )
+            )
         return rules
 
     @property
@@ -305,12 +341,17 @@ class ScMoEConfig(_Section):
         if num_layers % self.moe_every:
             raise fail("scmoe.moe_every", self.moe_every, f"must divide --num-layers {num_layers}")
         if self.moe_layers(num_layers) % self.pairs_per_moe:
-            raise fail("scmoe.pairs_per_moe", self.pairs_per_moe, "must divide the "
-                       f"{self.moe_layers(num_layers)} pairs of --num-layers {num_layers}")  # fmt: skip
+            raise fail(
+                "scmoe.pairs_per_moe",
+                self.pairs_per_moe,
+                f"must divide the {self.moe_layers(num_layers)} pairs of --num-layers {num_layers}",
+            )
         if isinstance(self.num_experts, list) and len(self.num_experts) != self.moe_layers(num_layers):
-            raise fail("scmoe.num_experts", self.num_experts,
-                        f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of "
-                        f"{num_layers} layers")  # fmt: skip
+            raise fail(
+                "scmoe.num_experts",
+                self.num_experts,
+                f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of {num_layers} layers",
+            )
 
     def check_world(self, world_size: int, tensor_parallel_size: int = 1) -> None:
         """Rules that need the number of ranks.
@@ -320,18 +361,27 @@ class ScMoEConfig(_Section):
         """
         ep, tp = self.expert_parallel_size, tensor_parallel_size
         if world_size % tp:
-            raise ScMoEConfigError(f"--tensor-model-parallel-size {tp}: must divide the world size {world_size}; "
-                                   "change it or the number of processes")  # fmt: skip
+            raise ScMoEConfigError(
+                f"--tensor-model-parallel-size {tp}: must divide the world size {world_size}; "
+                "change it or the number of processes"
+            )
         if world_size % ep:
-            raise fail("scmoe.expert_parallel_size", ep,
-                       f"must divide the world size {world_size}; change it or the number of processes")  # fmt: skip
+            raise fail(
+                "scmoe.expert_parallel_size",
+                ep,
+                f"must divide the world size {world_size}; change it or the number of processes",
+            )
         if self.expert_tensor_parallelism and world_size // tp % ep:
-            raise fail("scmoe.expert_parallel_size", ep,
-                       f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; "
-                       "change it, or set expert_tensor_parallelism to false")  # fmt: skip
+            raise fail(
+                "scmoe.expert_parallel_size",
+                ep,
+                f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; "
+                "change it, or set expert_tensor_parallelism to false",
+            )
         if not self.expert_tensor_parallelism and ep % tp and tp % ep:
-            raise fail("scmoe.expert_parallel_size", ep,
-                       f"it or --tensor-model-parallel-size {tp} must divide the other")  # fmt: skip
+            raise fail(
+                "scmoe.expert_parallel_size", ep, f"it or --tensor-model-parallel-size {tp} must divide the other"
+            )
 
 
 def in_present_words(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,8 +128,10 @@ class IndexedDatasetWriter:
                 Path(self._staged + extension).unlink(missing_ok=True)
 
     def _unwritten(self, error: OSError) -> DataError:
-        return DataError(f"cannot write {self.prefix}.bin and .idx: {error.strerror or error}. Make room, or choose "
-                         "another output prefix.")  # fmt: skip
+        return DataError(
+            f"cannot write {self.prefix}.bin and .idx: {error.strerror or error}. Make room, or choose "
+            "another output prefix."
+        )
 
     def _commit(self) -> None:
         if self.num_documents == 0:

@@ -23,8 +23,10 @@ def resolve_data_flags(args: argparse.Namespace) -> None:
     if given:
         others = [name for name in ("data_path", "data_args_path", "split") if getattr(args, name)]
         if others:
-            raise DataError(f"{given[0]} names the data of one split, --{others[0].replace('_', '-')} the data of all: "
-                            "give one or the other.")  # fmt: skip
+            raise DataError(
+                f"{given[0]} names the data of one split, --{others[0].replace('_', '-')} the data of all: "
+                "give one or the other."
+            )
         if not args.train_data_path:
             raise DataError(f"{given[0]} without --train-data-path: there is nothing to train on. Give it, too.")
         return

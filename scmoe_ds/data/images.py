@@ -103,11 +103,15 @@ class ImageFolder(Dataset[Sample]):
         self.files = [(path, label) for path, label in found if path.suffix.lower() in SUFFIXES]
         left_out = [str(path) for path, _ in found if path.suffix.lower() not in SUFFIXES]
         if left_out and not (dist.is_initialized() and dist.get_rank()):
-            logger.warning(f"{len(left_out)} file(s) in {root} are no images by their names and left out: "
-                           f"{', '.join(left_out[:10])}{', …' if len(left_out) > 10 else ''}")  # fmt: skip
+            logger.warning(
+                f"{len(left_out)} file(s) in {root} are no images by their names and left out: "
+                f"{', '.join(left_out[:10])}{', …' if len(left_out) > 10 else ''}"
+            )
         if not self.files:
-            raise DataError(f"--data-path {root}: no images in it; they are expected as {root}/<class>/<image>, "
-                            f"with names that end in {', '.join(SUFFIXES)}")  # fmt: skip
+            raise DataError(
+                f"--data-path {root}: no images in it; they are expected as {root}/<class>/<image>, "
+                f"with names that end in {', '.join(SUFFIXES)}"
+            )
         # Not the contents, which would all be read; a link to nothing is an error when it is read.
         sizes = [path.stat().st_size if path.exists() else 0 for path, _ in self.files]
         names = "\n".join(f"{path.relative_to(root)} {size}" for (path, _), size in zip(self.files, sizes, strict=True))
@@ -197,13 +201,14 @@ def split_in_two(whole: Dataset[Sample], split: str, seed: int, source: str) -> 
         DataError: not a split, or one that leaves either part empty.
     """
     order = shuffled(len(whole), seed, 0)  # type: ignore[arg-type]
-    train, valid, _ = (Part(whole, [order[place] for place in places])
-                       for places in split_ranges(split, len(order)))  # fmt: skip
+    train, valid, _ = (Part(whole, [order[place] for place in places]) for places in split_ranges(split, len(order)))
     if len(train) and not split_shares(split)[1]:
         return train, None
     if not len(train) or not len(valid):
-        raise DataError(f"--split {split} of the {len(order)} images of {source} leaves none for "
-                        f"{'validation' if len(train) else 'training'}; change it, or add images")  # fmt: skip
+        raise DataError(
+            f"--split {split} of the {len(order)} images of {source} leaves none for "
+            f"{'validation' if len(train) else 'training'}; change it, or add images"
+        )
     return train, valid
 
 
@@ -243,6 +248,8 @@ def load_images(
         whole = ImageFolder(directory, image_size, num_channels)
         sets = _divided(whole, split, seed, directory)
     if len(sets.classes) > num_classes:
-        raise DataError(f"{len(sets.classes)} classes in {directory or dataset}, but --num-classes {num_classes}; "
-                        f"set --num-classes {len(sets.classes)}")  # fmt: skip
+        raise DataError(
+            f"{len(sets.classes)} classes in {directory or dataset}, but --num-classes {num_classes}; "
+            f"set --num-classes {len(sets.classes)}"
+        )
     return sets

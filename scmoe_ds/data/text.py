@@ -72,11 +72,15 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
     if not is_bytes:
         tokens = np.array(tokenizer.tokenize("".join(kept)), dtype=np.int32)
     if num_bytes and not len(tokens):  # transformers makes an empty tokenizer of a directory without one
-        raise DataError(f"--tokenizer-type {tokenizer.name} finds no token in --text-file {path}: its vocabulary is "
-                        "empty; name the model's tokenizer with --tokenizer-type and its files")  # fmt: skip
+        raise DataError(
+            f"--tokenizer-type {tokenizer.name} finds no token in --text-file {path}: its vocabulary is "
+            "empty; name the model's tokenizer with --tokenizer-type and its files"
+        )
     if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise DataError(f"--tokenizer-type {tokenizer.name} gives token {int(tokens.max())}, but the model has "
-                        f"{vocab_size} tokens: name the tokenizer that it was trained with")  # fmt: skip
+        raise DataError(
+            f"--tokenizer-type {tokenizer.name} gives token {int(tokens.max())}, but the model has "
+            f"{vocab_size} tokens: name the tokenizer that it was trained with"
+        )
     return Text(tokens, num_bytes, num_words, digest.hexdigest())
 
 

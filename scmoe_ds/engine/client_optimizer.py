@@ -72,10 +72,16 @@ def listed(model_parameters: Any) -> Any:
         return model_parameters
     found = [model_parameters] if isinstance(model_parameters, dict) else list(model_parameters)
     if not found:
-        raise ScMoEConfigError("model_parameters is empty: a generator gives its parameters once; hand over a list, or "
-                               "leave it out to train all that require a gradient")  # fmt: skip
-    return [{"name": f"group {number}", **each, "params": _members(each["params"])} if isinstance(each, dict)
-            else _unnamed(each) for number, each in enumerate(found)]  # fmt: skip
+        raise ScMoEConfigError(
+            "model_parameters is empty: a generator gives its parameters once; hand over a list, or "
+            "leave it out to train all that require a gradient"
+        )
+    return [
+        {"name": f"group {number}", **each, "params": _members(each["params"])}
+        if isinstance(each, dict)
+        else _unnamed(each)
+        for number, each in enumerate(found)
+    ]
 
 
 def _members(params: Any) -> list[Any]:

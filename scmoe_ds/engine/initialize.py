@@ -77,8 +77,10 @@ def initialize(
         RankDisagreementError: the ranks hold different JSON files.
     """
     if not isinstance(model, nn.Module):
-        raise ScMoEConfigError("scmoe_ds.initialize takes the arguments of deepspeed.initialize, in its order: hand "
-                               "over model=… and config=… by name")  # fmt: skip
+        raise ScMoEConfigError(
+            "scmoe_ds.initialize takes the arguments of deepspeed.initialize, in its order: hand "
+            "over model=… and config=… by name"
+        )
     whole = load_deepspeed_json(_json_of(args, config, config_params))
     connect()
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
@@ -109,10 +111,19 @@ def initialize(
         warn(whole)
         whole = without_full_disks(whole)
     result = deepspeed.initialize(
-        args=_without_json(args), model=model, optimizer=optimizer, model_parameters=model_parameters,
-        training_data=training_data, lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu,
-        dist_init_required=dist_init_required, collate_fn=collate_fn, config=whole, mesh_param=mesh_param,
-    )  # fmt: skip
+        args=_without_json(args),
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        distributed_port=distributed_port,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=whole,
+        mesh_param=mesh_param,
+    )
     result[0].module.register_forward_hook(check_output)
     steady_monitors(result[0].monitor)
     layout = Layout(dist.get_world_size(), holders, section.expert_parallel_size, section.expert_tensor_parallelism)
@@ -140,12 +151,16 @@ def _without_json(args: Any) -> Any:
 
 def _json_of(args: Any, config: Any, config_params: Any) -> Any:
     """The one DeepSpeed JSON that `initialize` was given, under any of DeepSpeed's three names for it."""
-    named = {"config": config, "config_params": config_params,
-             "args.deepspeed_config": getattr(args, "deepspeed_config", None)}  # fmt: skip
+    named = {
+        "config": config,
+        "config_params": config_params,
+        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
+    }
     given = {name: value for name, value in named.items() if value is not None}
     if len(given) != 1:
-        raise ScMoEConfigError(f"scmoe_ds.initialize got {' and '.join(given) or 'no DeepSpeed JSON'}: give it one of "
-                               f"{', '.join(named)}")  # fmt: skip
+        raise ScMoEConfigError(
+            f"scmoe_ds.initialize got {' and '.join(given) or 'no DeepSpeed JSON'}: give it one of {', '.join(named)}"
+        )
     return next(iter(given.values()))
 
 

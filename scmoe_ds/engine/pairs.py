@@ -29,8 +29,15 @@ ModelPair = Union[ScheduledRun, HookedPair]
 
 logger = logging.getLogger("scmoe_ds")
 
-_OF_GATES = ("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_tokens", "noisy_gate_policy", "use_rts",
-             "top2_2nd_expert_sampling")  # fmt: skip
+_OF_GATES = (
+    "capacity_factor",
+    "eval_capacity_factor",
+    "min_capacity",
+    "drop_tokens",
+    "noisy_gate_policy",
+    "use_rts",
+    "top2_2nd_expert_sampling",
+)
 _OF_LAYERS = ("dispatch", "gate_softmax", "wire_dtype")
 
 
@@ -65,8 +72,10 @@ def applied_to(model: nn.Module, config: ScMoEConfig) -> tuple[str, ScMoEConfig]
     kinds_text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     (first, layer), (last, _) = layers[0], layers[-1]
     where = first if len(layers) == 1 else f"{first} … {last}"
-    return (f'the "scmoe" section applies to {kinds_text} ({where}): {layer.num_experts} experts, '
-            f"top-{layer.deepspeed_moe.gate.k}, expert-parallel size {layer.ep_size}"), config  # fmt: skip
+    return (
+        f'the "scmoe" section applies to {kinds_text} ({where}): {layer.num_experts} experts, '
+        f"top-{layer.deepspeed_moe.gate.k}, expert-parallel size {layer.ep_size}"
+    ), config
 
 
 def _plain_layers(model: nn.Module, config: ScMoEConfig, found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -76,11 +85,15 @@ def _plain_layers(model: nn.Module, config: ScMoEConfig, found: list[tuple[str, 
     names = f"{len(found)} × deepspeed.moe.layer.MoE, the first {found[0][0]}"
     kinds = {"shared_expert" if layer.use_residual else "topk" for _, layer in found}
     if config.is_scheduled:
-        raise ScMoEConfigError(f'scmoe.architecture = "{config.architecture}": the model holds DeepSpeed\'s own layers '
-                               f'({names}); set "replace": true to make them ScMoE layers')  # fmt: skip
+        raise ScMoEConfigError(
+            f'scmoe.architecture = "{config.architecture}": the model holds DeepSpeed\'s own layers '
+            f'({names}); set "replace": true to make them ScMoE layers'
+        )
     if kinds != {config.architecture}:
-        raise ScMoEConfigError(f'scmoe.architecture = "{config.architecture}": the model\'s layers ({names}) are '
-                               f'"{" and ".join(sorted(kinds))}"; set that')  # fmt: skip
+        raise ScMoEConfigError(
+            f'scmoe.architecture = "{config.architecture}": the model\'s layers ({names}) are '
+            f'"{" and ".join(sorted(kinds))}"; set that'
+        )
     return found
 
 
@@ -88,12 +101,14 @@ def _check_sizes(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
     counts = config.num_experts
     for index, (name, layer) in enumerate(layers):
         wanted: dict[str, tuple[Any, Any]] = {
-            "num_experts": (counts[min(index, len(counts) - 1)] if isinstance(counts, list) else counts,
-                            layer.num_experts),
+            "num_experts": (
+                counts[min(index, len(counts) - 1)] if isinstance(counts, list) else counts,
+                layer.num_experts,
+            ),
             "top_k": (config.top_k, layer.deepspeed_moe.gate.k),
             "expert_parallel_size": (config.expert_parallel_size, layer.ep_size),
             "merge": (config.merge, getattr(layer, "merge", config.merge)),
-        }  # fmt: skip
+        }
         for field, (asked, has) in wanted.items():
             if field in config.model_fields_set and asked != has:
                 raise ScMoEConfigError(f"scmoe.{field} = {asked!r}: {name} has {has!r}; set that, or remove the field")

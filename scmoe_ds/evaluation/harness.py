@@ -61,8 +61,10 @@ class ScMoELM(TemplateLM):
             string.encode("utf-8")
         except UnicodeEncodeError as error:
             around = string[max(error.start - 30, 0) : error.start]
-            raise EvaluationError("--tasks: a text has half of a surrogate pair, which is no character, behind "
-                                  f"{around!r}: repair it in the task's data") from None  # fmt: skip
+            raise EvaluationError(
+                "--tasks: a text has half of a surrogate pair, which is no character, behind "
+                f"{around!r}: repair it in the task's data"
+            ) from None
         return self._text.tokenize(string)
 
     def _loglikelihood_tokens(

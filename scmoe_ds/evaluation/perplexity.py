@@ -82,8 +82,10 @@ def evaluate_documents(scorer: Scorer, documents: Documents, rule: SlidingWindow
     totals = scorer.sum_over_replicas(torch.tensor([nats, float(own_bytes)], dtype=torch.float64))
     nats, num_bytes = totals.tolist()
     if not math.isfinite(nats):
-        raise EvaluationError(f"the loss is {nats}: the weights of --load are not finite, or --dtype cannot hold what "
-                              "the model computes; evaluate with --dtype fp32")  # fmt: skip
+        raise EvaluationError(
+            f"the loss is {nats}: the weights of --load are not finite, or --dtype cannot hold what "
+            "the model computes; evaluate with --dtype fp32"
+        )
     return Perplexity(nats, documents.num_tokens, int(num_bytes), documents.num_words, count)
 
 

@@ -80,9 +80,14 @@ def evaluate_tasks(
     model = ScMoELM(scorer, tokenizer, rule)
     alone = not dist.is_initialized() or dist.get_rank() == 0
     found = lm_eval.simple_evaluate(
-        model=model, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False,
+        model=model,
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        log_samples=False,
         bootstrap_iters=_BOOTSTRAP_SAMPLES if alone else 0,
-    )  # fmt: skip
+    )
     if found is None:
         return None
     columns = [column for column in ("results", "groups") if found.get(column)]
@@ -101,8 +106,11 @@ def _load(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any
         manager = TaskManager(include_path=include_path)
         unknown = sorted(set(names) - set(manager.all_tasks))
         if unknown:
-            where = f"--include-path {include_path} has {', '.join(own) or 'none'}" if include_path else (
-                "give --include-path for tasks of your own")  # fmt: skip
+            where = (
+                f"--include-path {include_path} has {', '.join(own) or 'none'}"
+                if include_path
+                else ("give --include-path for tasks of your own")
+            )
             raise ArgumentError(f"--tasks {','.join(unknown)}: neither a task of lm_eval nor of yours; {where}")
     tasks = []
     for name in names:

@@ -147,9 +147,11 @@ class TextGenerator:
             logits_BV = self._prefill(prompts, cache, serves_only=not batch)
             while True:
                 if not bool(logits_BV.isfinite().all()):
-                    raise GenerationError("the logits are not finite: the weights of --load are not, or --dtype cannot "
-                                          "hold what the model computes; generate with --dtype fp32, or from another "
-                                          "checkpoint")  # fmt: skip
+                    raise GenerationError(
+                        "the logits are not finite: the weights of --load are not, or --dtype cannot "
+                        "hold what the model computes; generate with --dtype fp32, or from another "
+                        "checkpoint"
+                    )
                 chosen_B = choose(logits_BV[:, : request.vocab_size], request.sampling, generators)
                 tokens_B = self._agreed(chosen_B)
                 added = self._note(tokens_B.tolist(), prompts, completions, texts, request, on_token)
@@ -234,11 +236,15 @@ class TextGenerator:
             if not prompt:
                 raise GenerationError(f"prompt {number} is empty; give at least one token to go on from")
             if len(prompt) >= self.context:
-                raise GenerationError(f"prompt {number} has {len(prompt)} tokens, but the model's context is "
-                                      f"{self.context}: shorten it to at most {self.context - 1}")  # fmt: skip
+                raise GenerationError(
+                    f"prompt {number} has {len(prompt)} tokens, but the model's context is "
+                    f"{self.context}: shorten it to at most {self.context - 1}"
+                )
             if not 0 <= min(prompt) <= max(prompt) < self.model.settings.vocab_size:
-                raise GenerationError(f"prompt {number} has a token outside of the model's vocabulary of "
-                                      f"{self.model.settings.vocab_size}: is this its tokenizer?")  # fmt: skip
+                raise GenerationError(
+                    f"prompt {number} has a token outside of the model's vocabulary of "
+                    f"{self.model.settings.vocab_size}: is this its tokenizer?"
+                )
 
     @property
     def _data_rank(self) -> int:

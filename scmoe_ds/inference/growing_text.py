@@ -52,8 +52,12 @@ class GrowingText:
         """The text without an end that may turn out to be the beginning of a stop text."""
         if self.stopped:
             return self.text
-        held = (size for stop in self._stops for size in range(min(len(stop) - 1, len(self.text)), 0, -1)
-                if self.text.endswith(stop[:size]))  # fmt: skip
+        held = (
+            size
+            for stop in self._stops
+            for size in range(min(len(stop) - 1, len(self.text)), 0, -1)
+            if self.text.endswith(stop[:size])
+        )
         return self.text[: len(self.text) - max(held, default=0)]
 
     def _take(self, new: str) -> None:

@@ -90,8 +90,10 @@ def offload_experts(
     if any(layer.enable_expert_tensor_parallelism for layer in layers.values()):
         raise ValueError("--experts: divided experts cannot be offloaded; leave --enable-expert-tensor-parallelism out")
     named = _names(model)
-    shapes = {tuple((part, model.get_parameter(local).shape) for part, local in _local_names(model, key).items())
-              for key in named}  # fmt: skip
+    shapes = {
+        tuple((part, model.get_parameter(local).shape) for part, local in _local_names(model, key).items())
+        for key in named
+    }
     if len(shapes) > 1:
         raise ValueError("--experts: experts of different shapes cannot share their places; use resident")
     parameters = [name for parts in named.values() for name in parts.values()]
@@ -121,8 +123,12 @@ def expert_bytes(model: GPT, dtype: torch.dtype) -> int:
 
 def _names(model: GPT) -> dict[ExpertKey, Mapping[str, str]]:
     whole = global_names(model)
-    keys = [ExpertKey(layer, expert) for layer, run in enumerate(model.scheduled_runs()) if run.owns_layer
-            for expert in range(run.layer.num_local_experts)]  # fmt: skip
+    keys = [
+        ExpertKey(layer, expert)
+        for layer, run in enumerate(model.scheduled_runs())
+        if run.owns_layer
+        for expert in range(run.layer.num_local_experts)
+    ]
     return {key: {part: whole[local] for part, local in _local_names(model, key).items()} for key in keys}
 
 

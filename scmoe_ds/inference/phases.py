@@ -71,8 +71,9 @@ class Phases:
     ) -> None:
         self.runs, self.settings = list(runs), settings or OverlapConfig(calibration_steps=0)
         self.device = device or torch.device("cpu")
-        self._states = {phase: _PhaseState([run.schedule for run in self.runs], (transports or {}).get(phase))
-                        for phase in PHASES}  # fmt: skip
+        self._states = {
+            phase: _PhaseState([run.schedule for run in self.runs], (transports or {}).get(phase)) for phase in PHASES
+        }
         travels = any(run.layer.transport.size > 1 for run in self.runs)
         free = self.settings.enabled and self.settings.expert_slot == "auto" and self.settings.calibration_steps > 0
         self._timed_passes = self.settings.calibration_steps if travels and free else 0
@@ -134,9 +135,13 @@ class Phases:
             for layer in layers:
                 state.schedules[layer] = chosen.schedule
             predicted, serial = chosen.predicted, chosen.serial
-            _log([f"{phase}: {schedule_text(chosen.schedule)} of {', '.join(names) or 'nothing'}: "
-                  f"{predicted.total_ms:.2f} ms from shortcut to join ({serial.total_ms:.2f} ms without overlap), "
-                  f"{100 * predicted.hidden_share:.0f} % of the communication hidden"])  # fmt: skip
+            _log(
+                [
+                    f"{phase}: {schedule_text(chosen.schedule)} of {', '.join(names) or 'nothing'}: "
+                    f"{predicted.total_ms:.2f} ms from shortcut to join ({serial.total_ms:.2f} ms without overlap), "
+                    f"{100 * predicted.hidden_share:.0f} % of the communication hidden"
+                ]
+            )
 
 
 def _log(lines: Sequence[str]) -> None:

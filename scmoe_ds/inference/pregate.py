@@ -39,8 +39,9 @@ def guess_experts(model: GPT) -> list[Any]:
         if not run.on_current_layer:
             raise ValueError("a layer with a shortcut knows its experts: there is nothing to guess")
         blocks: list[Any] = list(run.blocks)
-        early, names = (blocks[-1], ("attention_norm", "attention")) if len(blocks) == 1 else (
-            blocks[-2], ("mlp_norm", "mlp"))  # fmt: skip
+        early, names = (
+            (blocks[-1], ("attention_norm", "attention")) if len(blocks) == 1 else (blocks[-2], ("mlp_norm", "mlp"))
+        )
         module = getattr(early, names[0] if early.pre_norm else names[1])
         hooks.append(module.register_forward_pre_hook(partial(_guess, run, experts)))
     return hooks

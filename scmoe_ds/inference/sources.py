@@ -122,8 +122,10 @@ class DiskExperts:
 
     def __init__(self, path: Path, names: Sequence[str], threads: int = 2) -> None:
         if not is_export(path):
-            raise CheckpointError(f"--load {path}: experts can only be read from files of an export; make one with "
-                                  f"scmoe convert export {path} OUT")  # fmt: skip
+            raise CheckpointError(
+                f"--load {path}: experts can only be read from files of an export; make one with "
+                f"scmoe convert export {path} OUT"
+            )
         self._places = _places(path, names)
         self._files = {place.file: _File(place.file) for place in self._places.values()}
         self._pool = ThreadPoolExecutor(threads, "expert-reader")
@@ -225,14 +227,17 @@ def _places(path: Path, names: Sequence[str]) -> dict[str, _Place]:
                 (length,) = struct.unpack("<Q", opened.read(8))
                 header = json.loads(opened.read(length))
         except (OSError, ValueError, SafetensorError, struct.error) as error:
-            raise ExpertFileError(f"{file} is no readable safetensors file ({error}). Export the checkpoint again, "
-                                  "into another directory") from None  # fmt: skip
+            raise ExpertFileError(
+                f"{file} is no readable safetensors file ({error}). Export the checkpoint again, into another directory"
+            ) from None
         for name in wanted & header.keys():
             first, end = header[name]["data_offsets"]
             dtype = _DTYPES.get(header[name]["dtype"])
             if dtype is None:
-                raise ExpertFileError(f"{file}: {name} is of type {header[name]['dtype']}, not {', '.join(_DTYPES)}. "
-                                      "Export the checkpoint again, into another directory")  # fmt: skip
+                raise ExpertFileError(
+                    f"{file}: {name} is of type {header[name]['dtype']}, not {', '.join(_DTYPES)}. "
+                    "Export the checkpoint again, into another directory"
+                )
             found[name] = _Place(file, 8 + length + first, end - first, dtype, tuple(header[name]["shape"]))
     missing = sorted(set(names) - found.keys())
     if missing:

@@ -109,13 +109,20 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group
 
 def _make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, routed_mlp: MLP) -> MoE:
     common: dict[str, Any] = dict(
-        hidden_size=settings.hidden_size, expert=routed_mlp, num_experts=num_experts,
-        ep_size=config.expert_parallel_size, k=config.top_k, capacity_factor=config.capacity_factor,
-        eval_capacity_factor=config.eval_capacity_factor, min_capacity=config.min_capacity,
-        noisy_gate_policy=config.noisy_gate_policy, drop_tokens=config.drop_tokens, use_rts=config.use_rts,
+        hidden_size=settings.hidden_size,
+        expert=routed_mlp,
+        num_experts=num_experts,
+        ep_size=config.expert_parallel_size,
+        k=config.top_k,
+        capacity_factor=config.capacity_factor,
+        eval_capacity_factor=config.eval_capacity_factor,
+        min_capacity=config.min_capacity,
+        noisy_gate_policy=config.noisy_gate_policy,
+        drop_tokens=config.drop_tokens,
+        use_rts=config.use_rts,
         enable_expert_tensor_parallelism=config.expert_tensor_parallelism,
         top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
-    )  # fmt: skip
+    )
     if not config.is_scheduled:
         return admit_any_tokens(MoE(use_residual=config.architecture == "shared_expert", **common), config.gate_softmax)
     staged: dict[str, Any] = dict(
@@ -254,8 +261,12 @@ class ScheduledRun(nn.Module):
     def facts(self) -> dict[str, Any]:
         """What this run's times depend on, beside its MoE layer; JSON values."""
         parameters = {*self.parameters(), *self.layer.parameters()}
-        facts = {"operators": executor.backbone_names(self), "attention_heads": list(self._last.attention.heads),
-                 "pre_norm": self._last.pre_norm, "parameters": sum(each.numel() for each in parameters)}  # fmt: skip
+        facts = {
+            "operators": executor.backbone_names(self),
+            "attention_heads": list(self._last.attention.heads),
+            "pre_norm": self._last.pre_norm,
+            "parameters": sum(each.numel() for each in parameters),
+        }
         # An operator's backward then repeats its forward.
         return {**facts, "recompute": self.recompute} if self.recompute else facts
 

@@ -96,8 +96,15 @@ class GPT(nn.Module):
                 runs.append(PlainRun(settings, config, num_experts, group))
                 continue
             position = config.first_layer_position if layer == 0 else None
-            run = ScheduledRun(settings, config, num_experts, position or config.position, sequence, group,
-                               shared_moe=moe if layer % config.pairs_per_moe else None)  # fmt: skip
+            run = ScheduledRun(
+                settings,
+                config,
+                num_experts,
+                position or config.position,
+                sequence,
+                group,
+                shared_moe=moe if layer % config.pairs_per_moe else None,
+            )
             moe = run.layer
             runs.append(run)
         for each in runs:

@@ -61,8 +61,11 @@ class GPTSettings:
         D, N = self.hidden_size, self.num_attention_heads
         groups = self.num_key_value_heads or N
         default_ffn = int(4 * D * 2 / 3) // 64 * 64 if self.swiglu else 4 * D
-        derived = {"num_key_value_heads": groups, "ffn_hidden_size": self.ffn_hidden_size or max(default_ffn, 64),
-                   "head_size": D // N if N else 0}  # fmt: skip
+        derived = {
+            "num_key_value_heads": groups,
+            "ffn_hidden_size": self.ffn_hidden_size or max(default_ffn, 64),
+            "head_size": D // N if N else 0,
+        }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         rules = {
@@ -86,8 +89,12 @@ class GPTSettings:
         Raises:
             ValueError: heads, feed-forward size or vocabulary that cannot be divided among so many ranks.
         """
-        divided = {"--num-attention-heads": self.num_attention_heads, "--num-key-value-heads": self.num_key_value_heads,
-                   "--ffn-hidden-size": self.ffn_hidden_size, "the padded vocabulary": self.vocab_size}  # fmt: skip
+        divided = {
+            "--num-attention-heads": self.num_attention_heads,
+            "--num-key-value-heads": self.num_key_value_heads,
+            "--ffn-hidden-size": self.ffn_hidden_size,
+            "the padded vocabulary": self.vocab_size,
+        }
         for name, size in divided.items():
             if size % ranks:
                 raise ValueError(f"--tensor-model-parallel-size {ranks} must divide {name} {size}")
@@ -208,9 +215,14 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         with own_random_numbers(self.group if dropout else None, hidden_BSD.device):
             mixed_BNSH = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
                 enable_gqa=self.heads[0] != self.heads[1],
-            )  # fmt: skip
+            )
         return self.output(mixed_BNSH.transpose(1, 2).reshape(B, S, -1))
 
     def flops_per_token(self, sequence: int) -> int:

@@ -54,8 +54,16 @@ def row_parallel(inputs: int, outputs: int, bias: bool, group: Group) -> nn.Modu
     if group is None:
         layer = nn.Linear(inputs, outputs, bias=bias)
     else:
-        layer = _classes()[1](inputs, outputs, bias=bias, input_is_parallel=True, skip_bias_add=False,
-                              config=_config(), init_method=_no_init, tp_group=group)  # fmt: skip
+        layer = _classes()[1](
+            inputs,
+            outputs,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            config=_config(),
+            init_method=_no_init,
+            tp_group=group,
+        )
     mark(layer.weight, Split(1, (inputs,)), group is not None)
     return layer
 
@@ -79,8 +87,18 @@ def vocabulary_logits(hidden_BSD: Tensor, weight_VD: Tensor, group: Group) -> Te
         return F.linear(hidden_BSD, weight_VD)
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as linear
 
-    return cast(Tensor, linear(hidden_BSD, weight_VD, bias=None, gradient_accumulation_fusion=False,
-                               allreduce_dgrad=True, sequence_parallel=False, tp_group=group))  # fmt: skip
+    return cast(
+        Tensor,
+        linear(
+            hidden_BSD,
+            weight_VD,
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=True,
+            sequence_parallel=False,
+            tp_group=group,
+        ),
+    )
 
 
 def vocabulary_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, group: Group) -> Tensor:

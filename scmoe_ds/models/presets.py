@@ -23,8 +23,13 @@ class Preset:
 
 
 def _gpt(layers: int, hidden: int, heads: int, sequence: int) -> dict[str, Any]:
-    return {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "seq_length": sequence,
-            "max_position_embeddings": sequence}  # fmt: skip
+    return {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "seq_length": sequence,
+        "max_position_embeddings": sequence,
+    }
 
 
 _LLAMA = {

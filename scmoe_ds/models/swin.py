@@ -97,8 +97,9 @@ class SwinMoE(nn.Module):
             block = self.swin.encoder.layers[stage].blocks[index]
             residual = config.architecture == "shared_expert"
             # Without a shared expert a token needs a second routed one; what a ScMoE routes, the replacement decides.
-            block.intermediate = MoEFeedForward(_make_moe(self.swin.config, settings, config, stage, num_experts,
-                                                          residual))  # fmt: skip
+            block.intermediate = MoEFeedForward(
+                _make_moe(self.swin.config, settings, config, stage, num_experts, residual)
+            )
             block.output = nn.Identity()  # the second half of Swinv2's MLP; an expert has both
         if config.architecture == "scmoe":
             self._connect_shortcuts()
@@ -121,8 +122,10 @@ class SwinMoE(nn.Module):
         """
         C, S = self.settings.num_channels, self.settings.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (C, S, S):
-            raise ValueError(f"images of shape {tuple(images.shape)}: the model wants [batch, {C}, {S}, {S}] "
-                             "(--num-channels, --img-size)")  # fmt: skip
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: the model wants [batch, {C}, {S}, {S}] "
+                "(--num-channels, --img-size)"
+            )
         self._images.see(None if self.training else labels)
         pooled_BD = self.swin(images.to(self.head.weight.dtype)).pooler_output
         logits_BN = self.head(pooled_BD)
@@ -195,17 +198,22 @@ def initialize_swin(model: SwinMoE, seed: int, ep_rank: int = 0) -> None:
 def _placement(settings: SwinSettings, config: ScMoEConfig) -> tuple[list[tuple[int, int]], Sequence[int]]:
     """(stage, block) of every MoE layer, and its number of experts."""
     if config.architecture not in ARCHITECTURES:
-        raise ScMoEConfigError(f'scmoe.architecture = "{config.architecture}": a SwinV2-MoE is one of '
-                               f"{', '.join(ARCHITECTURES)}")  # fmt: skip
+        raise ScMoEConfigError(
+            f'scmoe.architecture = "{config.architecture}": a SwinV2-MoE is one of {", ".join(ARCHITECTURES)}'
+        )
     places = settings.moe_blocks(config.moe_every)
     if not any(stage == MOE_STAGES[0] for stage, _ in places):
-        raise ScMoEConfigError(f"scmoe.moe_every = {config.moe_every}: stage 3 has {settings.depths[MOE_STAGES[0]]} "
-                               "block(s) and no MoE then; lower it, or raise --depths")  # fmt: skip
+        raise ScMoEConfigError(
+            f"scmoe.moe_every = {config.moe_every}: stage 3 has {settings.depths[MOE_STAGES[0]]} "
+            "block(s) and no MoE then; lower it, or raise --depths"
+        )
     if isinstance(config.num_experts, int):
         return places, [config.num_experts] * len(places)
     if len(config.num_experts) != len(places):
-        raise ScMoEConfigError(f"scmoe.num_experts = {config.num_experts}: needs {len(places)} numbers, one per MoE "
-                               "layer of stages 3 and 4")  # fmt: skip
+        raise ScMoEConfigError(
+            f"scmoe.num_experts = {config.num_experts}: needs {len(places)} numbers, one per MoE "
+            "layer of stages 3 and 4"
+        )
     return places, config.num_experts
 
 
@@ -216,22 +224,36 @@ def _make_moe(
     width = settings.width_of(stage)
     standard = config.architecture == "scmoe" and stage != MOE_STAGES[0]
     moe = MoE(
-        hidden_size=width, expert=nn.Sequential(Swinv2Intermediate(swin, width), Swinv2Output(swin, width)),
-        num_experts=num_experts, ep_size=config.expert_parallel_size, k=2 if standard else config.top_k,
-        capacity_factor=config.capacity_factor, eval_capacity_factor=config.eval_capacity_factor,
-        min_capacity=config.min_capacity, use_residual=residual, noisy_gate_policy=config.noisy_gate_policy,
-        drop_tokens=config.drop_tokens, use_rts=config.use_rts,
+        hidden_size=width,
+        expert=nn.Sequential(Swinv2Intermediate(swin, width), Swinv2Output(swin, width)),
+        num_experts=num_experts,
+        ep_size=config.expert_parallel_size,
+        k=2 if standard else config.top_k,
+        capacity_factor=config.capacity_factor,
+        eval_capacity_factor=config.eval_capacity_factor,
+        min_capacity=config.min_capacity,
+        use_residual=residual,
+        noisy_gate_policy=config.noisy_gate_policy,
+        drop_tokens=config.drop_tokens,
+        use_rts=config.use_rts,
         top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
-    )  # fmt: skip
+    )
     return admit_any_tokens(moe, config.gate_softmax)  # stage 4 has few
 
 
 def _transformers_config(settings: SwinSettings) -> Swinv2Config:
     shape: dict[str, Any] = dict(
-        image_size=settings.image_size, patch_size=settings.patch_size, num_channels=settings.num_channels,
-        embed_dim=settings.embed_dim, depths=list(settings.depths), num_heads=list(settings.num_heads),
-        window_size=settings.window_size, mlp_ratio=settings.mlp_ratio, drop_path_rate=settings.drop_path_rate,
-        hidden_dropout_prob=settings.hidden_dropout, attention_probs_dropout_prob=settings.attention_dropout,
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+        num_channels=settings.num_channels,
+        embed_dim=settings.embed_dim,
+        depths=list(settings.depths),
+        num_heads=list(settings.num_heads),
+        window_size=settings.window_size,
+        mlp_ratio=settings.mlp_ratio,
+        drop_path_rate=settings.drop_path_rate,
+        hidden_dropout_prob=settings.hidden_dropout,
+        attention_probs_dropout_prob=settings.attention_dropout,
         layer_norm_eps=settings.layernorm_epsilon,
-    )  # fmt: skip
+    )
     return Swinv2Config(**shape)

@@ -49,15 +49,19 @@ class SwinSettings:
         for name in ("depths", "num_heads"):  # JSON and flags have lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != STAGES:
-                raise ValueError(f"--{name.replace('_', '-')} {_text(getattr(self, name))}: needs one number for each "
-                                 f"of the {STAGES} stages")  # fmt: skip
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {_text(getattr(self, name))}: needs one number for each "
+                    f"of the {STAGES} stages"
+                )
         if self.image_size % self.patch_size:
             raise ValueError(f"--img-size {self.image_size} must be divisible by --patch-dim {self.patch_size}")
         tokens, halvings = self.image_size // self.patch_size, 2 ** (STAGES - 1)
         if tokens % halvings:
-            raise ValueError(f"--img-size {self.image_size} with --patch-dim {self.patch_size} gives {tokens} tokens a "
-                             f"side, which {STAGES - 1} stage boundaries cannot halve; use a multiple of "
-                             f"{halvings * self.patch_size} pixels")  # fmt: skip
+            raise ValueError(
+                f"--img-size {self.image_size} with --patch-dim {self.patch_size} gives {tokens} tokens a "
+                f"side, which {STAGES - 1} stage boundaries cannot halve; use a multiple of "
+                f"{halvings * self.patch_size} pixels"
+            )
         for stage in range(STAGES):
             side, heads = self.side_of(stage), self.num_heads[stage]
             if side > self.window_size and side % self.window_size:
@@ -66,8 +70,10 @@ class SwinSettings:
                     f"(--img-size {self.image_size}, --patch-dim {self.patch_size})"
                 )
             if heads < 1 or self.width_of(stage) % heads:
-                raise ValueError(f"--num-heads {_text(self.num_heads)}: stage {stage + 1} is {self.width_of(stage)} "
-                                 f"wide, which {heads} heads do not divide")  # fmt: skip
+                raise ValueError(
+                    f"--num-heads {_text(self.num_heads)}: stage {stage + 1} is {self.width_of(stage)} "
+                    f"wide, which {heads} heads do not divide"
+                )
 
     def side_of(self, stage: int) -> int:
         """Tokens a side in a stage, counted from 0."""
@@ -87,18 +93,34 @@ def _text(numbers: Sequence[int]) -> str:
 
 
 def _table_9(embed_dim: int, num_heads: list[int], drop_path_rate: float) -> dict[str, Any]:
-    return {"img_size": 192, "patch_dim": 4, "window_size": 12, "embed_dim": embed_dim, "depths": [2, 2, 18, 2],
-            "num_heads": num_heads, "num_channels": 3, "drop_path_rate": drop_path_rate}  # fmt: skip
+    return {
+        "img_size": 192,
+        "patch_dim": 4,
+        "window_size": 12,
+        "embed_dim": embed_dim,
+        "depths": [2, 2, 18, 2],
+        "num_heads": num_heads,
+        "num_channels": 3,
+        "drop_path_rate": drop_path_rate,
+    }
 
 
 SWIN_PRESETS: dict[str, dict[str, Any]] = {
     "swinv2-moe-s": _table_9(96, [3, 6, 12, 24], 0.2),
     "swinv2-moe-b": _table_9(128, [4, 8, 16, 32], 0.2),
     "swin-digits": {
-        "img_size": 16, "patch_dim": 1, "window_size": 4, "embed_dim": 16, "depths": [1, 1, 4, 2],
-        "num_heads": [1, 2, 4, 8], "num_channels": 1, "num_classes": 10, "drop_path_rate": 0.0,
-        "dataset": "digits", "init_method_std": 0.1,
+        "img_size": 16,
+        "patch_dim": 1,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": [1, 1, 4, 2],
+        "num_heads": [1, 2, 4, 8],
+        "num_channels": 1,
+        "num_classes": 10,
+        "drop_path_rate": 0.0,
+        "dataset": "digits",
+        "init_method_std": 0.1,
     },
-}  # fmt: skip
+}
 """Values of the flags of scmoe pretrain-swin. The paper is silent on stochastic depth: 0.2 is Swin-MoE's own.
 Weights of 0.02 suit hundreds of inputs: with 16, a norm enlarges its branch's output, and gradients, a hundredfold."""

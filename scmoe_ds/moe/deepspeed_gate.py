@@ -45,8 +45,15 @@ class AnyTokensGate(TopKGate):
         rows = capacity_of(self, len(input)) if by_shape else int(routing.capacity)
         ranks = bwc.bwc_tensor_model_parallel_world_size(groups.mpu)  # among which DeepSpeed divides a buffer
         capacity = torch.tensor(-(-max(rows, 1) // ranks) * ranks)
-        return (routing.l_aux, capacity, self.wg.out_features, routing.expert_KT.int(), routing.location_KT.int(),
-                routing.weight_KT, routing.exp_counts)  # fmt: skip
+        return (
+            routing.l_aux,
+            capacity,
+            self.wg.out_features,
+            routing.expert_KT.int(),
+            routing.location_KT.int(),
+            routing.weight_KT,
+            routing.exp_counts,
+        )
 
 
 def admit_any_tokens(moe: MoE, softmax: GateSoftmax, unequal: bool = False) -> MoE:

@@ -74,8 +74,10 @@ def route(
         routing = _route(gate, tokens_TD, exclude_T, softmax)
     else:
         if used_token.numel() != tokens_TD.shape[0]:
-            raise ValueError(f"used_token of shape {tuple(used_token.shape)}: must have one element for each of the "
-                             f"{tokens_TD.shape[0]} tokens")  # fmt: skip
+            raise ValueError(
+                f"used_token of shape {tuple(used_token.shape)}: must have one element for each of the "
+                f"{tokens_TD.shape[0]} tokens"
+            )
         used_T = used_token.reshape(-1) != 0
         index_U, used_T = used_T.nonzero().squeeze(1).to(tokens_TD.device), used_T.to(tokens_TD.device)
         exclude_U = None if exclude_T is None else exclude_T.index_select(0, index_U)

@@ -143,8 +143,10 @@ class StagedMoE(MoE):
         dist.all_gather_object(shapes, mine, group=self.deepspeed_moe.ep_group)
         for rank, other in enumerate(shapes):
             if other != shapes[0]:
-                raise ValueError(f"the experts of one layer differ between expert-parallel ranks 0 and {rank}: "
-                                 f"{shapes[0]} against {other}; build the same model on every rank")  # fmt: skip
+                raise ValueError(
+                    f"the experts of one layer differ between expert-parallel ranks 0 and {rank}: "
+                    f"{shapes[0]} against {other}; build the same model on every rank"
+                )
 
     def begin(
         self,
@@ -186,10 +188,23 @@ class StagedMoE(MoE):
         routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group)
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
         routing = replace(routing, weight_KT=weight_KT, l_aux=l_aux)
-        travel = Travel(self.transport, self.shares, self.wire_dtype, blocking, num_chunks,
-                        deferred=shortcut.is_cuda and not blocking, recorder=recorder)  # fmt: skip
-        return RoutedTokens(self.deepspeed_moe.experts, tokens_TD, routing, shortcut.shape,
-                            exact=self.dispatch == "exact", travel=travel)  # fmt: skip
+        travel = Travel(
+            self.transport,
+            self.shares,
+            self.wire_dtype,
+            blocking,
+            num_chunks,
+            deferred=shortcut.is_cuda and not blocking,
+            recorder=recorder,
+        )
+        return RoutedTokens(
+            self.deepspeed_moe.experts,
+            tokens_TD,
+            routing,
+            shortcut.shape,
+            exact=self.dispatch == "exact",
+            travel=travel,
+        )
 
     def finish(
         self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None
@@ -237,8 +252,19 @@ class ScMoE(StagedMoE):
         **kwargs: Any,
     ) -> None:
         _check_choice("merge", merge, ("add", "cg1", "cg2"))
-        super().__init__(hidden_size, expert, num_experts, ep_size, k, capacity_factor, eval_capacity_factor,
-                         min_capacity, use_residual, *args, **kwargs)  # fmt: skip
+        super().__init__(
+            hidden_size,
+            expert,
+            num_experts,
+            ep_size,
+            k,
+            capacity_factor,
+            eval_capacity_factor,
+            min_capacity,
+            use_residual,
+            *args,
+            **kwargs,
+        )
         self.merge: Merge = merge
         self.coefficient = coefficient_network(merge, hidden_size)
 
@@ -264,8 +290,10 @@ class ScMoE(StagedMoE):
             RuntimeError: `routed` was finished before, or its experts have not run.
         """
         if routed.shape != hidden_states.shape:
-            raise ValueError(f"shortcut {tuple(routed.shape)} and hidden_states {tuple(hidden_states.shape)}: "
-                             "they must be the same tokens")  # fmt: skip
+            raise ValueError(
+                f"shortcut {tuple(routed.shape)} and hidden_states {tuple(hidden_states.shape)}: "
+                "they must be the same tokens"
+            )
         if shared is None:
             shared = self.shared(hidden_states)
         collected = routed.collect()
@@ -295,9 +323,13 @@ class DGMoE(StagedMoE):
         Returns:
             output [..., D], mean of the two load-balancing losses, tokens per expert of both choices [E].
         """
-        current = self.begin(hidden_states, routed.routing.used_T, exclude=routed.routing.expert_KT[0],
-                             blocking=routed.travel.blocking,
-                             recorder=Renamed(routed.travel.recorder, "current"))  # fmt: skip
+        current = self.begin(
+            hidden_states,
+            routed.routing.used_T,
+            exclude=routed.routing.expert_KT[0],
+            blocking=routed.travel.blocking,
+            recorder=Renamed(routed.travel.recorder, "current"),
+        )
         current.run_experts()
         output = current.collect() + routed.collect()
         l_aux = torch.stack([routed.routing.l_aux, current.routing.l_aux]).mean()

@@ -151,14 +151,24 @@ class RoutedTokens:
         self.send()
         chunk = len(self._combines)
         if chunk == self.travel.num_chunks:
-            raise RuntimeError("run_experts was called once too often on the same routed tokens (it is called once "
-                               "per chunk); begin again for another use")  # fmt: skip
+            raise RuntimeError(
+                "run_experts was called once too often on the same routed tokens (it is called once "
+                "per chunk); begin again for another use"
+            )
         recorder, transport = self.travel.recorder, self.travel.transport
         (rows_SD,) = recorder.open("experts", self._dispatches[chunk].wait(), chunk=chunk)
         (output_SD,) = recorder.close("experts", self._compute(rows_SD, chunk), chunk=chunk)
         watch = recorder.watch("combine", chunk)
-        self._combines.append(start(output_SD, transport, self._routes[chunk].reversed(), self.travel.blocking,
-                                    self.travel.wire_dtype, watch))  # fmt: skip
+        self._combines.append(
+            start(
+                output_SD,
+                transport,
+                self._routes[chunk].reversed(),
+                self.travel.blocking,
+                self.travel.wire_dtype,
+                watch,
+            )
+        )
 
     def _compute(self, rows_SD: Tensor, chunk: int) -> Tensor:
         if not self._received:

@@ -99,8 +99,9 @@ class Shares:
         for receiver in range(self.ranks):
             first = receiver - receiver % self.holders
             back.append(slice(arrived[first], arrived[first + self.holders]))
-        return Route([_length(piece) for piece in picked], list(from_R), [_length(piece) for piece in back], to_R,
-                     picked, back)  # fmt: skip
+        return Route(
+            [_length(piece) for piece in picked], list(from_R), [_length(piece) for piece in back], to_R, picked, back
+        )
 
     def check_alike(self, checksum: int, checksums: Sequence[int]) -> None:
         """Compares the routing of the ranks that hold the same tokens.

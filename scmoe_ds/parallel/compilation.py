@@ -37,8 +37,9 @@ def announce() -> None:
         name = wait_for_lock(directory)
         try:
             if not (directory / f"{builder.name}.so").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-                logger.warning("DeepSpeed compiles %s for this machine, once: about a minute (in %s)",
-                               builder.name, directory)  # fmt: skip
+                logger.warning(
+                    "DeepSpeed compiles %s for this machine, once: about a minute (in %s)", builder.name, directory
+                )
             return load(builder, *args, **kwargs)
         finally:
             with suppress(OSError):
@@ -79,8 +80,12 @@ def wait_for_lock(directory: Path, poll_s: float = 1.0) -> Path:
                 return name
         if not told:
             told = True
-            logger.warning("%s: another host or user compiles this, or was interrupted; if nobody does, remove the "
-                           "file (this is done after %.0f minutes)", lock, _QUIET_S / 60)  # fmt: skip
+            logger.warning(
+                "%s: another host or user compiles this, or was interrupted; if nobody does, remove the "
+                "file (this is done after %.0f minutes)",
+                lock,
+                _QUIET_S / 60,
+            )
         time.sleep(poll_s)
 
 
@@ -131,8 +136,9 @@ def _quiet_s(directory: Path) -> float:
 
 
 def _is_on_network(directory: Path) -> bool:
-    mounts = [part for part in psutil.disk_partitions(all=True)
-              if Path(part.mountpoint) in (directory, *directory.parents)]  # fmt: skip
+    mounts = [
+        part for part in psutil.disk_partitions(all=True) if Path(part.mountpoint) in (directory, *directory.parents)
+    ]
     kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
     return kind.startswith(_NETWORK)
 

@@ -26,8 +26,11 @@ from scmoe_ds.parallel.watch import NOTE_LENGTH
 
 _NOTES_WAIT_S = 2.0
 """How long a failing rank waits until it knows of another that is the cause."""
-_SIGNS = re.compile(r"connection (closed|reset|refused|abort)|timed out|timeout|broken pipe|no route to host|"
-                    r"network is unreachable|nccl|socket|remote process exited", re.IGNORECASE)  # fmt: skip
+_SIGNS = re.compile(
+    r"connection (closed|reset|refused|abort)|timed out|timeout|broken pipe|no route to host|"
+    r"network is unreachable|nccl|socket|remote process exited",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,19 @@ class FailureReporter:
     def _who(self) -> str:
         """The ranks of the whole job at which the cause is to be found: a failure travels from group to group."""
         board = self._board(until=lambda board: any(map(_is_culprit, board.values())))
-        words = [f'{self._named(rank)} ended with "{entry["note"]}"'
-                 for rank, entry in board.items() if entry.get("is_cause")]  # fmt: skip
+        words = [
+            f'{self._named(rank)} ended with "{entry["note"]}"'
+            for rank, entry in board.items()
+            if entry.get("is_cause")
+        ]
         silent = [rank for rank, entry in board.items() if _is_culprit(entry) and "note" not in entry]
         if silent:
             has, its = ("has", "its") if len(silent) == 1 else ("have", "their")
             known = {board[rank].get("gone") or _standing(board[rank]) for rank in silent}
-            words.append(f"{_listed([self._named(rank) for rank in silent])} {has} not said why ({'; '.join(known)}): "
-                         f"look at the end of {its} log, and whether process and host are alive")  # fmt: skip
+            words.append(
+                f"{_listed([self._named(rank) for rank in silent])} {has} not said why ({'; '.join(known)}): "
+                f"look at the end of {its} log, and whether process and host are alive"
+            )
         told = "; ".join(words) or "no rank names a cause: look at the network between their hosts"
         return told[0].upper() + told[1:]
 

@@ -79,8 +79,14 @@ def launchers() -> list[psutil.Process]:
     world = next((word for each in found[:1] for word in _words(each) if word.startswith("--world_info=")), None)
     by_ssh = len(found) == 1 and world is not None and "SSH_CONNECTION" in os.environ and "SSH_TTY" not in os.environ
     if by_ssh:
-        session = next((place for place, each in enumerate(above) if _words(each)[:1] and
-                        os.path.basename(_words(each)[0]).startswith("sshd")), 0)  # fmt: skip
+        session = next(
+            (
+                place
+                for place, each in enumerate(above)
+                if _words(each)[:1] and os.path.basename(_words(each)[0]).startswith("sshd")
+            ),
+            0,
+        )
         found = above[: session + 1] or found
         for each in psutil.process_iter():
             words = _words(each)
@@ -100,8 +106,11 @@ def _is_launcher(process: psutil.Process) -> bool:
 
 
 def _under_mpi() -> bool:
-    return any(re.match(rf"({_MPI})$", os.path.basename(_words(each)[0])) for each in _ancestors(psutil.Process())
-               if _words(each))  # fmt: skip
+    return any(
+        re.match(rf"({_MPI})$", os.path.basename(_words(each)[0]))
+        for each in _ancestors(psutil.Process())
+        if _words(each)
+    )
 
 
 def _ancestors(process: psutil.Process) -> list[psutil.Process]:

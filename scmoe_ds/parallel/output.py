@@ -51,8 +51,10 @@ class SteadyStream:
             if not self._failed and not isinstance(error, BrokenPipeError):  # a reader that has gone is not missed
                 self._failed = True
                 with suppress(OSError):
-                    self._other.write(f"{self._name} cannot be written: {error.strerror or error}. The job goes on; "
-                                      "its lines are lost as long as this lasts\n")  # fmt: skip
+                    self._other.write(
+                        f"{self._name} cannot be written: {error.strerror or error}. The job goes on; "
+                        "its lines are lost as long as this lasts\n"
+                    )
                     self._other.flush()
 
 
@@ -127,7 +129,10 @@ def _guarded(monitor: Monitor) -> Callable[..., None]:
         except Exception as error:  # a full disk, a service that is away: numbers to look at are no reason to stop
             if not failed:
                 failed = True
-                logger.warning("%s cannot write: %s. The job goes on; its values may be missing from here on",
-                               type(monitor).__name__, error)  # fmt: skip
+                logger.warning(
+                    "%s cannot write: %s. The job goes on; its values may be missing from here on",
+                    type(monitor).__name__,
+                    error,
+                )
 
     return attempt

@@ -50,8 +50,13 @@ def connect(timeout: timedelta | None = None) -> bool:
     timeout = timeout or default_pg_timeout
     meeting = timeout + timedelta(seconds=_LATE_START_S)
     # torch waits without a limit when another service answers at the address, or accepts and stays silent.
-    limit = nullcontext() if watch.active is None else watch.active.limit(
-        meeting.total_seconds() + _SLACK_S, str(_cannot_meet(TimeoutError("no answer"), meeting)))  # fmt: skip
+    limit = (
+        nullcontext()
+        if watch.active is None
+        else watch.active.limit(
+            meeting.total_seconds() + _SLACK_S, str(_cannot_meet(TimeoutError("no answer"), meeting))
+        )
+    )
     try:
         with limit:
             if accelerator.device_name() == "cpu":

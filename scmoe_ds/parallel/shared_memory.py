@@ -31,9 +31,12 @@ def require_room() -> None:
     if not has_room:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if dist.get_rank() == 0:
-            logger.warning("%s has no room for DeepSpeed's shared memory (%d MiB): collectives go through torch, which "
-                           "is slower; enlarge it (docker run --shm-size 1g)", DIRECTORY,
-                           ranks * _BUFFER_BYTES >> 20)  # fmt: skip
+            logger.warning(
+                "%s has no room for DeepSpeed's shared memory (%d MiB): collectives go through torch, which "
+                "is slower; enlarge it (docker run --shm-size 1g)",
+                DIRECTORY,
+                ranks * _BUFFER_BYTES >> 20,
+            )
 
 
 def room_bytes() -> int:

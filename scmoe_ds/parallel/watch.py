@@ -144,12 +144,23 @@ class Watch:
         if self.ranks == 1 and not above:
             return None  # nobody waits for this process, or ends it
         mine, its = socket.socketpair()
-        settings = {"rank": self.rank, "ranks": self.ranks, "host": socket.gethostname(), "pid": os.getpid(),
-                    "launchers": above, "timeout": timeout_s}  # fmt: skip
+        settings = {
+            "rank": self.rank,
+            "ranks": self.ranks,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "launchers": above,
+            "timeout": timeout_s,
+        }
         command = [sys.executable, "-I", "-S", str(_PROGRAM), str(its.fileno()), json.dumps(settings)]
         try:
-            started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                       pass_fds=[its.fileno()], start_new_session=True)  # fmt: skip
+            started = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[its.fileno()],
+                start_new_session=True,
+            )
             started.wait()  # it forks: the guardian is not this process's child
         except OSError as error:  # no process or memory left: the job can go on without
             print(f"{self.program}: no guardian for rank {self.rank}: {error}", file=sys.stderr, flush=True)
@@ -244,8 +255,12 @@ class Watch:
             self._news.set()
             if "launcher" in message:
                 self.launcher_is_lost = True
-                print(f"{self.program}: the launcher of rank {self.rank} has gone or is stopped: the job ends as after "
-                      "SIGTERM", file=sys.stderr, flush=True)  # fmt: skip
+                print(
+                    f"{self.program}: the launcher of rank {self.rank} has gone or is stopped: the job ends as after "
+                    "SIGTERM",
+                    file=sys.stderr,
+                    flush=True,
+                )
             for rank, entry in message.get("board", {}).items():
                 self.board[int(rank)] = entry
             if "dead" in message:

@@ -203,8 +203,10 @@ class AdaptiveOverlap:
         def planned(times: OperatorTimes, mode: Mode) -> Plan:
             return plan(times, mode, slots, chunks)
 
-        self._plans = [(layers, planned(each, "train"), planned(each, "forward"))
-                       for layers, each in zip(self._kinds, times, strict=True)]  # fmt: skip
+        self._plans = [
+            (layers, planned(each, "train"), planned(each, "forward"))
+            for layers, each in zip(self._kinds, times, strict=True)
+        ]
         self._times = times
         if self._hook is not None:
             self._hook.remove()

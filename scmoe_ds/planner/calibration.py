@@ -108,8 +108,7 @@ def times_from(known: Mapping[Key, float], backbone: Sequence[str], chunk_counts
     """
 
     def total(names: Sequence[str], chunks: int = 1) -> dict[str, float]:
-        return {f"{phase}_ms": sum(of_span(name, phase, chunks) for name in names) / chunks
-                for phase in _PHASES}  # fmt: skip
+        return {f"{phase}_ms": sum(of_span(name, phase, chunks) for name in names) / chunks for phase in _PHASES}
 
     def of_span(name: str, phase: str, chunks: int) -> float:
         # Pieces together cannot take less than the whole. Such a measurement is noise; "auto" must not act on it.

@@ -114,13 +114,16 @@ def find_times(
                 nearest = keys, other, entry.get("times")
         if nearest is None or nearest[0]:
             keys, other, _ = nearest or ([], {}, None)
-            listed = "; ".join(f"{_short(key)}: {_short(repr(other.get(key)))} there, "
-                               f"{_short(repr(description.get(key)))} in this run" for key in keys[:20])  # fmt: skip
+            listed = "; ".join(
+                f"{_short(key)}: {_short(repr(other.get(key)))} there, {_short(repr(description.get(key)))} in this run"
+                for key in keys[:20]
+            )
             raise ScMoEConfigError(f"{source} is of another model or machine: {listed or 'it is empty'}. {_REMEDY}")
         times = _checked(nearest[2], description, source)
         if missing := set(chunk_counts) - set(times.chunks):
-            raise ScMoEConfigError(f"{source} has times of {sorted(times.chunks)} chunks only, not of "
-                                   f"{sorted(missing)}. {_REMEDY}")  # fmt: skip
+            raise ScMoEConfigError(
+                f"{source} has times of {sorted(times.chunks)} chunks only, not of {sorted(missing)}. {_REMEDY}"
+            )
         found.append(times)
     return found
 
@@ -132,14 +135,17 @@ def _checked(times: Any, description: Description, source: str) -> OperatorTimes
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(_short(part) for part in first["loc"]) or "times"
-        raise ScMoEConfigError(f"{source} is damaged: {place} = {_short(repr(first['input']))}: {first['msg']}. "
-                               f"{_REMEDY}") from None  # fmt: skip
+        raise ScMoEConfigError(
+            f"{source} is damaged: {place} = {_short(repr(first['input']))}: {first['msg']}. {_REMEDY}"
+        ) from None
     names = [each.name for each in checked.backbone]
     described = [str(name) for name in description.get("operators") or []]
     ours = all(name.split(" ")[0] in _OPERATORS for name in described)  # a replaced layer's description has modules
     if described and ours and described != names:
-        raise ScMoEConfigError(f"{source} is damaged: times of the operators {_short(names)}, which are not those of "
-                               f"its description. {_REMEDY}")  # fmt: skip
+        raise ScMoEConfigError(
+            f"{source} is damaged: times of the operators {_short(names)}, which are not those of "
+            f"its description. {_REMEDY}"
+        )
     one = checked.chunks[1]
     parts = (*checked.backbone, one.dispatch, one.experts, one.combine)
     if not any(part.forward_ms + part.backward_ms for part in parts):

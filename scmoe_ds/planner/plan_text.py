@@ -22,10 +22,15 @@ def plan_lines(name: str, times: OperatorTimes, train: Plan, forward: Plan) -> l
     lines += ["what each place of the experts leaves exposed (ms; eq. 11 also counts idle window):"]
     lines += _slot_table(times, train, forward)
     for title, plan in (("training", train), ("forward alone", forward)):
-        others = [f"{schedule_text(each)}: {costs.total_ms:.1f} ms"
-                  for each, costs in plan.best_per_chunks if each.num_chunks != plan.schedule.num_chunks]  # fmt: skip
-        lines.append(f"choice for {title}: {schedule_text(plan.schedule)}: {_outcome(plan.predicted)}"
-                     + (f" (others: {', '.join(others)})" if others else ""))  # fmt: skip
+        others = [
+            f"{schedule_text(each)}: {costs.total_ms:.1f} ms"
+            for each, costs in plan.best_per_chunks
+            if each.num_chunks != plan.schedule.num_chunks
+        ]
+        lines.append(
+            f"choice for {title}: {schedule_text(plan.schedule)}: {_outcome(plan.predicted)}"
+            + (f" (others: {', '.join(others)})" if others else "")
+        )
     return [*lines, _verdict(times, train)]
 
 
@@ -74,8 +79,10 @@ def _slot_table(times: OperatorTimes, train: Plan, forward: Plan) -> list[str]:
         costs = train.unchunked[slot - 1][1]
         idle = [idle_window_ms(times, slot, phase) for phase in ("forward", "backward")]
         exposed = forward.unchunked[slot - 1][1].exposed_ms
-        lines.append(f"  {slot:4d} {name:<22} {exposed:7.2f}  {costs.exposed_ms:8.2f}  {costs.total_ms:14.2f}  "
-                     f"{idle[0]:14.2f}  {idle[1]:8.2f}")  # fmt: skip
+        lines.append(
+            f"  {slot:4d} {name:<22} {exposed:7.2f}  {costs.exposed_ms:8.2f}  {costs.total_ms:14.2f}  "
+            f"{idle[0]:14.2f}  {idle[1]:8.2f}"
+        )
     return lines
 
 
@@ -87,9 +94,13 @@ def _verdict(times: OperatorTimes, train: Plan) -> str:
     pays = "overlap pays" if gain > 1.01 else "overlap gains next to nothing here"
     text = f"{pays}: {gain:.2f} × as fast as the same without overlap"
     if times.backbone:
-        text += (f"; one chunk hides all-to-alls of up to {limits.largest_hidden_ms:.1f} ms completely "
-                 f"(the longest takes {each:.1f} ms)")  # fmt: skip
+        text += (
+            f"; one chunk hides all-to-alls of up to {limits.largest_hidden_ms:.1f} ms completely "
+            f"(the longest takes {each:.1f} ms)"
+        )
     if limits.shared_ms:
-        text += (f"; break-even with top-1 MoE without a shared expert at {limits.shared_ms:.1f} ms of communication "
-                 f"per micro-batch (here {train.predicted.communication_ms:.1f} ms)")  # fmt: skip
+        text += (
+            f"; break-even with top-1 MoE without a shared expert at {limits.shared_ms:.1f} ms of communication "
+            f"per micro-batch (here {train.predicted.communication_ms:.1f} ms)"
+        )
     return text

@@ -134,17 +134,23 @@ def _gating_of(args: argparse.Namespace, path: str) -> dict[str, Any]:
     sequences = _sequences(args, subject, loaded.tokenizer)
     layers = gating.measure(loaded.model, trained.config, subject.run, sequences.batches(args.batch_size))
     return {
-        "model": str(trained.path), "iteration": iteration_of(trained.path.name), **_architecture(trained.config),
+        "model": str(trained.path),
+        "iteration": iteration_of(trained.path.name),
+        **_architecture(trained.config),
         "capacity_factor": trained.config.capacity_factor if trained.config.drop_tokens else None,
-        "seq_length": sequences.seq_length, "tokens": len(sequences) * sequences.seq_length, "layers": layers,
-    }  # fmt: skip
+        "seq_length": sequences.seq_length,
+        "tokens": len(sequences) * sequences.seq_length,
+        "layers": layers,
+    }
 
 
 def _gating_line(name: str, layer: dict[str, Any]) -> str:
-    return (f"{name}, MoE of block {layer['block']} ({layer['preceding']} / {layer['current']}): same expert "
-            f"{layer['same_expert_share']:.1%}, L2 distance {layer['l2']:.3f}, cosine {layer['cosine']:.3f}, scores "
-            f"{layer['preceding_score']:.3f} / {layer['current_score']:.3f}, busiest expert "
-            f"{layer['load_max_over_mean']:.2f} x the mean, dropped {layer['drop_rate']:.1%}")  # fmt: skip
+    return (
+        f"{name}, MoE of block {layer['block']} ({layer['preceding']} / {layer['current']}): same expert "
+        f"{layer['same_expert_share']:.1%}, L2 distance {layer['l2']:.3f}, cosine {layer['cosine']:.3f}, scores "
+        f"{layer['preceding_score']:.3f} / {layer['current_score']:.3f}, busiest expert "
+        f"{layer['load_max_over_mean']:.2f} x the mean, dropped {layer['drop_rate']:.1%}"
+    )
 
 
 def _architecture(config: ScMoEConfig) -> dict[str, Any]:
@@ -153,9 +159,12 @@ def _architecture(config: ScMoEConfig) -> dict[str, Any]:
 
 def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     checkpoints = [_gradients_of(args, load, path) for load in args.load for path in _checkpoints(args, load)]
-    lines = [f"{each['label']}{_at(each['iteration'])}: {name}: gradient norm {branch['norm']:.3e}, "
-             "signal-to-noise ratio " + ("none" if branch["snr"] is None else f"{branch['snr']:.3g}")
-             for each in checkpoints for name, branch in each["branches"].items()]  # fmt: skip
+    lines = [
+        f"{each['label']}{_at(each['iteration'])}: {name}: gradient norm {branch['norm']:.3e}, "
+        "signal-to-noise ratio " + ("none" if branch["snr"] is None else f"{branch['snr']:.3g}")
+        for each in checkpoints
+        for name, branch in each["branches"].items()
+    ]
     lines.append(f"noise alone would have a ratio of about {checkpoints[0]['noise_floor']:.3g}")
     return {"batch_size": args.batch_size, "checkpoints": checkpoints}, lines
 
@@ -170,8 +179,14 @@ def _gradients_of(args: argparse.Namespace, load: str, path: str) -> dict[str, A
     sequences = _sequences(args, gpt_subject(loaded.model), loaded.tokenizer)
     found = gradients.measure(loaded.model, sequences.labelled_batches(args.batch_size, args.micro_batches))
     label = f"{load} ({' '.join(filter(None, architecture.values()))})"
-    return {"model": str(loaded.trained.path), "iteration": iteration_of(loaded.trained.path.name), "label": label,
-            **architecture, "seq_length": sequences.seq_length, **found}  # fmt: skip
+    return {
+        "model": str(loaded.trained.path),
+        "iteration": iteration_of(loaded.trained.path.name),
+        "label": label,
+        **architecture,
+        "seq_length": sequences.seq_length,
+        **found,
+    }
 
 
 def _sequences(args: argparse.Namespace, subject: Subject, tokenizer: Tokenizer | None) -> TokenSequences:
@@ -188,9 +203,11 @@ def _sequences(args: argparse.Namespace, subject: Subject, tokenizer: Tokenizer 
             source = f"the validation part of --split {args.split} of {source}"
     else:
         tokenizer = tokenizer or build_tokenizer(
-            args.tokenizer_type, tokenizer_model=args.tokenizer_model, vocab_file=args.vocab_file,
+            args.tokenizer_type,
+            tokenizer_model=args.tokenizer_model,
+            vocab_file=args.vocab_file,
             merge_file=args.merge_file,
-        )  # fmt: skip
+        )
         tokens, source = read_text(args.text_file, tokenizer, vocab_size).tokens, f"--text-file {args.text_file}"
     return TokenSequences(tokens, length, getattr(args, "max_tokens", None), source)
 

@@ -54,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "export":
             shards = export(args.source, args.out, DTYPES[args.dtype], size)
         else:
-            changes = {"position": args.position, "first_layer_position": args.first_layer_position,
-                       "shortcut_norm": args.shortcut_norm}  # fmt: skip
+            changes = {
+                "position": args.position,
+                "first_layer_position": args.first_layer_position,
+                "shortcut_norm": args.shortcut_norm,
+            }
             shards = residual_to_scmoe(args.source, args.out, changes, DTYPES[args.dtype], size)
     except UserError as error:
         print(f"scmoe convert: error: {error}", file=sys.stderr)

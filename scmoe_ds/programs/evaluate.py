@@ -68,21 +68,31 @@ def build_parser() -> argparse.ArgumentParser:
     what = group.add_mutually_exclusive_group(required=True)
     what.add_argument("--data-path", help="prefix of a .bin and .idx of scmoe preprocess")
     what.add_argument("--text-file", help="a UTF-8 text, evaluated as one document")
-    what.add_argument("--tasks", nargs="+", help="tasks of lm_eval, separated by spaces or commas; nothing is "
-                      "downloaded")  # fmt: skip
-    group.add_argument("--split", help="with --data-path: shares of train, valid and test as in pretraining, of which "
-                       "the validation documents are evaluated; default: all documents")  # fmt: skip
+    what.add_argument(
+        "--tasks", nargs="+", help="tasks of lm_eval, separated by spaces or commas; nothing is downloaded"
+    )
+    group.add_argument(
+        "--split",
+        help="with --data-path: shares of train, valid and test as in pretraining, of which "
+        "the validation documents are evaluated; default: all documents",
+    )
     group.add_argument("--include-path", help="with --tasks: a directory of task files")
-    group.add_argument("--num-fewshot", type=int, help="with --tasks: examples before each question; default: the "
-                       "task's")  # fmt: skip
+    group.add_argument(
+        "--num-fewshot", type=int, help="with --tasks: examples before each question; default: the task's"
+    )
     group.add_argument("--limit", type=int, help="with --tasks: questions of each; default: all")
     group = parser.add_argument_group("how")
     group.add_argument("--seq-length", type=int, help="tokens of a window; default: the model's context")
-    group.add_argument("--stride", type=int, help="tokens by which a window moves on; all but the first score only "
-                       "their last so many. Equal to --seq-length: disjoint windows. Default: half of it, with --tasks "
-                       "all of it, as lm_eval does")  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=8, help="windows, questions or prompts that a rank reads "
-                       "together")  # fmt: skip
+    group.add_argument(
+        "--stride",
+        type=int,
+        help="tokens by which a window moves on; all but the first score only "
+        "their last so many. Equal to --seq-length: disjoint windows. Default: half of it, with --tasks "
+        "all of it, as lm_eval does",
+    )
+    group.add_argument(
+        "--batch-size", type=int, default=8, help="windows, questions or prompts that a rank reads together"
+    )
     group.add_argument("--output", help="a JSON file for the results")
     return parser
 
@@ -129,29 +139,36 @@ def evaluate(args: argparse.Namespace) -> None:
     if documents is not None:
         results: dict[str, Any] = evaluate_documents(scorer, documents, rule, tokenizer).record()
         lines = [f"{_LABELS.get(name, name.replace('_', ' ')):22} {_text(value)}" for name, value in results.items()]
-        text = "\n".join([f"{args.data_path or args.text_file}, windows of {rule.seq_length} tokens, stride "
-                          f"{rule.stride}", *lines])  # fmt: skip
+        text = "\n".join(
+            [f"{args.data_path or args.text_file}, windows of {rule.seq_length} tokens, stride {rule.stride}", *lines]
+        )
     else:
-        found = tasks.evaluate_tasks(scorer, tokenizer, rule, _names(args), args.include_path, args.num_fewshot,
-                                     args.limit)  # fmt: skip
+        found = tasks.evaluate_tasks(
+            scorer, tokenizer, rule, _names(args), args.include_path, args.num_fewshot, args.limit
+        )
         text, results = (found.table, found.record) if found is not None else ("", {})
     if dist.get_rank() == 0:
         print(text, flush=True)
         if results.get("truncated"):
-            print(f"{results['truncated']} requests were longer than the model's context and lost their left end",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"{results['truncated']} requests were longer than the model's context and lost their left end",
+                file=sys.stderr,
+            )
     run_together(lambda: _write(args, loaded, rule, results, time.monotonic() - started), on_rank_zero=True)
 
 
 def _rule(args: argparse.Namespace, context: int) -> SlidingWindow:
     seq_length = args.seq_length or context
     if seq_length > context:
-        raise ArgumentError(f"--seq-length {seq_length} exceeds the model's context of {context} tokens; give at most "
-                            "that")  # fmt: skip
+        raise ArgumentError(
+            f"--seq-length {seq_length} exceeds the model's context of {context} tokens; give at most that"
+        )
     stride = args.stride or (seq_length if args.tasks else max(seq_length // 2, 1))
     if stride > seq_length:
-        raise ArgumentError(f"--stride {stride} exceeds --seq-length {seq_length}: tokens between the windows would "
-                            "not be scored; give at most that")  # fmt: skip
+        raise ArgumentError(
+            f"--stride {stride} exceeds --seq-length {seq_length}: tokens between the windows would "
+            "not be scored; give at most that"
+        )
     return SlidingWindow(seq_length, stride)
 
 

@@ -51,13 +51,22 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--prompt-file", help="a text file with one prompt a line")
     group.add_argument("--interactive", action="store_true", help="asks for prompts until the end of input (Ctrl-D)")
     group.add_argument("--max-new-tokens", type=int, default=100, help="most tokens after each prompt")
-    group.add_argument("--stop", action="append", default=[], help="text that ends a completion and is not printed; "
-                       "may be given several times. The end-of-document token always ends it")  # fmt: skip
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="text that ends a completion and is not printed; "
+        "may be given several times. The end-of-document token always ends it",
+    )
     group.add_argument("--batch-size", type=int, default=8, help="prompts that a rank completes together")
     group.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
     group.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all")
-    group.add_argument("--top-p", type=float, default=1.0, help="choose among the most likely tokens that together "
-                       "have this probability")  # fmt: skip
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="choose among the most likely tokens that together have this probability",
+    )
     group.add_argument("--seed", type=int, default=1234, help="random seed; each prompt gets its own generator")
     return parser
 
@@ -176,13 +185,17 @@ def _speed(times: GenerationTimes) -> str:
     if not times.decode_steps:
         return prefill
     step = 1e3 * times.decode_s / times.decode_steps
-    return (f"{prefill} · decode {times.decode_tokens} tokens in {times.decode_s:.2f} s, "
-            f"{times.decode_tokens / times.decode_s:.1f} tokens per second, {step:.1f} ms per step")  # fmt: skip
+    return (
+        f"{prefill} · decode {times.decode_tokens} tokens in {times.decode_s:.2f} s, "
+        f"{times.decode_tokens / times.decode_s:.1f} tokens per second, {step:.1f} ms per step"
+    )
 
 
 def _migrations(counts: StoreCounts) -> str:
-    return (f"experts: {counts.used} computed, {counts.migrations} migrated ({counts.migrated_bytes / 1e9:.2f} GB), "
-            f"{counts.hits} found on the device, {counts.waited_s:.2f} s waited for")  # fmt: skip
+    return (
+        f"experts: {counts.used} computed, {counts.migrations} migrated ({counts.migrated_bytes / 1e9:.2f} GB), "
+        f"{counts.hits} found on the device, {counts.waited_s:.2f} s waited for"
+    )
 
 
 if __name__ == "__main__":

@@ -54,26 +54,54 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     replicas = tensor.data_parallel_size()
     micro_batch_size, accumulation_steps = batch_sizes(whole, replicas)
     settings = RunSettings(
-        args.train_iters, micro_batch_size, accumulation_steps, args.seq_length, args.seed, args.log_interval,
-        args.eval_interval, args.eval_iters, args.num_workers, args.save, args.save_interval, args.exit_interval,
-        args.scmoe_trace, args.scmoe_trace_dir, args.exit_duration_in_mins, args.keep_last,
-    )  # fmt: skip
-    tokenizer = build_tokenizer(args.tokenizer_type, tokenizer_model=args.tokenizer_model,
-                                vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
+        args.train_iters,
+        micro_batch_size,
+        accumulation_steps,
+        args.seq_length,
+        args.seed,
+        args.log_interval,
+        args.eval_interval,
+        args.eval_iters,
+        args.num_workers,
+        args.save,
+        args.save_interval,
+        args.exit_interval,
+        args.scmoe_trace,
+        args.scmoe_trace_dir,
+        args.exit_duration_in_mins,
+        args.keep_last,
+    )
+    tokenizer = build_tokenizer(
+        args.tokenizer_type,
+        tokenizer_model=args.tokenizer_model,
+        vocab_file=args.vocab_file,
+        merge_file=args.merge_file,
+    )
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     data = data_settings(args, tokenizer)
     carried = run_together(lambda: carried_files(tokenizer), on_rank_zero=True) if args.save else None
     # With --split the validation data is a part of the same files.
     own_path = data.data_paths is not None and data.has_split(1)
-    content = [run_together(lambda: [identify(data.path_of(number), data.flag_of(number))
-                                     for number in range(1 + own_path)], on_rank_zero=True)]  # fmt: skip
+    content = [
+        run_together(
+            lambda: [identify(data.path_of(number), data.flag_of(number)) for number in range(1 + own_path)],
+            on_rank_zero=True,
+        )
+    ]
     dist.broadcast_object_list(content)
     assert content[0] is not None
     run = checkpoint.run_settings(
-        whole, micro_batch_size, accumulation_steps, replicas, content[0][0], seed=args.seed,
-        split=split_shares(args.split) if args.split else None, seq_length=args.seq_length,
-        train_iters=args.train_iters, valid_data_path=content[0][1] if own_path else None,
-    )  # fmt: skip
+        whole,
+        micro_batch_size,
+        accumulation_steps,
+        replicas,
+        content[0][0],
+        seed=args.seed,
+        split=split_shares(args.split) if args.split else None,
+        seq_length=args.seq_length,
+        train_iters=args.train_iters,
+        valid_data_path=content[0][1] if own_path else None,
+    )
     description = checkpoint.describe(shape, config, ranks, whole, run)
     description["tokenizer"] = record(describe(tokenizer), carried or {})
     if args.save:
@@ -88,11 +116,15 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     if args.log_gating_interval:
         GatingMonitor(engine, args.log_gating_interval)
     if dist.get_rank() == 0:
-        print(f"training {config.architecture} from iteration {iteration} to {args.train_iters} on {ranks} "
-              f"{'GPU' if torch.cuda.is_available() else 'CPU'} process(es), expert-parallel size "
-              f"{config.expert_parallel_size}", flush=True)  # fmt: skip
-    trainer = Trainer(engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples,
-                      carried)  # fmt: skip
+        print(
+            f"training {config.architecture} from iteration {iteration} to {args.train_iters} on {ranks} "
+            f"{'GPU' if torch.cuda.is_available() else 'CPU'} process(es), expert-parallel size "
+            f"{config.expert_parallel_size}",
+            flush=True,
+        )
+    trainer = Trainer(
+        engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples, carried
+    )
     summary = trainer.run()
     test_loss = None
     if datasets.test is not None and summary.iteration >= args.train_iters:
@@ -113,8 +145,15 @@ def build_model(shape: GPTSettings, config: ScMoEConfig, args: argparse.Namespac
     except ValueError as error:
         raise ArgumentError(str(error)) from None
     ep_rank = expert_parallel_rank(config.expert_parallel_size, config.expert_tensor_parallelism)
-    initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers, ep_rank,
-                          tensor.tensor_parallel_rank(), tensor.tensor_parallel_size())  # fmt: skip
+    initialize_parameters(
+        model,
+        args.seed,
+        shape.init_method_std,
+        shape.num_layers,
+        ep_rank,
+        tensor.tensor_parallel_rank(),
+        tensor.tensor_parallel_size(),
+    )
     return model
 
 
@@ -156,8 +195,10 @@ def report(summary: Summary, whole: dict[str, Any], datasets: Datasets, test_los
         print(f"  validation loss        {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}")
         entropy = validation_entropy(datasets.valid)
         if entropy is not None:
-            print(f"  its unigram entropy    {entropy:.4f} nats per token (what a model that knows token frequencies "
-                  "only could reach)")  # fmt: skip
+            print(
+                f"  its unigram entropy    {entropy:.4f} nats per token (what a model that knows token frequencies "
+                "only could reach)"
+            )
     if test_loss is not None:
         print(f"  test loss              {test_loss:.4f} nats per token")
     print(f"  speed                  {summary.tokens_per_second:.0f} tokens per second")

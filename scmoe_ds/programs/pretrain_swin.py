@@ -41,8 +41,9 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
     config.check_world(ranks)
     shape = swin_settings(args)
     settings = run_settings(args, whole, ranks)
-    sets = load_images(args.data_path, args.dataset, shape.image_size, shape.num_channels, shape.num_classes,
-                       args.split, args.seed)  # fmt: skip
+    sets = load_images(
+        args.data_path, args.dataset, shape.image_size, shape.num_channels, shape.num_classes, args.split, args.seed
+    )
     check_agreement(sets)
     validation = None
     if sets.valid is not None and args.eval_iters:
@@ -51,10 +52,14 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
         print(f"no validation: {sets.no_validation or '--eval-iters 0'}", flush=True)
     # --train-iters is not among them: the images' order does not depend on it.
     run = checkpoint.run_settings(
-        whole, settings.micro_batch_size, settings.accumulation_steps, ranks,
-        {"content": [sets.fingerprint], "shown": args.data_path or args.dataset}, seed=args.seed,
+        whole,
+        settings.micro_batch_size,
+        settings.accumulation_steps,
+        ranks,
+        {"content": [sets.fingerprint], "shown": args.data_path or args.dataset},
+        seed=args.seed,
         split=split_shares(args.split),
-    )  # fmt: skip
+    )
     description = checkpoint.describe(shape, config, ranks, whole, run)
     if args.save:
         checkpoint.claim(args.save)
@@ -78,12 +83,23 @@ def run_settings(args: argparse.Namespace, whole: dict[str, Any], ranks: int) ->
     """What the loop needs; it counts images, so that a "sequence" is one long."""
     micro_batch_size, accumulation_steps = batch_sizes(whole, ranks)
     return RunSettings(
-        train_iters=args.train_iters, micro_batch_size=micro_batch_size, accumulation_steps=accumulation_steps,
-        seq_length=1, seed=args.seed, log_interval=args.log_interval, eval_interval=args.eval_interval,
-        eval_iters=args.eval_iters, num_workers=args.num_workers, save=args.save, save_interval=args.save_interval,
-        exit_interval=args.exit_interval, trace=args.scmoe_trace, trace_dir=args.scmoe_trace_dir,
-        exit_duration_min=args.exit_duration_in_mins, keep_last=args.keep_last,
-    )  # fmt: skip
+        train_iters=args.train_iters,
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=accumulation_steps,
+        seq_length=1,
+        seed=args.seed,
+        log_interval=args.log_interval,
+        eval_interval=args.eval_interval,
+        eval_iters=args.eval_iters,
+        num_workers=args.num_workers,
+        save=args.save,
+        save_interval=args.save_interval,
+        exit_interval=args.exit_interval,
+        trace=args.scmoe_trace,
+        trace_dir=args.scmoe_trace_dir,
+        exit_duration_min=args.exit_duration_in_mins,
+        keep_last=args.keep_last,
+    )
 
 
 def check_agreement(sets: ImageSets) -> None:
@@ -96,8 +112,10 @@ def report(summary: Summary, trainer: ImageTrainer) -> None:
     """The last lines of a run."""
     print(f"\nfinished at iteration {summary.iteration}")
     if summary.validation_loss is not None and trainer.log.accuracy is not None:
-        print(f"  accuracy      {100 * trainer.log.accuracy:.2f} % of the validation images, loss "
-              f"{summary.validation_loss:.4f} nats")  # fmt: skip
+        print(
+            f"  accuracy      {100 * trainer.log.accuracy:.2f} % of the validation images, loss "
+            f"{summary.validation_loss:.4f} nats"
+        )
     print(f"  speed         {summary.tokens_per_second:.0f} images per second")
     print(f"  checkpoint    {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}")
 

@@ -48,8 +48,9 @@ def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     whole = {**whole, "scmoe": {**whole["scmoe"], "overlap": free}}
     shape = gpt_settings(args, padded_vocab_size=256)  # the vocabulary is no part of any pair
     model = GPT(shape, config, args.seq_length)
-    initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers,
-                          expert_parallel_rank(config.expert_parallel_size))  # fmt: skip
+    initialize_parameters(
+        model, args.seed, shape.init_method_std, shape.num_layers, expert_parallel_rank(config.expert_parallel_size)
+    )
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
 
     def micro_batch() -> None:
@@ -69,12 +70,17 @@ def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
         return
     found = {phase: hidden_share_of_ranks(ranks, phase) for phase in ("forward", "backward")}
     if not any(each.communication_ms for each in found.values()):
-        print("nothing travels between ranks: there is no communication to hide (scmoe.expert_parallel_size is 1, or "
-              "the architecture runs DeepSpeed's own layers)", flush=True)  # fmt: skip
+        print(
+            "nothing travels between ranks: there is no communication to hide (scmoe.expert_parallel_size is 1, or "
+            "the architecture runs DeepSpeed's own layers)",
+            flush=True,
+        )
         return
-    shares = ", ".join(f"{100 * each.share:.0f} % {phase} ({each.exposed_ms / rounds / len(ranks):.1f} of "
-                       f"{each.communication_ms / rounds / len(ranks):.1f} ms per micro-batch exposed)"
-                       for phase, each in found.items())  # fmt: skip
+    shares = ", ".join(
+        f"{100 * each.share:.0f} % {phase} ({each.exposed_ms / rounds / len(ranks):.1f} of "
+        f"{each.communication_ms / rounds / len(ranks):.1f} ms per micro-batch exposed)"
+        for phase, each in found.items()
+    )
     print(
         f"measured with the schedules in use, all layers, mean of {rounds} micro-batches: hidden {shares}", flush=True
     )

@@ -192,8 +192,13 @@ class HookedPair:
         # Past the module's hooks: the backbone calls it as well, and may not be seen to do so twice.
         shortcut = value if self.norm is None else self.norm.forward(value)
         (shortcut,) = flight.recorder.close("shortcut norm", shortcut)
-        return self.layer.begin(shortcut, used_token, blocking=not flight.schedule.overlap,
-                                num_chunks=flight.schedule.num_chunks, recorder=flight.recorder)  # fmt: skip
+        return self.layer.begin(
+            shortcut,
+            used_token,
+            blocking=not flight.schedule.overlap,
+            num_chunks=flight.schedule.num_chunks,
+            recorder=flight.recorder,
+        )
 
     def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flight = self._flight
@@ -267,15 +272,20 @@ class HookedPair:
         assert flight.routed is not None
         where = f"{self.name}: used_token is not known at the tap {self.place.module_name}"
         if self.layer.transport.size > 1:
-            raise RuntimeError(f"{where}. Hand the mask to the model as attention_mask [batch, sequence], or give "
-                               "used_token in every forward pass from the first one on, with ones where there is no "
-                               "padding")  # fmt: skip
+            raise RuntimeError(
+                f"{where}. Hand the mask to the model as attention_mask [batch, sequence], or give "
+                "used_token in every forward pass from the first one on, with ones where there is no "
+                "padding"
+            )
         flight.run_experts(flight.schedule.num_chunks - flight.chunks_run)
         flight.routed.collect()
         flight.routed, flight.chunks_run = None, 0
         self._seen = {mode: replace(seen, is_cut=True) for mode, seen in self._seen.items()}
-        logger.warning("%s: the layer runs without overlap from now on. Hand the mask to the model as attention_mask "
-                       "[batch, sequence]", where)  # fmt: skip
+        logger.warning(
+            "%s: the layer runs without overlap from now on. Hand the mask to the model as attention_mask "
+            "[batch, sequence]",
+            where,
+        )
 
     @staticmethod
     def _due(flight: _Flight, slot: int) -> int:
@@ -320,8 +330,12 @@ class HookedPair:
             return
         self._seen[training] = _Seen(tuple(flight.operators), is_cut or is_masked)
         if is_cut:
-            logger.warning("%s: an activation checkpoint begins between it and its tap %s; it runs without overlap. "
-                           "Checkpoint runs of blocks that hold both", self.name, self.place.module_name)  # fmt: skip
+            logger.warning(
+                "%s: an activation checkpoint begins between it and its tap %s; it runs without overlap. "
+                "Checkpoint runs of blocks that hold both",
+                self.name,
+                self.place.module_name,
+            )
         sizes = [self._sizes[name] for name in flight.operators]
         sizes.append(sum(parameter.numel() for parameter in self.layer.mlp.parameters()))
         if isinstance(self.overlap.expert_slot, str):

@@ -95,8 +95,10 @@ def _check(model: nn.Module, found: list[tuple[str, Any]], config: ScMoEConfig) 
     if not found:
         raise nothing_to_apply_to(model)
     if config.architecture != "scmoe" or config.post_norm or config.shortcut_distance != 1:
-        raise ScMoEConfigError('scmoe.replace makes layers of architecture "scmoe" with shortcut_distance 1 and '
-                               "without post_norm; remove what says otherwise")  # fmt: skip
+        raise ScMoEConfigError(
+            'scmoe.replace makes layers of architecture "scmoe" with shortcut_distance 1 and '
+            "without post_norm; remove what says otherwise"
+        )
     for name, layer in found:
         if isinstance(layer, HookedScMoE):
             raise ScMoEConfigError(f"{name} has been replaced already")
@@ -105,8 +107,9 @@ def _check(model: nn.Module, found: list[tuple[str, Any]], config: ScMoEConfig) 
         for field, value in (("num_experts", layer.num_experts), ("expert_parallel_size", layer.ep_size)):
             wanted = getattr(config, field)
             if field in config.model_fields_set and wanted != value:
-                raise ScMoEConfigError(f"scmoe.{field} = {wanted}: {name} has {value}; a replaced layer keeps its own, "
-                                       "remove the field")  # fmt: skip
+                raise ScMoEConfigError(
+                    f"scmoe.{field} = {wanted}: {name} has {value}; a replaced layer keeps its own, remove the field"
+                )
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

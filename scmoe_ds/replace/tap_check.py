@@ -101,8 +101,9 @@ class TapCheck:
         allowed = value.unit * (value.elements.abs() + entered.abs())
         branches = [(norm, each.elements) for norm, each in self._branches if each.shape.numel() == value.shape.numel()]
         others = [each for norm, each in branches if not norm]
-        return any(_is_combination(rest, allowed, each, value.unit) for each in
-                   ([], *([each] for _, each in branches), others))  # fmt: skip
+        return any(
+            _is_combination(rest, allowed, each, value.unit) for each in ([], *([each] for _, each in branches), others)
+        )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = first_hidden(args, kwargs)
@@ -127,7 +128,8 @@ def _is_combination(rest: Tensor, allowed: Tensor, branches: list[Tensor], unit:
     columns = torch.stack([branch[kept] for branch in branches], dim=1)
     weight = 1 / allowed[kept].clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1)  # how exactly each is known
     weight = weight / weight.max()
-    scales = torch.linalg.lstsq((columns * weight).cpu(), rest[kept].unsqueeze(1).cpu() * weight.cpu(),
-                                driver="gelsd").solution.to(rest)  # fmt: skip
+    scales = torch.linalg.lstsq(
+        (columns * weight).cpu(), rest[kept].unsqueeze(1).cpu() * weight.cpu(), driver="gelsd"
+    ).solution.to(rest)
     differs = (columns @ scales).squeeze(1) - rest[kept]
     return bool((differs.abs() <= allowed[kept] + unit * (columns.abs() @ scales.abs()).squeeze(1)).all())

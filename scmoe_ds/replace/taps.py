@@ -23,8 +23,16 @@ from scmoe_ds.errors import ScMoEConfigError
 
 Side = Literal["input", "output"]
 
-POST_ATTENTION_NORMS = ("ln_2", "pre_feedforward_layernorm", "post_attention_layernorm", "layernorm_after",
-                        "pre_mlp_layernorm", "mlp_norm", "norm2", "ln")  # fmt: skip
+POST_ATTENTION_NORMS = (
+    "ln_2",
+    "pre_feedforward_layernorm",
+    "post_attention_layernorm",
+    "layernorm_after",
+    "pre_mlp_layernorm",
+    "mlp_norm",
+    "norm2",
+    "ln",
+)
 """GPT-2; Gemma 2 and 3 (their post_attention_layernorm ends the attention); LLaMA, Mistral, Qwen, GPT-NeoX, Megatron;
 ViT, Swin; megatron-core; this package; timm; MegatronBert."""
 INPUT_NORMS = ("ln_1", "input_layernorm", "layernorm_before", "attention_norm", "norm1", "attention.ln")
@@ -72,9 +80,11 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
     if config.tap is not None:
         return _from_pattern(model, moe_name, config.tap, blocks)
     if not blocks:
-        raise ScMoEConfigError(f"{moe_name} is in no nn.ModuleList and among no blocks of one class, so that its "
-                               'preceding layer cannot be found; hold the blocks in one, or set scmoe.tap to a '
-                               'module\'s path, e.g. "encoder.first.norm:input"')  # fmt: skip
+        raise ScMoEConfigError(
+            f"{moe_name} is in no nn.ModuleList and among no blocks of one class, so that its "
+            "preceding layer cannot be found; hold the blocks in one, or set scmoe.tap to a "
+            'module\'s path, e.g. "encoder.first.norm:input"'
+        )
     index = _place(blocks, moe_name)
     assert index is not None
     block_name = blocks[index]
@@ -90,13 +100,17 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
         name = f"{first}.{feed_forward}" if position == "pos2" else first
         return Tap(name, model.get_submodule(name), "input", None, None, window)
     if not getattr(window[0][1], "pre_norm", True):  # this package's own
-        raise ScMoEConfigError(f'{first} is a post-norm block of scmoe_ds: its norms are not where a tap is looked '
-                               'for; build the model with scmoe.architecture "scmoe" instead')  # fmt: skip
+        raise ScMoEConfigError(
+            f"{first} is a post-norm block of scmoe_ds: its norms are not where a tap is looked "
+            'for; build the model with scmoe.architecture "scmoe" instead'
+        )
     for norm_name in POST_NORMS:
         if _has(window[0][1], norm_name):
-            raise ScMoEConfigError(f"{first} normalises behind its residual sums ({norm_name}): a shortcut wants a "
-                                   "pre-norm model, or name the value that it is to read in scmoe.tap, e.g. "
-                                   f'"{{previous}}.{norm_name}:output"')  # fmt: skip
+            raise ScMoEConfigError(
+                f"{first} normalises behind its residual sums ({norm_name}): a shortcut wants a "
+                "pre-norm model, or name the value that it is to read in scmoe.tap, e.g. "
+                f'"{{previous}}.{norm_name}:output"'
+            )
     if position == "pos2":
         norm_name = _first_of(window[0][1], POST_ATTENTION_NORMS, first, "norm between attention and MLP")
         norm = window[0][1].get_submodule(norm_name)
@@ -119,8 +133,10 @@ def _from_pattern(model: nn.Module, moe_name: str, pattern: str, blocks: Sequenc
         name = path.format(**places)
         module = model.get_submodule(name)
     except (AttributeError, KeyError, IndexError, ValueError):
-        raise ScMoEConfigError(f'scmoe.tap = "{pattern}": the model has no such module for {moe_name}; '
-                               "{previous} and {block} stand for the two blocks' paths") from None  # fmt: skip
+        raise ScMoEConfigError(
+            f'scmoe.tap = "{pattern}": the model has no such module for {moe_name}; '
+            "{previous} and {block} stand for the two blocks' paths"
+        ) from None
     window = tuple((each, model.get_submodule(each)) for each in _between(name, moe_name, blocks, index))
     if side == "input" and "norm" in type(module).__name__.lower():
         return Tap(name, module, "input", name, module, window, is_users=True)
@@ -176,8 +192,10 @@ def _first_of(block: nn.Module, names: Sequence[str], block_name: str, what: str
     for name in names:
         if _has(block, name):
             return name
-    raise ScMoEConfigError(f"{block_name} ({type(block).__name__}) has no {what} of a known name ({', '.join(names)}); "
-                           'set scmoe.tap, e.g. "{previous}.<name of that norm>:input"')  # fmt: skip
+    raise ScMoEConfigError(
+        f"{block_name} ({type(block).__name__}) has no {what} of a known name ({', '.join(names)}); "
+        'set scmoe.tap, e.g. "{previous}.<name of that norm>:input"'
+    )
 
 
 def _has(block: nn.Module, name: str) -> bool:

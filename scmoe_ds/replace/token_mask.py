@@ -40,8 +40,10 @@ class TokenMask:
         self._handles: list[Any] = []
         self._has_warned = False
         for module in _above_blocks(model, layers):
-            self._handles += [module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
-                              module.register_forward_hook(self._leave, always_call=True)]  # fmt: skip
+            self._handles += [
+                module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            ]
 
     def detach(self) -> None:
         """Removes all hooks."""
@@ -58,8 +60,12 @@ class TokenMask:
             return None
         if hidden.shape[:-1] not in (used_BS.shape, (used_BS.numel(),)):
             if not self._has_warned:
-                logger.warning("attention_mask %s does not fit an MoE layer's hidden states %s: padding is routed like "
-                               "every other token", tuple(used_BS.shape), tuple(hidden.shape))  # fmt: skip
+                logger.warning(
+                    "attention_mask %s does not fit an MoE layer's hidden states %s: padding is routed like "
+                    "every other token",
+                    tuple(used_BS.shape),
+                    tuple(hidden.shape),
+                )
             self._has_warned = True
             return None
         if checkpoint_region() is not None or (self._model.training and not torch.is_grad_enabled()):

@@ -169,13 +169,16 @@ def _chosen(blocks: list[_Block], config: ScMoEConfig, layers: Sequence[int] | N
     if layers is None:
         chosen = [block for block in blocks if (block.index + 1) % config.moe_every == 0]
         if not chosen:
-            raise ScMoEConfigError(f"scmoe.moe_every = {config.moe_every}: the model has only {len(blocks)} blocks; "
-                                   "use less, or give moe_from_dense the layers")  # fmt: skip
+            raise ScMoEConfigError(
+                f"scmoe.moe_every = {config.moe_every}: the model has only {len(blocks)} blocks; "
+                "use less, or give moe_from_dense the layers"
+            )
     else:
         for number in layers:
             if not 0 <= number < len(blocks):
-                raise ScMoEConfigError(f"layers = {list(layers)}: there is no block {number}, the model has "
-                                       f"0 … {len(blocks) - 1}")  # fmt: skip
+                raise ScMoEConfigError(
+                    f"layers = {list(layers)}: there is no block {number}, the model has 0 … {len(blocks) - 1}"
+                )
         if not layers or len(set(layers)) < len(layers):
             raise ScMoEConfigError(f"layers = {list(layers)}: name at least one block, and each of them once")
         chosen = [blocks[number] for number in sorted(layers)]
@@ -185,20 +188,25 @@ def _chosen(blocks: list[_Block], config: ScMoEConfig, layers: Sequence[int] | N
 def _require_dense(model: nn.Module, blocks: list[_Block]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, MoE):
-            raise ScMoEConfigError(f"{name} is a MoE already: moe_from_dense wants a dense model, replace_moe_layers "
-                                   "takes one with DeepSpeed's MoE")  # fmt: skip
+            raise ScMoEConfigError(
+                f"{name} is a MoE already: moe_from_dense wants a dense model, replace_moe_layers "
+                "takes one with DeepSpeed's MoE"
+            )
     for block in blocks:
         named = f"{block.name}.{block.mlp_name} ({type(block.mlp).__name__})"
         parts = [f"{name} {type(module).__name__}".lower() for name, module in block.mlp.named_modules()]
         if any("expert" in part or "moe" in part for part in parts):
-            raise ScMoEConfigError(f"{named} is a MoE already: moe_from_dense wants an MLP there; leave the block out "
-                                   "of layers")  # fmt: skip
+            raise ScMoEConfigError(
+                f"{named} is a MoE already: moe_from_dense wants an MLP there; leave the block out of layers"
+            )
         parameters = list(inspect.signature(block.mlp.forward).parameters.values())
         more = [each.name for each in parameters[1:] if each.default is each.empty and each.kind in _NEEDED]
         if more:
-            raise ScMoEConfigError(f"{named} takes {', '.join(more)} beside the hidden states, which an expert does "
-                                   "not get: leave the block out of layers, or put deepspeed.moe.layer.MoE there "
-                                   "yourself and call replace_moe_layers")  # fmt: skip
+            raise ScMoEConfigError(
+                f"{named} takes {', '.join(more)} beside the hidden states, which an expert does "
+                "not get: leave the block out of layers, or put deepspeed.moe.layer.MoE there "
+                "yourself and call replace_moe_layers"
+            )
 
 
 def _numbers_of_experts(config: ScMoEConfig, layers: int) -> list[int]:
@@ -211,13 +219,21 @@ def _numbers_of_experts(config: ScMoEConfig, layers: int) -> list[int]:
 
 def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
     moe = MoE(
-        block.hidden_size, block.mlp, num_experts, config.expert_parallel_size, int(config.top_k),
-        config.capacity_factor, config.eval_capacity_factor, config.min_capacity,
-        use_residual=config.architecture != "topk", noisy_gate_policy=config.noisy_gate_policy,
-        drop_tokens=config.drop_tokens, use_rts=config.use_rts,
+        block.hidden_size,
+        block.mlp,
+        num_experts,
+        config.expert_parallel_size,
+        int(config.top_k),
+        config.capacity_factor,
+        config.eval_capacity_factor,
+        config.min_capacity,
+        use_residual=config.architecture != "topk",
+        noisy_gate_policy=config.noisy_gate_policy,
+        drop_tokens=config.drop_tokens,
+        use_rts=config.use_rts,
         enable_expert_tensor_parallelism=config.expert_tensor_parallelism,
         top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
-    )  # fmt: skip
+    )
     # Each rank pads its own batch, and generates for its own prompts.
     admit_any_tokens(moe, config.gate_softmax, unequal=config.expert_parallel_size > 1)
     for expert in moe.deepspeed_moe.experts.deepspeed_experts:

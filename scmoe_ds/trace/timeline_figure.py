@@ -19,10 +19,16 @@ _MAX_RANKS_DRAWN = 8  # beyond that a figure is too high to read; the trace and 
 
 # The seven colours that Okabe and Ito chose to be told apart by colour-blind people as well.
 _COLOURS = {
-    "attention": "#0072B2", "mlp": "#56B4E9", "shared": "#009E73", "experts": "#D55E00",
-    "gate, encode, decode": "#F0E442", "dispatch": "#E69F00", "combine": "#CC79A7",
-    "other": "#999999", "wait": "#EEEEEE",
-}  # fmt: skip
+    "attention": "#0072B2",
+    "mlp": "#56B4E9",
+    "shared": "#009E73",
+    "experts": "#D55E00",
+    "gate, encode, decode": "#F0E442",
+    "dispatch": "#E69F00",
+    "combine": "#CC79A7",
+    "other": "#999999",
+    "wait": "#EEEEEE",
+}
 
 
 def draw(spans_of_ranks: Sequence[Spans], path: str | Path, title_prefix: str = "", layer: int | None = None) -> None:

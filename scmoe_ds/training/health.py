@@ -72,8 +72,9 @@ class StepHealth:
         before, self._skipped = self._skipped, self.engine.skipped_steps
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self._skipped > before else 0
         if self.skipped_in_a_row >= MOST_SKIPPED_STEPS:
-            raise overflows_at_any_scale(iteration, f"the last {self.skipped_in_a_row} steps were skipped",
-                                         iteration - self.skipped_in_a_row + 1)  # fmt: skip
+            raise overflows_at_any_scale(
+                iteration, f"the last {self.skipped_in_a_row} steps were skipped", iteration - self.skipped_in_a_row + 1
+            )
 
 
 def overflows_at_any_scale(iteration: int, finding: str, since: int) -> TrainingError:

@@ -106,11 +106,19 @@ class TrainingLog:
             f"expert load min/max: {low:.3f}/{high:.3f} | skipped: {self.engine.skipped_steps} | "
             f"left: {int(left) // 60}:{int(left) % 60:02d}"
         )
-        self._monitor("Train", consumed_samples, {
-            self.loss_name.replace(" ", "_"): task_loss, "moe_loss": moe_loss,
-            f"{self.unit}_per_second": tokens_per_second,
-            "seconds_per_iteration": seconds, "expert_load_min": low, "expert_load_max": high, "grad_norm": norm,
-        })  # fmt: skip
+        self._monitor(
+            "Train",
+            consumed_samples,
+            {
+                self.loss_name.replace(" ", "_"): task_loss,
+                "moe_loss": moe_loss,
+                f"{self.unit}_per_second": tokens_per_second,
+                "seconds_per_iteration": seconds,
+                "expert_load_min": low,
+                "expert_load_max": high,
+                "grad_norm": norm,
+            },
+        )
 
     def write_validation(self, iteration: int, consumed_samples: int, loss: float) -> None:
         """The line of a validation; loss in nats per token."""

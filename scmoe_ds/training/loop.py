@@ -138,8 +138,10 @@ class Trainer:
             if settings.save and batches is not None and not saved:
                 self._save()
         if settings.trace is not None and not self._traced:
-            say(f"--scmoe-trace {settings.trace}: not written, the run ended before that iteration, or before "
-                "its schedule was chosen")  # fmt: skip
+            say(
+                f"--scmoe-trace {settings.trace}: not written, the run ended before that iteration, or before "
+                "its schedule was chosen"
+            )
         loss = self._validation[1] if self._validation else None
         return Summary(self.iteration, loss, self.log.tokens_per_second, self._saved)
 
@@ -179,8 +181,10 @@ class Trainer:
         reason = str(error).split("; ", 1)[0]
         marked = checkpoint.note_failure(Path(self.settings.save), error.since, reason)
         if marked is not None:
-            say(f"{marked} does not train: the next --auto-resume goes further back; --load {marked} uses it all the "
-                "same")  # fmt: skip
+            say(
+                f"{marked} does not train: the next --auto-resume goes further back; --load {marked} uses it all the "
+                "same"
+            )
 
     def step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step over `accumulation_steps` micro-batches per rank."""
@@ -288,10 +292,16 @@ class Trainer:
         return self.engine(on_device["tokens"], labels=on_device["labels"], loss_mask=on_device["loss_mask"])
 
     def _batches(self, data: Any, consumed_samples: int) -> Iterator[dict[str, Tensor]]:
-        return iter(pretraining_batches(
-            data, micro_batch_size=self.settings.micro_batch_size, num_workers=self.settings.num_workers,
-            data_parallel_rank=self.data_rank, data_parallel_size=self.data_ranks, consumed_samples=consumed_samples,
-        ))  # fmt: skip
+        return iter(
+            pretraining_batches(
+                data,
+                micro_batch_size=self.settings.micro_batch_size,
+                num_workers=self.settings.num_workers,
+                data_parallel_rank=self.data_rank,
+                data_parallel_size=self.data_ranks,
+                consumed_samples=consumed_samples,
+            )
+        )
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.iteration % interval == 0
@@ -312,9 +322,15 @@ class Trainer:
         assert self.settings.save is not None
         try:
             self._saved = checkpoint.save(
-                self.engine, self.settings.save, self.iteration, self.consumed_samples, self.description,
-                self.settings.keep_last, self.carried, self._validation[0] if self._validation else None,
-            )  # fmt: skip
+                self.engine,
+                self.settings.save,
+                self.iteration,
+                self.consumed_samples,
+                self.description,
+                self.settings.keep_last,
+                self.carried,
+                self._validation[0] if self._validation else None,
+            )
         except checkpoint.NotFiniteError as error:
             raise TrainingError(str(error), since=self.iteration) from None
         except Exception as error:

@@ -25,9 +25,13 @@ def part(forward: float, backward: float) -> dict[str, float]:
 def entry(*operators: str, transfer: float = 5, experts: float = 3, top_k: int = 1) -> dict[str, Any]:
     """An entry of a calibration whose four transfers are alike; the gate takes 1 ms, encode and decode none."""
     moved = part(transfer, transfer)
-    times = {"gate": part(1, 1), "encode": part(0, 0), "decode": part(0, 0),
-             "backbone": [{"name": name, **part(*MS[name])} for name in operators],
-             "chunks": {"1": {"dispatch": moved, "combine": moved, "experts": part(experts, 2 * experts)}}}  # fmt: skip
+    times = {
+        "gate": part(1, 1),
+        "encode": part(0, 0),
+        "decode": part(0, 0),
+        "backbone": [{"name": name, **part(*MS[name])} for name in operators],
+        "chunks": {"1": {"dispatch": moved, "combine": moved, "experts": part(experts, 2 * experts)}},
+    }
     return {"description": {"operators": list(operators), "top_k": top_k, "ranks_that_exchange": 8}, "times": times}
 
 
@@ -141,8 +145,24 @@ def test_pages(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dist.is_initialized() == was_initialized, "it needs no process group"
     assert capsys.readouterr().out.startswith("ScMoE pays\nwrote ")
     text, web = (files / "out.md").read_text(), (files / "out.html").read_text()
-    for number in ("0.805", "0.700", "does not pass", "10.00", "14.00", "20.00", "19.00", "28.00", "37.00",
-                   "90%", "1.47 ×", "1.95 ×", "mlp", "8.00", "Predicted, not measured", "twice"):  # fmt: skip
+    for number in (
+        "0.805",
+        "0.700",
+        "does not pass",
+        "10.00",
+        "14.00",
+        "20.00",
+        "19.00",
+        "28.00",
+        "37.00",
+        "90%",
+        "1.47 ×",
+        "1.95 ×",
+        "mlp",
+        "8.00",
+        "Predicted, not measured",
+        "twice",
+    ):
         assert number in text and number in web, number
     assert '"position": "pos' in text and "![" in text and "(out.png)" in text and r"gpt|2 & co" in text
     assert "gpt|2 &amp; co" in web and "&lt;of&gt;" in web and "data:image/png;base64," in web
@@ -171,19 +191,34 @@ BAD = {
     "no similarity": (GOOD[2:], "--similarity is missing"),
     "no calibration": ((*GOOD[:2], *GOOD[4:]), "--calibration is missing"),
     "no prefix": (GOOD[:4], "--output-prefix is missing"),
-    "similarity nowhere": (("--similarity", "DIR/no.json", *GOOD[2:]), "--similarity DIR/no.json cannot be read as JSON"),
-    "similarity no JSON": (("--similarity", "DIR/text.json", *GOOD[2:]), "--similarity DIR/text.json cannot be read as JSON"),
-    "gating": (("--similarity", "DIR/gating.json", *GOOD[2:]), '--similarity DIR/gating.json is no record of "similarity"'),
-    "calibration as record": (("--similarity", "DIR/times.json", *GOOD[2:]), '--similarity DIR/times.json is no record of "similarity"'),
+    "similarity nowhere": (
+        ("--similarity", "DIR/no.json", *GOOD[2:]),
+        "--similarity DIR/no.json cannot be read as JSON",
+    ),
+    "similarity no JSON": (
+        ("--similarity", "DIR/text.json", *GOOD[2:]),
+        "--similarity DIR/text.json cannot be read as JSON",
+    ),
+    "gating": (
+        ("--similarity", "DIR/gating.json", *GOOD[2:]),
+        '--similarity DIR/gating.json is no record of "similarity"',
+    ),
+    "calibration as record": (
+        ("--similarity", "DIR/times.json", *GOOD[2:]),
+        '--similarity DIR/times.json is no record of "similarity"',
+    ),
     "incomplete": (("--similarity", "DIR/broken.json", *GOOD[2:]), "--similarity DIR/broken.json is incomplete"),
     "calibration nowhere": ((*GOOD[:3], "DIR/no.json", *GOOD[4:]), "--calibration DIR/no.json cannot be read"),
-    "record as calibration": ((*GOOD[:3], "DIR/gating.json", *GOOD[4:]), "--calibration DIR/gating.json is not a calibration"),
+    "record as calibration": (
+        (*GOOD[:3], "DIR/gating.json", *GOOD[4:]),
+        "--calibration DIR/gating.json is not a calibration",
+    ),
     "empty": ((*GOOD[:3], "DIR/empty.json", *GOOD[4:]), "--calibration DIR/empty.json has no times"),
     "no times": ((*GOOD[:3], "DIR/no_times.json", *GOOD[4:]), "--calibration DIR/no_times.json is damaged: times"),
     "no description": ((*GOOD[:3], "DIR/no_description.json", *GOOD[4:]), "has no description"),
     "top_k": ((*GOOD[:3], "DIR/top_k.json", *GOOD[4:]), "--calibration DIR/top_k.json is damaged: top_k 'two'"),
     "prefix nowhere": ((*GOOD[:5], "DIR/no/out"), "--output-prefix DIR/no/out cannot be written"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -83,8 +83,11 @@ def ends(model: GPT, trained: ScMoEConfig, layer: int, values: list[Tensor]) -> 
     if trained.moe_every == 1:
         position = "pos1"
     blocks: list[Any] = [each for every in model.runs for each in cast(Any, every).blocks]
-    tap, norm = {"pos1": (2 * block, blocks[block].attention_norm), "pos2": (2 * block - 1, blocks[block - 1].mlp_norm),
-                 "pos3": (2 * block - 2, blocks[block - 1].attention_norm)}[position]  # fmt: skip
+    tap, norm = {
+        "pos1": (2 * block, blocks[block].attention_norm),
+        "pos2": (2 * block - 1, blocks[block - 1].mlp_norm),
+        "pos3": (2 * block - 2, blocks[block - 1].attention_norm),
+    }[position]
     post = model.settings.norm_placement == "post"  # there, all representations are normalised already
     if trained.has_shortcut and trained.shortcut_norm == "own":
         norm = run.shortcut_norm
@@ -157,7 +160,9 @@ def test_names_of_the_ends() -> None:
     trained = section(first_layer_position="pos3", position="pos1")
     layers = gate_layers(serving(trained), trained)
     assert [(each.preceding.representation.name, each.current.representation.name) for each in layers] == [
-        ("input", "block 1 attention"), ("block 2 MLP", "block 3 attention")]  # fmt: skip
+        ("input", "block 1 attention"),
+        ("block 2 MLP", "block 3 attention"),
+    ]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -44,8 +44,11 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
 
 def flat_gradients(model: GPT, words: list[str]) -> Tensor:
     """All gradients of parameters whose name has one of these words, in one vector."""
-    found = [parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-             for name, parameter in model.named_parameters() if any(word in name for word in words)]  # fmt: skip
+    found = [
+        parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        for name, parameter in model.named_parameters()
+        if any(word in name for word in words)
+    ]
     return torch.cat([gradient.flatten() for gradient in found]).double()
 
 
@@ -74,8 +77,12 @@ def test_against_all_gradients(section: dict[str, Any]) -> None:
         for name in words:
             kept[name].append(flat_gradients(model, words[name]))
         kept["block 1 of run 1's gate"].append(flat_gradients(model, ["runs.1.blocks.1.moe.deepspeed_moe.gate"]))
-    results = {**found["branches"], "block 1 of run 1's gate": next(
-        each for each in found["sub_layers"] if (each["block"], each["branch"]) == (3, "gate"))}  # fmt: skip
+    results = {
+        **found["branches"],
+        "block 1 of run 1's gate": next(
+            each for each in found["sub_layers"] if (each["block"], each["branch"]) == (3, "gate")
+        ),
+    }
     for name, vectors in kept.items():
         gradient_KP = torch.stack(vectors)
         mean_P = gradient_KP.mean(0)
@@ -172,7 +179,11 @@ def test_signal_to_noise_over_steps(files: str, capsys: pytest.CaptureFixture[st
     assert "topk_run (topk) at iteration 20: gate: gradient norm" in capsys.readouterr().out
     found = json.loads((Path(files) / "steps.json").read_text())["checkpoints"]
     assert [(each["architecture"], each["iteration"]) for each in found] == [
-        ("scmoe", 5), ("scmoe", 20), ("topk", 5), ("topk", 20)]  # fmt: skip
+        ("scmoe", 5),
+        ("scmoe", 20),
+        ("topk", 5),
+        ("topk", 20),
+    ]
     assert found[0]["label"] == found[1]["label"] != found[2]["label"]
     assert run(files, *ON_TEXT, "--load", "DIR/scmoe_run/global_step20", "--output", "DIR/one.json") == 0
     (alone,) = json.loads((Path(files) / "one.json").read_text())["checkpoints"]
@@ -186,9 +197,11 @@ def test_signal_to_noise_over_steps(files: str, capsys: pytest.CaptureFixture[st
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no model": ((*ON_TEXT, "--output", "DIR/no.json"), "--load is missing"),
     "one micro-batch": ((*ON_TEXT, "--micro-batches", "1"), "--micro-batches 1: noise is between at least 2"),
-    "too little text": ((*ON_TEXT, "--load", "DIR/topk", "--output", "DIR/no.json", "--micro-batches", "16"),
-                        "has 14 micro-batches of 2 sequences of 16 tokens, but 16 are asked for"),
-}  # fmt: skip
+    "too little text": (
+        (*ON_TEXT, "--load", "DIR/topk", "--output", "DIR/no.json", "--micro-batches", "16"),
+        "has 14 micro-batches of 2 sequences of 16 tokens, but 16 are asked for",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

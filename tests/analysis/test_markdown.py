@@ -15,10 +15,41 @@ from scmoe_ds.programs import analyze as analyze_program
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = [
-    "<script>alert(1)</script>", "[x](javascript:alert(1))", "![x](http://y/z.png)", "a\n\n# owned", "# owned", "- item", "+ item",
-    "* item", "1. item", "12) item", "> quote", "```\ncode", "~~~\ncode", "---", "===", "    code", "a `b` c", "``", "**bold**",
-    "a | b", "a\\|b", "a & b", "R&D;", "\\", "\\[x](y)", "&lt;b&gt;", "<!-- x", "[ref]: http://x", "a\r# b", "\ta", "| a |", "<http://x>", "_a_", "1\\. a",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "[x](javascript:alert(1))",
+    "![x](http://y/z.png)",
+    "a\n\n# owned",
+    "# owned",
+    "- item",
+    "+ item",
+    "* item",
+    "1. item",
+    "12) item",
+    "> quote",
+    "```\ncode",
+    "~~~\ncode",
+    "---",
+    "===",
+    "    code",
+    "a `b` c",
+    "``",
+    "**bold**",
+    "a | b",
+    "a\\|b",
+    "a & b",
+    "R&D;",
+    "\\",
+    "\\[x](y)",
+    "&lt;b&gt;",
+    "<!-- x",
+    "[ref]: http://x",
+    "a\r# b",
+    "\ta",
+    "| a |",
+    "<http://x>",
+    "_a_",
+    "1\\. a",
+]
 
 
 def parsed(text: str) -> list[Any]:
@@ -79,8 +110,20 @@ def test_the_feasibility_page(text: str, tmp_path: Path) -> None:
     times[0]["description"][text] = text
     (tmp_path / "s.json").write_text(json.dumps(similarity))
     (tmp_path / "t.json").write_text(json.dumps(times))
-    assert analyze_program.main(["feasibility", "--similarity", str(tmp_path / "s.json"), "--calibration",
-                                   str(tmp_path / "t.json"), "--output-prefix", str(tmp_path / "out")]) == 0  # fmt: skip
+    assert (
+        analyze_program.main(
+            [
+                "feasibility",
+                "--similarity",
+                str(tmp_path / "s.json"),
+                "--calibration",
+                str(tmp_path / "t.json"),
+                "--output-prefix",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     page = parsed((tmp_path / "out.md").read_text())
     kinds = [token.type for token in page]
     good = [token.type for token in parsed((ROOT / "benchmarks" / "results" / "analysis_feasibility.md").read_text())]
@@ -109,12 +152,23 @@ def test_tables_of_the_benchmarks() -> None:
     ]
 
 
-@pytest.mark.parametrize("change", [
-    {"model": 3}, {"model": None}, {"verdict": []}, {"verdict": {"text": "a"}}, {"verdict": {"text": [1]}},
-    {"verdict": {"threshold": "0.8"}}, {"verdict": {"threshold": float("nan")}}, {"verdict": {"positions": {}}},
-    {"verdict": {"positions": {"pos1": {"mean": "x"}}}}, {"verdict": {"positions": {"pos1": {"least": float("inf")}}}},
-    {"verdict": {"positions": {"pos1": {"layers": {}}}}}, {"verdict": {"positions": {"pos1": {"layers": [{"stage": 0}]}}}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 3},
+        {"model": None},
+        {"verdict": []},
+        {"verdict": {"text": "a"}},
+        {"verdict": {"text": [1]}},
+        {"verdict": {"threshold": "0.8"}},
+        {"verdict": {"threshold": float("nan")}},
+        {"verdict": {"positions": {}}},
+        {"verdict": {"positions": {"pos1": {"mean": "x"}}}},
+        {"verdict": {"positions": {"pos1": {"least": float("inf")}}}},
+        {"verdict": {"positions": {"pos1": {"layers": {}}}}},
+        {"verdict": {"positions": {"pos1": {"layers": [{"stage": 0}]}}}},
+    ],
+)
 def test_damaged_records_of_similarity(change: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def merge(into: Any, new: Any) -> Any:
         if isinstance(into, dict) and isinstance(new, dict) and new:
@@ -124,19 +178,42 @@ def test_damaged_records_of_similarity(change: Any, tmp_path: Path, capsys: pyte
     whole = json.loads((ROOT / "benchmarks" / "results" / "analysis_similarity_scmoe.json").read_text())
     (tmp_path / "s.json").write_text(json.dumps(merge(whole, change)))
     times = str(ROOT / "benchmarks" / "results" / "analysis_times.json")
-    assert analyze_program.main(["feasibility", "--similarity", str(tmp_path / "s.json"), "--calibration", times,
-                                   "--output-prefix", str(tmp_path / "out")]) == 2  # fmt: skip
+    assert (
+        analyze_program.main(
+            [
+                "feasibility",
+                "--similarity",
+                str(tmp_path / "s.json"),
+                "--calibration",
+                times,
+                "--output-prefix",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and f"--similarity {tmp_path / 's.json'} is incomplete or damaged" in message
 
 
-@pytest.mark.parametrize(("kind", "text"), [
-    ("similarity", '{"kind": "similarity"}'), ("gating", '{"kind": "gating", "checkpoints": []}'),
-    ("gradients", '{"kind": "gradients", "checkpoints": [null]}'), ("gating", '{"kind": "gating", "checkpoints": {"a": 1}}'),
-    ("similarity", '{"kind": "similarity", "names": 3, "cosine": "x"}'), ("similarity", "[" * 100_000),
-    ("similarity", '{"kind": "similarity", "names": ["a"], "cosine": [["b"]], "l2": [[1]], "model": 1, "tokens": 1, "verdict": 3}'),
-    ("gradients", '{"kind": "gradients", "checkpoints": [{"label": [], "iteration": {}}]}'), ("gating", "{"), ("gating", "3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("similarity", '{"kind": "similarity"}'),
+        ("gating", '{"kind": "gating", "checkpoints": []}'),
+        ("gradients", '{"kind": "gradients", "checkpoints": [null]}'),
+        ("gating", '{"kind": "gating", "checkpoints": {"a": 1}}'),
+        ("similarity", '{"kind": "similarity", "names": 3, "cosine": "x"}'),
+        ("similarity", "[" * 100_000),
+        (
+            "similarity",
+            '{"kind": "similarity", "names": ["a"], "cosine": [["b"]], "l2": [[1]], "model": 1, "tokens": 1, "verdict": 3}',
+        ),
+        ("gradients", '{"kind": "gradients", "checkpoints": [{"label": [], "iteration": {}}]}'),
+        ("gating", "{"),
+        ("gating", "3"),
+    ],
+)
 def test_damaged_records_to_draw(kind: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.json").write_text(text)
     assert analyze_program.main([kind, "--from-json", str(tmp_path / "r.json")]) == 2
@@ -150,8 +227,17 @@ def test_a_dollar_is_no_formula(tmp_path: Path) -> None:
     assert analyze_program.main(["similarity", "--from-json", str(tmp_path / "r.json")]) == 0
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "3", "{}", json.dumps({"benchmark": "benchmarks.quality.compare", "identity": {}, "corpus": {},
-                                                                         "variants": {}, "runs": [3]})])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "3",
+        "{}",
+        json.dumps(
+            {"benchmark": "benchmarks.quality.compare", "identity": {}, "corpus": {}, "variants": {}, "runs": [3]}
+        ),
+    ],
+)
 def test_damaged_records_of_benchmarks(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.json").write_text(text)
     assert quality.main(["--from-json", str(tmp_path / "r.json")]) == 2

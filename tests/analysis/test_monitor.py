@@ -25,13 +25,19 @@ Event = tuple[str, float, int]
 def start(path: Path, steps: int, **fields: Any) -> tuple[Any, GPT, list[Event]]:
     """An engine, its model, and what will be written."""
     whole = {
-        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": steps,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": steps,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "zero_optimization": {"stage": 1},
         "csv_monitor": {"enabled": True, "output_path": str(path), "job_name": "job"},
-        "scmoe": {"num_experts": 4, "capacity_factor": 0.75, "min_capacity": 1, "overlap": {"calibration_steps": 0},
-                  **fields},
-    }  # fmt: skip
+        "scmoe": {
+            "num_experts": 4,
+            "capacity_factor": 0.75,
+            "min_capacity": 1,
+            "overlap": {"calibration_steps": 0},
+            **fields,
+        },
+    }
     model = GPT(SETTINGS, ScMoEConfig.from_deepspeed(whole))
     initialize_parameters(model, 3, 0.5, 4, dist.get_rank())
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)

@@ -27,8 +27,19 @@ from tests.helpers.exports import whole_model
 from tests.helpers.hugging_face import FAMILIES
 
 GPT2 = GPTSettings(4, 32, 4, 384, 48)
-LLAMA = GPTSettings(4, 32, 4, 384, 48, num_key_value_heads=2, normalization="RMSNorm", swiglu=True,
-                    position_embedding="rope", add_bias_linear=False, tie_embeddings=False)  # fmt: skip
+LLAMA = GPTSettings(
+    4,
+    32,
+    4,
+    384,
+    48,
+    num_key_value_heads=2,
+    normalization="RMSNorm",
+    swiglu=True,
+    position_embedding="rope",
+    add_bias_linear=False,
+    tie_embeddings=False,
+)
 POST_NORM = replace(GPT2, norm_placement="post", residual_scale=0.5)
 SECTIONS: dict[str, dict[str, Any]] = {
     "pos2": {},
@@ -76,8 +87,12 @@ def test_gpt(settings: GPTSettings, section: dict[str, Any]) -> None:
         kept = [torch.cat(parts).flatten(0, 1) for parts in zip(*each, strict=True)]
     require_equal(found, kept)
     names = [one.name for one in found.representations]
-    assert names[:4] == ["input", "block 0 attention", f"block 0 {'MoE' if model.config.moe_every == 1 else 'MLP'}",
-                         "block 1 attention"]  # fmt: skip
+    assert names[:4] == [
+        "input",
+        "block 0 attention",
+        f"block 0 {'MoE' if model.config.moe_every == 1 else 'MLP'}",
+        "block 1 attention",
+    ]
 
 
 def hugging_face_by_hand(model: Any, family: str, tokens: Tensor) -> list[Tensor]:
@@ -89,8 +104,11 @@ def hugging_face_by_hand(model: Any, family: str, tokens: Tensor) -> list[Tensor
     for block in blocks:
         attention = next(getattr(block, name) for name in ("attn", "self_attn", "attention") if hasattr(block, name))
         handles.append(attention.register_forward_hook(lambda _, args, output: updates.append(output[0].clone())))
-        handles.append(block.register_forward_hook(
-            lambda _, args, output: hidden.append((output[0] if isinstance(output, tuple) else output).clone())))  # fmt: skip
+        handles.append(
+            block.register_forward_hook(
+                lambda _, args, output: hidden.append((output[0] if isinstance(output, tuple) else output).clone())
+            )
+        )
     first = model(tokens, output_hidden_states=True, use_cache=False).hidden_states[0]
     for handle in handles:
         handle.remove()
@@ -114,9 +132,16 @@ def test_hugging_face(family: str) -> None:
 def test_parallel_residual() -> None:
     """GPT-NeoX as it is by default: no norm reads the attention's sum."""
     torch.manual_seed(0)
-    model: Any = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16)).eval()  # fmt: skip
+    model: Any = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    ).eval()
     (batch,) = random_tokens(1, 32)
     found = measure(hugging_face_subject(model), [batch])
     with torch.no_grad():
@@ -134,9 +159,18 @@ def swin_moe() -> nn.Module:
 
 def plain_swin() -> nn.Module:
     torch.manual_seed(0)
-    return transformers.Swinv2ForImageClassification(transformers.Swinv2Config(
-        image_size=16, patch_size=1, num_channels=1, embed_dim=8, depths=[1, 1, 4, 2], num_heads=[1, 1, 2, 2],
-        window_size=4, num_labels=3))  # fmt: skip
+    return transformers.Swinv2ForImageClassification(
+        transformers.Swinv2Config(
+            image_size=16,
+            patch_size=1,
+            num_channels=1,
+            embed_dim=8,
+            depths=[1, 1, 4, 2],
+            num_heads=[1, 1, 2, 2],
+            window_size=4,
+            num_labels=3,
+        )
+    )
 
 
 @pytest.mark.parametrize("make", [swin_moe, plain_swin], ids=["ours", "transformers"])
@@ -152,10 +186,16 @@ def test_swin(make: Callable[[], nn.Module]) -> None:
         layers = blocks.encoder.layers[stage - 1].blocks
         handles = [layers[0].register_forward_pre_hook(lambda _, args, kept=kept: kept.append([args[0].clone()]))]
         for layer in layers:  # h + norm(attention), then h + norm(MLP or MoE): the second is the layer's output
-            handles.append(layer.layernorm_before.register_forward_hook(
-                lambda _, args, output, kept=kept: kept[-1].append(kept[-1][-1] + output)))  # fmt: skip
-            handles.append(layer.layernorm_after.register_forward_hook(
-                lambda _, args, output, kept=kept: kept[-1].append(kept[-1][-1] + output)))  # fmt: skip
+            handles.append(
+                layer.layernorm_before.register_forward_hook(
+                    lambda _, args, output, kept=kept: kept[-1].append(kept[-1][-1] + output)
+                )
+            )
+            handles.append(
+                layer.layernorm_after.register_forward_hook(
+                    lambda _, args, output, kept=kept: kept[-1].append(kept[-1][-1] + output)
+                )
+            )
         with torch.no_grad():
             for image in images.split(1):  # in the same batches: rounding depends on them
                 model(image)
@@ -184,8 +224,11 @@ def test_memory_does_not_grow() -> None:
 
 def test_verdict() -> None:
     """Which representations each position connects, by hand, for MoE layers in blocks 1 and 3."""
-    each = [Representation("input", 0)] + [Representation(kind, block, is_moe=kind == "mlp" and block % 2 == 1)  # type: ignore[arg-type]
-                                           for block in range(4) for kind in ("attention", "mlp")]  # fmt: skip
+    each = [Representation("input", 0)] + [
+        Representation(kind, block, is_moe=kind == "mlp" and block % 2 == 1)  # type: ignore[arg-type]
+        for block in range(4)
+        for kind in ("attention", "mlp")
+    ]
     cosine = torch.arange(81, dtype=torch.float64).view(9, 9) / 100
     found = Similarity(tuple(each), cosine, cosine * 10, torch.ones(9), 7)
     result = verdict(found, [(0, 1), (0, 3)])
@@ -220,14 +263,31 @@ def test_what_cannot_be_compared() -> None:
 
 
 def test_unknown_families() -> None:
-    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=16)).eval()  # fmt: skip
+    gemma = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=16,
+        )
+    ).eval()
     tokens = torch.arange(8).view(1, 8)
     with pytest.raises(AnalysisError, match=r"Gemma2DecoderLayer .*post_attention_layernorm does not read"):
         check_hugging_face(gemma, lambda: gemma(tokens))
-    opt = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=24,
-                                      num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16))  # fmt: skip
+    opt = transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=32,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )
     with pytest.raises(AnalysisError, match=r"OPTForCausalLM has no .* ln_1, attn, ln_2 \(GPT-2\); input_layernorm"):
         hugging_face_probes(opt)
     with pytest.raises(AnalysisError, match="no Swinv2Stage"):

@@ -56,9 +56,19 @@ def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
                 assert set(loads) <= trained.keys()
             found.append(args)
     assert [config.architecture for config in trained.values()] == [
-        "pipelined_topk", "overlapped_shared_expert", "dgmoe", "scmoe"]  # fmt: skip
-    assert [args.analysis for args in found] == ["similarity", "similarity", "gating", "gating", "gradients",
-                                                 "feasibility"]  # fmt: skip
+        "pipelined_topk",
+        "overlapped_shared_expert",
+        "dgmoe",
+        "scmoe",
+    ]
+    assert [args.analysis for args in found] == [
+        "similarity",
+        "similarity",
+        "gating",
+        "gating",
+        "gradients",
+        "feasibility",
+    ]
     # The page reads what the commands before it write.
     *_, launch, _ = commands
     assert found[-1].similarity == found[0].output
@@ -67,8 +77,9 @@ def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
     assert Path(found[-1].calibration).read_text(encoding="utf-8") == "[]"
 
 
-def test_a_command_that_fails_ends_it(commands: list[list[str]], monkeypatch: pytest.MonkeyPatch,
-                                      capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_command_that_fails_ends_it(
+    commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(command: list[str], **_: Any) -> None:
         commands.append(command[1:])
         raise subprocess.CalledProcessError(3, command)
@@ -80,8 +91,9 @@ def test_a_command_that_fails_ends_it(commands: list[list[str]], monkeypatch: py
     assert "benchmarks.quality.analyses: error: --preset tpu" in capsys.readouterr().err
 
 
-def test_one_gpu_has_no_feasibility_page(commands: list[list[str]], monkeypatch: pytest.MonkeyPatch,
-                                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_one_gpu_has_no_feasibility_page(
+    commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert analyses.main(["--preset", "gpu", "--output-dir", "out"]) == 0
     assert "nothing travels between ranks" in capsys.readouterr().out and len(commands) == 9

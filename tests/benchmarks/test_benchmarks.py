@@ -35,11 +35,15 @@ def both(forward_ms: float, backward_ms: float) -> PassTimes:
 
 # Dispatch and combine take 4 ms each, forward as backward; mlp 3, attention 2, shared 4 (backward twice that).
 TIMES = OperatorTimes(
-    gate=both(1, 2), encode=both(0, 0), decode=both(1, 2),
-    backbone=tuple(OperatorTime(name=name, forward_ms=ms, backward_ms=2 * ms) for name, ms in
-                   [("mlp", 3), ("attention", 2), ("shared", 4)]),
+    gate=both(1, 2),
+    encode=both(0, 0),
+    decode=both(1, 2),
+    backbone=tuple(
+        OperatorTime(name=name, forward_ms=ms, backward_ms=2 * ms)
+        for name, ms in [("mlp", 3), ("attention", 2), ("shared", 4)]
+    ),
     chunks={1: ChunkTimes(dispatch=both(4, 4), experts=both(5, 10), combine=both(4, 4))},
-)  # fmt: skip
+)
 CALIBRATED = Calibrated(TIMES, before_tap=both(2, 3))
 
 
@@ -190,17 +194,31 @@ def span(name: str, ms: float, lane: Lane = "compute") -> Span:
 
 
 def test_parts_of_a_scheduled_pair():
-    spans = [span("attention before tap", 1), span("attention", 2), span("mlp", 4), span("shared in", 8),
-             span("gate", 16), span("decode", 32), span("experts", 64), span("dispatch", 500, "communication"),
-             span("dispatch", 128, "wait")]  # fmt: skip
+    spans = [
+        span("attention before tap", 1),
+        span("attention", 2),
+        span("mlp", 4),
+        span("shared in", 8),
+        span("gate", 16),
+        span("decode", 32),
+        span("experts", 64),
+        span("dispatch", 500, "communication"),
+        span("dispatch", 128, "wait"),
+    ]
     expected = {"attention": 3, "MLP": 4, "shared expert": 8, REST_OF_LAYER: 48, "experts": 64, EXPOSED: 128}
     assert parts_of(spans) == expected
     assert layer_ms(spans) == 48 + 64 + 128
 
 
 def test_parts_of_a_layer_of_deepspeed_are_within_its_own_span():
-    spans = [span("attention", 1), span("moe layer", 100), span("experts", 40), span("shared", 20),
-             span("all-to-all", 30, "wait"), span("all-to-all", 30, "communication")]  # fmt: skip
+    spans = [
+        span("attention", 1),
+        span("moe layer", 100),
+        span("experts", 40),
+        span("shared", 20),
+        span("all-to-all", 30, "wait"),
+        span("all-to-all", 30, "communication"),
+    ]
     expected = {"attention": 1, "MLP": 0, "shared expert": 20, REST_OF_LAYER: 10, "experts": 40, EXPOSED: 30}
     assert parts_of(spans) == expected
 
@@ -217,25 +235,41 @@ def bar(name: str, median_ms: float, **more: object) -> dict[str, object]:
 
 
 PLANNED = {
-    "schedule": "experts at slot 2", "predicted_ms": 81.0, "predicted_over_measured": 0.9, "communication_ms": 40.0,
-    "exposed_ms": {"median": 2.0, "p10": 1.0, "p90": 3.0}, "hidden_share": 0.95, "transfers_processor_ms": 1.5,
-    "over_no_communication": {"median": 1.02, "p10": 1.0, "p90": 1.04}, "hidden_by_waits": {"forward": 0.5},
-}  # fmt: skip
+    "schedule": "experts at slot 2",
+    "predicted_ms": 81.0,
+    "predicted_over_measured": 0.9,
+    "communication_ms": 40.0,
+    "exposed_ms": {"median": 2.0, "p10": 1.0, "p90": 3.0},
+    "hidden_share": 0.95,
+    "transfers_processor_ms": 1.5,
+    "over_no_communication": {"median": 1.02, "p10": 1.0, "p90": 1.04},
+    "hidden_by_waits": {"forward": 0.5},
+}
 RECORD = {
-    "command": "python -m benchmarks.speed.block", "environment": {"device": "abacus", "commit": "0"}, "table": "main",
-    "settings": {"rounds": 3, "dispatch": "padded"}, "links": {"forward": LINK},
+    "command": "python -m benchmarks.speed.block",
+    "environment": {"device": "abacus", "commit": "0"},
+    "table": "main",
+    "settings": {"rounds": 3, "dispatch": "padded"},
+    "links": {"forward": LINK},
     "modes": {"forward": {"rows": [bar(STOCK, 100.0), bar("ScMoE", 90.0, **PLANNED)], "load_max_over_mean": 1.25}},
-}  # fmt: skip
+}
 
 
 def crossing_record() -> dict[str, object]:
     found = [
-        {"variant": f"ScMoE Pos-1, {name}", "position": "pos1", "rate_mbit": rate, "median_ms": 100.0,
-         "communication_over_window": 100 / rate, "over_unchunked": {"median": ratio, "p10": ratio, "p90": ratio},
-         "schedule": f"{name} at {rate}", "predicted_ms": 10.0 * ratio}
-        for rate in (50.0, 100.0) for name, ratio in
-        (("unchunked", 1.0), ("2 chunks", 0.9), ("4 chunks", 0.8), ("auto", 0.7))
-    ]  # fmt: skip
+        {
+            "variant": f"ScMoE Pos-1, {name}",
+            "position": "pos1",
+            "rate_mbit": rate,
+            "median_ms": 100.0,
+            "communication_over_window": 100 / rate,
+            "over_unchunked": {"median": ratio, "p10": ratio, "p90": ratio},
+            "schedule": f"{name} at {rate}",
+            "predicted_ms": 10.0 * ratio,
+        }
+        for rate in (50.0, 100.0)
+        for name, ratio in (("unchunked", 1.0), ("2 chunks", 0.9), ("4 chunks", 0.8), ("auto", 0.7))
+    ]
     modes = {"train": {"rows": found, "load_max_over_mean": 1.0}}
     return RECORD | {"table": "crossing", "links": {}, "modes": modes}
 
@@ -256,8 +290,10 @@ def test_markdown_of_the_main_table():
 def test_markdown_of_the_crossing():
     lines = tables.markdown(crossing_record(), "two blocks").splitlines()
     first, second = lines[-2:]
-    assert first == ("| pos1 | 100 | 1.00 | 100 | 0.900 (0.900–0.900) | 0.800 (0.800–0.800) | 0.700 (0.700–0.700) | "
-                     "auto at 100.0 | 0.900 / 0.800 |")  # fmt: skip
+    assert first == (
+        "| pos1 | 100 | 1.00 | 100 | 0.900 (0.900–0.900) | 0.800 (0.800–0.800) | 0.700 (0.700–0.700) | "
+        "auto at 100.0 | 0.900 / 0.800 |"
+    )
     assert second.startswith("| pos1 | 50 | 2.00 |")
 
 
@@ -290,8 +326,10 @@ def test_crossing_draws_a_line_per_way_to_cut():
 
 
 def test_slots_draw_every_slot_and_the_choice():
-    found = [bar(STOCK, 100.0), *(bar(f"ScMoE Pos-1, {name}", 90.0) | {"position": "pos1"}
-                                  for name in ("slot 1", "slot 2", "slot 3", "auto"))]  # fmt: skip
+    found = [
+        bar(STOCK, 100.0),
+        *(bar(f"ScMoE Pos-1, {name}", 90.0) | {"position": "pos1"} for name in ("slot 1", "slot 2", "slot 3", "auto")),
+    ]
     record = RECORD | {"table": "slots", "modes": {"forward": {"rows": found, "load_max_over_mean": 1.0}}}
     (axes,) = bars.slots(record).axes
     assert list(axes.get_xticks()) == [1, 2, 3]
@@ -303,8 +341,15 @@ def test_slots_draw_every_slot_and_the_choice():
 
 def test_the_models_that_the_cost_of_hooks_is_taken_from_compute_the_same():
     """`measure` raises otherwise; both sizes, both modes, and for each the replaced model and the A/A pair."""
-    settings = {"hidden_size": 64, "tokens": 16, "num_experts": 2, "pairs": 2, "positions": ["pos1", "pos3"],
-                "rounds": 1, "clock": "wall"}  # fmt: skip
+    settings = {
+        "hidden_size": 64,
+        "tokens": 16,
+        "num_experts": 2,
+        "pairs": 2,
+        "positions": ["pos1", "pos3"],
+        "rounds": 1,
+        "clock": "wall",
+    }
     found = replace.measure(settings)
     assert len(found) == 2 * 2 * 2 * 2
     assert {row["variant"] for row in found} == {replace.REPLACED, replace.AGAIN}

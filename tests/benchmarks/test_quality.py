@@ -59,9 +59,16 @@ def test_compute_is_what_a_token_is_multiplied_with():
     attention, mlp, norm = 4 * D * D + 4 * D, 8 * D * D + 5 * D, 2 * D
     # Norms: two a block, and the last one. Experts that a token passes: k in each MoE, one MLP in each other block.
     rest = layers * (attention + 2 * norm) + norm + V * D + moes * (mlp + D * E)
-    for variant, experts, more in [("top-1", 1, 0), ("top-2", 2, 0), ("top-3", 3, 0), ("ScMoE Pos-2 add", 2, norm),
-                                   ("DGMoE Pos-2", 2, norm + D * E), ("DGMoE-Share Pos-2", 2, norm + D * E),
-                                   ("shared expert", 2, 0), ("shared expert CG-2", 2, 2 * D + 2)]:  # fmt: skip
+    for variant, experts, more in [
+        ("top-1", 1, 0),
+        ("top-2", 2, 0),
+        ("top-3", 3, 0),
+        ("ScMoE Pos-2 add", 2, norm),
+        ("DGMoE Pos-2", 2, norm + D * E),
+        ("DGMoE-Share Pos-2", 2, norm + D * E),
+        ("shared expert", 2, 0),
+        ("shared expert CG-2", 2, 2 * D + 2),
+    ]:
         found = plan.compute(variant, V)
         assert found["active_parameters"] == rest + moes * (experts * mlp + more), variant
         scores = layers * 2 * S * D
@@ -103,8 +110,16 @@ def test_order_of_listing_changes_nothing():
 def test_files_that_nobody_wrote_for_readers_are_left_out(tmp_path: Path):
     text = "\n".join(f"A sentence with the number {number} in it, as people write." for number in range(30))
     kept = ["pack/module.py", "pack/guide.md", "pack/notes.rst", "pack/more/words.txt"]
-    left_out = ["pack/tests/test_a.py", "pack/test_b.py", "pack/LICENSE.txt", "pack-1.0.dist-info/METADATA.txt",
-                "pack/_vendor/other.py", "pack/api_pb2.py", "pack/table.csv", "pack/data/list.txt"]  # fmt: skip
+    left_out = [
+        "pack/tests/test_a.py",
+        "pack/test_b.py",
+        "pack/LICENSE.txt",
+        "pack-1.0.dist-info/METADATA.txt",
+        "pack/_vendor/other.py",
+        "pack/api_pb2.py",
+        "pack/table.csv",
+        "pack/data/list.txt",
+    ]
     for name in kept + left_out:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,8 +140,10 @@ def test_corpus_is_the_same_bytes_each_time_and_validation_comes_last(tmp_path: 
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert one.record == two.record and one.record["vocab_size"] == 300
     chosen = choose(documents, 0.3e6)
-    assert one.split == f"{len(chosen) - sum(is_validation(each.text, 0.2) for each in chosen)}," \
-                        f"{sum(is_validation(each.text, 0.2) for each in chosen)},0"  # fmt: skip
+    assert (
+        one.split == f"{len(chosen) - sum(is_validation(each.text, 0.2) for each in chosen)},"
+        f"{sum(is_validation(each.text, 0.2) for each in chosen)},0"
+    )
     rows = held_out_rows(one.prefix, one.split, SEQUENCE, 10**6)
     tokenizer = text_corpus.GPT2BPETokenizer(*(str(tmp_path / "one" / name) for name in ("vocab.json", "merges.txt")))
     held_out = "<|endoftext|>".join([each.text for each in chosen if is_validation(each.text, 0.2)] + [""])
@@ -153,41 +170,75 @@ def test_log_of_two_sessions_is_one_curve():
     line = (
         "iteration       {}/4 | consumed samples: 8 | lm loss: {:.8E} | moe loss: 1.0E+00 | tokens per second: {} | x"
     )
-    first = ["training scmoe from iteration 0 to 4 on 1 CPU process(es)", line.format(1, 5, 9), line.format(2, 4, 100),
-             line.format(3, 3.9, 120)]  # fmt: skip
-    second = ["training scmoe from iteration 2 to 4 on 1 CPU process(es)", line.format(3, 3.5, 9),
-              line.format(4, 3, 140), "validation at iteration 4 | lm loss: 3.25000000E+00 | perplexity: 25.8"]  # fmt: skip
+    first = [
+        "training scmoe from iteration 0 to 4 on 1 CPU process(es)",
+        line.format(1, 5, 9),
+        line.format(2, 4, 100),
+        line.format(3, 3.9, 120),
+    ]
+    second = [
+        "training scmoe from iteration 2 to 4 on 1 CPU process(es)",
+        line.format(3, 3.5, 9),
+        line.format(4, 3, 140),
+        "validation at iteration 4 | lm loss: 3.25000000E+00 | perplexity: 25.8",
+    ]
     assert read_log("\n".join(first + second), 10) == {
-        "train": [[10, 5], [20, 4], [30, 3.5], [40, 3]], "validation": [[40, 3.25]], "tokens_per_second": 120,
+        "train": [[10, 5], [20, 4], [30, 3.5], [40, 3]],
+        "validation": [[40, 3.25]],
+        "tokens_per_second": 120,
         "sessions": 2,
-    }  # fmt: skip
+    }
 
 
 def record_of(losses: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
-    runs = [{"variant": name, "seed": seed, "status": "finished", "seconds": 1.0, "loss": statistics.fmean(values),
-             "sequence_losses": values, "train": [[10, 4.0]], "validation": [[10, 4.0], [20, 3.0]],
-             "tokens_per_second": 100, "sessions": 1, "environment": 0}
-            for name, by_seed in losses.items() for seed, values in by_seed.items()]  # fmt: skip
+    runs = [
+        {
+            "variant": name,
+            "seed": seed,
+            "status": "finished",
+            "seconds": 1.0,
+            "loss": statistics.fmean(values),
+            "sequence_losses": values,
+            "train": [[10, 4.0]],
+            "validation": [[10, 4.0], [20, 3.0]],
+            "tokens_per_second": 100,
+            "sessions": 1,
+            "environment": 0,
+        }
+        for name, by_seed in losses.items()
+        for seed, values in by_seed.items()
+    ]
     sizes = {"train": 10, "validation": 2}
     compute = {"forward_flops_per_token": 2e6, "active_parameters": 1e6, "parameters": 3e6}
     names = list(losses)
     return {
-        "commands": ["python -m benchmarks.quality.compare"], "seeds": [1, 2, 3], "tokens": 100, "runs": runs,
-        "identity": {"preset": "cpu", "flags": {"num-layers": 4},
-                     "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}},
+        "commands": ["python -m benchmarks.quality.compare"],
+        "seeds": [1, 2, 3],
+        "tokens": 100,
+        "runs": runs,
+        "identity": {
+            "preset": "cpu",
+            "flags": {"num-layers": 4},
+            "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+        },
         "corpus": {"documents": sizes, "bytes": sizes, "tokens": sizes, "python": "3", "sha256": "0", "vocab_size": 9},
-        "variants": {name: {"section": {}, **compute} for name in names}, "environments": [{"device": "any"}],
-        "references": [names[-1]], "claims": [[names[0], "<", names[-1]]], "equivalence_margin_nats": 0.01,
-    }  # fmt: skip
+        "variants": {name: {"section": {}, **compute} for name in names},
+        "environments": [{"device": "any"}],
+        "references": [names[-1]],
+        "claims": [[names[0], "<", names[-1]]],
+        "equivalence_margin_nats": 0.01,
+    }
 
 
 def test_paired_differences_against_a_plain_computation():
     numbers = np.random.default_rng(0)
     ours, theirs = numbers.normal(3, 1, (3, 50)), numbers.normal(3.1, 1, (3, 50))
-    record = record_of({
-        "ours": {seed: ours[seed - 1].tolist() for seed in (1, 2, 3)},
-        "theirs": {seed: theirs[seed - 1].tolist() for seed in (3, 1, 2)},
-    })  # fmt: skip
+    record = record_of(
+        {
+            "ours": {seed: ours[seed - 1].tolist() for seed in (1, 2, 3)},
+            "theirs": {seed: theirs[seed - 1].tolist() for seed in (3, 1, 2)},
+        }
+    )
     found = paired(record, "ours", "theirs")
     assert found is not None and found.seeds == (1, 2, 3)
     by_seed = (ours - theirs).mean(axis=1)
@@ -215,10 +266,12 @@ def test_paired_differences_against_a_plain_computation():
     ],
 )
 def test_verdicts(differences: list[float], relation: str, expected: str):
-    record = record_of({
-        "ours": {seed: [3 + value, 4 + value] for seed, value in enumerate(differences, 1)},
-        "theirs": {seed: [3.0, 4.0] for seed in (1, 2, 3)},
-    })  # fmt: skip
+    record = record_of(
+        {
+            "ours": {seed: [3 + value, 4 + value] for seed, value in enumerate(differences, 1)},
+            "theirs": {seed: [3.0, 4.0] for seed in (1, 2, 3)},
+        }
+    )
     assert verdict(paired(record, "ours", "theirs"), relation, 0.01) == expected
     assert verdict(paired(record, "ours", "nobody"), relation, 0.01).startswith("not decided")
 
@@ -243,8 +296,20 @@ def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     documents = some_documents()
     monkeypatch.setattr(text_corpus, "installed_documents", lambda: documents)
     settings = tiny_settings(tmp_path / "settings.json")
-    return ["--settings", str(settings), "--work-dir", str(tmp_path / "work"), "--output", str(tmp_path / "out"),
-            "--only", "top-2", "Pos-2 CG-1", "--seeds", "1", "2"]  # fmt: skip
+    return [
+        "--settings",
+        str(settings),
+        "--work-dir",
+        str(tmp_path / "work"),
+        "--output",
+        str(tmp_path / "out"),
+        "--only",
+        "top-2",
+        "Pos-2 CG-1",
+        "--seeds",
+        "1",
+        "2",
+    ]
 
 
 def stop_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,12 +411,15 @@ def test_unknown_names_and_files_are_explained(flags: list[str], tmp_path: Path,
         assert quality.main([*flags, *more]) == 2
         assert message in capsys.readouterr().err
     changes: dict[str, dict[str, Any]] = {
-        'variant top-1: scmoe.architecture = "topp"': {"variants": settings["variants"] | {"top-1": {"architecture": "topp"}}},
+        'variant top-1: scmoe.architecture = "topp"': {
+            "variants": settings["variants"] | {"top-1": {"architecture": "topp"}}
+        },
         "name top-9, which is no variant": {"claims": [["top-1", "<", "top-9"]]},
         "it can say < or ≈": {"claims": [["top-1", ">", "top-2"]]},
         "variant top-1: --seq-length decides the data, which all variants share": {
-            "variants": settings["variants"] | {"top-1": {"flags": {"seq-length": 8}}}},
-    }  # fmt: skip
+            "variants": settings["variants"] | {"top-1": {"flags": {"seq-length": 8}}}
+        },
+    }
     for message, change in changes.items():
         Path(flags[1]).write_text(json.dumps(settings | change), encoding="utf-8")
         assert quality.main(flags) == 2

@@ -64,7 +64,7 @@ def test_offload_table() -> None:
         "totals": {"resident": {"peak_bytes": 1000, "window_ms": 6.0}, "offload": {"peak_bytes": 500}},
         "texts": {name: [[1, 2]] for name in times},
         "counts": {"resident": {}, "offload": late, "offload-async": late},
-    }  # fmt: skip
+    }
     resident, blocking, early = offload.table(found, "x")
     assert early["row"] == "x offload-async"
     assert resident["removed_percent"] is None and blocking["removed_percent"] is None

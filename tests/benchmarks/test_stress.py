@@ -38,8 +38,10 @@ def test_every_claim_compares_two_models_of_one_condition(preset: str) -> None:
         assert plan.sections[scmoe]["moe_every"] == plan.sections[top2]["moe_every"]
         flops = [plan.compute(name, 4096)["forward_flops_per_token"] for name in (scmoe, top2)]
         assert flops[0] == pytest.approx(flops[1], rel=0.01)
-    changed = {(*flags.items(), section["moe_every"], section.get("shortcut_distance", 1))
-               for flags, section in zip(plan.flags.values(), plan.sections.values(), strict=True)}  # fmt: skip
+    changed = {
+        (*flags.items(), section["moe_every"], section.get("shortcut_distance", 1))
+        for flags, section in zip(plan.flags.values(), plan.sections.values(), strict=True)
+    }
     assert len(changed) == len(plan.common["claims"])
 
 
@@ -54,13 +56,19 @@ def measured(transfer: float) -> Measured:
     """Gate 1, encode 0, decode 1 forward; attention 4, MLP 6, shared expert 6, experts 6 (top-2: 12); backward twice."""
 
     def times(experts: float, transfer: float, backbone: list[OperatorTime]) -> OperatorTimes:
-        chunk = ChunkTimes(dispatch=passes(transfer, transfer), experts=passes(experts, 2 * experts),
-                           combine=passes(transfer, transfer))  # fmt: skip
-        return OperatorTimes(gate=passes(1, 2), encode=passes(0, 0), decode=passes(1, 2), backbone=tuple(backbone),
-                             chunks={1: chunk})  # fmt: skip
+        chunk = ChunkTimes(
+            dispatch=passes(transfer, transfer),
+            experts=passes(experts, 2 * experts),
+            combine=passes(transfer, transfer),
+        )
+        return OperatorTimes(
+            gate=passes(1, 2), encode=passes(0, 0), decode=passes(1, 2), backbone=tuple(backbone), chunks={1: chunk}
+        )
 
-    backbone = [OperatorTime(name=name, forward_ms=ms, backward_ms=2 * ms)
-                for name, ms in (("mlp", 6), ("attention", 4), ("shared", 6))]  # fmt: skip
+    backbone = [
+        OperatorTime(name=name, forward_ms=ms, backward_ms=2 * ms)
+        for name, ms in (("mlp", 6), ("attention", 4), ("shared", 6))
+    ]
     return Measured(0.5, times(6, transfer, backbone), times(12, 2 * transfer, []))
 
 
@@ -108,8 +116,10 @@ def test_communication_that_fits_into_the_window_is_hidden_and_no_more(fields: d
 def test_committed_records_have_the_times(name: str) -> None:
     found = read_measured(RESULTS / f"{name}.json", "train")
     assert found.share == pytest.approx(int(name.split("_")[-2]) / 100, abs=0.02)
-    speedups = [predict(found, section(moe_every=every, position="pos1" if every == 1 else "pos2"), "train")
-                for every in (1, 2, 4)]  # fmt: skip
+    speedups = [
+        predict(found, section(moe_every=every, position="pos1" if every == 1 else "pos2"), "train")
+        for every in (1, 2, 4)
+    ]
     ratios = [each.blocking_ms / each.scmoe_ms for each in speedups]
     assert ratios == sorted(ratios, reverse=True) and ratios[-1] > 1  # a rarer MoE has less to gain
 
@@ -136,8 +146,10 @@ def test_similarity_in_the_record_is_that_of_the_analysis() -> None:
     assert np.abs(np.array(found["l2"]) - whole.distance.numpy()).max() <= 6e-5
 
 
-@pytest.mark.parametrize(("fields", "distance"), [({}, 1), ({"moe_every": 4}, 1), ({"moe_every": 4}, 3),
-                                                  ({"moe_every": 1, "position": "pos1"}, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "distance"),
+    [({}, 1), ({"moe_every": 4}, 1), ({"moe_every": 4}, 3), ({"moe_every": 1, "position": "pos1"}, 1)],
+)
 def test_a_shortcut_connects_what_the_analysis_says(fields: dict, distance: int) -> None:
     connect()
     model = whole_model(GPTSettings(4, 16, 2, 64, 32), {"num_experts": 4, **fields}).eval()
@@ -146,8 +158,9 @@ def test_a_shortcut_connects_what_the_analysis_says(fields: dict, distance: int)
     judged = verdict(whole, subject.moe_blocks, distance)
     names = whole.record()["names"]
     for position in POSITIONS:
-        wanted = [(names.index(layer["from"]), names.index(layer["to"]))
-                  for layer in judged["positions"][position]["layers"]]  # fmt: skip
+        wanted = [
+            (names.index(layer["from"]), names.index(layer["to"])) for layer in judged["positions"][position]["layers"]
+        ]
         assert shortcuts(names, position, distance) == wanted
 
 
@@ -158,12 +171,26 @@ def test_a_small_run_and_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     whole = json.loads(SETTINGS.read_text(encoding="utf-8")) | {"extends": "settings.json"}
     whole["presets"]["cpu"] = {"evaluation": {"similarity_sequences": 6}, "flags": {"num-layers": 4}}
     (tmp_path / "stress.json").write_text(json.dumps(whole), encoding="utf-8")
-    flags = ["--settings", str(tmp_path / "stress.json"), "--work-dir", str(tmp_path / "work"), "--output",
-             str(tmp_path / "out"), "--only", "post-norm", "fourth block, distance", "--seeds", "1"]  # fmt: skip
+    flags = [
+        "--settings",
+        str(tmp_path / "stress.json"),
+        "--work-dir",
+        str(tmp_path / "work"),
+        "--output",
+        str(tmp_path / "out"),
+        "--only",
+        "post-norm",
+        "fourth block, distance",
+        "--seeds",
+        "1",
+    ]
     assert stress.main([*flags, "--parallel", "2"]) == 0
     record = Record.read(tmp_path / "out.json", "benchmarks.quality.stress").content
     assert {run["variant"] for run in record["runs"]} == {
-        "top-2, post-norm", "ScMoE, post-norm", "ScMoE, MoE in every fourth block, distance 3"}  # fmt: skip
+        "top-2, post-norm",
+        "ScMoE, post-norm",
+        "ScMoE, MoE in every fourth block, distance 3",
+    }
     for run in record["runs"]:
         assert run["train"][-1][0] == 4 * SEQUENCE * ITERATIONS
         assert run["similarity"]["tokens"] == 6 * SEQUENCE and len(run["similarity"]["names"]) == 9

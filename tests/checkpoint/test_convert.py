@@ -126,8 +126,10 @@ def test_bf16_export(residual: tuple[str, dict[str, Tensor], Tensor], tmp_path: 
 
 
 @pytest.mark.parametrize("norm", ["own", "shared"])
-@pytest.mark.parametrize(("position", "copied"), [("pos1", "blocks.1.attention_norm"), ("pos2", "blocks.0.mlp_norm"),
-                                                  ("pos3", "blocks.0.attention_norm")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("position", "copied"),
+    [("pos1", "blocks.1.attention_norm"), ("pos2", "blocks.0.mlp_norm"), ("pos3", "blocks.0.attention_norm")],
+)
 def test_residual_to_scmoe(
     position: str, copied: str, norm: str, residual: tuple[str, dict[str, Tensor], Tensor], tmp_path: Path
 ) -> None:

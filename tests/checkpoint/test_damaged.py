@@ -82,8 +82,11 @@ def test_a_flipped_bit_in_latest(tmp_path: Path) -> None:
 def test_a_flipped_bit_in_tensors_whose_checksum_nobody_compares(kind: str, tmp_path: Path) -> None:
     """`generate` with experts in files compares sizes only."""
     file, rng = tmp_path / "a.pt", random.Random(0)
-    torch.save({"stage": ZeroStageEnum(1), "w": {"a.b": torch.ones(20), "c": [torch.zeros(3, 4), "text", 1.5]}}, file,
-               _use_new_zipfile_serialization=kind == "zip")  # fmt: skip
+    torch.save(
+        {"stage": ZeroStageEnum(1), "w": {"a.b": torch.ones(20), "c": [torch.zeros(3, 4), "text", 1.5]}},
+        file,
+        _use_new_zipfile_serialization=kind == "zip",
+    )
     whole, refused = file.read_bytes(), 0
     for _ in range(FLIPS // 5):
         content = bytearray(whole)
@@ -172,7 +175,7 @@ STRUCTURE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pipe for the manifest": (_replaced(files.MANIFEST_FILE, os.mkfifo), r"scmoe_files\.json cannot be read"),
     "a pipe for tensors": (_replaced("rank_1.pt", os.mkfifo), r"rank_1\.pt is missing"),
     "tensors that are linked from elsewhere": (_link, r"rank_1\.pt is a link that leads out"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", STRUCTURE)
@@ -298,11 +301,16 @@ def test_a_class_that_is_no_part_of_a_checkpoint(content: str, kind: str, tmp_pa
         def __reduce__(self) -> tuple[Any, ...]:
             return getattr, (collections.OrderedDict, "clear")
 
-    payload = {"posix.system": Payload(tmp_path / "ran"), "functools.partial": functools.partial(print, 1),
-               "builtins.getattr": Getattr(), "eval": eval}[content]  # fmt: skip
+    payload = {
+        "posix.system": Payload(tmp_path / "ran"),
+        "functools.partial": functools.partial(print, 1),
+        "builtins.getattr": Getattr(),
+        "eval": eval,
+    }[content]
     directory = make(tmp_path, 1)
-    torch.save({"w": torch.ones(2), "extra": payload}, directory / "rank_1.pt",
-               _use_new_zipfile_serialization=kind == "zip")  # fmt: skip
+    torch.save(
+        {"w": torch.ones(2), "extra": payload}, directory / "rank_1.pt", _use_new_zipfile_serialization=kind == "zip"
+    )
     whole = (directory / "rank_1.pt").read_bytes()
     entry = {"bytes": len(whole), "crc32": f"{zlib.crc32(whole):08x}"}
     write_manifest(directory, {**manifest_of(directory), "rank_1.pt": entry})

@@ -66,10 +66,19 @@ DAMAGE = {
     "bit": (flip_a_bit, r"rank_1\.pt is damaged: its checksum is \w{8} instead of \w{8}\. Name an earlier"),
     "cut": (lambda file: file.write_bytes(file.read_bytes()[:-1]), r"rank_1\.pt has \d+ bytes instead of \d+; "),
     "missing": (lambda file: file.unlink(), r"rank_1\.pt is missing; .*--auto-resume"),
-    "bit in the description": (lambda file: alter(file.with_name("scmoe.json"), '"num_layers": 2', '"num_layers": 4'), r"scmoe\.json is damaged"),
-    "no manifest": (lambda file: file.with_name("scmoe_files.json").unlink(), r"scmoe_files\.json cannot be read \(No such file"),
-    "torn manifest": (lambda file: file.with_name("scmoe_files.json").write_text('{"a"'), r"scmoe_files\.json is damaged"),
-}  # fmt: skip
+    "bit in the description": (
+        lambda file: alter(file.with_name("scmoe.json"), '"num_layers": 2', '"num_layers": 4'),
+        r"scmoe\.json is damaged",
+    ),
+    "no manifest": (
+        lambda file: file.with_name("scmoe_files.json").unlink(),
+        r"scmoe_files\.json cannot be read \(No such file",
+    ),
+    "torn manifest": (
+        lambda file: file.with_name("scmoe_files.json").write_text('{"a"'),
+        r"scmoe_files\.json is damaged",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -137,8 +146,12 @@ def test_what_binds_and_what_does_not() -> None:
     now = fields.describe(SETTINGS, other, 4, {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}})
     fields.check_model(DESCRIPTION, now, "it")
     changed = fields.changed_layout(DESCRIPTION, now)
-    assert changed == {"number of processes": (2, 4), "scmoe.expert_parallel_size": (1, 4),
-                       "zero_optimization.stage": (1, 2), "precision": ("fp32", "bf16")}  # fmt: skip
+    assert changed == {
+        "number of processes": (2, 4),
+        "scmoe.expert_parallel_size": (1, 4),
+        "zero_optimization.stage": (1, 2),
+        "precision": ("fp32", "bf16"),
+    }
     assert fields.layout_text({"a": (1, 2), "b": (3, 4)}) == "from a 1, b 3 to a 2, b 4"
     assert fields.changed_layout(DESCRIPTION, DESCRIPTION) == {}
     for stage, message in ((0, r"stage = 0 binds"), (3, r"stage = 3 binds")):

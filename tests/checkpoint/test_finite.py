@@ -41,10 +41,13 @@ def trained(**changes: Any) -> Any:
 BF16 = {"bf16": {"enabled": True}}
 ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO-0": {"zero_optimization": {"stage": 0}},
-    "ZeRO-1, bf16, accumulated in fp32": {"zero_optimization": {"stage": 1}, **BF16,
-                                          "data_types": {"grad_accum_dtype": "fp32"}},
+    "ZeRO-1, bf16, accumulated in fp32": {
+        "zero_optimization": {"stage": 1},
+        **BF16,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
     "ZeRO-2, offloaded": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -70,8 +73,11 @@ def tensors_of(engine: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Te
         flat = inner.optimizer.param_groups[mapping.param_group_index]["params"][0]
         address = mapping.hp_fragment_address
         moment = inner.optimizer.state[flat]["exp_avg_sq"].narrow(0, address.start, address.numel)
-        return {"the weights": parameter.data, "the fp32 weights": mapping.hp_fragment.data,
-                "exp_avg_sq in the optimizer": moment}  # fmt: skip
+        return {
+            "the weights": parameter.data,
+            "the fp32 weights": mapping.hp_fragment.data,
+            "exp_avg_sq in the optimizer": moment,
+        }
     return {"the weights": parameter.data, "exp_avg in the optimizer": inner.state[parameter]["exp_avg"]}
 
 

@@ -143,8 +143,9 @@ INDICES: dict[str, Change | str] = {
 }
 
 
-@pytest.mark.parametrize(("name", "case"), [*((CONFIG_FILE, case) for case in CONFIGS),
-                                            *((INDEX_FILE, case) for case in INDICES)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "case"), [*((CONFIG_FILE, case) for case in CONFIGS), *((INDEX_FILE, case) for case in INDICES)]
+)
 def test_json(name: str, case: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = changed(good, tmp_path / "export", name, (CONFIGS if name == CONFIG_FILE else INDICES)[case])
     started = time.monotonic()
@@ -162,10 +163,11 @@ def test_every_program(case: str, good: Path, tmp_path: Path, capsys: pytest.Cap
     text.write_text("abc " * 20)
     runs: list[Callable[[], Any]] = [
         lambda: evaluate_program.main(["--load", path, "--text-file", str(text)]),
-        lambda: analyze_program.main(["similarity", "--load", path, "--text-file", str(text),
-                                        "--output", str(tmp_path / "out.json")]),
+        lambda: analyze_program.main(
+            ["similarity", "--load", path, "--text-file", str(text), "--output", str(tmp_path / "out.json")]
+        ),
         lambda: generate_program.main(["--load", path, "--prompt", "a", "--experts", "offload"]),
-    ]  # fmt: skip
+    ]
     if case != "wide":  # a conversion builds no model
         runs.append(lambda: convert_checkpoint.main(["export", path, str(tmp_path / "out")]))
         runs.append(lambda: convert_checkpoint.main(["residual-to-scmoe", path, str(tmp_path / "other")]))
@@ -204,8 +206,16 @@ def test_a_shard_that_nobody_vouches_for(good: Path, tmp_path: Path) -> None:
         open_weights(out)
 
 
-@pytest.mark.parametrize("header", [b"", b"\xff" * 8, (2**40).to_bytes(8, "little") + b"{}", b"\x02" + b"\0" * 7 + b"[]",
-                                    (10**5).to_bytes(8, "little") + b"[" * 10**5])  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\xff" * 8,
+        (2**40).to_bytes(8, "little") + b"{}",
+        b"\x02" + b"\0" * 7 + b"[]",
+        (10**5).to_bytes(8, "little") + b"[" * 10**5,
+    ],
+)
 def test_tensor_files(header: bytes, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "export"
     shutil.copytree(good, out)
@@ -239,10 +249,18 @@ def test_swin(tmp_path: Path) -> None:
     good = tmp_path / "good"
     write_weights(good, weights, described, torch.float32, 10**9)
     assert open_swin(str(good), torch.device("cpu")).settings == settings
-    for number, change in enumerate((put("swin", "depths", [1, 1, 2**24, 2]), put("swin", "embed_dim", 2**30),
-                                     put("swin", "patch_size", 0), put("swin", "window_size", 0),
-                                     put("swin", "depths", "1111"), put("swin", "depths", [1, 1, 2, "2"]),
-                                     put("swin", "evil", 1), put("scmoe", "num_experts", 10**6))):  # fmt: skip
+    for number, change in enumerate(
+        (
+            put("swin", "depths", [1, 1, 2**24, 2]),
+            put("swin", "embed_dim", 2**30),
+            put("swin", "patch_size", 0),
+            put("swin", "window_size", 0),
+            put("swin", "depths", "1111"),
+            put("swin", "depths", [1, 1, 2, "2"]),
+            put("swin", "evil", 1),
+            put("scmoe", "num_experts", 10**6),
+        )
+    ):
         with pytest.raises(CheckpointError):
             open_swin(str(changed(good, tmp_path / str(number), CONFIG_FILE, change)), torch.device("cpu"))
 
@@ -255,8 +273,19 @@ def test_an_honest_export_is_read(good: Path, tmp_path: Path) -> None:
     assert export(good, tmp_path / "again") == 1
 
 
-@pytest.mark.parametrize("text", ["[", "[]", "[" * 100_000, "{}", '{"model_type": "swinv2"}', '{"model_type": "swinv2", "depths": 3}',
-                                  '{"model_type": "gpt2", "n_layer": "x"}', '{"model_type": "x", "auto_map": {"AutoModelForCausalLM": "evil.X"}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        "[]",
+        "[" * 100_000,
+        "{}",
+        '{"model_type": "swinv2"}',
+        '{"model_type": "swinv2", "depths": 3}',
+        '{"model_type": "gpt2", "n_layer": "x"}',
+        '{"model_type": "x", "auto_map": {"AutoModelForCausalLM": "evil.X"}}',
+    ],
+)
 def test_hugging_face_models(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")

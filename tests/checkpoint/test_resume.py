@@ -73,9 +73,17 @@ def changed(whole: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def described(whole: dict[str, Any] = JSON, settings: GPTSettings = SETTINGS, **flags: Any) -> dict[str, Any]:
-    defaults = {"seed": 1, "split": split_shares("8,1,1"), "seq_length": 16, "train_iters": 10, "valid_data_path": None,
-                "micro_batch_size": 2,
-                "accumulation_steps": 2, "replicas": 1, "data": {"content": ["aa"], "shown": "here"}}  # fmt: skip
+    defaults = {
+        "seed": 1,
+        "split": split_shares("8,1,1"),
+        "seq_length": 16,
+        "train_iters": 10,
+        "valid_data_path": None,
+        "micro_batch_size": 2,
+        "accumulation_steps": 2,
+        "replicas": 1,
+        "data": {"content": ["aa"], "shown": "here"},
+    }
     config = ScMoEConfig.from_deepspeed(whole)
     return fields.describe(settings, config, 1, whole, run_settings(whole, **{**defaults, **flags}))
 
@@ -107,22 +115,62 @@ def test_nothing_is_said_when_nothing_differs() -> None:
 
 CHANGES: dict[str, tuple[dict, dict, str, Outcome]] = {
     "lr": ({"optimizer__params__lr": 1e-5}, {}, "optimizer.params.lr = 1e-05 (was 0.01)", Outcome.TAKEN_OVER),
-    "key gone": ({"optimizer__params__eps": None}, {}, "optimizer.params.eps = not set (was 1e-06)", Outcome.TAKEN_OVER),
+    "key gone": (
+        {"optimizer__params__eps": None},
+        {},
+        "optimizer.params.eps = not set (was 1e-06)",
+        Outcome.TAKEN_OVER,
+    ),
     "Adam": ({"optimizer__type": "Adam"}, {}, "", Outcome.FREE),
-    "optimizer": ({"optimizer": {"type": "SGD", "params": {}}, "zero_allow_untested_optimizer": True}, {}, 'optimizer.type = "SGD" (was "AdamW")', Outcome.REFUSED),
-    "schedule": ({"scheduler": {"type": "WarmupLR", "params": {}}}, {}, 'scheduler.type = "WarmupLR" (was not set)', Outcome.TAKEN_OVER),
+    "optimizer": (
+        {"optimizer": {"type": "SGD", "params": {}}, "zero_allow_untested_optimizer": True},
+        {},
+        'optimizer.type = "SGD" (was "AdamW")',
+        Outcome.REFUSED,
+    ),
+    "schedule": (
+        {"scheduler": {"type": "WarmupLR", "params": {}}},
+        {},
+        'scheduler.type = "WarmupLR" (was not set)',
+        Outcome.TAKEN_OVER,
+    ),
     "clipping": ({"gradient_clipping": 0.1}, {}, "gradient_clipping = 0.1 (was 0.5)", Outcome.TAKEN_OVER),
     "capacity": ({"scmoe__capacity_factor": 1.25}, {}, "scmoe.capacity_factor = 1.25 (was 2.0)", Outcome.TAKEN_OVER),
     "accumulation": ({}, {"accumulation_steps": 4}, "sequences per step = 8 (was 4)", Outcome.CHANGES_THE_RUN),
-    "micro-batch": ({}, {"micro_batch_size": 4, "accumulation_steps": 1}, "train_micro_batch_size_per_gpu = 4 (was 2)", Outcome.CHANGES_THE_RUN),
+    "micro-batch": (
+        {},
+        {"micro_batch_size": 4, "accumulation_steps": 1},
+        "train_micro_batch_size_per_gpu = 4 (was 2)",
+        Outcome.CHANGES_THE_RUN,
+    ),
     "seed": ({}, {"seed": 7}, "--seed = 7 (was 1)", Outcome.CHANGES_THE_RUN),
-    "split": ({}, {"split": split_shares("5,4,1")}, "--split = [0.5, 0.4, 0.1] (was [0.8, 0.1, 0.1])", Outcome.CHANGES_THE_RUN),
+    "split": (
+        {},
+        {"split": split_shares("5,4,1")},
+        "--split = [0.5, 0.4, 0.1] (was [0.8, 0.1, 0.1])",
+        Outcome.CHANGES_THE_RUN,
+    ),
     "length": ({}, {"seq_length": 8}, "--seq-length = 8 (was 16)", Outcome.CHANGES_THE_RUN),
     "iterations": ({}, {"train_iters": 50}, "--train-iters = 50 (was 10)", Outcome.CHANGES_THE_RUN),
-    "validation": ({}, {"valid_data_path": {"content": ["cc"], "shown": "v"}}, "--valid-data-path = v [cc] (was not set)", Outcome.CHANGES_THE_RUN),
-    "autocast": ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast.enabled = true (was not set)", Outcome.TAKEN_OVER),
-    "data": ({}, {"data": {"content": ["bb"], "shown": "there"}}, "data = there [bb] (was here [aa])", Outcome.CHANGES_THE_RUN),
-}  # fmt: skip
+    "validation": (
+        {},
+        {"valid_data_path": {"content": ["cc"], "shown": "v"}},
+        "--valid-data-path = v [cc] (was not set)",
+        Outcome.CHANGES_THE_RUN,
+    ),
+    "autocast": (
+        {"torch_autocast": {"enabled": True}},
+        {},
+        "torch_autocast.enabled = true (was not set)",
+        Outcome.TAKEN_OVER,
+    ),
+    "data": (
+        {},
+        {"data": {"content": ["bb"], "shown": "there"}},
+        "data = there [bb] (was here [aa])",
+        Outcome.CHANGES_THE_RUN,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CHANGES)
@@ -142,8 +190,18 @@ def test_data_is_what_is_in_the_files(tmp_path: Path) -> None:
     one, two = write("one", 1), write("two", 2)
     shutil.copy(one + ".bin", tmp_path / "moved.bin")
     shutil.copy(one + ".idx", tmp_path / "moved.idx")
-    content = {path: identify(path.split())["content"] for path in (one, two, str(tmp_path / "moved"), f"2 {one} 6 {two}",
-                                                                   f"0.25 {one} 0.75 {two}", f"1 {one} 1 {two}", f"5 {one}")}  # fmt: skip
+    content = {
+        path: identify(path.split())["content"]
+        for path in (
+            one,
+            two,
+            str(tmp_path / "moved"),
+            f"2 {one} 6 {two}",
+            f"0.25 {one} 0.75 {two}",
+            f"1 {one} 1 {two}",
+            f"5 {one}",
+        )
+    }
     assert content[one] == content[str(tmp_path / "moved")] == content[f"5 {one}"]
     assert content[one] != content[two], "the same lengths, other tokens: the index alone does not tell"
     assert content[f"2 {one} 6 {two}"] == content[f"0.25 {one} 0.75 {two}"] != content[f"1 {one} 1 {two}"]
@@ -193,8 +251,14 @@ def test_the_jsons_optimizer_holds(
     by_pieces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = save_after(3, JSON, tmp_path)
-    new = changed(JSON, optimizer__params__lr=1e-7, optimizer__params__betas=[0.5, 0.6], optimizer__params__eps=1e-3,
-                  optimizer__params__weight_decay=0.3, gradient_clipping=0.25)  # fmt: skip
+    new = changed(
+        JSON,
+        optimizer__params__lr=1e-7,
+        optimizer__params__betas=[0.5, 0.6],
+        optimizer__params__eps=1e-3,
+        optimizer__params__weight_decay=0.3,
+        gradient_clipping=0.25,
+    )
     with caplog.at_level(logging.INFO, "scmoe_ds"):
         engine = resume(tmp_path, new, by_pieces, monkeypatch)
     assert groups(engine) == groups(make_engine(new)), "each group's own: no decay stays without, experts stay experts"
@@ -202,8 +266,12 @@ def test_the_jsons_optimizer_holds(
     assert engine.optimizer.clip_grad == 0.25
     before = weights(engine)
     assert all(torch.equal(weight, before[name]) for name, weight in weights(saved).items())
-    assert all(torch.equal(old["exp_avg"], new["exp_avg"]) and old["step"] == new["step"] == 3 for old, new in
-               zip(saved.optimizer.optimizer.state.values(), engine.optimizer.optimizer.state.values(), strict=True))  # fmt: skip
+    assert all(
+        torch.equal(old["exp_avg"], new["exp_avg"]) and old["step"] == new["step"] == 3
+        for old, new in zip(
+            saved.optimizer.optimizer.state.values(), engine.optimizer.optimizer.state.values(), strict=True
+        )
+    )
     step(engine)
     # At its start (bias correction 1 / (1 - 0.5^4)) Adam's step is a few learning rates at most.
     moved = max(float((weight - before[name]).abs().max()) for name, weight in weights(engine).items())
@@ -228,7 +296,7 @@ SCHEDULES: dict[str, tuple[Any, Any, float]] = {
     "longer": (DECAY, changed(DECAY, params__total_num_steps=400), sixth_rate(total=400)),
     "new": (None, DECAY, sixth_rate()),
     "gone": (DECAY, None, 1e-2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("by_pieces", [False, True])
@@ -273,8 +341,10 @@ def test_a_schedule_bent_by_train_iters_is_a_warning(tmp_path: Path, caplog: pyt
         checkpoint.load(engine, checkpoint.choose(str(tmp_path), None, False, described(longer, train_iters=400)))
     warning = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     warning = [line for line in warning if "before it has started" not in line]  # DeepSpeed's, at every start
-    assert len(warning) == 1 and warning[0].endswith("differs from the one that saved it: "
-        "scheduler.params.total_num_steps = 400 (was 40); --train-iters = 400 (was 10)")  # fmt: skip
+    assert len(warning) == 1 and warning[0].endswith(
+        "differs from the one that saved it: "
+        "scheduler.params.total_num_steps = 400 (was 40); --train-iters = 400 (was 10)"
+    )
 
 
 def test_a_loss_scale_is_taken_over() -> None:
@@ -302,8 +372,16 @@ def test_steps_of_deepspeeds_adam_are_counted_on_by_torchs() -> None:
 
 # --- the programs
 
-FLAGS = {"--num-layers": "2", "--hidden-size": "16", "--num-attention-heads": "2", "--seq-length": "16",
-         "--train-iters": "8", "--eval-iters": "1", "--split": "8,1,1", "--log-interval": "1"}  # fmt: skip
+FLAGS = {
+    "--num-layers": "2",
+    "--hidden-size": "16",
+    "--num-attention-heads": "2",
+    "--seq-length": "16",
+    "--train-iters": "8",
+    "--eval-iters": "1",
+    "--split": "8,1,1",
+    "--log-interval": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -402,11 +480,27 @@ def test_another_optimizer_is_refused_and_its_remedy_works(pretrain: Program, tm
 
 def test_what_changes_a_run_is_one_warning(pretrain: Program) -> None:
     pretrain("--save", "run", "--exit-interval", "2")
-    text = pretrain("--save", "run", "--auto-resume", "--exit-interval", "1", "--seed", "7", "--split", "5,4,1",
-                    "--train-iters", "9", gradient_accumulation_steps=1)  # fmt: skip
+    text = pretrain(
+        "--save",
+        "run",
+        "--auto-resume",
+        "--exit-interval",
+        "1",
+        "--seed",
+        "7",
+        "--split",
+        "5,4,1",
+        "--train-iters",
+        "9",
+        gradient_accumulation_steps=1,
+    )
     [line] = [line for line in text.splitlines() if "differs" in line]
-    for part in ("--seed = 7 (was 1234)", "--split = [0.5, 0.4, 0.1] (was [0.8, 0.1, 0.1])", "--train-iters = 9 (was 8)",
-                 "sequences per step = 2 (was 4)"):  # fmt: skip
+    for part in (
+        "--seed = 7 (was 1234)",
+        "--split = [0.5, 0.4, 0.1] (was [0.8, 0.1, 0.1])",
+        "--train-iters = 9 (was 8)",
+        "sequences per step = 2 (was 4)",
+    ):
         assert part in line
 
 
@@ -461,8 +555,16 @@ def test_a_failure_far_behind_a_checkpoint_is_not_its_own(tmp_path: Path) -> Non
 
 
 def test_the_image_program_does_likewise(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    flags = ["--preset", "swin-digits", "--dataset", "digits", "--train-iters", "1", "--deepspeed_config",
-             str(ROOT / "ds_configs/swin_digits_cpu.json")]  # fmt: skip
+    flags = [
+        "--preset",
+        "swin-digits",
+        "--dataset",
+        "digits",
+        "--train-iters",
+        "1",
+        "--deepspeed_config",
+        str(ROOT / "ds_configs/swin_digits_cpu.json"),
+    ]
     flags += ["--moe-expert-parallel-size", "1"]
     assert pretrain_swin_program.main([*flags, "--load", str(tmp_path / "absent")]) == 2
     assert "(no such directory); mend the path" in capfd.readouterr().err

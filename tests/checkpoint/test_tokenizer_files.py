@@ -64,8 +64,10 @@ def gpt2(directory: Path, name: str = "one") -> GPT2BPETokenizer:
 
 def test_identity(directory: Path) -> None:
     one, same = gpt2(directory), HuggingFaceTokenizer(str(directory / "hf_one"))
-    identities = [tokenizer_files.describe(each)["identity"] for each in (
-        one, same, gpt2(directory, "other"), gpt2(directory, "merges"), ByteTokenizer())]  # fmt: skip
+    identities = [
+        tokenizer_files.describe(each)["identity"]
+        for each in (one, same, gpt2(directory, "other"), gpt2(directory, "merges"), ByteTokenizer())
+    ]
     assert identities[0] == identities[1], "the same ids for the same text, by another class"
     assert len({json.dumps(each) for each in identities}) == 4
     assert json.loads(json.dumps(identities)) == identities
@@ -74,9 +76,10 @@ def test_identity(directory: Path) -> None:
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "hugging face"])
 def test_files_give_the_same_tokenizer(kind: str, directory: Path, tmp_path: Path) -> None:
     tokenizer: Tokenizer = {
-        "bytes": ByteTokenizer, "gpt2": lambda: gpt2(directory),
+        "bytes": ByteTokenizer,
+        "gpt2": lambda: gpt2(directory),
         "hugging face": lambda: HuggingFaceTokenizer(str(directory / "hf_one")),
-    }[kind]()  # fmt: skip
+    }[kind]()
     found = tokenizer.files()
     for name, content in found.items():
         (tmp_path / name).write_bytes(content)
@@ -106,16 +109,23 @@ def trained(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = tokenizer_files.record(tokenizer_files.describe(gpt2(directory)), carried)
     first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
     weights = [(name, (lambda value=parameter: value.detach())) for name, parameter in model.named_parameters()]
-    write_weights(first, weights, {**describe_model(model.settings, model.config), "tokenizer": record}, torch.float32,
-                  10**9, carried)  # fmt: skip
+    write_weights(
+        first,
+        weights,
+        {**describe_model(model.settings, model.config), "tokenizer": record},
+        torch.float32,
+        10**9,
+        carried,
+    )
     export(first, second)  # carries it on
     assert {"vocab.json", "merges.txt"} < read_manifest(second, "--load").keys()
     return second
 
 
 def generate(trained: Path, *flags: str) -> int:
-    return generate_program.main(["--load", str(trained), "--prompt", "re", "--max-new-tokens", "3", "--temperature", "0",
-                                    *flags])  # fmt: skip
+    return generate_program.main(
+        ["--load", str(trained), "--prompt", "re", "--max-new-tokens", "3", "--temperature", "0", *flags]
+    )
 
 
 def test_generate_uses_the_recorded_one(trained: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,8 +138,11 @@ def test_generate_uses_the_recorded_one(trained: Path, directory: Path, capsys: 
 
 
 def test_generate_refuses_another_one(trained: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    others = (["ByteTokenizer"], ["HuggingFaceTokenizer", "--tokenizer-model", str(directory / "hf_other")],
-              ["HuggingFaceTokenizer", "--tokenizer-model", str(directory / "hf_merges")])  # fmt: skip
+    others = (
+        ["ByteTokenizer"],
+        ["HuggingFaceTokenizer", "--tokenizer-model", str(directory / "hf_other")],
+        ["HuggingFaceTokenizer", "--tokenizer-model", str(directory / "hf_merges")],
+    )
     for flags in others:
         assert generate(trained, "--tokenizer-type", *flags) == 2
         message = capsys.readouterr().err

@@ -39,8 +39,16 @@ class Training:
         self.damaged: dict[Path, bytes] = {}  # files as they were left
 
     def start(self, timeout_s: float = TIMEOUT_S, *flags: str) -> Job:
-        arguments = ["--save", str(self.save), "--save-interval", "2", "--auto-resume",
-                     "--distributed-timeout-minutes", str(timeout_s / 60), *flags]  # fmt: skip
+        arguments = [
+            "--save",
+            str(self.save),
+            "--save-interval",
+            "2",
+            "--auto-resume",
+            "--distributed-timeout-minutes",
+            str(timeout_s / 60),
+            *flags,
+        ]
         line = cluster.command(self.files, ["--hostfile", "hostfile", "--launcher", "pdsh"], *arguments)
         self.checked = False
         return cluster.start(self.machines, self.files, line)

@@ -58,8 +58,11 @@ def test_one_command_per_machine(machines: TwoMachines, files: Path, reference: 
     for node in range(2):
         launcher = [*BY_HAND, "--hostfile", "hostfile", "--node_rank", str(node), "--master_addr", ADDRESSES[0]]
         # .deepspeed_env is not read in this form.
-        jobs.append(cluster.start(machines, files, cluster.command(files, launcher, *FLAGS), node,
-                                  {"GLOO_SOCKET_IFNAME": "eth0"}))  # fmt: skip
+        jobs.append(
+            cluster.start(
+                machines, files, cluster.command(files, launcher, *FLAGS), node, {"GLOO_SOCKET_IFNAME": "eth0"}
+            )
+        )
     jobs[0].wait_for("finished at iteration")
     assert [job.end(time.monotonic() + 60) for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
     check(jobs[0].text, reference)
@@ -72,8 +75,16 @@ def test_two_launchers_on_one_machine(files: Path, reference: dict[int, str]) ->
     for node in range(2):
         launcher = ["--no_ssh", "--hostfile", "hostfile", "--node_rank", str(node), "--master_addr", "127.0.0.1"]
         line = cluster.command(files, [*launcher, "--master_port", str(port)], *FLAGS)
-        processes.append(subprocess.Popen(line, cwd=files, env={**os.environ, **cluster.ENVIRONMENT}, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                line,
+                cwd=files,
+                env={**os.environ, **cluster.ENVIRONMENT},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
     try:
         texts = [process.communicate(timeout=300)[0] for process in processes]
     finally:

@@ -52,8 +52,9 @@ def test_two_machines_that_know_each_other() -> None:
     before = files()
     with TwoMachines() as machines:
         assert [said(machines, node, "hostname; hostname -I") for node in range(2)] == [
-            "node0\n10.10.0.1", "node1\n10.10.0.2",
-        ]  # fmt: skip
+            "node0\n10.10.0.1",
+            "node1\n10.10.0.2",
+        ]
         assert said(machines, 0, "ssh node1 hostname") == "node1"
         assert said(machines, 0, "pdsh -R ssh -w node0,node1 hostname | sort") == "node0: node0\nnode1: node1"
         assert said(machines, 0, "touch /dev/shm/scmoe_seen; ssh node1 ls /dev/shm") == ""

@@ -92,8 +92,11 @@ def test_ranks_of_a_node_follow_each_other() -> None:
         lines = [result.stdout.split() for result in nodes.launch(program, ranks_per_node=2, timeout_s=20)]
         first, second = nodes.names
         assert lines == [
-            ["0", "0", "4", first], ["1", "1", "4", first], ["2", "0", "4", second], ["3", "1", "4", second],
-        ]  # fmt: skip
+            ["0", "0", "4", first],
+            ["1", "1", "4", first],
+            ["2", "0", "4", second],
+            ["3", "1", "4", second],
+        ]
     assert_gone(*nodes.names)
 
 

@@ -43,7 +43,10 @@ def zero(**fields: Any) -> dict[str, Any]:
 # (top-level keys, message): the message begins with the path.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # unknown keys
-    ({"gradient_acumulation_steps": 2}, r'gradient_acumulation_steps: unknown key \(did you mean "gradient_accumulation'),
+    (
+        {"gradient_acumulation_steps": 2},
+        r'gradient_acumulation_steps: unknown key \(did you mean "gradient_accumulation',
+    ),
     ({"Gradient_Clipping": 1.0}, r'Gradient_Clipping: unknown key \(did you mean "gradient_clipping"\?\)'),
     ({"zero_optimisation": {"stage": 1}}, r'zero_optimisation: unknown key \(did you mean "zero_optimization"\?\)'),
     ({"ScMoE": {}}, r'ScMoE: unknown key \(did you mean "scmoe"\?\)'),
@@ -93,7 +96,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"comms_logger": {"prof_ops": "all_reduce"}}, r'comms_logger\.prof_ops = "all_reduce": must be a list'),
     ({"log_level": 3}, r"log_level = 3"),
     (adam(lr="1e-3"), r'optimizer\.params\.lr = "1e-3": is a string; write 1e-3 without quotes'),
-    (adam(betas=["0.9", "0.95"]), r"optimizer\.params\.betas = .*must be a list of 2 numbers, such as \[0\.9, 0\.999\]"),
+    (
+        adam(betas=["0.9", "0.95"]),
+        r"optimizer\.params\.betas = .*must be a list of 2 numbers, such as \[0\.9, 0\.999\]",
+    ),
     (adam(fused="yes"), r'optimizer\.params\.fused = "yes"'),
     ({"optimizer": {"type": "AdamW", "params": []}}, r"optimizer\.params = \[\]: must be an object"),
     (schedule("WarmupLR", warmup_max_lr="3e-4"), r'scheduler\.params\.warmup_max_lr = "3e-4": is a string; write 3e-4'),
@@ -105,7 +111,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"flops_profiler": {"profile_step": 0}}, r"flops_profiler\.profile_step = 0"),
     (zero(stage=7), r"zero_optimization\.stage = 7: must be 0, 1, 2 or 3$"),
     (zero(reduce_bucket_size=0), r"zero_optimization\.reduce_bucket_size = 0"),
-    (zero(offload_optimizer={"device": "gpu"}), r"zero_optimization\.offload_optimizer\.device = \"gpu\": must be .*'cpu'"),
+    (
+        zero(offload_optimizer={"device": "gpu"}),
+        r"zero_optimization\.offload_optimizer\.device = \"gpu\": must be .*'cpu'",
+    ),
     ({"fp16": {"loss_scale": -1}}, r"fp16 = .*loss_scale must be >= 0"),
     ({"gradient_allreduce_op": "max"}, r'gradient_allreduce_op = "max": .*mean'),
     ({"communication_data_type": "int8"}, r'communication_data_type = "int8": .*bf16'),
@@ -129,12 +138,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (zero(reduce_bucket_size=INFINITY), r"zero_optimization\.reduce_bucket_size = Infinity: must be a finite number"),
     # optimizers and schedules
     ({"optimizer": {"type": "Foo"}}, r'optimizer\.type = "Foo": no optimizer of DeepSpeed or torch'),
-    ({"optimizer": {"type": "OneBitAdam", "params": {}}}, r'optimizer\.type = "OneBitAdam": no optimizer .*use "AdamW"'),
+    (
+        {"optimizer": {"type": "OneBitAdam", "params": {}}},
+        r'optimizer\.type = "OneBitAdam": no optimizer .*use "AdamW"',
+    ),
     ({"optimizer": {"type": "Adm", "params": {}}}, r'optimizer\.type = "Adm": .*use "Adam"'),
     ({"optimizer": {"type": "rmsprop", "params": {}}}, r'optimizer\.type = "rmsprop": .*use "RMSprop"'),
     ({"optimizer": {"params": {}}}, r"optimizer\.type is missing"),
     ({"optimizer": {}}, r"optimizer\.type is missing"),
-    ({"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, r'optimizer\.type = "SGD": .*"zero_allow_untested_optimizer": true'),
+    (
+        {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}},
+        r'optimizer\.type = "SGD": .*"zero_allow_untested_optimizer": true',
+    ),
     ({"optimizer": {"type": "Adagrad", "params": {"lr": 0.1}}}, r'optimizer\.type = "Adagrad"'),
     ({"optimizer": {"type": "MuAdam", "params": {}}}, r'optimizer\.type = "MuAdam": needs the package mup'),
     (adam(learning_rate=1), r"optimizer\.params\.learning_rate: unknown key; valid keys are .*\blr\b"),
@@ -146,7 +161,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"scheduler": {"type": "WarmupLR"}}, r"scheduler\.params is missing"),
     (schedule("WarmupCosine"), r'scheduler\.type = "WarmupCosine": .*use "WarmupCosineLR"'),
     (schedule("WarmupCosineLR", warmup_num_steps=10), r"scheduler\.params\.total_num_steps is missing"),
-    (schedule("WarmupCosineLR", total_num_steps=9, warmup_max_lr=1.0), r"scheduler\.params\.warmup_max_lr: unknown key"),
+    (
+        schedule("WarmupCosineLR", total_num_steps=9, warmup_max_lr=1.0),
+        r"scheduler\.params\.warmup_max_lr: unknown key",
+    ),
     (schedule("StepLR", step_size=10), r'scheduler\.type = "StepLR": .*use one of .*WarmupCosineLR'),
     # what DeepSpeed has, and ScMoE cannot run with
     (zero(stage=3), r"zero_optimization\.stage = 3: .*use stage 1 or 2"),
@@ -159,8 +177,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, r"bf16\.enabled = true: fp16\.enabled is true as well"),
     ({"data_types": {"param_dtype": "bf16"}}, r'data_types\.param_dtype = "bf16": the model is in fp32'),
     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, r"bf16\.bf16_master_weights_and_grads = true"),
-    ({**zero(stage=0), "data_types": {"grad_accum_dtype": "bf16"}},
-     r"data_types\.grad_accum_dtype = \"bf16\": .*stage to 1"),
+    (
+        {**zero(stage=0), "data_types": {"grad_accum_dtype": "bf16"}},
+        r"data_types\.grad_accum_dtype = \"bf16\": .*stage to 1",
+    ),
     ({"compile": {"deepcompile": True}}, r"compile\.deepcompile = true"),
     ({"hybrid_engine": {"enabled": True}}, r"hybrid_engine\.enabled = true"),
     ({"autotuning": {"enabled": True}}, r"autotuning\.enabled = true"),
@@ -173,10 +193,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"checkpoint": {"writer": {"type": "FAST"}}}, r"checkpoint\.writer = "),
     ({"checkpoint": {"load_universal": True}}, r"checkpoint\.load_universal = true: .*--load"),
     ({"checkpoint": {"use_node_local_storage": True}}, r"checkpoint\.use_node_local_storage = true"),
-    *[({name: {"enabled": True}}, rf"{name}\b.*remove the key")
-      for name in ("amp", "elasticity", "curriculum_learning", "sparse_attention", "compression_training",
-                   "progressive_layer_drop", "eigenvalue", "nebula", "quantize_training")],
-]  # fmt: skip
+    *[
+        ({name: {"enabled": True}}, rf"{name}\b.*remove the key")
+        for name in (
+            "amp",
+            "elasticity",
+            "curriculum_learning",
+            "sparse_attention",
+            "compression_training",
+            "progressive_layer_drop",
+            "eigenvalue",
+            "nebula",
+            "quantize_training",
+        )
+    ],
+]
 
 ACCEPTED: list[dict[str, Any]] = [
     {},
@@ -191,11 +222,28 @@ ACCEPTED: list[dict[str, Any]] = [
     {"dataloader_drop_last": True, "vocabulary_size": 50304, "log_level": "WARNING"},
     {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32", "param_dtype": "bf16"}},
     {"data_types": {"keep_in_fp32_modules": "auto"}},
-    {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2,
-              "consecutive_hysteresis": False, "min_loss_scale": 1}},
+    {
+        "fp16": {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "consecutive_hysteresis": False,
+            "min_loss_scale": 1,
+        }
+    },
     {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["torch.nn.Linear"]}},
-    {"flops_profiler": {"enabled": True, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": True,
-                        "output_file": None}},
+    {
+        "flops_profiler": {
+            "enabled": True,
+            "profile_step": 1,
+            "module_depth": -1,
+            "top_modules": 1,
+            "detailed": True,
+            "output_file": None,
+        }
+    },
     {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False, "prof_ops": ["all_reduce"]}},
     {"timers": {"throughput": {"enabled": True, "synchronized": True}}},
     {"tensorboard": {"enabled": True, "output_path": "x", "job_name": "y"}, "csv_monitor": {"enabled": True}},
@@ -204,10 +252,21 @@ ACCEPTED: list[dict[str, Any]] = [
     {"aio": {"block_size": 1048576, "queue_depth": 8, "single_submit": False, "overlap_events": True}},
     {"data_efficiency": {"enabled": False}, "hybrid_engine": {"enabled": False}, "autotuning": {"enabled": False}},
     {"compile": {"deepcompile": False}, "pipeline": {}, "activation_checkpointing": {"profile": False}},
-    zero(stage=2, reduce_bucket_size=5e8, allgather_bucket_size=5e8, overlap_comm=True, contiguous_gradients=True,
-         round_robin_gradients=True, offload_optimizer={"device": "cpu", "pin_memory": True}),
-    zero(offload_optimizer={"device": "none", "nvme_path": None}, offload_param={"device": "none"},
-         stage3_prefetch_bucket_size="auto", stage3_param_persistence_threshold="auto"),
+    zero(
+        stage=2,
+        reduce_bucket_size=5e8,
+        allgather_bucket_size=5e8,
+        overlap_comm=True,
+        contiguous_gradients=True,
+        round_robin_gradients=True,
+        offload_optimizer={"device": "cpu", "pin_memory": True},
+    ),
+    zero(
+        offload_optimizer={"device": "none", "nvme_path": None},
+        offload_param={"device": "none"},
+        stage3_prefetch_bucket_size="auto",
+        stage3_param_persistence_threshold="auto",
+    ),
     adam(lr=6e-4, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, fused=True),
     adam(lr=1, adam_w_mode=False),
     {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "bias_correction": True}}},
@@ -220,7 +279,7 @@ ACCEPTED: list[dict[str, Any]] = [
     schedule("WarmupLR", warmup_max_lr=[1e-3, 1e-4, 1e-3, 1e-4]),
     schedule("OneCycle", cycle_min_lr=1e-4, cycle_max_lr=1e-3),
     schedule("LRRangeTest"),
-]  # fmt: skip
+]
 
 
 def read(change: dict[str, Any]) -> ScMoEConfig:
@@ -250,9 +309,22 @@ def test_all_findings_at_once() -> None:
 def test_keys_are_those_of_the_installed_deepspeed() -> None:
     """The attributes that DeepSpeed keeps of a JSON are read from keys of the same names, with few exceptions."""
     attributes = set(vars(deepspeed.DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1})))
-    same = {"train_batch_size", "gradient_accumulation_steps", "steps_per_print", "prescale_gradients", "pipeline",
-            "communication_data_type", "gradient_clipping", "zero_allow_untested_optimizer", "wall_clock_breakdown",
-            "memory_breakdown", "hybrid_engine", "dataloader_drop_last", "dump_state", "log_level"}  # fmt: skip
+    same = {
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_print",
+        "prescale_gradients",
+        "pipeline",
+        "communication_data_type",
+        "gradient_clipping",
+        "zero_allow_untested_optimizer",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "hybrid_engine",
+        "dataloader_drop_last",
+        "dump_state",
+        "log_level",
+    }
     assert same <= attributes & known_keys().keys()
     assert known_keys()["zero_optimization"].keys() > {"stage", "overlap_comm", "stage3_prefetch_bucket_size"}
     assert known_keys()["flops_profiler"].keys() >= {"enabled", "profile_step", "module_depth", "output_file"}
@@ -260,7 +332,9 @@ def test_keys_are_those_of_the_installed_deepspeed() -> None:
     assert {"wandb", "comet", "tensorboard", "csv_monitor", "nebula", "timers"} < known_keys().keys()
 
 
-@pytest.mark.parametrize(("monitor", "package"), [("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("monitor", "package"), [("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")]
+)
 def test_a_monitor_without_its_package(monitor: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
@@ -297,11 +371,17 @@ def test_the_length_of_the_schedule_has_to_be_known() -> None:
     check_filled_in({**JSON, **schedule("WarmupCosineLR", total_num_steps=10)})
 
 
-@pytest.mark.parametrize(("change", "line"), [
-    ({}, "gradient_clipping is not set: DeepSpeed clips gradients at a norm of 1.0"),
-    ({"aio": {"queue_depth": 8}, **zero(zero_hpz_partition_size=8)}, "zero_optimization.zero_hpz_partition_size, aio: no effect"),
-    ({"gradient_clipping": 0}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({}, "gradient_clipping is not set: DeepSpeed clips gradients at a norm of 1.0"),
+        (
+            {"aio": {"queue_depth": 8}, **zero(zero_hpz_partition_size=8)},
+            "zero_optimization.zero_hpz_partition_size, aio: no effect",
+        ),
+        ({"gradient_clipping": 0}, None),
+    ],
+)
 def test_what_the_log_says(change: dict[str, Any], line: str | None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "scmoe_ds"):
         warn({**JSON, **change})
@@ -309,14 +389,20 @@ def test_what_the_log_says(change: dict[str, Any], line: str | None, caplog: pyt
     assert any(each.startswith(line) for each in said) if line else not said
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ('{"scmoe": {}, "zero_optimization": {"stage": 1, "stage": 2}}', r"^Duplicate keys in the DeepSpeed JSON: zero_optimization\.stage; keep"),
-    ('{"scmoe": {}, "a": [{"b": 1, "b": 2}], "scmoe": {}}', r"^Duplicate keys .*: scmoe, a\.0\.b; keep"),
-    ('{"gradient_clipping": ' + "9" * 5000 + "}", r"not valid JSON"),
-    ("[" * 100000, r"nested too deeply"),
-    ("[1]", r"must be an object"),
-    ('{"a": 1,}', r"not valid JSON .*trailing commas"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"scmoe": {}, "zero_optimization": {"stage": 1, "stage": 2}}',
+            r"^Duplicate keys in the DeepSpeed JSON: zero_optimization\.stage; keep",
+        ),
+        ('{"scmoe": {}, "a": [{"b": 1, "b": 2}], "scmoe": {}}', r"^Duplicate keys .*: scmoe, a\.0\.b; keep"),
+        ('{"gradient_clipping": ' + "9" * 5000 + "}", r"not valid JSON"),
+        ("[" * 100000, r"nested too deeply"),
+        ("[1]", r"must be an object"),
+        ('{"a": 1,}', r"not valid JSON .*trailing commas"),
+    ],
+)
 def test_a_file_that_is_no_json(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(text)

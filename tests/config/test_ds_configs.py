@@ -35,8 +35,14 @@ README = (ROOT / "ds_configs" / "README.md").read_text(encoding="utf-8")
 IMAGES = 1_281_167
 """In ImageNet-1K's training set."""
 
-ACTIVATION_BYTES = {("gpt", "scmoe"): 45, ("gpt", "topk"): 68, ("llama", "scmoe"): 83, ("llama", "topk"): 131,
-                    ("swin", "scmoe"): 60, ("swin", "topk"): 66}  # fmt: skip
+ACTIVATION_BYTES = {
+    ("gpt", "scmoe"): 45,
+    ("gpt", "topk"): 68,
+    ("llama", "scmoe"): 83,
+    ("llama", "topk"): 131,
+    ("swin", "scmoe"): 60,
+    ("swin", "topk"): 66,
+}
 """Per token, layer and hidden unit; what the README's estimate uses, checked against autograd below."""
 
 
@@ -64,11 +70,21 @@ def table_row(name: str, text: str = README) -> list[str]:
 
 
 def test_the_files_are_there() -> None:
-    hardware = {("gpt2_moe_small", "8xA800"), ("gpt2_moe_medium", "8xA800"), ("gpt2_moe_medium", "16xA800"),
-                ("gpt3_moe_xl", "8xA800"), ("gpt3_moe_xl", "16xA800"), ("llama2_moe", "8xA800"),
-                ("llama2_moe", "16xA800"), ("gpt2_moe_small", "8xA30"), ("gpt2_moe_medium", "8xA30"),
-                ("swinv2_moe_s", "8xA800"), ("swinv2_moe_s", "8xA30"), ("swinv2_moe_b", "8xA800"),
-                ("swinv2_moe_b", "8xA30")}  # fmt: skip
+    hardware = {
+        ("gpt2_moe_small", "8xA800"),
+        ("gpt2_moe_medium", "8xA800"),
+        ("gpt2_moe_medium", "16xA800"),
+        ("gpt3_moe_xl", "8xA800"),
+        ("gpt3_moe_xl", "16xA800"),
+        ("llama2_moe", "8xA800"),
+        ("llama2_moe", "16xA800"),
+        ("gpt2_moe_small", "8xA30"),
+        ("gpt2_moe_medium", "8xA30"),
+        ("swinv2_moe_s", "8xA800"),
+        ("swinv2_moe_s", "8xA30"),
+        ("swinv2_moe_b", "8xA800"),
+        ("swinv2_moe_b", "8xA30"),
+    }
     assert {path.stem for path in CONFIGS} >= {"_".join(names) for names in hardware} | {"gpt_small_gpu"}
     assert {preset_name(path) for path in ON_HARDWARE} == {*PRESETS, *SWIN_PRESETS} - {"swin-digits"}
 
@@ -79,8 +95,9 @@ def test_is_valid_and_known_to_deepspeed(path: Path) -> None:
     ScMoEConfig.from_deepspeed(path)
     DeepSpeedConfig(dict(whole))  # its sections reject unknown keys; its top level does not, hence the next lines
     modules = (deepspeed.runtime.constants, deepspeed.runtime.zero.config, deepspeed.runtime.precision_config)
-    known = {value for module in modules for name, value in vars(module).items() if name.isupper()
-             and isinstance(value, str)} | set(DeepSpeedMonitorConfig.model_fields)  # fmt: skip
+    known = {
+        value for module in modules for name, value in vars(module).items() if name.isupper() and isinstance(value, str)
+    } | set(DeepSpeedMonitorConfig.model_fields)
     assert set(whole) - known == {"scmoe"}
     optimizer, scheduler = whole["optimizer"], whole["scheduler"]
     assert set(optimizer) == set(scheduler) == {"type", "params"}
@@ -124,8 +141,12 @@ def test_swin_trains_as_in_the_paper(path: Path) -> None:
     assert f"--train-iters {90 * (IMAGES // 1024)} " in README
 
 
-BASELINES = [(path, name) for paths, names in ((FOR_GPT, ["scmoe", "topk", "shared_expert", "dgmoe"]),
-             (FOR_SWIN, swin.ARCHITECTURES)) for path in paths for name in names]  # fmt: skip
+BASELINES = [
+    (path, name)
+    for paths, names in ((FOR_GPT, ["scmoe", "topk", "shared_expert", "dgmoe"]), (FOR_SWIN, swin.ARCHITECTURES))
+    for path in paths
+    for name in names
+]
 
 
 @pytest.mark.parametrize(("path", "architecture"), BASELINES, ids=lambda value: getattr(value, "stem", value))
@@ -218,10 +239,15 @@ def test_table_of_files(path: Path) -> None:
     batch = whole["train_batch_size"]
     images = path in FOR_SWIN
     assert table_row(path.name) == [
-        f"{name} (images)" if images else name, f"{hardware[1]} × {hardware[2]}", f"{ep} × {ranks // ep}",
-        str(whole["zero_optimization"]["stage"]), f"{micro} × {steps}",
-        f"{batch} images" if images else str(batch * settings.max_position_embeddings), per_gpu,
-        f"{memory_gb[0]} / {memory_gb[1]}"]  # fmt: skip
+        f"{name} (images)" if images else name,
+        f"{hardware[1]} × {hardware[2]}",
+        f"{ep} × {ranks // ep}",
+        str(whole["zero_optimization"]["stage"]),
+        f"{micro} × {steps}",
+        f"{batch} images" if images else str(batch * settings.max_position_embeddings),
+        per_gpu,
+        f"{memory_gb[0]} / {memory_gb[1]}",
+    ]
 
 
 def saved_bytes(model: torch.nn.Module, *inputs: torch.Tensor) -> int:
@@ -241,8 +267,13 @@ def saved_bytes(model: torch.nn.Module, *inputs: torch.Tensor) -> int:
 
 
 def saved_bytes_of_gpt(style: str, architecture: str, layers: int) -> int:
-    llama = {"num_key_value_heads": 2, "normalization": "RMSNorm", "swiglu": True, "position_embedding": "rope",
-             "add_bias_linear": False}  # fmt: skip
+    llama = {
+        "num_key_value_heads": 2,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "position_embedding": "rope",
+        "add_bias_linear": False,
+    }
     settings = GPTSettings(layers, 512, 8, 128, 128, hidden_dropout=0.1, **(llama if style == "llama" else {}))
     every, position = (1, "pos1") if style == "llama" else (2, "pos2")
     config = ScMoEConfig(architecture=architecture, moe_every=every, position=position)
@@ -257,8 +288,10 @@ def test_activation_bytes_of_the_estimate(style: str, architecture: str) -> None
     if style == "swin":
         settings = settings_of("swinv2-moe-s")
         model = model_of(settings, ScMoEConfig(architecture=architecture, capacity_factor=1.25)).bfloat16()
-        two, four = (saved_bytes(model, torch.randn(count, 3, 192, 192), torch.zeros(count, dtype=torch.long))
-                     for count in (2, 4))  # fmt: skip
+        two, four = (
+            saved_bytes(model, torch.randn(count, 3, 192, 192), torch.zeros(count, dtype=torch.long))
+            for count in (2, 4)
+        )
         per_unit = (four - two) / 2 / hidden_units(settings)
     else:
         layers = 4

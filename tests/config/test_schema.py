@@ -17,22 +17,48 @@ SCHEMA = json.loads((ROOT / "ds_configs" / "scmoe.schema.json").read_text(encodi
 
 def schema_errors(value: Any, schema: dict[str, Any], path: str = "$") -> list[str]:
     """What a JSON Schema validator would find, for the keywords that pydantic writes here; refuses others."""
-    known = {"title", "description", "default", "$schema", "$defs", "required", "$ref", "anyOf", "enum", "const",
-             "type", "minimum", "exclusiveMinimum", "items", "properties", "additionalProperties"}  # fmt: skip
+    known = {
+        "title",
+        "description",
+        "default",
+        "$schema",
+        "$defs",
+        "required",
+        "$ref",
+        "anyOf",
+        "enum",
+        "const",
+        "type",
+        "minimum",
+        "exclusiveMinimum",
+        "items",
+        "properties",
+        "additionalProperties",
+    }
     assert set(schema) <= known, f"{path}: teach schema_errors {set(schema) - known}"
     if "$ref" in schema:
         return schema_errors(value, SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")], path)
     if "anyOf" in schema:
         found = [schema_errors(value, option, path) for option in schema["anyOf"]]
         return [] if [] in found else [error for errors in found for error in errors]
-    types: dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
-                             "integer": int, "number": (int, float)}  # fmt: skip
+    types: dict[str, Any] = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "boolean": bool,
+        "null": type(None),
+        "integer": int,
+        "number": (int, float),
+    }
     if "type" in schema:
         wrong = not isinstance(value, types[schema["type"]])
         if wrong or (isinstance(value, bool) and schema["type"] in ("integer", "number")):
             return [f"{path}: {value!r} is not of type {schema['type']}"]
-    broken = [f"{path}: {value!r} is not one of {schema[key]!r}" for key in ("enum", "const") if key in schema
-              and value not in (schema[key] if key == "enum" else [schema[key]])]  # fmt: skip
+    broken = [
+        f"{path}: {value!r} is not one of {schema[key]!r}"
+        for key in ("enum", "const")
+        if key in schema and value not in (schema[key] if key == "enum" else [schema[key]])
+    ]
     if "minimum" in schema and value < schema["minimum"]:
         broken.append(f"{path}: {value!r} is below {schema['minimum']}")
     if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:

@@ -65,8 +65,9 @@ def test_order_split_and_padding() -> None:
     assert split_in_two(data, "80,20", 4, "digits")[1].members != valid.members
     labels = [int(train[index]["labels"]) for index in range(len(train))]
     twice = Epochs(train, 2 * len(train), seed=0)
-    first, second = ([int(twice[index]["labels"]) for index in range(start, start + len(train))]
-                     for start in (0, len(train)))  # fmt: skip
+    first, second = (
+        [int(twice[index]["labels"]) for index in range(start, start + len(train))] for start in (0, len(train))
+    )
     assert first != second and sorted(first) == sorted(second) == sorted(labels)
     padded = Padded(valid, 64, IGNORED)
     assert len(padded) == 384
@@ -160,8 +161,13 @@ def test_every_row_of_the_table_is_a_command_line_that_parses() -> None:
 def test_the_table_has_mean_and_range() -> None:
     text = "\nfinished at iteration 5\n  accuracy      96.10 % of the validation images, loss 0.2000 nats\n"
     runs = [digits.last_lines(text), digits.last_lines(text.replace("96.10", "97.10").replace("0.2", "0.4"))]
-    record = {"command": "c", "environment": {}, "seeds": [1, 2], "iterations": 5,
-              "rows": [{"variant": "top-2", "runs": runs}]}  # fmt: skip
+    record = {
+        "command": "c",
+        "environment": {},
+        "seeds": [1, 2],
+        "iterations": 5,
+        "rows": [{"variant": "top-2", "runs": runs}],
+    }
     assert "| top-2 | 96.60 | 96.10–97.10 | 0.300 |" in digits.markdown(record)
     with pytest.raises(RuntimeError, match="no result"):
         digits.last_lines("finished")

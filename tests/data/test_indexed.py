@@ -126,8 +126,9 @@ def test_validation_is_the_same_sequences_everywhere(tmp_path: Path, documents: 
     """--split divides sequences. The last 40 of 200 hold other tokens than the rest."""
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 16 if i < 160 else 256, 30).tolist() for i in range(200)]
-    written = [([token for text in texts[k * each : (k + 1) * each] for token in text], [30] * each)
-               for k in range(documents)]  # fmt: skip
+    written = [
+        ([token for text in texts[k * each : (k + 1) * each] for token in text], [30] * each) for k in range(documents)
+    ]
     prefix = write(tmp_path / "data", written)
     tokens = [token for text in texts[160:] for token in text]
     counts = np.bincount(tokens)

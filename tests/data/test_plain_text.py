@@ -30,11 +30,14 @@ def fast(kind: str) -> Any:
         "unigram": lambda: models.Unigram(scores, 0, byte_fallback=True),
         "bpe": lambda: models.BPE(ids, [], unk_token="<unk>", byte_fallback=True),
         "bpe that looks up words": lambda: models.BPE(ids, [], unk_token="<unk>", ignore_merges=True),
-        "bpe with a merge of it": lambda: models.BPE({**ids, "</": 900, "s>": 901}, [("<", "/"), ("s", ">"), ("</", "s>")],
-                                                     unk_token="<unk>", fuse_unk=True),
-        "wordpiece": lambda: models.WordPiece({**ids, **{f"##{c}": 1000 + n for n, c in enumerate(CHARACTERS)}}, unk_token="<unk>"),
+        "bpe with a merge of it": lambda: models.BPE(
+            {**ids, "</": 900, "s>": 901}, [("<", "/"), ("s", ">"), ("</", "s>")], unk_token="<unk>", fuse_unk=True
+        ),
+        "wordpiece": lambda: models.WordPiece(
+            {**ids, **{f"##{c}": 1000 + n for n, c in enumerate(CHARACTERS)}}, unk_token="<unk>"
+        ),
         "words": lambda: models.WordLevel({**ids, "was": 900, "now": 901}, unk_token="<unk>"),
-    }  # fmt: skip
+    }
     tokenizer = Tokenizer(built[kind]())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
     if kind in ("wordpiece", "words"):

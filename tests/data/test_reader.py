@@ -26,8 +26,11 @@ def zstd(content: bytes) -> bytes:
 
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd,
-}  # fmt: skip
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstd,
+}
 
 
 @pytest.mark.parametrize("how", COMPRESS)
@@ -91,8 +94,11 @@ def test_files_of_a_directory_are_found_or_named(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").symlink_to(tmp_path / "sub", target_is_directory=True)
     found = find_files(tmp_path)
     assert found.files == sorted(tmp_path / name for name in read)
-    reasons = {"a.jsonl.gz": " (a.jsonl is there too)", "dangling.jsonl": " (a link to nothing)",
-               "elsewhere": " (a link to a directory)"}  # fmt: skip
+    reasons = {
+        "a.jsonl.gz": " (a.jsonl is there too)",
+        "dangling.jsonl": " (a link to nothing)",
+        "elsewhere": " (a link to a directory)",
+    }
     names = [*left_out, "dangling.jsonl", "elsewhere"]
     assert found.left_out == sorted(f"{tmp_path / name}{reasons.get(name, '')}" for name in names)
 

@@ -40,8 +40,12 @@ def drawn(data: Any, count: int) -> dict[int, int]:
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_each_split_reads_its_own_data(tmp_path: Path, paths: dict[str, str], cached: bool) -> None:
-    settings = settings_for(("3", paths["one"], "1", paths["two"]), (paths["three"],), (paths["four"], paths["three"]),
-                            cache=str(tmp_path / "cache") if cached else None)  # fmt: skip
+    settings = settings_for(
+        ("3", paths["one"], "1", paths["two"]),
+        (paths["three"],),
+        (paths["four"], paths["three"]),
+        cache=str(tmp_path / "cache") if cached else None,
+    )
     built: Any = build_datasets(settings, 1000, 50, 100)
     train, valid, test = (drawn(*each) for each in ((built.train, 1000), (built.valid, 50), (built.test, 100)))
     assert set(train) == {1, 2} and train[1] / (1000 * SEQ) == pytest.approx(0.75, abs=0.01)

@@ -60,10 +60,12 @@ def train(make: Make, stage: int, num_experts: tuple[int, int], **moe: Any) -> l
         parameter.data.normal_(std=0.3, generator=generator)
     groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
     whole = {
-        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "zero_optimization": {"stage": stage},
-    }  # fmt: skip
+    }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=whole)
     losses = [step(engine, number) for number in range(STEPS)]
     directory = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]

@@ -57,10 +57,12 @@ class _Advance(torch.autograd.Function):
 
 def deepspeed_json(**section: Any) -> dict[str, Any]:
     return {
-        "train_micro_batch_size_per_gpu": 2, "steps_per_print": 10**6, "zero_optimization": {"stage": 1},
+        "train_micro_batch_size_per_gpu": 2,
+        "steps_per_print": 10**6,
+        "zero_optimization": {"stage": 1},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "scmoe": {"num_experts": 4, "expert_parallel_size": 2, **section},
-    }  # fmt: skip
+    }
 
 
 def build(**section: Any) -> Any:
@@ -144,8 +146,10 @@ def with_random_times(seed: int) -> Any:
     plain_spans = Recorder.spans
 
     def spans(self: Recorder) -> Any:
-        return [type(span)(**{**vars(span), "start_ms": 0.0, "end_ms": generator.uniform(0, 50)})
-                for span in plain_spans(self)]  # fmt: skip
+        return [
+            type(span)(**{**vars(span), "start_ms": 0.0, "end_ms": generator.uniform(0, 50)})
+            for span in plain_spans(self)
+        ]
 
     Recorder.spans = spans  # type: ignore[method-assign]
     try:
@@ -189,9 +193,11 @@ def planned_apart() -> Any:
     engine = build(overlap={"calibration_steps": 3, "num_chunks": 1})
     train(engine, 2)
     part = {"forward_ms": 1.0, "backward_ms": 1.0}
-    backbone = [{"name": "mlp", "forward_ms": 1.0, "backward_ms": 50.0},
-                {"name": "attention", "forward_ms": 1.0, "backward_ms": 1.0},
-                {"name": "shared", "forward_ms": 50.0, "backward_ms": 50.0}]  # fmt: skip
+    backbone = [
+        {"name": "mlp", "forward_ms": 1.0, "backward_ms": 50.0},
+        {"name": "attention", "forward_ms": 1.0, "backward_ms": 1.0},
+        {"name": "shared", "forward_ms": 50.0, "backward_ms": 50.0},
+    ]
     transfer = {"forward_ms": 2.0, "backward_ms": 40.0}
     chunk = {"dispatch": transfer, "experts": part, "combine": transfer}
     times = {"gate": part, "encode": part, "decode": part, "backbone": backbone, "chunks": {"1": chunk}}

@@ -21,9 +21,20 @@ def make_layer(
 ) -> ScMoE:
     torch.manual_seed(1)
     expert = nn.Sequential(nn.Linear(HIDDEN, 32), nn.GELU(), nn.Linear(32, HIDDEN))
-    layer = ScMoE(HIDDEN, expert, EXPERTS, dist.get_world_size(), k, capacity_factor=1.0, min_capacity=1,
-                  drop_tokens=drop_tokens, top2_2nd_expert_sampling=False, dispatch=dispatch, all_to_all=method,
-                  wire_dtype=wire_dtype)  # fmt: skip
+    layer = ScMoE(
+        HIDDEN,
+        expert,
+        EXPERTS,
+        dist.get_world_size(),
+        k,
+        capacity_factor=1.0,
+        min_capacity=1,
+        drop_tokens=drop_tokens,
+        top2_2nd_expert_sampling=False,
+        dispatch=dispatch,
+        all_to_all=method,
+        wire_dtype=wire_dtype,
+    )
     layer.set_deepspeed_parallelism()
     return layer
 

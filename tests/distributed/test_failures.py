@@ -45,11 +45,17 @@ JSON = {
     "gradient_accumulation_steps": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "zero_optimization": {"stage": 1},
-    "scmoe": {"num_experts": 4, "expert_parallel_size": 2, "all_to_all": "send_receive",
-              "overlap": {"calibration_steps": 0}},
-}  # fmt: skip
-FLAGS = ("--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --eval-iters 1 --split 8,1,1 "
-         "--log-interval 1").split()  # fmt: skip
+    "scmoe": {
+        "num_experts": 4,
+        "expert_parallel_size": 2,
+        "all_to_all": "send_receive",
+        "overlap": {"calibration_steps": 0},
+    },
+}
+FLAGS = (
+    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --eval-iters 1 --split 8,1,1 "
+    "--log-interval 1"
+).split()
 
 
 def prepare(directory: Path, *flags: str) -> list[str]:
@@ -84,15 +90,19 @@ def test_a_bad_loss_stops_all_ranks_at_its_step(tmp_path: Path) -> None:
     (code, message), (other_code, silence) = run_distributed(poisoned_run, 2, arguments)
     assert (code, other_code) == (2, 2)
     # 8 samples an iteration; micro-batch 2 of rank 1 is the 4th of the iteration, two samples each.
-    assert re.search(r"iteration 3: loss is nan in micro-batch 2 of 2 on data-parallel rank 1, training samples "
-                     r"22–23 \(documents \d+.* of .*data\); this step was not saved", message), message  # fmt: skip
+    assert re.search(
+        r"iteration 3: loss is nan in micro-batch 2 of 2 on data-parallel rank 1, training samples "
+        r"22–23 \(documents \d+.* of .*data\); this step was not saved",
+        message,
+    ), message
     assert "error" not in silence, "one message for the job"
     assert (save / "latest").read_text() == "global_step2"
 
 
 def fake_engine(**attributes: object) -> SimpleNamespace:
-    return SimpleNamespace(**{"fp16_enabled": lambda: False, "skipped_steps": 0,
-                              "get_global_grad_norm": lambda: 1.0, **attributes})  # fmt: skip
+    return SimpleNamespace(
+        **{"fp16_enabled": lambda: False, "skipped_steps": 0, "get_global_grad_norm": lambda: 1.0, **attributes}
+    )
 
 
 def test_findings_of_a_step() -> None:
@@ -129,8 +139,9 @@ def test_fp16_that_skips_every_step_ends() -> None:
 def test_deepspeeds_own_words_for_an_exhausted_loss_scale() -> None:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    scaler = DynamicLossScaler(init_scale=1, scale_window=10, min_scale=1, delayed_shift=1,
-                               consecutive_hysteresis=False, dtype=torch.float32)  # fmt: skip
+    scaler = DynamicLossScaler(
+        init_scale=1, scale_window=10, min_scale=1, delayed_shift=1, consecutive_hysteresis=False, dtype=torch.float32
+    )
     with pytest.raises(Exception, match="minimum") as raised:
         scaler.update_scale(True)
     assert is_loss_scale_exhausted(raised.value)
@@ -141,12 +152,28 @@ def ranks_of_a_job(arguments: Sequence[str], directory: Path) -> Iterator[list[s
     """Two processes of the main job; yielded when they have trained a few iterations."""
     port, processes = str(free_port()), []
     for rank in ("0", "1"):
-        environment = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
+        environment = {
+            **os.environ,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "DS_ACCELERATOR": "cpu",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, str(ROOT / "pretrain_gpt_scmoe.py"), *arguments]
         with open(directory / f"errors{rank}", "w") as errors:
-            processes.append(subprocess.Popen(command, env={**environment, "PYTHONPATH": str(ROOT)}, cwd=directory,
-                                              stdout=subprocess.PIPE, stderr=errors, text=True))  # fmt: skip
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env={**environment, "PYTHONPATH": str(ROOT)},
+                    cwd=directory,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+            )
     try:
         assert processes[0].stdout is not None
         assert any(line.startswith("iteration       3/") for line in processes[0].stdout)
@@ -164,9 +191,11 @@ def test_a_killed_process_ends_the_others_with_a_sentence(victim: int, tmp_path:
         assert processes[1 - victim].wait(60) == 1
     lines = (tmp_path / f"errors{1 - victim}").read_text().splitlines()
     assert any(line.startswith("Traceback") for line in lines)
-    found = re.match(r"pretrain_gpt_scmoe.py: error: rank (\d) \(host \S+\), iteration \d+: (.*) ranks 0, 1 failed: "
-                     r".*(?:Connection|connection).*\. Rank (\d) \(host \S+\).* look at the end of its log.*--load",
-                     lines[-1])  # fmt: skip
+    found = re.match(
+        r"pretrain_gpt_scmoe.py: error: rank (\d) \(host \S+\), iteration \d+: (.*) ranks 0, 1 failed: "
+        r".*(?:Connection|connection).*\. Rank (\d) \(host \S+\).* look at the end of its log.*--load",
+        lines[-1],
+    )
     assert found, lines[-1]
     assert (int(found[1]), int(found[3])) == (1 - victim, victim)
     assert re.match(r"(the part with rank \d of )?the all-to-all of expert-parallel|all_reduce over", found[2])
@@ -219,10 +248,17 @@ def test_long_steps_are_waited_for_and_ranks_meet_within_the_limit(monkeypatch: 
     monkeypatch.setattr(process, "_LATE_START_S", 0.0)
     with socket.create_server(("", 0)) as server:
         busy = str(server.getsockname()[1])
-        for port, message in ((str(free_port()), "rank 0 did not meet all 2 ranks at 127.0.0.1:.* within 1 s: look"),
-                              (busy, rf"MASTER_PORT\) = {busy}: another process of .* listens on this port; end")):  # fmt: skip
-            for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                                "MASTER_PORT": port}.items():  # fmt: skip
+        for port, message in (
+            (str(free_port()), "rank 0 did not meet all 2 ranks at 127.0.0.1:.* within 1 s: look"),
+            (busy, rf"MASTER_PORT\) = {busy}: another process of .* listens on this port; end"),
+        ):
+            for name, value in {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }.items():
                 monkeypatch.setenv(name, value)
             with pytest.raises(LauncherError, match=message):
                 process.connect(timedelta(seconds=1))
@@ -239,8 +275,12 @@ def test_ctrl_c_is_no_error(tmp_path: Path) -> None:
 
 
 def test_words_and_peers_of_a_failure() -> None:
-    error = ExchangeError("the all-to-all of expert-parallel ranks", [2, 3], [3], "[/x/pair.cc:5] Connection closed by "
-                          "peer [10.0.0.1]:5. This is typically caused by a remote worker crashing")  # fmt: skip
+    error = ExchangeError(
+        "the all-to-all of expert-parallel ranks",
+        [2, 3],
+        [3],
+        "[/x/pair.cc:5] Connection closed by peer [10.0.0.1]:5. This is typically caused by a remote worker crashing",
+    )
     wrapped = RuntimeError("while training")
     wrapped.__cause__ = error
     found = failed_collective(wrapped)

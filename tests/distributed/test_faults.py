@@ -50,8 +50,9 @@ def interrupted_saves(directory: str) -> list[str]:
             Path(save_dir, tag, checkpoint.MANIFEST_FILE).mkdir()  # cannot be written
 
     checkpoint.claim(directory)
-    engine = SimpleNamespace(save_checkpoint=write, overlap=SimpleNamespace(state=lambda: None),
-                             module=torch.nn.Module(), optimizer=None)  # fmt: skip
+    engine = SimpleNamespace(
+        save_checkpoint=write, overlap=SimpleNamespace(state=lambda: None), module=torch.nn.Module(), optimizer=None
+    )
     used = []
     for iteration in (1, 2, 3, 4):
         with contextlib.suppress(checkpoint.CheckpointError):

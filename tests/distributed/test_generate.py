@@ -25,8 +25,19 @@ from scmoe_ds.parallel.groups import Layout
 from tests.helpers.exports import whole_model, write_export
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-LLAMA = GPTSettings(4, 32, 4, 384, 48, num_key_value_heads=2, normalization="RMSNorm", swiglu=True,
-                    position_embedding="rope", add_bias_linear=False, tie_embeddings=False)  # fmt: skip
+LLAMA = GPTSettings(
+    4,
+    32,
+    4,
+    384,
+    48,
+    num_key_value_heads=2,
+    normalization="RMSNorm",
+    swiglu=True,
+    position_embedding="rope",
+    add_bias_linear=False,
+    tie_embeddings=False,
+)
 SECTIONS: dict[str, dict[str, Any]] = {
     "scmoe": {},
     "pos3, top-2": {"position": "pos3", "top_k": 2},
@@ -92,8 +103,10 @@ def alone(models: str) -> Found:
     return run_distributed(on_a_layout, 1, models, list(SECTIONS), 1, 1)[0]
 
 
-@pytest.mark.parametrize(("ranks", "holders", "ep_size", "divided"), [(2, 1, 2, False), (2, 1, 1, False),
-                         (2, 2, 1, False), (4, 2, 2, True), (4, 2, 4, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranks", "holders", "ep_size", "divided"),
+    [(2, 1, 2, False), (2, 1, 1, False), (2, 2, 1, False), (4, 2, 2, True), (4, 2, 4, False)],
+)
 def test_layout(models: str, alone: Found, ranks: int, holders: int, ep_size: int, divided: bool) -> None:
     names = list(SECTIONS) if holders == 1 and ep_size > 1 else ["scmoe", "topk"]
     for found in run_distributed(on_a_layout, ranks, models, names, holders, ep_size, divided):

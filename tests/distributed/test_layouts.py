@@ -46,9 +46,15 @@ def train(
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "eps": 1e-4, "torch_adam": True, "weight_decay": 0.1}},
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": zero_stage},
-        "scmoe": {"num_experts": 4, "expert_parallel_size": ep, "capacity_factor": 1.0, "min_capacity": 1,
-                  "top2_2nd_expert_sampling": False, **section},
-    }  # fmt: skip
+        "scmoe": {
+            "num_experts": 4,
+            "expert_parallel_size": ep,
+            "capacity_factor": 1.0,
+            "min_capacity": 1,
+            "top2_2nd_expert_sampling": False,
+            **section,
+        },
+    }
     shape = GPTSettings(4, 32, 4, VOCABULARY, SEQUENCE, hidden_dropout=0.1, **settings)
     parsed = scmoe_ds.ScMoEConfig.from_deepspeed(config)
     model = GPT(shape, parsed, group=tensor.tensor_parallel_group(), recompute=recompute)
@@ -121,10 +127,16 @@ def case(ranks: int, tp: int, ep: int, zero_stage: int, style: str = "GPT-2", **
 
 STYLES = {
     "GPT-2": {},
-    "LLaMA": {"swiglu": True, "num_key_value_heads": 2, "tie_embeddings": False, "add_bias_linear": False,
-              "position_embedding": "rope", "normalization": "RMSNorm"},
+    "LLaMA": {
+        "swiglu": True,
+        "num_key_value_heads": 2,
+        "tie_embeddings": False,
+        "add_bias_linear": False,
+        "position_embedding": "rope",
+        "normalization": "RMSNorm",
+    },
     "post-norm": {"norm_placement": "post", "residual_scale": 0.5},
-}  # fmt: skip
+}
 MOST_DROPPED = 0.3  # as a capacity factor
 DIVIDED = {"expert_tensor_parallelism": True}
 IN_CHUNKS = {"overlap": {"expert_slot": 2, "num_chunks": 2}}

@@ -25,8 +25,9 @@ UNEQUAL = [(5, 0), (1, 3), (12, 2), (0, 0)]
 def make(name: str, ep_size: int, k: int, drop: bool) -> MoE:
     torch.manual_seed(1)
     expert = nn.Sequential(nn.Linear(HIDDEN, 32), nn.GELU(), nn.Linear(32, HIDDEN))
-    settings = dict(k=k, capacity_factor=1.0, min_capacity=2, drop_tokens=drop, use_rts=False,
-                    top2_2nd_expert_sampling=False)  # fmt: skip
+    settings = dict(
+        k=k, capacity_factor=1.0, min_capacity=2, drop_tokens=drop, use_rts=False, top2_2nd_expert_sampling=False
+    )
     kind, _, dispatch = name.partition(" ")
     if kind == "DeepSpeed's":
         layer = MoE(HIDDEN, expert, EXPERTS, ep_size, **settings)
@@ -113,8 +114,14 @@ def upcycled(architecture: str) -> None:
         dense = gpt2().eval()
         for parameter in dense.parameters():
             nn.init.normal_(parameter, std=0.2)
-        section = {"architecture": architecture, "num_experts": 4, "expert_parallel_size": ep_size, "min_capacity": 1,
-                   "use_rts": False, "eval_capacity_factor": 0.7}  # fmt: skip
+        section = {
+            "architecture": architecture,
+            "num_experts": 4,
+            "expert_parallel_size": ep_size,
+            "min_capacity": 1,
+            "use_rts": False,
+            "eval_capacity_factor": 0.7,
+        }
         model = moe_from_dense(dense, ScMoEConfig.from_deepspeed({"scmoe": section}), noise=0.5)
         for module in model.modules():
             if isinstance(module, MoE):

@@ -26,8 +26,13 @@ SETTINGS = GPTSettings(2, 16, 4, 64, 12, hidden_dropout=0.1)
 
 
 def make_run(position: str, dispatch: str = "exact") -> ScheduledRun:
-    section = {"num_experts": 4, "expert_parallel_size": 2, "position": position, "capacity_factor": 1.0,
-               "dispatch": dispatch}  # fmt: skip
+    section = {
+        "num_experts": 4,
+        "expert_parallel_size": 2,
+        "position": position,
+        "capacity_factor": 1.0,
+        "dispatch": dispatch,
+    }
     run = ScheduledRun(SETTINGS, ScMoEConfig.from_deepspeed({"scmoe": section}), 4, position, 12)
     initialize_parameters(run, 3, 0.4, 1, dist.get_rank())
     run.blocks[-1].moe.set_deepspeed_parallelism()

@@ -28,9 +28,13 @@ JSON: dict[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {**ADAM, "torch_adam": True}},
     "gradient_clipping": CLIP,
     "zero_optimization": {"stage": 1},
-    "scmoe": {"num_experts": 4, "expert_parallel_size": 2, "all_to_all": "collective",
-              "overlap": {"calibration_steps": 0}},
-}  # fmt: skip
+    "scmoe": {
+        "num_experts": 4,
+        "expert_parallel_size": 2,
+        "all_to_all": "collective",
+        "overlap": {"calibration_steps": 0},
+    },
+}
 Curve = list[tuple[float, float]]  # loss and gradient norm before clipping, per step
 
 
@@ -125,9 +129,11 @@ def train_all() -> tuple[dict[str, tuple[Curve, str]], dict[str, str]]:
     """Curves by case, and the messages of what is refused."""
     curves = {name: train(changes, own and OWN[own]) for name, (changes, own) in CASES.items()}
     pipeline = deepspeed.pipe.PipelineModule([torch.nn.Linear(1, 1)], 1)
-    refused = {"PipelineModule": lambda: scmoe_ds.initialize(model=pipeline, config=JSON),
-               "scheduler": lambda: train_with_scheduler(),
-               "offload": lambda: train({"zero_optimization": OFFLOAD}, OWN["an optimizer"])}  # fmt: skip
+    refused = {
+        "PipelineModule": lambda: scmoe_ds.initialize(model=pipeline, config=JSON),
+        "scheduler": lambda: train_with_scheduler(),
+        "offload": lambda: train({"zero_optimization": OFFLOAD}, OWN["an optimizer"]),
+    }
     messages = {}
     for name, attempt in refused.items():
         with pytest.raises(scmoe_ds.ScMoEConfigError) as raised:

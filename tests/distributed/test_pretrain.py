@@ -18,8 +18,10 @@ from lab.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = json.loads((ROOT / "ds_configs" / "gpt_small_cpu.json").read_text())
-FLAGS = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64 --hidden-dropout 0.1 "
-         "--split 90,5,5 --log-interval 1 --eval-iters 2").split()  # fmt: skip
+FLAGS = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64 --hidden-dropout 0.1 "
+    "--split 90,5,5 --log-interval 1 --eval-iters 2"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,13 @@ def job(
     directory: Path, corpus: str, *flags: str, ranks: int = 2, accumulation: int = 1, **changes: object
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a training job; `changes` are fields of the "scmoe" section."""
-    whole = {**CONFIG, "tensorboard": {"enabled": True, "output_path": str(directory / "board"), "job_name": "job"},
-             "csv_monitor": {"enabled": True, "output_path": str(directory / "csv"), "job_name": "job"},
-             "gradient_accumulation_steps": accumulation, "scmoe": {**CONFIG["scmoe"], **changes}}  # fmt: skip
+    whole = {
+        **CONFIG,
+        "tensorboard": {"enabled": True, "output_path": str(directory / "board"), "job_name": "job"},
+        "csv_monitor": {"enabled": True, "output_path": str(directory / "csv"), "job_name": "job"},
+        "gradient_accumulation_steps": accumulation,
+        "scmoe": {**CONFIG["scmoe"], **changes},
+    }
     (directory / "ds.json").write_text(json.dumps(whole))
     launcher = [
         sys.executable,
@@ -69,10 +75,12 @@ def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: st
     # The number of chunks would change the last bits of sums, and two runs may measure and choose differently.
     overlap = {"num_chunks": 1, "calibration_steps": 2}
     whole = launch(directories["whole"], corpus, "--train-iters", "8", "--scmoe-trace", "2", overlap=overlap)
-    first = launch(directories["first"], corpus, "--train-iters", "8", "--save", save, "--exit-interval", "4",
-                   overlap=overlap)  # fmt: skip
-    second = launch(directories["second"], corpus, "--train-iters", "8", "--save", save, "--load", save,
-                    overlap=overlap)  # fmt: skip
+    first = launch(
+        directories["first"], corpus, "--train-iters", "8", "--save", save, "--exit-interval", "4", overlap=overlap
+    )
+    second = launch(
+        directories["second"], corpus, "--train-iters", "8", "--save", save, "--load", save, overlap=overlap
+    )
     for done in (whole, first, second):
         assert done.returncode == 0, done.stdout + done.stderr
     assert list(losses(first.stdout)) == [1, 2, 3, 4] and list(losses(second.stdout)) == [5, 6, 7, 8]
@@ -114,8 +122,15 @@ def check_trace(directory: Path) -> None:
 def check_report(done: subprocess.CompletedProcess, directory: Path) -> None:
     """The log names what a user looks for, and the files it names exist."""
     line = next(line for line in done.stdout.splitlines() if line.startswith("iteration       2/8"))
-    for part in ("lm loss", "moe loss", "learning rate", "grad norm", "tokens per second", "seconds per iteration",
-                 "expert load min/max"):  # fmt: skip
+    for part in (
+        "lm loss",
+        "moe loss",
+        "learning rate",
+        "grad norm",
+        "tokens per second",
+        "seconds per iteration",
+        "expert load min/max",
+    ):
         assert part in line
     low, high = map(float, re.search(r"expert load min/max: (\S+)/(\S+)", line).groups())  # type: ignore[union-attr]
     assert 0 <= low <= 1 / 4 <= high <= 1
@@ -155,8 +170,11 @@ def test_a_signal_to_one_rank_saves_and_stops_all(number: signal.Signals, tmp_pa
         assert launcher.stdout is not None
         lines = iter(launcher.stdout.readline, "")
         assert any(line.startswith("iteration       3/") for line in lines)
-        ranks = [child for child in psutil.Process(launcher.pid).children(recursive=True)
-                 if "--local_rank=1" in child.cmdline()]  # fmt: skip
+        ranks = [
+            child
+            for child in psutil.Process(launcher.pid).children(recursive=True)
+            if "--local_rank=1" in child.cmdline()
+        ]
         assert len(ranks) == 1
         ranks[0].send_signal(number)
         rest = "".join(lines)
@@ -213,6 +231,12 @@ def test_help() -> None:
     command = [sys.executable, str(ROOT / "pretrain_gpt_scmoe.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
     assert done.returncode == 0
-    for flag in ("--num-layers", "--tensor-model-parallel-size", "--data-path", "--train-iters", "--scmoe-position",
-                 "--deepspeed_config"):  # fmt: skip
+    for flag in (
+        "--num-layers",
+        "--tensor-model-parallel-size",
+        "--data-path",
+        "--train-iters",
+        "--scmoe-position",
+        "--deepspeed_config",
+    ):
         assert flag in done.stdout

@@ -59,8 +59,14 @@ def step(
     """One micro-batch: loss, gradients, bytes that autograd keeps for the backward pass, all-to-alls."""
     ep_size = dist.get_world_size()
     # Drops with random token selection, so that a repetition with other random numbers would show.
-    config = ScMoEConfig(architecture=architecture, num_experts=4, expert_parallel_size=ep_size, capacity_factor=1.0,
-                         min_capacity=1, all_to_all="collective")  # fmt: skip
+    config = ScMoEConfig(
+        architecture=architecture,
+        num_experts=4,
+        expert_parallel_size=ep_size,
+        capacity_factor=1.0,
+        min_capacity=1,
+        all_to_all="collective",
+    )
     model = GPT(SETTINGS, config, recompute=recompute)
     initialize_parameters(model, 7, 0.1, SETTINGS.num_layers, expert_parallel_rank(ep_size))
     for module in model.modules():
@@ -90,8 +96,15 @@ def step(
         output.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     spans = [(span.layer, span.name, span.lane, span.phase, span.chunk) for span in recorder.spans()]
-    return {"loss": output.loss.item(), "gradients": gradients, "kept": held, "random": torch.rand(()).item(),
-            "launched": counted.launched, "waited": counted.waited, "spans": sorted(spans)}  # fmt: skip
+    return {
+        "loss": output.loss.item(),
+        "gradients": gradients,
+        "kept": held,
+        "random": torch.rand(()).item(),
+        "launched": counted.launched,
+        "waited": counted.waited,
+        "spans": sorted(spans),
+    }
 
 
 def all_steps() -> dict[tuple[str, str, str], dict[str, Any]]:

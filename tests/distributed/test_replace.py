@@ -64,10 +64,16 @@ def make_json(ep: int, overlap: bool, **section: Any) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "eps": 1e-4, "torch_adam": True}},
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 1},
-        "scmoe": {"num_experts": 4, "expert_parallel_size": ep, "capacity_factor": 1.0, "min_capacity": 1,
-                  "use_rts": False, "overlap": {"enabled": overlap, "num_chunks": 1, "calibration_steps": 0},
-                  **section},
-    }  # fmt: skip
+        "scmoe": {
+            "num_experts": 4,
+            "expert_parallel_size": ep,
+            "capacity_factor": 1.0,
+            "min_capacity": 1,
+            "use_rts": False,
+            "overlap": {"enabled": overlap, "num_chunks": 1, "calibration_steps": 0},
+            **section,
+        },
+    }
 
 
 def micro_batch(model: nn.Module, number: int) -> dict[str, Tensor]:
@@ -184,9 +190,20 @@ def compute(position: str, shortcut_norm: str, ep: int) -> dict[str, dict[str, T
 
     Tokens differ from rank to rank. An expert's number in a gradient's name is that among the experts of all ranks.
     """
-    config = ScMoEConfig.from_deepspeed({"scmoe": {
-        "position": position, "shortcut_norm": shortcut_norm, "merge": "cg2", "num_experts": EXPERTS,
-        "expert_parallel_size": ep, "capacity_factor": 1.0, "min_capacity": 1, "use_rts": False}})  # fmt: skip
+    config = ScMoEConfig.from_deepspeed(
+        {
+            "scmoe": {
+                "position": position,
+                "shortcut_norm": shortcut_norm,
+                "merge": "cg2",
+                "num_experts": EXPERTS,
+                "expert_parallel_size": ep,
+                "capacity_factor": 1.0,
+                "min_capacity": 1,
+                "use_rts": False,
+            }
+        }
+    )
     replaced = Replaced(SHAPE, config, EXPERTS)
     ep_rank = dist.get_rank() % ep
     initialize_parameters(replaced, 0, 0.2, SHAPE.num_layers, ep_rank)
@@ -240,8 +257,17 @@ def train_with_tensor_parallelism(size: int, ep: int, fields: dict[str, Any]) ->
     Its experts are whole all the same: the layout is what is tested here.
     """
     torch.manual_seed(0)
-    moe = MoE(8, nn.Linear(8, 8), 4, ep, 1, min_capacity=1, use_rts=False, drop_tokens=False,
-              enable_expert_tensor_parallelism=size > 1)  # fmt: skip
+    moe = MoE(
+        8,
+        nn.Linear(8, 8),
+        4,
+        ep,
+        1,
+        min_capacity=1,
+        use_rts=False,
+        drop_tokens=False,
+        enable_expert_tensor_parallelism=size > 1,
+    )
     for number, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
         place = dist.get_rank() // size % ep * moe.num_local_experts + number
         nn.init.constant_(expert.weight, 0.1 * (place + 1))
@@ -251,8 +277,12 @@ def train_with_tensor_parallelism(size: int, ep: int, fields: dict[str, Any]) ->
     whole = make_json(ep, True)
     whole["gradient_accumulation_steps"] = 1
     whole.update(fields.get("top", {}))
-    whole["scmoe"] = {"replace": True, "expert_tensor_parallelism": size > 1, "overlap": {"calibration_steps": 0},
-                      "shared_from": fields.get("shared_from", "fresh")}  # fmt: skip
+    whole["scmoe"] = {
+        "replace": True,
+        "expert_tensor_parallelism": size > 1,
+        "overlap": {"calibration_steps": 0},
+        "shared_from": fields.get("shared_from", "fresh"),
+    }
     mpu = None
     if size > 1:
         tensor.start(size)

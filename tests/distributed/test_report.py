@@ -24,8 +24,15 @@ def report(directory: Path, ranks: int, *flags: str, **changes: object) -> subpr
     program = ["--module", "scmoe_ds.programs.report"] if ranks > 1 else ["-m", "scmoe_ds.programs.report"]
     command = [sys.executable, *(launcher if ranks > 1 else []), *program]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, "--deepspeed_config", str(directory / "ds.json"), *FLAGS, *flags], cwd=directory,
-                          env=environment, capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    return subprocess.run(
+        [*command, "--deepspeed_config", str(directory / "ds.json"), *FLAGS, *flags],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_report_says_what_overlap_is_worth(tmp_path: Path) -> None:
@@ -33,8 +40,13 @@ def test_report_says_what_overlap_is_worth(tmp_path: Path) -> None:
     overlap = {"calibration_steps": 3, "calibration_file": str(file)}
     done = report(tmp_path, 2, overlap=overlap)
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("overlap ", "one chunk hides all-to-alls of up to", "break-even with top-1 MoE without a shared expert",
-                 "choice for training", "choice for forward alone"):  # fmt: skip
+    for part in (
+        "overlap ",
+        "one chunk hides all-to-alls of up to",
+        "break-even with top-1 MoE without a shared expert",
+        "choice for training",
+        "choice for forward alone",
+    ):
         assert part in done.stdout, part
     # Which number of chunks is chosen is a matter of the measured times: the others are told in any case.
     assert len(re.findall(r"^choice for .*\(others: .*[24] chunks of experts at", done.stdout, re.MULTILINE)) == 2

@@ -53,9 +53,14 @@ def make_json(run: Run) -> dict[str, Any]:
         "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "total_num_steps": 40}},
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": run.zero_stage},
-        "scmoe": {"num_experts": 4, "expert_parallel_size": run.ep_size, "capacity_factor": 1.0, "min_capacity": 1,
-                  "expert_tensor_parallelism": run.divided_experts},
-    }  # fmt: skip
+        "scmoe": {
+            "num_experts": 4,
+            "expert_parallel_size": run.ep_size,
+            "capacity_factor": 1.0,
+            "min_capacity": 1,
+            "expert_tensor_parallelism": run.divided_experts,
+        },
+    }
     return whole if run.precision == "fp32" else {**whole, run.precision: {"enabled": True}}
 
 
@@ -63,8 +68,9 @@ def make_engine(whole: dict[str, Any], seed: int) -> Any:
     config = scmoe_ds.ScMoEConfig.from_deepspeed(whole)
     model = GPT(SETTINGS, config, group=tensor.tensor_parallel_group())
     place = expert_parallel_rank(config.expert_parallel_size, config.expert_tensor_parallelism)
-    initialize_parameters(model, seed, 0.1, SETTINGS.num_layers, place,
-                          tensor.tensor_parallel_rank(), tensor.tensor_parallel_size())  # fmt: skip
+    initialize_parameters(
+        model, seed, 0.1, SETTINGS.num_layers, place, tensor.tensor_parallel_rank(), tensor.tensor_parallel_size()
+    )
     return scmoe_ds.initialize(model=model, config=whole)[0]
 
 
@@ -147,8 +153,10 @@ def test_a_checkpoint_goes_on_in_any_layout(tmp_path: Path) -> None:
         "save TP 2, divided experts": Run(2, save=split, steps=SAVED_AT, divided_experts=True),
     }
     found |= dict(zip(on_four, run_distributed(train_all, 4, list(on_four.values()), 2)[0], strict=True))
-    on_one = {"TP 2 DP 2 EP 1 → one process": Run(1, load=tp2),
-              "TP 2 DP 2 EP 2, divided experts → one process, ZeRO-2": Run(1, 2, load=split)}  # fmt: skip
+    on_one = {
+        "TP 2 DP 2 EP 1 → one process": Run(1, load=tp2),
+        "TP 2 DP 2 EP 2, divided experts → one process, ZeRO-2": Run(1, 2, load=split),
+    }
     found |= dict(zip(on_one, run_distributed(train_all, 1, list(on_one.values()))[0], strict=True))
     for name, values in found.items():
         if len(values["losses"]) == STEPS:
@@ -181,10 +189,15 @@ def check_exports(ep2: Path, split: Path, directory: Path) -> None:
 def precision_and_failures(directory: str) -> list[Any]:
     """In the same processes: another precision, and a rank whose file system takes no more."""
     fp32, bf16 = f"{directory}/fp32", f"{directory}/bf16"
-    [*_, same, other, back] = train_all([
-        Run(2, save=fp32, steps=SAVED_AT), Run(2, save=bf16, steps=SAVED_AT, precision="bf16"),
-        Run(2, load=bf16, precision="bf16"), Run(1, 2, load=bf16, precision="bf16"), Run(2, load=bf16),
-    ])  # fmt: skip
+    [*_, same, other, back] = train_all(
+        [
+            Run(2, save=fp32, steps=SAVED_AT),
+            Run(2, save=bf16, steps=SAVED_AT, precision="bf16"),
+            Run(2, load=bf16, precision="bf16"),
+            Run(1, 2, load=bf16, precision="bf16"),
+            Run(2, load=bf16),
+        ]
+    )
     engine = make_engine(make_json(Run(2)), 7)
     poisoned = save_with_a_moment_that_is_nan(engine, fp32)
     if dist.get_rank() == 1:
@@ -201,8 +214,11 @@ def precision_and_failures(directory: str) -> list[Any]:
 def save_with_a_moment_that_is_nan(engine: Any, directory: str) -> str:
     """On rank 1 alone, in the middle of a parameter's piece; the loss of this step is finite, and so is the next."""
     train_step(engine, 0)
-    held = [(name, parameter._hp_mapping) for name, parameter in engine.module.named_parameters()
-            if getattr(parameter, "_hp_mapping", None) is not None]  # fmt: skip
+    held = [
+        (name, parameter._hp_mapping)
+        for name, parameter in engine.module.named_parameters()
+        if getattr(parameter, "_hp_mapping", None) is not None
+    ]
     name, mapping = held[len(held) // 2]
     inner, address = engine.optimizer.optimizer, mapping.hp_fragment_address
     moments = inner.state[inner.param_groups[mapping.param_group_index]["params"][0]]["exp_avg"]

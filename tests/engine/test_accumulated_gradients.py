@@ -75,8 +75,10 @@ def norm_of(gradients: Gradients) -> float:
 
 
 def weights(engine: Any) -> Gradients:
-    found = {name: safe_get_full_fp32_param(each) if hasattr(each, "_hp_mapping") else each.detach()
-             for name, each in engine.module.named_parameters()}  # fmt: skip
+    found = {
+        name: safe_get_full_fp32_param(each) if hasattr(each, "_hp_mapping") else each.detach()
+        for name, each in engine.module.named_parameters()
+    }
     return {name: weight.double().clone() for name, weight in found.items()}
 
 
@@ -84,9 +86,15 @@ def trained(
     make: Callable[[], nn.Module], keys: dict[str, Any], steps: int, direct: bool = False
 ) -> tuple[Gradients, float | None]:
     """What DeepSpeed makes of a second step over the same micro-batches; plain SGD at rate 1 shows its gradient."""
-    whole = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": steps, "gradient_clipping": 0,
-             "optimizer": {"type": "SGD", "params": {"lr": 0.0}}, "zero_allow_untested_optimizer": True,
-             "scmoe": SECTION, **keys}  # fmt: skip
+    whole = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": 0,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+        "zero_allow_untested_optimizer": True,
+        "scmoe": SECTION,
+        **keys,
+    }
     connect()
     engine, *_ = scmoe_ds.initialize(model=make(), config=whole)
     for rate in (0.0, 1.0):
@@ -141,16 +149,26 @@ def test_accumulation_for_images(stage: int) -> None:
     check(make_swin, case(stage, **BF16, data_types={"grad_accum_dtype": "fp32"}), 4)
 
 
-@pytest.mark.parametrize("keys", [
-    case(1, gradient_predivide_factor=2.0), case(1, prescale_gradients=True, gradient_predivide_factor=2.0),
-    {"zero_optimization": {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 500}},
-    {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 500}},
-    {"zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False, "parameter_alignment": True}},
-    {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "immediate_grad_update": True},
-     "data_types": {"grad_accum_dtype": "fp32"}},
-    case(1, **BF16, communication_data_type="fp32"), case(1, **BF16, data_types={"grad_accum_dtype": "fp32", "param_dtype": "bf16"}),
-    case(1, wall_clock_breakdown=True), case(2, flops_profiler={"enabled": True, "profile_step": 1}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "keys",
+    [
+        case(1, gradient_predivide_factor=2.0),
+        case(1, prescale_gradients=True, gradient_predivide_factor=2.0),
+        {"zero_optimization": {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 500}},
+        {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 500}},
+        {"zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False, "parameter_alignment": True}},
+        {
+            "zero_optimization": {"stage": 1},
+            "bf16": {"enabled": True, "immediate_grad_update": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        },
+        case(1, **BF16, communication_data_type="fp32"),
+        case(1, **BF16, data_types={"grad_accum_dtype": "fp32", "param_dtype": "bf16"}),
+        case(1, wall_clock_breakdown=True),
+        case(2, flops_profiler={"enabled": True, "profile_step": 1}),
+    ],
+    ids=str,
+)
 def test_keys_of_the_backward_pass(keys: dict[str, Any]) -> None:
     check(make_gpt, keys, 4)
 

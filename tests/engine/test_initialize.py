@@ -87,28 +87,49 @@ def test_the_json_under_each_of_its_names(name: str, as_path: bool, tmp_path: Pa
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "none": (lambda: scmoe_ds.initialize(model=WithScMoE()), "got no DeepSpeed JSON: give it one of config"),
-    "two": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(), config_params=whole()),
-            "got config and config_params"),
+    "two": (
+        lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(), config_params=whole()),
+        "got config and config_params",
+    ),
     "a model in the place of args": (lambda: scmoe_ds.initialize(WithScMoE(), whole()), "hand over model="),
-    "no optimizer": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=without_optimizer(1)),
-                     r'zero_optimization\.stage = 1: ZeRO needs an optimizer: add an "optimizer" section'),
-    "DeepSpeed's layers": (lambda: scmoe_ds.initialize(model=Model(), config=whole()),
-                           r'the first blocks\.1\.mlp\); set "replace": true'),
-    "another kind of DeepSpeed's": (lambda: scmoe_ds.initialize(model=Model(), config=whole(architecture="shared_expert")),
-                                    'are "topk"; set that'),
-    "experts": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(num_experts=64)),
-                r"scmoe\.num_experts = 64: moe has 4; set that"),
-    "merge": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(merge="cg2")), r"scmoe\.merge = 'cg2': moe has"),
-    "parameters that are used up": (lambda: scmoe_ds.initialize(model=Model(), config=whole(replace=True),
-                                                                model_parameters=iter([])), "model_parameters is empty"),
-    "a dense model to replace in": (lambda: scmoe_ds.initialize(model=nn.Linear(8, 8), config=whole(replace=True)),
-                                    r"Linear holds no MoE layer.*scmoe_ds\.moe_from_dense"),
-    "a ScMoE to replace": (lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(replace=True)),
-                           r"scmoe\.replace: moe is a ScMoE already; remove the field"),
+    "no optimizer": (
+        lambda: scmoe_ds.initialize(model=WithScMoE(), config=without_optimizer(1)),
+        r'zero_optimization\.stage = 1: ZeRO needs an optimizer: add an "optimizer" section',
+    ),
+    "DeepSpeed's layers": (
+        lambda: scmoe_ds.initialize(model=Model(), config=whole()),
+        r'the first blocks\.1\.mlp\); set "replace": true',
+    ),
+    "another kind of DeepSpeed's": (
+        lambda: scmoe_ds.initialize(model=Model(), config=whole(architecture="shared_expert")),
+        'are "topk"; set that',
+    ),
+    "experts": (
+        lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(num_experts=64)),
+        r"scmoe\.num_experts = 64: moe has 4; set that",
+    ),
+    "merge": (
+        lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(merge="cg2")),
+        r"scmoe\.merge = 'cg2': moe has",
+    ),
+    "parameters that are used up": (
+        lambda: scmoe_ds.initialize(model=Model(), config=whole(replace=True), model_parameters=iter([])),
+        "model_parameters is empty",
+    ),
+    "a dense model to replace in": (
+        lambda: scmoe_ds.initialize(model=nn.Linear(8, 8), config=whole(replace=True)),
+        r"Linear holds no MoE layer.*scmoe_ds\.moe_from_dense",
+    ),
+    "a ScMoE to replace": (
+        lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(replace=True)),
+        r"scmoe\.replace: moe is a ScMoE already; remove the field",
+    ),
     "a dense model": (lambda: scmoe_ds.initialize(model=nn.Linear(8, 8), config=whole()), "Linear holds no MoE layer"),
-    "a MoE of Hugging Face": (lambda: scmoe_ds.initialize(model=mixtral(), config=whole()),
-                              r"\(2 × MixtralSparseMoeBlock are none\)"),
-}  # fmt: skip
+    "a MoE of Hugging Face": (
+        lambda: scmoe_ds.initialize(model=mixtral(), config=whole()),
+        r"\(2 × MixtralSparseMoeBlock are none\)",
+    ),
+}
 
 
 def without_optimizer(stage: int) -> dict[str, Any]:
@@ -118,8 +139,15 @@ def without_optimizer(stage: int) -> dict[str, Any]:
 
 
 def mixtral() -> nn.Module:
-    shape = transformers.MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-                                       num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)  # fmt: skip
+    shape = transformers.MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
     return transformers.MixtralForCausalLM(shape)
 
 
@@ -167,9 +195,11 @@ HANDED_OVER: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     "groups": lambda model: {"model_parameters": groups_of(model)},
     "an optimizer": lambda model: {"optimizer": torch.optim.AdamW(groups_of(model), lr=1e-2)},
     "an optimizer and parameters": lambda model: {
-        "optimizer": torch.optim.AdamW(groups_of(model), lr=1e-2), "model_parameters": list(model.parameters())},
+        "optimizer": torch.optim.AdamW(groups_of(model), lr=1e-2),
+        "model_parameters": list(model.parameters()),
+    },
     "a function": lambda model: {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-2)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HANDED_OVER)

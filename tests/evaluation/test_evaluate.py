@@ -37,8 +37,9 @@ DOCUMENTS = [list(b"one window, and then some more of it: " * 2), [7], list(b"sh
 def model() -> GPT:
     """Without drops, so that it is the same function with any batch."""
     config = ScMoEConfig.from_deepspeed({"scmoe": {"num_experts": 4, "drop_tokens": False, "min_capacity": 0}})
-    settings = GPTSettings(num_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=384,
-                           max_position_embeddings=CONTEXT)  # fmt: skip
+    settings = GPTSettings(
+        num_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=384, max_position_embeddings=CONTEXT
+    )
     built = GPT(settings, config).eval()
     initialize_parameters(built, 1, 0.2, 4)
     return built
@@ -121,8 +122,9 @@ def test_a_dataset_is_the_plain_computation(
 
 
 def test_batches_do_not_change_a_loss(export: str, dataset: str, tmp_path: Path) -> None:
-    alone, together = (evaluate(tmp_path, "--load", export, "--data-path", dataset, "--batch-size", size)["results"]
-                       for size in (1, 3))  # fmt: skip
+    alone, together = (
+        evaluate(tmp_path, "--load", export, "--data-path", dataset, "--batch-size", size)["results"] for size in (1, 3)
+    )
     assert alone["loss"] == pytest.approx(together["loss"], abs=1e-6)
     assert {key: alone[key] for key in ("tokens", "windows", "bytes")} == {
         key: together[key] for key in ("tokens", "windows", "bytes")
@@ -195,9 +197,11 @@ def test_the_validation_documents_of_a_split(export: str, dataset: str, tmp_path
     assert results["loss"] == pytest.approx(expected / results["tokens"], abs=1e-6)
 
 
-QUESTIONS = [{"question": "The capital of France is", "choices": ["Paris", "a town", "x"], "answer": 0},
-             {"question": "Two and two are, by all that is known to us,", "choices": ["five", "four"], "answer": 1},
-             {"question": "Q", "choices": ["r", "s", "longer than the others"], "answer": 2}]  # fmt: skip
+QUESTIONS = [
+    {"question": "The capital of France is", "choices": ["Paris", "a town", "x"], "answer": 0},
+    {"question": "Two and two are, by all that is known to us,", "choices": ["five", "four"], "answer": 1},
+    {"question": "Q", "choices": ["r", "s", "longer than the others"], "answer": 2},
+]
 PAGES = [{"page": "A page of some length, longer than a window of the model."}, {"page": "Short page."}]
 PROMPTS = [{"prompt": "once upon a time there was a very long story"}, {"prompt": "a"}]
 NEW_TOKENS = 12
@@ -208,16 +212,36 @@ def write_tasks(directory: Path) -> str:
     """A task of each kind of request, as files that lm_eval reads without a network."""
     common = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}
     definitions: dict[str, tuple[list[dict], dict]] = {
-        "tiny_choice": (QUESTIONS, {"output_type": "multiple_choice", "doc_to_text": "{{question}}",
-                                    "doc_to_target": "{{answer}}", "doc_to_choice": "{{choices}}",
-                                    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}),
-        "tiny_pages": (PAGES, {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{page}}",
-                               "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}]}),
-        "tiny_story": ([{**prompt, "story": greedy_text(prompt["prompt"])} for prompt in PROMPTS],
-                       {"output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{story}}",
-                        "generation_kwargs": {"until": [stop_text()], "max_gen_toks": NEW_TOKENS, "do_sample": False},
-                        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}),
-    }  # fmt: skip
+        "tiny_choice": (
+            QUESTIONS,
+            {
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{question}}",
+                "doc_to_target": "{{answer}}",
+                "doc_to_choice": "{{choices}}",
+                "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            },
+        ),
+        "tiny_pages": (
+            PAGES,
+            {
+                "output_type": "loglikelihood_rolling",
+                "doc_to_text": "",
+                "doc_to_target": "{{page}}",
+                "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
+            },
+        ),
+        "tiny_story": (
+            [{**prompt, "story": greedy_text(prompt["prompt"])} for prompt in PROMPTS],
+            {
+                "output_type": "generate_until",
+                "doc_to_text": "{{prompt}}",
+                "doc_to_target": "{{story}}",
+                "generation_kwargs": {"until": [stop_text()], "max_gen_toks": NEW_TOKENS, "do_sample": False},
+                "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            },
+        ),
+    }
     folder = directory / "tasks"
     folder.mkdir()
     for name, (documents, definition) in definitions.items():
@@ -359,13 +383,20 @@ BAD: dict[str, tuple[list[str], str]] = {
     "batch size": (["--load", "EXPORT", "--text-file", "TEXT", "--batch-size", "0"], r"--batch-size 0: must be"),
     "output": (["--load", "EXPORT", "--text-file", "TEXT", "--output", "no/out"], r"--output no/out cannot be written"),
     "limit of a text": (["--load", "EXPORT", "--text-file", "TEXT", "--limit", "2"], r"--limit goes with --tasks"),
-    "no task folder": (["--load", "EXPORT", "--tasks", "a", "--include-path", "absent"], r"--include-path absent is not"),
+    "no task folder": (
+        ["--load", "EXPORT", "--tasks", "a", "--include-path", "absent"],
+        r"--include-path absent is not",
+    ),
     "empty task": (["--load", "EXPORT", "--tasks", "a,,b"], r"--tasks 'a,,b': give names"),
-    "task without data": (["--load", "EXPORT", "--tasks", "broken", "--include-path", "TASKS"],
-                          r"--tasks broken: its definition or data cannot be read .*data_files"),
-    "no room": (["--load", "EXPORT", "--tasks", "endless", "--include-path", "TASKS"],
-                r"--tasks: 256 new tokens .* context is 32: set a smaller max_gen_toks"),
-}  # fmt: skip
+    "task without data": (
+        ["--load", "EXPORT", "--tasks", "broken", "--include-path", "TASKS"],
+        r"--tasks broken: its definition or data cannot be read .*data_files",
+    ),
+    "no room": (
+        ["--load", "EXPORT", "--tasks", "endless", "--include-path", "TASKS"],
+        r"--tasks: 256 new tokens .* context is 32: set a smaller max_gen_toks",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -380,8 +411,16 @@ def bad_files(export: str, dataset: str, text_file: str, tmp_path_factory: pytes
     (folder / "broken.yaml").write_text(json.dumps({**story, "task": "broken"}))
     single = write_indexed_dataset(str(directory / "single"), [[5]], 257).prefix
     wide = write_indexed_dataset(str(directory / "wide"), [[5, 300]], 500).prefix
-    return {"EXPORT": export, "DATA": dataset, "TEXT": text_file, "EMPTY": str(directory / "empty"), "SINGLE": single,
-            "LATIN": str(directory / "latin"), "WIDE": wide, "TASKS": str(folder)}  # fmt: skip
+    return {
+        "EXPORT": export,
+        "DATA": dataset,
+        "TEXT": text_file,
+        "EMPTY": str(directory / "empty"),
+        "SINGLE": single,
+        "LATIN": str(directory / "latin"),
+        "WIDE": wide,
+        "TASKS": str(folder),
+    }
 
 
 @pytest.mark.parametrize("case", BAD)

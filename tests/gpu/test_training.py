@@ -13,22 +13,35 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROOT = Path(__file__).parents[2]
-FLAGS = ("--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --hidden-dropout 0.1 "
-         "--split 90,5,5 --log-interval 1 --eval-iters 2 --train-iters 8").split()  # fmt: skip
+FLAGS = (
+    "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --hidden-dropout 0.1 "
+    "--split 90,5,5 --log-interval 1 --eval-iters 2 --train-iters 8"
+).split()
 
 
 def train(directory: Path, stage: int, *flags: str) -> tuple[str, dict[int, str]]:
     """What a run prints, and its losses with all digits."""
     directory.mkdir(parents=True, exist_ok=True)
     whole = {
-        "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "bf16": {"enabled": True},
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "bf16": {"enabled": True},
         "zero_optimization": {"stage": stage},
         "scmoe": {"num_experts": 4, "capacity_factor": 1.0, "overlap": {"num_chunks": 1}},
-    }  # fmt: skip
+    }
     (directory / "ds.json").write_text(json.dumps(whole))
-    command = [sys.executable, str(ROOT / "pretrain_gpt_scmoe.py"), "--deepspeed_config", str(directory / "ds.json"),
-               "--corpus-dir", str(directory.parent / "corpus"), *FLAGS, *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "pretrain_gpt_scmoe.py"),
+        "--deepspeed_config",
+        str(directory / "ds.json"),
+        "--corpus-dir",
+        str(directory.parent / "corpus"),
+        *FLAGS,
+        *flags,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, {int(i): loss for i, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)}

@@ -26,9 +26,17 @@ def tiny_settings(path: Path) -> Path:
     cpu = whole["presets"]["cpu"]
     cpu["corpus"] = {"megabytes": 0.3, "validation_share": 0.2, "vocab_size": 300}
     cpu["evaluation"] = {"sequences": 12, "batch_size": 4}
-    cpu["flags"] |= {"num-layers": 4, "hidden-size": 16, "num-attention-heads": 2, "seq-length": SEQUENCE,
-                     "train-iters": ITERATIONS, "log-interval": 1, "eval-interval": 3, "eval-iters": 1,
-                     "save-interval": 3}  # fmt: skip
+    cpu["flags"] |= {
+        "num-layers": 4,
+        "hidden-size": 16,
+        "num-attention-heads": 2,
+        "seq-length": SEQUENCE,
+        "train-iters": ITERATIONS,
+        "log-interval": 1,
+        "eval-interval": 3,
+        "eval-iters": 1,
+        "save-interval": 3,
+    }
     cpu["deepspeed"]["scheduler"]["params"]["warmup_num_steps"] = 2
     path.write_text(json.dumps(whole), encoding="utf-8")
     return path

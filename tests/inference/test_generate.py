@@ -31,8 +31,19 @@ from tests.helpers.exports import greedy, whole_model, write_export
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 GPT2 = GPTSettings(4, 32, 4, 384, 48)
-LLAMA = GPTSettings(4, 32, 4, 384, 48, num_key_value_heads=2, normalization="RMSNorm", swiglu=True,
-                    position_embedding="rope", add_bias_linear=False, tie_embeddings=False)  # fmt: skip
+LLAMA = GPTSettings(
+    4,
+    32,
+    4,
+    384,
+    48,
+    num_key_value_heads=2,
+    normalization="RMSNorm",
+    swiglu=True,
+    position_embedding="rope",
+    add_bias_linear=False,
+    tie_embeddings=False,
+)
 POST_NORM = replace(GPT2, norm_placement="post", residual_scale=0.7)
 SECTIONS: dict[str, dict[str, Any]] = {
     "pos1": {"position": "pos1"},
@@ -158,8 +169,9 @@ def test_the_least_temperature_is_greedy() -> None:
         assert choose(logits, Sampling(temperature=temperature), generators).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0},
-                                   {"top_p": 1.5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}]
+)
 def test_sampling_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="--" + next(iter(wrong)).replace("_", "-")):
         Sampling(**wrong)  # type: ignore[arg-type]
@@ -180,8 +192,10 @@ def test_endings(export: Path) -> None:
     assert max(limited[0].tokens) < 7
 
 
-@pytest.mark.parametrize(("prompt", "words"), [([], "prompt 2 is empty"), ([1] * 48, "has 48 tokens.*at most 47"),
-                                               ([384], "outside of the model's vocabulary")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [([], "prompt 2 is empty"), ([1] * 48, "has 48 tokens.*at most 47"), ([384], "outside of the model's vocabulary")],
+)
 def test_prompts_that_cannot_be(export: Path, prompt: list[int], words: str) -> None:
     with pytest.raises(GenerationError, match=words):
         TextGenerator(serve(export)).generate([[1], prompt], Request(2))
@@ -271,8 +285,16 @@ def test_bad_input(export: Path, flags: list[str], words: str, capsys: pytest.Ca
     assert message.startswith("scmoe generate: error: ") and words in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [["--temperature", "1e-45"], ["--temperature", "1e-300"], ["--top-p", "1e-300"],
-                                   ["--top-k", "1"], ["--temperature", "5e-324", "--top-p", "1e-45", "--top-k", "3"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--temperature", "1e-45"],
+        ["--temperature", "1e-300"],
+        ["--top-p", "1e-300"],
+        ["--top-k", "1"],
+        ["--temperature", "5e-324", "--top-p", "1e-45", "--top-k", "3"],
+    ],
+)
 def test_limits_of_sampling_are_the_most_likely_token(
     export: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,8 +307,14 @@ def test_limits_of_sampling_are_the_most_likely_token(
 
 def test_other_limits_of_sampling(export: Path) -> None:
     common = ("--load", str(export), "--prompt", "ab", "--max-new-tokens", "2")
-    for flags in (["--temperature", "1e300"], ["--top-k", "999999999"], ["--seed", "-1"], ["--seed", "9" * 9],
-                  ["--max-new-tokens", "9" * 9, "--stop", "a"], ["--batch-size", "9" * 9]):  # fmt: skip
+    for flags in (
+        ["--temperature", "1e300"],
+        ["--top-k", "999999999"],
+        ["--seed", "-1"],
+        ["--seed", "9" * 9],
+        ["--max-new-tokens", "9" * 9, "--stop", "a"],
+        ["--batch-size", "9" * 9],
+    ):
         assert run_program(*common, *flags) == 0, flags
 
 
@@ -330,8 +358,9 @@ def test_interrupt(export: Path) -> None:
         "from scmoe_ds.programs import generate; sys.exit(generate.main())"
     )
     command = [sys.executable, "-c", code, "--load", str(export), "--interactive", "--max-new-tokens", "40"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=environment_of_one())  # fmt: skip
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment_of_one()
+    )
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"ab\n")
     process.stdin.flush()

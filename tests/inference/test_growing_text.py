@@ -24,15 +24,18 @@ def tokenizer(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokeniz
     whole, special = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True)), ["<unk>", "<s>", "</s>"]
     if request.param == "LLaMA":
         whole.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
-        whole.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(content=" ", left=1)])  # fmt: skip
+        whole.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+        )
         special += [f"<0x{byte:02X}>" for byte in range(256)]
     else:
         whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = [" value of two words return </s>\n  " * 9]
     alphabet = pre_tokenizers.ByteLevel.alphabet() if request.param != "LLaMA" else []
-    whole.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet,
-                                                         show_progress=False))  # fmt: skip
+    whole.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
     directory = str(tmp_path_factory.mktemp("tokenizer"))
     PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>", eos_token="</s>").save_pretrained(directory)
     return HuggingFaceTokenizer(directory)

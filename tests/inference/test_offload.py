@@ -310,8 +310,11 @@ def test_model_larger_than_the_memory(tmp_path: Path) -> None:
         root = str(Path(generate_program.__file__).parent)
         return subprocess.run(
             [sys.executable, "-c", textwrap.dedent(LIMITED), str(300 << 20), *flags],
-            capture_output=True, text=True, check=False, env={**environment_of_one(), "PYTHONPATH": root},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**environment_of_one(), "PYTHONPATH": root},
+        )
 
     refused, written = generate("resident"), generate("offload-async")
     assert refused.returncode != 0 and "memory" in refused.stderr

@@ -22,8 +22,14 @@ from scmoe_ds.programs.flags.gpt import build_parser, gpt_settings
 from tests.helpers.by_hand import run_by_hand
 
 SMALL = dict(num_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=64, max_position_embeddings=16)
-LLAMA = dict(num_key_value_heads=2, normalization="RMSNorm", swiglu=True, position_embedding="rope",
-             add_bias_linear=False, tie_embeddings=False)  # fmt: skip
+LLAMA = dict(
+    num_key_value_heads=2,
+    normalization="RMSNorm",
+    swiglu=True,
+    position_embedding="rope",
+    add_bias_linear=False,
+    tie_embeddings=False,
+)
 
 
 def build(style: dict[str, Any] | None = None, **section: Any) -> GPT:
@@ -37,8 +43,12 @@ def preset_parameters(name: str, architecture: str) -> int:
     preset = PRESETS[name]
     parser = build_parser()
     parser.set_defaults(**preset.arguments)
-    section = {"num_experts": preset.num_experts, "moe_every": preset.moe_every, "architecture": architecture,
-               "position": "pos1"}  # fmt: skip
+    section = {
+        "num_experts": preset.num_experts,
+        "moe_every": preset.moe_every,
+        "architecture": architecture,
+        "position": "pos1",
+    }
     vocabulary = 32000 if name == "llama2-moe" else 50257
     with torch.device("meta"):
         model = GPT(gpt_settings(parser.parse_args([]), vocabulary), ScMoEConfig.from_deepspeed({"scmoe": section}))
@@ -106,8 +116,10 @@ def test_first_layer_position_and_schedules() -> None:
     assert not build(overlap={"enabled": False}).scheduled_runs()[0].schedule.overlap
 
 
-@pytest.mark.parametrize(("position", "norm"), [("pos1", "blocks.1.attention_norm"), ("pos2", "blocks.0.mlp_norm"),
-                                                ("pos3", "blocks.0.attention_norm")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("position", "norm"),
+    [("pos1", "blocks.1.attention_norm"), ("pos2", "blocks.0.mlp_norm"), ("pos3", "blocks.0.attention_norm")],
+)
 def test_shared_norm_is_the_one_through_which_the_backbone_reads_the_same_value(position: str, norm: str) -> None:
     run = build(position=position, shortcut_norm="shared").scheduled_runs()[0]
     assert run.shortcut_norm is None
@@ -118,10 +130,21 @@ def test_shared_norm_is_the_one_through_which_the_backbone_reads_the_same_value(
     assert len(seen) == 2 and torch.equal(seen[0], seen[1])
 
 
-@pytest.mark.parametrize("section", [{}, {"position": "pos1", "shortcut_norm": "shared"}, {"architecture": "dgmoe"},
-                                     {"position": "pos3", "shortcut_norm": "shared"}, {"architecture": "shared_expert"},
-                                     {"architecture": "overlapped_shared_expert"}, {"moe_every": 1, "position": "pos1"},
-                                     {"architecture": "topk"}, {"architecture": "pipelined_topk"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"position": "pos1", "shortcut_norm": "shared"},
+        {"architecture": "dgmoe"},
+        {"position": "pos3", "shortcut_norm": "shared"},
+        {"architecture": "shared_expert"},
+        {"architecture": "overlapped_shared_expert"},
+        {"moe_every": 1, "position": "pos1"},
+        {"architecture": "topk"},
+        {"architecture": "pipelined_topk"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_norm_placement_and_residual_scale_against_sums_that_are_written_out(placement: str, section: dict) -> None:
     model = build({"norm_placement": placement, "residual_scale": 0.5}, drop_tokens=False, **section).eval()
@@ -138,9 +161,14 @@ def test_norm_placement_and_residual_scale_against_sums_that_are_written_out(pla
         torch.testing.assert_close(hidden, values[-1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"norm_placement": "before"}, "--norm-placement before is neither"),
-                                                ({"residual_scale": 0.0}, "--residual-scale 0 must be a positive"),
-                                                ({"residual_scale": float("nan")}, "--residual-scale nan")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_placement": "before"}, "--norm-placement before is neither"),
+        ({"residual_scale": 0.0}, "--residual-scale 0 must be a positive"),
+        ({"residual_scale": float("nan")}, "--residual-scale nan"),
+    ],
+)
 def test_settings_that_are_none(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPTSettings(**SMALL, **change)

@@ -80,8 +80,14 @@ def test_other_placements_equal_reference(moe_every: int, position: str) -> None
 @pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
 def test_two_pairs_that_share_a_moe_equal_reference(position: str) -> None:
     """DGMoE-Share: the gradients of gate and experts are those of both uses, which choose differently."""
-    section = {"architecture": "dgmoe", "position": position, "drop_tokens": False, "num_experts": 4,
-               "pairs_per_moe": 2, "min_capacity": 1}  # fmt: skip
+    section = {
+        "architecture": "dgmoe",
+        "position": position,
+        "drop_tokens": False,
+        "num_experts": 4,
+        "pairs_per_moe": 2,
+        "min_capacity": 1,
+    }
     model = GPT(GPTSettings(4, HIDDEN, HEADS, 64, SEQUENCE), ScMoEConfig.from_deepspeed({"scmoe": section}))
     initialize_parameters(model, 3, 0.4, 1)
     first, second = model.scheduled_runs()
@@ -106,8 +112,9 @@ def test_two_pairs_that_share_a_moe_equal_reference(position: str) -> None:
         values, one = reference.double_gated_pair(values, mine, heads=HEADS, position=position)
         l_aux = l_aux + one
     assert largest_relative_error(found.hidden, values) <= 1e-5
-    wanted = torch.autograd.grad(values.square().sum() + 0.7 * l_aux, list(weights.values()), allow_unused=True,
-                                 materialize_grads=True)  # fmt: skip
+    wanted = torch.autograd.grad(
+        values.square().sum() + 0.7 * l_aux, list(weights.values()), allow_unused=True, materialize_grads=True
+    )
     largest = max(grad.abs().max() for grad in wanted)
     for name, grad, expected in zip(names, grads, wanted, strict=True):
         assert ((grad - expected).abs().max() / expected.abs().max().clamp(min=1e-2 * largest)) <= 1e-5, name
@@ -126,8 +133,15 @@ def test_weights_and_padding_equal_reference(k: int, softmax: str, dispatch: str
     run = make_run("pos2", top_k=k, capacity_factor=factor, gate_softmax=softmax, dispatch=dispatch)
     torch.manual_seed(0)
     order = torch.rand(int(PADDING.sum()), 4) if k == 1 else None
-    gate = dict(k=k, capacity_factor=factor, min_capacity=1, drop=True, order=order, softmax=softmax,
-                used=PADDING.flatten().bool().tolist())  # fmt: skip
+    gate = dict(
+        k=k,
+        capacity_factor=factor,
+        min_capacity=1,
+        drop=True,
+        order=order,
+        softmax=softmax,
+        used=PADDING.flatten().bool().tolist(),
+    )
     check(run, PADDING, position="pos2", merge="cg1", gate=gate)
 
 

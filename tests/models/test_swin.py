@@ -101,11 +101,15 @@ def test_models_are_those_of_table_9(name: str) -> None:
     dense = dense_parameters(width, heads)
     assert abs(dense - published) < 0.05e6
     with torch.device("meta"):
-        models = {each: SwinMoE(settings, section(architecture=each, num_experts=EXPERTS))
-                  for each in ("topk", "shared_expert", "scmoe")}  # fmt: skip
+        models = {
+            each: SwinMoE(settings, section(architecture=each, num_experts=EXPERTS))
+            for each in ("topk", "shared_expert", "scmoe")
+        }
     places = [(2, block) for block in range(1, 18, 2)] + [(3, 1)]
-    gates, experts = ([count(4 * 2 ** (stage - 2) * width) for stage, _ in places]
-                      for count in (lambda d: EXPERTS * d, lambda d: (EXPERTS - 1) * mlp_parameters(d)))  # fmt: skip
+    gates, experts = (
+        [count(4 * 2 ** (stage - 2) * width) for stage, _ in places]
+        for count in (lambda d: EXPERTS * d, lambda d: (EXPERTS - 1) * mlp_parameters(d))
+    )
     counted = {each: sum(parameter.numel() for parameter in model.parameters()) for each, model in models.items()}
     assert counted["topk"] == dense + sum(gates) + sum(experts)
     assert with_experts is None or abs(counted["topk"] - with_experts) < 0.5e6
@@ -121,8 +125,12 @@ def test_models_are_those_of_table_9(name: str) -> None:
 
 def moe_places(model: SwinMoE) -> list[tuple[int, int]]:
     stages = model.swin.encoder.layers
-    return [(stage, block) for stage in range(4) for block, each in enumerate(stages[stage].blocks)
-            if any(isinstance(module, MoE) for module in each.modules())]  # fmt: skip
+    return [
+        (stage, block)
+        for stage in range(4)
+        for block, each in enumerate(stages[stage].blocks)
+        if any(isinstance(module, MoE) for module in each.modules())
+    ]
 
 
 def test_what_the_models_compute() -> None:
@@ -130,8 +138,9 @@ def test_what_the_models_compute() -> None:
     kinds = {}
     for architecture in ("topk", "shared_expert", "scmoe"):
         layers = [feed.moe for feed in make(architecture=architecture).feeds()]
-        kinds[architecture] = [(isinstance(layer, HookedScMoE), layer.deepspeed_moe.gate.k, layer.use_residual)
-                               for layer in layers]  # fmt: skip
+        kinds[architecture] = [
+            (isinstance(layer, HookedScMoE), layer.deepspeed_moe.gate.k, layer.use_residual) for layer in layers
+        ]
     assert kinds == {
         "topk": [(False, 2, False)] * 3,
         "shared_expert": [(False, 1, True)] * 3,
@@ -224,8 +233,13 @@ def run_script(directory: str, *flags: str) -> tuple[int, dict[str, Any]]:
     class Watched(trainer):  # type: ignore[misc, valid-type]
         def run(self) -> Any:
             summary = super().run()
-            found.update(first=self.first, last=summary.iteration, loss=summary.validation_loss,
-                         accuracy=self.log.accuracy, ep_size=self.engine.module.feeds()[0].moe.ep_size)  # fmt: skip
+            found.update(
+                first=self.first,
+                last=summary.iteration,
+                loss=summary.validation_loss,
+                accuracy=self.log.accuracy,
+                ep_size=self.engine.module.feeds()[0].moe.ep_size,
+            )
             return summary
 
         def _train(self, *args: Any) -> bool:
@@ -233,8 +247,30 @@ def run_script(directory: str, *flags: str) -> tuple[int, dict[str, Any]]:
             return super()._train(*args)
 
     pretrain_swin_program.ImageTrainer = Watched  # type: ignore[misc]
-    sizes = ["--img-size", "16", "--patch-dim", "1", "--window-size", "4", "--embed-dim", "8", "--depths", "1", "1", "2",
-             "2", "--num-heads", "1", "1", "2", "2", "--num-channels", "1", "--num-classes", "10"]  # fmt: skip
+    sizes = [
+        "--img-size",
+        "16",
+        "--patch-dim",
+        "1",
+        "--window-size",
+        "4",
+        "--embed-dim",
+        "8",
+        "--depths",
+        "1",
+        "1",
+        "2",
+        "2",
+        "--num-heads",
+        "1",
+        "1",
+        "2",
+        "2",
+        "--num-channels",
+        "1",
+        "--num-classes",
+        "10",
+    ]
     code = pretrain_swin_program.main([*sizes, "--dataset", "digits", "--deepspeed_config", CONFIG, *flags])
     return code, found
 

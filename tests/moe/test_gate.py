@@ -74,9 +74,14 @@ def test_equals_deepspeeds_gate_to_the_bit(k: int) -> None:
         torch.manual_seed(3)
         found = route(gate, x)
         case = f"{noise} drop {drop} rts {rts} sampling {sampling} factor {factor} T {T} training {training}"
-        for theirs, ours in ((l_aux, found.l_aux), (expert.long(), found.expert_KT), (weight, found.weight_KT),
-                             (location.long(), found.location_KT), (counts, found.exp_counts),
-                             (after, torch.rand(1))):  # fmt: skip
+        for theirs, ours in (
+            (l_aux, found.l_aux),
+            (expert.long(), found.expert_KT),
+            (weight, found.weight_KT),
+            (location.long(), found.location_KT),
+            (counts, found.exp_counts),
+            (after, torch.rand(1)),
+        ):
             assert torch.equal(theirs, ours), case
 
 

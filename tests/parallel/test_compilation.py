@@ -25,10 +25,16 @@ def lock(tmp_path: Path) -> Path:
 @pytest.fixture
 def owner(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds a lock as torch's FileBaton does."""
-    program = ("import sys; from torch.utils.file_baton import FileBaton; "
-               "print(FileBaton(sys.argv[1]).try_acquire(), flush=True); sys.stdin.read()")  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "lock")], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    program = (
+        "import sys; from torch.utils.file_baton import FileBaton; "
+        "print(FileBaton(sys.argv[1]).try_acquire(), flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None and process.stdout.readline() == "True\n"
     yield process
     process.kill()
@@ -71,8 +77,12 @@ def test_another_host_that_is_quiet_is_dead(lock: Path, tmp_path: Path) -> None:
     assert not lock.exists()
 
 
-def test_a_compilation_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                                    caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_a_compilation_is_announced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     seen: list[list[str]] = []

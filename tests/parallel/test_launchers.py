@@ -13,10 +13,21 @@ from scmoe_ds.parallel import launchers
 from scmoe_ds.parallel.launchers import adopt_launcher
 
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
-STEP = {**ALLOCATION, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}  # fmt: skip
-MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
-       "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-1"}  # fmt: skip
+STEP = {
+    **ALLOCATION,
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "3",
+}
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-1",
+}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +110,7 @@ def test_the_launchers_of_a_process() -> None:
         (["less", "deepspeed"], False),
         (["/usr/bin/python", "-m", "pytest", "tests"], False),
     ],
-)  # fmt: skip
+)
 def test_what_looks_like_a_launcher(words: list[str], is_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "_words", lambda _: words)
     assert launchers._is_launcher(None) == is_one  # type: ignore[arg-type]

@@ -72,8 +72,9 @@ def test_lines_come_again_when_there_is_room() -> None:
     assert disk.getvalue() == 2 * "line\nrecord\n" and "Input/output error" in other.getvalue()
 
 
-def test_a_monitor_that_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                     caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_a_monitor_that_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(csv_monitor.dist, "get_rank", lambda: 0)
     wanted = SimpleNamespace(enabled=True, output_path=str(tmp_path), job_name="job")
     monitor = csv_monitor.csvMonitor(wanted)
@@ -88,8 +89,9 @@ def test_a_monitor_that_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "job" / "Train_loss.csv").read_text().splitlines()[-1] == "3,0.5"
 
 
-def test_a_monitor_whose_disk_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_a_monitor_whose_disk_is_full_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
     whole = {"tensorboard": section, "csv_monitor": {**section, "enabled": False}, "train_batch_size": 2}
     assert output.without_full_disks(whole) == whole

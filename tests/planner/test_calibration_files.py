@@ -80,9 +80,24 @@ def test_times(case: str) -> None:
     assert str(caught.value).endswith("Remove it to measure again, or name another")
 
 
-@pytest.mark.parametrize("saved", [None, {}, 3, "times", [], [3], [None], [{}], [{"description": []}], [{"description": {}}],
-                                   [{"description": {"a\nb" * 100: "c\n" * 1000}}], [{"description": GOOD[0]["description"]}],
-                                   [{"description": GOOD[0]["description"], "times": []}]])  # fmt: skip
+@pytest.mark.parametrize(
+    "saved",
+    [
+        None,
+        {},
+        3,
+        "times",
+        [],
+        [3],
+        [None],
+        [{}],
+        [{"description": []}],
+        [{"description": {}}],
+        [{"description": {"a\nb" * 100: "c\n" * 1000}}],
+        [{"description": GOOD[0]["description"]}],
+        [{"description": GOOD[0]["description"], "times": []}],
+    ],
+)
 def test_entries(saved: Any) -> None:
     with pytest.raises(ScMoEConfigError) as caught:
         find_times(saved, [GOOD[0]["description"]], (1,), "the checkpoint's calibration")
@@ -131,8 +146,17 @@ def test_feasibility(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     TIMES[case](saved[0]["times"])
     (tmp_path / "times.json").write_text(json.dumps(saved))
     similarity = str(ROOT / "benchmarks" / "results" / "analysis_similarity_scmoe.json")
-    code = analyze_program.main(["feasibility", "--similarity", similarity, "--calibration", str(tmp_path / "times.json"),
-                                   "--output-prefix", str(tmp_path / "out")])  # fmt: skip
+    code = analyze_program.main(
+        [
+            "feasibility",
+            "--similarity",
+            similarity,
+            "--calibration",
+            str(tmp_path / "times.json"),
+            "--output-prefix",
+            str(tmp_path / "out"),
+        ]
+    )
     assert code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.glob("out*"))
 
@@ -140,15 +164,19 @@ def test_feasibility(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def long_backbone(operators: int) -> OperatorTimes:
     """Times without a pattern, and transfers of about half of all of them."""
     names = [("attention", "mlp")[number % 2] for number in range(operators)]
-    backbone = tuple(OperatorTime(name=name, forward_ms=1 + number * 7 % 5, backward_ms=1 + number * 3 % 7)
-                     for number, name in enumerate(names))  # fmt: skip
+    backbone = tuple(
+        OperatorTime(name=name, forward_ms=1 + number * 7 % 5, backward_ms=1 + number * 3 % 7)
+        for number, name in enumerate(names)
+    )
     travel = float(sum(each.forward_ms for each in backbone)) / 2
 
     def part(ms: float) -> PassTimes:
         return PassTimes(forward_ms=ms, backward_ms=ms)
 
-    chunks = {count: ChunkTimes(dispatch=part(travel / count), experts=part(20 / count), combine=part(travel / count))
-              for count in (1, 2, 4, 8)}  # fmt: skip
+    chunks = {
+        count: ChunkTimes(dispatch=part(travel / count), experts=part(20 / count), combine=part(travel / count))
+        for count in (1, 2, 4, 8)
+    }
     return OperatorTimes(gate=part(0), encode=part(0), decode=part(0), backbone=backbone, chunks=chunks)
 
 

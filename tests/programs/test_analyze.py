@@ -43,8 +43,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (directory / "other.json").write_text('{"kind": "gating"}')
     (directory / "broken.json").write_text('{"kind": "similarity"}')
     (directory / "opt").mkdir()
-    opt = transformers.OPTConfig(vocab_size=300, hidden_size=16, ffn_dim=24, num_hidden_layers=1,
-                                 num_attention_heads=2, max_position_embeddings=16, word_embed_proj_dim=16)  # fmt: skip
+    opt = transformers.OPTConfig(
+        vocab_size=300,
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        word_embed_proj_dim=16,
+    )
     transformers.OPTForCausalLM(opt).save_pretrained(directory / "opt")
     gpt2 = transformers.GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(directory / "gpt2")
@@ -93,8 +100,20 @@ def test_program(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_program_with_hugging_face(files: dict[str, str]) -> None:
-    assert run(files, "--hf-model", "DIR/gpt2", "--text-file", "DIR/text.txt", "--tokenizer-type", "ByteTokenizer",
-               "--output", "DIR/hf.json") == 0  # fmt: skip
+    assert (
+        run(
+            files,
+            "--hf-model",
+            "DIR/gpt2",
+            "--text-file",
+            "DIR/text.txt",
+            "--tokenizer-type",
+            "ByteTokenizer",
+            "--output",
+            "DIR/hf.json",
+        )
+        == 0
+    )
     record = json.loads((Path(files["DIR"]) / "hf.json").read_text())
     assert record["seq_length"] == 16 and len(record["names"]) == 5 and record["tokens"] == len(TEXT) // 16 * 16
     model: Any = transformers.GPT2LMHeadModel.from_pretrained(Path(files["DIR"]) / "gpt2").eval()
@@ -111,14 +130,28 @@ def test_program_with_swin(files: dict[str, str]) -> None:
     ours: Any = swin_moe()
     weights = [(name, lambda p=p: p.detach()) for name, p in sorted(ours.named_parameters())]
     whole = describe(ours.settings, ours.config, 1, {})
-    write_weights(directory / "swin", weights, {key: whole[key] for key in ("model", "swin", "scmoe")}, torch.float32,
-                  10**9)  # fmt: skip
+    write_weights(
+        directory / "swin", weights, {key: whole[key] for key in ("model", "swin", "scmoe")}, torch.float32, 10**9
+    )
     theirs: Any = plain_swin()
     digits = Digits(16).images[:6]
     for model, flags in ((ours, ("--load", "DIR/swin")), (theirs.eval(), ("--hf-model", "DIR/swinv2"))):
         wanted = measure(swin_subject(model), digits.split(4)).record()
-        assert run(files, *flags, "--images", "digits", "--max-images", "6", "--batch-size", "4", "--output",
-                   "DIR/swin.json") == 0  # fmt: skip
+        assert (
+            run(
+                files,
+                *flags,
+                "--images",
+                "digits",
+                "--max-images",
+                "6",
+                "--batch-size",
+                "4",
+                "--output",
+                "DIR/swin.json",
+            )
+            == 0
+        )
         record = json.loads((directory / "swin.json").read_text())
         assert record["names"] == wanted["names"] and record["tokens"] == 6 * 256
         assert record["cosine"][-1][:-1] == pytest.approx(wanted["cosine"][-1][:-1], abs=1e-6)
@@ -145,11 +178,20 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "output": (("--load", "DIR/export", "--text-file", "x", "--output", "DIR/x.txt"), "must end in .json"),
     "output nowhere": (("--load", "DIR/export", "--text-file", "x", "--output", "DIR/no/x.json"), "cannot be written"),
     "no checkpoint": ((*ON_TEXT, "--load", "DIR/nowhere"), "is neither a checkpoint nor"),
-    "short text": ((*OUT, "--load", "DIR/export", "--text-file", "DIR/short.txt"), "has 5 tokens, less than one sequence of 48"),
-    "short data": ((*ON_DATA, "--load", "DIR/export", "--max-tokens", "47"), "--max-tokens 47: less than one sequence of 48"),
+    "short text": (
+        (*OUT, "--load", "DIR/export", "--text-file", "DIR/short.txt"),
+        "has 5 tokens, less than one sequence of 48",
+    ),
+    "short data": (
+        (*ON_DATA, "--load", "DIR/export", "--max-tokens", "47"),
+        "--max-tokens 47: less than one sequence of 48",
+    ),
     "no text": ((*OUT, "--load", "DIR/export", "--text-file", "DIR/nowhere"), "cannot be read as UTF-8 text"),
     "no UTF-8": ((*OUT, "--load", "DIR/export", "--text-file", "DIR/latin.txt"), "cannot be read as UTF-8 text"),
-    "no validation": ((*OUT, "--data-path", "DIR/parts", "--split", "1,0,0", "--load", "DIR/export"), "--split 1,0,0 leaves no validation part of --data-path DIR/parts"),
+    "no validation": (
+        (*OUT, "--data-path", "DIR/parts", "--split", "1,0,0", "--load", "DIR/export"),
+        "--split 1,0,0 leaves no validation part of --data-path DIR/parts",
+    ),
     "split of a text": ((*ON_TEXT, "--split", "1,1,0", "--load", "DIR/export"), "--split is of a data set"),
     "no data set": ((*OUT, "--load", "DIR/export", "--data-path", "DIR/no"), "no.bin and"),
     "long": ((*ON_TEXT, "--load", "DIR/export", "--seq-length", "49"), "exceeds the model's context of 48"),
@@ -158,17 +200,26 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "not finite": ((*ON_TEXT, "--load", "DIR/infinite"), "input is not finite in batch 0"),
     "hf nowhere": ((*ON_TEXT, "--hf-model", "gpt2"), "--hf-model gpt2 is not a local directory"),
     "hf no model": ((*ON_TEXT, "--hf-model", "DIR"), "does not load as a causal language model"),
-    "hf family": ((*ON_TEXT, "--hf-model", "DIR/opt", "--tokenizer-type", "ByteTokenizer"), "OPTForCausalLM has no nn.ModuleList"),
+    "hf family": (
+        (*ON_TEXT, "--hf-model", "DIR/opt", "--tokenizer-type", "ByteTokenizer"),
+        "OPTForCausalLM has no nn.ModuleList",
+    ),
     "hf no tokenizer": ((*ON_TEXT, "--hf-model", "DIR/gpt2"), "its vocabulary is empty"),
-    "hf vocabulary": ((*ON_TEXT, "--hf-model", "DIR/small", "--tokenizer-type", "ByteTokenizer"), "but the model has 64 tokens"),
+    "hf vocabulary": (
+        (*ON_TEXT, "--hf-model", "DIR/small", "--tokenizer-type", "ByteTokenizer"),
+        "but the model has 64 tokens",
+    ),
     "hf data": ((*ON_DATA, "--hf-model", "DIR/small"), "the vocabulary has 64 tokens"),
     "no swin": ((*OUT, "--images", "digits", "--load", "DIR/export"), "--images goes with a SwinV2"),
     "no swin of hf": ((*OUT, "--images", "digits", "--hf-model", "DIR/gpt2"), '--hf-model DIR/gpt2 is a "gpt2"'),
     "no images": ((*OUT, "--images", "DIR/no", "--hf-model", "DIR/swinv2"), "no such directory"),
     "json nowhere": (("--from-json", "DIR/nowhere.json"), "cannot be read as JSON"),
-    "json of another": (("--from-json", "DIR/other.json"), 'is no record of "similarity"; use the sub-command "gating"'),
+    "json of another": (
+        ("--from-json", "DIR/other.json"),
+        'is no record of "similarity"; use the sub-command "gating"',
+    ),
     "json incomplete": (("--from-json", "DIR/broken.json"), "is incomplete"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -22,25 +22,42 @@ JSON: dict[str, Any] = {
     "tensorboard": {"enabled": True, "output_path": "BOARD", "job_name": "job"},
     "scmoe": {"num_experts": 4},
 }
-FLAGS = {"--num-layers": "2", "--hidden-size": "16", "--num-attention-heads": "2", "--seq-length": "16",
-         "--train-iters": "1", "--eval-iters": "1", "--split": "8,1,1"}  # fmt: skip
+FLAGS = {
+    "--num-layers": "2",
+    "--hidden-size": "16",
+    "--num-attention-heads": "2",
+    "--seq-length": "16",
+    "--train-iters": "1",
+    "--eval-iters": "1",
+    "--split": "8,1,1",
+}
 
 # Cases that the file or the command line alone decides: (change of the JSON, change of the flags, message).
 CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "unknown key": ({"scmoe.positon": "pos2"}, {}, r'scmoe\.positon: unknown key \(did you mean "position"\?\)'),
-    "unknown key in overlap": ({"scmoe.overlap": {"enable": 1}}, {}, r'overlap\.enable: unknown key \(did you mean "enabled"'),
+    "unknown key in overlap": (
+        {"scmoe.overlap": {"enable": 1}},
+        {},
+        r'overlap\.enable: unknown key \(did you mean "enabled"',
+    ),
     "key of overlap outside": ({"scmoe.expert_slot": 2}, {}, r'did you mean "overlap": \{"expert_slot"\}'),
     "no section": ({"scmoe": None, "scmeo": {}}, {}, r'no "scmoe" section .*is "scmeo" a slip'),
     "section is a list": ({"scmoe": []}, {}, r"scmoe = \[\]: must be a JSON object"),
     "architecture": ({"scmoe.architecture": "moe"}, {}, r'scmoe\.architecture = "moe": .*dgmoe'),
     "position": ({"scmoe.position": "pos4"}, {}, r'scmoe\.position = "pos4"'),
     "position of every block": ({"scmoe.moe_every": 1}, {}, r'scmoe\.position = "pos2": .*use pos1'),
-    "first layer position": ({"scmoe.position": "pos1", "scmoe.first_layer_position": "pos2", "scmoe.moe_every": 1}, {},
-                             r"scmoe\.first_layer_position"),
+    "first layer position": (
+        {"scmoe.position": "pos1", "scmoe.first_layer_position": "pos2", "scmoe.moe_every": 1},
+        {},
+        r"scmoe\.first_layer_position",
+    ),
     "shortcut distance": ({"scmoe.shortcut_distance": 2}, {}, r"scmoe\.shortcut_distance = 2: .*use at most 1"),
     "merge": ({"scmoe.merge": "cg3"}, {}, r'scmoe\.merge = "cg3"'),
-    "experts not divisible": ({"scmoe.num_experts": 3, "scmoe.expert_parallel_size": 2}, {},
-                              r"scmoe\.num_experts = 3: must be divisible by scmoe\.expert_parallel_size = 2"),
+    "experts not divisible": (
+        {"scmoe.num_experts": 3, "scmoe.expert_parallel_size": 2},
+        {},
+        r"scmoe\.num_experts = 3: must be divisible by scmoe\.expert_parallel_size = 2",
+    ),
     "experts as text": ({"scmoe.num_experts": "4"}, {}, r"scmoe\.num_experts = \"4\": is a string"),
     "no experts": ({"scmoe.num_experts": 0}, {}, r"scmoe\.num_experts = 0: .*at least 1"),
     "empty pyramid": ({"scmoe.num_experts": []}, {}, r"scmoe\.num_experts = \[\]"),
@@ -50,10 +67,16 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "top_k true": ({"scmoe.top_k": True}, {}, r"scmoe\.top_k = true: is true or false"),
     "dgmoe with top_k 2": ({"scmoe.architecture": "dgmoe", "scmoe.top_k": 2}, {}, r"scmoe\.top_k = 2: dgmoe"),
     "a shared MoE of another architecture": ({"scmoe.pairs_per_moe": 2}, {}, r"scmoe\.pairs_per_moe = 2: only dgmoe"),
-    "a MoE shared by more pairs than there are": ({"scmoe.architecture": "dgmoe", "scmoe.pairs_per_moe": 2}, {},
-                                                  r"scmoe\.pairs_per_moe = 2: must divide the 1 pairs of --num-layers 2"),
-    "pyramid of shared MoEs": ({"scmoe.architecture": "dgmoe", "scmoe.pairs_per_moe": 2, "scmoe.num_experts": [4, 8]},
-                               {"--num-layers": "4"}, r"scmoe\.num_experts = \[4, 8\]: pairs that share a MoE"),
+    "a MoE shared by more pairs than there are": (
+        {"scmoe.architecture": "dgmoe", "scmoe.pairs_per_moe": 2},
+        {},
+        r"scmoe\.pairs_per_moe = 2: must divide the 1 pairs of --num-layers 2",
+    ),
+    "pyramid of shared MoEs": (
+        {"scmoe.architecture": "dgmoe", "scmoe.pairs_per_moe": 2, "scmoe.num_experts": [4, 8]},
+        {"--num-layers": "4"},
+        r"scmoe\.num_experts = \[4, 8\]: pairs that share a MoE",
+    ),
     "moe_every": ({"scmoe.moe_every": 0}, {}, r"scmoe\.moe_every = 0"),
     "moe_every and depth": ({}, {"--num-layers": "3"}, r"scmoe\.moe_every = 2: must divide --num-layers 3"),
     "capacity factor": ({"scmoe.capacity_factor": -1}, {}, r"scmoe\.capacity_factor = -1"),
@@ -63,14 +86,34 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "drop_tokens 1": ({"scmoe.drop_tokens": 1}, {}, r"scmoe\.drop_tokens = 1: .*boolean"),
     "aux loss": ({"scmoe.aux_loss_coefficient": -0.1}, {}, r"scmoe\.aux_loss_coefficient = -0.1"),
     "dispatch": ({"scmoe.dispatch": "dense"}, {}, r'scmoe\.dispatch = "dense"'),
-    "slot": ({"scmoe.overlap": {"expert_slot": 9}}, {}, r"scmoe\.overlap\.expert_slot = 9: the backbone has 3 operators"),
+    "slot": (
+        {"scmoe.overlap": {"expert_slot": 9}},
+        {},
+        r"scmoe\.overlap\.expert_slot = 9: the backbone has 3 operators",
+    ),
     "slot zero": ({"scmoe.overlap": {"expert_slot": 0}}, {}, r"scmoe\.overlap\.expert_slot = 0"),
-    "chunks": ({"scmoe.overlap": {"num_chunks": 0}}, {}, r'scmoe\.overlap\.num_chunks = 0: must be at least 1, or "auto"'),
+    "chunks": (
+        {"scmoe.overlap": {"num_chunks": 0}},
+        {},
+        r'scmoe\.overlap\.num_chunks = 0: must be at least 1, or "auto"',
+    ),
     "too many chunks": ({"scmoe.overlap": {"num_chunks": 9}}, {}, r"scmoe\.overlap\.num_chunks = 9: more than 8"),
     "slots that descend": ({"scmoe.overlap": {"expert_slot": [3, 2]}}, {}, r"expert_slot = \[3, 2\]: .*must ascend"),
-    "slots and chunks": ({"scmoe.overlap": {"expert_slot": [2, 3], "num_chunks": 3}}, {}, r"expert_slot = \[2, 3\]: .*num_chunks = 3; remove one"),
-    "slots beyond": ({"scmoe.overlap": {"expert_slot": [2, 9]}}, {}, r"expert_slot = \[2, 9\]: the backbone has 3 operators"),
-    "slot of a baseline": ({"scmoe.architecture": "pipelined_topk", "scmoe.overlap": {"expert_slot": 2}}, {}, r"expert_slot = 2: the backbone has 0 operators here; use 1 … 1"),
+    "slots and chunks": (
+        {"scmoe.overlap": {"expert_slot": [2, 3], "num_chunks": 3}},
+        {},
+        r"expert_slot = \[2, 3\]: .*num_chunks = 3; remove one",
+    ),
+    "slots beyond": (
+        {"scmoe.overlap": {"expert_slot": [2, 9]}},
+        {},
+        r"expert_slot = \[2, 9\]: the backbone has 3 operators",
+    ),
+    "slot of a baseline": (
+        {"scmoe.architecture": "pipelined_topk", "scmoe.overlap": {"expert_slot": 2}},
+        {},
+        r"expert_slot = 2: the backbone has 0 operators here; use 1 … 1",
+    ),
     "no slots": ({"scmoe.overlap": {"expert_slot": []}}, {}, r"scmoe\.overlap\.expert_slot = \[\]: must be at least 1"),
     "calibration file": ({"scmoe.overlap": {"calibration_file": 3}}, {}, r"scmoe\.overlap\.calibration_file = 3"),
     "calibration steps": ({"scmoe.overlap": {"calibration_steps": -1}}, {}, r"scmoe\.overlap\.calibration_steps = -1"),
@@ -78,25 +121,50 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "ZeRO-3": ({"zero_optimization.stage": 3}, {}, r"zero_optimization\.stage = 3: .*use stage 1 or 2"),
     "DeepCompile": ({"compile": {"deepcompile": True}}, {}, r"compile\.deepcompile"),
     "pipeline": ({"pipeline": {"stages": 2}}, {}, r'pipeline = {"stages": 2}: .*remove the section'),
-    "offloaded parameters": ({"zero_optimization.offload_param": {"device": "cpu"}}, {}, r"zero_optimization\.offload_param = .*ZeRO-3 only"),
-    "offload to NVMe": ({"zero_optimization.offload_optimizer": {"device": "nvme"}}, {}, r'offload_optimizer\.device = "nvme": .*use "cpu"'),
-    "activation checkpointing": ({"activation_checkpointing": {"partition_activations": True}}, {},
-                                 r"activation_checkpointing\.partition_activations = true: .*--recompute-granularity"),
+    "offloaded parameters": (
+        {"zero_optimization.offload_param": {"device": "cpu"}},
+        {},
+        r"zero_optimization\.offload_param = .*ZeRO-3 only",
+    ),
+    "offload to NVMe": (
+        {"zero_optimization.offload_optimizer": {"device": "nvme"}},
+        {},
+        r'offload_optimizer\.device = "nvme": .*use "cpu"',
+    ),
+    "activation checkpointing": (
+        {"activation_checkpointing": {"partition_activations": True}},
+        {},
+        r"activation_checkpointing\.partition_activations = true: .*--recompute-granularity",
+    ),
     "fp16 without support": ({"fp16": {"enabled": True}}, {}, r"fp16\.enabled = true: the accelerator .* use bf16"),
     "AutoEP": ({"expert_parallel": {"enabled": True}}, {}, r'"expert_parallel" \(DeepSpeed AutoEP\)'),
     "expert-parallel size and world": ({"scmoe.expert_parallel_size": 2}, {}, r"must divide the world size 1"),
     "batch sizes": ({"train_batch_size": 7}, {}, r"train_batch_size = 7: must equal .* = 6; leave one"),
     "batch size missing": ({"train_micro_batch_size_per_gpu": None}, {}, r"train_micro_batch_size_per_gpu is missing"),
     "batch size as text": ({"train_micro_batch_size_per_gpu": "2"}, {}, r'train_micro_batch_size_per_gpu = "2"'),
-    "flag against JSON": ({}, {"--num-experts": "8"}, r"--num-experts asks for 8 but scmoe\.num_experts = 4 in .*ds\.json"),
-    "flag against JSON, nested": ({"scmoe.overlap": {"expert_slot": 1}}, {"--scmoe-expert-slot": "2"},
-                                  r"--scmoe-expert-slot asks for 2 but scmoe\.overlap\.expert_slot = 1"),
+    "flag against JSON": (
+        {},
+        {"--num-experts": "8"},
+        r"--num-experts asks for 8 but scmoe\.num_experts = 4 in .*ds\.json",
+    ),
+    "flag against JSON, nested": (
+        {"scmoe.overlap": {"expert_slot": 1}},
+        {"--scmoe-expert-slot": "2"},
+        r"--scmoe-expert-slot asks for 2 but scmoe\.overlap\.expert_slot = 1",
+    ),
     "flag with a bad value": ({}, {"--topk": "9"}, r"scmoe\.top_k = 9: cannot exceed"),
-    "dropping against JSON": ({"scmoe.drop_tokens": True}, {"--disable-moe-token-dropping": None},
-                              r"--disable-moe-token-dropping asks for False"),
+    "dropping against JSON": (
+        {"scmoe.drop_tokens": True},
+        {"--disable-moe-token-dropping": None},
+        r"--disable-moe-token-dropping asks for False",
+    ),
     "heads": ({}, {"--num-attention-heads": "3"}, r"--hidden-size 16 must be divisible by --num-attention-heads 3"),
     "key-value heads": ({}, {"--num-key-value-heads": "3"}, r"--num-attention-heads 2 must be divisible"),
-    "sequence too long": ({}, {"--max-position-embeddings": "8"}, r"--seq-length 16 exceeds --max-position-embeddings 8"),
+    "sequence too long": (
+        {},
+        {"--max-position-embeddings": "8"},
+        r"--seq-length 16 exceeds --max-position-embeddings 8",
+    ),
     "layers": ({}, {"--num-layers": "0"}, r"--num-layers 0: must be at least 1"),
     "dropout": ({}, {"--hidden-dropout": "1.5"}, r"--hidden-dropout 1.5: must be in \[0, 1\)"),
     "residual scale": ({}, {"--residual-scale": "0"}, r"--residual-scale 0 must be a positive number"),
@@ -110,14 +178,18 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "JSON missing": ({}, {"--deepspeed_config": "absent.json"}, r"absent\.json: cannot read the DeepSpeed JSON"),
     "tokenizer without model": ({}, {"--tokenizer-type": "HuggingFaceTokenizer"}, r"--tokenizer-model"),
     "tokenizer not there": ({}, {"--tokenizer-type": "HuggingFaceTokenizer", "--tokenizer-model": "absent"}, r"absent"),
-    "BPE without merges": ({}, {"--tokenizer-type": "GPT2BPETokenizer", "--vocab-file": "absent"}, r"--merge-file|absent"),
+    "BPE without merges": (
+        {},
+        {"--tokenizer-type": "GPT2BPETokenizer", "--vocab-file": "absent"},
+        r"--merge-file|absent",
+    ),
     "data missing": ({}, {"--data-path": "absent"}, r"absent\.(bin|idx)"),
     "split": ({}, {"--split": "a,b"}, r"--split"),
     "weights": ({}, {"--data-path": "DATA 0.5"}, r"--data-path|weight"),
     "sequence longer than the data": ({}, {"--seq-length": "100000"}, r"less than one sample"),
     "save under a file": ({}, {"--save": "DATA.bin/x"}, r"--save .*cannot write there \(Not a directory\)"),
     "load a file": ({}, {"--load": "DATA.bin"}, r"--load .*is a file, not a directory"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,8 +256,9 @@ def test_the_settings_that_the_cases_change_are_good(tmp_path: Path, data: str) 
     assert (tmp_path / "ok" / "latest").read_text() == "global_step1"
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "must be an object"),
-                                               ('{"a": 1, "a": 2}', "Duplicate keys")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("[]", "must be an object"), ('{"a": 1, "a": 2}', "Duplicate keys")]
+)
 def test_bad_json(text: str, message: str, tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> None:
     file = tmp_path / "broken.json"
     file.write_text(text)

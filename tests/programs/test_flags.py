@@ -38,11 +38,17 @@ MEGATRONS_JSON: dict[str, Any] = {
     "zero_optimization": {"stage": 1, "elastic_checkpoint": True},
     "gradient_clipping": 1.0,
     "prescale_gradients": False,
-    "fp16": {"enabled": False, "loss_scale": 0, "loss_scale_window": 500, "hysteresis": 2, "min_loss_scale": 1,
-             "initial_scale_power": 11},
+    "fp16": {
+        "enabled": False,
+        "loss_scale": 0,
+        "loss_scale_window": 500,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+        "initial_scale_power": 11,
+    },
     "bf16": {"enabled": True},
     "wall_clock_breakdown": False,
-}  # fmt: skip
+}
 
 # The flags of its scripts for MoE models, with values of a small run. --fp16 is theirs too, and their JSON says bf16.
 MEGATRONS_COMMAND = """
@@ -60,10 +66,25 @@ MEGATRONS_COMMAND = """
     --deepspeed-activation-checkpointing --zero-stage 1 --log-optimizer-states-to-tensorboard --log-memory-to-tensorboard
     --mlp-type residual --topk 1 --expert-interval 2 --disable-moe-token-dropping --seed 1234 --bf16
     """.split()
-REFUSED_IN_SCRIPTS = ["--skip-train", "--inference", "--ds-inference", "--profile-name", "--rampup-batch-size",
-                      "--load-teacher", "--mos", "--kd", "--universal-checkpoint", "--sequence-parallel",
-                      "--ds-sequence-parallel-fpdt", "--fp8-hybrid", "--retro-add-retriever", "--kd-alpha-ce",
-                      "--train-idx-path", "--aml-data-download-path", "--enable-zbh1-pipeline"]  # fmt: skip
+REFUSED_IN_SCRIPTS = [
+    "--skip-train",
+    "--inference",
+    "--ds-inference",
+    "--profile-name",
+    "--rampup-batch-size",
+    "--load-teacher",
+    "--mos",
+    "--kd",
+    "--universal-checkpoint",
+    "--sequence-parallel",
+    "--ds-sequence-parallel-fpdt",
+    "--fp8-hybrid",
+    "--retro-add-retriever",
+    "--kd-alpha-ce",
+    "--train-idx-path",
+    "--aml-data-download-path",
+    "--enable-zbh1-pipeline",
+]
 
 
 @pytest.fixture
@@ -85,17 +106,33 @@ def parse(tmp_path: Path) -> Callable[..., tuple[argparse.Namespace, dict[str, A
 def test_the_command_line_of_megatrons_moe_scripts(parse: Any) -> None:
     args, whole = parse(*MEGATRONS_COMMAND, whole=MEGATRONS_JSON)
     assert whole["optimizer"] == {
-        "type": "AdamW", "params": {"lr": 1.2e-4, "weight_decay": 0.1, "betas": [0.9, 0.95], "torch_adam": True}}  # fmt: skip
+        "type": "AdamW",
+        "params": {"lr": 1.2e-4, "weight_decay": 0.1, "betas": [0.9, 0.95], "torch_adam": True},
+    }
     tokens_per_step = 512 * 2048
-    assert whole["scheduler"] == {"type": "WarmupCosineLR", "params": {
-        "warmup_num_steps": -(-375_000_000 // tokens_per_step), "warmup_type": "linear",
-        "total_num_steps": -(-300_000_000_000 // tokens_per_step), "cos_min_ratio": pytest.approx(1e-6 / 1.2e-4)}}  # fmt: skip
+    assert whole["scheduler"] == {
+        "type": "WarmupCosineLR",
+        "params": {
+            "warmup_num_steps": -(-375_000_000 // tokens_per_step),
+            "warmup_type": "linear",
+            "total_num_steps": -(-300_000_000_000 // tokens_per_step),
+            "cos_min_ratio": pytest.approx(1e-6 / 1.2e-4),
+        },
+    }
     assert args.train_iters == -(-300_000_000_000 // tokens_per_step)
     assert whole["tensorboard"] == {"enabled": True, "output_path": "board", "job_name": ""}
     assert whole["scmoe"] == {
-        "num_experts": 16, "top_k": 1, "architecture": "shared_expert", "moe_every": 2, "expert_parallel_size": 8,
-        "capacity_factor": 1.0, "eval_capacity_factor": 1.0, "min_capacity": 4, "aux_loss_coefficient": 0.01,
-        "drop_tokens": False}  # fmt: skip
+        "num_experts": 16,
+        "top_k": 1,
+        "architecture": "shared_expert",
+        "moe_every": 2,
+        "expert_parallel_size": 8,
+        "capacity_factor": 1.0,
+        "eval_capacity_factor": 1.0,
+        "min_capacity": 4,
+        "aux_loss_coefficient": 0.01,
+        "drop_tokens": False,
+    }
     assert {key: whole[key] for key in MEGATRONS_JSON} == MEGATRONS_JSON  # what was there is as it was
     assert (args.tokenizer_type, args.recompute_granularity) == ("GPT2BPETokenizer", "full")
 
@@ -123,8 +160,14 @@ def test_the_tables_are_those_of_the_parser() -> None:
     options = build_parser()._option_string_actions
     shown = {name for name, action in options.items() if action.help != argparse.SUPPRESS}
     assert set(megatron_flags.SAME) <= shown
-    taken = (megatron_flags.JSON_FLAGS, megatron_flags.SCHEDULE_FLAGS, megatron_flags.LENGTH_FLAGS,
-             megatron_flags.SAME_AS, megatron_flags.IN_FORCE, megatron_flags.NO_EFFECT)  # fmt: skip
+    taken = (
+        megatron_flags.JSON_FLAGS,
+        megatron_flags.SCHEDULE_FLAGS,
+        megatron_flags.LENGTH_FLAGS,
+        megatron_flags.SAME_AS,
+        megatron_flags.IN_FORCE,
+        megatron_flags.NO_EFFECT,
+    )
     hidden = {name for name, action in options.items() if action.help == argparse.SUPPRESS}
     assert set().union(*taken) == hidden
     assert not megatron_flags.REFUSED.keys() & options.keys()
@@ -132,45 +175,79 @@ def test_the_tables_are_those_of_the_parser() -> None:
     assert megatron_flags.table() in page.read_text(), "python -m scmoe_ds.programs.flags.megatron writes the table"
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--num-experts", "1"], r"--num-experts 1: this is Megatron-DeepSpeed's word for a dense MLP, .* use at least 2"),
-    (["--num-experts", "4", "1"], r"--num-experts 1: "),
-    (["--micro-batch-size", "8"], r"--micro-batch-size asks for train_micro_batch_size_per_gpu = 8, but .*ds\.json has 4"),
-    (["--global-batch-size", "16"], r"train_batch_size = 16, but .* has 8"),
-    (["--lr", "1e-4"], r"--lr asks for optimizer\.params\.lr = 0\.0001, but .* has 0\.001; remove one"),
-    (["--adam-beta2", "0.999"], r"--adam-beta1 and --adam-beta2 asks for optimizer\.params\.betas = \[0\.9, 0\.999\]"),
-    (["--optimizer", "sgd"], r'optimizer\.type = "SGD", but .* has "AdamW"'),
-    (["--zero-stage", "2"], r"zero_optimization\.stage = 2, but .* has 1"),
-    (["--clip-grad", "0.5"], r"gradient_clipping = 0\.5, but .* has 1\.0"),
-    (["--lr-decay-style", "inverse-square-root"], r"--lr-decay-style inverse-square-root: .*use cosine"),
-    (["--min-lr", "-1"], r"--min-lr -1\.0: must be in 0 … 0\.001, the learning rate"),
-    (["--lr-warmup-fraction", "nan"], r"--lr-warmup-fraction nan: must be in 0 … 1"),
-    (["--lr-decay-iters", "0"], r"--lr-decay-iters 0: must be at least 1"),
-    (["--train-samples", "0"], r"--train-samples 0: must be at least 1"),
-    (["--train-iters", "2000000000"], r"--train-iters 2000000000: must be at most 1000000000"),
-    (["--num-workers", "5000"], r"--num-workers 5000: must be at most 1024"),
-    (["--rotary-base", "nan"], r"--rotary-base nan: must be a finite number above 0"),
-    (["--init-method-std", "-1"], r"--init-method-std -1\.0: must be a finite number above 0"),
-    (["--layernorm-epsilon", "0"], r"--layernorm-epsilon 0\.0: must be a finite number above 0"),
-    (["--tokenizer-type", "ByteTokenizer", "--vocab-file", "v"], r"--tokenizer-type ByteTokenizer: --vocab-file"),
-    (["--tokenizer-type", "GPT2BPETokenizer", "--tokenizer-model", "m"], r"--tokenizer-model is for HuggingFaceTokenizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--num-experts", "1"],
+            r"--num-experts 1: this is Megatron-DeepSpeed's word for a dense MLP, .* use at least 2",
+        ),
+        (["--num-experts", "4", "1"], r"--num-experts 1: "),
+        (
+            ["--micro-batch-size", "8"],
+            r"--micro-batch-size asks for train_micro_batch_size_per_gpu = 8, but .*ds\.json has 4",
+        ),
+        (["--global-batch-size", "16"], r"train_batch_size = 16, but .* has 8"),
+        (["--lr", "1e-4"], r"--lr asks for optimizer\.params\.lr = 0\.0001, but .* has 0\.001; remove one"),
+        (
+            ["--adam-beta2", "0.999"],
+            r"--adam-beta1 and --adam-beta2 asks for optimizer\.params\.betas = \[0\.9, 0\.999\]",
+        ),
+        (["--optimizer", "sgd"], r'optimizer\.type = "SGD", but .* has "AdamW"'),
+        (["--zero-stage", "2"], r"zero_optimization\.stage = 2, but .* has 1"),
+        (["--clip-grad", "0.5"], r"gradient_clipping = 0\.5, but .* has 1\.0"),
+        (["--lr-decay-style", "inverse-square-root"], r"--lr-decay-style inverse-square-root: .*use cosine"),
+        (["--min-lr", "-1"], r"--min-lr -1\.0: must be in 0 … 0\.001, the learning rate"),
+        (["--lr-warmup-fraction", "nan"], r"--lr-warmup-fraction nan: must be in 0 … 1"),
+        (["--lr-decay-iters", "0"], r"--lr-decay-iters 0: must be at least 1"),
+        (["--train-samples", "0"], r"--train-samples 0: must be at least 1"),
+        (["--train-iters", "2000000000"], r"--train-iters 2000000000: must be at most 1000000000"),
+        (["--num-workers", "5000"], r"--num-workers 5000: must be at most 1024"),
+        (["--rotary-base", "nan"], r"--rotary-base nan: must be a finite number above 0"),
+        (["--init-method-std", "-1"], r"--init-method-std -1\.0: must be a finite number above 0"),
+        (["--layernorm-epsilon", "0"], r"--layernorm-epsilon 0\.0: must be a finite number above 0"),
+        (["--tokenizer-type", "ByteTokenizer", "--vocab-file", "v"], r"--tokenizer-type ByteTokenizer: --vocab-file"),
+        (
+            ["--tokenizer-type", "GPT2BPETokenizer", "--tokenizer-model", "m"],
+            r"--tokenizer-model is for HuggingFaceTokenizer",
+        ),
+    ],
+)
 def test_a_flag_that_contradicts(flags: list[str], message: str, parse: Any) -> None:
     with pytest.raises(ArgumentError, match=message):
         parse(*flags)
 
 
 def test_a_flag_that_is_in_force_and_one_that_the_json_leaves_out(parse: Any) -> None:
-    _, whole = parse("--micro-batch-size", "4", "--lr", "0.001", "--bf16", "--clip-grad", "1", "--zero-stage", "1",
-                        "--optimizer", "adam", "--adam-beta2", "0.95", "--weight-decay", "0.1", "--cpu-optimizer",
-                        "--accumulate-allreduce-grads-in-fp32")  # fmt: skip
+    _, whole = parse(
+        "--micro-batch-size",
+        "4",
+        "--lr",
+        "0.001",
+        "--bf16",
+        "--clip-grad",
+        "1",
+        "--zero-stage",
+        "1",
+        "--optimizer",
+        "adam",
+        "--adam-beta2",
+        "0.95",
+        "--weight-decay",
+        "0.1",
+        "--cpu-optimizer",
+        "--accumulate-allreduce-grads-in-fp32",
+    )
     expected = copy.deepcopy(JSON)
     expected["optimizer"]["params"]["weight_decay"] = 0.1
     expected["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     expected["data_types"] = {"grad_accum_dtype": "fp32"}
     assert whole == expected
-    _, whole = parse("--lr", "0.5", whole={**JSON, "optimizer": {"type": "SGD", "params": {"lr": "auto"}},
-                                           "zero_allow_untested_optimizer": True})  # fmt: skip
+    _, whole = parse(
+        "--lr",
+        "0.5",
+        whole={**JSON, "optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_allow_untested_optimizer": True},
+    )
     assert whole["optimizer"] == {"type": "SGD", "params": {"lr": 0.5}}
 
 
@@ -189,11 +266,14 @@ def test_loss_scales(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--initial-loss-scale: invalid exponent_of_two value: '1000'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "iterations"), [
-    (["--train-samples", "100"], 12),  # 8 samples a step; Megatron leaves out the rest
-    (["--train-tokens", "1281"], 11),  # 128 tokens a step; the first step that reaches it
-    (["--train-tokens", "100000", "--train-iters", "7"], 7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "iterations"),
+    [
+        (["--train-samples", "100"], 12),  # 8 samples a step; Megatron leaves out the rest
+        (["--train-tokens", "1281"], 11),  # 128 tokens a step; the first step that reaches it
+        (["--train-tokens", "100000", "--train-iters", "7"], 7),
+    ],
+)
 def test_length_of_a_run(flags: list[str], iterations: int, parse: Any) -> None:
     assert parse(*flags)[0].train_iters == iterations
 
@@ -205,14 +285,26 @@ def test_a_length_without_batch_size(parse: Any) -> None:
     assert parse("--train-tokens", "100", "--global-batch-size", "8", whole=without)[1]["train_batch_size"] == 8
 
 
-@pytest.mark.parametrize(("flags", "kind", "params"), [
-    (["--lr-decay-style", "constant", "--lr-warmup-iters", "5"], "WarmupLR",
-     {"warmup_num_steps": 5, "warmup_min_lr": 0, "warmup_max_lr": 1e-3}),
-    (["--min-lr", "1e-5", "--lr-warmup-fraction", "0.2", "--lr-decay-iters", "50"], "WarmupDecayLR",
-     {"warmup_num_steps": 10, "total_num_steps": 50, "warmup_min_lr": 1e-5, "warmup_max_lr": 1e-3}),
-    (["--lr-decay-style", "cosine", "--lr-warmup-samples", "24", "--min-lr", "1e-4"], "WarmupCosineLR",
-     {"warmup_num_steps": 3, "total_num_steps": 10, "cos_min_ratio": pytest.approx(0.1)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "kind", "params"),
+    [
+        (
+            ["--lr-decay-style", "constant", "--lr-warmup-iters", "5"],
+            "WarmupLR",
+            {"warmup_num_steps": 5, "warmup_min_lr": 0, "warmup_max_lr": 1e-3},
+        ),
+        (
+            ["--min-lr", "1e-5", "--lr-warmup-fraction", "0.2", "--lr-decay-iters", "50"],
+            "WarmupDecayLR",
+            {"warmup_num_steps": 10, "total_num_steps": 50, "warmup_min_lr": 1e-5, "warmup_max_lr": 1e-3},
+        ),
+        (
+            ["--lr-decay-style", "cosine", "--lr-warmup-samples", "24", "--min-lr", "1e-4"],
+            "WarmupCosineLR",
+            {"warmup_num_steps": 3, "total_num_steps": 10, "cos_min_ratio": pytest.approx(0.1)},
+        ),
+    ],
+)
 def test_schedules(flags: list[str], kind: str, params: dict[str, Any], parse: Any) -> None:
     _, whole = parse(*flags)
     assert whole["scheduler"] == {"type": kind, "params": {**params, "warmup_type": "linear"}}
@@ -228,29 +320,44 @@ def test_the_image_program_takes_the_flags_of_the_json(parse: Any) -> None:
     assert whole["optimizer"]["params"]["weight_decay"] == 0.05
 
 
-@pytest.mark.parametrize(("files", "kind"), [
-    ([], "ByteTokenizer"), (["--vocab-file", "v", "--merge-file", "m"], "GPT2BPETokenizer"),
-    (["--tokenizer-model", "m"], "HuggingFaceTokenizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        ([], "ByteTokenizer"),
+        (["--vocab-file", "v", "--merge-file", "m"], "GPT2BPETokenizer"),
+        (["--tokenizer-model", "m"], "HuggingFaceTokenizer"),
+    ],
+)
 def test_the_files_name_the_tokenizer(files: list[str], kind: str, parse: Any) -> None:
     assert parse(*files)[0].tokenizer_type == kind
 
 
-@pytest.mark.parametrize(("build", "argv", "message"), [
-    (build_parser, ["--num-layer", "2"], '--num-layer: unknown flag (did you mean "--num-layers"?)'),
-    (build_parser, ["--hiden-size=2", "--xyz"], '--hiden-size: unknown flag (did you mean "--hidden-size"?); --xyz: unknown'),
-    (build_parser, ["--num-layers", "two"], "argument --num-layers: invalid int value: 'two'"),
-    (build_parser, ["--pipeline-model-parallel-size", "2"], "2 is refused: a shortcut may not cross a pipeline stage"),
-    (build_parser, ["--skip-train"], "--skip-train is not taken here: use scmoe evaluate"),
-    (build_parser, ["--topk", "9" * 20], "argument --topk: 99999999999999999999 is too large"),
-    (build_parser, ["--scmoe-expert-slot", "1.5"], 'argument --scmoe-expert-slot: 1.5 must be a number or "auto"'),
-    (build_parser, ["extra"], "extra: belongs to no flag; remove it"),
-    (build_image_parser, ["--img-sise", "2"], 'did you mean "--img-size"?'),
-    (generate_program.build_parser, ["--laod", "x"], '--laod: unknown flag (did you mean "--load"?)'),
-    (evaluate_program.build_parser, ["--load", "x", "--task", "a"], 'did you mean "--tasks"?'),
-    (build_analysis_parser, ["similarity", "--hf-modle", "x"], 'did you mean "--hf-model"?'),
-    (build_analysis_parser, ["similarty"], "invalid choice: 'similarty'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("build", "argv", "message"),
+    [
+        (build_parser, ["--num-layer", "2"], '--num-layer: unknown flag (did you mean "--num-layers"?)'),
+        (
+            build_parser,
+            ["--hiden-size=2", "--xyz"],
+            '--hiden-size: unknown flag (did you mean "--hidden-size"?); --xyz: unknown',
+        ),
+        (build_parser, ["--num-layers", "two"], "argument --num-layers: invalid int value: 'two'"),
+        (
+            build_parser,
+            ["--pipeline-model-parallel-size", "2"],
+            "2 is refused: a shortcut may not cross a pipeline stage",
+        ),
+        (build_parser, ["--skip-train"], "--skip-train is not taken here: use scmoe evaluate"),
+        (build_parser, ["--topk", "9" * 20], "argument --topk: 99999999999999999999 is too large"),
+        (build_parser, ["--scmoe-expert-slot", "1.5"], 'argument --scmoe-expert-slot: 1.5 must be a number or "auto"'),
+        (build_parser, ["extra"], "extra: belongs to no flag; remove it"),
+        (build_image_parser, ["--img-sise", "2"], 'did you mean "--img-size"?'),
+        (generate_program.build_parser, ["--laod", "x"], '--laod: unknown flag (did you mean "--load"?)'),
+        (evaluate_program.build_parser, ["--load", "x", "--task", "a"], 'did you mean "--tasks"?'),
+        (build_analysis_parser, ["similarity", "--hf-modle", "x"], 'did you mean "--hf-model"?'),
+        (build_analysis_parser, ["similarty"], "invalid choice: 'similarty'"),
+    ],
+)
 def test_a_slip_is_one_line(
     build: Callable[[], argparse.ArgumentParser], argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,8 +18,17 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 
 WIDTH, EXPERTS, SEQUENCE = 16, 4, 12
-SECTION = {"position": "pos1", "moe_every": 1, "merge": "add", "shortcut_norm": "own", "post_norm": True,
-           "num_experts": EXPERTS, "top_k": 2, "drop_tokens": False, "top2_2nd_expert_sampling": False}  # fmt: skip
+SECTION = {
+    "position": "pos1",
+    "moe_every": 1,
+    "merge": "add",
+    "shortcut_norm": "own",
+    "post_norm": True,
+    "num_experts": EXPERTS,
+    "top_k": 2,
+    "drop_tokens": False,
+    "top2_2nd_expert_sampling": False,
+}
 
 
 @pytest.fixture
@@ -44,10 +53,18 @@ def routed_by_megatron(run: ScheduledRun, tokens_BSD: Tensor) -> Tensor:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     settings = TransformerConfig(
-        num_layers=1, hidden_size=WIDTH, num_attention_heads=2, num_moe_experts=EXPERTS, moe_router_topk=2,
-        ffn_hidden_size=4 * WIDTH, moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather",
-        use_cpu_initialization=True, add_bias_linear=False, activation_func=F.gelu,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=WIDTH,
+        num_attention_heads=2,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=2,
+        ffn_hidden_size=4 * WIDTH,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather",
+        use_cpu_initialization=True,
+        add_bias_linear=False,
+        activation_func=F.gelu,
+    )
     submodules = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False).submodules
     layer = MoELayer(settings, submodules, layer_number=1)
     ours = run.layer.deepspeed_moe

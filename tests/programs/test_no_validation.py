@@ -14,8 +14,10 @@ from scmoe_ds.programs import pretrain_swin as pretrain_swin_program
 from tests.programs.test_bad_input import FLAGS, JSON
 
 ROOT = Path(__file__).parents[2]
-SWIN = ("--dataset digits --img-size 16 --patch-dim 1 --window-size 4 --embed-dim 8 --depths 1 1 2 2 --num-heads 1 1 2 2 "
-        "--num-channels 1 --num-classes 10 --train-iters 1").split()  # fmt: skip
+SWIN = (
+    "--dataset digits --img-size 16 --patch-dim 1 --window-size 4 --embed-dim 8 --depths 1 1 2 2 --num-heads 1 1 2 2 "
+    "--num-channels 1 --num-classes 10 --train-iters 1"
+).split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,8 +67,10 @@ def test_a_share_that_rounds_to_nothing_names_the_way_out(tmp_path: Path, capsys
     assert "or --eval-iters 0 for a run without validation" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "reason"), [(["--split", "100,0"], "--split 100,0 leaves no share for it"),
-                                               (["--eval-iters", "0"], "--eval-iters 0")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [(["--split", "100,0"], "--split 100,0 leaves no share for it"), (["--eval-iters", "0"], "--eval-iters 0")],
+)
 def test_images_without_validation(capsys: pytest.CaptureFixture[str], flags: list[str], reason: str) -> None:
     config = str(ROOT / "ds_configs" / "swin_digits_cpu.json")
     assert pretrain_swin_program.main([*SWIN, "--deepspeed_config", config, *flags]) == 0

@@ -257,9 +257,15 @@ def signal_from_worker(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, number
     ],
 )
 def test_signals_end_the_run_and_leave_nothing(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    number: int, to_parent: bool, code: int, said: str,
-) -> None:  # fmt: skip
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    to_parent: bool,
+    code: int,
+    said: str,
+) -> None:
     signal_from_worker(tool, monkeypatch, number, to_parent)
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "now" if i == 1500 else "x" * 500} for i in range(3000)])
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}

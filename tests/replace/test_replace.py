@@ -115,8 +115,9 @@ def test_fed_with_its_own_input_a_residual_moe_is_what_it_was() -> None:
 @pytest.mark.parametrize("shortcut_norm", ["shared", "own"])
 def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> None:
     """Each pair of TheirModel against a run of this package's GPT with the same weights."""
-    config = section(position=position, merge="cg2", shortcut_norm=shortcut_norm, capacity_factor=1.0, min_capacity=1,
-                     use_rts=False)  # fmt: skip
+    config = section(
+        position=position, merge="cg2", shortcut_norm=shortcut_norm, capacity_factor=1.0, min_capacity=1, use_rts=False
+    )
     model = make(use_residual=True)
     replace_moe_layers(model, config)
     direct = Direct(SETTINGS, config, EXPERTS, model)
@@ -259,8 +260,11 @@ def test_a_recorder_hears_of_every_operator() -> None:
 
 BAD = {
     "no MoE": (lambda: nn.ModuleList([nn.Linear(2, 2)]), {}, "ModuleList holds no MoE layer of DeepSpeed"),
-    "first block": (lambda: nn.Sequential(nn.ModuleList([Block(SETTINGS, TheirFeedForward())])), {},
-                    r"0\.0\.mlp\.moe is in the first block of 0"),
+    "first block": (
+        lambda: nn.Sequential(nn.ModuleList([Block(SETTINGS, TheirFeedForward())])),
+        {},
+        r"0\.0\.mlp\.moe is in the first block of 0",
+    ),
     "no ModuleList": (lambda: nn.Sequential(TheirFeedForward()), {}, "in no nn.ModuleList"),
     "wrong number of experts": (make, {"num_experts": 8}, r"scmoe\.num_experts = 8: layers\.1\.mlp\.moe has 4"),
     "another architecture": (make, {"architecture": "dgmoe"}, 'architecture "scmoe"'),
@@ -268,7 +272,7 @@ BAD = {
     "tap without a side": (make, {"tap": "{previous}.mlp"}, "must end in"),
     "shared from nobody": (make, {"shared_from": 9}, r"experts 0 … 3"),
     "tutel": (lambda: make_tutel(), {}, "use_tutel"),
-}  # fmt: skip
+}
 
 
 def make_tutel() -> nn.Module:
@@ -403,7 +407,9 @@ def run_without_aux(model: nn.Module) -> dict[str, Tensor]:
 
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}  # fmt: skip
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
 
 
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)

@@ -13,8 +13,19 @@ from torch import Tensor, nn
 from scmoe_ds import ScMoEConfig, ScMoEConfigError, moe_from_dense, replace_moe_layers
 from scmoe_ds.replace.convert import HookedScMoE
 
-SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=4, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+SIZES = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=16,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 # The module whose output a block adds last, and what it is multiplied by.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("mlp", {}),

@@ -76,8 +76,10 @@ def test_generate_from_padded_prompts(family: str, kind: str) -> None:
     found = model.generate(padded, attention_mask=mask, **settings)[:, 6:]
     k = 2 if kind == "topk" else 1
     assert seen == [10 * k, 3 * k, 3 * k, 3 * k]
-    alone = [model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **settings)[0, -4:]
-             for prompt in prompts]  # fmt: skip
+    alone = [
+        model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **settings)[0, -4:]
+        for prompt in prompts
+    ]
     assert torch.equal(found, torch.stack(alone))
 
 

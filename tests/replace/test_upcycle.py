@@ -198,16 +198,33 @@ def replaced_by_hand() -> nn.Module:
 
 
 def with_experts_of_its_own() -> nn.Module:
-    config = transformers.Qwen2MoeConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                         num_attention_heads=2, num_key_value_heads=1, num_experts=2,
-                                         moe_intermediate_size=8, shared_expert_intermediate_size=8)  # fmt: skip
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=2,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+    )
     return transformers.Qwen2MoeForCausalLM(config)
 
 
 BAD = {
-    "no blocks": (lambda: nn.Sequential(nn.Linear(2, 2)), {}, None, "Sequential has no nn.ModuleList of blocks with an MLP"),
-    "post-norm model": (lambda: transformers.BertModel(transformers.BertConfig(num_hidden_layers=1)), {}, None,
-                        "BertModel has no nn.ModuleList"),
+    "no blocks": (
+        lambda: nn.Sequential(nn.Linear(2, 2)),
+        {},
+        None,
+        "Sequential has no nn.ModuleList of blocks with an MLP",
+    ),
+    "post-norm model": (
+        lambda: transformers.BertModel(transformers.BertConfig(num_hidden_layers=1)),
+        {},
+        None,
+        "BertModel has no nn.ModuleList",
+    ),
     "no such block": (dense, {}, [1, 4], r"there is no block 4, the model has 0 … 3"),
     "negative": (dense, {}, [-1], "there is no block -1"),
     "twice": (dense, {}, [1, 1], "each of them once"),
@@ -215,12 +232,17 @@ BAD = {
     "too sparse": (dense, {"moe_every": 8}, None, r"scmoe\.moe_every = 8: the model has only 4 blocks"),
     "DeepSpeed's MoE": (replaced_by_hand, {}, None, r"transformer\.h\.0\.mlp is a MoE already"),
     "upcycled": (lambda: moe_from_dense(dense(), section()), {}, None, r"transformer\.h\.1\.mlp\.moe is a MoE already"),
-    "another MoE": (with_experts_of_its_own, {}, None, r"model\.layers\.1\.mlp \(Qwen2MoeSparseMoeBlock\) is a MoE already"),
+    "another MoE": (
+        with_experts_of_its_own,
+        {},
+        None,
+        r"model\.layers\.1\.mlp \(Qwen2MoeSparseMoeBlock\) is a MoE already",
+    ),
     "another architecture": (dense, {"architecture": "dgmoe"}, None, 'architecture = "dgmoe"'),
     "a pyramid of another length": (dense, {"num_experts": [2, 4, 8]}, None, "needs 2 numbers"),
     "first block": (dense, {}, [0, 2], r"transformer\.h\.0\.mlp\.moe is in the first block"),
     "ranks": (dense, {"expert_parallel_size": 2}, None, "after .*init_distributed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

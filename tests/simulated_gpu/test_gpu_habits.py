@@ -94,10 +94,17 @@ def test_recomputed_activations_end_before_the_product() -> None:
     assert ran.names["_grouped_mm"] == 4
 
 
-@pytest.mark.parametrize(("capability", "triton", "kernel"), [
-    ((7, 5), True, None), ((8, 0), False, None), ((8, 0), True, "_triton_product"), ((8, 9), False, None),
-    ((9, 0), False, "_torch_product"), ((10, 0), False, "_torch_product"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("capability", "triton", "kernel"),
+    [
+        ((7, 5), True, None),
+        ((8, 0), False, None),
+        ((8, 0), True, "_triton_product"),
+        ((8, 9), False, None),
+        ((9, 0), False, "_torch_product"),
+        ((10, 0), False, "_torch_product"),
+    ],
+)
 def test_grouped_products_by_device(
     capability: tuple[int, int], triton: bool, kernel: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,15 +152,31 @@ def test_gradients_of_tokens_with_many_choices() -> None:
     assert tokens.grad is not None and torch.equal(tokens.grad, wanted.float().bfloat16())
 
 
-@pytest.mark.parametrize("path", [
-    "moe/dispatch.py", "moe/experts.py", "moe/gate.py", "moe/layer.py", "moe/routed.py", "comm/all_to_all.py",
-    "comm/counts.py", "overlap/executor.py", "comm/transport.py",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "moe/dispatch.py",
+        "moe/experts.py",
+        "moe/gate.py",
+        "moe/layer.py",
+        "moe/routed.py",
+        "comm/all_to_all.py",
+        "comm/counts.py",
+        "overlap/executor.py",
+        "comm/transport.py",
+    ],
+)
 def test_no_tensor_is_made_of_numbers_on_the_device(path: str) -> None:
     """Such a copy comes from pageable memory: the host waits for all that the GPU has to do before."""
     tree = ast.parse((Path(scmoe_ds.__file__).parent / path).read_text())
-    found = [f"{path}:{call.lineno}" for function in ast.walk(tree)
-             if isinstance(function, ast.FunctionDef) and function.name != "probe"  # before training starts
-             for call in ast.walk(function) if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
-             and call.func.attr in ("tensor", "as_tensor") and any(each.arg == "device" for each in call.keywords)]  # fmt: skip
+    found = [
+        f"{path}:{call.lineno}"
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name != "probe"  # before training starts
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("tensor", "as_tensor")
+        and any(each.arg == "device" for each in call.keywords)
+    ]
     assert not found

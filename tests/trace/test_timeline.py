@@ -27,9 +27,14 @@ VERMILLION, YELLOW, GREY = "#d55e00", "#f0e442", "#eeeeee"
 
 
 def span(
-    name: str, start_ms: float, end_ms: float, lane: Lane = "compute",
-    phase: Phase = "forward", chunk: int = 0, layer: int = 0,
-) -> Span:  # fmt: skip
+    name: str,
+    start_ms: float,
+    end_ms: float,
+    lane: Lane = "compute",
+    phase: Phase = "forward",
+    chunk: int = 0,
+    layer: int = 0,
+) -> Span:
     return Span(layer, name, lane, phase, chunk, start_ms, end_ms)
 
 
@@ -92,11 +97,20 @@ def test_trace_has_every_span_in_microseconds(tmp_path: Path) -> None:
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert [event["ts"] for event in events] == sorted(event["ts"] for event in events)
     found = [(e["pid"], e["cat"], e["name"], e["args"]["chunk"], e["ts"], e["dur"]) for e in events]
-    expected = [(0, "forward", *event) for event in [
-        ("gate", 0, 0, 1000), ("attention", 0, 1000, 2000), ("experts", 0, 4000, 3000), ("mlp", 0, 7000, 1600),
-        ("dispatch", 0, 1000, 3000), ("dispatch", 1, 2000, 4000), ("combine", 0, 7000, 3000),
-        ("wait: dispatch", 0, 3000, 1000), ("wait: combine", 0, 8600, 1400),
-    ]]  # fmt: skip
+    expected = [
+        (0, "forward", *event)
+        for event in [
+            ("gate", 0, 0, 1000),
+            ("attention", 0, 1000, 2000),
+            ("experts", 0, 4000, 3000),
+            ("mlp", 0, 7000, 1600),
+            ("dispatch", 0, 1000, 3000),
+            ("dispatch", 1, 2000, 4000),
+            ("combine", 0, 7000, 3000),
+            ("wait: dispatch", 0, 3000, 1000),
+            ("wait: combine", 0, 8600, 1400),
+        ]
+    ]
     backward = [("combine", 0, 20000, 5000), ("mlp", 0, 20000, 4000), ("wait: combine", 0, 24000, 1000)]
     expected += [(0, "backward", *event) for event in backward]
     expected += [(1, "forward", "dispatch", 0, 500, 2000), (1, "forward", "attention", 0, 500, 2500)]
@@ -170,18 +184,30 @@ def test_figure_shows_the_spans() -> None:
     drawn = figure([RANK_0])
     assert [axes.get_title() for axes in drawn.axes] == ["forward", "backward"]
     assert _boxes(drawn, 0) == [
-        ("attention", 1.0, 2.0, BLUE), ("combine", 7.0, 3.0, PINK), ("dispatch 0", 1.0, 3.0, ORANGE),
-        ("dispatch 1", 2.0, 4.0, ORANGE), ("experts", 4.0, 3.0, VERMILLION), ("gate", 0.0, 1.0, YELLOW),
-        ("mlp", 7.0, 1.6, SKY), ("wait", 3.0, 1.0, GREY), ("wait", 8.6, 1.4, GREY),
-    ]  # fmt: skip
+        ("attention", 1.0, 2.0, BLUE),
+        ("combine", 7.0, 3.0, PINK),
+        ("dispatch 0", 1.0, 3.0, ORANGE),
+        ("dispatch 1", 2.0, 4.0, ORANGE),
+        ("experts", 4.0, 3.0, VERMILLION),
+        ("gate", 0.0, 1.0, YELLOW),
+        ("mlp", 7.0, 1.6, SKY),
+        ("wait", 3.0, 1.0, GREY),
+        ("wait", 8.6, 1.4, GREY),
+    ]
     assert _boxes(drawn, 1) == [("combine", 20.0, 5.0, PINK), ("mlp", 20.0, 4.0, SKY), ("wait", 24.0, 1.0, GREY)]
     assert all((box.get_hatch() is not None) == (box.get_label() == "wait") for box in drawn.axes[0].patches)
     for axes, (start, end) in zip(drawn.axes, [(0, 10), (20, 25)], strict=True):
         left, right = axes.get_xlim()
         assert start - 0.5 < left < start and end < right < end + 0.5
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == [
-        "attention", "mlp", "experts", "gate, encode, decode", "dispatch", "combine", "wait",
-    ]  # fmt: skip
+        "attention",
+        "mlp",
+        "experts",
+        "gate, encode, decode",
+        "dispatch",
+        "combine",
+        "wait",
+    ]
 
 
 def test_figure_puts_each_rank_below_the_last_and_communication_below_compute() -> None:

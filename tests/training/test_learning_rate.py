@@ -20,8 +20,10 @@ from tests.programs.test_bad_input import FLAGS, JSON
 from tests.programs.test_bad_input import data as data
 from tests.programs.test_bad_input import world_of_one as world_of_one
 
-COSINE = {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 3, "cos_min_ratio": 0.1,
-                                               "warmup_type": "linear"}}  # fmt: skip
+COSINE = {
+    "type": "WarmupCosineLR",
+    "params": {"total_num_steps": "auto", "warmup_num_steps": 3, "cos_min_ratio": 0.1, "warmup_type": "linear"},
+}
 
 
 def test_log_and_monitors_show_the_steps_own_rate(
@@ -44,8 +46,22 @@ def test_log_and_monitors_show_the_steps_own_rate(
     }
     (tmp_path / "ds.json").write_text(json.dumps(whole))
     flags = [word for pair in FLAGS.items() for word in pair]
-    assert pretrain_gpt_program.main([*flags, "--deepspeed_config", str(tmp_path / "ds.json"), "--data-path", data,
-                                    "--train-iters", "6", "--log-interval", "1"]) == 0  # fmt: skip
+    assert (
+        pretrain_gpt_program.main(
+            [
+                *flags,
+                "--deepspeed_config",
+                str(tmp_path / "ds.json"),
+                "--data-path",
+                data,
+                "--train-iters",
+                "6",
+                "--log-interval",
+                "1",
+            ]
+        )
+        == 0
+    )
     output = capfd.readouterr()
     logged = [float(rate) for rate in re.findall(r"^iteration .*learning rate: (\S+)", output.out, re.MULTILINE)]
     assert len(used) == 6 and used[:2] == [0, 0] and max(used) > used[-1] > 0
@@ -55,15 +71,19 @@ def test_log_and_monitors_show_the_steps_own_rate(
     assert written == pytest.approx(used)
 
 
-@pytest.mark.parametrize(("kind", "params"), [
-    (kind, {**params, **least})
-    for kind, params, key in (
-        ("WarmupLR", {"warmup_max_lr": 0.1}, "warmup_min_lr"),
-        ("WarmupDecayLR", {"warmup_max_lr": 0.1, "total_num_steps": 20}, "warmup_min_lr"),
-        ("WarmupCosineLR", {"total_num_steps": 20}, "warmup_min_ratio"),
-    )
-    for least in ({}, {key: 0.01}, {"warmup_type": "linear"})
-] + [("OneCycle", {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        (kind, {**params, **least})
+        for kind, params, key in (
+            ("WarmupLR", {"warmup_max_lr": 0.1}, "warmup_min_lr"),
+            ("WarmupDecayLR", {"warmup_max_lr": 0.1, "total_num_steps": 20}, "warmup_min_lr"),
+            ("WarmupCosineLR", {"total_num_steps": 20}, "warmup_min_ratio"),
+        )
+        for least in ({}, {key: 0.01}, {"warmup_type": "linear"})
+    ]
+    + [("OneCycle", {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1})],
+)
 def test_steps_without_a_rate_are_counted_as_deepspeed_makes_them(
     kind: str, params: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

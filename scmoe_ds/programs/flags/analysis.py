@@ -26,28 +26,45 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="analysis", required=True, metavar="{similarity,gating,gradients,feasibility}"
     )
-    similarity = _add(commands, "similarity", "cosine similarity and L2 distance between all intermediate "
-                      "representations (paper figure 10), and what a shortcut would connect")  # fmt: skip
+    similarity = _add(
+        commands,
+        "similarity",
+        "cosine similarity and L2 distance between all intermediate "
+        "representations (paper figure 10), and what a shortcut would connect",
+    )
     similarity.add_argument("--load", help=_CHECKPOINT)
-    similarity.add_argument("--hf-model", help="local directory of a Hugging Face causal language model: GPT-2, LLaMA, "
-                            "Mistral, Qwen, GPT-NeoX")  # fmt: skip
-    similarity.add_argument("--moe-every", type=int, help="an MoE layer in the last of every so many blocks; default: "
-                            "the model's, or 2 for a dense --hf-model")  # fmt: skip
+    similarity.add_argument(
+        "--hf-model",
+        help="local directory of a Hugging Face causal language model: GPT-2, LLaMA, Mistral, Qwen, GPT-NeoX",
+    )
+    similarity.add_argument(
+        "--moe-every",
+        type=int,
+        help="an MoE layer in the last of every so many blocks; default: the model's, or 2 for a dense --hf-model",
+    )
     similarity.add_argument("--images", help='for a SwinV2: directory of <class>/<image>, or "digits" of scikit-learn')
     similarity.add_argument("--max-images", type=int, help="most images to read; default: all")
     gating = _add(commands, "gating", "choices, scores, load and drops of the gates (paper figure 9)")
     gating.add_argument("--load", help=_CHECKPOINT)
-    gradients = _add(commands, "gradients", "norm and signal-to-noise ratio of the gradients, by sub-layer and branch "
-                     "(paper appendix A.1)")  # fmt: skip
+    gradients = _add(
+        commands,
+        "gradients",
+        "norm and signal-to-noise ratio of the gradients, by sub-layer and branch (paper appendix A.1)",
+    )
     gradients.add_argument("--load", action="append", help=_CHECKPOINT + "; several times: side by side")
     for command in (gating, gradients):
-        command.add_argument("--all-checkpoints", action="store_true", help="every global_step* of each directory "
-                             "--load, with curves over iterations")  # fmt: skip
+        command.add_argument(
+            "--all-checkpoints",
+            action="store_true",
+            help="every global_step* of each directory --load, with curves over iterations",
+        )
     gradients.add_argument("--micro-batches", type=int, default=16, help="between which the noise is taken")
     feasibility = commands.add_parser(
-        "feasibility", help="one page: would ScMoE pay for a model on a machine?", allow_abbrev=False,
+        "feasibility",
+        help="one page: would ScMoE pay for a model on a machine?",
+        allow_abbrev=False,
         description="Would ScMoE pay for a model on a machine? Reads two JSON files. Loads no model and needs no GPU.",
-    )  # fmt: skip
+    )
     feasibility.add_argument("--similarity", help='a record of the sub-command "similarity" of the model')
     feasibility.add_argument("--calibration", help='measured times: a "calibration_file"')
     feasibility.add_argument("--output-prefix", help="writes <prefix>.md, <prefix>.html and <prefix>.png")
@@ -56,16 +73,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False,
+        name,
+        help=text,
+        description=text[0].upper() + text[1:],
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("record")
     group.add_argument("--output", help="a .json file; the figure goes beside it, as .png")
     group.add_argument("--from-json", help="make the figure of such a file anew, without a model")
     group = parser.add_argument_group("what is read")
     group.add_argument("--data-path", help="prefix of a .bin and .idx of scmoe preprocess")
-    group.add_argument("--split", help="with --data-path: shares of train, valid and test as in pretraining, of which "
-                       "the validation documents are read; default: all documents")  # fmt: skip
+    group.add_argument(
+        "--split",
+        help="with --data-path: shares of train, valid and test as in pretraining, of which "
+        "the validation documents are read; default: all documents",
+    )
     group.add_argument("--text-file", help="a UTF-8 text")
     group.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the model's context")
     group.add_argument("--batch-size", type=int, default=8, help="sequences of a micro-batch")
@@ -73,8 +96,11 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
         group.add_argument("--max-tokens", type=int, help="most tokens to read; default: all")
     group = parser.add_argument_group("model and tokenizer")
     group.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it was trained or exported")
-    add_tokenizer(group, "the one that the checkpoint records, ByteTokenizer where it records none; for --hf-model the "
-                  "tokenizer in its directory")  # fmt: skip
+    add_tokenizer(
+        group,
+        "the one that the checkpoint records, ByteTokenizer where it records none; for --hf-model the "
+        "tokenizer in its directory",
+    )
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 
@@ -85,8 +111,11 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         AnalysisError, ArgumentError: a setting that its user can mend.
     """
-    check_lowest(args, 1, [name for name in ("seq_length", "batch_size", "max_tokens", "max_images", "moe_every")
-                           if hasattr(args, name)])  # fmt: skip
+    check_lowest(
+        args,
+        1,
+        [name for name in ("seq_length", "batch_size", "max_tokens", "max_images", "moe_every") if hasattr(args, name)],
+    )
     if args.analysis == "gradients" and args.micro_batches < 2:
         raise ArgumentError(f"--micro-batches {args.micro_batches}: noise is between at least 2")
     if args.from_json is not None:

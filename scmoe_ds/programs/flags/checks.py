@@ -67,9 +67,20 @@ def check_rates(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Raises an ArgumentError for a flag of the training loop that is out of range."""
-    check_lowest(args, 1, ("log_interval", "log_gating_interval", "eval_interval",
-                           "tensor_model_parallel_size", "save_interval", "exit_interval", "scmoe_trace",
-                           "keep_last"))  # fmt: skip
+    check_lowest(
+        args,
+        1,
+        (
+            "log_interval",
+            "log_gating_interval",
+            "eval_interval",
+            "tensor_model_parallel_size",
+            "save_interval",
+            "exit_interval",
+            "scmoe_trace",
+            "keep_last",
+        ),
+    )
     check_lowest(args, 0, ("train_iters", "eval_iters", "num_workers", "seed"))
     for name, most in (
         ("num_workers", MOST_WORKERS),
@@ -95,7 +106,9 @@ def set_tokenizer_type(args: argparse.Namespace) -> None:
     gpt2, model = bool(args.vocab_file or args.merge_file), bool(args.tokenizer_model)
     if args.tokenizer_type is None:
         args.tokenizer_type = "GPT2BPETokenizer" if gpt2 else "HuggingFaceTokenizer" if model else "ByteTokenizer"
-    for given, flags, kind in ((gpt2, "--vocab-file and --merge-file", "GPT2BPETokenizer"),
-                               (model, "--tokenizer-model", "HuggingFaceTokenizer")):  # fmt: skip
+    for given, flags, kind in (
+        (gpt2, "--vocab-file and --merge-file", "GPT2BPETokenizer"),
+        (model, "--tokenizer-model", "HuggingFaceTokenizer"),
+    ):
         if given and args.tokenizer_type != kind:
             raise ArgumentError(f"--tokenizer-type {args.tokenizer_type}: {flags} is for {kind}; remove one of them")

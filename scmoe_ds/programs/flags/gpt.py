@@ -61,13 +61,22 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-position-embeddings", type=int, help="default: --seq-length")
     group.add_argument("--position-embedding-type", choices=["learned_absolute", "rope"], default="learned_absolute")
     group.add_argument("--rotary-base", type=float, default=10000.0, help="base of rotary frequencies")
-    group.add_argument("--normalization", type=_norm, choices=["LayerNorm", "RMSNorm"],
-                       default="LayerNorm")  # fmt: skip
+    group.add_argument("--normalization", type=_norm, choices=["LayerNorm", "RMSNorm"], default="LayerNorm")
     group.add_argument("--layernorm-epsilon", type=float, default=1e-5, help="epsilon of the norms")
-    group.add_argument("--norm-placement", choices=["pre", "post"], default="pre", help="norm before each sub-layer, "
-                       "or behind its residual sum; post: to see what a shortcut makes of such a model")  # fmt: skip
-    group.add_argument("--residual-scale", type=float, default=1.0, help="factor on each sub-layer's output before it "
-                       "is added (Granite's residual_multiplier, 1 / DeepNorm's alpha)")  # fmt: skip
+    group.add_argument(
+        "--norm-placement",
+        choices=["pre", "post"],
+        default="pre",
+        help="norm before each sub-layer, "
+        "or behind its residual sum; post: to see what a shortcut makes of such a model",
+    )
+    group.add_argument(
+        "--residual-scale",
+        type=float,
+        default=1.0,
+        help="factor on each sub-layer's output before it "
+        "is added (Granite's residual_multiplier, 1 / DeepNorm's alpha)",
+    )
     group.add_argument("--swiglu", action="store_true", help="SwiGLU instead of GELU")
     group.add_argument("--disable-bias-linear", action="store_true", help="no biases in linear layers")
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="a head of its own")
@@ -79,17 +88,25 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data and tokenizer")
-    group.add_argument("--data-path", nargs="+", help="prefix of a .bin/.idx set, or weight prefix weight prefix …; "
-                       "default: the running Python's standard library as text")  # fmt: skip
+    group.add_argument(
+        "--data-path",
+        nargs="+",
+        help="prefix of a .bin/.idx set, or weight prefix weight prefix …; "
+        "default: the running Python's standard library as text",
+    )
     group.add_argument("--data-args-path", help="file that holds what --data-path would say; for long blends")
-    group.add_argument("--split", help=f"train, validation and test shares, default {DEFAULT_SPLIT}; 100,0,0: "
-                       "no validation")  # fmt: skip
+    group.add_argument(
+        "--split", help=f"train, validation and test shares, default {DEFAULT_SPLIT}; 100,0,0: no validation"
+    )
     for name, use in (("train", ""), ("valid", ", default: no validation"), ("test", ", evaluated once at the end")):
         group.add_argument(f"--{name}-data-path", nargs="+", help=f"as --data-path, for this split alone{use}")
     group.add_argument("--data-cache-path", help="where sample indices are kept; default: beside the data")
     group.add_argument("--corpus-dir", default="data", help="where the default corpus is written")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: the type that the other flags name, "
-                       "or ByteTokenizer")  # fmt: skip
+    group.add_argument(
+        "--tokenizer-type",
+        choices=TOKENIZER_TYPES,
+        help="default: the type that the other flags name, or ByteTokenizer",
+    )
     group.add_argument("--tokenizer-model", help="local directory of a Hugging Face tokenizer")
     group.add_argument("--vocab-file", help="vocab.json of GPT-2's BPE")
     group.add_argument("--merge-file", help="merges.txt of GPT-2's BPE")
@@ -104,19 +121,31 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exit-duration-in-mins", type=float, help="save and stop after this many minutes")
     group.add_argument("--exit-interval", type=int, help="save and stop at an iteration that this divides")
     group.add_argument("--log-interval", type=int, default=100, help="iterations per log line")
-    group.add_argument("--log-gating-interval", type=int, help="iterations between the gates' choices (paper figure 9) "
-                       "that go to DeepSpeed's monitors; default: never")  # fmt: skip
+    group.add_argument(
+        "--log-gating-interval",
+        type=int,
+        help="iterations between the gates' choices (paper figure 9) that go to DeepSpeed's monitors; default: never",
+    )
     group.add_argument("--eval-interval", type=int, default=1000, help="iterations per validation")
     group.add_argument("--eval-iters", type=int, default=100, help="batches per validation; 0: no validation")
     group.add_argument("--save", help="directory of checkpoints; default: none are written")
     group.add_argument("--save-interval", type=int, help="iterations per checkpoint; one is always saved at the end")
     group.add_argument("--keep-last", type=int, help="checkpoints that --save keeps; default: all")
-    group.add_argument("--load", help="directory of checkpoints to resume from (its latest), one checkpoint, or "
-                       "exported weights to start with")  # fmt: skip
-    group.add_argument("--auto-resume", action="store_true",
-                       help="resume from the newest whole checkpoint in --save; if none, from --load")  # fmt: skip
-    group.add_argument("--recompute-granularity", choices=GRANULARITIES, help="activation checkpointing: keep the "
-                       "input of each run of blocks (full) or of each dense operator (selective)")  # fmt: skip
+    group.add_argument(
+        "--load",
+        help="directory of checkpoints to resume from (its latest), one checkpoint, or exported weights to start with",
+    )
+    group.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="resume from the newest whole checkpoint in --save; if none, from --load",
+    )
+    group.add_argument(
+        "--recompute-granularity",
+        choices=GRANULARITIES,
+        help="activation checkpointing: keep the "
+        "input of each run of blocks (full) or of each dense operator (selective)",
+    )
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer")
 
 
@@ -132,10 +161,20 @@ def add_moe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--moe-eval-capacity-factor", type=float, help="capacity in evaluation")
     group.add_argument("--moe-min-capacity", type=int, help="least capacity of an expert")
     group.add_argument("--moe-loss-coeff", type=float, help="weight of the load-balancing loss")
-    group.add_argument("--disable-moe-token-dropping", dest="moe_token_dropping", action="store_const", const=False,
-                       help="every token reaches its experts")  # fmt: skip
-    group.add_argument("--disable-moe-top2-2nd-expert-sampling", dest="moe_top2_2nd_expert_sampling",
-                       action="store_const", const=False, help="no random choice of the second expert")  # fmt: skip
+    group.add_argument(
+        "--disable-moe-token-dropping",
+        dest="moe_token_dropping",
+        action="store_const",
+        const=False,
+        help="every token reaches its experts",
+    )
+    group.add_argument(
+        "--disable-moe-top2-2nd-expert-sampling",
+        dest="moe_top2_2nd_expert_sampling",
+        action="store_const",
+        const=False,
+        help="no random choice of the second expert",
+    )
     group.add_argument("--enable-expert-tensor-parallelism", action="store_const", const=True)
     group.add_argument("--scmoe-position", choices=["pos1", "pos2", "pos3"], help="where the shortcut is taken")
     group.add_argument("--scmoe-merge", choices=["add", "cg1", "cg2"], help="how shared and routed output meet")
@@ -149,8 +188,12 @@ def add_moe(parser: argparse.ArgumentParser) -> None:
 def add_deepspeed(parser: argparse.ArgumentParser) -> None:
     """DeepSpeed's own flags."""
     group = parser.add_argument_group("DeepSpeed")
-    group.add_argument("--distributed-timeout-minutes", type=float, default=10.0,
-                       help="end the job when a collective of any process group takes longer")  # fmt: skip
+    group.add_argument(
+        "--distributed-timeout-minutes",
+        type=float,
+        default=10.0,
+        help="end the job when a collective of any process group takes longer",
+    )
     group.add_argument("--deepspeed", action="store_true", help="accepted for habit; DeepSpeed is always on")
     group.add_argument("--deepspeed_config", "--deepspeed-config", help="the DeepSpeed JSON")
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
@@ -245,14 +288,17 @@ def comparable(args: argparse.Namespace) -> dict[str, Any]:
 def _check(args: argparse.Namespace) -> None:
     require_flags(args, ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "train_iters"))
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
-    check_lowest(args, 1, ("num_layers", "hidden_size", "num_attention_heads", "seq_length",
-                           "make_vocab_size_divisible_by"))  # fmt: skip
+    check_lowest(
+        args, 1, ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "make_vocab_size_divisible_by")
+    )
     check_lowest(args, 0, ("ffn_hidden_size", "num_key_value_heads"))
     check_training(args)
     set_tokenizer_type(args)
     resolve_data_flags(args)
     if args.seq_length > args.max_position_embeddings:
-        raise ArgumentError(f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
-                            f"{args.max_position_embeddings}; leave the latter out")  # fmt: skip
+        raise ArgumentError(
+            f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
+            f"{args.max_position_embeddings}; leave the latter out"
+        )
     check_rates(args, ("attention_dropout", "hidden_dropout"))
     check_positive(args, ("layernorm_epsilon", "rotary_base", "init_method_std"))

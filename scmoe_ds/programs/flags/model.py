@@ -31,16 +31,20 @@ logger = logging.getLogger("scmoe_ds")
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Flags that name a trained model, its tokenizer and its layout."""
     group = parser.add_argument_group("model and tokenizer")
-    group.add_argument("--load", required=True, help="a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its "
-                       "latest), or an export of scmoe convert")  # fmt: skip
+    group.add_argument(
+        "--load",
+        required=True,
+        help="a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export of scmoe convert",
+    )
     group.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it was trained or exported")
     add_tokenizer(group, "the one that the checkpoint records; ByteTokenizer where it records none")
     group = parser.add_argument_group("ranks", "started with the deepspeed launcher; alone, a process is all ranks")
     group.add_argument("--moe-expert-parallel-size", type=int, default=1, help="ranks that share one set of experts")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer")
     group.add_argument("--enable-expert-tensor-parallelism", action="store_true")
-    group.add_argument("--distributed-timeout-minutes", type=float, default=10.0,
-                       help="end the job when a collective takes longer")  # fmt: skip
+    group.add_argument(
+        "--distributed-timeout-minutes", type=float, default=10.0, help="end the job when a collective takes longer"
+    )
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
 
 
@@ -55,13 +59,21 @@ def add_tokenizer(group: argparse._ArgumentGroup, default: str) -> None:
 def add_experts(parser: argparse.ArgumentParser) -> None:
     """Flags that keep routed experts out of the device's memory."""
     group = parser.add_argument_group("experts", "where the routed experts live")
-    group.add_argument("--experts", choices=MODES, default="resident", help="resident: on the device; offload: fetched "
-                       "when they are computed; offload-async: fetched as soon as the gate has chosen, while the "
-                       "backbone computes. They come from pinned host memory to a GPU, from the files of an export "
-                       "otherwise")  # fmt: skip
-    group.add_argument("--expert-cache", help="experts that are kept on the device: a number, or a size such as 2GB, "
-                       "of all layers together; at most those that the model has on a rank. Default: twice the experts "
-                       "of a token")  # fmt: skip
+    group.add_argument(
+        "--experts",
+        choices=MODES,
+        default="resident",
+        help="resident: on the device; offload: fetched "
+        "when they are computed; offload-async: fetched as soon as the gate has chosen, while the "
+        "backbone computes. They come from pinned host memory to a GPU, from the files of an export "
+        "otherwise",
+    )
+    group.add_argument(
+        "--expert-cache",
+        help="experts that are kept on the device: a number, or a size such as 2GB, "
+        "of all layers together; at most those that the model has on a rank. Default: twice the experts "
+        "of a token",
+    )
     group.add_argument("--expert-tier", choices=["host", "disk"], help="where they come from; default: host for a GPU")
 
 
@@ -75,8 +87,10 @@ def check_experts_flags(args: argparse.Namespace) -> None:
     """Raises an ArgumentError for flags of `add_experts` that do not go together or that this machine cannot serve."""
     for name in ("expert_cache", "expert_tier"):
         if args.experts == "resident" and getattr(args, name) is not None:
-            raise ArgumentError(f"--{name.replace('_', '-')} goes with --experts offload or offload-async: resident "
-                                "experts are all on the device")  # fmt: skip
+            raise ArgumentError(
+                f"--{name.replace('_', '-')} goes with --experts offload or offload-async: resident "
+                "experts are all on the device"
+            )
     if args.expert_tier == "host" and device().type != "cuda":
         raise ArgumentError("--expert-tier host: is memory beside a GPU, and there is none here; leave the flag out")
 
@@ -138,24 +152,35 @@ def _tokenizer(args: argparse.Namespace, trained: TrainedModel) -> Tokenizer:
     if args.tokenizer_type is None and trained.tokenizer is not None:
         for name in ("tokenizer_model", "vocab_file", "merge_file"):
             if getattr(args, name) is not None:
-                raise ArgumentError(f"--{name.replace('_', '-')} goes with a --tokenizer-type: name it, or leave both "
-                                    "out for the tokenizer that the checkpoint records")  # fmt: skip
+                raise ArgumentError(
+                    f"--{name.replace('_', '-')} goes with a --tokenizer-type: name it, or leave both "
+                    "out for the tokenizer that the checkpoint records"
+                )
         tokenizer = tokenizer_files.recorded_tokenizer(trained.path, trained.tokenizer, "--load")
     else:
         tokenizer = _named_tokenizer(args, trained)
     size = trained.settings.vocab_size
     if tokenizer.vocab_size > size:
-        raise ArgumentError(f"--tokenizer-type {tokenizer.name} has {tokenizer.vocab_size} tokens, the model of "
-                            f"--load {args.load} {size}: name the tokenizer that it was trained with")  # fmt: skip
+        raise ArgumentError(
+            f"--tokenizer-type {tokenizer.name} has {tokenizer.vocab_size} tokens, the model of "
+            f"--load {args.load} {size}: name the tokenizer that it was trained with"
+        )
     return tokenizer
 
 
 def _named_tokenizer(args: argparse.Namespace, trained: TrainedModel) -> Tokenizer:
     if args.tokenizer_type is None and dist.get_rank() == 0:
-        print(f"--load {args.load} does not record its tokenizer: ByteTokenizer is used; name another with "
-              "--tokenizer-type and its files", file=sys.stderr)  # fmt: skip
-    tokenizer = build_tokenizer(args.tokenizer_type or "ByteTokenizer", tokenizer_model=args.tokenizer_model,
-                                vocab_file=args.vocab_file, merge_file=args.merge_file)  # fmt: skip
+        print(
+            f"--load {args.load} does not record its tokenizer: ByteTokenizer is used; name another with "
+            "--tokenizer-type and its files",
+            file=sys.stderr,
+        )
+    tokenizer = build_tokenizer(
+        args.tokenizer_type or "ByteTokenizer",
+        tokenizer_model=args.tokenizer_model,
+        vocab_file=args.vocab_file,
+        merge_file=args.merge_file,
+    )
     if trained.tokenizer is not None:
         described = tokenizer_files.describe(tokenizer)
         tokenizer_files.check_same(trained.path, trained.tokenizer, described, "--load", "the tokenizer of the flags")
@@ -173,8 +198,10 @@ def _load_model(args: argparse.Namespace, trained: TrainedModel, config: ScMoECo
         if args.expert_cache is not None:
             places = expert_places(args.expert_cache, expert_bytes(model, dtype))
         if places > experts and args.expert_cache is not None and dist.get_rank() == 0:
-            logger.info(f"--expert-cache {args.expert_cache}: has room for {places} experts, this rank has {experts}: "
-                        "all of them stay on the device")  # fmt: skip
+            logger.info(
+                f"--expert-cache {args.expert_cache}: has room for {places} experts, this rank has {experts}: "
+                "all of them stay on the device"
+            )
         places = min(places, experts)
         stores.append(offload_experts(model, trained, mode, places, dtype, device(), args.expert_tier))
 

@@ -43,8 +43,9 @@ def build_image_parser() -> argparse.ArgumentParser:
     images = parser.add_argument_group("images")
     images.add_argument("--dataset", choices=["folder", "digits"], default="folder", help="digits: scikit-learn's")
     images.add_argument("--data-path", help="directory of <class>/<image>, or of train/ and val/ that hold such")
-    images.add_argument("--split", default="80,20", help="training and validation shares, drawn by --seed; "
-                        "100,0: no validation")  # fmt: skip
+    images.add_argument(
+        "--split", default="80,20", help="training and validation shares, drawn by --seed; 100,0: no validation"
+    )
     images.add_argument("--num-workers", type=int, default=0, help="data loader processes per rank")
     images.add_argument("--seed", type=int, default=1234, help="split, weights, data order, dropout, gate noise")
     for add in (add_training, add_moe, add_deepspeed, add_json_flags):
@@ -69,8 +70,10 @@ def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.N
     check_positive(args, ("init_method_std",))
     check_training(args)
     if args.tensor_model_parallel_size > 1 or args.recompute_granularity or args.log_gating_interval:
-        raise ArgumentError("--tensor-model-parallel-size, --recompute-granularity and --log-gating-interval are for "
-                            "the GPT; leave them out")  # fmt: skip
+        raise ArgumentError(
+            "--tensor-model-parallel-size, --recompute-granularity and --log-gating-interval are for "
+            "the GPT; leave them out"
+        )
     whole = read_json(args)
     return args, whole, read_section(args, whole)
 

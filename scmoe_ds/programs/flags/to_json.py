@@ -86,8 +86,10 @@ def merge_flags(section: Any, args: argparse.Namespace, source: str) -> Any:
             value = MLP_TYPES[value]
         if flag == "num_experts":
             if 1 in value:
-                raise ArgumentError("--num-experts 1: this is Megatron-DeepSpeed's word for a dense MLP, which this "
-                                    "program does not train; use at least 2")  # fmt: skip
+                raise ArgumentError(
+                    "--num-experts 1: this is Megatron-DeepSpeed's word for a dense MLP, which this "
+                    "program does not train; use at least 2"
+                )
             value = value[0] if len(value) == 1 else value
         *parents, key = path.split(".")
         target = merged
@@ -97,8 +99,9 @@ def merge_flags(section: Any, args: argparse.Namespace, source: str) -> Any:
             return merged
         if target.get(key, "auto") not in ("auto", value):
             name = ("--disable-" if flag in _SWITCHED_OFF else "--") + flag.replace("_", "-")
-            raise ArgumentError(f"{name} asks for {value!r} but scmoe.{path} = {target[key]!r} in {source}; "
-                                "remove one of them")  # fmt: skip
+            raise ArgumentError(
+                f"{name} asks for {value!r} but scmoe.{path} = {target[key]!r} in {source}; remove one of them"
+            )
         target[key] = value
     return merged
 
@@ -202,8 +205,10 @@ def _steps(args: argparse.Namespace, flag: str, whole: dict[str, Any]) -> int:
         return int(value)
     batch = whole.get("train_batch_size")
     if not isinstance(batch, int) or batch < 1:
-        raise ArgumentError(f"{flag} {value}: needs the batch size of all ranks; give --global-batch-size, or "
-                            "train_batch_size in the DeepSpeed JSON")  # fmt: skip
+        raise ArgumentError(
+            f"{flag} {value}: needs the batch size of all ranks; give --global-batch-size, or "
+            "train_batch_size in the DeepSpeed JSON"
+        )
     if flag.endswith("-samples"):
         return int(value // batch)
     return math.ceil(value / (batch * (args.seq_length or 1)))
@@ -218,8 +223,9 @@ def _set(whole: dict[str, Any], path: str, value: Any, flag: str, source: str) -
             return  # the check of the JSON explains it
     before = target.get(key)
     if before not in (None, "auto") and not _same(before, value):
-        raise ArgumentError(f"{flag} asks for {path} = {json.dumps(value)}, but {source} has {json.dumps(before)}; "
-                            "remove one of them")  # fmt: skip
+        raise ArgumentError(
+            f"{flag} asks for {path} = {json.dumps(value)}, but {source} has {json.dumps(before)}; remove one of them"
+        )
     target[key] = before if before not in (None, "auto") else value
 
 
