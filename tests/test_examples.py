@@ -98,7 +98,7 @@ def serving(page: str) -> list[list[str]]:
     """Program and flags of a page's command lines that serve a trained model."""
     text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))
     lines = re.findall(
-        r"^(?:scmoe |deepspeed .*--module scmoe_ds\.programs\.)((?:generate|evaluate) --.*)$", text, re.MULTILINE
+        r"^(?:\S*scmoe |deepspeed .*--module scmoe_ds\.programs\.)((?:generate|evaluate) --.*)$", text, re.MULTILINE
     )
     return [shlex.split(line, comments=True) for line in lines]
 

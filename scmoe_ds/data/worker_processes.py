@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 def map_in_order(
     function: Callable[[T], R], items: Iterator[T], workers: int, size: Callable[[T], int]
-) -> Iterator[R | Exception]:
+) -> Generator[R | Exception, None, None]:
     """What the function returns or raises for each item; 1 worker is this process.
 
     Args:

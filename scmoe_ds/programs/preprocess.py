@@ -14,7 +14,7 @@ import glob
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,7 +218,7 @@ def read_items(paths: Iterable[Path]) -> Iterator[Item]:
             _say(f"{path} is empty")
 
 
-def encode_all(items: Iterator[Item], encoder: Encoder, workers: int) -> Iterator[Encoded | Exception]:
+def encode_all(items: Iterator[Item], encoder: Encoder, workers: int) -> Generator[Encoded | Exception, None, None]:
     """Encode in input order, in this process or in ``workers`` others; what went wrong with a document takes its place.
 
     Raises:

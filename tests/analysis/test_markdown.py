@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import tables
-from benchmarks.quality.compare import compare as quality
+from benchmarks.quality import compare as quality
 from scmoe_ds.analysis.markdown import code, escape, paragraph, table
 from scmoe_ds.programs import analyze as analyze_program
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.quality.compare import analyses
+from benchmarks.quality import analyses
 from benchmarks.quality.text_corpus import Corpus
 from scmoe_ds.programs.flags.analysis import build_parser, check
 from scmoe_ds.programs.flags.gpt import parse_arguments

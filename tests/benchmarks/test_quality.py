@@ -14,8 +14,9 @@ from typing import IO, Any
 import numpy as np
 import pytest
 
-from benchmarks.quality.compare import Crew, locked, text_corpus
-from benchmarks.quality.compare import compare as quality
+from benchmarks.quality import compare as quality
+from benchmarks.quality import text_corpus
+from benchmarks.quality.compare import Crew, locked
 from benchmarks.quality.record import QualityError, Record, load_plan
 from benchmarks.quality.run import Task, held_out_rows, read_log
 from benchmarks.quality.table import figure, markdown, paired, verdict

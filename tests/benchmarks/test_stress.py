@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.compare import stress, text_corpus
+from benchmarks.quality import stress, text_corpus
 from benchmarks.quality.record import Record, load_plan
 from benchmarks.quality.run import similarity_of
 from benchmarks.quality.stress_table import adjacent_similarity, condition, frequencies, shortcuts

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.quality.compare import digits
+from benchmarks.quality import digits
 from scmoe_ds.data.images import Digits, Epochs, ImageFolder, Padded, load_images, split_in_two
 from scmoe_ds.errors import ArgumentError, DataError
 from scmoe_ds.models.swin import IGNORED
@@ -151,7 +151,7 @@ def test_every_row_of_the_table_is_a_command_line_that_parses() -> None:
     for variant in digits.VARIANTS:
         flags = digits.flags_of(variant, seed=1, iterations=5)
         flags[flags.index("--deepspeed_config") + 1] = CONFIG
-        args, _, config = parse_image_arguments(flags[1:])
+        args, _, config = parse_image_arguments(flags[2:])
         assert (args.seed, args.train_iters) == (1, 5)
         found[variant] = (config.architecture, config.position)
     assert found["top-2"][0] == "topk" and found["shared expert"][0] == "shared_expert"

@@ -6,7 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from benchmarks.quality.compare import compare as quality
+from benchmarks.quality import compare as quality
 from benchmarks.quality.text_corpus import Document
 from scmoe_ds.data.corpus import standard_library_documents
 

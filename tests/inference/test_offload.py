@@ -307,7 +307,7 @@ def test_model_larger_than_the_memory(tmp_path: Path) -> None:
 
     def generate(mode: str) -> subprocess.CompletedProcess[str]:
         flags = f"--load {path} --prompt ab --max-new-tokens 8 --experts {mode} --temperature 0".split()
-        root = str(Path(generate_program.__file__).parent)
+        root = str(Path(generate_program.__file__).parents[2])
         return subprocess.run(
             [sys.executable, "-c", textwrap.dedent(LIMITED), str(300 << 20), *flags],
             capture_output=True,
