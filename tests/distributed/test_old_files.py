@@ -14,17 +14,29 @@ import scmoe_ds
 from lab.distributed import run_distributed
 from scmoe_ds import checkpoint
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.programs import pretrain_gpt
-from tests.checkpoint.test_old_files import EXPECTED, FIXTURES, GPT_FLAGS, check_log
+from scmoe_ds.programs import pretrain_gpt, pretrain_swin
+from tests.checkpoint.test_old_files import EXPECTED, FIXTURES, GPT_FLAGS, SWIN_FLAGS, check_log, succeed
 
 
-def on_a_rank(directory: str) -> tuple[int, str, dict[str, Any]]:
-    """Exit code and log of the run that goes on; the slots of each pair by both files."""
+def on_a_rank(directory: str) -> tuple[str, dict[str, Any]]:
+    """The log of the run that goes on; the slots of each pair by the times of checkpoint and file."""
     os.chdir(directory)
+    ranks = "--moe-expert-parallel-size 2"
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        flags = f"{GPT_FLAGS} --moe-expert-parallel-size 2 --eval-iters 2 --load gpt"
-        code = pretrain_gpt.main(flags.split())
-        return code, log.getvalue(), {"checkpoint": slots(None, "gpt"), "file": slots("times.json", None)}
+        succeed(pretrain_gpt.main, f"{GPT_FLAGS} {ranks} --eval-iters 2 --load gpt")
+        by = {"checkpoint": slots(None, "gpt"), "times.json": slots("times.json", None)}
+    # A file whose description is not the run's would be refused.
+    flags = f"{ranks} --train-iters 2 --eval-iters 0"
+    succeed(pretrain_gpt.main, f"{GPT_FLAGS} --num-layers 6 --deepspeed_config far.json {flags}")
+    succeed(pretrain_swin.main, f"{SWIN_FLAGS} --deepspeed_config hooked.json {flags}")
+    return log.getvalue(), by
+
+
+def write_json(directory: Path, source: str, name: str, **section: Any) -> None:
+    """A DeepSpeed JSON of the fixtures with other fields in its section."""
+    whole = json.loads((directory / source).read_text())
+    whole["scmoe"] |= section
+    (directory / name).write_text(json.dumps(whole))
 
 
 def slots(calibration_file: str | None, load: str | None) -> list[dict[str, list[int]]]:
@@ -46,13 +58,15 @@ def slots(calibration_file: str | None, load: str | None) -> list[dict[str, list
 
 def test_old_files_on_the_ranks_that_wrote_them(tmp_path: Path) -> None:
     """Through DeepSpeed's own loader; the times of checkpoint and file are taken, and nothing is measured again."""
-    shutil.copytree(FIXTURES, tmp_path / "old")
-    results = run_distributed(on_a_rank, 2, str(tmp_path / "old"))
-    code, log, _ = results[0]
-    assert code == 0, log
-    check_log(log, EXPECTED["resumed gpt"])
-    for _, _, schedules in results:
-        for source, pairs in schedules.items():
+    old = tmp_path / "old"
+    shutil.copytree(FIXTURES, old)
+    far = {"moe_every": 3, "shortcut_distance": 2, "position": "pos3", "first_layer_position": None}
+    write_json(old, "gpt.json", "far.json", **far, overlap={"calibration_file": "times_far.json"})
+    write_json(old, "swin.json", "hooked.json", overlap={"calibration_file": "times_swin.json"})
+    results = run_distributed(on_a_rank, 2, str(old))
+    check_log(results[0][0], EXPECTED["resumed gpt"])
+    for _, by in results:
+        for source, pairs in by.items():
             assert pairs == [
                 {mode: each["slots"] for mode, each in plans.items()} for plans in EXPECTED["planned"][source]
             ]
