@@ -51,7 +51,7 @@ def live() -> dict[int, int]:
 
 def measure_all(tp: int, ep: int) -> list[dict[str, Any]]:
     """Every precision and ZeRO stage on this rank."""
-    tensor.start(tp)
+    tensor.start_tensor_parallel(tp)
     return [measure(ep, stage, precision) for precision in ("fp32", "bf16") for stage in (1, 2)]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.measure import over_ranks
 from scmoe_ds.models.blocks import PlainRun, ScheduledRun
-from scmoe_ds.overlap.executor import Stream
+from scmoe_ds.overlap.executor import Activations
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Phase, Recorder, Span
 
 CPU = torch.device("cpu")
@@ -159,11 +159,13 @@ def _timed_all_to_alls(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def _mark_operator(operator: Callable[[Stream], Stream], name: str, pair: PairRecorder) -> Callable[[Stream], Stream]:
-    def marked(stream: Stream) -> Stream:
-        (entering,) = pair.open(name, stream.hidden)
-        (leaving,) = pair.close(name, operator(Stream(entering)).hidden)
-        return Stream(leaving)
+def _mark_operator(
+    operator: Callable[[Activations], Activations], name: str, pair: PairRecorder
+) -> Callable[[Activations], Activations]:
+    def marked(activations: Activations) -> Activations:
+        (entering,) = pair.open(name, activations.hidden)
+        (leaving,) = pair.close(name, operator(Activations(entering)).hidden)
+        return Activations(leaving)
 
     return marked
 

@@ -9,7 +9,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import nn
 
-from scmoe_ds.parallel.tensor import Split, split_of
+from scmoe_ds.parallel.tensor import Split, tensor_parallel_rule
 
 _EXPERT = re.compile(r"(?<=\.deepspeed_experts\.)\d+(?=\.)")
 """An expert's id, local in a model and in DeepSpeed's optimizer files, global in its expert files and here."""
@@ -50,7 +50,7 @@ def global_names(model: nn.Module) -> dict[str, str]:
 def saved_splits(engine: Any) -> dict[str, list[Any]]:
     """Name to [dim, sections] of each parameter that tensor parallelism divides; experts under the id 0."""
     model = getattr(engine, "module", None)
-    rules = {} if model is None else {with_expert(n, 0): split_of(p) for n, p in model.named_parameters()}
+    rules = {} if model is None else {with_expert(n, 0): tensor_parallel_rule(p) for n, p in model.named_parameters()}
     return {name: [rule.dim, list(rule.sections)] for name, rule in rules.items() if rule is not None}
 
 

@@ -17,7 +17,7 @@ from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint.names import global_names
 from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.errors import CheckpointError
-from scmoe_ds.parallel.tensor import split, split_of, tensor_parallel_rank, tensor_parallel_size
+from scmoe_ds.parallel.tensor import shard, tensor_parallel_rank, tensor_parallel_rule, tensor_parallel_size
 
 
 class Weights(Protocol):
@@ -106,7 +106,7 @@ def check_shapes(model: nn.Module, weights: Weights, names: Mapping[str, str]) -
         CheckpointError: another shape.
     """
     for name, parameter in model.named_parameters():
-        rule, wanted = split_of(parameter), list(parameter.shape)
+        rule, wanted = tensor_parallel_rule(parameter), list(parameter.shape)
         if rule is not None:
             wanted[rule.dim] = sum(rule.sections)
         found = weights.shape(names[name])
@@ -120,7 +120,7 @@ def _another_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> Ch
 
 def own_part(value: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
     """This rank's tensor-parallel part."""
-    part = split(value, split_of(parameter), tensor_parallel_rank(), tensor_parallel_size())
+    part = shard(value, tensor_parallel_rule(parameter), tensor_parallel_rank(), tensor_parallel_size())
     if part.shape != parameter.shape:
         raise _another_shape(name, part.shape, parameter.shape)
     return part

@@ -25,7 +25,7 @@ from scmoe_ds.checkpoint import files, tensor_files
 from scmoe_ds.checkpoint.files import DamagedCheckpointError, remedy
 from scmoe_ds.checkpoint.names import expert_of, layer_of, read_splits, with_expert
 from scmoe_ds.errors import CheckpointError
-from scmoe_ds.parallel.tensor import Split, merge
+from scmoe_ds.parallel.tensor import Split, unshard
 
 MASTER = "fp32"
 """The key of a parameter's fp32 weights; other keys are the optimizer's, such as "exp_avg"."""
@@ -91,7 +91,7 @@ class SavedState:
         """
         rule = self._splits.get(with_expert(name, 0))
         ranks = sorted(self._pieces[name]) if rule is not None else [min(self._pieces[name])]
-        return merge([self._part(name, rank, key, rule) for rank in ranks], rule)
+        return unshard([self._part(name, rank, key, rule) for rank in ranks], rule)
 
     def shape(self, name: str) -> list[int]:
         """Of the whole parameter."""

@@ -27,9 +27,9 @@ from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
 from scmoe_ds.moe.merge import Merge
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap import executor
-from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
+from scmoe_ds.overlap.executor import Activations, Operator, PairOutput
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.parallel.tensor import mark, split_of
+from scmoe_ds.parallel.tensor import mark_tensor_parallel, tensor_parallel_rule
 from scmoe_ds.planner.plan import slot_that_halves
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
@@ -59,14 +59,14 @@ class Block(nn.Module):
         else:  # another block's: DeepSpeed trains and saves it there, and under one name
             self.__dict__["moe"] = moe
 
-    def attend(self, stream: Stream) -> Stream:
+    def attend(self, activations: Activations) -> Activations:
         """Eq. 8 and 10: H_mh = H + Attn(H)."""
-        update = self.attention(self.reading(self.attention_norm, stream.hidden))
-        return Stream(self.add(stream.hidden, update, self.attention_norm))
+        update = self.attention(self.reading(self.attention_norm, activations.hidden))
+        return Activations(self.add(activations.hidden, update, self.attention_norm))
 
-    def feed(self, stream: Stream) -> Stream:
+    def feed(self, activations: Activations) -> Activations:
         """Eq. 9: H_mlp = H_mh + MLP(H_mh)."""
-        return Stream(self.add(stream.hidden, self.mlp(self.moe_input(stream.hidden)), self.mlp_norm))
+        return Activations(self.add(activations.hidden, self.mlp(self.moe_input(activations.hidden)), self.mlp_norm))
 
     def moe_input(self, hidden: Tensor) -> Tensor:
         """What the second half's MLP or MoE reads of H_mh."""
@@ -100,8 +100,8 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group
     layer = _make_moe(settings, config, num_experts, routed_mlp)
     for copied in layer.deepspeed_moe.experts.deepspeed_experts:  # copies of a parameter lose what was noted on it
         for original, parameter in zip(routed_mlp.parameters(), copied.parameters(), strict=True):
-            rule = split_of(original) if divisible else None
-            mark(parameter, rule, divided=rule is not None and group is not None)
+            rule = tensor_parallel_rule(original) if divisible else None
+            mark_tensor_parallel(parameter, rule, divided=rule is not None and group is not None)
     if layer.use_residual and group is not None:
         layer.mlp = MLP(settings, group)  # DeepSpeed's would be of one form with the routed experts
     return layer
@@ -163,11 +163,13 @@ class PlainRun(nn.Module):
     def _run(self, hidden: Tensor, used_token: Tensor | None) -> PairOutput:
         blocks = cast(Sequence[Block], self.blocks)
         operators = [step for block in blocks for step in (block.attend, block.feed)][:-1]
-        stream, last = Stream(hidden), blocks[-1]
+        activations, last = Activations(hidden), blocks[-1]
         for operator in operators:
-            stream = recompute_operator(operator, stream) if self.recompute == "selective" else operator(stream)
-        output, l_aux, exp_counts = last.moe(last.moe_input(stream.hidden), used_token)
-        return PairOutput(last.add(stream.hidden, output, last.mlp_norm), l_aux, exp_counts)
+            activations = (
+                recompute_operator(operator, activations) if self.recompute == "selective" else operator(activations)
+            )
+        output, l_aux, exp_counts = last.moe(last.moe_input(activations.hidden), used_token)
+        return PairOutput(last.add(activations.hidden, output, last.mlp_norm), l_aux, exp_counts)
 
 
 def tap_of(config: ScMoEConfig, position: str) -> int:
@@ -275,24 +277,24 @@ class ScheduledRun(nn.Module):
         return self.operators()[self.tap :]
 
     def begin(
-        self, stream: Stream, schedule: Schedule, recorder: PairRecorder, used_token: Tensor | None = None
+        self, activations: Activations, schedule: Schedule, recorder: PairRecorder, used_token: Tensor | None = None
     ) -> RoutedTokens:
-        shortcut = stream.moe_input
+        shortcut = activations.moe_input
         if shortcut is None:
-            (hidden,) = recorder.open("shortcut norm", stream.hidden)
+            (hidden,) = recorder.open("shortcut norm", activations.hidden)
             (shortcut,) = recorder.close("shortcut norm", self._read_shortcut(hidden))
         return cast(StagedMoE, self._last.moe).begin(
             shortcut, used_token, blocking=not schedule.overlap, num_chunks=schedule.num_chunks, recorder=recorder
         )
 
-    def join(self, routed: executor.Routed, stream: Stream) -> PairOutput:
+    def join(self, routed: executor.Routed, activations: Activations) -> PairOutput:
         last = self._last
-        moe_input = last.moe_input(stream.hidden) if stream.moe_input is None else stream.moe_input
+        moe_input = last.moe_input(activations.hidden) if activations.moe_input is None else activations.moe_input
         layer = cast(StagedMoE, self._last.moe)
-        output, l_aux, exp_counts = layer.finish(cast(RoutedTokens, routed), moe_input, stream.shared)
+        output, l_aux, exp_counts = layer.finish(cast(RoutedTokens, routed), moe_input, activations.shared)
         if self.post_norm is not None:
             output = self.post_norm(output)
-        return PairOutput(last.add(stream.hidden, output, last.mlp_norm), l_aux, exp_counts)  # eq. 7
+        return PairOutput(last.add(activations.hidden, output, last.mlp_norm), l_aux, exp_counts)  # eq. 7
 
     def backbone_flops(self, sequence: int) -> list[int]:
         """Forward floating-point operations per token of each backbone operator."""
@@ -309,20 +311,22 @@ class ScheduledRun(nn.Module):
     def _last(self) -> Block:
         return cast(Block, self.blocks[-1])
 
-    def _normalise(self, stream: Stream) -> Stream:
-        return Stream(stream.hidden, self._last.moe_input(stream.hidden))
+    def _normalise(self, activations: Activations) -> Activations:
+        return Activations(activations.hidden, self._last.moe_input(activations.hidden))
 
-    def _shared(self, stream: Stream) -> Stream:
-        moe_input = self._last.moe_input(stream.hidden)
-        return Stream(stream.hidden, moe_input, cast(ScMoE, self._last.moe).shared(moe_input))
+    def _shared(self, activations: Activations) -> Activations:
+        moe_input = self._last.moe_input(activations.hidden)
+        return Activations(activations.hidden, moe_input, cast(ScMoE, self._last.moe).shared(moe_input))
 
-    def _shared_in(self, stream: Stream) -> Stream:
+    def _shared_in(self, activations: Activations) -> Activations:
         mlp = cast(MLP, self._last.moe.mlp)
-        return Stream(stream.hidden, stream.moe_input, mlp.activate(mlp.input(cast(Tensor, stream.moe_input))))
+        return Activations(
+            activations.hidden, activations.moe_input, mlp.activate(mlp.input(cast(Tensor, activations.moe_input)))
+        )
 
-    def _shared_out(self, stream: Stream) -> Stream:
+    def _shared_out(self, activations: Activations) -> Activations:
         mlp = cast(MLP, self._last.moe.mlp)
-        return Stream(stream.hidden, stream.moe_input, mlp.output(cast(Tensor, stream.shared)))
+        return Activations(activations.hidden, activations.moe_input, mlp.output(cast(Tensor, activations.shared)))
 
     def _read_shortcut(self, hidden: Tensor) -> Tensor:
         """The tapped value through the shortcut's own norm, or as the operator after the tap reads it (LongCat)."""

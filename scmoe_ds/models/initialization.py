@@ -13,7 +13,7 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import nn
 
-from scmoe_ds.parallel.tensor import split, split_of
+from scmoe_ds.parallel.tensor import shard, tensor_parallel_rule
 
 _LOCAL_ID = re.compile(r"(?<=\.deepspeed_experts\.)\d+")
 
@@ -41,12 +41,12 @@ def initialize_parameters(
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
                 continue
             scale = std / (2 * num_layers) ** 0.5 if name.endswith(".output.weight") else std
-            rule, shape = split_of(parameter), list(parameter.shape)
+            rule, shape = tensor_parallel_rule(parameter), list(parameter.shape)
             if rule is not None:
                 shape[rule.dim] = sum(rule.sections)
             generator = _generator(seed, _global_name(name, first_id))
             whole = torch.empty(shape, dtype=parameter.dtype).normal_(0.0, scale, generator=generator)
-            parameter.copy_(split(whole, rule, tp_rank, tp_size))
+            parameter.copy_(shard(whole, rule, tp_rank, tp_size))
 
 
 def _global_name(name: str, first_id: dict[str, int]) -> str:

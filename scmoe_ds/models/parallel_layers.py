@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scmoe_ds.parallel.tensor import Split, mark
+from scmoe_ds.parallel.tensor import Split, mark_tensor_parallel
 
 Group: TypeAlias = "dist.ProcessGroup | None"
 
@@ -44,7 +44,7 @@ def column_parallel(inputs: int, sections: Sequence[int], bias: bool, group: Gro
     else:
         layer = _classes()[0](inputs, sum(sections), bias=bias, config=_config(), init_method=_no_init, tp_group=group)
     for parameter in layer.parameters():
-        mark(parameter, Split(0, tuple(sections)), group is not None)
+        mark_tensor_parallel(parameter, Split(0, tuple(sections)), group is not None)
     return layer
 
 
@@ -64,7 +64,7 @@ def row_parallel(inputs: int, outputs: int, bias: bool, group: Group) -> nn.Modu
             init_method=_no_init,
             tp_group=group,
         )
-    mark(layer.weight, Split(1, (inputs,)), group is not None)
+    mark_tensor_parallel(layer.weight, Split(1, (inputs,)), group is not None)
     return layer
 
 
@@ -77,7 +77,7 @@ def vocabulary_embedding(vocab_size: int, hidden_size: int, group: Group) -> nn.
         from megatron.core.tensor_parallel import VocabParallelEmbedding
 
         layer = VocabParallelEmbedding(vocab_size, hidden_size, init_method=_no_init, config=_config(), tp_group=group)
-    mark(layer.weight, Split(0, (vocab_size,)), group is not None)
+    mark_tensor_parallel(layer.weight, Split(0, (vocab_size,)), group is not None)
     return layer
 
 

@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from scmoe_ds.overlap.executor import PairOutput, Stream
+from scmoe_ds.overlap.executor import Activations, PairOutput
 
 Recompute = Literal["full", "selective"]
 GRANULARITIES = ("full", "selective")
 
 
-def recompute_operator(run: Callable[[Stream], Stream], stream: Stream) -> Stream:
+def recompute_operator(run: Callable[[Activations], Activations], activations: Activations) -> Activations:
     """One dense operator of the backbone; whoever times its backward pass times the repetition as well."""
     if not torch.is_grad_enabled():
-        return run(stream)
+        return run(activations)
 
-    def forward(*tensors: Tensor | None) -> Stream:
-        return run(Stream(*tensors))  # type: ignore[arg-type]
+    def forward(*tensors: Tensor | None) -> Activations:
+        return run(Activations(*tensors))  # type: ignore[arg-type]
 
     # One by one: what is kept goes through autograd's hooks, as tensors only do.
-    return checkpoint(forward, stream.hidden, stream.moe_input, stream.shared, use_reentrant=False)  # type: ignore[no-any-return]
+    return checkpoint(forward, activations.hidden, activations.moe_input, activations.shared, use_reentrant=False)  # type: ignore[no-any-return]
 
 
 def recompute_run(run: Callable[[Tensor], PairOutput], hidden: Tensor) -> PairOutput:

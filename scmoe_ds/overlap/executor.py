@@ -19,7 +19,7 @@ from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 
 @dataclass(frozen=True)
-class Stream:
+class Activations:
     """What the backbone carries from operator to operator.
 
     Attributes:
@@ -39,7 +39,7 @@ class Operator:
     """One named step: "attention", "mlp", "shared", or "shared in" and "shared out"."""
 
     name: str
-    run: Callable[[Stream], Stream]
+    run: Callable[[Activations], Activations]
 
 
 class Routed(Protocol):
@@ -75,10 +75,10 @@ class Backbone(Protocol):
 class Pair(Backbone, Protocol):
     """What the executor asks of a run of blocks."""
 
-    def begin(self, stream: Stream, schedule: Schedule, recorder: PairRecorder) -> Routed:
+    def begin(self, activations: Activations, schedule: Schedule, recorder: PairRecorder) -> Routed:
         """Normalises the tapped value, gates, encodes, and sends the tokens on their way."""
 
-    def join(self, routed: Routed, stream: Stream) -> PairOutput:
+    def join(self, routed: Routed, activations: Activations) -> PairOutput:
         """Waits for the combine, decodes, merges and adds the residual."""
 
 
@@ -92,20 +92,20 @@ def run(pair: Pair, hidden: Tensor, schedule: Schedule, recorder: PairRecorder =
     before_tap, backbone = operators[: pair.tap], operators[pair.tap :]
     if schedule.slots[-1] > len(backbone) + 1:
         raise ValueError(f"expert_slot {schedule.expert_slot}: the backbone has {len(backbone)} operators")
-    stream = Stream(hidden)
+    activations = Activations(hidden)
     for operator in before_tap:
-        stream = _step(operator, stream, recorder)
+        activations = _step(operator, activations, recorder)
     # Gate and encode go as early as possible, decode (in join) as late as possible: both windows are then longest.
-    routed = pair.begin(stream, schedule, recorder)
+    routed = pair.begin(activations, schedule, recorder)
     for slot, operator in enumerate(backbone, start=1):
         for _ in range(schedule.chunks_at(slot)):
             routed.run_experts()
-        stream = _step(operator, stream, recorder)
+        activations = _step(operator, activations, recorder)
         # A GPU has the first operator to work on by now, while the host waits for the row counts to send by.
         routed.send()
     for _ in range(schedule.chunks_at(len(backbone) + 1)):
         routed.run_experts()
-    return pair.join(routed, stream)
+    return pair.join(routed, activations)
 
 
 def backbone_names(pair: Backbone) -> list[str]:
@@ -113,10 +113,10 @@ def backbone_names(pair: Backbone) -> list[str]:
     return [operator.name for operator in _distinct(pair.operators(), pair.tap)[pair.tap :]]
 
 
-def _step(operator: Operator, stream: Stream, recorder: PairRecorder) -> Stream:
-    entering = Stream(*recorder.open(operator.name, stream.hidden, stream.moe_input, stream.shared))
+def _step(operator: Operator, activations: Activations, recorder: PairRecorder) -> Activations:
+    entering = Activations(*recorder.open(operator.name, activations.hidden, activations.moe_input, activations.shared))
     leaving = operator.run(entering)
-    return Stream(*recorder.close(operator.name, leaving.hidden, leaving.moe_input, leaving.shared))
+    return Activations(*recorder.close(operator.name, leaving.hidden, leaving.moe_input, leaving.shared))
 
 
 def _distinct(operators: Sequence[Operator], tap: int) -> list[Operator]:

@@ -29,12 +29,12 @@ class Split:
     sections: tuple[int, ...]
 
 
-def split_of(parameter: Tensor) -> Split | None:
+def tensor_parallel_rule(parameter: Tensor) -> Split | None:
     """The rule of a parameter, or None for one that all tensor-parallel ranks hold alike."""
     return getattr(parameter, "parallel_split", None)
 
 
-def mark(parameter: Tensor, rule: Split | None, divided: bool) -> None:
+def mark_tensor_parallel(parameter: Tensor, rule: Split | None, divided: bool) -> None:
     """Notes a parameter's rule; `divided`: it is in pieces now.
 
     DeepSpeed counts a parameter that it does not know to be divided for the first tensor-parallel rank's norm only.
@@ -44,7 +44,7 @@ def mark(parameter: Tensor, rule: Split | None, divided: bool) -> None:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-def split(full: Tensor, rule: Split | None, rank: int, size: int) -> Tensor:
+def shard(full: Tensor, rule: Split | None, rank: int, size: int) -> Tensor:
     """One rank's piece of an undivided parameter (or of a tensor of its shape, such as an optimizer state)."""
     if rule is None or size == 1:
         return full
@@ -52,7 +52,7 @@ def split(full: Tensor, rule: Split | None, rank: int, size: int) -> Tensor:
     return torch.cat(pieces, dim=rule.dim)
 
 
-def merge(parts: Sequence[Tensor], rule: Split | None) -> Tensor:
+def unshard(parts: Sequence[Tensor], rule: Split | None) -> Tensor:
     """The undivided parameter from all ranks' pieces, in order of tensor-parallel rank; the inverse of `split`."""
     if rule is None or len(parts) == 1:
         return parts[0]
@@ -61,7 +61,7 @@ def merge(parts: Sequence[Tensor], rule: Split | None) -> Tensor:
     return torch.cat([piece for pieces in by_section for piece in pieces], dim=rule.dim)
 
 
-def start(size: int) -> None:
+def start_tensor_parallel(size: int) -> None:
     """Makes the tensor-parallel and data-parallel groups; once per process, and not at all for a size of 1."""
     if size == 1:
         return

@@ -36,7 +36,7 @@ from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
 from scmoe_ds.programs.run import run_program
-from scmoe_ds.training.loop import RunSettings, Summary, Trainer
+from scmoe_ds.training.loop import Summary, Trainer, TrainingSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,10 +50,10 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
     check_accelerator(whole)
     config.check_world(ranks, args.tensor_model_parallel_size)
-    tensor.start(args.tensor_model_parallel_size)
+    tensor.start_tensor_parallel(args.tensor_model_parallel_size)
     replicas = tensor.data_parallel_size()
     micro_batch_size, accumulation_steps = batch_sizes(whole, replicas)
-    settings = RunSettings(
+    settings = TrainingSettings(
         args.train_iters,
         micro_batch_size,
         accumulation_steps,
@@ -168,7 +168,11 @@ def data_settings(args: argparse.Namespace, tokenizer: Tokenizer) -> DataSetting
 
 
 def load_data(
-    args: argparse.Namespace, settings: RunSettings, data: DataSettings, replicas: int, source: checkpoint.Source | None
+    args: argparse.Namespace,
+    settings: TrainingSettings,
+    data: DataSettings,
+    replicas: int,
+    source: checkpoint.Source | None,
 ) -> Datasets:
     """Training samples for the whole run, validation samples for one validation, and as many of --test-data-path; the
     same on every rank."""

@@ -25,7 +25,7 @@ from scmoe_ds.programs.flags.gpt import comparable
 from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.images import ImageTrainer
-from scmoe_ds.training.loop import RunSettings, Summary
+from scmoe_ds.training.loop import Summary, TrainingSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,10 +79,10 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
     return summary
 
 
-def run_settings(args: argparse.Namespace, whole: dict[str, Any], ranks: int) -> RunSettings:
+def run_settings(args: argparse.Namespace, whole: dict[str, Any], ranks: int) -> TrainingSettings:
     """What the loop needs; it counts images, so that a "sequence" is one long."""
     micro_batch_size, accumulation_steps = batch_sizes(whole, ranks)
-    return RunSettings(
+    return TrainingSettings(
         train_iters=args.train_iters,
         micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation_steps,

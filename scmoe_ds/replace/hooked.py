@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scmoe_ds.config.section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.routed import RoutedTokens
-from scmoe_ds.overlap.executor import Operator, Stream
+from scmoe_ds.overlap.executor import Activations, Operator
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import slot_that_halves
 from scmoe_ds.replace.calls import checkpoint_region, first_hidden, marked_inputs, parts, recomputes
@@ -356,5 +356,5 @@ def _sample(hidden_states: Tensor) -> Tensor:
     return hidden_states.detach().flatten()[:256].clone()
 
 
-def _not_to_be_run(stream: Stream) -> Stream:
+def _not_to_be_run(activations: Activations) -> Activations:
     raise RuntimeError("the operators of a replaced layer are the model's own modules")

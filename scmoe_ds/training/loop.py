@@ -34,7 +34,7 @@ from scmoe_ds.training.log import TrainingLog, TrainingOutput, mean_over_ranks, 
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class TrainingSettings:
     """What the loop needs beside engine and data; iterations are optimizer steps, `trace` the one to draw."""
 
     train_iters: int
@@ -89,7 +89,7 @@ class Trainer:
         engine: Any,
         train: Any,
         valid: Any,
-        settings: RunSettings,
+        settings: TrainingSettings,
         description: dict[str, Any],
         iteration: int = 0,
         consumed_samples: int = 0,

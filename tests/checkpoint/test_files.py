@@ -19,7 +19,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.checksums import file_entry
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.parallel.tensor import Split, merge, split
+from scmoe_ds.parallel.tensor import Split, shard, unshard
 
 SETTINGS = GPTSettings(2, 16, 2, 32, 16)
 CONFIG = ScMoEConfig.from_deepspeed({"scmoe": {"num_experts": 4}})
@@ -236,11 +236,11 @@ def test_publishing_again_replaces(tmp_path: Path) -> None:
 def test_split_and_merge(rule: Split | None) -> None:
     rows = 6 if rule == Split(0, (6,)) else 16
     full = torch.arange(rows * 8).view(rows, 8)
-    parts = [split(full, rule, rank, 2) for rank in (0, 1)]
-    assert torch.equal(merge(parts, rule), full)
+    parts = [shard(full, rule, rank, 2) for rank in (0, 1)]
+    assert torch.equal(unshard(parts, rule), full)
     if rule == Split(0, (8, 4, 4)):
         assert parts[1][:, 0].tolist() == [row * 8 for row in (4, 5, 6, 7, 10, 11, 14, 15)], "its piece of each section"
-    assert split(full, rule, 0, 1) is full
+    assert shard(full, rule, 0, 1) is full
 
 
 @pytest.mark.parametrize("record", [5, ["seed"], "optimizer"])

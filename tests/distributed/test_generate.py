@@ -63,7 +63,7 @@ def generate(model: GPT, phases: Phases | None = None) -> tuple[list[Completion]
 
 def on_a_layout(directory: str, names: Sequence[str], holders: int, ep_size: int, divided: bool = False) -> Found:
     """Models of the directory on this layout, resident and, undivided, offloaded."""
-    tensor.start(holders)
+    tensor.start_tensor_parallel(holders)
     layout = Layout(dist.get_world_size(), holders, ep_size, divided)
     found: Found = {}
     for name in names:

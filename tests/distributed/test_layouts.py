@@ -89,13 +89,13 @@ def global_weights(model: torch.nn.Module, ep_rank: int) -> dict[str, Tensor]:
 
 
 def whole(parameter: Tensor) -> Tensor:
-    rule, group = tensor.split_of(parameter), tensor.tensor_parallel_group()
+    rule, group = tensor.tensor_parallel_rule(parameter), tensor.tensor_parallel_group()
     mine = parameter.detach().clone()
     if rule is None or group is None:
         return mine
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
-    return tensor.merge(parts, rule)
+    return tensor.unshard(parts, rule)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ CASES = [
 
 def drifted_gate() -> str:
     """The error of a tensor-parallel rank whose gate is not that of the other."""
-    tensor.start(2)
+    tensor.start_tensor_parallel(2)
     layer = scmoe_ds.ScMoE(8, MLP(GPTSettings(1, 8, 2, 16, 8)), num_experts=4, ep_size=2)
     layer.set_deepspeed_parallelism()
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -191,7 +191,7 @@ def train_all(cases: list[Case]) -> list[tuple]:
     results = []
     for each in cases:
         forget_groups()
-        tensor.start(each.tp)
+        tensor.start_tensor_parallel(each.tp)
         results.append(
             train(each.ep, each.zero_stage, each.tp, STYLES[each.style], each.recompute, **json.loads(each.section))
         )

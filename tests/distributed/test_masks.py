@@ -97,7 +97,7 @@ def tensor_parallel() -> None:
     masks = (None, torch.arange(7) % 2, torch.arange(7) == 3, torch.zeros(7))
     cases = list(product(("StagedMoE exact", "StagedMoE padded"), (1, 2), (True, False)))
     wanted = {case: [make(case[0], 1, *case[1:])(x, used)[:2] for used in masks] for case in cases}
-    tensor.start(2)
+    tensor.start_tensor_parallel(2)
     for case in cases:
         layer = make(case[0], 2, *case[1:])
         for used, (output, l_aux) in zip(masks, wanted[case], strict=True):

@@ -285,7 +285,7 @@ def train_with_tensor_parallelism(size: int, ep: int, fields: dict[str, Any]) ->
     }
     mpu = None
     if size > 1:
-        tensor.start(size)
+        tensor.start_tensor_parallel(size)
         groups.mpu, mpu = None, tensor.ModelParallelUnit()  # as a user's, which is known to initialize alone
     try:
         engine, *_ = scmoe_ds.initialize(model=model, config=whole, mpu=mpu)

@@ -112,7 +112,7 @@ def train_step(engine: Any, step: int) -> float:
 
 def train_all(runs: list[Run], tp_size: int = 1) -> list[dict[str, list[float]]]:
     """Several runs in the same processes, whose start takes longer than the runs."""
-    tensor.start(tp_size)
+    tensor.start_tensor_parallel(tp_size)
     results = []
     readable = loading._deepspeed_can_read
     for run in runs:

@@ -9,7 +9,7 @@ import torch
 
 from scmoe_ds import Schedule
 from scmoe_ds.overlap import executor
-from scmoe_ds.overlap.executor import Operator, PairOutput, Stream
+from scmoe_ds.overlap.executor import Activations, Operator, PairOutput
 from scmoe_ds.planner.plan import slot_that_halves
 
 
@@ -63,14 +63,14 @@ class _Pair:
         self.events: list[str] = []
 
     def operators(self) -> list[Operator]:
-        def step(name: str, stream: Stream) -> Stream:
+        def step(name: str, activations: Activations) -> Activations:
             self.events.append(name)
-            return stream
+            return activations
 
         names = ("first attention", "mlp", "attention", "shared")
-        return [Operator(name, lambda stream, name=name: step(name, stream)) for name in names]
+        return [Operator(name, lambda activations, name=name: step(name, activations)) for name in names]
 
-    def begin(self, stream: Stream, schedule: Schedule, recorder: object) -> _Pair:
+    def begin(self, activations: Activations, schedule: Schedule, recorder: object) -> _Pair:
         self.events.append(f"begin {schedule.num_chunks}{'' if schedule.overlap else ' blocking'}")
         return self
 
@@ -80,9 +80,9 @@ class _Pair:
     def run_experts(self) -> None:
         self.events.append("experts")
 
-    def join(self, routed: object, stream: Stream) -> PairOutput:
+    def join(self, routed: object, activations: Activations) -> PairOutput:
         self.events.append("join")
-        return PairOutput(stream.hidden, torch.zeros(()), torch.zeros(1))
+        return PairOutput(activations.hidden, torch.zeros(()), torch.zeros(1))
 
 
 @pytest.mark.parametrize("slot", [1, 2, 3, 4])
@@ -117,5 +117,5 @@ def test_slot_beyond_the_backbone() -> None:
 def test_names_of_a_backbone_can_be_told_apart() -> None:
     pair = _Pair()
     pair.tap = 0
-    pair.operators = lambda: [Operator(name, lambda stream: stream) for name in ("mlp", "attention", "mlp")]  # type: ignore[method-assign]
+    pair.operators = lambda: [Operator(name, lambda activations: activations) for name in ("mlp", "attention", "mlp")]  # type: ignore[method-assign]
     assert executor.backbone_names(pair) == ["mlp", "attention", "mlp 2"]

@@ -136,7 +136,7 @@ def load(args: argparse.Namespace) -> Loaded:
     config.check_world(ranks, holders)
     tokenizer = run_together(lambda: _tokenizer(args, trained))
     assert tokenizer is not None
-    tensor.start(holders)
+    tensor.start_tensor_parallel(holders)
     try:
         model, store = _load_model(args, trained, config)
     except CheckpointError:
