@@ -50,7 +50,7 @@ from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.store import ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.overlap.executor import backbone_names
+from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.trace.recorder import SILENT, Recorder
 
 SHAPES = {
@@ -135,7 +135,7 @@ class Worker:
     def window_ms(self) -> float:
         """What the backbone of a pair computes between tap and join in a decode step: the median of all."""
         runs = self.model.scheduled_runs()
-        names = {index: set(backbone_names(run)) for index, run in enumerate(runs)}
+        names = {index: {operator.label for operator in backbone(run)} for index, run in enumerate(runs)}
         recorder = Recorder(self.device)
         for index, run in enumerate(runs):
             run.recorder = recorder.pair(index)

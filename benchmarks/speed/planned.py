@@ -76,12 +76,13 @@ def calibrate(run: ScheduledRun, step: Callable[[], None], several_chunks: bool)
     assert overlap.times is not None
     run.schedule = Schedule(1, overlap=False)
     steps = record_steps(run, step, SAMPLES)
-    before = {f"{phase}_ms": sum_ms(steps, dist.ReduceOp.MAX, partial(_is_before_tap, phase)) for phase in PHASES}
+    labels = {operator.label for operator in run.operators() if operator.before_tap}
+    before = {f"{phase}_ms": sum_ms(steps, dist.ReduceOp.MAX, partial(_is_one_of, labels, phase)) for phase in PHASES}
     return Calibrated(overlap.times[0], PassTimes(**before))
 
 
-def _is_before_tap(phase: Phase, span: Span) -> bool:
-    return span.phase == phase and "before tap" in span.name
+def _is_one_of(labels: set[str], phase: Phase, span: Span) -> bool:
+    return span.phase == phase and span.name in labels
 
 
 def calibrate_kinds(

@@ -18,7 +18,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.overlap.executor import backbone_names
+from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.planner.adaptive import AdaptiveOverlap
 from scmoe_ds.planner.plan_text import layers_text
 from scmoe_ds.replace.convert import HookedScMoE
@@ -175,7 +175,7 @@ def describe_schedules(pairs: Sequence[ModelPair], config: ScMoEConfig, overlap:
         if isinstance(pair, HookedPair):
             replaced.append(f"MoE layer {index}: {pair.name} reads the {pair.place.side} of {pair.place.module_name}")
             continue
-        names = backbone_names(pair)
+        names = [operator.label for operator in backbone(pair)]
         for chunk, slot in reversed(list(enumerate(pair.schedule.slots, start=1))):
             names.insert(slot - 1, f"[experts {chunk}]" if pair.schedule.num_chunks > 1 else "[routed experts]")
         mode = "overlapped" if pair.schedule.overlap else "without overlap"

@@ -21,7 +21,7 @@ from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
 from scmoe_ds.engine.initialize import choose_all_to_all
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.overlap.executor import backbone_names
+from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.planner.calibration import Recording, measure
@@ -128,7 +128,7 @@ class Phases:
         state.recorders.clear()
         kinds: dict[tuple[str, ...], list[int]] = {}
         for index, run in enumerate(self.runs):
-            kinds.setdefault(tuple(backbone_names(run)), []).append(index)
+            kinds.setdefault(tuple(operator.label for operator in backbone(run)), []).append(index)
         for names, layers in kinds.items():
             times = measure(recordings, layers, names, self.runs[layers[0]].group, self.device)
             chosen = plan(times, "forward", "auto", 1)

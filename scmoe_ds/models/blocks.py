@@ -8,7 +8,7 @@ No attribute here may contain the word "expert": DeepSpeed's checkpoints would t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -233,22 +233,21 @@ class ScheduledRun(nn.Module):
 
     def operators(self) -> list[Operator]:
         """All operators of the run, in order; see `executor.Pair`."""
-        operators = self._operators()
+        steps = self._steps()
         if self.recompute == "selective":
-            return [Operator(each.name, partial(recompute_operator, each.run)) for each in operators]
-        return operators
+            steps = [(kind, partial(recompute_operator, run)) for kind, run in steps]
+        return executor.numbered(steps, self.tap)
 
-    def _operators(self) -> list[Operator]:
-        operators = []
+    def _steps(self) -> list[tuple[str, Callable[[Activations], Activations]]]:
+        steps: list[tuple[str, Callable[[Activations], Activations]]] = []
         for block in cast(Sequence[Block], self.blocks):
-            operators += [Operator("attention", block.attend), Operator("mlp", block.feed)]
-        del operators[-1]
+            steps += [("attention", block.attend), ("mlp", block.feed)]
+        del steps[-1]
         has_shared = isinstance(self._last.moe, ScMoE)
         if self.on_current_layer:
-            operators.append(Operator("norm", self._normalise))
-            shared = [Operator("shared in", self._shared_in), Operator("shared out", self._shared_out)]
-            return operators + (shared if has_shared else [])
-        return operators + ([Operator("shared", self._shared)] if has_shared else [])
+            steps.append(("norm", self._normalise))
+            return steps + ([("shared in", self._shared_in), ("shared out", self._shared_out)] if has_shared else [])
+        return steps + ([("shared", self._shared)] if has_shared else [])
 
     @property
     def layer(self) -> StagedMoE:
@@ -264,7 +263,7 @@ class ScheduledRun(nn.Module):
         """What this run's times depend on, beside its MoE layer; JSON values."""
         parameters = {*self.parameters(), *self.layer.parameters()}
         facts = {
-            "operators": executor.backbone_names(self),
+            "operators": [operator.label for operator in self.backbone()],
             "attention_heads": list(self._last.attention.heads),
             "pre_norm": self._last.pre_norm,
             "parameters": sum(each.numel() for each in parameters),
@@ -274,7 +273,7 @@ class ScheduledRun(nn.Module):
 
     def backbone(self) -> list[Operator]:
         """The operators between shortcut and join."""
-        return self.operators()[self.tap :]
+        return executor.backbone(self)
 
     def begin(
         self, activations: Activations, schedule: Schedule, recorder: PairRecorder, used_token: Tensor | None = None
@@ -305,7 +304,7 @@ class ScheduledRun(nn.Module):
             if mlp is not None:
                 flops["mlp"] = flops["shared"] = cast(MLP, mlp).flops_per_token()
                 flops["shared in"] = flops["shared out"] = flops["mlp"] // 2
-        return [flops[operator.name] for operator in self.backbone()]
+        return [flops[operator.kind] for operator in self.backbone()]
 
     @property
     def _last(self) -> Block:

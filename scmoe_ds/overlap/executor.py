@@ -8,8 +8,8 @@ Only communication overlaps: all computation stays on one stream, in one order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -36,10 +36,36 @@ class Activations:
 
 @dataclass(frozen=True)
 class Operator:
-    """One named step: "attention", "mlp", "shared", or "shared in" and "shared out"."""
+    """One step of a pair. Operators are equal when kind, number and side of the tap are, whatever they run.
 
-    name: str
-    run: Callable[[Activations], Activations]
+    Attributes:
+        kind: "attention", "mlp", "norm", "shared", or "shared in" and "shared out"; a hooked pair has names of modules.
+        number: which of its kind it is on its side of the tap, from 1.
+        before_tap: whether the shortcut is taken after it; False for the operators of the backbone.
+        run: what it does.
+    """
+
+    kind: str
+    number: int
+    before_tap: bool
+    run: Callable[[Activations], Activations] = field(compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """Its name in logs, traces and files: "mlp", "attention 2", "attention before tap"."""
+        words = [self.kind, *(["before tap"] if self.before_tap else []), *([str(self.number)] * (self.number > 1))]
+        return " ".join(words)
+
+
+def numbered(steps: Iterable[tuple[str, Callable[[Activations], Activations]]], tap: int) -> list[Operator]:
+    """Makes operators of (kind, run), in order; the first `tap` of them come before the tap."""
+    seen: Counter[tuple[str, bool]] = Counter()
+    operators = []
+    for index, (kind, run) in enumerate(steps):
+        side = kind, index < tap
+        seen[side] += 1
+        operators.append(Operator(kind, seen[side], index < tap, run))
+    return operators
 
 
 class Routed(Protocol):
@@ -64,12 +90,12 @@ class PairOutput(NamedTuple):
 
 
 class Backbone(Protocol):
-    """Operators by name, and where among them the shortcut is taken."""
+    """Operators, and where among them the shortcut is taken."""
 
     tap: int
 
     def operators(self) -> Sequence[Operator]:
-        """All operators in order; the shortcut is taken before number `tap` (from 0), the backbone begins there."""
+        """All operators in order, as `numbered` makes them; the backbone begins at index `tap`."""
 
 
 class Pair(Backbone, Protocol):
@@ -88,7 +114,7 @@ def run(pair: Pair, hidden: Tensor, schedule: Schedule, recorder: PairRecorder =
     Raises:
         ValueError: a slot beyond the backbone.
     """
-    operators = _distinct(pair.operators(), pair.tap)
+    operators = pair.operators()
     before_tap, backbone = operators[: pair.tap], operators[pair.tap :]
     if schedule.slots[-1] > len(backbone) + 1:
         raise ValueError(f"expert_slot {schedule.expert_slot}: the backbone has {len(backbone)} operators")
@@ -108,23 +134,13 @@ def run(pair: Pair, hidden: Tensor, schedule: Schedule, recorder: PairRecorder =
     return pair.join(routed, activations)
 
 
-def backbone_names(pair: Backbone) -> list[str]:
-    """Names of the operators between shortcut and join, as a recorder hears them."""
-    return [operator.name for operator in _distinct(pair.operators(), pair.tap)[pair.tap :]]
+def backbone(pair: Backbone) -> list[Operator]:
+    """The operators between shortcut and join."""
+    return list(pair.operators()[pair.tap :])
 
 
 def _step(operator: Operator, activations: Activations, recorder: PairRecorder) -> Activations:
-    entering = Activations(*recorder.open(operator.name, activations.hidden, activations.moe_input, activations.shared))
+    label = operator.label
+    entering = Activations(*recorder.open(label, activations.hidden, activations.moe_input, activations.shared))
     leaving = operator.run(entering)
-    return Activations(*recorder.close(operator.name, leaving.hidden, leaving.moe_input, leaving.shared))
-
-
-def _distinct(operators: Sequence[Operator], tap: int) -> list[Operator]:
-    """Names by which spans can be told apart: a second "attention" becomes "attention 2"."""
-    seen: Counter[str] = Counter()
-    distinct = []
-    for index, operator in enumerate(operators):
-        name = operator.name if index >= tap else f"{operator.name} before tap"
-        seen[name] += 1
-        distinct.append(Operator(name if seen[name] == 1 else f"{name} {seen[name]}", operator.run))
-    return distinct
+    return Activations(*recorder.close(label, leaving.hidden, leaving.moe_input, leaving.shared))

@@ -17,7 +17,7 @@ from torch import nn
 
 from scmoe_ds.config.section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.overlap.executor import Backbone, backbone_names
+from scmoe_ds.overlap.executor import Backbone, backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration import Recording, measure
 from scmoe_ds.planner.calibration_file import (
@@ -191,7 +191,8 @@ class AdaptiveOverlap:
         times = []
         for layers in self._kinds:
             pair = self.pairs[layers[0]]
-            times.append(measure(recordings, layers, backbone_names(pair), pair.group, self.device))
+            labels = [operator.label for operator in backbone(pair)]
+            times.append(measure(recordings, layers, labels, pair.group, self.device))
         self._adopt(times)
         write_calibration(self.settings.calibration_file, self.state())
 

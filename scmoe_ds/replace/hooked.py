@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scmoe_ds.config.section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.routed import RoutedTokens
-from scmoe_ds.overlap.executor import Activations, Operator
+from scmoe_ds.overlap.executor import Activations, Operator, numbered
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import slot_that_halves
 from scmoe_ds.replace.calls import checkpoint_region, first_hidden, marked_inputs, parts, recomputes
@@ -117,10 +117,10 @@ class HookedPair:
         return self.layer.transport.group
 
     def operators(self) -> list[Operator]:
-        """The backbone's operators by name, once a forward pass has shown them; for reading, not to be run."""
+        """The backbone's operators, once a forward pass has shown them; for reading, not to be run."""
         seen = self._seen.get(True) or self._seen.get(False)
-        names = [*(seen.operators if seen else ()), "shared"]
-        return [Operator(name, _not_to_be_run) for name in names]
+        kinds = [*(seen.operators if seen else ()), "shared"]
+        return numbered([(kind, _not_to_be_run) for kind in kinds], self.tap)
 
     def facts(self) -> dict[str, Any]:
         """What this pair's times depend on, beside its layer; JSON values."""

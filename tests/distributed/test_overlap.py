@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,13 +206,13 @@ def event_order(slot: int, overlap: bool) -> tuple[list[str], list[str]]:
 
     def logged(operator: Operator) -> Operator:
         def step(stream):  # type: ignore[no-untyped-def]
-            events.append(operator.name)
+            events.append(operator.label)
             result = operator.run(stream)
             if result.shared is None:
-                return type(result)(_Log.apply(result.hidden, operator.name, events))
-            return type(result)(result.hidden, result.moe_input, _Log.apply(result.shared, operator.name, events))
+                return type(result)(_Log.apply(result.hidden, operator.label, events))
+            return type(result)(result.hidden, result.moe_input, _Log.apply(result.shared, operator.label, events))
 
-        return Operator(operator.name, step)
+        return replace(operator, run=step)
 
     operators = run.operators()
     run.operators = lambda: [logged(operator) for operator in operators]  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ import torch
 
 from scmoe_ds import Schedule
 from scmoe_ds.overlap import executor
-from scmoe_ds.overlap.executor import Activations, Operator, PairOutput
+from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, numbered
 from scmoe_ds.planner.plan import slot_that_halves
 
 
@@ -68,7 +68,7 @@ class _Pair:
             return activations
 
         names = ("first attention", "mlp", "attention", "shared")
-        return [Operator(name, lambda activations, name=name: step(name, activations)) for name in names]
+        return numbered([(name, lambda activations, name=name: step(name, activations)) for name in names], self.tap)
 
     def begin(self, activations: Activations, schedule: Schedule, recorder: object) -> _Pair:
         self.events.append(f"begin {schedule.num_chunks}{'' if schedule.overlap else ' blocking'}")
@@ -114,8 +114,10 @@ def test_slot_beyond_the_backbone() -> None:
         executor.run(_Pair(), torch.zeros(1), Schedule(5))
 
 
-def test_names_of_a_backbone_can_be_told_apart() -> None:
-    pair = _Pair()
-    pair.tap = 0
-    pair.operators = lambda: [Operator(name, lambda activations: activations) for name in ("mlp", "attention", "mlp")]  # type: ignore[method-assign]
-    assert executor.backbone_names(pair) == ["mlp", "attention", "mlp 2"]
+def test_operators_can_be_told_apart() -> None:
+    kinds = ("attention", "mlp", "attention", "mlp", "attention", "mlp")
+    operators = numbered([(kind, lambda activations: activations) for kind in kinds], tap=3)
+    labels = ["attention before tap", "mlp before tap", "attention before tap 2", "mlp", "attention", "mlp 2"]
+    assert [operator.label for operator in operators] == labels
+    again = numbered([(kind, torch.nn.Identity()) for kind in kinds], tap=3)
+    assert again == operators and len(set(operators)) == 6, "what an operator runs is not its identity"
