@@ -16,7 +16,7 @@ import transformers
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 import scmoe_ds
-from scmoe_ds.engine.initialize import connect, parameter_groups
+from scmoe_ds.engine import connect, parameter_groups
 
 LENGTH, SEQUENCES, STEPS = 32, 480, 60
 SECTION = {

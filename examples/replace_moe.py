@@ -11,7 +11,7 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 import scmoe_ds
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 
 WIDTH, WORDS, LENGTH = 64, 32, 24
 RANKS_PER_LAYER = next((int(each) for each in sys.argv[1:] if each.isdigit()), 1)

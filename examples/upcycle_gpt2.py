@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import scmoe_ds
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 
 BATCH, LENGTH, DENSE_STEPS, STEPS = 8, 64, 40, 80
 RANKS_PER_LAYER = next((int(each) for each in sys.argv[1:] if each.isdigit()), 1)

@@ -80,7 +80,7 @@ def _worker(
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    from scmoe_ds.engine.initialize import connect
+    from scmoe_ds.engine import connect
 
     connect()
     torch.save(function(*arguments), Path(directory) / str(rank))

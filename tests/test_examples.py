@@ -16,7 +16,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import fetch_hostfile
 from deepspeed.launcher.runner import parse_args as launcher_arguments
 
-from scmoe_ds.engine.initialize import batch_sizes
+from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.programs import evaluate as evaluate_program
 from scmoe_ds.programs import generate as generate_program
 from scmoe_ds.programs.flags.gpt import parse_arguments

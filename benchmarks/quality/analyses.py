@@ -24,8 +24,8 @@ import torch
 from benchmarks.quality.compare import ROOT, locked
 from benchmarks.quality.record import Plan, QualityError, load_plan
 from benchmarks.quality.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
-from scmoe_ds.engine.initialize import fingerprint
 from scmoe_ds.errors import DataError
+from scmoe_ds.parallel.agreement import fingerprint
 
 RUNS = {"top2": "top-2", "shared_expert": "shared expert", "dgmoe": "DGMoE Pos-2", "scmoe": "ScMoE Pos-2 CG-1"}
 """Directory of a run to its variant in benchmarks/quality/quality.json."""

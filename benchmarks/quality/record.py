@@ -12,12 +12,13 @@ import torch
 
 from benchmarks.quality.run import active_parameters, forward_flops
 from scmoe_ds.checkpoint.files import write_whole
+from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import pad_vocab_size
-from scmoe_ds.engine.initialize import batch_sizes, fingerprint
 from scmoe_ds.errors import ArgumentError, ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.presets import PRESETS
+from scmoe_ds.parallel.agreement import fingerprint
 from scmoe_ds.programs.flags.gpt import build_parser, gpt_settings
 
 RELATIONS = ("<", "≈")

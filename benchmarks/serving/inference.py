@@ -29,7 +29,6 @@ from benchmarks.serving.figures import speedups
 from benchmarks.speed.block import Bench, on_two_nodes, write
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
-from scmoe_ds.engine.initialize import expert_parallel_rank
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.model import serving_config
 from scmoe_ds.inference.phases import PHASES, Phase, Phases
@@ -37,6 +36,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.parallel.tensor import expert_parallel_rank
 
 LAYERS, VOCABULARY, PROMPT = 4, 1024, 144
 STOCK = "DeepSpeed top-2"
@@ -188,7 +188,7 @@ def serve(phase: Phase, wanted: Sequence[str], settings: dict[str, Any]) -> dict
 
 def rank_main(settings: dict[str, Any]) -> None:
     """What each of the two processes runs; rank 0 prints the record."""
-    from scmoe_ds.engine.initialize import connect
+    from scmoe_ds.engine import connect
 
     torch.set_num_threads(1)
     connect()

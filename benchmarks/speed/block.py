@@ -189,7 +189,7 @@ def crossing(shape: Shape, mode: Mode, settings: dict[str, Any]) -> dict[str, An
 
 def rank_main(settings: dict[str, Any]) -> None:
     """What each of the two processes runs; rank 0 prints the record."""
-    from scmoe_ds.engine.initialize import connect
+    from scmoe_ds.engine import connect
 
     torch.set_num_threads(1)
     connect()

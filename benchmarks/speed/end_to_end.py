@@ -63,10 +63,10 @@ def make_engine(section: Mapping[str, Any], settings: dict[str, Any]) -> Any:
     """An engine for a model with this section, on this rank."""
     import scmoe_ds
     from scmoe_ds.config.section import ScMoEConfig
-    from scmoe_ds.engine.initialize import expert_parallel_rank
     from scmoe_ds.models.gpt import GPT
     from scmoe_ds.models.initialization import initialize_parameters
     from scmoe_ds.models.layers import GPTSettings
+    from scmoe_ds.parallel.tensor import expert_parallel_rank
 
     ranks = dist.get_world_size()
     whole = {
@@ -213,7 +213,7 @@ def rows_of(micro_batches: Times, evaluations: Times, calibrations: Times, accum
 
 def rank_main(settings: dict[str, Any]) -> None:
     """What each of the two processes runs; rank 0 prints the record."""
-    from scmoe_ds.engine.initialize import connect
+    from scmoe_ds.engine import connect
 
     torch.set_num_threads(1)
     connect()

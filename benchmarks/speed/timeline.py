@@ -27,7 +27,7 @@ DRAWN = ("serial", "overlapped", "chunked")
 
 def rank_main(settings: dict[str, Any]) -> None:
     """What each of the two processes runs; rank 0 prints the spans."""
-    from scmoe_ds.engine.initialize import connect
+    from scmoe_ds.engine import connect
 
     torch.set_num_threads(1)
     connect()

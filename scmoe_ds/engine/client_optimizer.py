@@ -18,6 +18,14 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.replace.convert import HookedScMoE
 
 
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, with and without weight decay (biases and norms); DeepSpeed splits the experts off each."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trainable if parameter.ndim > 1]
+    plain = [parameter for parameter in trainable if parameter.ndim <= 1]
+    return [{"params": decayed, "name": "decay"}, {"params": plain, "weight_decay": 0.0, "name": "no_decay"}]
+
+
 def with_expert_groups(optimizer: Any, scheduler: Any = None) -> Any:
     """An optimizer, or a function from parameter groups to one, whose groups hold experts or dense parameters only.
 

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from scmoe_ds.comm.hierarchical import make_transports
 from scmoe_ds.comm.transport import probe
+from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.client_optimizer import add_new_parameters, listed, with_expert_groups
+from scmoe_ds.engine.client_optimizer import add_new_parameters, listed, parameter_groups, with_expert_groups
 from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules, pairs_of
+from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.layer import StagedMoE, count_on_all_ranks
+from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.agreement import require_agreement
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
 from scmoe_ds.parallel.output import steady_monitors, without_full_disks
-from scmoe_ds.parallel.process import connect
+from scmoe_ds.parallel.process import connect, device
 from scmoe_ds.planner.adaptive import AdaptiveOverlap
 from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers
 
@@ -184,69 +181,6 @@ def overlap_of(
     return overlap
 
 
-def prepare_whole_experts(model: nn.Module, config: ScMoEConfig) -> None:
-    """Experts that are not divided, in a model whose other layers are: what DeepSpeed's own MoE layers need for that.
-
-    Raises:
-        ScMoEConfigError: DeepSpeed's own layers on gloo.
-    """
-    if not config.is_scheduled and dist.get_backend() == "gloo":
-        instead = "pipelined_topk" if config.architecture == "topk" else "overlapped_shared_expert"
-        raise ScMoEConfigError(
-            f'scmoe.architecture = "{config.architecture}": DeepSpeed\'s own layer gathers tokens of tensor-parallel '
-            f'ranks in a way that gloo refuses; use "{instead}", the same layer of this package, or a tensor-parallel '
-            "size of 1"
-        )
-    for module in model.modules():
-        if isinstance(module, MoE):
-            count_on_all_ranks(module.deepspeed_moe.experts)
-
-
-def show_log() -> None:
-    """Lets the package's own log through; DeepSpeed sets the root logger to warnings only."""
-    logger.setLevel(logging.INFO)
-    logger.handlers = [logging.StreamHandler(sys.stdout)]
-
-
-def fingerprint(value: Any) -> str:
-    """Short hash of a JSON value, for comparison between ranks."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def batch_sizes(whole: Mapping[str, Any], data_parallel_size: int) -> tuple[int, int]:
-    """(micro-batch size per rank, gradient accumulation steps) from DeepSpeed's three keys, any two of which suffice.
-
-    Raises:
-        ScMoEConfigError: none of them, a value below 1, or a product that does not come out.
-    """
-    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    total, micro, steps = (whole.get(key) for key in keys)
-    for key, value in zip(keys, (total, micro, steps), strict=True):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ScMoEConfigError(f"{key} = {json.dumps(value)}: must be an integer of at least 1")
-    if micro is None:
-        if total is None:
-            raise ScMoEConfigError(f"{keys[1]} is missing: set it, or {keys[0]}")
-        steps = steps or 1
-        micro = max(total // (steps * data_parallel_size), 1)
-    elif steps is None:
-        steps = total // (micro * data_parallel_size) if total else 1
-    if total is not None and total != micro * steps * data_parallel_size:
-        raise ScMoEConfigError(
-            f"{keys[0]} = {total}: must equal {keys[1]} ({micro}) * {keys[2]} ({steps}) * data-parallel ranks "
-            f"({data_parallel_size}) = {micro * steps * data_parallel_size}; leave one of the three out"
-        )
-    return micro, steps
-
-
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, with and without weight decay (biases and norms); DeepSpeed splits the experts off each."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if parameter.ndim > 1]
-    plain = [parameter for parameter in trainable if parameter.ndim <= 1]
-    return [{"params": decayed, "name": "decay"}, {"params": plain, "weight_decay": 0.0, "name": "no_decay"}]
-
-
 def choose_all_to_all(
     model: nn.Module, config: ScMoEConfig, micro_batch_size: int, layout: Layout, sequence: int | None = None
 ) -> list[str]:
@@ -286,14 +220,3 @@ def choose_all_to_all(
     for each in layers:
         each.transport = transports[chosen]
     return [line]
-
-
-def expert_parallel_rank(expert_parallel_size: int, expert_tensor_parallelism: bool = False) -> int:
-    """This rank's place in its expert-parallel group: consecutive ranks, or those of one tensor-parallel rank."""
-    stride = tensor.tensor_parallel_size() if expert_tensor_parallelism else 1
-    return dist.get_rank() // stride % expert_parallel_size
-
-
-def device() -> torch.device:
-    """Where DeepSpeed's accelerator puts this rank's tensors."""
-    return torch.device(deepspeed.get_accelerator().current_device_name())

@@ -18,7 +18,7 @@ from scmoe_ds.checkpoint.parsing import parse, without_memory
 from scmoe_ds.checkpoint.reshard import Weights, check_shapes, own_part
 from scmoe_ds.checkpoint.tokenizer_files import KEY
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.initialize import prepare_whole_experts
+from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings

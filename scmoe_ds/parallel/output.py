@@ -58,6 +58,12 @@ class SteadyStream:
                     self._other.flush()
 
 
+def show_log() -> None:
+    """Lets the package's own log through; DeepSpeed sets the root logger to warnings only."""
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
+
+
 @contextmanager
 def steady_output(stdout: bool = True) -> Iterator[None]:
     """While it lasts, nothing that writes to stdout or stderr fails: print, logging, tracebacks, other packages.

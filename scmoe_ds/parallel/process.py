@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
@@ -110,3 +111,8 @@ def _cannot_meet(error: Exception, limit: timedelta) -> LauncherError:
         f"{limit.total_seconds():.0f} s: look whether each rank was started and reaches that "
         f"address, or raise --distributed-timeout-minutes ({line[:200]})"
     )
+
+
+def device() -> torch.device:
+    """Where DeepSpeed's accelerator puts this rank's tensors."""
+    return torch.device(deepspeed.get_accelerator().current_device_name())

@@ -36,8 +36,8 @@ from scmoe_ds.checkpoint.files import iteration_of, newest_first
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer
-from scmoe_ds.engine.initialize import device
 from scmoe_ds.errors import ArgumentError, UserError
+from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.analysis import build_parser, check
 from scmoe_ds.programs.run import run_program
 

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.checkpoint.files import write_whole
-from scmoe_ds.engine.initialize import device
 from scmoe_ds.errors import (
     ArgumentError,
     CheckpointError,
@@ -39,6 +38,7 @@ from scmoe_ds.evaluation.text import open_documents
 from scmoe_ds.evaluation.windows import SlidingWindow
 from scmoe_ds.inference.phases import Phases
 from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags import model as arguments
 from scmoe_ds.programs.flags.checks import check_lowest
 from scmoe_ds.programs.flags.model import Loaded

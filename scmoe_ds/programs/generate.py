@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.engine.initialize import device
 from scmoe_ds.errors import (
     ArgumentError,
     DataError,
@@ -26,6 +25,7 @@ from scmoe_ds.inference.generate import Completion, GenerationTimes, Request, Te
 from scmoe_ds.inference.phases import Phases
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.store import StoreCounts
+from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags import model as arguments
 from scmoe_ds.programs.flags.checks import check_lowest, check_text
 from scmoe_ds.programs.flags.parser import FlagParser

@@ -19,13 +19,13 @@ import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
+from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.corpus import prepare_default_corpus
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify, validation_entropy
 from scmoe_ds.data.flags import SPLIT_FLAGS, split_shares
 from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
-from scmoe_ds.engine.initialize import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.errors import (
     ArgumentError,
 )
@@ -33,7 +33,8 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.agreement import require_agreement, run_together
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_together
+from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.loop import Summary, Trainer, TrainingSettings

@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 import scmoe_ds
 from scmoe_ds import checkpoint
+from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.flags import split_shares
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
-from scmoe_ds.engine.initialize import batch_sizes, expert_parallel_rank, fingerprint
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
-from scmoe_ds.parallel.agreement import require_agreement
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement
+from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.programs.flags.gpt import comparable
 from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 from scmoe_ds.programs.run import run_program

@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 
 import scmoe_ds
+from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
-from scmoe_ds.engine.initialize import batch_sizes, device, expert_parallel_rank, fingerprint
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
-from scmoe_ds.parallel.agreement import require_agreement
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement
+from scmoe_ds.parallel.process import device
+from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.trace.recorder import Recorder

@@ -14,10 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds import checkpoint
-from scmoe_ds.engine.initialize import show_log
 from scmoe_ds.errors import UserError
 from scmoe_ds.parallel.failures import FailureReporter, leave
-from scmoe_ds.parallel.output import steady_output
+from scmoe_ds.parallel.output import show_log, steady_output
 from scmoe_ds.parallel.process import connect, prepare_environment
 from scmoe_ds.parallel.watch import Watch
 from scmoe_ds.programs.flags.gpt import parse_arguments

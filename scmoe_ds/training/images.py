@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe_ds.engine.initialize import device
 from scmoe_ds.models.swin import IGNORED, SwinOutput
+from scmoe_ds.parallel.process import device
 from scmoe_ds.training.log import TrainingLog, say
 from scmoe_ds.training.loop import Trainer
 

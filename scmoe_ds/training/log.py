@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe_ds.engine.initialize import device
+from scmoe_ds.parallel.process import device
 
 
 class TrainingOutput(Protocol):

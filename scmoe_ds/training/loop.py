@@ -22,9 +22,9 @@ from torch import Tensor
 from scmoe_ds import checkpoint
 from scmoe_ds.data.dataset import documents_of
 from scmoe_ds.data.sampler import pretraining_batches
-from scmoe_ds.engine.initialize import device
 from scmoe_ds.errors import TrainingError
 from scmoe_ds.parallel.failures import at_iteration
+from scmoe_ds.parallel.process import device
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
 from scmoe_ds.trace.recorder import Recorder

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scmoe_ds.analysis.gating import SCALARS, gate_layers, measure
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.errors import AnalysisError
 from scmoe_ds.inference.model import serving_config
 from scmoe_ds.models.gpt import GPT

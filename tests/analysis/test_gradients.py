@@ -14,7 +14,7 @@ from torch import Tensor
 from scmoe_ds.analysis import figures
 from scmoe_ds.analysis.gradients import GradientSums, Group, measure, parameter_groups
 from scmoe_ds.analysis.tokens import TokenSequences
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.errors import AnalysisError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings

@@ -14,7 +14,7 @@ from lab.distributed import run_distributed
 from scmoe_ds.analysis.gating import SCALARS, measure
 from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from tests.analysis.test_gating import SETTINGS, section, serving, tokens_of

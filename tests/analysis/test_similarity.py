@@ -17,7 +17,7 @@ from scmoe_ds.analysis.probes import Representation, check_hugging_face, hugging
 from scmoe_ds.analysis.similarity import Similarity, SimilaritySums, measure, verdict
 from scmoe_ds.analysis.subjects import gpt_subject, hugging_face_subject, swin_subject
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.errors import AnalysisError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin import SwinMoE, initialize_swin

@@ -10,7 +10,7 @@ import torch
 from benchmarks.harness.variants import Shape
 from benchmarks.serving import figures as serving_figures
 from benchmarks.serving import inference, offload
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.inference.phases import PHASES, Phase
 
 

@@ -18,7 +18,7 @@ from benchmarks.speed.frequency import RECORDS, RESULTS, Measured, operators_of,
 from scmoe_ds.analysis.similarity import POSITIONS, measure, verdict
 from scmoe_ds.analysis.subjects import gpt_subject
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.evaluation.windows import Row
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes

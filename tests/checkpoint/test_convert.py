@@ -17,7 +17,7 @@ from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint.convert import export
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters

@@ -12,7 +12,7 @@ import torch
 import scmoe_ds
 from scmoe_ds.checkpoint import finite
 from scmoe_ds.checkpoint.finite import NotFiniteError
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 

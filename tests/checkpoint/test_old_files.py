@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from scmoe_ds.checkpoint.tensor_files import read
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.planner.calibration_file import find_times
 from scmoe_ds.planner.plan import plan
 from scmoe_ds.programs import analyze, convert, evaluate, generate, preprocess, pretrain_gpt, pretrain_swin

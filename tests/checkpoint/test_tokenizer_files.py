@@ -24,7 +24,7 @@ from scmoe_ds.data.tokenizer import (
     Tokenizer,
     tokenizer_in,
 )
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.programs import generate as generate_program

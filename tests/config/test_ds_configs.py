@@ -17,8 +17,8 @@ from deepspeed.monitor.config import DeepSpeedMonitorConfig
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.lr_schedules import WarmupCosineLR
 
+from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
-from scmoe_ds.engine.initialize import batch_sizes
 from scmoe_ds.models import swin
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings

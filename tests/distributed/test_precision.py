@@ -15,10 +15,11 @@ from torch import Tensor
 import scmoe_ds
 from lab.distributed import run_distributed
 from scmoe_ds.config.deepspeed_settings import check_accelerator
-from scmoe_ds.engine.initialize import connect, expert_parallel_rank, parameter_groups
+from scmoe_ds.engine import connect, parameter_groups
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.parallel.tensor import expert_parallel_rank
 
 STEPS, MICRO_BATCHES, CLIP, ADAM = 4, 4, 0.5, {"lr": 3e-3, "eps": 1e-4, "weight_decay": 0.1}
 SETTINGS = GPTSettings(2, 32, 4, 64, 32)

@@ -13,12 +13,12 @@ from torch import Tensor
 from lab.distributed import run_distributed
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.initialize import expert_parallel_rank
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.trace.recorder import Recorder
 
 SETTINGS = GPTSettings(4, 32, 4, 64, 32, hidden_dropout=0.1, attention_dropout=0.1)

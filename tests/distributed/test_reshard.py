@@ -18,11 +18,11 @@ from lab.distributed import run_distributed
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import loading
 from scmoe_ds.checkpoint.convert import export
-from scmoe_ds.engine.initialize import expert_parallel_rank
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
+from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.training.loop import seed_micro_batch
 from tests.distributed.test_layouts import MICRO_BATCHES, SEQUENCE, VOCABULARY, micro_batch
 

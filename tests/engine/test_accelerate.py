@@ -7,7 +7,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 import scmoe_ds
-from scmoe_ds.engine.initialize import connect, parameter_groups
+from scmoe_ds.engine import connect, parameter_groups
 from scmoe_ds.replace.convert import HookedScMoE
 from tests.helpers.hugging_face import VOCABULARY, gpt2
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import scmoe_ds
 from scmoe_ds.config.deepspeed_gradients import check_norm
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import GPT, GPTOutput
 from scmoe_ds.models.initialization import initialize_parameters

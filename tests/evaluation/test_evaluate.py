@@ -19,7 +19,7 @@ from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.text import IndexedDocuments, TextDocument
 from scmoe_ds.evaluation.windows import Row, SlidingWindow

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lab.distributed import environment_of_one
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.errors import GenerationError
 from scmoe_ds.inference.generate import Completion, Request, TextGenerator
 from scmoe_ds.inference.kv_cache import KeyValueCache

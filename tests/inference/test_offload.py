@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.distributed import environment_of_one
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config

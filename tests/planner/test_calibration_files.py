@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.planner import plan as schedule
 from scmoe_ds.planner.calibration_file import find_times, read_calibration, write_calibration

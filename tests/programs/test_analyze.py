@@ -19,7 +19,7 @@ from scmoe_ds.checkpoint.description import describe
 from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.images import Digits
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.programs import analyze as analyze_program
 from scmoe_ds.programs.flags.analysis import build_parser
 from tests.analysis.test_similarity import GPT2, gpt_by_hand, hugging_face_by_hand, plain_swin, swin_moe

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from scmoe_ds.data.corpus import write_indexed_dataset
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 
 JSON: dict[str, Any] = {

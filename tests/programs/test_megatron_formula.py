@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.initialize import connect
+from scmoe_ds.engine import connect
 from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings

@@ -13,15 +13,15 @@ import torch.distributed as dist
 from scmoe_ds.checkpoint import tokenizer_files
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
-from scmoe_ds.engine.initialize import device, fingerprint
 from scmoe_ds.errors import ArgumentError, CheckpointError
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import MODES, expert_bytes, num_experts, offload_experts
 from scmoe_ds.inference.store import ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.agreement import require_agreement, run_together
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_together
 from scmoe_ds.parallel.groups import Layout
+from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.checks import check_lowest, check_minutes
 from scmoe_ds.programs.flags.gpt import comparable
 
