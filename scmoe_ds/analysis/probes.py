@@ -134,7 +134,7 @@ class Capture(AbstractContextManager["Capture"]):
 
 def _first(output: Any) -> Tensor:
     """The hidden states of what a block returns: a tensor, or a tuple that begins with it (as a PairOutput does)."""
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def gpt_probes(model: GPT) -> list[Probe]:
@@ -148,7 +148,7 @@ def gpt_probes(model: GPT) -> list[Probe]:
     for number, (block, output) in enumerate(zip(blocks, outputs, strict=True)):
         attended: tuple[nn.Module, Side] = (block.mlp_norm, "input") if block.pre_norm else block.where_read("mlp")
         probes.append(Probe(Representation("attention", number), (attended,)))
-        probes.append(Probe(Representation("mlp", number, is_moe=hasattr(block, "moe")), (output,)))  # type: ignore[arg-type]
+        probes.append(Probe(Representation("mlp", number, is_moe=hasattr(block, "moe")), (output,)))
     return probes
 
 

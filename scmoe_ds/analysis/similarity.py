@@ -156,7 +156,7 @@ def measure(subject: Subject, batches: Iterable[Any]) -> Similarity:
         on_device = batch.to(subject.device)
         if number == 0:
             subject.check(on_device)
-        add_batch(sums, subject.probes, lambda on_device=on_device: subject.run(on_device), number)  # type: ignore[misc]
+        add_batch(sums, subject.probes, lambda on_device=on_device: subject.run(on_device), number)
     return sums.result()
 
 

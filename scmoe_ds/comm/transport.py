@@ -70,6 +70,7 @@ class Transport:
 
     def _send_receive(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
         group = self.group
+        assert group is not None
         incoming, outgoing = received.split(list(receive)), rows.split(list(send))
         me = dist.get_rank(group)
         peers = [(rank, dist.get_global_rank(group, rank)) for rank in range(len(send)) if rank != me]
@@ -106,7 +107,7 @@ def _named(group: dist.ProcessGroup | None, peer: int | None = None) -> Iterator
 
 
 def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
-    return group._get_backend(device).options._timeout  # type: ignore[no-any-return]
+    return group._get_backend(device).options._timeout
 
 
 @dataclass(frozen=True)

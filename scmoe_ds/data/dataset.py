@@ -19,7 +19,6 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset
-from torch.utils.data import Dataset
 
 from scmoe_ds.data.corpus import unigram_entropy
 from scmoe_ds.data.flags import parse_data_path, plain_split, split_ranges, split_shares
@@ -101,9 +100,9 @@ class Datasets:
     A sample is a dict with ``tokens`` int64 [S], ``labels`` int64 [S], ``loss_mask`` float32 [S].
     """
 
-    train: Dataset[Any] | None
-    valid: Dataset[Any] | None
-    test: Dataset[Any] | None
+    train: PretrainingDataset | BlendedDataset | None
+    valid: PretrainingDataset | BlendedDataset | None
+    test: PretrainingDataset | BlendedDataset | None
 
 
 @dataclass(frozen=True)

@@ -30,19 +30,26 @@ MODES = {1: "L", 3: "RGB"}
 Sample = dict[str, Tensor]
 
 
+class Images(Dataset[Sample]):
+    """Images with their labels, by number from 0."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class ImageSets:
     """Training and validation images, the names of the classes by label, what tells the images from others, and why
     there is no validation, if so."""
 
-    train: Dataset[Sample]
-    valid: Dataset[Sample] | None
+    train: Images
+    valid: Images | None
     classes: tuple[str, ...]
     fingerprint: str
     no_validation: str | None = None
 
 
-class Digits(Dataset[Sample]):
+class Digits(Images):
     """1797 grey digits of 8 × 8 pixels, enlarged: {"images": [1, S, S] in -1 … 1, "labels": int64}.
 
     Raises:
@@ -71,7 +78,7 @@ class Digits(Dataset[Sample]):
         return {"images": self.images[index], "labels": self.labels[index]}
 
 
-class ImageFolder(Dataset[Sample]):
+class ImageFolder(Images):
     """`<directory>/<class>/<image>`, classes in alphabetical order: {"images": [C, S, S] in -1 … 1, "labels": int64}.
 
     An image of another size is scaled until its shorter side fits and cut to its centre. Nothing is cached, and
@@ -140,10 +147,10 @@ class ImageFolder(Dataset[Sample]):
         return scaled.crop((left, top, left + self.image_size, top + self.image_size))
 
 
-class Part(Dataset[Sample]):
+class Part(Images):
     """Some members of a data set, by number."""
 
-    def __init__(self, whole: Dataset[Sample], members: Sequence[int]) -> None:
+    def __init__(self, whole: Images, members: Sequence[int]) -> None:
         self.whole, self.members = whole, members
 
     def __len__(self) -> int:
@@ -153,13 +160,13 @@ class Part(Dataset[Sample]):
         return self.whole[self.members[index]]
 
 
-class Epochs(Dataset[Sample]):
+class Epochs(Images):
     """A data set again and again, each time in another order that depends on the seed and the epoch alone.
 
     A resumed run therefore reads on where it stopped, and every rank sees the same order.
     """
 
-    def __init__(self, whole: Dataset[Sample], num_samples: int, seed: int) -> None:
+    def __init__(self, whole: Images, num_samples: int, seed: int) -> None:
         self.whole, self.num_samples, self.seed = whole, num_samples, seed
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -167,24 +174,24 @@ class Epochs(Dataset[Sample]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        epoch, position = divmod(index, len(self.whole))  # type: ignore[arg-type]
+        epoch, position = divmod(index, len(self.whole))
         if self._order[0] != epoch:
-            self._order = (epoch, shuffled(len(self.whole), self.seed, epoch + 1))  # type: ignore[arg-type]
+            self._order = (epoch, shuffled(len(self.whole), self.seed, epoch + 1))
         return self.whole[self._order[1][position]]
 
 
-class Padded(Dataset[Sample]):
+class Padded(Images):
     """A data set filled up to a multiple of the ranks' batches by images whose label is `ignored`."""
 
-    def __init__(self, whole: Dataset[Sample], multiple: int, ignored: int) -> None:
+    def __init__(self, whole: Images, multiple: int, ignored: int) -> None:
         self.whole, self.ignored = whole, ignored
-        self.num_samples = -(-len(whole) // multiple) * multiple  # type: ignore[arg-type]
+        self.num_samples = -(-len(whole) // multiple) * multiple
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        if index < len(self.whole):  # type: ignore[arg-type]
+        if index < len(self.whole):
             return self.whole[index]
         return {**self.whole[0], "labels": torch.tensor(self.ignored)}
 
@@ -194,13 +201,13 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return [int(number) for number in np.random.default_rng((seed, epoch)).permutation(count)]
 
 
-def split_in_two(whole: Dataset[Sample], split: str, seed: int, source: str) -> tuple[Part, Part | None]:
+def split_in_two(whole: Images, split: str, seed: int, source: str) -> tuple[Part, Part | None]:
     """Training and validation images, drawn at random by the seed in the shares of `split`; None for a share of 0.
 
     Raises:
         DataError: not a split, or one that leaves either part empty.
     """
-    order = shuffled(len(whole), seed, 0)  # type: ignore[arg-type]
+    order = shuffled(len(whole), seed, 0)
     train, valid, _ = (Part(whole, [order[place] for place in places]) for places in split_ranges(split, len(order)))
     if len(train) and not split_shares(split)[1]:
         return train, None

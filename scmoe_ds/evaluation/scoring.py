@@ -72,8 +72,8 @@ class Scorer:
         place_T = torch.cat([torch.arange(S - K, S) for S, K in zip(lengths, scored, strict=True)])
         label_T = torch.from_numpy(np.concatenate([row.labels for row in rows]))
         for chunk in torch.arange(len(row_T)).split(_LOGITS_AT_ONCE):
-            row, place, label = (each[chunk].to(self.device) for each in (row_T, place_T, label_T))
-            logits_TV = self.model.logits(hidden_BSD[row, place]).float()
+            chunk_T, at_T, label = (each[chunk].to(self.device) for each in (row_T, place_T, label_T))
+            logits_TV = self.model.logits(hidden_BSD[chunk_T, at_T]).float()
             nats_T = F.cross_entropy(logits_TV, label, reduction="none").double()
             greedy_T = (logits_TV[:, : self.vocab_size].argmax(1) == label).double()
             sums_B2.index_add_(0, row_T[chunk], torch.stack([nats_T, greedy_T], dim=1).cpu())

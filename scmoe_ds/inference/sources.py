@@ -151,7 +151,7 @@ class DiskExperts:
             self._own.buffer = buffer = buffer.pin_memory() if into.is_cuda else buffer
         skipped = (place.offset + start) % PAGE_BYTES
         wanted = skipped + into.numel() * place.dtype.itemsize
-        self._files[place.file].read(place.offset + start - skipped, wanted, memoryview(buffer.numpy()))
+        self._files[place.file].read(place.offset + start - skipped, wanted, buffer.numpy().data)
         with torch.inference_mode():
             if after is not None:
                 after.synchronize()

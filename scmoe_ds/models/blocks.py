@@ -74,7 +74,7 @@ class Block(nn.Module):
 
     def reading(self, norm: nn.Module, hidden: Tensor) -> Tensor:
         """What the sub-layer of a norm reads."""
-        return cast(Tensor, norm(hidden)) if self.pre_norm else hidden
+        return norm(hidden) if self.pre_norm else hidden
 
     def where_read(self, sub_layer: Literal["attention", "mlp"]) -> tuple[nn.Module, Literal["input", "output"]]:
         """A module and its side at which a hook finds what a sub-layer reads."""
@@ -87,7 +87,7 @@ class Block(nn.Module):
         if self.scale != 1.0:
             update = self.scale * update
         total = hidden + F.dropout(update, self.dropout, self.training)
-        return total if self.pre_norm else cast(Tensor, norm(total))
+        return total if self.pre_norm else norm(total)
 
 
 def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group) -> MoE:
@@ -252,7 +252,7 @@ class ScheduledRun(nn.Module):
     @property
     def layer(self) -> StagedMoE:
         """The MoE layer."""
-        return cast(StagedMoE, self._last.moe)
+        return self._last.moe
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -282,15 +282,15 @@ class ScheduledRun(nn.Module):
         if shortcut is None:
             (hidden,) = recorder.open("shortcut norm", activations.hidden)
             (shortcut,) = recorder.close("shortcut norm", self._read_shortcut(hidden))
-        return cast(StagedMoE, self._last.moe).begin(
+        return self._last.moe.begin(
             shortcut, used_token, blocking=not schedule.overlap, num_chunks=schedule.num_chunks, recorder=recorder
         )
 
     def join(self, routed: executor.Routed, activations: Activations) -> PairOutput:
         last = self._last
         moe_input = last.moe_input(activations.hidden) if activations.moe_input is None else activations.moe_input
-        layer = cast(StagedMoE, self._last.moe)
-        output, l_aux, exp_counts = layer.finish(cast(RoutedTokens, routed), moe_input, activations.shared)
+        layer = self._last.moe
+        output, l_aux, exp_counts = layer.finish(routed, moe_input, activations.shared)
         if self.post_norm is not None:
             output = self.post_norm(output)
         return PairOutput(last.add(activations.hidden, output, last.mlp_norm), l_aux, exp_counts)  # eq. 7
@@ -302,7 +302,7 @@ class ScheduledRun(nn.Module):
             mlp = block.mlp if hasattr(block, "mlp") else getattr(block.moe, "mlp", None)
             flops["attention"] = block.attention.flops_per_token(sequence)
             if mlp is not None:
-                flops["mlp"] = flops["shared"] = cast(MLP, mlp).flops_per_token()
+                flops["mlp"] = flops["shared"] = mlp.flops_per_token()
                 flops["shared in"] = flops["shared out"] = flops["mlp"] // 2
         return [flops[operator.kind] for operator in self.backbone()]
 
@@ -315,22 +315,20 @@ class ScheduledRun(nn.Module):
 
     def _shared(self, activations: Activations) -> Activations:
         moe_input = self._last.moe_input(activations.hidden)
-        return Activations(activations.hidden, moe_input, cast(ScMoE, self._last.moe).shared(moe_input))
+        return Activations(activations.hidden, moe_input, self._last.moe.shared(moe_input))
 
     def _shared_in(self, activations: Activations) -> Activations:
-        mlp = cast(MLP, self._last.moe.mlp)
-        return Activations(
-            activations.hidden, activations.moe_input, mlp.activate(mlp.input(cast(Tensor, activations.moe_input)))
-        )
+        mlp = self._last.moe.mlp
+        return Activations(activations.hidden, activations.moe_input, mlp.activate(mlp.input(activations.moe_input)))
 
     def _shared_out(self, activations: Activations) -> Activations:
-        mlp = cast(MLP, self._last.moe.mlp)
-        return Activations(activations.hidden, activations.moe_input, mlp.output(cast(Tensor, activations.shared)))
+        mlp = self._last.moe.mlp
+        return Activations(activations.hidden, activations.moe_input, mlp.output(activations.shared))
 
     def _read_shortcut(self, hidden: Tensor) -> Tensor:
         """The tapped value through the shortcut's own norm, or as the operator after the tap reads it (LongCat)."""
         if self.shortcut_norm is not None:
-            return cast(Tensor, self.shortcut_norm(hidden))
+            return self.shortcut_norm(hidden)
         block = cast(Block, self.blocks[self.tap // 2])
         return block.reading(block.mlp_norm if self.tap % 2 else block.attention_norm, hidden)
 

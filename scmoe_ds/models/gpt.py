@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +178,7 @@ class GPT(nn.Module):
 
     def scheduled_runs(self) -> Sequence[ScheduledRun]:
         """The runs that a schedule drives; empty for the baselines."""
-        return [cast(ScheduledRun, run) for run in self.runs if isinstance(run, ScheduledRun)]
+        return [run for run in self.runs if isinstance(run, ScheduledRun)]
 
 
 def apart(part: Tensor) -> Tensor:

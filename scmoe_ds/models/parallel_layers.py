@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,12 +24,21 @@ from scmoe_ds.parallel.tensor import Split, mark_tensor_parallel
 Group: TypeAlias = "dist.ProcessGroup | None"
 
 
+class Weighted(Protocol):
+    """What torch's layers and megatron-core's have in common."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
 def size_of(group: Group) -> int:
     """Tensor-parallel ranks; None is a rank alone."""
     return 1 if group is None else dist.get_world_size(group)
 
 
-def column_parallel(inputs: int, sections: Sequence[int], bias: bool, group: Group) -> nn.Module:
+def column_parallel(inputs: int, sections: Sequence[int], bias: bool, group: Group) -> Weighted:
     """[..., inputs] → [..., sum(sections) / ranks]: each rank has its piece of each section of the output.
 
     Args:
@@ -38,7 +47,7 @@ def column_parallel(inputs: int, sections: Sequence[int], bias: bool, group: Gro
         bias: whether there is one; divided alike.
         group: the ranks.
     """
-    layer: nn.Module
+    layer: nn.Linear | Any
     if group is None:
         layer = nn.Linear(inputs, sum(sections), bias=bias)
     else:
@@ -48,9 +57,9 @@ def column_parallel(inputs: int, sections: Sequence[int], bias: bool, group: Gro
     return layer
 
 
-def row_parallel(inputs: int, outputs: int, bias: bool, group: Group) -> nn.Module:
+def row_parallel(inputs: int, outputs: int, bias: bool, group: Group) -> Weighted:
     """[..., inputs / ranks] → [..., outputs], summed over the ranks; the bias is whole on each of them."""
-    layer: nn.Module
+    layer: Weighted
     if group is None:
         layer = nn.Linear(inputs, outputs, bias=bias)
     else:
@@ -68,9 +77,9 @@ def row_parallel(inputs: int, outputs: int, bias: bool, group: Group) -> nn.Modu
     return layer
 
 
-def vocabulary_embedding(vocab_size: int, hidden_size: int, group: Group) -> nn.Module:
+def vocabulary_embedding(vocab_size: int, hidden_size: int, group: Group) -> Weighted:
     """[B, S] int64 → [B, S, D]: each rank has a range of the vocabulary."""
-    layer: nn.Module
+    layer: Weighted
     if group is None:
         layer = nn.Embedding(vocab_size, hidden_size)
     else:
@@ -87,17 +96,14 @@ def vocabulary_logits(hidden_BSD: Tensor, weight_VD: Tensor, group: Group) -> Te
         return F.linear(hidden_BSD, weight_VD)
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as linear
 
-    return cast(
-        Tensor,
-        linear(
-            hidden_BSD,
-            weight_VD,
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=True,
-            sequence_parallel=False,
-            tp_group=group,
-        ),
+    return linear(
+        hidden_BSD,
+        weight_VD,
+        bias=None,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=True,
+        sequence_parallel=False,
+        tp_group=group,
     )
 
 
@@ -108,12 +114,12 @@ def vocabulary_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, group: Group
         return losses.view(labels_BS.shape)
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    return cast(Tensor, vocab_parallel_cross_entropy(logits_BSV.float(), labels_BS))
+    return vocab_parallel_cross_entropy(logits_BSV.float(), labels_BS)
 
 
 def gather_vocabulary(logits_BSV: Tensor, group: Group) -> Tensor:
     """The logits of the whole vocabulary on every rank, [B, S, V]."""
-    return logits_BSV if group is None else cast(Tensor, _GatherVocabulary.apply(logits_BSV, group))
+    return logits_BSV if group is None else _GatherVocabulary.apply(logits_BSV, group)
 
 
 class _GatherVocabulary(torch.autograd.Function):
@@ -172,7 +178,7 @@ def _config() -> Any:
 
 
 @cache
-def _classes() -> tuple[type[nn.Module], type[nn.Module]]:
+def _classes() -> tuple[Any, Any]:
     """megatron-core's linear layers with plain modules' manners; made late, for it takes seconds to import."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -185,21 +191,21 @@ def _classes() -> tuple[type[nn.Module], type[nn.Module]]:
 
         @property
         def tp_group(self) -> dist.ProcessGroup:
-            return cast(dist.ProcessGroup, self.__dict__["_ranks"].group)
+            return self.__dict__["_ranks"].group
 
         @tp_group.setter
         def tp_group(self, group: dist.ProcessGroup) -> None:
             self.__dict__["_ranks"] = _NotCopied(group)
 
         def forward(self, rows: Tensor) -> Tensor:
-            return cast(Tensor, super().forward(rows)[0])  # type: ignore[misc]
+            return super().forward(rows)[0]  # type: ignore[misc]  # beside it, megatron-core's layer has one
 
         get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
 
-    class ColumnParallel(_Plain, ColumnParallelLinear):  # type: ignore[misc]
+    class ColumnParallel(_Plain, ColumnParallelLinear):
         pass
 
-    class RowParallel(_Plain, RowParallelLinear):  # type: ignore[misc]
+    class RowParallel(_Plain, RowParallelLinear):
         pass
 
     return ColumnParallel, RowParallel

@@ -32,7 +32,7 @@ def recompute_operator(run: Callable[[Activations], Activations], activations: A
         return run(Activations(*tensors))  # type: ignore[arg-type]
 
     # One by one: what is kept goes through autograd's hooks, as tensors only do.
-    return checkpoint(forward, activations.hidden, activations.moe_input, activations.shared, use_reentrant=False)  # type: ignore[no-any-return]
+    return checkpoint(forward, activations.hidden, activations.moe_input, activations.shared, use_reentrant=False)
 
 
 def recompute_run(run: Callable[[Tensor], PairOutput], hidden: Tensor) -> PairOutput:
@@ -42,7 +42,7 @@ def recompute_run(run: Callable[[Tensor], PairOutput], hidden: Tensor) -> PairOu
         output = run(hidden)
         return PairOutput(_Repeat.apply(output.hidden), output.l_aux, output.exp_counts)
 
-    return checkpoint(forward, hidden, use_reentrant=False, early_stop=False)  # type: ignore[no-any-return]
+    return checkpoint(forward, hidden, use_reentrant=False, early_stop=False)
 
 
 class _Repeat(torch.autograd.Function):

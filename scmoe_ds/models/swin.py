@@ -130,7 +130,7 @@ class SwinMoE(nn.Module):
         pooled_BD = self.swin(images.to(self.head.weight.dtype)).pooler_output
         logits_BN = self.head(pooled_BD)
         moe_loss = load_balancing_loss(self)
-        counts = tuple(feed.exp_counts for feed in self.feeds())
+        counts = tuple(feed.exp_counts for feed in self.feeds() if feed.exp_counts is not None)
         if labels is None:
             return SwinOutput(moe_loss=moe_loss, exp_counts=counts, logits=logits_BN)
         summed = F.cross_entropy(logits_BN.float(), labels, ignore_index=IGNORED, reduction="sum")
@@ -172,9 +172,9 @@ class _ImageMask(TokenMask):
         return None if self._used_B is None else self._used_B.unsqueeze(1).expand(hidden.shape[:2])
 
 
-def _in_its_precision(mlp: nn.Sequential, args: tuple[Tensor]) -> tuple[Tensor]:
+def _in_its_precision(mlp: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     """Relative coordinates for the MLP that makes a bias of them: a bf16 engine converts parameters, but no buffers."""
-    return (args[0].to(mlp[0].weight.dtype),)
+    return (args[0].to(next(mlp.parameters()).dtype),)
 
 
 def initialize_swin(model: SwinMoE, seed: int, ep_rank: int = 0) -> None:

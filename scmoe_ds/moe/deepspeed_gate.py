@@ -38,7 +38,7 @@ class AnyTokensGate(TopKGate):
         few = len(input) < max(self.min_capacity, 1)
         ours = used_token is not None or few or self.unequal or self.softmax != "deepspeed"
         if not ours or not sparse_routes or use_tutel:
-            return super().forward(input, used_token, sparse_routes, use_tutel)  # type: ignore[no-any-return]
+            return super().forward(input, used_token, sparse_routes, use_tutel)
         by_shape = self.drop_tokens and not self.unequal
         routing = route(self, input, used_token, None, self.softmax, None if by_shape else self.ep_group)
         # Without a mask other ranks run DeepSpeed's code: the same number of tokens must give the same buffers.

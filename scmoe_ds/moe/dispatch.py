@@ -143,7 +143,7 @@ class ExactLayout:
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [R, D]."""
-        return _Encode.apply(tokens_TD, self.token_R, self.row_of_choice_KT)  # type: ignore[no-any-return]
+        return _Encode.apply(tokens_TD, self.token_R, self.row_of_choice_KT)
 
 
 class _Encode(torch.autograd.Function):

@@ -111,7 +111,7 @@ def _torch_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tens
 def _triton_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tensor:
     from deepspeed.ops.triton_ops import group_gemm_triton
 
-    return group_gemm_triton(rows_SI, weights_LOI, ends_L, trans_b=True)  # type: ignore[no-any-return]
+    return group_gemm_triton(rows_SI, weights_LOI, ends_L, trans_b=True)
 
 
 def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
@@ -134,7 +134,7 @@ def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence
         if layers[0].bias is None:
             return output
         biases_LO = torch.stack([layer.bias for layer in layers])
-        return _AddBias.apply(output, biases_LO, counts_L, rows_per_expert)  # type: ignore[no-any-return]
+        return _AddBias.apply(output, biases_LO, counts_L, rows_per_expert)
 
     inner_SF = project(rows_SD, [expert.input for expert in members])
     return activate_and_project(members[0], inner_SF, lambda rows: project(rows, [e.output for e in members]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from deepspeed.moe.experts import Experts
@@ -172,9 +171,10 @@ class RoutedTokens:
 
     def _compute(self, rows_SD: Tensor, chunk: int) -> Tensor:
         if not self._received:
+            assert not isinstance(self._experts, MovingExperts)  # they are given exact rows
             local_experts = self._experts.num_local_experts
             buffer_PLCD = rows_SD.view(self.travel.shares.expert_ranks, local_experts, -1, rows_SD.shape[-1])
-            return cast(Experts, self._experts)(buffer_PLCD).reshape(rows_SD.shape)
+            return self._experts(buffer_PLCD).reshape(rows_SD.shape)
         received = self._received[chunk]
         return received.ungroup(run_experts(self._experts, received.group(rows_SD), received.rows_per_expert))
 

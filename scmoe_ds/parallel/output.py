@@ -75,8 +75,8 @@ def steady_output(stdout: bool = True) -> Iterator[None]:
     before = tuple(stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     reports = logging.raiseExceptions
     logging.raiseExceptions = False  # a handler would write a traceback about each line that is lost
-    sys.stdout = SteadyStream(before[0], "stdout", before[1]) if stdout else before[0]  # type: ignore[assignment]
-    sys.stderr = SteadyStream(before[1], "stderr", before[0])  # type: ignore[assignment]
+    sys.stdout = SteadyStream(before[0], "stdout", before[1]) if stdout else before[0]
+    sys.stderr = SteadyStream(before[1], "stderr", before[0])
     try:
         yield
     finally:
@@ -122,7 +122,7 @@ def steady_monitors(master: Any) -> None:
     """
     for monitor in list(vars(master).values()):
         if isinstance(monitor, Monitor):
-            monitor.write_events = _guarded(monitor)  # type: ignore[method-assign]
+            monitor.write_events = _guarded(monitor)
 
 
 def _guarded(monitor: Monitor) -> Callable[..., None]:

@@ -105,7 +105,7 @@ def run_settings(args: argparse.Namespace, whole: dict[str, Any], ranks: int) ->
 
 def check_agreement(sets: ImageSets) -> None:
     """Ranks that saw other files would train on other labels, or wait for each other in the last step."""
-    sizes = [len(part) if part is not None else 0 for part in (sets.train, sets.valid)]  # type: ignore[arg-type]
+    sizes = [len(part) if part is not None else 0 for part in (sets.train, sets.valid)]
     require_agreement("the images", [*sizes, list(sets.classes), sets.fingerprint])
 
 

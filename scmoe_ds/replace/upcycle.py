@@ -153,9 +153,9 @@ def _dense_blocks(model: nn.Module) -> list[_Block]:
             children = dict(block.named_children())
             mlp = next((name for name in MLP_NAMES if name in children), None)
             norm = next((children[name] for name in POST_ATTENTION_NORMS if name in children), None)
-            if mlp is not None and isinstance(getattr(norm, "weight", None), Tensor):
-                hidden_size = norm.weight.shape[-1]  # type: ignore[union-attr]
-                found.append(_Block(f"{list_name}.{index}", index, block, mlp, hidden_size))
+            weight = getattr(norm, "weight", None)
+            if mlp is not None and isinstance(weight, Tensor):
+                found.append(_Block(f"{list_name}.{index}", index, block, mlp, weight.shape[-1]))
     if not found:
         raise ScMoEConfigError(
             f"moe_from_dense: {type(model).__name__} has no nn.ModuleList of blocks with an MLP "
