@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # What tests/cluster makes two machines of.
 CLUSTER_PACKAGES := iproute2 openssh-server pdsh openmpi-bin procps
 
-.PHONY: help setup test check pretrain schema cluster-packages clean
+.PHONY: help setup test check pretrain schema docs cluster-packages clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -40,6 +40,12 @@ pretrain: $(STAMP)  ## train a small ScMoE GPT for a few minutes, on the GPUs th
 
 schema: $(STAMP)  ## write ds_configs/scmoe.schema.json
 	$(BIN)/python -m scmoe_ds.config.schema
+
+# Installing needs the index once; building loads nothing from the network.
+docs: $(STAMP)  ## the pages and the API as a site in build/site; warnings are errors
+	$(BIN)/python -c 'import mkdocstrings_handlers.python, material' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.26,<2'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Where a service manager runs, openssh-server would start a system-wide sshd: not as a side effect of a test.
 cluster-packages:  ## Debian packages for the tests on two machines, as root in a container; without them those tests skip

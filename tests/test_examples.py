@@ -153,10 +153,3 @@ def test_scripts(name: str) -> None:
     args, whole, config = parse_arguments(flags)
     config.check_world(16)
     assert args.train_iters * whole["train_batch_size"] * args.seq_length == pytest.approx(1e9, rel=0.01)
-
-
-@pytest.mark.parametrize("page", ["ds_configs/README.md", "examples/README.md"])
-def test_paths_in_the_readmes_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    paths = re.findall(r"\b(?:ds_configs|examples)/[\w./-]*\w", text)
-    assert paths and [path for path in paths if not (ROOT / path).exists()] == []

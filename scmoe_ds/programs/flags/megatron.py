@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from scmoe_ds.programs.flags.megatron_refused import REFUSED, REFUSED_GROUPS
+from scmoe_ds.programs.flags.megatron_refused import REFUSED
 
 
 def exponent_of_two(text: str) -> int:
@@ -217,28 +217,22 @@ def dest_of(flag: str) -> str:
 
 
 def table() -> str:
-    """All flags, as a table in Markdown."""
-    rows = [(flag, "the same") for flag in SAME]
+    """All flags by what becomes of them, as a table in Markdown."""
+    becomes = dict.fromkeys(SAME, "the same")
     for flag, (path, kind) in JSON_FLAGS.items():
-        rows.append((flag, f"`{path}`" + (f" = {json.dumps(kind)}" if isinstance(kind, (bool, str)) else "")))
-    rows += [(flag, "`scheduler`, [above](#optimizer-and-schedule)") for flag in SCHEDULE_FLAGS]
-    rows += [(flag, "`--train-iters`, with the batch size; the shortest of the three holds") for flag in LENGTH_FLAGS]
-    for flag, (other, kind) in SAME_AS.items():
-        rows.append((flag, f"`{other}{'' if callable(kind) else ' ' + kind}`"))
+        becomes[flag] = f"`{path}`" + (f" = {json.dumps(kind)}" if isinstance(kind, (bool, str)) else "")
+    becomes |= dict.fromkeys(SCHEDULE_FLAGS, "`scheduler`, [above](#optimizer-and-schedule)")
+    becomes |= dict.fromkeys(LENGTH_FLAGS, "`--train-iters`, with the batch size; the shortest of the three holds")
+    becomes |= {flag: f"`{other}{'' if callable(kind) else ' ' + kind}`" for flag, (other, kind) in SAME_AS.items()}
     for flag, (values, reason) in IN_FORCE.items():
-        rows.append(
-            (
-                flag,
-                f"{' or '.join(values)}: as it is here, else refused: {reason}"
-                if values
-                else f"as it is here: {reason}",
-            )
-        )
-    rows += [(flag, f"no effect, named in the log: {reason}") for flag, (_, reason) in NO_EFFECT.items()]
-    grouped = {flag for flags in REFUSED_GROUPS.values() for flag in flags.split()}
-    rows += [(flag, f"refused: {reason}") for flag, reason in REFUSED.items() if flag not in grouped]
-    rows += [("`, `".join(flags.split()), f"refused: {reason}") for reason, flags in REFUSED_GROUPS.items()]
-    lines = [f"| `{flag}` | {text} |" for flag, text in sorted(rows, key=lambda row: row[0].lower())]
+        as_it_is = f"{' or '.join(values)}: as it is here, else refused" if values else "as it is here"
+        becomes[flag] = f"{as_it_is}: {reason}"
+    becomes |= {flag: f"no effect, named in the log: {reason}" for flag, (_, reason) in NO_EFFECT.items()}
+    becomes |= {flag: f"refused: {reason}" for flag, reason in REFUSED.items()}
+    rows: dict[str, list[str]] = {}
+    for flag in sorted(becomes, key=str.lower):
+        rows.setdefault(becomes[flag], []).append(f"`{flag}`")
+    lines = [f"| {', '.join(flags)} | {text} |" for text, flags in rows.items()]
     return "\n".join(["| Megatron-DeepSpeed | here |", "|---|---|", *lines])
 
 

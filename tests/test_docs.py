@@ -1,0 +1,75 @@
+"""What the pages name exists: links, anchors, paths, modules, the site's navigation and the API's identifiers."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+RECORDS = {path.with_suffix(".md") for ending in ("json", "html") for path in RESULTS.glob(f"*.{ending}")}
+"""Pages that a program wrote keep the command that made them."""
+PAGES = [
+    path
+    for pattern in ("*.md", "docs/*.md", "ds_configs/*.md", "examples/*.md", "benchmarks/results/*.md")
+    for path in sorted(ROOT.glob(pattern))
+    if path not in RECORDS
+]
+NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
+TOP = "benchmarks|clusters|docs|ds_configs|examples|lab|scmoe_ds|tests"
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if "://" not in link and not (target.is_file() and (not anchor or anchor in anchors(target))):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
+def test_paths_and_modules_exist(name: str) -> None:
+    """Of the repository, as commands and sentences name them; a page of ds_configs/ names its own files without it."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    paths = re.findall(rf"(?<![\w./-])(?:{TOP})/[\w./-]*\w", text)
+    modules = re.findall(r"(?:-m|--module) ((?:benchmarks|examples|lab|scmoe_ds)\.[\w.]*\w)", text)
+    modules += re.findall(r"^from (scmoe_ds\.[\w.]+) import", text, re.MULTILINE)
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    missing += [
+        module
+        for module in modules
+        if not ((base := ROOT / module.replace(".", "/")).with_suffix(".py").exists() or base.is_dir())
+    ]
+    assert missing == []
+
+
+def test_pages_of_the_site_exist() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = re.findall(r"[\w/]+\.md", navigation)
+    assert sorted(pages) == sorted(NAMES)
+
+
+def test_the_api_has_what_the_package_offers() -> None:
+    import scmoe_ds
+
+    named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {f"scmoe_ds.{name}" for name in scmoe_ds.__all__} <= {*named, "scmoe_ds.__version__"}
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name)
