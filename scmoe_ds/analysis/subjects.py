@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from scmoe_ds.analysis.probes import Probe, check_hugging_face, gpt_probes, hugg
 from scmoe_ds.errors import AnalysisError
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.programs.flags import model as arguments
-from scmoe_ds.programs.flags.model import Loaded
 
 
 @dataclass(frozen=True)
@@ -120,19 +117,6 @@ def swin_subject(model: nn.Module) -> Subject:
     found = [(each.stage, each.block) for each in outputs if each.is_moe]
     blocks = found or [(each.stage, each.block) for each in outputs if each.stage > 2 and each.block % 2]
     return Subject(probes, cast(Callable[[Tensor], object], model), next(model.parameters()).device, blocks)
-
-
-def open_gpt(args: argparse.Namespace, path: str) -> Loaded:
-    """A checkpoint or export for one process; flags as those of `scmoe generate`.
-
-    Raises:
-        ArgumentError, CheckpointError, DataError, ScMoEConfigError: what a user can mend.
-    """
-    flags = {
-        name: getattr(args, name) for name in ("dtype", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
-    }
-    alone = {"moe_expert_parallel_size": 1, "tensor_model_parallel_size": 1, "distributed_timeout_minutes": 10.0}
-    return arguments.load(argparse.Namespace(load=path, enable_expert_tensor_parallelism=False, **alone, **flags))
 
 
 def open_hugging_face(directory: str, dtype: str | None, device: torch.device) -> Any:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scmoe_ds.data.flags import split_ranges
 from scmoe_ds.data.indexed import check_token_range, read_layout
+from scmoe_ds.data.splits import split_ranges
 from scmoe_ds.errors import AnalysisError
 
 

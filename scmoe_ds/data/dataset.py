@@ -1,6 +1,6 @@
 """From Megatron's data flags to train, validation and test datasets, through megatron-core.
 
-Start here. ``flags.py`` reads --data-path and --split, ``indexed.py`` checks the files, ``sequences.py`` reads them,
+Start here. ``splits.py`` reads --data-path and --split, ``indexed.py`` checks the files, ``sequences.py`` reads them,
 ``index_cache.py`` keeps shuffled indices on disk, ``megatron_classes.py`` brings both to megatron-core, and
 ``sampler.py`` gives each rank its micro-batches.
 
@@ -21,7 +21,6 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from scmoe_ds.data.corpus import unigram_entropy
-from scmoe_ds.data.flags import parse_data_path, plain_split, split_ranges, split_shares
 from scmoe_ds.data.indexed import (
     IndexedLayout,
     check_indexed_dataset,
@@ -32,6 +31,7 @@ from scmoe_ds.data.indexed import (
 )
 from scmoe_ds.data.megatron_classes import Builder, FingerprintedConfig, PretrainingDataset, is_distributed
 from scmoe_ds.data.sampler import PretrainingSampler, pretraining_batches
+from scmoe_ds.data.splits import parse_data_path, plain_split, split_ranges, split_shares
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import DataError
 from scmoe_ds.parallel.agreement import require_agreement, run_together

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from scmoe_ds.data.flags import split_ranges, split_shares
+from scmoe_ds.data.splits import split_ranges, split_shares
 from scmoe_ds.errors import DataError
 
 logger = logging.getLogger("scmoe_ds")

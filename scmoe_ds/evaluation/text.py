@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from scmoe_ds.data.flags import split_ranges
 from scmoe_ds.data.indexed import check_token_range, content_digest, read_layout
+from scmoe_ds.data.splits import split_ranges
 from scmoe_ds.data.text import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from scmoe_ds.errors import EvaluationError

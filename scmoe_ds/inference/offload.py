@@ -11,19 +11,42 @@ those that it needs.
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe_ds.checkpoint.names import global_names, layer_of
+from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.model import TrainedModel
 from scmoe_ds.inference.sources import DiskExperts, ExpertSource, HostExperts
 from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 
 MODES = ("resident", "offload", "offload-async")
+
+logger = logging.getLogger("scmoe_ds")
+
+
+@dataclass(frozen=True)
+class Offloading:
+    """How routed experts are kept out of the device's memory.
+
+    Attributes:
+        mode: "offload" or "offload-async".
+        cache: what the device keeps of all layers together: a number of experts, or a size such as "2GB"; None: twice
+            the experts of a token.
+        tier: "host" is pinned memory beside a GPU; "disk" the files of an export; None: host for a GPU, else disk.
+    """
+
+    mode: str
+    cache: str | None = None
+    tier: Literal["host", "disk"] | None = None
 
 
 class OffloadedExperts(nn.Module):
@@ -108,6 +131,47 @@ def offload_experts(
     for index, layer in layers.items():
         layer.deepspeed_moe.experts = OffloadedExperts(store, index, layer.num_local_experts, mode == "offload-async")
     return store
+
+
+def places_on_device(cache: str | None, model: GPT, default: int, dtype: torch.dtype) -> int:
+    """How many experts the device keeps, at most all that this rank has.
+
+    Args:
+        cache: of `Offloading`.
+        default: number of experts without it.
+
+    Raises:
+        ArgumentError: neither a number nor a size, or no room for one.
+    """
+    experts = num_experts(model)
+    if cache is None:
+        return min(default, experts)
+    places = expert_places(cache, expert_bytes(model, dtype))
+    if places > experts and dist.get_rank() == 0:
+        logger.info(
+            f"--expert-cache {cache}: has room for {places} experts, this rank has {experts}: all of them stay on the "
+            "device"
+        )
+    return min(places, experts)
+
+
+def expert_places(text: str, each_bytes: int) -> int:
+    """How many experts --expert-cache has room for.
+
+    Raises:
+        ArgumentError: neither a number nor a size, or no room for one.
+    """
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B", text, re.ASCII | re.IGNORECASE)
+    if match:
+        unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+        places = int(float(match[1]) * unit / each_bytes)
+    elif re.fullmatch(r"\d{1,20}", text, re.ASCII):
+        places = int(text)
+    else:
+        raise ArgumentError(f"--expert-cache {text[:40]}: must be a number of experts, or a size such as 500MB or 2GB")
+    if places < 1:
+        raise ArgumentError(f"--expert-cache {text}: has no room for one expert, which takes {each_bytes} bytes")
+    return places
 
 
 def num_experts(model: GPT) -> int:

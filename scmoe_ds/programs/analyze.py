@@ -27,7 +27,6 @@ from scmoe_ds.analysis.subjects import (
     Subject,
     gpt_subject,
     hugging_face_subject,
-    open_gpt,
     open_hugging_face,
     swin_subject,
 )
@@ -35,10 +34,12 @@ from scmoe_ds.analysis.tokens import TokenSequences, read_data_set
 from scmoe_ds.checkpoint.files import iteration_of, newest_first
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.text import read_text
-from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer
+from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import ArgumentError, UserError
+from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.analysis import build_parser, check
+from scmoe_ds.programs.flags.tokenizer import named_tokenizer, tokenizer_of
 from scmoe_ds.programs.run import run_program
 
 
@@ -86,6 +87,10 @@ def analyze(args: argparse.Namespace) -> None:
         print(f"wrote {path}", flush=True)
 
 
+def _open(args: argparse.Namespace, path: str) -> Loaded:
+    return load_trained(path, dtype=args.dtype, tokenizer=named_tokenizer(args))
+
+
 def _similarity(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if args.images is not None:
         return _similarity_of_images(args)
@@ -93,7 +98,7 @@ def _similarity(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         subject = hugging_face_subject(open_hugging_face(args.hf_model, args.dtype, device()), args.moe_every)
         name, tokenizer = args.hf_model, None
     else:
-        loaded = open_gpt(args, args.load)
+        loaded = _open(args, args.load)
         subject, name, tokenizer = gpt_subject(loaded.model, args.moe_every), str(loaded.trained.path), loaded.tokenizer
     sequences = _sequences(args, subject, tokenizer)
     found = similarity.measure(subject, sequences.batches(args.batch_size))
@@ -129,7 +134,7 @@ def _checkpoints(args: argparse.Namespace, load: str) -> list[str]:
 
 
 def _gating_of(args: argparse.Namespace, path: str) -> dict[str, Any]:
-    loaded = open_gpt(args, path)
+    loaded = _open(args, path)
     trained, subject = loaded.trained, gpt_subject(loaded.model)
     sequences = _sequences(args, subject, loaded.tokenizer)
     layers = gating.measure(loaded.model, trained.config, subject.run, sequences.batches(args.batch_size))
@@ -174,7 +179,7 @@ def _at(iteration: int | None) -> str:
 
 
 def _gradients_of(args: argparse.Namespace, load: str, path: str) -> dict[str, Any]:
-    loaded = open_gpt(args, path)
+    loaded = _open(args, path)
     architecture = _architecture(loaded.trained.config)
     sequences = _sequences(args, gpt_subject(loaded.model), loaded.tokenizer)
     found = gradients.measure(loaded.model, sequences.labelled_batches(args.batch_size, args.micro_batches))
@@ -202,12 +207,7 @@ def _sequences(args: argparse.Namespace, subject: Subject, tokenizer: Tokenizer 
         if args.split is not None:
             source = f"the validation part of --split {args.split} of {source}"
     else:
-        tokenizer = tokenizer or build_tokenizer(
-            args.tokenizer_type,
-            tokenizer_model=args.tokenizer_model,
-            vocab_file=args.vocab_file,
-            merge_file=args.merge_file,
-        )
+        tokenizer = tokenizer or tokenizer_of(args)
         tokens, source = read_text(args.text_file, tokenizer, vocab_size).tokens, f"--text-file {args.text_file}"
     return TokenSequences(tokens, length, getattr(args, "max_tokens", None), source)
 

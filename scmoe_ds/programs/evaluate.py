@@ -36,12 +36,12 @@ from scmoe_ds.evaluation.perplexity import evaluate_documents
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.text import open_documents
 from scmoe_ds.evaluation.windows import SlidingWindow
+from scmoe_ds.inference.load import Loaded
 from scmoe_ds.inference.phases import Phases
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags import model as arguments
 from scmoe_ds.programs.flags.checks import check_lowest
-from scmoe_ds.programs.flags.model import Loaded
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.run import run_program
 

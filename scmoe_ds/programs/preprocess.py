@@ -23,10 +23,11 @@ import numpy as np
 
 from scmoe_ds.data import reader
 from scmoe_ds.data.reader import BadDocumentError
-from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
+from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.data.worker_processes import SIGNALS, map_in_order
 from scmoe_ds.errors import DataError
 from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.flags.tokenizer import add_tokenizer, tokenizer_of
 
 _TEXT_KEY = "text"
 _NAMED = 10  # of bad documents, and of files left out
@@ -124,10 +125,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "are known to be broken (default: stop at the first)",
     )
     tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    tokenizer.add_argument("--tokenizer-model", help="local directory, for HuggingFaceTokenizer")
-    tokenizer.add_argument("--vocab-file", help="local vocab.json, for GPT2BPETokenizer")
-    tokenizer.add_argument("--merge-file", help="local merges.txt, for GPT2BPETokenizer")
+    add_tokenizer(tokenizer)
     tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the eod token")
     output = parser.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, help="path without _<key>_document and extension")
@@ -165,12 +163,7 @@ def convert(paths: Sequence[Path], args: argparse.Namespace) -> None:
     from scmoe_ds.data.corpus import IndexedDatasetWriter
 
     keys = list(dict.fromkeys(args.json_keys))
-    tokenizer = build_tokenizer(
-        args.tokenizer_type,
-        tokenizer_model=args.tokenizer_model,
-        vocab_file=args.vocab_file,
-        merge_file=args.merge_file,
-    )
+    tokenizer = tokenizer_of(args)
     encoder = Encoder(tokenizer, keys, args.append_eod)
     num_empty, skipped = 0, Skipped()
     with ExitStack() as stack:

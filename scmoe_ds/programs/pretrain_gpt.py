@@ -24,8 +24,8 @@ from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.corpus import prepare_default_corpus
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify, validation_entropy
-from scmoe_ds.data.flags import SPLIT_FLAGS, split_shares
-from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer, pad_vocab_size
+from scmoe_ds.data.splits import split_shares
+from scmoe_ds.data.tokenizer import Tokenizer, pad_vocab_size
 from scmoe_ds.errors import (
     ArgumentError,
 )
@@ -35,7 +35,9 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_together
 from scmoe_ds.parallel.tensor import expert_parallel_rank
+from scmoe_ds.programs.flags.data import SPLIT_FLAGS
 from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
+from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.loop import Summary, Trainer, TrainingSettings
 
@@ -72,12 +74,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
         args.exit_duration_in_mins,
         args.keep_last,
     )
-    tokenizer = build_tokenizer(
-        args.tokenizer_type,
-        tokenizer_model=args.tokenizer_model,
-        vocab_file=args.vocab_file,
-        merge_file=args.merge_file,
-    )
+    tokenizer = tokenizer_of(args)
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     data = data_settings(args, tokenizer)
     carried = run_together(lambda: carried_files(tokenizer), on_rank_zero=True) if args.save else None

@@ -17,8 +17,8 @@ from scmoe_ds import checkpoint
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.flags import split_shares
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
+from scmoe_ds.data.splits import split_shares
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 from scmoe_ds.parallel.tensor import expert_parallel_rank

@@ -25,7 +25,7 @@ from scmoe_ds.checkpoint.hyperparameters import OwnSettings
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import identify
-from scmoe_ds.data.flags import split_shares
+from scmoe_ds.data.splits import split_shares
 from scmoe_ds.engine import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters

@@ -10,10 +10,10 @@ import pytest
 
 from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets, identify, validation_entropy
-from scmoe_ds.data.flags import DEFAULT_SPLIT, resolve_data_flags
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import DataError
+from scmoe_ds.programs.flags.data import DEFAULT_SPLIT, resolve_data_flags
 from scmoe_ds.programs.flags.gpt import build_parser
 from tests.programs.test_no_validation import gpt
 

@@ -258,7 +258,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--prompt", "a", "--load", "nowhere"], "nowhere is neither a checkpoint nor"),
     (["--prompt", "a", "--moe-expert-parallel-size", "3"], "expert_parallel_size = 3"),
     (["--prompt", "a", "--moe-expert-parallel-size", "2"], "must divide the world size 1"),
-    (["--prompt", "a", "--tensor-model-parallel-size", "2"], "must divide the number of processes, 1"),
+    (["--prompt", "a", "--tensor-model-parallel-size", "2"], "must divide the world size 1"),
     (["--prompt", "a", "--stop", ""], "--stop '': is empty"),
     (["--prompt", "a\udcff"], r"--prompt 'a\\udcff': is not UTF-8 text at character 2"),
     (["--prompt", "a", "--stop", "\udcff"], r"--stop '\\udcff': is not UTF-8 text at character 1"),

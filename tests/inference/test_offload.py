@@ -20,7 +20,7 @@ from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
-from scmoe_ds.inference.offload import offload_experts
+from scmoe_ds.inference.offload import expert_places, offload_experts
 from scmoe_ds.inference.pregate import guess_experts
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.sources import PIECE_BYTES, DiskExperts, ExpertFileError
@@ -28,7 +28,6 @@ from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.programs import generate as generate_program
-from scmoe_ds.programs.flags.model import expert_places
 from tests.helpers.exports import whole_model, write_export
 
 CPU, FP32 = torch.device("cpu"), torch.float32

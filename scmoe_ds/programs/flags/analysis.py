@@ -10,8 +10,8 @@ from scmoe_ds.analysis.records import check_output
 from scmoe_ds.errors import AnalysisError, ArgumentError
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.programs.flags.checks import check_lowest
-from scmoe_ds.programs.flags.model import add_tokenizer
 from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.flags.tokenizer import add_tokenizer
 
 _CHECKPOINT = "a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export"
 

@@ -95,20 +95,3 @@ def check_training(args: argparse.Namespace) -> None:
     for name in ("save_interval", "keep_last", "auto_resume"):
         if getattr(args, name) and not args.save:
             raise ArgumentError(f"--{name.replace('_', '-')} needs --save, the directory of the checkpoints")
-
-
-def set_tokenizer_type(args: argparse.Namespace) -> None:
-    """Sets --tokenizer-type, if it was not given, by the files that were.
-
-    Raises:
-        ArgumentError: files of a tokenizer of another type, which would be ignored.
-    """
-    gpt2, model = bool(args.vocab_file or args.merge_file), bool(args.tokenizer_model)
-    if args.tokenizer_type is None:
-        args.tokenizer_type = "GPT2BPETokenizer" if gpt2 else "HuggingFaceTokenizer" if model else "ByteTokenizer"
-    for given, flags, kind in (
-        (gpt2, "--vocab-file and --merge-file", "GPT2BPETokenizer"),
-        (model, "--tokenizer-model", "HuggingFaceTokenizer"),
-    ):
-        if given and args.tokenizer_type != kind:
-            raise ArgumentError(f"--tokenizer-type {args.tokenizer_type}: {flags} is for {kind}; remove one of them")

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.flags import DEFAULT_SPLIT, resolve_data_flags
-from scmoe_ds.data.tokenizer import TOKENIZER_TYPES
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.presets import PRESETS
@@ -26,10 +24,11 @@ from scmoe_ds.programs.flags.checks import (
     check_rates,
     check_training,
     require_flags,
-    set_tokenizer_type,
 )
+from scmoe_ds.programs.flags.data import add_data, resolve_data_flags
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.flags.to_json import MLP_TYPES, merge_schedule, read_json, read_section, set_length
+from scmoe_ds.programs.flags.tokenizer import set_tokenizer_type
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -44,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         elsewhere=megatron_flags.REFUSED,
     )
-    for add in (_add_network, _add_data, add_training, add_moe, add_deepspeed, megatron_flags.add_megatron_flags):
+    for add in (_add_network, add_data, add_training, add_moe, add_deepspeed, megatron_flags.add_megatron_flags):
         add(parser)
     return parser
 
@@ -84,34 +83,6 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attention-dropout", type=float, default=0.1, help="dropout of attention weights")
     group.add_argument("--hidden-dropout", type=float, default=0.1, help="dropout on the residual branches")
     group.add_argument("--init-method-std", type=float, default=0.02, help="standard deviation of initial weights")
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data and tokenizer")
-    group.add_argument(
-        "--data-path",
-        nargs="+",
-        help="prefix of a .bin/.idx set, or weight prefix weight prefix …; "
-        "default: the running Python's standard library as text",
-    )
-    group.add_argument("--data-args-path", help="file that holds what --data-path would say; for long blends")
-    group.add_argument(
-        "--split", help=f"train, validation and test shares, default {DEFAULT_SPLIT}; 100,0,0: no validation"
-    )
-    for name, use in (("train", ""), ("valid", ", default: no validation"), ("test", ", evaluated once at the end")):
-        group.add_argument(f"--{name}-data-path", nargs="+", help=f"as --data-path, for this split alone{use}")
-    group.add_argument("--data-cache-path", help="where sample indices are kept; default: beside the data")
-    group.add_argument("--corpus-dir", default="data", help="where the default corpus is written")
-    group.add_argument(
-        "--tokenizer-type",
-        choices=TOKENIZER_TYPES,
-        help="default: the type that the other flags name, or ByteTokenizer",
-    )
-    group.add_argument("--tokenizer-model", help="local directory of a Hugging Face tokenizer")
-    group.add_argument("--vocab-file", help="vocab.json of GPT-2's BPE")
-    group.add_argument("--merge-file", help="merges.txt of GPT-2's BPE")
-    group.add_argument("--num-workers", type=int, default=0, help="data loader processes per rank")
-    group.add_argument("--seed", type=int, default=1234, help="weights, data order, dropout, gate noise")
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:

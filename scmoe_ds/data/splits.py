@@ -1,42 +1,11 @@
-"""Reading Megatron's data flags."""
+"""What --data-path and --split say: prefixes with weights, and shares of train, valid and test."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 
-from scmoe_ds.data.reader import read_document
 from scmoe_ds.errors import DataError
-
-DEFAULT_SPLIT = "969, 30, 1"
-SPLIT_FLAGS = ("train_data_path", "valid_data_path", "test_data_path")
-
-
-def resolve_data_flags(args: argparse.Namespace) -> None:
-    """Checks which data flags go together; reads --data-args-path into ``data_path`` and sets the default of ``split``.
-
-    Raises:
-        DataError: flags that exclude each other, or a file that cannot be read or names nothing.
-    """
-    given = [f"--{name.replace('_', '-')}" for name in SPLIT_FLAGS if getattr(args, name)]
-    if given:
-        others = [name for name in ("data_path", "data_args_path", "split") if getattr(args, name)]
-        if others:
-            raise DataError(
-                f"{given[0]} names the data of one split, --{others[0].replace('_', '-')} the data of all: "
-                "give one or the other."
-            )
-        if not args.train_data_path:
-            raise DataError(f"{given[0]} without --train-data-path: there is nothing to train on. Give it, too.")
-        return
-    if args.data_args_path:
-        if args.data_path:
-            raise DataError("--data-args-path and --data-path both name the data: give one of them.")
-        args.data_path = read_document(args.data_args_path).split()
-        if not args.data_path:
-            raise DataError(f"--data-args-path {args.data_args_path} names no data: write what --data-path would say.")
-    args.split = args.split or DEFAULT_SPLIT
 
 
 def parse_data_path(data_path: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:

@@ -1,0 +1,60 @@
+"""Flags for the text of a GPT, as Megatron's."""
+
+from __future__ import annotations
+
+import argparse
+
+from scmoe_ds.data.reader import read_document
+from scmoe_ds.errors import DataError
+from scmoe_ds.programs.flags.tokenizer import add_tokenizer
+
+DEFAULT_SPLIT = "969, 30, 1"
+SPLIT_FLAGS = ("train_data_path", "valid_data_path", "test_data_path")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Flags that name the text, its split and its tokenizer."""
+    group = parser.add_argument_group("data and tokenizer")
+    group.add_argument(
+        "--data-path",
+        nargs="+",
+        help="prefix of a .bin/.idx set, or weight prefix weight prefix …; "
+        "default: the running Python's standard library as text",
+    )
+    group.add_argument("--data-args-path", help="file that holds what --data-path would say; for long blends")
+    group.add_argument(
+        "--split", help=f"train, validation and test shares, default {DEFAULT_SPLIT}; 100,0,0: no validation"
+    )
+    for name, use in (("train", ""), ("valid", ", default: no validation"), ("test", ", evaluated once at the end")):
+        group.add_argument(f"--{name}-data-path", nargs="+", help=f"as --data-path, for this split alone{use}")
+    group.add_argument("--data-cache-path", help="where sample indices are kept; default: beside the data")
+    group.add_argument("--corpus-dir", default="data", help="where the default corpus is written")
+    add_tokenizer(group, "the type that the other flags name, or ByteTokenizer")
+    group.add_argument("--num-workers", type=int, default=0, help="data loader processes per rank")
+    group.add_argument("--seed", type=int, default=1234, help="weights, data order, dropout, gate noise")
+
+
+def resolve_data_flags(args: argparse.Namespace) -> None:
+    """Checks which data flags go together; reads --data-args-path into ``data_path`` and sets the default of ``split``.
+
+    Raises:
+        DataError: flags that exclude each other, or a file that cannot be read or names nothing.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in SPLIT_FLAGS if getattr(args, name)]
+    if given:
+        others = [name for name in ("data_path", "data_args_path", "split") if getattr(args, name)]
+        if others:
+            raise DataError(
+                f"{given[0]} names the data of one split, --{others[0].replace('_', '-')} the data of all: "
+                "give one or the other."
+            )
+        if not args.train_data_path:
+            raise DataError(f"{given[0]} without --train-data-path: there is nothing to train on. Give it, too.")
+        return
+    if args.data_args_path:
+        if args.data_path:
+            raise DataError("--data-args-path and --data-path both name the data: give one of them.")
+        args.data_path = read_document(args.data_args_path).split()
+        if not args.data_path:
+            raise DataError(f"--data-args-path {args.data_args_path} names no data: write what --data-path would say.")
+    args.split = args.split or DEFAULT_SPLIT
