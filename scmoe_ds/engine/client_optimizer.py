@@ -15,7 +15,7 @@ from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_gr
 from torch import nn
 
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.planner.adaptive import AdaptiveOverlap
 from scmoe_ds.planner.plan_text import layers_text
-from scmoe_ds.replace.convert import HookedScMoE
 from scmoe_ds.replace.hooked import HookedPair
+from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.replacement import nothing_to_apply_to
 
 ModelPair = Union[ScheduledRun, HookedPair]

@@ -8,7 +8,7 @@ No attribute here may contain the word "expert": DeepSpeed's checkpoints would t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -27,7 +27,7 @@ from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
 from scmoe_ds.moe.merge import Merge
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap import executor
-from scmoe_ds.overlap.executor import Activations, Operator, PairOutput
+from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, Step
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.tensor import mark_tensor_parallel, tensor_parallel_rule
 from scmoe_ds.planner.plan import slot_that_halves
@@ -225,11 +225,14 @@ class ScheduledRun(nn.Module):
         """`used_token`: [B, S], zero for tokens that go to no routed expert."""
         training = torch.is_grad_enabled()
         schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
-        pair = self if used_token is None else _MaskedPair(self, used_token)
         if self.recompute != "full" or not training:
-            return executor.run(pair, hidden, schedule, self.recorder)
+            return executor.run(self, hidden, schedule, self.recorder, used_token)
         recorders = iter([self.recorder])  # for the first pass alone: the second is nobody's forward
-        return recompute_run(lambda hidden: executor.run(pair, hidden, schedule, next(recorders, SILENT)), hidden)
+
+        def forward(hidden: Tensor) -> PairOutput:
+            return executor.run(self, hidden, schedule, next(recorders, SILENT), used_token)
+
+        return recompute_run(forward, hidden)
 
     def operators(self) -> list[Operator]:
         """All operators of the run, in order; see `executor.Pair`."""
@@ -238,8 +241,8 @@ class ScheduledRun(nn.Module):
             steps = [(kind, partial(recompute_operator, run)) for kind, run in steps]
         return executor.numbered(steps, self.tap)
 
-    def _steps(self) -> list[tuple[str, Callable[[Activations], Activations]]]:
-        steps: list[tuple[str, Callable[[Activations], Activations]]] = []
+    def _steps(self) -> list[tuple[str, Step]]:
+        steps: list[tuple[str, Step]] = []
         for block in cast(Sequence[Block], self.blocks):
             steps += [("attention", block.attend), ("mlp", block.feed)]
         del steps[-1]
@@ -276,7 +279,7 @@ class ScheduledRun(nn.Module):
         return executor.backbone(self)
 
     def begin(
-        self, activations: Activations, schedule: Schedule, recorder: PairRecorder, used_token: Tensor | None = None
+        self, activations: Activations, used_token: Tensor | None, schedule: Schedule, recorder: PairRecorder
     ) -> RoutedTokens:
         shortcut = activations.moe_input
         if shortcut is None:
@@ -319,11 +322,10 @@ class ScheduledRun(nn.Module):
 
     def _shared_in(self, activations: Activations) -> Activations:
         mlp = self._last.moe.mlp
-        return Activations(activations.hidden, activations.moe_input, mlp.activate(mlp.input(activations.moe_input)))
+        return activations._replace(shared_inner=mlp.activate(mlp.input(activations.moe_input)))
 
     def _shared_out(self, activations: Activations) -> Activations:
-        mlp = self._last.moe.mlp
-        return Activations(activations.hidden, activations.moe_input, mlp.output(activations.shared))
+        return activations._replace(shared=self._last.moe.mlp.output(activations.shared_inner), shared_inner=None)
 
     def _read_shortcut(self, hidden: Tensor) -> Tensor:
         """The tapped value through the shortcut's own norm, or as the operator after the tap reads it (LongCat)."""
@@ -342,11 +344,3 @@ class ScheduledRun(nn.Module):
         if chunks == "auto":
             chunks = len(slots) if isinstance(slots, tuple) else 1
         return Schedule(slots, chunks, overlap.enabled)
-
-
-class _MaskedPair:
-    """A run in a pass that has padding: what the executor asks for, with a mask for the routed experts."""
-
-    def __init__(self, run: ScheduledRun, used_token: Tensor) -> None:
-        self.tap, self.operators, self.join = run.tap, run.operators, run.join
-        self.begin = partial(run.begin, used_token=used_token)

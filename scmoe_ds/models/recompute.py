@@ -17,22 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from scmoe_ds.overlap.executor import Activations, PairOutput
+from scmoe_ds.overlap.executor import Activations, PairOutput, Step
 
 Recompute = Literal["full", "selective"]
 GRANULARITIES = ("full", "selective")
 
 
-def recompute_operator(run: Callable[[Activations], Activations], activations: Activations) -> Activations:
+def recompute_operator(run: Step, activations: Activations) -> Activations:
     """One dense operator of the backbone; whoever times its backward pass times the repetition as well."""
     if not torch.is_grad_enabled():
         return run(activations)
-
-    def forward(*tensors: Tensor | None) -> Activations:
-        return run(Activations(*tensors))  # type: ignore[arg-type]
-
     # One by one: what is kept goes through autograd's hooks, as tensors only do.
-    return checkpoint(forward, activations.hidden, activations.moe_input, activations.shared, use_reentrant=False)
+    return checkpoint(lambda *tensors: run(Activations(*tensors)), *activations, use_reentrant=False)
 
 
 def recompute_run(run: Callable[[Tensor], PairOutput], hidden: Tensor) -> PairOutput:

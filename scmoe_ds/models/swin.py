@@ -37,7 +37,7 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.replace import load_balancing_loss, replace_moe_layers
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.token_mask import TokenMask
 from scmoe_ds.replace.upcycle import MoEFeedForward
 

@@ -1,12 +1,17 @@
-"""The paper's figure in one loop: run a pair's backbone, with its routed experts at the place a schedule names.
+"""The paper's figure in one loop: a pair's backbone, and its routed experts beside it.
 
-Read `run` first. A pair is a run of Transformer blocks that ends in one with an MoE. It says where its shortcut is
-taken, which operators follow (its backbone) and how it joins the two; everything about *when* is here.
-Only communication overlaps: all computation stays on one stream, in one order.
+    tap ─► begin ──── dispatch ────► [experts] ──── combine ────► join
+     │                                                             │
+     └──► mlp ──► attention ──► shared ────────────────────────────┘      the backbone
+
+Read `run` first. A pair is a few Transformer blocks, the last of which has an MoE. It says where its shortcut is taken
+(the tap), which operators follow (its backbone) and how the two are joined. The schedule says before which operator the
+experts run. Only communication overlaps: all computation stays on one stream, in one order.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,20 +23,23 @@ from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 
-@dataclass(frozen=True)
-class Activations:
+class Activations(NamedTuple):
     """What the backbone carries from operator to operator.
 
     Attributes:
         hidden: the residual stream, [B, S, D].
         moe_input: the current layer's normalised input of shared expert and merge, [B, S, D], once it exists.
-        shared: the shared expert's output, [B, S, D], once it is computed; between its two halves, where it is split,
-            its inner activation [B, S, F].
+        shared: the shared expert's output, [B, S, D], once it is computed.
+        shared_inner: the shared expert's inner activation, [B, S, F], between its two halves, where it is split.
     """
 
     hidden: Tensor
     moe_input: Tensor | None = None
     shared: Tensor | None = None
+    shared_inner: Tensor | None = None
+
+
+Step = Callable[[Activations], Activations]
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Operator:
     kind: str
     number: int
     before_tap: bool
-    run: Callable[[Activations], Activations] = field(compare=False, repr=False)
+    run: Step = field(compare=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -57,7 +65,7 @@ class Operator:
         return " ".join(words)
 
 
-def numbered(steps: Iterable[tuple[str, Callable[[Activations], Activations]]], tap: int) -> list[Operator]:
+def numbered(steps: Iterable[tuple[str, Step]], tap: int) -> list[Operator]:
     """Makes operators of (kind, run), in order; the first `tap` of them come before the tap."""
     seen: Counter[tuple[str, bool]] = Counter()
     operators = []
@@ -81,7 +89,7 @@ class Routed(Protocol):
 class PairOutput(NamedTuple):
     """hidden [B, S, D]; the load-balancing loss (scalar); tokens per expert before drops [E].
 
-    A tuple, because a run is a module: hooks of torch and DeepSpeed find tensors in tuples, not in dataclasses.
+    A tuple, because a pair is a module: hooks of torch and DeepSpeed find tensors in tuples, not in dataclasses.
     """
 
     hidden: Tensor
@@ -99,38 +107,76 @@ class Backbone(Protocol):
 
 
 class Pair(Backbone, Protocol):
-    """What the executor asks of a run of blocks."""
+    """What the executor asks of a pair."""
 
-    def begin(self, activations: Activations, schedule: Schedule, recorder: PairRecorder) -> Routed:
+    def begin(
+        self, activations: Activations, used_token: Tensor | None, schedule: Schedule, recorder: PairRecorder
+    ) -> Routed:
         """Normalises the tapped value, gates, encodes, and sends the tokens on their way."""
 
     def join(self, routed: Routed, activations: Activations) -> PairOutput:
         """Waits for the combine, decodes, merges and adds the residual."""
 
 
-def run(pair: Pair, hidden: Tensor, schedule: Schedule, recorder: PairRecorder = SILENT) -> PairOutput:
+class Interleaving:
+    """The routed experts of one forward pass, run between the operators of the backbone as a schedule says.
+
+    Around every operator, in order: `before` its slot, and `after` it. At the end: `rest`. The loop of `run` makes
+    these calls. In a model that somebody else wrote, hooks make them (replace/hooked.py).
+    """
+
+    def __init__(self, routed: Routed, schedule: Schedule) -> None:
+        self._routed, self._slots = routed, list(schedule.slots)
+
+    def before(self, slot: float) -> None:
+        """Runs the experts on the chunks whose slot has come."""
+        while self._slots and self._slots[0] <= slot:
+            del self._slots[0]
+            self._routed.run_experts()
+
+    def after(self) -> None:
+        """Sends the tokens, if `begin` has left that to a later moment.
+
+        A GPU has the first operator to work on by now, while the host waits for the row counts to send by.
+        """
+        self._routed.send()
+
+    def rest(self) -> None:
+        """Runs the experts on all chunks that are left."""
+        self.before(math.inf)
+
+
+def run(
+    pair: Pair,
+    hidden: Tensor,
+    schedule: Schedule,
+    recorder: PairRecorder = SILENT,
+    used_token: Tensor | None = None,
+) -> PairOutput:
     """One forward pass of a pair under any schedule; its backward mirrors it by itself (see all_to_all.py).
+
+    Args:
+        hidden: [B, S, D].
+        used_token: [B, S], zero for tokens that go to no routed expert; None: all tokens do.
 
     Raises:
         ValueError: a slot beyond the backbone.
     """
     operators = pair.operators()
-    before_tap, backbone = operators[: pair.tap], operators[pair.tap :]
-    if schedule.slots[-1] > len(backbone) + 1:
-        raise ValueError(f"expert_slot {schedule.expert_slot}: the backbone has {len(backbone)} operators")
+    before_tap, after_tap = operators[: pair.tap], operators[pair.tap :]
+    if schedule.slots[-1] > len(after_tap) + 1:
+        raise ValueError(f"expert_slot {schedule.expert_slot}: the backbone has {len(after_tap)} operators")
     activations = Activations(hidden)
     for operator in before_tap:
         activations = _step(operator, activations, recorder)
     # Gate and encode go as early as possible, decode (in join) as late as possible: both windows are then longest.
-    routed = pair.begin(activations, schedule, recorder)
-    for slot, operator in enumerate(backbone, start=1):
-        for _ in range(schedule.chunks_at(slot)):
-            routed.run_experts()
+    routed = pair.begin(activations, used_token, schedule, recorder)
+    experts = Interleaving(routed, schedule)
+    for slot, operator in enumerate(after_tap, start=1):
+        experts.before(slot)
         activations = _step(operator, activations, recorder)
-        # A GPU has the first operator to work on by now, while the host waits for the row counts to send by.
-        routed.send()
-    for _ in range(schedule.chunks_at(len(backbone) + 1)):
-        routed.run_experts()
+        experts.after()
+    experts.rest()
     return pair.join(routed, activations)
 
 
@@ -140,7 +186,5 @@ def backbone(pair: Backbone) -> list[Operator]:
 
 
 def _step(operator: Operator, activations: Activations, recorder: PairRecorder) -> Activations:
-    label = operator.label
-    entering = Activations(*recorder.open(label, activations.hidden, activations.moe_input, activations.shared))
-    leaving = operator.run(entering)
-    return Activations(*recorder.close(label, leaving.hidden, leaving.moe_input, leaving.shared))
+    leaving = operator.run(Activations(*recorder.open(operator.label, *activations)))
+    return Activations(*recorder.close(operator.label, *leaving))

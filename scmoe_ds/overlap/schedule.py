@@ -39,7 +39,3 @@ class Schedule:
     def slots(self) -> tuple[int, ...]:
         """The slot of every chunk, [num_chunks]."""
         return self.expert_slot if isinstance(self.expert_slot, tuple) else (self.expert_slot,) * self.num_chunks
-
-    def chunks_at(self, slot: int) -> int:
-        """How many chunks run before operator number `slot`."""
-        return self.slots.count(slot)

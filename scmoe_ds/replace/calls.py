@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from scmoe_ds.trace.recorder import PairRecorder
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -20,20 +21,8 @@ def first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
     return None
 
 
-def checkpoint_region() -> object:
-    """Identifies the activation checkpoint that surrounds the call; None outside of any."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
-
-
-def recomputes(region: object) -> bool:
-    """Whether torch's activation checkpointing repeats a forward pass there."""
-    return getattr(region, "__qualname__", "").startswith("_recomputation_hook")
-
-
-def marked_inputs(
-    recorder: PairRecorder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def marked_inputs(recorder: PairRecorder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The arguments of a call, the first floating-point tensor among them marked as the start of a region."""
     for index, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
             (marked,) = recorder.open(name, value)
@@ -45,10 +34,28 @@ def marked_inputs(
     return args, kwargs
 
 
-def parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def marked_output(recorder: PairRecorder, name: str, output: Any) -> Any:
+    """The output of a call, marked as the end of a region: the first of a tuple, or the tensor that it is."""
+    if not isinstance(output, tuple):
+        return recorder.close(name, output)[0]
+    return (*recorder.close(name, output[0]), *output[1:])
+
+
+def operators_in(block: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts of a block that have parameters, are no norms and do not hold the layer, by name."""
+    return [
+        (name, part)
+        for name, part in _parts(block)
+        if "norm" not in type(part).__name__.lower()
+        and all(module is not layer for module in part.modules())
+        and any(True for _ in part.parameters())
+    ]
+
+
+def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Its children. Lists and dicts of modules are never called: their children stand for them."""
     for name, child in block.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from ((f"{name}.{inner}", each) for inner, each in parts(child))
+            yield from ((f"{name}.{inner}", each) for inner, each in _parts(child))
         else:
             yield name, child

@@ -1,19 +1,21 @@
-"""The executor's loop taken apart into hooks, for models whose forward pass is somebody else's.
+"""A pair in a model whose forward pass is somebody else's: hooks make the calls that the executor's loop makes.
 
     hook at the tap                  begin: gate, encode, dispatch in flight
-    hook before every operator       the experts' chunks whose slot it is
-    the MoE layer's own forward      what is left of the chunks, shared expert, finish
+    hook before every operator       Interleaving.before: the chunks of the experts whose slot it is
+    hook after every operator        Interleaving.after: the first one sends the tokens
+    the MoE layer's own forward      the shared expert, Interleaving.rest, finish
 
-Which operators run between tap and layer is seen in the first forward pass, which does everything in the layer, without
-overlap. Operators are the children of the blocks between the two that have parameters and are no norms.
+Operators are the children of the blocks between tap and layer that have parameters and are no norms. Which of them run,
+and in which order, shows in the first forward pass. That pass runs in one piece: everything is done in the layer,
+without overlap.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,75 +23,54 @@ from torch import Tensor, nn
 
 from scmoe_ds.config.section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.routed import RoutedTokens
-from scmoe_ds.overlap.executor import Activations, Operator, numbered
+from scmoe_ds.moe.layer import ScMoE
+from scmoe_ds.overlap.executor import Operator
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import slot_that_halves
-from scmoe_ds.replace.calls import checkpoint_region, first_hidden, marked_inputs, parts, recomputes
+from scmoe_ds.replace.calls import Call, first_hidden, operators_in
+from scmoe_ds.replace.hooked_pass import HookedPass, hooked_operators
+from scmoe_ds.replace.recomputation import Recomputation, checkpoint_region, is_repeated
 from scmoe_ds.replace.tap_check import TapCheck
+from scmoe_ds.replace.taps import Tap
+from scmoe_ds.replace.token_mask import TokenMask
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
-
-if TYPE_CHECKING:
-    from scmoe_ds.replace.convert import HookedScMoE
-    from scmoe_ds.replace.taps import Tap
-    from scmoe_ds.replace.token_mask import TokenMask
 
 logger = logging.getLogger("scmoe_ds")
 
 
-@dataclass
-class _Flight:
-    """One forward pass between tap and layer."""
-
-    value: Tensor
-    boundary: object
-    schedule: Schedule
-    recorder: PairRecorder
-    routed: RoutedTokens | None = None
-    chunks_run: int = 0
-    operators: list[str] = field(default_factory=list)
-    entered: nn.Module | None = None
-
-    def run_experts(self, chunks: int) -> None:
-        if self.routed is not None:
-            for _ in range(chunks):
-                self.routed.run_experts()
-            self.chunks_run += chunks
-
-
 @dataclass(frozen=True)
 class _Seen:
-    """What the first forward pass of a mode (with or without gradients) has shown.
+    """What the first pass with gradients, or without, has shown.
 
     Attributes:
-        operators: names of those between tap and layer, in order.
-        is_cut: an activation checkpoint begins between the two, or the layer itself is told which tokens are padding:
-            everything is done in the layer.
+        kinds: of the operators between tap and layer, in order.
+        in_pieces: whether later passes can run in pieces. They cannot if an activation checkpoint begins between tap
+            and layer, or if the layer itself is told which tokens are padding.
     """
 
-    operators: tuple[str, ...]
-    is_cut: bool
+    kinds: tuple[str, ...]
+    in_pieces: bool
 
 
 class HookedPair:
-    """Feeds one MoE layer from its tap; a pair for planner, calibration and trace like the executor's.
+    """Feeds one MoE layer from its tap; a pair for planner, calibration and trace like those of models/pairs.py.
 
     Args:
         name: the layer's path.
-        layer: the layer, which calls `join`.
+        layer: calls `join`.
         tap: where its shortcut comes from.
         norm: what the tapped value goes through; None: nothing.
         overlap: the section's "overlap".
 
     Attributes:
-        schedule, forward_schedule, recorder: as those of models.blocks.ScheduledRun.
+        schedule, forward_schedule, recorder: as those of models.pairs.StagedPair.
         token_mask: knows which tokens are padding; None: there is no padding.
     """
 
     tap = 0  # all of `operators` is backbone
     token_mask: TokenMask | None = None
 
-    def __init__(self, name: str, layer: HookedScMoE, tap: Tap, norm: nn.Module | None, overlap: OverlapConfig) -> None:
+    def __init__(self, name: str, layer: ScMoE, tap: Tap, norm: nn.Module | None, overlap: OverlapConfig) -> None:
         self.name, self.layer, self.place, self.norm, self.overlap = name, layer, tap, norm, overlap
         slot, chunks = overlap.expert_slot, overlap.num_chunks
         slots = tuple(slot) if isinstance(slot, list) else 1 if isinstance(slot, str) else slot
@@ -98,18 +79,15 @@ class HookedPair:
         self.schedule = Schedule(slots, chunks, overlap.enabled)
         self.forward_schedule: Schedule | None = None
         self.recorder: PairRecorder = SILENT
-        self._seen: dict[bool, _Seen] = {}  # by whether gradients are wanted
-        self._flight: _Flight | None = None
-        # For recomputation when a checkpoint boundary cuts the pair: the tapped value, and part of the layer's input.
-        self._kept: tuple[Tensor, Tensor] | None = None
-        self._apart = False  # whether the last forward pass ran in pieces, not all of it in the layer
-        self._sizes: dict[str, int] = {}
-        self._handles: list[Any] = []
+        self._pass: HookedPass | None = None
+        self._seen: dict[bool, _Seen] = {}  # by whether there are gradients
+        self._recomputation = Recomputation(name, tap)
         self._check = None if tap.is_users else TapCheck(name, tap)  # until the first pass is over
-        self._attach()
+        self._sizes = {kind: _size(module) for kind, module in self._modules()}
+        self._handles = self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_flight": None, "_kept": None}  # of a pass, which a copy has not had
+        return {**self.__dict__, "_pass": None}  # which a copy has not had
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -119,15 +97,13 @@ class HookedPair:
     def operators(self) -> list[Operator]:
         """The backbone's operators, once a forward pass has shown them; for reading, not to be run."""
         seen = self._seen.get(True) or self._seen.get(False)
-        kinds = [*(seen.operators if seen else ()), "shared"]
-        return numbered([(kind, _not_to_be_run) for kind in kinds], self.tap)
+        return hooked_operators([*(seen.kinds if seen else ()), "shared"])
 
     def facts(self) -> dict[str, Any]:
         """What this pair's times depend on, beside its layer; JSON values."""
         blocks = [type(block).__name__ for _, block in self.place.blocks]
-        parameters = sum(self._sizes.values()) + sum(each.numel() for each in self.layer.parameters())
         origin = f"from the {self.place.side} of {type(self.place.module).__name__}"
-        return {"operators": [*blocks, origin], "parameters": parameters}
+        return {"operators": [*blocks, origin], "parameters": sum(self._sizes.values()) + _size(self.layer)}
 
     def detach(self) -> None:
         """Removes all hooks."""
@@ -136,104 +112,56 @@ class HookedPair:
         self._handles.clear()
         if self._check is not None:
             self._check.remove()
-        self._flight = self._kept = None
+        self._pass = None
+        self._recomputation.forget()
 
-    def _attach(self) -> None:
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        return [each for _, block in self.place.blocks for each in operators_in(block, self.layer)]
+
+    def _attach(self) -> list[Any]:
+        module = self.place.module
         if self.place.side == "input":
-            handle = self.place.module.register_forward_pre_hook(self._before_tap, with_kwargs=True)
+            handles = [module.register_forward_pre_hook(self._before_tap, with_kwargs=True)]
         else:
-            handle = self.place.module.register_forward_hook(self._after_tap)
-        self._handles.append(handle)
-        for name, module in self._candidates():
-            self._sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+            handles = [module.register_forward_hook(self._after_tap)]
+        for kind, module in self._modules():
             # No closure, which would lead a copy of the model back to this pair.
-            self._handles.append(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after))
-
-    def _candidates(self) -> list[tuple[str, nn.Module]]:
-        found = []
-        for _, block in self.place.blocks:
-            for name, child in parts(block):
-                is_norm = "norm" in type(child).__name__.lower()
-                holds_layer = any(module is self.layer for module in child.modules())
-                if not is_norm and not holds_layer and any(True for _ in child.parameters()):
-                    found.append((name, child))
-        return found
+            handles.append(module.register_forward_pre_hook(partial(self._before, kind), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._after))
+        return handles
 
     def _before_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._take(first_hidden(args, kwargs))
+        self._begin_pass(first_hidden(args, kwargs))
 
     def _after_tap(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._take(first_hidden((output,), {}))
+        self._begin_pass(first_hidden((output,), {}))
 
-    def _take(self, value: Tensor | None) -> None:
+    def _begin_pass(self, value: Tensor | None) -> None:
         if value is None:
             raise RuntimeError(
                 f"{self.place.module_name}: no floating-point tensor to tap for {self.name}; set scmoe.tap"
             )
-        training = torch.is_grad_enabled()
+        recomputation, training, repeats = self._recomputation, torch.is_grad_enabled(), is_repeated()
+        if recomputation.is_of_the_tap_alone():
+            return
         schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
-        region = checkpoint_region()
-        if recomputes(region) and not self._apart and self._kept is not None:
-            return  # the tap's own block is repeated; the layer's was before, with the value that is kept
-        self._flight = _Flight(value, _RECOMPUTED if recomputes(region) else region, schedule, self.recorder)
-        if not recomputes(region):  # which has to do what the first pass did
+        self._pass = HookedPass(value, schedule, self.recorder, checkpoint_region(), repeats)
+        if not repeats:  # otherwise it does what the first pass did
             seen = self._seen.get(training)
-            self._apart = seen is not None and not seen.is_cut
+            recomputation.in_pieces = seen is not None and seen.in_pieces
         if self._check is not None:
             self._check.tapped()
-        if self._apart:
-            self._flight.routed = self._begin(self._flight)
+        if recomputation.in_pieces:
+            self._pass.begin(self.layer, self.norm, self._used_token(value))
 
-    def _begin(self, flight: _Flight, used_token: Tensor | None = None) -> RoutedTokens:
-        if used_token is None and self.token_mask is not None:
-            used_token = self.token_mask.of(flight.value)
-        (value,) = flight.recorder.open("shortcut norm", flight.value)
-        # Past the module's hooks: the backbone calls it as well, and may not be seen to do so twice.
-        shortcut = value if self.norm is None else self.norm.forward(value)
-        (shortcut,) = flight.recorder.close("shortcut norm", shortcut)
-        return self.layer.begin(
-            shortcut,
-            used_token,
-            blocking=not flight.schedule.overlap,
-            num_chunks=flight.schedule.num_chunks,
-            recorder=flight.recorder,
-        )
+    def _used_token(self, value: Tensor) -> Tensor | None:
+        return None if self.token_mask is None else self.token_mask.of(value)
 
-    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        flight = self._flight
-        if flight is None:
-            return None
-        # An operator that has not come back is tried once more: Megatron-DeepSpeed calls its attention with a
-        # keyword first, and without it after a TypeError.
-        if flight.entered is not module:
-            flight.operators.append(name)
-            flight.run_experts(flight.schedule.chunks_at(len(flight.operators)))
-        flight.entered = module
-        if flight.routed is None or flight.recorder is SILENT:
-            return None
-        return marked_inputs(flight.recorder, self._distinct(flight), args, kwargs)
+    def _before(self, kind: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        return None if self._pass is None else self._pass.enter(kind, module, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        flight = self._flight
-        if flight is None or flight.entered is not module:  # the tap lies in the operator itself
-            return None
-        flight.entered = None
-        if flight.routed is None:
-            return None
-        marked = None
-        if flight.recorder is not SILENT:
-            first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-            (first,) = flight.recorder.close(self._distinct(flight), first)
-            marked = first if rest is None else (first, *rest)
-        flight.routed.send()
-        return marked
-
-    @staticmethod
-    def _distinct(flight: _Flight) -> str:
-        name = flight.operators[-1]
-        number = flight.operators.count(name)
-        return name if number == 1 else f"{name} {number}"
+        return None if self._pass is None else self._pass.leave(module, output)
 
     def join(self, hidden_states: Tensor, used_token: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's forward: what has not run yet, shared expert, finish.
@@ -241,35 +169,32 @@ class HookedPair:
         Raises:
             RuntimeError: the tap has not run, or taps something of another shape.
         """
-        flight, self._flight = self._flight, None
-        if flight is None:
-            flight = self._recomputed(hidden_states)
-        if flight.value.shape != hidden_states.shape:
+        current, self._pass = self._pass, None
+        if current is None:
+            value = self._recomputation.tapped(hidden_states, self._seen.keys() == {False})
+            current = HookedPass(value, self.schedule, SILENT, repeats=True)
+        if current.value.shape != hidden_states.shape:
             raise RuntimeError(
                 f"{self.name} reads {tuple(hidden_states.shape)}, but its tap {self.place.module_name} "
-                f"{tuple(flight.value.shape)}: a stage boundary lies between them. Choose another position for this "
+                f"{tuple(current.value.shape)}: a stage boundary lies between them. Choose another position for this "
                 "layer (scmoe.first_layer_position for the first one), or set scmoe.tap"
             )
-        if flight.routed is not None and used_token is not None:
-            self._take_back(flight)
-        if flight.routed is None:
-            self._look_back(flight, hidden_states, used_token is not None)
-            flight.schedule = replace(flight.schedule, expert_slot=1, num_chunks=1)
-            flight.routed = self._begin(flight, used_token)
-        shared_slot = len(flight.operators) + 1
-        flight.run_experts(self._due(flight, shared_slot))
-        (entering,) = flight.recorder.open("shared", hidden_states)
-        (shared,) = flight.recorder.close("shared", self.layer.shared(entering))
-        flight.run_experts(flight.schedule.num_chunks - flight.chunks_run)
-        return self.layer.finish(flight.routed, entering, shared)
+        if current.routed is not None and used_token is not None:
+            self._take_back(current)
+        if current.routed is None:
+            if not current.repeats:
+                self._look_back(current, hidden_states, used_token is not None)
+            current.schedule = replace(current.schedule, expert_slot=1, num_chunks=1)
+            used_token = self._used_token(current.value) if used_token is None else used_token
+            current.begin(self.layer, self.norm, used_token)
+        return current.join(self.layer, hidden_states)
 
-    def _take_back(self, flight: _Flight) -> None:
-        """The layer is told of padding when its tokens have left the tap: their results are thrown away.
+    def _take_back(self, current: HookedPass) -> None:
+        """The layer is told of padding when its tokens have left the tap: drops their results, and begins anew.
 
         Raises:
             RuntimeError: other ranks, which may have been told nothing, would have to do the same.
         """
-        assert flight.routed is not None
         where = f"{self.name}: used_token is not known at the tap {self.place.module_name}"
         if self.layer.transport.size > 1:
             raise RuntimeError(
@@ -277,58 +202,28 @@ class HookedPair:
                 "used_token in every forward pass from the first one on, with ones where there is no "
                 "padding"
             )
-        flight.run_experts(flight.schedule.num_chunks - flight.chunks_run)
-        flight.routed.collect()
-        flight.routed, flight.chunks_run = None, 0
-        self._seen = {mode: replace(seen, is_cut=True) for mode, seen in self._seen.items()}
+        current.throw_away()
+        self._seen = {mode: replace(seen, in_pieces=False) for mode, seen in self._seen.items()}
         logger.warning(
             "%s: the layer runs without overlap from now on. Hand the mask to the model as attention_mask "
             "[batch, sequence]",
             where,
         )
 
-    @staticmethod
-    def _due(flight: _Flight, slot: int) -> int:
-        """Chunks up to a slot that have not run: more than that slot's own where operators were left out."""
-        return sum(flight.schedule.chunks_at(each) for each in range(1, slot + 1)) - flight.chunks_run
-
-    def _recomputed(self, hidden_states: Tensor) -> _Flight:
-        """A block is computed again in the backward pass, and its tap, in another block, is not."""
-        if self._kept is not None:
-            tapped, read = self._kept
-            if not torch.equal(read, _sample(hidden_states)):
-                raise RuntimeError(
-                    f"{self.name}: several forward passes before a backward pass, while an activation checkpoint cuts "
-                    f"it from its tap {self.place.module_name}, which is known of the last pass alone. Run each "
-                    "backward pass after its forward pass, or checkpoint runs of blocks that hold both"
-                )
-            value = tapped.detach().requires_grad_(tapped.requires_grad)
-            return _Flight(value, _RECOMPUTED, self.schedule, SILENT)
-        if torch.is_grad_enabled() and self._seen.keys() == {False}:
-            raise RuntimeError(
-                f"{self.name} is computed again, but not its tap {self.place.module_name}: reentrant activation "
-                "checkpointing (DeepSpeed's, or torch's with use_reentrant=True) cuts them apart. Let one checkpoint "
-                "hold both blocks (Megatron-DeepSpeed: --checkpoint-num-layers 2), or set scmoe.tap to a module inside "
-                'the layer\'s own block, e.g. "{block}.input_layernorm:input", which is Pos-1'
-            )
-        raise RuntimeError(
-            f"{self.name} ran, but not its tap {self.place.module_name} before it; set scmoe.tap to a module that "
-            "does. Blocks that share one MoE cannot be replaced: give each its own"
-        )
-
-    def _look_back(self, flight: _Flight, hidden_states: Tensor, is_masked: bool) -> None:
-        """Notes what the first forward pass of this mode has shown; with a mask, the layer goes on to wait for it."""
-        training = torch.is_grad_enabled()
-        if flight.boundary is _RECOMPUTED:
-            return
+    def _look_back(self, current: HookedPass, hidden_states: Tensor, is_masked: bool) -> None:
+        """Notes what the first pass of this mode has shown; with a mask, the layer goes on to wait for it."""
         if self._check is not None:
-            self._check.finish(flight.value)
+            self._check.finish(current.value)
             self._check = None
-        is_cut = flight.boundary is not checkpoint_region()
-        self._kept = (flight.value, _sample(hidden_states)) if is_cut else None
+        is_cut = current.region is not checkpoint_region()
+        if is_cut:
+            self._recomputation.keep(current.value, hidden_states)
+        else:
+            self._recomputation.forget()
+        training = torch.is_grad_enabled()
         if training in self._seen:
             return
-        self._seen[training] = _Seen(tuple(flight.operators), is_cut or is_masked)
+        self._seen[training] = _Seen(tuple(current.kinds), not is_cut and not is_masked)
         if is_cut:
             logger.warning(
                 "%s: an activation checkpoint begins between it and its tap %s; it runs without overlap. "
@@ -336,25 +231,16 @@ class HookedPair:
                 self.name,
                 self.place.module_name,
             )
-        sizes = [self._sizes[name] for name in flight.operators]
-        sizes.append(sum(parameter.numel() for parameter in self.layer.mlp.parameters()))
+        sizes = [*(self._sizes[kind] for kind in current.kinds), _size(self.layer.mlp)]
         if isinstance(self.overlap.expert_slot, str):
             self.schedule = replace(self.schedule, expert_slot=slot_that_halves(sizes))
         elif self.schedule.slots[-1] > len(sizes) + 1:
-            names = ", ".join([*flight.operators, "shared"])
+            names = ", ".join([*current.kinds, "shared"])
             raise ScMoEConfigError(
                 f"scmoe.overlap.expert_slot = {self.overlap.expert_slot}: the backbone of {self.name} has {len(sizes)} "
                 f"operators ({names}); use 1 … {len(sizes) + 1}"
             )
 
 
-_RECOMPUTED = object()
-
-
-def _sample(hidden_states: Tensor) -> Tensor:
-    """Enough of a value to tell it from that of another forward pass."""
-    return hidden_states.detach().flatten()[:256].clone()
-
-
-def _not_to_be_run(activations: Activations) -> Activations:
-    raise RuntimeError("the operators of a replaced layer are the model's own modules")
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -12,8 +12,9 @@ from torch import nn
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.replace.convert import HookedScMoE, convert, routed_experts_per_token
+from scmoe_ds.replace.convert import convert, routed_experts_per_token
 from scmoe_ds.replace.hooked import HookedPair
+from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.taps import Tap, find_tap
 from scmoe_ds.replace.token_mask import TokenMask
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.replace.calls import checkpoint_region
+from scmoe_ds.replace.recomputation import checkpoint_region
 
 logger = logging.getLogger("scmoe_ds")
 

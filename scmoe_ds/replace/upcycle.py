@@ -16,7 +16,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.experts import TwoProjections
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.replacement import replace_moe_layers
 from scmoe_ds.replace.taps import MLP_NAMES, POST_ATTENTION_NORMS
 from scmoe_ds.replace.token_mask import TokenMask

@@ -23,7 +23,7 @@ from scmoe_ds import ScMoEConfig, load_balancing_loss, moe_from_dense
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 from tests.helpers.blocks import Block
 from tests.helpers.hugging_face import FAMILIES
 
@@ -106,7 +106,7 @@ def train_one(family: str, ep: int, overlap: bool, directory: str | None) -> Tra
     train(engine, losses, STEPS)
     weights = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     assert len(engine.overlap.pairs) == 2
-    overlapped = all(pair._apart and pair.schedule.overlap for pair in engine.overlap.pairs)
+    overlapped = all(pair._recomputation.in_pieces and pair.schedule.overlap for pair in engine.overlap.pairs)
     trained = Trained(losses, weights, overlapped)
     if directory is not None:
         engine.save_checkpoint(directory, tag=family)
@@ -214,7 +214,7 @@ def compute(position: str, shortcut_norm: str, ep: int) -> dict[str, dict[str, T
     hidden = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
     computed(replaced, hidden)  # the first pass looks for operators and overlaps nothing
     found = {"replaced": computed(replaced, hidden), "direct": computed(direct, hidden)}
-    assert all(each.pair._apart for each in replaced.modules() if isinstance(each, HookedScMoE))
+    assert all(each.pair._recomputation.in_pieces for each in replaced.modules() if isinstance(each, HookedScMoE))
     first = ep_rank * EXPERTS // ep
     return {model: {numbered(name, first): value for name, value in each.items()} for model, each in found.items()}
 

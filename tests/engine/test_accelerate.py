@@ -8,7 +8,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 
 import scmoe_ds
 from scmoe_ds.engine import connect, parameter_groups
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 from tests.helpers.hugging_face import VOCABULARY, gpt2
 
 
@@ -35,4 +35,4 @@ def test_accelerate_trains_a_replaced_model_with_overlap() -> None:
                 losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     layers = [module for module in model.modules() if isinstance(module, HookedScMoE)]
-    assert len(layers) == 2 and all(layer.pair is not None and layer.pair._apart for layer in layers)
+    assert len(layers) == 2 and all(layer.pair is not None and layer.pair._recomputation.in_pieces for layer in layers)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import scmoe_ds
 from scmoe_ds import ScMoE, ScMoEConfigError
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 from tests.helpers.blocks import Block
 
 ADAM = {"lr": 1e-2, "weight_decay": 0.1}

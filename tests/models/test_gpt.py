@@ -108,7 +108,7 @@ def test_every_parameter_gets_a_gradient(moe_every: int, position: str, architec
 
 def test_first_layer_position_and_schedules() -> None:
     model = build(position="pos2", first_layer_position="pos1")
-    names = [[operator.name for operator in run.backbone()] for run in model.scheduled_runs()]
+    names = [[operator.label for operator in run.backbone()] for run in model.scheduled_runs()]
     assert names == [["attention", "shared"], ["mlp", "attention", "shared"]]
     # Half of the FLOPs: pos2 is mlp, attention, shared = 16384, ~9216, 16384 per token.
     assert [run.schedule.expert_slot for run in model.scheduled_runs()] == [2, 2]

@@ -20,7 +20,7 @@ from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.programs import pretrain_swin as pretrain_swin_program
 from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "ds_configs" / "swin_digits_cpu.json")

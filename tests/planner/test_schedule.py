@@ -44,8 +44,6 @@ def test_slots_of_chunks() -> None:
     assert Schedule(2, 3).slots == (2, 2, 2)
     schedule = Schedule((1, 3, 3), 3)
     assert schedule.slots == (1, 3, 3)
-    assert [schedule.chunks_at(slot) for slot in (1, 2, 3, 4)] == [1, 0, 2, 0]
-    assert [Schedule(2, 3).chunks_at(slot) for slot in (1, 2, 3)] == [0, 3, 0]
 
 
 def test_a_list_of_slots_becomes_a_tuple() -> None:
@@ -70,7 +68,7 @@ class _Pair:
         names = ("first attention", "mlp", "attention", "shared")
         return numbered([(name, lambda activations, name=name: step(name, activations)) for name in names], self.tap)
 
-    def begin(self, activations: Activations, schedule: Schedule, recorder: object) -> _Pair:
+    def begin(self, activations: Activations, used_token: object, schedule: Schedule, recorder: object) -> _Pair:
         self.events.append(f"begin {schedule.num_chunks}{'' if schedule.overlap else ' blocking'}")
         return self
 

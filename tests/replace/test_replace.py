@@ -21,7 +21,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace import replace_moe_layers, undo_replacement
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.trace.recorder import Recorder
 
 SETTINGS = GPTSettings(4, 16, 2, 32, 12)
@@ -343,7 +343,7 @@ def test_operators_are_the_models_own_each_of_them_once() -> None:
         run(model)
         results.append(run(model))
         pair = replaced_layers(model)[0].pair
-        assert [operator.name for operator in pair.operators()] == ["mlp", "self_attn", "cross", "shared"]
+        assert [operator.label for operator in pair.operators()] == ["mlp", "self_attn", "cross", "shared"]
         assert slot == "auto" or pair.schedule.expert_slot == slot
     for found in results[1:]:
         require_equal(found, results[0], 1e-6)
@@ -421,12 +421,13 @@ def test_a_copy_of_a_replaced_model_feeds_itself(make_copy: Callable[[nn.Module]
     for pass_number, want in enumerate(expected):
         require_equal(run(other), want)
         assert all(
-            layer.pair is not None and layer.pair._apart == (pass_number > 0) for layer in replaced_layers(other)
+            layer.pair is not None and layer.pair._recomputation.in_pieces == (pass_number > 0)
+            for layer in replaced_layers(other)
         )
     for one, two in zip(replaced_layers(model), replaced_layers(other), strict=True):
         assert one.pair is not None and two.pair is not None and one.pair is not two.pair
-        names = [each.name for each in one.pair.operators()]
-        assert names == [each.name for each in two.pair.operators()] and len(names) > 1
+        names = [each.label for each in one.pair.operators()]
+        assert names == [each.label for each in two.pair.operators()] and len(names) > 1
         assert two.pair.recorder is one.pair.recorder
     undo_replacement(other)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())

@@ -11,7 +11,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from scmoe_ds import ScMoEConfig, ScMoEConfigError, moe_from_dense, replace_moe_layers
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 
 SIZES = dict(
     vocab_size=48,
@@ -146,7 +146,7 @@ def test_a_norm_of_the_branch_is_refused_and_the_remedy_works() -> None:
         model = replace_moe_layers(sandwiches(), config(tap=tap))
         for _ in range(2):
             model(torch.randn(2, 4, 8)).square().mean().backward()
-        assert [operator.name for operator in first_pair(model).operators()] == ["mlp", "attention", "shared"]
+        assert [operator.label for operator in first_pair(model).operators()] == ["mlp", "attention", "shared"]
 
 
 class Apart(nn.Module):
@@ -192,7 +192,7 @@ def test_layers_in_a_list_of_their_own_take_a_tap_by_its_path() -> None:
     model = replace_moe_layers(InAList(), config(tap="norm:input"))
     for _ in range(2):
         model(torch.randn(2, 4, 8)).square().mean().backward()
-    names = [[operator.name for operator in layer.pair.operators()] for layer in model.moes]
+    names = [[operator.label for operator in layer.pair.operators()] for layer in model.moes]
     assert names == [["middle", "shared"], ["middle", "moes.0", "shared"]]
     with pytest.raises(ScMoEConfigError, match=r"moes\.0 .*has no norm"):
         replace_moe_layers(InAList(), config(position="pos1"))

@@ -242,7 +242,7 @@ def test_used_token_that_the_layer_is_told(
         assert ("runs without overlap from now on" in caplog.text) == (number == warned)
     assert feeds(told)[0].counts == feeds(masked)[0].counts
     assert feeds(told)[0].counts == [16 if mask is None else int(mask.sum()) for mask in masks]
-    assert [feeds(model)[0].moe.pair._apart for model in (told, masked)] == [False, True]
+    assert [feeds(model)[0].moe.pair._recomputation.in_pieces for model in (told, masked)] == [False, True]
 
 
 def test_undoing_keeps_the_mask_of_moe_from_dense_and_removes_hooks() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import scmoe_ds
 from scmoe_ds import ScMoEConfig, ScMoEConfigError, load_balancing_loss, moe_from_dense
-from scmoe_ds.replace.convert import HookedScMoE
+from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.upcycle import MoEFeedForward
 from tests.helpers.hugging_face import FAMILIES, VOCABULARY
 
@@ -184,7 +184,7 @@ def test_gradient_checkpointing_of_hugging_face(place: dict[str, str], is_cut: b
             model.zero_grad()
             (logits(model).square().mean() + load_balancing_loss(model)).backward()
         found.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
-    assert [layer.pair._seen[True].is_cut for layer in made(model).values()] == [is_cut] * 2
+    assert [layer.pair._seen[True].in_pieces for layer in made(model).values()] == [not is_cut] * 2
     plain, again = found
     assert plain.keys() == again.keys() and len(plain) > 50
     for name, gradient in plain.items():

@@ -1,0 +1,33 @@
+"""The layer that takes the place of a `deepspeed.moe.layer.MoE`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from scmoe_ds.moe.layer import ScMoE
+from scmoe_ds.replace.hooked import HookedPair
+
+
+class HookedScMoE(ScMoE):
+    """A ScMoE in the place of a MoE; a `HookedPair` feeds it from an earlier layer.
+
+    Attributes:
+        pair: None: the routed experts read the layer's own input, as DeepSpeed's do.
+    """
+
+    pair: HookedPair | None = None
+    shortcut_norm: nn.Module | None  # a default here would hide the module of that name
+
+    def _check_rank(self) -> None:
+        # DeepSpeed initialised the experts, alike on all ranks: that the tensor-parallel size was not known yet when
+        # the layer was replaced has spoilt nothing.
+        self.ep_rank = self._expected_rank()
+        super()._check_rank()
+
+    def forward(
+        self, hidden_states: Tensor, used_token: Tensor | None = None, shortcut: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As DeepSpeed's MoE; the shortcut comes from the pair."""
+        if self.pair is None or shortcut is not None:
+            return super().forward(hidden_states, used_token, shortcut)
+        return self.pair.join(hidden_states, used_token)
