@@ -131,12 +131,12 @@ class HookedPair:
         return handles
 
     def _before_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._begin_pass(first_hidden(args, kwargs))
+        self._take(first_hidden(args, kwargs))
 
     def _after_tap(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._begin_pass(first_hidden((output,), {}))
+        self._take(first_hidden((output,), {}))
 
-    def _begin_pass(self, value: Tensor | None) -> None:
+    def _take(self, value: Tensor | None) -> None:
         if value is None:
             raise RuntimeError(
                 f"{self.place.module_name}: no floating-point tensor to tap for {self.name}; set scmoe.tap"
