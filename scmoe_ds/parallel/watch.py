@@ -21,15 +21,15 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe_ds.parallel import stopping
-from scmoe_ds.parallel.guardian import Lines
+from scmoe_ds.parallel.guardian.lines import Lines
 from scmoe_ds.parallel.launchers import launchers
 
-_PROGRAM = Path(__file__).with_name("guardian.py")
+_PROGRAM = Path(__file__).with_name("guardian")
 _BEAT_S = 1.0
 _OWN_WORDS_S = 5.0
 """When the job is dead, the main thread has this long to end by itself, with its own message."""
 _STANDS_S = 3.0
-_IN_COLLECTIVE = re.compile(r"torch.distributed|scmoe_ds.overlap|agreed|wait_for_all")
+_IN_COLLECTIVE = re.compile(r"torch.distributed|scmoe_ds.comm|agreed|wait_for_all")
 NOTE_LENGTH = 400
 
 active: Watch | None = None

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from scmoe_ds.parallel import guardian
-from scmoe_ds.parallel.guardian import Guardian, Lines
+from scmoe_ds.parallel.guardian import limits
+from scmoe_ds.parallel.guardian.guardian import Guardian
+from scmoe_ds.parallel.guardian.lines import Lines
+from scmoe_ds.parallel.guardian.processes import Process
 
 PATIENCE_S = 30.0
 
@@ -59,7 +61,7 @@ Start = Callable[..., Rank]
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     ranks: list[Rank] = []
     for name, value in {"TICK_S": 0.02, "SILENT_S": 0.2, "GRACE_S": 0.5, "LINGER_S": 2.0}.items():
-        monkeypatch.setattr(guardian, name, value)
+        monkeypatch.setattr(limits, name, value)
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # this process keeps its stderr
 
     def begin(rank: int = 0, ranks_in_all: int = 1, timeout: float = 1.0, launchers: tuple[int, ...] = ()) -> Rank:
@@ -77,7 +79,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 def two(start: Start, timeout: float = 1.0) -> tuple[Rank, Rank]:
     first, second = start(0, 2, timeout), start(1, 2, timeout)
-    second.control.send({"hub": ["127.0.0.1", first.hears("port"), first.guardian.token]})
+    second.control.send({"hub": ["127.0.0.1", first.hears("port"), first.guardian.others.token]})
     return first, second
 
 
@@ -133,7 +135,7 @@ def test_a_process_whose_name_is_cut_within_a_character() -> None:
         name.write_bytes("обучение".encode()[:15])
         with pytest.raises(UnicodeDecodeError):
             name.read_text(encoding="utf-8")
-        assert guardian.Process(os.getpid()).state in ("R", "S")
+        assert Process(os.getpid()).state in ("R", "S")
     finally:
         name.write_bytes(before.rstrip())
 
@@ -179,7 +181,7 @@ def test_a_rank_that_is_paused_alone_ends_the_job(start: Start) -> None:
     first = start(0, 2)
     launcher = subprocess.Popen(["sleep", "1000"])
     second = start(1, 2, launchers=(launcher.pid,))
-    second.control.send({"hub": ["127.0.0.1", first.hears("port"), first.guardian.token]})
+    second.control.send({"hub": ["127.0.0.1", first.hears("port"), first.guardian.others.token]})
     first.lives(0.3)
     for process in (launcher, second.process):
         process.send_signal(signal.SIGSTOP)
@@ -197,4 +199,4 @@ def test_a_stranger_on_the_hubs_port_is_ignored(start: Start) -> None:
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(b'{"rank": 1, "token": "guess"}\n{"entry": {"gone": "x", "host": "h"}}\n')
         first.lives(0.3)
-    assert not first.guardian.dead
+    assert first.guardian.others.dead_at is None
