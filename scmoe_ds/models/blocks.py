@@ -22,9 +22,8 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
 from scmoe_ds.models.parallel_layers import Group
 from scmoe_ds.models.recompute import Recompute, recompute_operator, recompute_run
-from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
-from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
-from scmoe_ds.moe.merge import Merge
+from scmoe_ds.moe.build import build_moe
+from scmoe_ds.moe.layer import ScMoE, StagedMoE
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, Step
@@ -97,7 +96,7 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group
     """
     divisible = config.expert_tensor_parallelism
     routed_mlp = MLP(settings, group if divisible else None)
-    layer = _make_moe(settings, config, num_experts, routed_mlp)
+    layer = build_moe(config, settings.hidden_size, routed_mlp, num_experts)
     for copied in layer.deepspeed_moe.experts.deepspeed_experts:  # copies of a parameter lose what was noted on it
         for original, parameter in zip(routed_mlp.parameters(), copied.parameters(), strict=True):
             rule = tensor_parallel_rule(original) if divisible else None
@@ -105,36 +104,6 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group
     if layer.use_residual and group is not None:
         layer.mlp = MLP(settings, group)  # DeepSpeed's would be of one form with the routed experts
     return layer
-
-
-def _make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, routed_mlp: MLP) -> MoE:
-    common: dict[str, Any] = dict(
-        hidden_size=settings.hidden_size,
-        expert=routed_mlp,
-        num_experts=num_experts,
-        ep_size=config.expert_parallel_size,
-        k=config.top_k,
-        capacity_factor=config.capacity_factor,
-        eval_capacity_factor=config.eval_capacity_factor,
-        min_capacity=config.min_capacity,
-        noisy_gate_policy=config.noisy_gate_policy,
-        drop_tokens=config.drop_tokens,
-        use_rts=config.use_rts,
-        enable_expert_tensor_parallelism=config.expert_tensor_parallelism,
-        top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
-    )
-    if not config.is_scheduled:
-        return admit_any_tokens(MoE(use_residual=config.architecture == "shared_expert", **common), config.gate_softmax)
-    staged: dict[str, Any] = dict(
-        dispatch=config.dispatch,
-        gate_softmax=config.gate_softmax,
-        wire_dtype=config.wire_dtype,
-    )
-    if config.architecture == "dgmoe":
-        return DGMoE(**common, **staged)
-    if config.architecture == "pipelined_topk":
-        return StagedMoE(**common, **staged)
-    return ScMoE(merge=cast(Merge, config.merge), **common, **staged)
 
 
 def make_blocks(

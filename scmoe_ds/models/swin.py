@@ -35,7 +35,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import apart
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
-from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
+from scmoe_ds.moe.build import build_moe
 from scmoe_ds.replace import load_balancing_loss, replace_moe_layers
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.token_mask import TokenMask
@@ -95,11 +95,7 @@ class SwinMoE(nn.Module):
         self.head = nn.Linear(settings.width_of(MOE_STAGES[-1]), settings.num_classes)
         for (stage, index), num_experts in zip(*_placement(settings, config), strict=True):
             block = self.swin.encoder.layers[stage].blocks[index]
-            residual = config.architecture == "shared_expert"
-            # Without a shared expert a token needs a second routed one; what a ScMoE routes, the replacement decides.
-            block.intermediate = MoEFeedForward(
-                _make_moe(self.swin.config, settings, config, stage, num_experts, residual)
-            )
+            block.intermediate = MoEFeedForward(_make_moe(self.swin.config, settings, config, stage, num_experts))
             block.output = nn.Identity()  # the second half of Swinv2's MLP; an expert has both
         if config.architecture == "scmoe":
             self._connect_shortcuts()
@@ -217,28 +213,14 @@ def _placement(settings: SwinSettings, config: ScMoEConfig) -> tuple[list[tuple[
     return places, config.num_experts
 
 
-def _make_moe(
-    swin: Swinv2Config, settings: SwinSettings, config: ScMoEConfig, stage: int, num_experts: int, residual: bool
-) -> MoE:
+def _make_moe(swin: Swinv2Config, settings: SwinSettings, config: ScMoEConfig, stage: int, num_experts: int) -> MoE:
     """DeepSpeed's own layer with experts of the form of Swinv2's MLP."""
     width = settings.width_of(stage)
+    expert = nn.Sequential(Swinv2Intermediate(swin, width), Swinv2Output(swin, width))
+    # Without a shared expert a token needs a second routed one; what a ScMoE routes, the replacement decides.
     standard = config.architecture == "scmoe" and stage != MOE_STAGES[0]
-    moe = MoE(
-        hidden_size=width,
-        expert=nn.Sequential(Swinv2Intermediate(swin, width), Swinv2Output(swin, width)),
-        num_experts=num_experts,
-        ep_size=config.expert_parallel_size,
-        k=2 if standard else config.top_k,
-        capacity_factor=config.capacity_factor,
-        eval_capacity_factor=config.eval_capacity_factor,
-        min_capacity=config.min_capacity,
-        use_residual=residual,
-        noisy_gate_policy=config.noisy_gate_policy,
-        drop_tokens=config.drop_tokens,
-        use_rts=config.use_rts,
-        top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
-    )
-    return admit_any_tokens(moe, config.gate_softmax)  # stage 4 has few
+    own = "shared_expert" if config.architecture == "shared_expert" else "topk"
+    return build_moe(config, width, expert, num_experts, architecture=own, top_k=2 if standard else None)
 
 
 def _transformers_config(settings: SwinSettings) -> Swinv2Config:

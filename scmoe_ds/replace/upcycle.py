@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
+from scmoe_ds.moe.build import build_moe
 from scmoe_ds.moe.experts import TwoProjections
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.replacement import replace_moe_layers
@@ -218,24 +218,10 @@ def _numbers_of_experts(config: ScMoEConfig, layers: int) -> list[int]:
 
 
 def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
-    moe = MoE(
-        block.hidden_size,
-        block.mlp,
-        num_experts,
-        config.expert_parallel_size,
-        int(config.top_k),
-        config.capacity_factor,
-        config.eval_capacity_factor,
-        config.min_capacity,
-        use_residual=config.architecture != "topk",
-        noisy_gate_policy=config.noisy_gate_policy,
-        drop_tokens=config.drop_tokens,
-        use_rts=config.use_rts,
-        enable_expert_tensor_parallelism=config.expert_tensor_parallelism,
-        top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
-    )
+    own = "topk" if config.architecture == "topk" else "shared_expert"  # a ScMoE takes its place at the end
     # Each rank pads its own batch, and generates for its own prompts.
-    admit_any_tokens(moe, config.gate_softmax, unequal=config.expert_parallel_size > 1)
+    unequal = config.expert_parallel_size > 1
+    moe = build_moe(config, block.hidden_size, block.mlp, num_experts, architecture=own, unequal=unequal)
     for expert in moe.deepspeed_moe.experts.deepspeed_experts:
         if not isinstance(expert, TwoProjections):  # which are computed together as long as nobody watches one of them
             expert.register_forward_pre_hook(_contiguous)

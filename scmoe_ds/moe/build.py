@@ -1,0 +1,63 @@
+"""`build_moe`: the MoE layer that a "scmoe" section describes, for models that are written, upcycled or replaced."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from deepspeed.moe.layer import MoE
+from torch import nn
+
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
+from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
+from scmoe_ds.moe.merge import Merge
+
+
+def build_moe(
+    config: ScMoEConfig,
+    hidden_size: int,
+    expert: nn.Module,
+    num_experts: int,
+    *,
+    architecture: str | None = None,
+    top_k: int | None = None,
+    unequal: bool = False,
+) -> MoE:
+    """Builds one layer; DeepSpeed's own classes for "topk" and "shared_expert".
+
+    Args:
+        config: all settings but the sizes.
+        hidden_size: last dimension of the layer's input.
+        expert: is copied once per local expert; a shared expert is this very module.
+        num_experts: of all ranks together.
+        architecture, top_k: used instead of the section's.
+        unequal: for DeepSpeed's own classes: expert-parallel ranks may have different numbers of tokens.
+
+    Raises:
+        ValueError: see `StagedMoE`.
+    """
+    architecture = architecture or config.architecture
+    arguments: dict[str, Any] = dict(
+        hidden_size=hidden_size,
+        expert=expert,
+        num_experts=num_experts,
+        ep_size=config.expert_parallel_size,
+        k=top_k or config.top_k,
+        capacity_factor=config.capacity_factor,
+        eval_capacity_factor=config.eval_capacity_factor,
+        min_capacity=config.min_capacity,
+        noisy_gate_policy=config.noisy_gate_policy,
+        drop_tokens=config.drop_tokens,
+        use_rts=config.use_rts,
+        enable_expert_tensor_parallelism=config.expert_tensor_parallelism,
+        top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
+    )
+    if architecture in ("topk", "shared_expert"):
+        moe = MoE(use_residual=architecture == "shared_expert", **arguments)
+        return admit_any_tokens(moe, config.gate_softmax, unequal)
+    arguments.update(dispatch=config.dispatch, gate_softmax=config.gate_softmax, wire_dtype=config.wire_dtype)
+    if architecture == "dgmoe":
+        return DGMoE(**arguments)
+    if architecture == "pipelined_topk":
+        return StagedMoE(**arguments)
+    return ScMoE(merge=cast(Merge, config.merge), **arguments)
