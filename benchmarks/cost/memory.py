@@ -67,9 +67,7 @@ def measure(ep: int, stage: int, precision: str) -> dict[str, Any]:
         "scmoe": {"num_experts": EXPERTS, "expert_parallel_size": ep, "overlap": {"calibration_steps": 0}},
     }
     model = GPT(SHAPE, scmoe_ds.ScMoEConfig.from_deepspeed(config), group=tensor.tensor_parallel_group())
-    initialize_parameters(
-        model, 1, 0.02, SHAPE.num_layers, tp_rank=tensor.tensor_parallel_rank(), tp_size=tensor.tensor_parallel_size()
-    )
+    initialize_parameters(model, 1, 0.02, SHAPE.num_layers)
     others = live().keys() - {each.untyped_storage().data_ptr() for each in model.parameters()}
     engine, *_ = scmoe_ds.initialize(model=model, config=config)
     kept: dict[int, int] = {}

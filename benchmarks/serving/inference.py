@@ -36,7 +36,6 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.parallel.tensor import expert_parallel_rank
 
 LAYERS, VOCABULARY, PROMPT = 4, 1024, 144
 STOCK = "DeepSpeed top-2"
@@ -110,7 +109,7 @@ class Server:
             config = config.model_copy(update={"overlap": overlap})
         settings = GPTSettings(LAYERS, shape.hidden_size, shape.heads, VOCABULARY, self._length + 1)
         self.model = GPT(settings, config).eval().requires_grad_(False)
-        initialize_parameters(self.model, 1, settings.init_method_std, LAYERS, expert_parallel_rank(ranks))
+        initialize_parameters(self.model, 1, settings.init_method_std, LAYERS)
         for run in self.model.runs:
             layer = run.blocks[-1].moe
             layer.set_deepspeed_parallelism()

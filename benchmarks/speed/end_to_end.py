@@ -66,7 +66,6 @@ def make_engine(section: Mapping[str, Any], settings: dict[str, Any]) -> Any:
     from scmoe_ds.models.gpt import GPT
     from scmoe_ds.models.initialization import initialize_parameters
     from scmoe_ds.models.layers import GPTSettings
-    from scmoe_ds.parallel.tensor import expert_parallel_rank
 
     ranks = dist.get_world_size()
     whole = {
@@ -88,7 +87,7 @@ def make_engine(section: Mapping[str, Any], settings: dict[str, Any]) -> Any:
     config = ScMoEConfig.from_deepspeed(whole)
     shape = GPTSettings(LAYERS, SHAPE.hidden_size, SHAPE.heads, VOCABULARY, SHAPE.seq_length)
     model = GPT(shape, config)
-    initialize_parameters(model, 1, shape.init_method_std, LAYERS, expert_parallel_rank(ranks))
+    initialize_parameters(model, 1, shape.init_method_std, LAYERS)
     return scmoe_ds.initialize(model=model, config=whole)[0]
 
 

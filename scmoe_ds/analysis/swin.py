@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from scmoe_ds.analysis.subjects import load_hugging_face, local_directory
 from scmoe_ds.checkpoint.convert import open_weights
-from scmoe_ds.checkpoint.names import global_names
 from scmoe_ds.checkpoint.parsing import parse, without_memory
 from scmoe_ds.checkpoint.reshard import check_shapes
 from scmoe_ds.config.section import ScMoEConfig
@@ -24,6 +23,7 @@ from scmoe_ds.data.images import Digits, ImageFolder
 from scmoe_ds.errors import AnalysisError, CheckpointError
 from scmoe_ds.models.swin import SwinMoE
 from scmoe_ds.models.swin_settings import SwinSettings
+from scmoe_ds.moe.placement import global_names
 
 
 def open_swin(path: str, device: torch.device) -> SwinMoE:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from scmoe_ds.checkpoint import description as fields
-from scmoe_ds.checkpoint.names import global_names
 from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.moe.placement import global_names
 from scmoe_ds.parallel.tensor import shard, tensor_parallel_rank, tensor_parallel_rule, tensor_parallel_size
 
 

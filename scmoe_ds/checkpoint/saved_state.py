@@ -23,8 +23,8 @@ from torch import Tensor
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import files, tensor_files
 from scmoe_ds.checkpoint.files import DamagedCheckpointError, remedy
-from scmoe_ds.checkpoint.names import expert_of, layer_of, read_splits, with_expert
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.moe.placement import Placement, expert_of, layer_of, with_expert
 from scmoe_ds.parallel.tensor import Split, unshard
 
 MASTER = "fp32"
@@ -56,7 +56,8 @@ class SavedState:
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         self.path, self.layout = path, description["layout"]
         self._manifest = files.read_manifest(path, "reading")
-        self._splits = read_splits(description.get("splits", {}))
+        splits = description.get("splits", {})
+        self._splits = {name: Split(dim, tuple(sections)) for name, (dim, sections) in splits.items()}
         fields.check_layout_is_free(self.layout, str(path))
         self._models = [self._load(f"mp_rank_{rank:02d}_model_states.pt") for rank in range(self._tensor_ranks)]
         self._files: list[Any] = []
@@ -149,25 +150,26 @@ class SavedState:
             for group, members in enumerate(each["param_slice_mappings"])
             for name, address in members.items()
         ]
-        local: dict[str, int] = {}
+        num_local_experts: dict[str, int] = {}
         for _, _, name, _ in found:
             if (layer := layer_of(name)) is not None:
-                local[layer] = max(local.get(layer, 0), expert_of(name) + 1)
+                num_local_experts[layer] = max(num_local_experts.get(layer, 0), expert_of(name) + 1)
         for rank, group, name, address in found:  # ranks ascend, and so do the pieces
-            name, tensor_rank = self._place(name, rank, local)
+            name, tensor_rank = self._whole_name(name, rank, num_local_experts)
             pieces = self._pieces.setdefault(name, {}).setdefault(tensor_rank, [])
             pieces.append(_Piece(rank, group, address.start, address.numel))
 
-    def _place(self, name: str, rank: int, local: Mapping[str, int]) -> tuple[str, int]:
+    def _whole_name(self, name: str, rank: int, num_local_experts: Mapping[str, int]) -> tuple[str, int]:
         """The global name of what a rank calls `name`, and the tensor-parallel rank whose part it is."""
         tensor_rank, layer = rank % self._tensor_ranks, layer_of(name)
         if layer is None:
             return name, tensor_rank
-        # Expert-parallel groups are consecutive ranks, or with expert tensor parallelism consecutive ones among those
-        # of one tensor-parallel rank.
-        split = self.layout[fields.EXPERT_TENSOR_PARALLEL]
-        place = (rank // self._tensor_ranks if split else rank) % self.layout[fields.EXPERT_PARALLEL]
-        return with_expert(name, place * local[layer] + expert_of(name)), tensor_rank if split else 0
+        divided = self.layout[fields.EXPERT_TENSOR_PARALLEL]
+        placement = Placement(
+            self.layout[fields.EXPERT_PARALLEL], num_local_experts[layer], self._tensor_ranks if divided else 1
+        )
+        name = with_expert(name, placement.first_expert(rank) + expert_of(name))
+        return name, tensor_rank if divided else 0
 
     def _part(self, name: str, tensor_rank: int, key: str, rule: Split | None) -> Tensor:
         shape = self.shape(name)

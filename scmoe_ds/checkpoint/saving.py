@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from scmoe_ds.checkpoint import files, finite, lock, rotation
 from scmoe_ds.checkpoint.description import BATCH, CONSUMED, ITERATION
-from scmoe_ds.checkpoint.names import saved_splits
 from scmoe_ds.data.checksums import FileEntry, file_entry
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.moe.placement import with_expert
 from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.parallel.tensor import tensor_parallel_rule
 
 _PROBE_BYTES = 1 << 22
 
@@ -93,7 +94,7 @@ def save(
             BATCH: batch,
             ITERATION: iteration,
             CONSUMED: consumed_samples,
-            "splits": saved_splits(engine),
+            "splits": _splits(engine),
             rotation.VALIDATED: rotation.last_validated(part.parent, iteration, validated),
         }
         (part / files.DESCRIPTION_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -215,3 +216,10 @@ def _reason(error: Exception, directory: str | None = None) -> str:
             return found.strerror or str(found)
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _splits(engine: Any) -> dict[str, list[Any]]:
+    """Name to [dim, sections] of each parameter that tensor parallelism divides; experts under the id 0."""
+    model = getattr(engine, "module", None)
+    rules = {} if model is None else {with_expert(n, 0): tensor_parallel_rule(p) for n, p in model.named_parameters()}
+    return {name: [rule.dim, list(rule.sections)] for name, rule in rules.items() if rule is not None}

@@ -13,7 +13,6 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from scmoe_ds.checkpoint.convert import open_weights
-from scmoe_ds.checkpoint.names import global_names, layer_of
 from scmoe_ds.checkpoint.parsing import parse, without_memory
 from scmoe_ds.checkpoint.reshard import Weights, check_shapes, own_part
 from scmoe_ds.checkpoint.tokenizer_files import KEY
@@ -22,6 +21,7 @@ from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.moe.placement import global_names, layer_of
 from scmoe_ds.parallel import tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scmoe_ds.checkpoint.names import global_names, layer_of
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.model import TrainedModel
 from scmoe_ds.inference.sources import DiskExperts, ExpertSource, HostExperts
 from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.moe.placement import global_names, layer_of
 
 MODES = ("resident", "offload", "offload-async")
 

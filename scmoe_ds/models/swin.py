@@ -173,14 +173,13 @@ def _in_its_precision(mlp: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (args[0].to(next(mlp.parameters()).dtype),)
 
 
-def initialize_swin(model: SwinMoE, seed: int, ep_rank: int = 0) -> None:
+def initialize_swin(model: SwinMoE, seed: int) -> None:
     """Weights that depend on the seed and on each parameter's name only; attention starts as in transformers' Swinv2.
 
     Args:
         model: on the CPU.
-        ep_rank: this rank's place in its expert-parallel group.
     """
-    initialize_parameters(model, seed, model.settings.init_method_std, sum(model.settings.depths), ep_rank)
+    initialize_parameters(model, seed, model.settings.init_method_std, sum(model.settings.depths))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("logit_scale"):  # of cosine attention, in logarithms

@@ -29,6 +29,7 @@ from scmoe_ds.config.section import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.experts import initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
+from scmoe_ds.moe.placement import Placement, own_first_expert, own_rank, tensor_parallel_size
 from scmoe_ds.moe.routed import RoutedTokens, Travel
 from scmoe_ds.moe.shares import Shares
 from scmoe_ds.parallel.agreement import run_together
@@ -83,8 +84,8 @@ class StagedMoE(MoE):
             raise ValueError("use_tutel: this layer brings its own dispatch; leave it False")
         self.dispatch, self.gate_softmax, self.wire_dtype = dispatch, gate_softmax, wire_dtype
         self.transport, self.shares = Transport(None, all_to_all), Shares.of(0, 1, 1)
-        self.ep_rank = self._expected_rank()
-        initialize_experts(self.deepspeed_moe.experts, self.ep_rank * self.num_local_experts)
+        self.ep_rank = Placement.of(self).expert_parallel_rank(own_rank())
+        initialize_experts(self.deepspeed_moe.experts, own_first_expert(self))
 
     @staticmethod
     def _check_sizes(num_experts: int, ep_size: int, k: int) -> None:
@@ -108,7 +109,7 @@ class StagedMoE(MoE):
         run_together(self._check_rank)  # a rank that raised alone would leave the others in the next collective
         if self.ep_size > 1:
             self._check_experts_agree()
-        holders = 1 if self.enable_expert_tensor_parallelism else self._tensor_parallel_size()
+        holders = 1 if self.enable_expert_tensor_parallelism else tensor_parallel_size()
         if self.ep_size % holders and holders % self.ep_size:
             raise ValueError(f"ep_size = {self.ep_size} and tensor-parallel size {holders}: one must divide the other")
         self.shares = Shares.of(dist.get_rank() if holders > 1 else self.ep_rank, holders, self.ep_size)
@@ -119,11 +120,6 @@ class StagedMoE(MoE):
             group = self.deepspeed_moe.ep_group if inside else bwc.bwc_tensor_model_parallel_group(groups.mpu)
             self.transport = Transport(group, self.transport.method)
 
-    def _expected_rank(self) -> int:
-        """DeepSpeed gives the experts of one layer to consecutive ranks; set_deepspeed_parallelism checks it."""
-        stride = self._tensor_parallel_size() if self.enable_expert_tensor_parallelism else 1
-        return dist.get_rank() // stride % self.ep_size if self.ep_size > 1 else 0
-
     def _check_rank(self) -> None:
         if dist.get_rank(self.deepspeed_moe.ep_group) != self.ep_rank:
             raise ValueError(
@@ -131,10 +127,6 @@ class StagedMoE(MoE):
                 'one tensor-parallel rank): remove "use_data_before_expert_parallelism" from the DeepSpeed JSON, and '
                 "set deepspeed.utils.groups.mpu before the model is built"
             )
-
-    @staticmethod
-    def _tensor_parallel_size() -> int:
-        return int(bwc.bwc_tensor_model_parallel_world_size(groups.mpu))
 
     def _check_experts_agree(self) -> None:
         """Experts of one layer that differ in shape between ranks would exchange rows that do not fit."""
@@ -177,7 +169,7 @@ class StagedMoE(MoE):
             raise ValueError(f"shortcut of shape {tuple(shortcut.shape)}: the last dimension must be {hidden_size}")
         if not shortcut.is_floating_point():
             raise ValueError(f"shortcut of dtype {shortcut.dtype}: must be floating point")
-        if self.deepspeed_moe.ep_group is None and (self.ep_size > 1 or self._tensor_parallel_size() > 1):
+        if self.deepspeed_moe.ep_group is None and (self.ep_size > 1 or tensor_parallel_size() > 1):
             raise RuntimeError("call layer.set_deepspeed_parallelism() (or initialize the engine) before the first use")
         if num_chunks < 1:
             raise ValueError(f"num_chunks = {num_chunks}: must be at least 1")

@@ -119,9 +119,3 @@ class ModelParallelUnit:
     @staticmethod
     def get_tensor_model_parallel_src_rank() -> int:
         return dist.get_rank() // tensor_parallel_size() * tensor_parallel_size()
-
-
-def expert_parallel_rank(expert_parallel_size: int, expert_tensor_parallelism: bool = False) -> int:
-    """This rank's place in its expert-parallel group: consecutive ranks, or those of one tensor-parallel rank."""
-    stride = tensor_parallel_size() if expert_tensor_parallelism else 1
-    return dist.get_rank() // stride % expert_parallel_size

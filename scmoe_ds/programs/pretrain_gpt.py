@@ -34,7 +34,6 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_together
-from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.programs.flags.data import SPLIT_FLAGS
 from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
@@ -142,16 +141,7 @@ def build_model(shape: GPTSettings, config: ScMoEConfig, args: argparse.Namespac
         model = GPT(shape, config, args.seq_length, tensor.tensor_parallel_group(), args.recompute_granularity)
     except ValueError as error:
         raise ArgumentError(str(error)) from None
-    ep_rank = expert_parallel_rank(config.expert_parallel_size, config.expert_tensor_parallelism)
-    initialize_parameters(
-        model,
-        args.seed,
-        shape.init_method_std,
-        shape.num_layers,
-        ep_rank,
-        tensor.tensor_parallel_rank(),
-        tensor.tensor_parallel_size(),
-    )
+    initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers)
     return model
 
 

@@ -21,7 +21,6 @@ from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
 from scmoe_ds.data.splits import split_shares
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.parallel.agreement import fingerprint, require_agreement
-from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.programs.flags.gpt import comparable
 from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 from scmoe_ds.programs.run import run_program
@@ -69,7 +68,7 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
     training = Epochs(sets.train, samples, args.seed)
 
     model = SwinMoE(shape, config)
-    initialize_swin(model, args.seed, expert_parallel_rank(config.expert_parallel_size))
+    initialize_swin(model, args.seed)
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
 
     iteration, consumed_samples = checkpoint.load(engine, source)

@@ -23,7 +23,6 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 from scmoe_ds.parallel.process import device
-from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.trace.recorder import Recorder
@@ -50,9 +49,7 @@ def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     whole = {**whole, "scmoe": {**whole["scmoe"], "overlap": free}}
     shape = gpt_settings(args, padded_vocab_size=256)  # the vocabulary is no part of any pair
     model = GPT(shape, config, args.seq_length)
-    initialize_parameters(
-        model, args.seed, shape.init_method_std, shape.num_layers, expert_parallel_rank(config.expert_parallel_size)
-    )
+    initialize_parameters(model, args.seed, shape.init_method_std, shape.num_layers)
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
 
     def micro_batch() -> None:

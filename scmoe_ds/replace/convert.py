@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.layer import ScMoE
 from scmoe_ds.moe.merge import Merge, coefficient_network
+from scmoe_ds.moe.placement import Placement, own_rank
 from scmoe_ds.moe.shares import Shares
 from scmoe_ds.replace.layer import HookedScMoE
 
@@ -51,7 +51,7 @@ def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
         layer.add_module(child, module)
     layer.dispatch, layer.gate_softmax, layer.wire_dtype = config.dispatch, config.gate_softmax, config.wire_dtype
     layer.transport, layer.shares = Transport(None), Shares.of(0, 1, 1)
-    layer.ep_rank = layer._expected_rank()
+    layer.ep_rank = Placement.of(moe).expert_parallel_rank(own_rank())
     hidden_size = moe.deepspeed_moe.gate.wg.in_features
     chosen = config.model_fields_set
     if moe.use_residual:
@@ -107,32 +107,28 @@ def shared_expert(moe: MoE, source: SharedFrom) -> nn.Module:
 
 def _mean(held: list[Tensor], moe: MoE) -> Tensor:
     mean = torch.stack(held).mean(0)
-    if moe.ep_size > 1:  # every rank has as many experts, and every expert is on as many ranks
-        stride, place = _stride(moe)
-        sums = mean.new_zeros(stride, *mean.shape)  # one per tensor-parallel rank, where experts are divided
-        sums[place] = mean
-        dist.all_reduce(sums)
-        mean = sums[place] * (stride / dist.get_world_size())
-    return mean
+    if moe.ep_size == 1:
+        return mean
+    # Every rank holds as many experts, and every expert is on as many ranks.
+    divided_by = Placement.of(moe).expert_tensor_parallel_size
+    return _sum_of_ranks(mean, divided_by) * (divided_by / dist.get_world_size())
 
 
-def _one(held: list[Tensor], number: int, moe: MoE) -> Tensor:
-    owner, local = divmod(number, moe.num_local_experts)
-    found = held[local].clone()
-    if moe.ep_size > 1:
-        stride, place = _stride(moe)
-        pieces = found.new_zeros(stride, *found.shape)
-        if dist.get_rank() // stride == owner:  # of the first expert-parallel group of each tensor-parallel rank
-            pieces[place] = found
-        dist.all_reduce(pieces)
-        found = pieces[place]
-    return found
+def _one(held: list[Tensor], expert: int, moe: MoE) -> Tensor:
+    found = held[expert % moe.num_local_experts].clone()
+    if moe.ep_size == 1:
+        return found
+    holders = Placement.of(moe).first_holders(expert)
+    return _sum_of_ranks(found if dist.get_rank() in holders else torch.zeros_like(found), len(holders))
 
 
-def _stride(moe: MoE) -> tuple[int, int]:
-    """From one rank of an expert-parallel group to the next, and this rank's group among those in between."""
-    stride = ScMoE._tensor_parallel_size() if moe.enable_expert_tensor_parallelism else 1
-    return stride, dist.get_rank() % stride
+def _sum_of_ranks(value: Tensor, divided_by: int) -> Tensor:
+    """Sum of all ranks' values; where experts are in pieces, of those that hold the same piece."""
+    piece = dist.get_rank() % divided_by
+    sums = value.new_zeros(divided_by, *value.shape)
+    sums[piece] = value
+    dist.all_reduce(sums)
+    return sums[piece]
 
 
 def _reset(module: nn.Module) -> None:

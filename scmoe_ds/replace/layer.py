@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe_ds.moe.layer import ScMoE
+from scmoe_ds.moe.placement import Placement
 from scmoe_ds.replace.hooked import HookedPair
 
 
@@ -21,7 +23,7 @@ class HookedScMoE(ScMoE):
     def _check_rank(self) -> None:
         # DeepSpeed initialised the experts, alike on all ranks: that the tensor-parallel size was not known yet when
         # the layer was replaced has spoilt nothing.
-        self.ep_rank = self._expected_rank()
+        self.ep_rank = Placement.of(self).expert_parallel_rank(dist.get_rank())
         super()._check_rank()
 
     def forward(

@@ -16,6 +16,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.build import build_moe
 from scmoe_ds.moe.experts import TwoProjections
+from scmoe_ds.moe.placement import own_first_expert
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.replacement import replace_moe_layers
 from scmoe_ds.replace.taps import MLP_NAMES, POST_ATTENTION_NORMS
@@ -236,9 +237,8 @@ def _contiguous(expert: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 def _perturb(moe: MoE, noise: float, first_seed: int) -> None:
     """Adds to every expert's parameters what depends on its global number alone."""
-    ep_rank = dist.get_rank() % moe.ep_size if moe.ep_size > 1 else 0
-    for place, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
-        generator = torch.Generator().manual_seed((first_seed + ep_rank * moe.num_local_experts + place) % 2**63)
+    for number, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts, own_first_expert(moe)):
+        generator = torch.Generator().manual_seed((first_seed + number) % 2**63)
         for parameter in expert.parameters():
             held = parameter.detach()
             random = torch.randn(held.shape, generator=generator).to(held)

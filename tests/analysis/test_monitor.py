@@ -39,7 +39,7 @@ def start(path: Path, steps: int, **fields: Any) -> tuple[Any, GPT, list[Event]]
         },
     }
     model = GPT(SETTINGS, ScMoEConfig.from_deepspeed(whole))
-    initialize_parameters(model, 3, 0.5, 4, dist.get_rank())
+    initialize_parameters(model, 3, 0.5, 4)
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
     events: list[Event] = []
     write = engine.monitor.write_events

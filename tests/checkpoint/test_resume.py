@@ -212,7 +212,7 @@ def test_data_is_what_is_in_the_files(tmp_path: Path) -> None:
 
 def make_engine(whole: dict[str, Any], seed: int = 1) -> Any:
     model = GPT(SETTINGS, ScMoEConfig.from_deepspeed(whole))
-    initialize_parameters(model, seed, 0.02, SETTINGS.num_layers, 0)
+    initialize_parameters(model, seed, 0.02, SETTINGS.num_layers)
     return scmoe_ds.initialize(model=model, config=whole)[0]
 
 

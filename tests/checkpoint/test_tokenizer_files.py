@@ -183,7 +183,7 @@ def test_a_checkpoint_carries_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     connect()
     monkeypatch.setattr(saving, "_write", lambda *args: [])
     monkeypatch.setattr(saving.finite, "check", lambda *args: None)
-    monkeypatch.setattr(saving, "saved_splits", lambda engine: {})
+    monkeypatch.setattr(saving, "_splits", lambda engine: {})
     path = saving.save(Engine(), str(tmp_path), 1, 1, {}, carried={"vocab.json": b"{}"})
     assert (path / "vocab.json").read_bytes() == b"{}"
     assert read_manifest(path, "--load")["vocab.json"]["bytes"] == 2

@@ -68,7 +68,7 @@ def deepspeed_json(**section: Any) -> dict[str, Any]:
 def build(**section: Any) -> Any:
     whole = deepspeed_json(**section)
     model = GPT(SETTINGS, ScMoEConfig.from_deepspeed(whole), 12)
-    initialize_parameters(model, 3, 0.4, 4, dist.get_rank())
+    initialize_parameters(model, 3, 0.4, 4)
     engine, *_ = scmoe_ds.initialize(model=model, config=whole)
     return engine
 

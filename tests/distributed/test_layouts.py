@@ -21,7 +21,6 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.training.loop import seed_micro_batch
 
 STEPS, VOCABULARY, SEQUENCE, MICRO_BATCHES = 20, 64, 32, 4
@@ -58,8 +57,7 @@ def train(
     shape = GPTSettings(4, 32, 4, VOCABULARY, SEQUENCE, hidden_dropout=0.1, **settings)
     parsed = scmoe_ds.ScMoEConfig.from_deepspeed(config)
     model = GPT(shape, parsed, group=tensor.tensor_parallel_group(), recompute=recompute)
-    ep_rank = expert_parallel_rank(ep, parsed.expert_tensor_parallelism)
-    initialize_parameters(model, 7, 0.1, shape.num_layers, ep_rank, tensor.tensor_parallel_rank(), tp)
+    initialize_parameters(model, 7, 0.1, shape.num_layers)
     engine, *_ = scmoe_ds.initialize(model=model, config=config)
     losses, norms = [], []
     for step in range(STEPS):
@@ -75,6 +73,7 @@ def train(
         dist.all_reduce(total)
         losses.append(total.item() / tp)
         norms.append(float(engine.get_global_grad_norm()))
+    ep_rank = dist.get_rank() // (tp if parsed.expert_tensor_parallelism else 1) % ep
     return losses, norms, global_weights(engine.module, ep_rank)
 
 

@@ -35,7 +35,7 @@ def make_run(position: str, dispatch: str = "exact") -> ScheduledRun:
         "dispatch": dispatch,
     }
     run = ScheduledRun(SETTINGS, ScMoEConfig.from_deepspeed({"scmoe": section}), 4, position, 12)
-    initialize_parameters(run, 3, 0.4, 1, dist.get_rank())
+    initialize_parameters(run, 3, 0.4, 1)
     run.blocks[-1].moe.set_deepspeed_parallelism()
     return run
 
@@ -86,7 +86,7 @@ def compare_with_deepspeed(architecture: str, dispatch: str) -> float:
         section = {"num_experts": 4, "expert_parallel_size": 2, "architecture": name, "dispatch": dispatch}
         config = ScMoEConfig.from_deepspeed({"scmoe": section})
         run = PlainRun(SETTINGS, config, 4) if not slots else ScheduledRun(SETTINGS, config, 4, "pos2", 12)
-        initialize_parameters(run, 3, 0.4, 1, dist.get_rank())
+        initialize_parameters(run, 3, 0.4, 1)
         run.blocks[-1].moe.set_deepspeed_parallelism()
         results.append(forward_and_backward(run, Schedule(slots, chunks)) if slots else plain(run))
     return max(

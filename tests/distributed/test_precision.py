@@ -19,7 +19,6 @@ from scmoe_ds.engine import connect, parameter_groups
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.parallel.tensor import expert_parallel_rank
 
 STEPS, MICRO_BATCHES, CLIP, ADAM = 4, 4, 0.5, {"lr": 3e-3, "eps": 1e-4, "weight_decay": 0.1}
 SETTINGS = GPTSettings(2, 32, 4, 64, 32)
@@ -46,7 +45,7 @@ def tokens(number: int) -> Tensor:
 def build(ep_size: int, recompute: Any = None) -> GPT:
     section = {**JSON["scmoe"], "expert_parallel_size": ep_size}
     model = GPT(SETTINGS, scmoe_ds.ScMoEConfig.from_deepspeed({"scmoe": section}), recompute=recompute)
-    initialize_parameters(model, 7, 0.1, SETTINGS.num_layers, expert_parallel_rank(ep_size))
+    initialize_parameters(model, 7, 0.1, SETTINGS.num_layers)
     return model
 
 

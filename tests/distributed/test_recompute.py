@@ -18,7 +18,6 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.trace.recorder import Recorder
 
 SETTINGS = GPTSettings(4, 32, 4, 64, 32, hidden_dropout=0.1, attention_dropout=0.1)
@@ -68,7 +67,7 @@ def step(
         all_to_all="collective",
     )
     model = GPT(SETTINGS, config, recompute=recompute)
-    initialize_parameters(model, 7, 0.1, SETTINGS.num_layers, expert_parallel_rank(ep_size))
+    initialize_parameters(model, 7, 0.1, SETTINGS.num_layers)
     for module in model.modules():
         if hasattr(module, "set_deepspeed_parallelism"):
             module.set_deepspeed_parallelism()

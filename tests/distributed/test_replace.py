@@ -206,7 +206,7 @@ def compute(position: str, shortcut_norm: str, ep: int) -> dict[str, dict[str, T
     )
     replaced = Replaced(SHAPE, config, EXPERTS)
     ep_rank = dist.get_rank() % ep
-    initialize_parameters(replaced, 0, 0.2, SHAPE.num_layers, ep_rank)
+    initialize_parameters(replaced, 0, 0.2, SHAPE.num_layers)
     direct = Direct(SHAPE, config, EXPERTS, replaced)
     for module in (*replaced.modules(), *direct.modules()):
         if isinstance(module, MoE):
@@ -309,6 +309,37 @@ def test_expert_tensor_parallelism(shared_from: str | int) -> None:
     for found, divided, _ in run_distributed(train_with_tensor_parallelism, 4, 2, 2, {"shared_from": shared_from}):
         assert found == pytest.approx(losses, rel=1e-5)
         torch.testing.assert_close(divided, shared)
+
+
+def upcycle(**fields: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """This rank's experts of a dense model that is upcycled with noise, and its logits."""
+    torch.manual_seed(0)
+    model = FAMILIES["LLaMA"]()
+    section = {"num_experts": EXPERTS, "drop_tokens": False, **fields}
+    moe_from_dense(model, ScMoEConfig.from_deepspeed({"scmoe": section}), noise=1.0)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.set_deepspeed_parallelism()
+    with torch.no_grad():
+        logits = model.eval()(**micro_batch(model, 0)).logits
+    return {name: weight for name, weight in model.named_parameters() if "deepspeed_experts" in name}, logits
+
+
+def upcycle_alone_and_divided() -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor], Tensor]:
+    alone = upcycle()
+    tensor.start_tensor_parallel(2)
+    return *alone, *upcycle(expert_parallel_size=2, expert_tensor_parallelism=True)
+
+
+def test_upcycling_with_expert_tensor_parallelism() -> None:
+    """Tensor-parallel 2 × expert-parallel 2: a rank holds the experts that a model in one process has, and its output.
+
+    The ranks of a tensor-parallel group hold the same experts.
+    """
+    for rank, (whole, expected, held, found) in enumerate(run_distributed(upcycle_alone_and_divided, 4)):
+        for name, weight in held.items():
+            assert torch.equal(weight, whole[numbered(name, rank // 2 * EXPERTS // 2)]), name
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_layout_that_fits_not_is_refused_on_every_rank() -> None:

@@ -22,7 +22,6 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.tensor import expert_parallel_rank
 from scmoe_ds.training.loop import seed_micro_batch
 from tests.distributed.test_layouts import MICRO_BATCHES, SEQUENCE, VOCABULARY, micro_batch
 
@@ -67,10 +66,7 @@ def make_json(run: Run) -> dict[str, Any]:
 def make_engine(whole: dict[str, Any], seed: int) -> Any:
     config = scmoe_ds.ScMoEConfig.from_deepspeed(whole)
     model = GPT(SETTINGS, config, group=tensor.tensor_parallel_group())
-    place = expert_parallel_rank(config.expert_parallel_size, config.expert_tensor_parallelism)
-    initialize_parameters(
-        model, seed, 0.1, SETTINGS.num_layers, place, tensor.tensor_parallel_rank(), tensor.tensor_parallel_size()
-    )
+    initialize_parameters(model, seed, 0.1, SETTINGS.num_layers)
     return scmoe_ds.initialize(model=model, config=whole)[0]
 
 
