@@ -3,7 +3,7 @@
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.initialize import initialize
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.layer import ScMoE
+from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace import load_balancing_loss, moe_from_dense, replace_moe_layers, undo_replacement
 

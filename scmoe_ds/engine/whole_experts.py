@@ -8,7 +8,7 @@ from torch import nn
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.layer import count_on_all_ranks
+from scmoe_ds.moe.experts import count_on_all_ranks
 
 
 def prepare_whole_experts(model: nn.Module, config: ScMoEConfig) -> None:

@@ -23,8 +23,9 @@ from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
 from scmoe_ds.models.parallel_layers import Group
 from scmoe_ds.models.recompute import Recompute, recompute_operator, recompute_run
 from scmoe_ds.moe.build import build_moe
-from scmoe_ds.moe.layer import ScMoE, StagedMoE
+from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.routed import RoutedTokens
+from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, Step
 from scmoe_ds.overlap.schedule import Schedule

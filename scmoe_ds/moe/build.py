@@ -9,8 +9,9 @@ from torch import nn
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
-from scmoe_ds.moe.layer import DGMoE, ScMoE, StagedMoE
+from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.merge import Merge
+from scmoe_ds.moe.shortcut import DGMoE, ScMoE
 
 
 def build_moe(

@@ -171,10 +171,20 @@ def initialize_experts(experts: Experts, first_global_id: int) -> None:
     for local_id, expert in enumerate(experts.deepspeed_experts):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((base + first_global_id + local_id) % 2**62)
-            expert.apply(_reset)
+            expert.apply(reset_parameters)
 
 
-def _reset(module: nn.Module) -> None:
+def reset_parameters(module: nn.Module) -> None:
+    """Initialises a module's own parameters anew, if it knows how; for `nn.Module.apply`."""
     reset = getattr(module, "reset_parameters", None)
     if callable(reset):
         reset()
+
+
+def count_on_all_ranks(experts: nn.Module) -> None:
+    """Marks whole experts as different on every tensor-parallel rank, as ZeRO's pieces of them are.
+
+    Without it DeepSpeed would leave those of all ranks but the first out of the gradient norm.
+    """
+    for parameter in experts.parameters():
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]

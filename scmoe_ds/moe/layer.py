@@ -1,13 +1,12 @@
-"""The ScMoE layer: DeepSpeed's Residual MoE whose routed branch reads another layer and runs in stages.
+"""DeepSpeed's MoE layer in stages, between which other work can be done.
 
-    routed = layer.begin(tap)                # gate, encode, dispatch in flight
+    routed = layer.begin(hidden_states)      # gate, encode, dispatch in flight
     routed.run_experts()                     # waits for the dispatch, runs the experts, combine in flight
-    shared = layer.shared(hidden_states)     # the shared expert, whenever it suits
-    output, l_aux, exp_counts = layer.finish(routed, hidden_states, shared)   # waits, decodes, merges
+    output, l_aux, exp_counts = layer.finish(routed, hidden_states)     # waits for the combine, decodes
 
-It is a `deepspeed.moe.layer.MoE`, because DeepSpeed's engine finds expert parameters, expert-data-parallel groups and
-per-expert checkpoint files by that class and by the parameter path `.deepspeed_moe.experts.deepspeed_experts.<i>`.
-The layer holds no normalisation: both inputs come in normalised.
+The layer is a `deepspeed.moe.layer.MoE`. By this class and by the parameter path
+`.deepspeed_moe.experts.deepspeed_experts.<i>` DeepSpeed's engine finds expert parameters, expert-data-parallel groups
+and per-expert checkpoint files.
 
 Shape suffixes: T tokens (B * S), D hidden, E experts.
 """
@@ -15,9 +14,8 @@ Shape suffixes: T tokens (B * S), D hidden, E experts.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
-import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import bwc, groups
@@ -26,14 +24,15 @@ from torch import Tensor, nn
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.comm.wire import WIRE_DTYPES
 from scmoe_ds.config.section import FORMER_GATE_SOFTMAX, GateSoftmax
-from scmoe_ds.moe.experts import initialize_experts
+from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
-from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
 from scmoe_ds.moe.placement import Placement, own_first_expert, own_rank, tensor_parallel_size
 from scmoe_ds.moe.routed import RoutedTokens, Travel
 from scmoe_ds.moe.shares import Shares
 from scmoe_ds.parallel.agreement import run_together
-from scmoe_ds.trace.recorder import SILENT, PairRecorder, Renamed
+from scmoe_ds.trace.recorder import SILENT, PairRecorder
+
+Layer = TypeVar("Layer", bound="StagedMoE")
 
 
 class StagedMoE(MoE):
@@ -69,11 +68,6 @@ class StagedMoE(MoE):
         **kwargs: Any,
     ) -> None:
         self._check_sizes(num_experts, ep_size, k)
-        _check_choice("dispatch", dispatch, ("exact", "padded"))
-        gate_softmax = FORMER_GATE_SOFTMAX.get(gate_softmax, gate_softmax)
-        _check_choice("gate_softmax", gate_softmax, get_args(GateSoftmax))
-        _check_choice("all_to_all", all_to_all, METHODS)
-        _check_choice("wire_dtype", wire_dtype, (None, *WIRE_DTYPES))
         super().__init__(hidden_size, expert, num_experts, ep_size, k, *args, **kwargs)
         if self.use_residual != self._needs_residual:
             raise ValueError(
@@ -82,10 +76,46 @@ class StagedMoE(MoE):
             )
         if self.deepspeed_moe.use_tutel:
             raise ValueError("use_tutel: this layer brings its own dispatch; leave it False")
+        self._set_up(dispatch, gate_softmax, all_to_all, wire_dtype)
+        initialize_experts(self.deepspeed_moe.experts, own_first_expert(self))
+
+    @classmethod
+    def adopt(cls: type[Layer], moe: MoE, **settings: Any) -> Layer:
+        """A layer with the modules, parameters and sizes of one of DeepSpeed's, which has no process groups yet.
+
+        Both layers hold the same modules from then on. Nothing is initialised.
+
+        Args:
+            moe: the layer to take over.
+            settings: `dispatch`, `gate_softmax`, `all_to_all` and `wire_dtype`, as for the class.
+
+        Raises:
+            ValueError: an unknown choice.
+        """
+        layer = cls.__new__(cls)  # `__init__` would make new experts
+        nn.Module.__init__(layer)
+        layer.__dict__.update({name: value for name, value in vars(moe).items() if name not in vars(layer)})
+        layer.training = moe.training
+        for name, child in moe.named_children():
+            layer.add_module(name, child)
+        layer._set_up(**settings)
+        return layer
+
+    def _set_up(
+        self,
+        dispatch: Literal["exact", "padded"] = "exact",
+        gate_softmax: GateSoftmax = "deepspeed",
+        all_to_all: str = "collective",
+        wire_dtype: str | None = None,
+    ) -> None:
+        gate_softmax = FORMER_GATE_SOFTMAX.get(gate_softmax, gate_softmax)
+        check_choice("dispatch", dispatch, ("exact", "padded"))
+        check_choice("gate_softmax", gate_softmax, get_args(GateSoftmax))
+        check_choice("all_to_all", all_to_all, METHODS)
+        check_choice("wire_dtype", wire_dtype, (None, *WIRE_DTYPES))
         self.dispatch, self.gate_softmax, self.wire_dtype = dispatch, gate_softmax, wire_dtype
         self.transport, self.shares = Transport(None, all_to_all), Shares.of(0, 1, 1)
         self.ep_rank = Placement.of(self).expert_parallel_rank(own_rank())
-        initialize_experts(self.deepspeed_moe.experts, own_first_expert(self))
 
     @staticmethod
     def _check_sizes(num_experts: int, ep_size: int, k: int) -> None:
@@ -217,126 +247,6 @@ class StagedMoE(MoE):
         return self.finish(routed, hidden_states)
 
 
-class ScMoE(StagedMoE):
-    """Shortcut-connected MoE: shared expert on the current layer, routed experts on a preceding one (paper eq. 7).
-
-    Args:
-        hidden_size …: as `StagedMoE`. `use_residual` is on: the shared expert is `mlp`, the coefficient network
-            `coefficient`, as in DeepSpeed's Residual MoE.
-        merge: "add" (eq. 7), "cg1" (eq. 14-15) or "cg2" (eq. 16-17; DeepSpeed's own merge and weight layout).
-    """
-
-    _needs_residual = True
-
-    def __init__(
-        self,
-        hidden_size: int,
-        expert: nn.Module,
-        num_experts: int = 1,
-        ep_size: int = 1,
-        k: int = 1,
-        capacity_factor: float = 1.0,
-        eval_capacity_factor: float = 1.0,
-        min_capacity: int = 4,
-        use_residual: bool = True,
-        *args: Any,
-        merge: Merge = "cg1",
-        **kwargs: Any,
-    ) -> None:
-        _check_choice("merge", merge, ("add", "cg1", "cg2"))
-        super().__init__(
-            hidden_size,
-            expert,
-            num_experts,
-            ep_size,
-            k,
-            capacity_factor,
-            eval_capacity_factor,
-            min_capacity,
-            use_residual,
-            *args,
-            **kwargs,
-        )
-        self.merge: Merge = merge
-        self.coefficient = coefficient_network(merge, hidden_size)
-
-    def shared(self, hidden_states: Tensor) -> Tensor:
-        """The shared expert, SE of eq. 7: [..., D] → [..., D]."""
-        output = self.mlp(hidden_states)
-        return output[0] if isinstance(output, tuple) else output
-
-    def finish(
-        self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Waits for the combine, decodes, and merges with the shared expert.
-
-        Args:
-            routed: what `begin` gave, after `run_experts`.
-            hidden_states: [..., D] the current layer's normalised input.
-            shared: `shared(hidden_states)`; None computes it here.
-
-        Returns:
-            output [..., D], load-balancing loss (scalar), tokens per expert before drops [E]; as DeepSpeed's MoE.
-
-        Raises:
-            RuntimeError: `routed` was finished before, or its experts have not run.
-        """
-        if routed.shape != hidden_states.shape:
-            raise ValueError(
-                f"shortcut {tuple(routed.shape)} and hidden_states {tuple(hidden_states.shape)}: "
-                "they must be the same tokens"
-            )
-        if shared is None:
-            shared = self.shared(hidden_states)
-        collected = routed.collect()
-        shared, collected, hidden_states = routed.travel.recorder.open("merge", shared, collected, hidden_states)
-        output = merge_outputs(self.merge, shared, collected, hidden_states, self.coefficient)
-        (output,) = routed.travel.recorder.close("merge", output)
-        return output, routed.routing.l_aux, routed.routing.exp_counts
-
-
-class DGMoE(StagedMoE):
-    """Double gating (paper eq. 23): the same experts read both layers, top-1 each, and no shared expert.
-
-    If both layers choose the same expert for a token, the current layer takes its second-ranked one. A choice that
-    the capacity limit dropped is not computed and therefore leaves its expert free.
-    """
-
-    def __init__(self, hidden_size: int, expert: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(hidden_size, expert, *args, **kwargs)
-        if self.deepspeed_moe.gate.k != 1 or self.num_experts < 2:
-            raise ValueError("DGMoE routes each layer's token to one of at least two experts: k = 1, num_experts >= 2")
-
-    def finish(
-        self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Routes the current layer around the preceding layer's choices and adds both results.
-
-        Returns:
-            output [..., D], mean of the two load-balancing losses, tokens per expert of both choices [E].
-        """
-        current = self.begin(
-            hidden_states,
-            routed.routing.used_T,
-            exclude=routed.routing.expert_KT[0],
-            blocking=routed.travel.blocking,
-            recorder=Renamed(routed.travel.recorder, "current"),
-        )
-        current.run_experts()
-        output = current.collect() + routed.collect()
-        l_aux = torch.stack([routed.routing.l_aux, current.routing.l_aux]).mean()
-        return output, l_aux, routed.routing.exp_counts + current.routing.exp_counts
-
-
-def count_on_all_ranks(experts: nn.Module) -> None:
-    """Marks whole experts as different on every tensor-parallel rank, as ZeRO's pieces of them are.
-
-    Without it DeepSpeed would leave those of all ranks but the first out of the gradient norm.
-    """
-    for parameter in experts.parameters():
-        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, choices))}")

@@ -10,12 +10,11 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.merge import Merge, coefficient_network
-from scmoe_ds.moe.placement import Placement, own_rank
-from scmoe_ds.moe.shares import Shares
+from scmoe_ds.moe.experts import reset_parameters
+from scmoe_ds.moe.merge import Merge
+from scmoe_ds.moe.placement import Placement
 from scmoe_ds.replace.layer import HookedScMoE
 
 SharedFrom = Union[int, Literal["fresh", "mean"]]
@@ -41,26 +40,16 @@ def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
         raise ScMoEConfigError(f"{name} has its process groups already: replace layers before deepspeed.initialize")
     if moe.deepspeed_moe.use_tutel:
         raise ScMoEConfigError(f"{name} is built with use_tutel=True; build it without, ScMoE brings its own dispatch")
-    layer = HookedScMoE.__new__(HookedScMoE)
-    nn.Module.__init__(layer)
-    fresh = set(layer.__dict__)
+    own_merge = moe.use_residual and "merge" not in config.model_fields_set
+    layer = HookedScMoE.adopt(
+        moe,
+        merge="cg2" if own_merge else cast(Merge, config.merge),
+        shared=None if moe.use_residual else shared_expert(moe, config.shared_from),
+        dispatch=config.dispatch,
+        gate_softmax=config.gate_softmax,
+        wire_dtype=config.wire_dtype,
+    )
     layer.shortcut_norm = None
-    layer.__dict__.update({key: value for key, value in moe.__dict__.items() if key not in fresh})
-    layer.training = moe.training
-    for child, module in moe.named_children():
-        layer.add_module(child, module)
-    layer.dispatch, layer.gate_softmax, layer.wire_dtype = config.dispatch, config.gate_softmax, config.wire_dtype
-    layer.transport, layer.shares = Transport(None), Shares.of(0, 1, 1)
-    layer.ep_rank = Placement.of(moe).expert_parallel_rank(own_rank())
-    hidden_size = moe.deepspeed_moe.gate.wg.in_features
-    chosen = config.model_fields_set
-    if moe.use_residual:
-        layer.merge = cast(Merge, config.merge) if "merge" in chosen else "cg2"  # DeepSpeed's own
-    else:
-        layer.use_residual, layer.merge = True, cast(Merge, config.merge)
-        layer.mlp = shared_expert(moe, config.shared_from)
-    if layer.merge != "cg2" or not moe.use_residual:
-        layer.coefficient = coefficient_network(layer.merge, hidden_size)
     _place_like(layer, moe)
     return layer
 
@@ -94,7 +83,7 @@ def shared_expert(moe: MoE, source: SharedFrom) -> nn.Module:
         for mark in ("allreduce", "group_name"):  # DeepSpeed's marks of a routed expert
             parameter.__dict__.pop(mark, None)
     if source == "fresh":
-        new.apply(_reset)
+        new.apply(reset_parameters)
         return new
     if isinstance(source, int) and not 0 <= source < moe.num_experts:
         raise ScMoEConfigError(f"scmoe.shared_from = {source}: the layer has experts 0 … {moe.num_experts - 1}")
@@ -129,12 +118,6 @@ def _sum_of_ranks(value: Tensor, divided_by: int) -> Tensor:
     sums[piece] = value
     dist.all_reduce(sums)
     return sums[piece]
-
-
-def _reset(module: nn.Module) -> None:
-    reset = getattr(module, "reset_parameters", None)
-    if callable(reset):
-        reset()
 
 
 def _place_like(layer: nn.Module, moe: MoE) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scmoe_ds.moe.layer import ScMoE
 from scmoe_ds.moe.placement import Placement
+from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.replace.hooked import HookedPair
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lab.distributed import run_distributed
 from scmoe_ds import ScMoE, ScMoEConfig, load_balancing_loss, moe_from_dense
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
-from scmoe_ds.moe.layer import DGMoE, StagedMoE
+from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.parallel import tensor
 from tests.helpers.hugging_face import gpt2
 

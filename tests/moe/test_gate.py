@@ -15,7 +15,8 @@ from scmoe_ds import ScMoE, ScMoEConfig, ScMoEConfigError
 from scmoe_ds.inference.model import serving_config
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.gate import route
-from scmoe_ds.moe.layer import DGMoE, StagedMoE
+from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.shortcut import DGMoE
 
 HIDDEN, EXPERTS = 16, 4
 EXACT, PADDED = {"dispatch": "exact"}, {"dispatch": "padded"}

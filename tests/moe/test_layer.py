@@ -14,8 +14,8 @@ from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows
 from scmoe_ds.moe.experts import TwoProjections, grouped_experts, run_experts
 from scmoe_ds.moe.gate import route
-from scmoe_ds.moe.layer import DGMoE
 from scmoe_ds.moe.shares import Shares
+from scmoe_ds.moe.shortcut import DGMoE
 
 HIDDEN, TOKENS, EXPERTS = 16, 40, 4
 
