@@ -35,7 +35,7 @@ from scmoe_ds.trace.recorder import Phase, Watch
 
 
 @dataclass(frozen=True)
-class Route:
+class SplitSizes:
     """The sizes of an exchange, and of the one that carries its gradients back.
 
     Attributes:
@@ -52,7 +52,7 @@ class Route:
     picked_back: Sequence[slice] | None = None
 
     @classmethod
-    def plain(cls, send: Sequence[int], receive: Sequence[int]) -> Route:
+    def plain(cls, send: Sequence[int], receive: Sequence[int]) -> SplitSizes:
         """All rows go out, consecutive pieces to consecutive ranks, and the same ones come back."""
         return cls(send, receive, receive, send)
 
@@ -61,9 +61,9 @@ class Route:
         """Rows at hand before the exchange, or after the way back."""
         return sum(self.receive_back)
 
-    def reversed(self) -> Route:
+    def reversed(self) -> SplitSizes:
         """The way back as an exchange of its own: a combine, where this is the dispatch."""
-        return Route(self.send_back, self.receive_back, self.send, self.receive, self.picked_back, self.picked)
+        return SplitSizes(self.send_back, self.receive_back, self.send, self.receive, self.picked_back, self.picked)
 
 
 class InFlight:
@@ -74,17 +74,17 @@ class InFlight:
         self._transfer = transfer
         self._token: Tensor | None = token
 
-    def send(self, route: Route, first_row: int = 0) -> None:
+    def send(self, sizes: SplitSizes, first_row: int = 0) -> None:
         """Launches a prepared all-to-all; see `prepare`.
 
         Args:
-            route: how many rows go where.
+            sizes: how many rows go where.
             first_row: where this chunk begins among the prepared rows.
         """
         if self._transfer is not None:
-            self._transfer.launch_held(route, first_row)
-        elif self._token is not None and self._token.shape[0] != route.rows:
-            self._token = self._token[first_row : first_row + route.rows]
+            self._transfer.launch_held(sizes, first_row)
+        elif self._token is not None and self._token.shape[0] != sizes.rows:
+            self._token = self._token[first_row : first_row + sizes.rows]
 
     def wait(self) -> Tensor:
         """The received rows, [received rows, D], ready for the current stream.
@@ -131,7 +131,7 @@ def prepare(
 def start(
     rows: Tensor,
     transport: Transport,
-    route: Route | None = None,
+    sizes: SplitSizes | None = None,
     blocking: bool = False,
     wire_dtype: str | None = None,
     watch: Watch | None = None,
@@ -139,16 +139,16 @@ def start(
     """Launches an all-to-all of rows and returns at once: `prepare` and `send`; equal pieces by default."""
     (flight,) = prepare(rows, transport, blocking, wire_dtype, [watch])
     equal = [rows.shape[0] // transport.size] * transport.size
-    flight.send(route or Route.plain(equal, equal))
+    flight.send(sizes or SplitSizes.plain(equal, equal))
     return flight
 
 
 class _Transfer:
-    """What the start and the wait of one all-to-all share: the transport, the route, and the rows in flight."""
+    """What the start and the wait of one all-to-all share: the transport, the sizes, and the rows in flight."""
 
     def __init__(self, transport: Transport, blocking: bool, wire_dtype: str | None, watch: Watch | None) -> None:
         self.transport, self.blocking, self.wire_dtype, self.watch = transport, blocking, wire_dtype, watch
-        self.route = Route.plain((), ())
+        self.sizes = SplitSizes.plain((), ())
         self._held: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._in_flight: tuple[Wait | None, Tensor, Tensor, torch.dtype] | None = None
         self._launched: torch.cuda.Event | None = None
@@ -157,13 +157,13 @@ class _Transfer:
         ready = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
         self._held = (rows.detach(), ready)
 
-    def launch_held(self, route: Route, first_row: int) -> None:
+    def launch_held(self, sizes: SplitSizes, first_row: int) -> None:
         assert self._held is not None, "an all-to-all was sent twice"
         (rows, ready), self._held = self._held, None
-        self.route = route
-        rows = rows[first_row : first_row + route.rows]
+        self.sizes = sizes
+        rows = rows[first_row : first_row + sizes.rows]
         if ready is None or self.blocking:  # blocking: the main stream itself waits
-            self._launch(rows, route, "forward")
+            self._launch(rows, sizes, "forward")
             return
         # The collective waits for the stream that it is launched from. The main stream has gone on with the backbone
         # since `hold`; from the side stream the rows are all that it waits for.
@@ -171,18 +171,18 @@ class _Transfer:
         side.wait_event(ready)
         rows.record_stream(side)  # a wire format reads them there, after their last reference may have gone
         with torch.cuda.stream(side):
-            self._launch(rows, route, "forward")
+            self._launch(rows, sizes, "forward")
 
     def launch_gradient(self, grad: Tensor) -> None:
-        self._launch(grad, self.route.reversed(), "backward")
+        self._launch(grad, self.sizes.reversed(), "backward")
 
     @torch.no_grad()  # a deferred launch runs outside of autograd's functions
-    def _launch(self, rows: Tensor, route: Route, phase: Phase) -> None:
-        if route.picked is not None:
-            rows = torch.cat([rows[piece] for piece in route.picked])
+    def _launch(self, rows: Tensor, sizes: SplitSizes, phase: Phase) -> None:
+        if sizes.picked is not None:
+            rows = torch.cat([rows[piece] for piece in sizes.picked])
         packed = pack(rows, self.wire_dtype).contiguous()
-        received = packed.new_empty((sum(route.receive), *packed.shape[1:]))
-        launch = partial(self.transport.launch, received, packed, route.receive, route.send)
+        received = packed.new_empty((sum(sizes.receive), *packed.shape[1:]))
+        launch = partial(self.transport.launch, received, packed, sizes.receive, sizes.send)
         wait: Wait | None = launch() if self.watch is None else self.watch.launch(phase, launch)
         if self.blocking and wait is not None:
             wait()

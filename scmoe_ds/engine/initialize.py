@@ -202,7 +202,7 @@ def choose_all_to_all(
     layer = layers[0]
     group = layer.transport.group
     assert group is not None
-    transports = make_transports(group, layout.travel, nodes_of_ranks())
+    transports = make_transports(group, layout.exchange, nodes_of_ranks())
     if config.all_to_all == "auto":
         weight, gate = next(layer.parameters()), layer.deepspeed_moe.gate
         # Of a model that others wrote the length is not known.

@@ -12,7 +12,7 @@ from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scmoe_ds.moe.dispatch import to_device
+from scmoe_ds.moe.layout import to_device
 
 Project = Callable[[Tensor], Tensor]
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -1,8 +1,8 @@
-"""Routing: which expert takes which token, and with what weight; as DeepSpeed's gate, to the bit.
+"""`route`: which expert takes which token, and with what weight; equal to DeepSpeed's gate, bit for bit.
 
-DeepSpeed's own functions know a mask for k = 1 only, let masked tokens into the balancing loss and the capacity, refuse
-fewer tokens than `min_capacity`, and forget which expert a dropped choice was. Here masked tokens are left out before
-anything is computed, so that the result depends on the other tokens alone.
+DeepSpeed's own functions take a mask for k = 1 only. They count masked tokens in the balancing loss and the capacity,
+refuse fewer tokens than `min_capacity`, and do not return the expert of a dropped choice. Here masked tokens are left
+out before anything is computed. So the result depends on the other tokens alone.
 
 Shape suffixes: T tokens, U used tokens, D hidden, E experts, K routed experts per token.
 """
@@ -24,13 +24,13 @@ from scmoe_ds.config.section import FORMER_GATE_SOFTMAX, GateSoftmax
 
 @dataclass(frozen=True)
 class Routing:
-    """Which expert takes which token, and with what weight.
+    """The gate's decision.
 
     Attributes:
         expert_KT: int64 global expert id, -1 where the capacity limit dropped the choice or the token is masked.
-        location_KT: int64 place of the token among its expert's tokens, from 0.
+        location_KT: int64 number of the token among its expert's tokens, from 0.
         weight_KT: fp32 gate value, 0 where dropped or masked; differentiable.
-        capacity: most tokens that an expert takes (int, or a scalar tensor where it follows from the counts).
+        capacity: most tokens that an expert takes (int, or a scalar tensor if it follows from the counts).
         l_aux: load-balancing loss, scalar fp32, differentiable.
         exp_counts: [E] int64 tokens per expert before drops.
         used_T: bool, the tokens that are not masked; None: all of them.
@@ -58,8 +58,8 @@ def route(
     Args:
         gate: holds weight, k, capacity factors, noise policy and drop policy.
         tokens_TD: any floating dtype; any number of tokens, also none.
-        used_token: T elements of any shape and dtype, zero for padding: such tokens are routed to no expert, and
-            neither loss, counts nor capacity know of them. A mask on a GPU makes the host wait for it.
+        used_token: T elements of any shape and dtype, zero for padding. A token of padding is routed to no expert, and
+            does not count for loss, counts and capacity. The host waits for a mask on a GPU.
         exclude_T: an expert that each token may not choose, -1 for none (DGMoE's second choice, paper eq. 23;
             top-1 only).
         softmax: among which experts a token's weights are normalised, see `_weights`.
@@ -71,7 +71,7 @@ def route(
     if gate.k > 1 and exclude_T is not None:
         raise ValueError(f"exclude_T is defined for k = 1, not k = {gate.k}")
     if used_token is None:
-        routing = _route(gate, tokens_TD, exclude_T, softmax)
+        routing = _route_all(gate, tokens_TD, exclude_T, softmax)
     else:
         if used_token.numel() != tokens_TD.shape[0]:
             raise ValueError(
@@ -81,14 +81,15 @@ def route(
         used_T = used_token.reshape(-1) != 0
         index_U, used_T = used_T.nonzero().squeeze(1).to(tokens_TD.device), used_T.to(tokens_TD.device)
         exclude_U = None if exclude_T is None else exclude_T.index_select(0, index_U)
-        routing = _spread(_route(gate, tokens_TD.index_select(0, index_U), exclude_U, softmax), index_U, used_T)
+        routing = _route_all(gate, tokens_TD.index_select(0, index_U), exclude_U, softmax)
+        routing = _insert_masked(routing, index_U, used_T)
     return _agreed(routing, group)
 
 
-def _route(gate: TopKGate, tokens_TD: Tensor, exclude_T: Tensor | None, softmax: GateSoftmax) -> Routing:
+def _route_all(gate: TopKGate, tokens_TD: Tensor, exclude_T: Tensor | None, softmax: GateSoftmax) -> Routing:
     logits_TE = _logits(gate, tokens_TD)
     T, E = logits_TE.shape
-    if T == 0:  # a rank without any still takes part in the exchange
+    if T == 0:  # a rank without tokens still takes part in the exchange
         none_KT, counts_E = logits_TE.new_zeros(gate.k, 0), logits_TE.new_zeros(E, dtype=torch.int64)
         return Routing(none_KT.long(), none_KT.long(), none_KT, 0, logits_TE.sum(), counts_E)
     probability_TE = F.softmax(logits_TE, dim=1)
@@ -114,23 +115,23 @@ def _logits(gate: TopKGate, tokens_TD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _choose(gate: TopKGate, logits_TE: Tensor, probability_TE: Tensor, exclude_T: Tensor | None) -> Tensor:
-    """[K, T] the experts that each token wants, in the order of its preference."""
+    """[K, T] the experts that each token chooses, first choices first."""
     if gate.k > 2:
         return probability_TE.topk(gate.k, dim=1).indices.t().contiguous()
     experts_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
-    wanted_TE = probability_TE
+    score_TE = probability_TE
     if gate.noisy_gate_policy == "RSample" and gate.training and gate.k == 1:
-        wanted_TE = logits_TE + sharded_moe.gumbel_rsample(logits_TE.shape, device=logits_TE.device)
+        score_TE = logits_TE + sharded_moe.gumbel_rsample(logits_TE.shape, device=logits_TE.device)
     if exclude_T is not None:
-        # The excluded expert is out of the choice, not out of the softmax: G(H) is the same function for both layers.
-        wanted_TE = wanted_TE.masked_fill(exclude_T.unsqueeze(1) == experts_E, float("-inf"))
-    first_T = wanted_TE.argmax(1)
+        # The excluded expert cannot be chosen, but stays in the softmax: G(H) is the same function for both layers.
+        score_TE = score_TE.masked_fill(exclude_T.unsqueeze(1) == experts_E, float("-inf"))
+    first_T = score_TE.argmax(1)
     if gate.k == 1:
         return first_T.unsqueeze(0)
-    wanted_TE = logits_TE
+    score_TE = logits_TE
     if gate.top2_2nd_expert_sampling:
-        wanted_TE = logits_TE + sharded_moe.gumbel_rsample(logits_TE.shape, device=logits_TE.device)
-    second_T = wanted_TE.masked_fill(first_T.unsqueeze(1) == experts_E, float("-inf")).argmax(1)
+        score_TE = logits_TE + sharded_moe.gumbel_rsample(logits_TE.shape, device=logits_TE.device)
+    second_T = score_TE.masked_fill(first_T.unsqueeze(1) == experts_E, float("-inf")).argmax(1)
     return torch.stack([first_T, second_T])
 
 
@@ -154,13 +155,13 @@ def capacity_of(gate: TopKGate, tokens: int) -> int:
 def _keep(
     gate: TopKGate, probability_TE: Tensor, chosen_KT: Tensor, chosen_TE: Tensor, limit: int | None
 ) -> tuple[Tensor, Tensor]:
-    """[K, T] which choices are kept, and the place of each kept one among its expert's tokens.
+    """[K, T] which choices are kept, and the number of each kept one among its expert's tokens.
 
-    Beyond the limit k = 1 keeps random tokens (`use_rts`), k = 2 keeps first choices before second ones, each in the
-    order of the tokens, and k > 2 keeps the most probable ones. None: no limit.
+    If an expert is chosen more often than `limit`, then k = 1 keeps random tokens (`use_rts`), and k > 2 the most
+    probable ones. k = 2 keeps first choices before second ones, each in the order of the tokens. None: no limit.
     """
     K, (T, E) = len(chosen_KT), probability_TE.shape
-    # Drawn without a limit as well, as DeepSpeed does: what draws next must not depend on `drop_tokens`.
+    # Drawn without a limit too, as in DeepSpeed: the next random numbers must not depend on `drop_tokens`.
     random_TE = torch.rand(T, E, device=chosen_KT.device) if K == 1 and gate.use_rts else None
     if K == 2:
         arrived_XE = F.one_hot(chosen_KT.flatten(), E).cumsum(0) - 1
@@ -170,8 +171,8 @@ def _keep(
     kept_TE = chosen_TE
     if limit is not None:
         order_TE = probability_TE if K > 2 else random_TE
-        rank_TE = chosen_TE.long() if order_TE is None else order_TE.masked_fill(~chosen_TE, -1.0)
-        best_CE = rank_TE.topk(limit, dim=0, sorted=False).indices
+        priority_TE = chosen_TE.long() if order_TE is None else order_TE.masked_fill(~chosen_TE, -1.0)
+        best_CE = priority_TE.topk(limit, dim=0, sorted=False).indices
         kept_TE = chosen_TE & torch.zeros_like(chosen_TE).scatter_(0, best_CE, True)
     kept_KT = kept_TE.gather(1, chosen_KT.t()).t()
     location_KT = (kept_TE.cumsum(0) - 1).gather(1, chosen_KT.t()).t()
@@ -181,18 +182,18 @@ def _keep(
 def _weights(
     softmax: GateSoftmax, logits_TE: Tensor, probability_TE: Tensor, chosen_KT: Tensor, kept_KT: Tensor
 ) -> Tensor:
-    """[K, T] gate values, by the experts among which a token's probabilities add up to 1.
+    """[K, T] gate values. `softmax` names the experts among which a token's probabilities add up to 1.
 
-    "all"        all experts: the weights of the chosen ones add up to less.
-    "chosen"     the chosen ones (paper eq. 2-3), before drops: a dropped choice takes its share with it.
+    "all"        all experts. The weights of the chosen ones add up to less.
+    "chosen"     the chosen ones (paper eq. 2-3), dropped ones too. The weights of the kept ones add up to less.
     "kept"       the chosen ones that the capacity limit has not dropped.
-    "deepspeed"  as DeepSpeed: "all" for k = 1, "kept" for more, where a sum below 1.2e-7 counts as that.
+    "deepspeed"  as DeepSpeed: "all" for k = 1, "kept" for more. There a sum below 1.2e-7 counts as 1.2e-7.
     """
     softmax = FORMER_GATE_SOFTMAX.get(softmax, softmax)
     if softmax in ("chosen", "kept"):
         logits_KT = logits_TE.gather(1, chosen_KT.t()).t()
         if softmax == "kept":
-            # Not -inf: of a token without any, the softmax and its gradient would be 0/0.
+            # Not -inf: for a token without kept choices the softmax and its gradient would be 0/0.
             logits_KT = logits_KT.masked_fill(~kept_KT, torch.finfo(logits_KT.dtype).min)
         return F.softmax(logits_KT, dim=0) * kept_KT
     weight_KT = probability_TE.gather(1, chosen_KT.t()).t() * kept_KT
@@ -202,8 +203,8 @@ def _weights(
     return weight_KT / total_T.clamp(min=torch.finfo(total_T.dtype).eps)
 
 
-def _spread(routing: Routing, index_U: Tensor, used_T: Tensor) -> Routing:
-    """The routing of used tokens among all tokens."""
+def _insert_masked(routing: Routing, index_U: Tensor, used_T: Tensor) -> Routing:
+    """From a routing of the used tokens to one of all tokens."""
     shape = (len(routing.expert_KT), len(used_T))
     expert_KT = routing.expert_KT.new_full(shape, -1).index_copy(1, index_U, routing.expert_KT)
     location_KT = routing.location_KT.new_zeros(shape).index_copy(1, index_U, routing.location_KT)
@@ -214,5 +215,5 @@ def _spread(routing: Routing, index_U: Tensor, used_T: Tensor) -> Routing:
 def _agreed(routing: Routing, group: dist.ProcessGroup | None) -> Routing:
     if group is None or dist.get_world_size(group) == 1:
         return routing
-    own = routing.exp_counts.new_empty(()).fill_(routing.capacity)  # a number from the host without a copy of it
+    own = routing.exp_counts.new_empty(()).fill_(routing.capacity)  # `tensor(…, device=…)` would make the host wait
     return replace(routing, capacity=largest(own, group))

@@ -27,8 +27,8 @@ from scmoe_ds.config.section import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.placement import Placement, own_first_expert, own_rank, tensor_parallel_size
-from scmoe_ds.moe.routed import RoutedTokens, Travel
-from scmoe_ds.moe.shares import Shares
+from scmoe_ds.moe.routed import Exchange, RoutedTokens
+from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
@@ -114,7 +114,7 @@ class StagedMoE(MoE):
         check_choice("all_to_all", all_to_all, METHODS)
         check_choice("wire_dtype", wire_dtype, (None, *WIRE_DTYPES))
         self.dispatch, self.gate_softmax, self.wire_dtype = dispatch, gate_softmax, wire_dtype
-        self.transport, self.shares = Transport(None, all_to_all), Shares.of(0, 1, 1)
+        self.transport, self.slices = Transport(None, all_to_all), TokenSlices.of(0, 1, 1)
         self.ep_rank = Placement.of(self).expert_parallel_rank(own_rank())
 
     @staticmethod
@@ -139,15 +139,15 @@ class StagedMoE(MoE):
         run_together(self._check_rank)  # a rank that raised alone would leave the others in the next collective
         if self.ep_size > 1:
             self._check_experts_agree()
-        holders = 1 if self.enable_expert_tensor_parallelism else tensor_parallel_size()
-        if self.ep_size % holders and holders % self.ep_size:
-            raise ValueError(f"ep_size = {self.ep_size} and tensor-parallel size {holders}: one must divide the other")
-        self.shares = Shares.of(dist.get_rank() if holders > 1 else self.ep_rank, holders, self.ep_size)
-        if holders > 1:
+        tp_size = 1 if self.enable_expert_tensor_parallelism else tensor_parallel_size()
+        if self.ep_size % tp_size and tp_size % self.ep_size:
+            raise ValueError(f"ep_size = {self.ep_size} and tensor-parallel size {tp_size}: one must divide the other")
+        self.slices = TokenSlices.of(dist.get_rank() if tp_size > 1 else self.ep_rank, tp_size, self.ep_size)
+        if tp_size > 1:
             count_on_all_ranks(self.deepspeed_moe.experts)
-        if self.shares.ranks > 1:
-            inside = self.ep_size >= holders
-            group = self.deepspeed_moe.ep_group if inside else bwc.bwc_tensor_model_parallel_group(groups.mpu)
+        if self.slices.group_size > 1:
+            larger = self.ep_size >= tp_size
+            group = self.deepspeed_moe.ep_group if larger else bwc.bwc_tensor_model_parallel_group(groups.mpu)
             self.transport = Transport(group, self.transport.method)
 
     def _check_rank(self) -> None:
@@ -210,9 +210,9 @@ class StagedMoE(MoE):
         routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group)
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
         routing = replace(routing, weight_KT=weight_KT, l_aux=l_aux)
-        travel = Travel(
+        exchange = Exchange(
             self.transport,
-            self.shares,
+            self.slices,
             self.wire_dtype,
             blocking,
             num_chunks,
@@ -225,7 +225,7 @@ class StagedMoE(MoE):
             routing,
             shortcut.shape,
             exact=self.dispatch == "exact",
-            travel=travel,
+            exchange=exchange,
         )
 
     def finish(

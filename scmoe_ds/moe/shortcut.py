@@ -113,9 +113,9 @@ class ScMoE(StagedMoE):
         if shared is None:
             shared = self.shared(hidden_states)
         collected = routed.collect()
-        shared, collected, hidden_states = routed.travel.recorder.open("merge", shared, collected, hidden_states)
+        shared, collected, hidden_states = routed.exchange.recorder.open("merge", shared, collected, hidden_states)
         output = merge_outputs(self.merge, shared, collected, hidden_states, self.coefficient)
-        (output,) = routed.travel.recorder.close("merge", output)
+        (output,) = routed.exchange.recorder.close("merge", output)
         return output, routed.routing.l_aux, routed.routing.exp_counts
 
 
@@ -143,8 +143,8 @@ class DGMoE(StagedMoE):
             hidden_states,
             routed.routing.used_T,
             exclude=routed.routing.expert_KT[0],
-            blocking=routed.travel.blocking,
-            recorder=Renamed(routed.travel.recorder, "current"),
+            blocking=routed.exchange.blocking,
+            recorder=Renamed(routed.exchange.recorder, "current"),
         )
         current.run_experts()
         output = current.collect() + routed.collect()

@@ -43,12 +43,12 @@ class Layout:
         if not self.divided_experts:
             return self._consecutive(self.expert_size)
         width = self.tensor_size * self.expert_size
-        starts = [block + place for block in range(0, self.ranks, width) for place in range(self.tensor_size)]
+        starts = [first + rank for first in range(0, self.ranks, width) for rank in range(self.tensor_size)]
         return [range(start, start + width, self.tensor_size) for start in starts]
 
     @property
-    def travel(self) -> list[Sequence[int]]:
-        """Groups in which tokens travel to experts and back (see scmoe_ds.moe.shares)."""
+    def exchange(self) -> list[Sequence[int]]:
+        """Groups in which tokens are sent to experts and back (see scmoe_ds.moe.slices)."""
         return (
             self.expert_parallel
             if self.divided_experts or self.expert_size >= self.tensor_size

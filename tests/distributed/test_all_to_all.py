@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lab.distributed import run_distributed
-from scmoe_ds.comm.all_to_all import Route, start
+from scmoe_ds.comm.all_to_all import SplitSizes, start
 from scmoe_ds.comm.counts import start_counts
 from scmoe_ds.comm.hierarchical import make_transports, ranks_by_node
 from scmoe_ds.comm.transport import METHODS, Transport
@@ -30,7 +30,7 @@ def row_sizes(ranks: int, rank: int) -> tuple[list[int], list[int]]:
 def exchange(
     rows: Tensor, sizes: tuple[list[int], list[int]] | tuple[None, None], blocking: bool, method: str
 ) -> Tensor:
-    return start(rows, transport_of(method), Route.plain(*sizes) if sizes[0] else None, blocking=blocking).wait()
+    return start(rows, transport_of(method), SplitSizes.plain(*sizes) if sizes[0] else None, blocking=blocking).wait()
 
 
 def global_loss(rows: Tensor, sizes: tuple, blocking: bool, method: str) -> Tensor:
@@ -97,7 +97,7 @@ def hierarchical_case() -> list[float]:
     transport = transport_of("hierarchical")
     sizes = row_sizes(4, dist.get_rank())
     rows = [torch.full((sum(sizes[0]), 3), float(10 * n + dist.get_rank())) for n in range(5)]
-    flights = [start(part, transport, Route.plain(*sizes)) for part in rows]
+    flights = [start(part, transport, SplitSizes.plain(*sizes)) for part in rows]
     wanted = [float(source) for source, count in enumerate(sizes[1]) for _ in range(count)]
     for n, flight in enumerate(flights):
         assert flight.wait()[:, 0].tolist() == [10 * n + source for source in wanted]

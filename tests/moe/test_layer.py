@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from scmoe_ds import ScMoE
 from scmoe_ds.comm.wire import pack, unpack
 from scmoe_ds.models.layers import MLP, GPTSettings
-from scmoe_ds.moe.dispatch import ExactLayout, PaddedLayout, ReceivedRows
 from scmoe_ds.moe.experts import TwoProjections, grouped_experts, run_experts
 from scmoe_ds.moe.gate import route
-from scmoe_ds.moe.shares import Shares
+from scmoe_ds.moe.layout import ExactLayout, PaddedLayout, ReceivedRows
 from scmoe_ds.moe.shortcut import DGMoE
+from scmoe_ds.moe.slices import TokenSlices
 
 HIDDEN, TOKENS, EXPERTS = 16, 40, 4
 
@@ -194,7 +194,7 @@ def test_exact_layout_holds_the_rows_that_the_padded_one_holds(logits: str) -> N
         gate.wg.weight.data[2:] = -gate.wg.weight.data[:2].sum(0)
         x = x + 5 * gate.wg.weight.data[:2].sum(0)
     routing = route(gate, x)
-    exact, padded = ExactLayout.of(routing, Shares.of(0, 1, 1)), PaddedLayout.of(routing, Shares.of(0, 1, 1))
+    exact, padded = ExactLayout.of(routing, TokenSlices.of(0, 1, 1)), PaddedLayout.of(routing, TokenSlices.of(0, 1, 1))
     rows, buffer = exact.encode(x), padded.encode(x).view(EXPERTS, -1, HIDDEN)
     filled = exact.rows_NPVL.flatten().tolist()
     assert sum(filled) == rows.shape[0] == int((routing.expert_KT >= 0).sum())

@@ -32,7 +32,7 @@ def test_who_shares_experts_and_who_crosses_nodes(ep_size: int, nodes: str, text
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tp", "ep", "divided", "expert_parallel", "travel"),
+    ("ranks", "tp", "ep", "divided", "expert_parallel", "exchange"),
     [
         (4, 2, 2, False, [[0, 1], [2, 3]], [[0, 1], [2, 3]]),
         (4, 2, 2, True, [[0, 2], [1, 3]], [[0, 2], [1, 3]]),
@@ -42,11 +42,11 @@ def test_who_shares_experts_and_who_crosses_nodes(ep_size: int, nodes: str, text
     ],
 )
 def test_groups_are_those_of_deepspeed(
-    ranks: int, tp: int, ep: int, divided: bool, expert_parallel: list, travel: list
+    ranks: int, tp: int, ep: int, divided: bool, expert_parallel: list, exchange: list
 ) -> None:
     layout = Layout(ranks, tp, ep, divided)
     assert [list(group) for group in layout.expert_parallel] == expert_parallel
-    assert [list(group) for group in layout.travel] == travel
+    assert [list(group) for group in layout.exchange] == exchange
     if divided:
         theirs, _ = groups._get_expert_parallel_ranks(ranks, tp, ep)
         assert sorted(theirs) == sorted(expert_parallel)

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import scmoe_ds
 from scmoe_ds.comm.counts import start_counts
 from scmoe_ds.models.layers import MLP, GPTSettings
-from scmoe_ds.moe.dispatch import ExactLayout
 from scmoe_ds.moe.experts import can_group, grouped_experts, grouped_product, run_experts
+from scmoe_ds.moe.layout import ExactLayout
 
 D, E, ROWS = 8, 4, 4096
 
@@ -155,10 +155,10 @@ def test_gradients_of_tokens_with_many_choices() -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "moe/dispatch.py",
         "moe/experts.py",
         "moe/gate.py",
         "moe/layer.py",
+        "moe/layout.py",
         "moe/routed.py",
         "comm/all_to_all.py",
         "comm/counts.py",

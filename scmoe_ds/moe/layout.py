@@ -1,14 +1,13 @@
-"""Two layouts of routed tokens on the wire, and the way back. Permutations and sizes only; nothing is sent here.
+"""The two layouts of routed tokens as rows, and the way back. Permutations and sizes only; nothing is sent here.
 
-Padded (DeepSpeed's): every expert has `capacity` rows, empty ones are zeros; equal pieces for all ranks.
-Exact: rows of real tokens only, sorted by expert; pieces as large as they are.
+Padded (DeepSpeed's): every expert has `capacity` rows. Empty ones are zeros. All ranks get equal pieces.
+Exact: rows of routed tokens only, sorted by expert. Each rank gets as many as there are.
 
-Either can be cut into chunks that travel and are computed one after another: padded by places in the buffers, exact by
-tokens. Rows are then in order of chunks first.
+Either can be cut into chunks, which are sent and computed one after another: the padded layout by rows of the buffers,
+the exact one by tokens. All rows of a chunk then come before those of the next.
 
-Shape suffixes: T tokens, D hidden, E experts, L local experts, K routed experts per token, C capacity,
-R rows of this rank's tokens, S rows that it receives, P ranks of the travel group, N chunks, V senders of one token's
-rows to an expert rank (1 without tensor parallelism; see shares.py).
+Shape suffixes: T tokens, D hidden, K top-k, C capacity, L local experts, N chunks, P ranks, V senders (see slices.py),
+X any, R/S rows sent/received.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from deepspeed.moe.sharded_moe import _route_slots, _sparse_encode
 from torch import Tensor
 
 from scmoe_ds.moe.gate import Routing
-from scmoe_ds.moe.shares import Shares
+from scmoe_ds.moe.slices import TokenSlices
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor elsewhere. From pageable memory the host would wait for all that the GPU has to do before."""
+    """Copies a host tensor to a device. From pageable memory the host would wait for all earlier work of the GPU."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
@@ -35,7 +34,7 @@ def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tens
     """Gathers each token's expert outputs and adds them up, weighted, in fp32 (paper eq. 1).
 
     Args:
-        rows_RD: expert outputs in the order in which their tokens were sent.
+        rows_RD: expert outputs, in the order in which the tokens were sent.
         row_of_choice_KT: int64 row of each choice; R for a dropped one.
         weight_KT: fp32 gate values.
 
@@ -43,9 +42,9 @@ def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tens
         [T, D] in the dtype of `rows_RD`; zeros for a token whose choices were all dropped.
     """
     if rows_RD.shape[0] == 0:
-        # Nothing was kept, but the result must hang on the rows: the other ranks wait for their gradients' exchange.
+        # No choice was kept. The result depends on the rows all the same: the other ranks wait for their gradient.
         return rows_RD.new_zeros(weight_KT.shape[1], rows_RD.shape[1]) + rows_RD.sum()
-    # A dropped choice has weight 0 and may name any row; that spares a copy of all rows with a zero row appended.
+    # A dropped choice has weight 0 and may name any row. A zero row for it would need a copy of all rows.
     row_KT = row_of_choice_KT.clamp(max=rows_RD.shape[0] - 1)
     parts = [
         rows_RD.index_select(0, row_T) * weight_T.unsqueeze(1)
@@ -56,9 +55,10 @@ def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """DeepSpeed's [E, C, D] buffers; of several chunks, each has [E, ceil(C / N), D].
+    """DeepSpeed's buffers, one per expert: [P * L, C, D]. Each of N chunks has [P * L, ceil(C / N), D].
 
-    Under tensor parallelism each expert has one buffer per sender, [P, V, L, C, D], with C as much smaller.
+    Under tensor parallelism each expert has one buffer per sender, [P, V, L, C, D]. Each slice of the tokens needs a
+    smaller C.
 
     Attributes:
         row_of_choice_KT: row bucket * C + location of each choice; the number of rows where dropped.
@@ -72,15 +72,15 @@ class PaddedLayout:
     num_chunks: int
 
     @classmethod
-    def of(cls, routing: Routing, shares: Shares, num_chunks: int = 1) -> PaddedLayout:
-        local_experts = routing.exp_counts.shape[0] // shares.expert_ranks
-        buffers = shares.ranks * shares.senders * local_experts
-        # At least one row, also where no rank has a token: DeepSpeed's experts cannot be asked about none.
-        capacity = -(-max(int(routing.capacity), 1) // (shares.holders * num_chunks))
+    def of(cls, routing: Routing, slices: TokenSlices, num_chunks: int = 1) -> PaddedLayout:
+        local_experts = routing.exp_counts.shape[0] // slices.expert_parallel_size
+        buffers = slices.group_size * slices.senders * local_experts
+        # At least one row, even if no rank has a token: DeepSpeed's experts do not compute on none.
+        capacity = -(-max(int(routing.capacity), 1) // (slices.tensor_parallel_size * num_chunks))
         kept_KT, location_KT = routing.expert_KT >= 0, routing.location_KT
-        buffer_KT = shares.bucket(routing.expert_KT, location_KT, local_experts)
-        if shares.holders > 1:
-            location_KT = location_KT.div(shares.holders, rounding_mode="floor")
+        buffer_KT = slices.bucket(routing.expert_KT, location_KT, local_experts)
+        if slices.tensor_parallel_size > 1:
+            location_KT = location_KT.div(slices.tensor_parallel_size, rounding_mode="floor")
         if num_chunks > 1:
             buffer_KT = location_KT.div(capacity, rounding_mode="floor") * buffers + buffer_KT
             location_KT = location_KT % capacity
@@ -107,7 +107,7 @@ class ExactLayout:
         token_R: int64 source token of each row; on a GPU followed by those of the dropped choices.
         row_of_choice_KT: row of each choice, R where dropped.
         rows_NPVL: int64 rows of each chunk for each rank, from each sender, for each of its experts.
-        checksum: int64 scalar over all rows' places: equal on ranks that route alike; zero where no others do.
+        checksum: int64 scalar, equal on ranks that route the same tokens alike; zero if no other rank has them.
     """
 
     token_R: Tensor
@@ -116,12 +116,12 @@ class ExactLayout:
     checksum: Tensor
 
     @classmethod
-    def of(cls, routing: Routing, shares: Shares, num_chunks: int = 1) -> ExactLayout:
-        local_experts = routing.exp_counts.shape[0] // shares.expert_ranks
+    def of(cls, routing: Routing, slices: TokenSlices, num_chunks: int = 1) -> ExactLayout:
+        local_experts = routing.exp_counts.shape[0] // slices.expert_parallel_size
         K, T = routing.expert_KT.shape
         kept_KT = routing.expert_KT >= 0
-        bucket_KT = shares.bucket(routing.expert_KT, routing.location_KT, local_experts)
-        shape = (num_chunks, shares.ranks, shares.senders, local_experts)
+        bucket_KT = slices.bucket(routing.expert_KT, routing.location_KT, local_experts)
+        shape = (num_chunks, slices.group_size, slices.senders, local_experts)
         buckets = math.prod(shape)
         if num_chunks > 1:
             chunk_T = torch.arange(T, device=kept_KT.device) * num_chunks // max(T, 1)
@@ -133,10 +133,12 @@ class ExactLayout:
         rows = rows.scatter_add_(0, bucket_X, torch.ones_like(bucket_X))[:buckets]
         total = rows.sum()
         order_X = torch.sort(bucket_X, stable=True).indices
-        places_X = torch.arange(K * T, device=order_X.device)
-        row_X = torch.empty_like(order_X).scatter_(0, order_X, places_X)
+        number_X = torch.arange(K * T, device=order_X.device)
+        row_X = torch.empty_like(order_X).scatter_(0, order_X, number_X)
         row_X = torch.minimum(row_X, total)
-        checksum = (row_X * (places_X + 1)).sum() if shares.holders > 1 else torch.zeros((), dtype=torch.int64)
+        checksum = (
+            (row_X * (number_X + 1)).sum() if slices.tensor_parallel_size > 1 else torch.zeros((), dtype=torch.int64)
+        )
         if not order_X.is_cuda:  # on a GPU the number of rows is not known on the host yet: cut them off when sending
             order_X = order_X[: int(total)]
         return cls(order_X % T, row_X.view(K, T), rows.view(shape), checksum)
@@ -147,8 +149,8 @@ class ExactLayout:
 
 
 class _Encode(torch.autograd.Function):
-    """A token's row for each of its choices. A token's gradient is gathered from its rows and added up in fp32: torch's
-    own, a scatter, would round after each addition in bf16, and on a GPU in any order."""
+    """A row for each choice of a token. The gradient of a token is gathered from its rows and added up in fp32. torch's
+    own gradient is a scatter: in bf16 it rounds after each addition, and on a GPU it adds in any order."""
 
     @staticmethod
     def forward(ctx: Any, tokens_TD: Tensor, token_R: Tensor, row_of_choice_KT: Tensor) -> Tensor:
@@ -158,18 +160,18 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad_RD,), (row_of_choice_KT,) = grads, ctx.saved_tensors
-        # Dropped choices have no row; on a GPU they may have one, whose gradient is zero.
+        # A dropped choice has no row. On a GPU it may have one, whose gradient is zero.
         return decode(grad_RD, row_of_choice_KT, (row_of_choice_KT < grad_RD.shape[0]).float()), None, None
 
 
 @dataclass(frozen=True)
 class ReceivedRows:
-    """How the rows that arrive from all ranks divide among the local experts.
+    """How rows that arrive from all ranks are divided among the local experts.
 
-    Rows arrive by rank and, within a rank, by local expert; experts want all of their rows together.
+    Rows arrive by rank and, within a rank, by local expert. An expert computes all of its rows together.
 
     Attributes:
-        by_expert_S: int64 order that brings the rows of one expert together; None if they are already.
+        by_expert_S: int64 permutation that brings the rows of one expert together; None if they are already.
         rows_per_expert: rows of each local expert.
     """
 
@@ -180,8 +182,8 @@ class ReceivedRows:
     def of(cls, rows: Tensor, device: torch.device) -> ReceivedRows:
         """
         Args:
-            rows: [P, L] int64 on the host, rows from each rank for each local expert.
-            device: where the rows live.
+            rows: [P, L] int64 on the host: how many rows each rank sends to each local expert.
+            device: of the rows.
         """
         totals = tuple(rows.sum(0).tolist())
         if rows.shape[0] == 1 or rows.shape[1] == 1:
