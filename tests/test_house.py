@@ -79,6 +79,17 @@ def test_no_imports_in_a_circle() -> None:
         visit(name, ())
 
 
+def test_only_comm_launches_the_collectives_of_layers_and_models() -> None:
+    def launches(node: ast.AST) -> bool:
+        is_dist = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dist"
+        return is_dist and node.attr.startswith(
+            ("all_", "broadcast", "reduce", "gather", "scatter", "batch_", "barrier")
+        )
+
+    rooms = {name: tree for name, tree in TREES.items() if name.split(".")[0] in ("moe", "models")}
+    assert [name for name, tree in rooms.items() if any(map(launches, ast.walk(tree)))] == []
+
+
 def test_no_file_is_longer_than_a_reader_likes() -> None:
     lines = {path: len(path.read_text("utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert [f"{path.name}: {count}" for path, count in lines.items() if count > LONGEST_FILE] == []

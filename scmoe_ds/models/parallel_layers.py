@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scmoe_ds.comm.gather import gather_last_dimension
 from scmoe_ds.parallel.tensor import Split, mark_tensor_parallel
 
 Group: TypeAlias = "dist.ProcessGroup | None"
@@ -119,24 +120,7 @@ def vocabulary_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, group: Group
 
 def gather_vocabulary(logits_BSV: Tensor, group: Group) -> Tensor:
     """The logits of the whole vocabulary on every rank, [B, S, V]."""
-    return logits_BSV if group is None else _GatherVocabulary.apply(logits_BSV, group)
-
-
-class _GatherVocabulary(torch.autograd.Function):
-    """As megatron-core's gather, which allocates on a GPU only. All ranks use the whole result alike, so that each
-    takes back the gradient of its own range."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        logits = logits.contiguous()
-        parts = [torch.empty_like(logits) for _ in range(size_of(group))]
-        dist.all_gather(parts, logits, group=group)
-        return torch.cat(parts, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].chunk(size_of(ctx.group), dim=-1)[dist.get_rank(ctx.group)].contiguous(), None
+    return logits_BSV if group is None else gather_last_dimension(logits_BSV, group)
 
 
 @contextmanager

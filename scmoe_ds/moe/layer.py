@@ -29,7 +29,7 @@ from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.placement import Placement, own_first_expert, own_rank, tensor_parallel_size
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
-from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.parallel.agreement import require_agreement, run_together
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 Layer = TypeVar("Layer", bound="StagedMoE")
@@ -138,7 +138,11 @@ class StagedMoE(MoE):
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
         run_together(self._check_rank)  # a rank that raised alone would leave the others in the next collective
         if self.ep_size > 1:
-            self._check_experts_agree()
+            # Experts that differ in shape would exchange rows that do not fit.
+            shapes = [(tuple(each.shape), str(each.dtype)) for each in self.deepspeed_moe.experts.parameters()]
+            require_agreement(
+                "the shape of a layer's experts", shapes, self.deepspeed_moe.ep_group, "build the same model on all"
+            )
         tp_size = 1 if self.enable_expert_tensor_parallelism else tensor_parallel_size()
         if self.ep_size % tp_size and tp_size % self.ep_size:
             raise ValueError(f"ep_size = {self.ep_size} and tensor-parallel size {tp_size}: one must divide the other")
@@ -157,18 +161,6 @@ class StagedMoE(MoE):
                 'one tensor-parallel rank): remove "use_data_before_expert_parallelism" from the DeepSpeed JSON, and '
                 "set deepspeed.utils.groups.mpu before the model is built"
             )
-
-    def _check_experts_agree(self) -> None:
-        """Experts of one layer that differ in shape between ranks would exchange rows that do not fit."""
-        mine = [(tuple(parameter.shape), str(parameter.dtype)) for parameter in self.deepspeed_moe.experts.parameters()]
-        shapes: list[list[tuple[tuple[int, ...], str]]] = [[] for _ in range(self.ep_size)]
-        dist.all_gather_object(shapes, mine, group=self.deepspeed_moe.ep_group)
-        for rank, other in enumerate(shapes):
-            if other != shapes[0]:
-                raise ValueError(
-                    f"the experts of one layer differ between expert-parallel ranks 0 and {rank}: "
-                    f"{shapes[0]} against {other}; build the same model on every rank"
-                )
 
     def begin(
         self,

@@ -136,9 +136,8 @@ class ExactLayout:
         number_X = torch.arange(K * T, device=order_X.device)
         row_X = torch.empty_like(order_X).scatter_(0, order_X, number_X)
         row_X = torch.minimum(row_X, total)
-        checksum = (
-            (row_X * (number_X + 1)).sum() if slices.tensor_parallel_size > 1 else torch.zeros((), dtype=torch.int64)
-        )
+        alone = slices.tensor_parallel_size == 1
+        checksum = torch.zeros((), dtype=torch.int64) if alone else (row_X * (number_X + 1)).sum()
         if not order_X.is_cuda:  # on a GPU the number of rows is not known on the host yet: cut them off when sending
             order_X = order_X[: int(total)]
         return cls(order_X % T, row_X.view(K, T), rows.view(shape), checksum)

@@ -77,27 +77,33 @@ def wait_for_all() -> None:
         watch.active.wait_for_all()
 
 
-def require_agreement(name: str, value: Any) -> None:
-    """Compares a small picklable value over all ranks.
+def require_agreement(
+    name: str,
+    value: Any,
+    group: dist.ProcessGroup | None = None,
+    remedy: str = "start all of them from the same files",
+) -> None:
+    """Compares a small picklable value over all ranks of a group, by default of the world.
 
     Raises:
         RankDisagreementError: on every rank, with what each rank holds.
     """
-    values = _gather(value)
+    values = _gather(value, group)
     if any(other != values[0] for other in values):
-        held = "; ".join(f"rank {rank}: {other!r}" for rank, other in enumerate(values))
-        raise RankDisagreementError(f"{name} differs between ranks ({held}); start all of them from the same files")
+        ranks = dist.get_process_group_ranks(group)
+        held = "; ".join(f"rank {rank}: {other!r}" for rank, other in zip(ranks, values, strict=True))
+        raise RankDisagreementError(f"{name} differs between ranks ({held}); {remedy}")
 
 
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     if not _distributed():
         return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
