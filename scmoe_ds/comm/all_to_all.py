@@ -8,14 +8,14 @@ therefore runs backward as
 
     Wait(combine)   shared   attention   Start(combine)   experts   Wait(dispatch)   mlp   Start(dispatch)
 
-so `_Wait.backward` must *launch* the gradient's all-to-all and `_Start.backward` must *wait* for it: the gradient then
-travels beside the same operators as the activation did.
+So `_Wait.backward` must *launch* the gradient's all-to-all, and `_Start.backward` must *wait* for it. Then the gradient
+is on its way during the same operators as the activation was.
 
 Waiting has one meaning here: after `wait`, work that is enqueued on the current device stream may use the tensor.
 NCCL's `Work.wait` orders streams and returns at once; gloo's blocks the host.
 
-`torch.distributed` is called directly: `deepspeed.comm` would synchronise the device around every call when its
-communication logger is on, and so measure an overlap away.
+`torch.distributed` is called directly. When the communication logger of `deepspeed.comm` is on, it synchronises the
+device around every call, and nothing overlaps.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from scmoe_ds.trace.recorder import Phase, Watch
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """The sizes of an exchange, and of the one that carries its gradients back.
+    """How many rows an exchange sends to and receives from each rank; the same for the way back.
 
     Attributes:
         send, receive: rows to and from each rank of the group.
-        picked: which of the rows at hand go out, in order; None: all of them.
-        send_back, receive_back, picked_back: the same for the way back.
+        picked: which of this rank's rows are sent, in order; None: all of them.
+        send_back, receive_back, picked_back: the same for the way back (the gradients, or the combine).
     """
 
     send: Sequence[int]
@@ -53,22 +53,21 @@ class SplitSizes:
 
     @classmethod
     def plain(cls, send: Sequence[int], receive: Sequence[int]) -> SplitSizes:
-        """All rows go out, consecutive pieces to consecutive ranks, and the same ones come back."""
+        """All rows are sent, consecutive pieces to consecutive ranks, and the same ones come back."""
         return cls(send, receive, receive, send)
 
     @property
     def rows(self) -> int:
-        """Rows at hand before the exchange, or after the way back."""
+        """This rank's rows before the exchange, and after the way back."""
         return sum(self.receive_back)
 
     def reversed(self) -> SplitSizes:
-        """The way back as an exchange of its own: a combine, where this is the dispatch."""
+        """The way back as an exchange of its own: the combine of a dispatch."""
         return SplitSizes(self.send_back, self.receive_back, self.send, self.receive, self.picked_back, self.picked)
 
 
 class InFlight:
-    """Rows on their way between the ranks of a group. `send` may be left to a later moment; only `wait` yields the
-    tensor, once."""
+    """Rows on their way between the ranks of a group. `send` may come later. Only `wait` yields the tensor, once."""
 
     def __init__(self, transfer: _Transfer | None, token: Tensor) -> None:
         self._transfer = transfer
@@ -107,19 +106,17 @@ def prepare(
     wire_dtype: str | None = None,
     watches: Sequence[Watch | None] = (None,),
 ) -> list[InFlight]:
-    """All-to-alls of consecutive chunks of rows whose sizes are not known on the host yet; `InFlight.send` launches
-    each.
+    """Prepares an all-to-all for each of several consecutive chunks of rows. `InFlight.send` launches it.
 
-    Their place in the backward pass is decided here, not at `send`: the wait for all chunks' gradients comes where
-    this call stands.
+    The host need not know the sizes of the chunks yet. In the backward pass the gradients of all chunks are waited for
+    where this call stands, not where `send` does.
 
     Args:
-        rows: [N, D], floating point; chunk by chunk. The chunks together may take fewer than N rows, the last ones then
-            stay (dropped choices that were sorted behind all others).
-        transport: the ranks and the primitive; a world of one sends nothing and gives `rows` back.
+        rows: [N, D], floating point, chunk after chunk. Rows behind the last chunk are not sent (dropped choices).
+        transport: the ranks and the primitive. One rank alone sends nothing and gets `rows` back.
         blocking: wait at once, forward and backward (the reference without overlap).
         wire_dtype: None, or a number format of scmoe_ds.comm.wire for rows and their gradients on the wire.
-        watches: an observer or None for each chunk; as many chunks are made.
+        watches: an observer or None for each chunk.
     """
     if transport.size == 1:
         return [InFlight(None, rows) for _ in watches]
@@ -136,7 +133,7 @@ def start(
     wire_dtype: str | None = None,
     watch: Watch | None = None,
 ) -> InFlight:
-    """Launches an all-to-all of rows and returns at once: `prepare` and `send`; equal pieces by default."""
+    """Launches an all-to-all of rows and returns at once: `prepare` and `send`. By default in equal pieces."""
     (flight,) = prepare(rows, transport, blocking, wire_dtype, [watch])
     equal = [rows.shape[0] // transport.size] * transport.size
     flight.send(sizes or SplitSizes.plain(equal, equal))
@@ -165,11 +162,11 @@ class _Transfer:
         if ready is None or self.blocking:  # blocking: the main stream itself waits
             self._launch(rows, sizes, "forward")
             return
-        # The collective waits for the stream that it is launched from. The main stream has gone on with the backbone
-        # since `hold`; from the side stream the rows are all that it waits for.
+        # The collective waits for the stream that it is launched from. Since `hold` the main stream has gone on with
+        # the backbone. From the side stream the collective waits for the rows alone.
         side = side_stream(rows.device)
         side.wait_event(ready)
-        rows.record_stream(side)  # a wire format reads them there, after their last reference may have gone
+        rows.record_stream(side)  # `pack` reads them there, perhaps after their last reference has gone
         with torch.cuda.stream(side):
             self._launch(rows, sizes, "forward")
 
@@ -187,11 +184,11 @@ class _Transfer:
         if self.blocking and wait is not None:
             wait()
             wait = None  # a second wait on one of gloo's receives never returns
-        # Both buffers are held until the wait: the caching allocator could otherwise give their memory to work
-        # that is enqueued on the compute stream before the transfer has read or written it.
+        # Both buffers are held until the wait. Otherwise the caching allocator could give their memory to work that is
+        # enqueued on the compute stream before the transfer has read or written it.
         self._in_flight = (wait, packed, received, rows.dtype)
         if received.is_cuda:
-            # What the launch itself put on its stream: a rank's rows to itself, and the wait of a blocking transfer.
+            # The launch itself put work on its stream: a rank's rows to itself, and the wait of a blocking transfer.
             self._launched = torch.cuda.current_stream(received.device).record_event()
 
     def finish(self) -> Tensor:
@@ -202,8 +199,8 @@ class _Transfer:
             wait()
         if self._launched is not None:
             torch.cuda.current_stream(received.device).wait_event(self._launched)
-            # Buffers of a deferred launch belong to the side stream. The host is past the wait long before the
-            # transfer is; freed now, they could be reused there. The current stream comes after the transfer.
+            # Buffers of a deferred launch belong to the side stream. The host passes the wait long before the transfer
+            # ends. If they were freed now, the side stream could reuse them. The current stream waits for the transfer.
             for buffer in (packed, received):
                 buffer.record_stream(torch.cuda.current_stream(buffer.device))
         return unpack(received, self.wire_dtype, dtype)
@@ -216,8 +213,8 @@ def _hold(rows: Tensor, transfers: Sequence[_Transfer]) -> tuple[Tensor, ...]:
 
 
 class _Start(torch.autograd.Function):
-    """Returns an empty token per chunk that ties the wait to the start in autograd's graph; the rows stay in the
-    transfers, so that nobody can read a buffer that is still being filled."""
+    """Returns an empty token per chunk, which ties the wait to the start in autograd's graph. The rows stay in the
+    transfers. So nobody can read a buffer that is still being filled."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfers: Sequence[_Transfer]) -> tuple[Tensor, ...]:
@@ -237,7 +234,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        ctx.set_materialize_grads(True)  # an unused output still owes the other ranks its share of the collective
+        ctx.set_materialize_grads(True)  # the other ranks wait for the gradient of an unused output too
         return transfer.finish()
 
     @staticmethod

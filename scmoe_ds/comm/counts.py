@@ -17,14 +17,14 @@ class CountsInFlight:
     """Row counts on their way to the other ranks, from them, and on a GPU from there to the host.
 
     Args:
-        sent: what travels to the other ranks.
-        local, received: what the host wants to know; `received` once `wait` is over.
-        wait: of the exchange; None: there is none.
+        sent: the numbers for the other ranks.
+        local, received: the numbers for this host; `received` is complete after `wait`.
+        wait: waits for the exchange; None: there is none.
     """
 
     def __init__(self, sent: Tensor, local: Tensor, received: Tensor, wait: Wait | None) -> None:
-        # Until the host knows that the exchange is over. On a GPU `wait` only orders streams and drops the collective's
-        # own references: the memory of what a slower rank has yet to read would go to the next small tensor.
+        # Held until the host knows that the exchange is over. On a GPU `wait` only orders streams and drops the
+        # collective's own references. The next small tensor would then get memory that a slower rank has yet to read.
         self._held: tuple[Tensor, ...] = (sent, local, received)
         self._tensors = (local, received)
         self._wait = wait
@@ -33,8 +33,7 @@ class CountsInFlight:
             self._copy_to_host()
 
     def _copy_to_host(self) -> None:
-        # Through a side stream: only the host waits for these copies (in `wait`), and the main stream goes on with
-        # whatever has been enqueued since.
+        # On a side stream: only the host waits for these copies (in `wait`), and the main stream goes on.
         side = side_stream(self._tensors[0].device)
         side.wait_stream(torch.cuda.current_stream(side.device))
         with torch.cuda.stream(side):
@@ -45,7 +44,7 @@ class CountsInFlight:
         self._wait = None
 
     def wait(self) -> tuple[list[int], list[int]]:
-        """The local numbers, and rows from each rank for each piece of this one."""
+        """The local numbers, and how many rows each rank sends to each piece of this one."""
         if self._wait is not None:
             self._wait()
         if self._on_host is not None:
@@ -63,7 +62,7 @@ def start_counts(
     Args:
         rows_per_piece: [ranks * pieces] int64, how many rows go to each piece of each rank.
         watch: observes the exchange.
-        local: int64 numbers that this rank's host wants to know at the same time; default: `rows_per_piece`.
+        local: int64 numbers that are copied to this rank's host too; default: `rows_per_piece`.
     """
     local = rows_per_piece if local is None else local
     if transport.size == 1:
@@ -76,6 +75,6 @@ def start_counts(
 
 
 def largest(count: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The largest of all ranks' counts (int64 scalar), in place. Blocking; padded buffers get one size by it."""
+    """Replaces a count (int64 scalar) by the largest of all ranks, for padded buffers of one size. Blocking."""
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
     return count

@@ -1,11 +1,11 @@
 """An all-to-all in two steps, inside the nodes and then across: fewer and larger messages on the slow links.
 
-Rank (n, g) is place g of node n. First the ranks of a node exchange so that (n, g) holds everything from its node for
-the ranks (·, g); then the ranks of one place exchange across nodes. Every pair of nodes then shares G messages of G
-pieces each instead of G * G of one.
+Each of the nodes has G ranks, with local ranks 0 … G - 1. First the ranks of a node exchange rows, so that local rank g
+holds all rows from its node for local rank g of any node. Then the ranks with the same local rank exchange rows. A pair
+of nodes exchanges G messages of G pieces each instead of G * G messages of one piece.
 
-The second step needs the first one's result, so both run on a thread of their own, in the order of their launches, over
-process groups that nothing else uses: ranks launch in the same order, hence the steps meet in the same order.
+The second step needs the result of the first one. So both run on a thread of their own, in the order of their launches.
+Nothing else uses their process groups. All ranks launch in the same order, so the steps of one exchange meet.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class HierarchicalTransport(Transport):
     Attributes:
         group: all ranks, node by node.
         node_group: this rank's node, in the order of `group`.
-        place_group: this rank's place in every node, in the order of the nodes.
+        local_rank_group: the ranks with this local rank on every node, in the order of the nodes.
     """
 
     method: str = "hierarchical"
     node_group: dist.ProcessGroup | None = None
-    place_group: dist.ProcessGroup | None = None
+    local_rank_group: dist.ProcessGroup | None = None
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "all-to-all"), compare=False)
 
     def __post_init__(self) -> None:
-        if self.node_group is None or self.place_group is None:
-            raise ValueError("a hierarchical all-to-all needs a group per node and one per place")
+        if self.node_group is None or self.local_rank_group is None:
+            raise ValueError("a hierarchical all-to-all needs a group per node and one per local rank")
 
     def launch(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
         """See `Transport.launch`."""
@@ -60,50 +60,50 @@ class HierarchicalTransport(Transport):
 
     @torch.no_grad()
     def _exchange(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> None:
-        places, nodes = dist.get_world_size(self.node_group), dist.get_world_size(self.place_group)
-        place = dist.get_rank(self.node_group)
-        # sends[h][n * places + g]: rows from place h of this node to rank (n, g).
+        per_node, nodes = dist.get_world_size(self.node_group), dist.get_world_size(self.local_rank_group)
+        local_rank = dist.get_rank(self.node_group)
+        # sends[h][n * per_node + g]: rows from local rank h of this node to local rank g of node n.
         mine = torch.tensor(list(send), device=rows.device)
-        gathered = [torch.empty_like(mine) for _ in range(places)]
+        gathered = [torch.empty_like(mine) for _ in range(per_node)]
         dist.all_gather(gathered, mine, group=self.node_group)
         sends = [counts.tolist() for counts in gathered]
 
         pieces = rows.split(list(send))
-        by_place = torch.cat([pieces[n * places + g] for g in range(places) for n in range(nodes)])
-        to_place = [sum(send[n * places + g] for n in range(nodes)) for g in range(places)]
-        from_place = [[sends[h][n * places + place] for n in range(nodes)] for h in range(places)]
-        inside = rows.new_empty((sum(map(sum, from_place)), *rows.shape[1:]))
+        by_local_rank = torch.cat([pieces[n * per_node + g] for g in range(per_node) for n in range(nodes)])
+        to_local_rank = [sum(send[n * per_node + g] for n in range(nodes)) for g in range(per_node)]
+        from_local_rank = [[sends[h][n * per_node + local_rank] for n in range(nodes)] for h in range(per_node)]
+        inside = rows.new_empty((sum(map(sum, from_local_rank)), *rows.shape[1:]))
         dist.all_to_all_single(
-            inside, by_place, [sum(counts) for counts in from_place], to_place, group=self.node_group
+            inside, by_local_rank, [sum(counts) for counts in from_local_rank], to_local_rank, group=self.node_group
         )
 
-        parts = inside.split([count for counts in from_place for count in counts])
-        by_node = torch.cat([parts[h * nodes + n] for n in range(nodes) for h in range(places)])
-        to_node = [sum(from_place[h][n] for h in range(places)) for n in range(nodes)]
-        from_node = [sum(receive[n * places : (n + 1) * places]) for n in range(nodes)]
-        dist.all_to_all_single(received, by_node, from_node, to_node, group=self.place_group)
+        parts = inside.split([count for counts in from_local_rank for count in counts])
+        by_node = torch.cat([parts[h * nodes + n] for n in range(nodes) for h in range(per_node)])
+        to_node = [sum(from_local_rank[h][n] for h in range(per_node)) for n in range(nodes)]
+        from_node = [sum(receive[n * per_node : (n + 1) * per_node]) for n in range(nodes)]
+        dist.all_to_all_single(received, by_node, from_node, to_node, group=self.local_rank_group)
 
 
 def ranks_by_node(ranks: Sequence[int], nodes: Sequence[Hashable]) -> list[list[int]] | None:
-    """The ranks of a group node by node, if a hierarchical all-to-all makes sense for it.
+    """The ranks of a group node by node.
 
     Returns:
-        None for a group inside one node, one rank per node, nodes of different sizes, or ranks of a node that do not
-        follow each other.
+        None if a hierarchical all-to-all makes no sense: the group lies inside one node or has one rank per node, its
+        nodes have different numbers of ranks, or the ranks of a node do not follow each other.
     """
     rows: dict[Hashable, list[int]] = {}
     for rank in ranks:
         rows.setdefault(nodes[rank], []).append(rank)
     layout = list(rows.values())
-    places = {len(row) for row in layout}
+    per_node = {len(row) for row in layout}
     in_order = [rank for row in layout for rank in row] == list(ranks)
-    return layout if len(layout) > 1 and len(places) == 1 and places != {1} and in_order else None
+    return layout if len(layout) > 1 and len(per_node) == 1 and per_node != {1} and in_order else None
 
 
 def make_transports(
     group: dist.ProcessGroup, all_groups: Sequence[Sequence[int]], nodes: Sequence[Hashable]
 ) -> dict[str, Transport]:
-    """Every all-to-all primitive that a group can use. Collective over the world: it may create groups.
+    """Every all-to-all primitive that a group can use. Collective over the world, since it may create groups.
 
     Args:
         group: this rank's expert-parallel group.
@@ -117,9 +117,10 @@ def make_transports(
     mine: dict[str, dist.ProcessGroup] = {}
     for layout in layouts:
         assert layout is not None
-        for name, members in [("node", row) for row in layout] + [("place", list(column)) for column in zip(*layout)]:  # noqa: B905
+        columns = [list(column) for column in zip(*layout, strict=True)]
+        for name, members in [("node", row) for row in layout] + [("local rank", column) for column in columns]:
             created = dist.new_group(members)
             if dist.get_rank() in members:
                 mine[name] = created
-    hierarchical = HierarchicalTransport(group, node_group=mine["node"], place_group=mine["place"])
+    hierarchical = HierarchicalTransport(group, node_group=mine["node"], local_rank_group=mine["local rank"])
     return {**transports, hierarchical.method: hierarchical}

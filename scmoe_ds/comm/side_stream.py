@@ -1,4 +1,4 @@
-"""The CUDA stream for what must not wait for the backbone: host copies and launches of all-to-alls."""
+"""The CUDA stream for work that must not wait for the backbone: host copies and launches of all-to-alls."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import torch
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device, of high priority: what runs on it is short and others wait for it."""
+    """One stream per device. Its priority is high: its work is short, and others wait for it."""
     return torch.cuda.Stream(device, priority=-1)

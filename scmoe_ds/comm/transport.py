@@ -4,8 +4,8 @@
 "send_receive": all receives are posted, then all sends; full duplex on a link, one message per pair of ranks.
 "hierarchical": inside the nodes, then across; in scmoe_ds.comm.hierarchical, for groups that span nodes.
 
-Every primitive launches at once, takes uneven and zero sizes, and is used alike on all ranks: ranks that used different
-ones would wait for each other forever.
+Every primitive launches at once and takes uneven and zero sizes. All ranks must use the same one: otherwise they wait
+for each other forever.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _LATE_S = 2e-3
 
 @dataclass(frozen=True)
 class Transport:
-    """A group of ranks and the way in which rows are exchanged in it.
+    """A group of ranks, and the primitive by which they exchange rows.
 
     Attributes:
-        group: the ranks; None is a world of one, for which nothing is sent.
+        group: the ranks; None: this rank alone, nothing is sent.
         method: one of METHODS.
     """
 
@@ -49,11 +49,11 @@ class Transport:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def launch(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
-        """Starts an exchange into `received` and returns what waits for it.
+        """Starts an exchange into `received`. Returns a function that waits for it.
 
         Args:
-            received: [sum(receive), ...], filled once the wait is over; contiguous.
-            rows: [sum(send), ...]; contiguous; must stay alive until then.
+            received: [sum(receive), ...], contiguous; filled after the wait.
+            rows: [sum(send), ...], contiguous; must stay alive until then.
             receive, send: rows from and to each rank of the group.
         """
         assert self.group is not None
@@ -79,10 +79,10 @@ class Transport:
         with _named(group):
             works = dist.batch_isend_irecv(operations) if operations else []
         incoming[me].copy_(outgoing[me])  # while the others travel
-        # gloo's sends and receives do not know their group's timeout; NCCL's do, and would block the host for one.
+        # gloo's sends and receives ignore their group's timeout. NCCL's obey it, and block the host if given one here.
         limit = () if rows.is_cuda else (_timeout(group, rows.device),)
 
-        # NCCL makes one work of them all, gloo one of each.
+        # NCCL returns one work for all operations, gloo one for each.
         partners: list[int | None] = [operation.peer for operation in operations]
         partners = partners if len(works) == len(partners) else [None] * len(works)
 
@@ -96,7 +96,7 @@ class Transport:
 
 @contextmanager
 def _named(group: dist.ProcessGroup | None, peer: int | None = None) -> Iterator[None]:
-    """Puts into words, for an exchange that fails, between which ranks it was."""
+    """Names the ranks of an exchange that fails."""
     try:
         yield
     except RuntimeError as error:
@@ -136,11 +136,11 @@ def probe(
     device: torch.device,
     rounds: int = 7,
 ) -> Probe:
-    """Times every transport of one group with the message size of a layer; all ranks of the group call it.
+    """Times every transport of one group with the message size of a layer. All ranks of the group call it.
 
-    Ranks that compute between exchanges do not enter them together, and gloo's collective then runs half duplex: here,
-    too, every other rank comes late. The time is that of the last rank to come (the others also waited for it), the
-    same on all ranks, so that all draw the same conclusion.
+    Ranks that compute between exchanges do not enter them together. gloo's collective then runs half duplex. So here
+    every other rank comes late, too. The result is the time of the last rank to come, since the others also waited for
+    it. All ranks get the same result.
     """
     group = next(iter(transports.values())).group
     size, rank = dist.get_world_size(group), dist.get_rank(group)

@@ -1,7 +1,7 @@
 """Number formats of rows on the wire; the computation on either side keeps its own.
 
-"bf16" halves the bytes of fp32 rows. "fp8" (e4m3) quarters them: every row travels with its own fp32 scale, which maps
-the row's largest magnitude to the largest e4m3 number, 448.
+"bf16" halves the bytes of fp32 rows. "fp8" (e4m3) quarters them. Each row then has its own fp32 scale, which maps the
+row's largest magnitude to the largest e4m3 number, 448.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def pack(rows: Tensor, wire_dtype: str | None) -> Tensor:
     if wire_dtype == "bf16":
         return rows.to(torch.bfloat16)
     largest = rows.detach().abs().amax(-1, keepdim=True).float()
-    scale = (largest / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)  # 0/0 in rows of zeros, or almost
+    scale = (largest / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)  # no 0/0 in rows of (almost) zeros
     quantized = (rows / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return torch.cat([quantized.view(torch.uint8), scale.contiguous().view(torch.uint8)], dim=-1)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.config.section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.layer import ScMoE
+from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap.executor import Operator
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import slot_that_halves

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scmoe_ds.moe.layer import ScMoE
 from scmoe_ds.moe.routed import RoutedTokens
+from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap.executor import Activations, Interleaving, Operator, numbered
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace.calls import Call, marked_inputs, marked_output
