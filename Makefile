@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # What tests/cluster makes two machines of.
 CLUSTER_PACKAGES := iproute2 openssh-server pdsh openmpi-bin procps
 
-.PHONY: help setup test check pretrain schema docs cluster-packages clean
+.PHONY: help setup fast test check format pretrain schema docs cluster-packages clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -30,10 +30,18 @@ setup: $(STAMP)  ## install everything into .venv
 test: $(STAMP)  ## all tests; those that need a GPU skip themselves
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: $(STAMP)  ## ruff and mypy
+fast: $(STAMP)  ## the inner loop: tests that start no process and take no long computation
+	$(BIN)/python -m pytest -n 2 -m 'not spawns and not slow'
+
+check: $(STAMP)  ## ruff, mypy, directions of imports, lengths of files and functions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_house.py
+
+format: $(STAMP)  ## what ruff can put in order by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 pretrain: $(STAMP)  ## train a small ScMoE GPT for a few minutes, on the GPUs that are there or on two CPU processes
 	$(BIN)/python examples/quick_start.py

@@ -2,12 +2,17 @@
 nor do the variables by which its ranks would find each other."""
 
 import os
+import sys
 from pathlib import Path
 
 # One thread per process, as every rank has on the machines that run these tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Programs that tests start from another directory are those of this checkout.
+# DeepSpeed compiles its CPU collectives at the first run; they belong to this environment alone.
+if os.access(sys.prefix, os.W_OK):
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+# Programs that tests start from another directory are those of this checkout and of this environment.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 from collections.abc import Iterator
 
@@ -15,9 +20,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers.spawning import spawns
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and spawns(item):
+            item.add_marker("spawns")
 
 
 @pytest.fixture(scope="module", autouse=True)

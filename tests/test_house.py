@@ -23,7 +23,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LOOSE = {"__init__", "errors", "compat"}
-LONGEST_FILE = 400
+LONGEST_FILE, LONGEST_FUNCTION = 400, 90
 
 
 def modules() -> dict[str, ast.Module]:
@@ -93,3 +93,13 @@ def test_only_comm_launches_the_collectives_of_layers_and_models() -> None:
 def test_no_file_is_longer_than_a_reader_likes() -> None:
     lines = {path: len(path.read_text("utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert [f"{path.name}: {count}" for path, count in lines.items() if count > LONGEST_FILE] == []
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    functions = [
+        (f"{name}.{node.name}", (node.end_lineno or 0) - node.lineno + 1)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert [f"{name}: {count}" for name, count in functions if count > LONGEST_FUNCTION] == []

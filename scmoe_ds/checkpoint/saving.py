@@ -84,27 +84,11 @@ def save(
     final = Path(directory) / f"global_step{iteration}"
     part = final.with_name(final.name + files.PART)
 
-    def prepare() -> None:
-        lock.require(part.parent)
-        rotation.remove_unfinished(part.parent)
-        part.mkdir(parents=True, exist_ok=True)
-        batch = getattr(engine, "train_batch_size", lambda: None)()
-        whole = {
-            **description,
-            BATCH: batch,
-            ITERATION: iteration,
-            CONSUMED: consumed_samples,
-            "splits": _splits(engine),
-            rotation.VALIDATED: rotation.last_validated(part.parent, iteration, validated),
-        }
-        (part / files.DESCRIPTION_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        for name, content in (carried or {}).items():
-            (part / name).write_bytes(content)
-
+    labels = {**description, ITERATION: iteration, CONSUMED: consumed_samples}
     state = {"iteration": iteration, "consumed_samples": consumed_samples, "overlap": engine.overlap.state()}
     finite.check(engine, f"--save {directory}: {final.name}")
     with _one_sentence(part):
-        run_together(prepare, on_rank_zero=True)
+        run_together(lambda: _begin(engine, part, labels, validated, carried or {}), on_rank_zero=True)
         written = _write(engine, part, state)
         if dist.get_rank() == 0:
             written += [part / name for name in (files.DESCRIPTION_FILE, *(carried or {}))]
@@ -113,6 +97,24 @@ def save(
     if keep_last is not None:
         run_together(lambda: rotation.remove_old(final.parent, keep_last), on_rank_zero=True)
     return final
+
+
+def _begin(
+    engine: Any, part: Path, labels: Mapping[str, Any], validated: int | None, carried: Mapping[str, bytes]
+) -> None:
+    """Makes the directory, with the files that are not DeepSpeed's."""
+    lock.require(part.parent)
+    rotation.remove_unfinished(part.parent)
+    part.mkdir(parents=True, exist_ok=True)
+    whole = {
+        **labels,
+        BATCH: getattr(engine, "train_batch_size", lambda: None)(),
+        "splits": _splits(engine),
+        rotation.VALIDATED: rotation.last_validated(part.parent, labels[ITERATION], validated),
+    }
+    (part / files.DESCRIPTION_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    for name, content in carried.items():
+        (part / name).write_bytes(content)
 
 
 @contextmanager
