@@ -206,11 +206,11 @@ def event_order(slot: int, overlap: bool) -> tuple[list[str], list[str]]:
 
     def logged(operator: Operator) -> Operator:
         def step(stream):  # type: ignore[no-untyped-def]
-            events.append(operator.label)
+            events.append(operator.kind)
             result = operator.run(stream)
             if result.shared is None:
-                return type(result)(_Log.apply(result.hidden, operator.label, events))
-            return type(result)(result.hidden, result.moe_input, _Log.apply(result.shared, operator.label, events))
+                return type(result)(_Log.apply(result.hidden, operator.kind, events))
+            return type(result)(result.hidden, result.moe_input, _Log.apply(result.shared, operator.kind, events))
 
         return replace(operator, run=step)
 
