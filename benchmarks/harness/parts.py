@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.harness.measure import over_ranks
-from scmoe_ds.models.blocks import PlainRun, ScheduledRun
+from scmoe_ds.models.pairs import PlainPair, StagedPair
 from scmoe_ds.overlap.executor import Activations
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Phase, Recorder, Span
 
@@ -73,7 +73,7 @@ def record_steps(run: nn.Module, step: Callable[[], None], count: int) -> list[l
     for _ in range(count):
         dist.barrier()
         recorder = Recorder(CPU)
-        with _told(run, recorder) if isinstance(run, ScheduledRun) else _marked(run, recorder):
+        with _told(run, recorder) if isinstance(run, StagedPair) else _marked(run, recorder):
             step()
         found.append(recorder.spans())
     return found
@@ -108,7 +108,7 @@ def hidden_by_waits(steps: list[list[Span]], sent_ms: dict[Phase, float]) -> dic
 
 
 @contextmanager
-def _told(run: ScheduledRun, recorder: Recorder) -> Iterator[None]:
+def _told(run: StagedPair, recorder: Recorder) -> Iterator[None]:
     run.recorder = recorder.pair(0)
     try:
         yield
@@ -118,7 +118,7 @@ def _told(run: ScheduledRun, recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _marked(run: nn.Module, recorder: Recorder) -> Iterator[None]:
-    assert isinstance(run, PlainRun)
+    assert isinstance(run, PlainPair)
     pair = recorder.pair(0)
     blocks: list[Any] = list(run.blocks)
     layer = blocks[-1].moe

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from scmoe_ds.comm.transport import Transport, Wait
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.pairs import PlainPair, make_pair
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.planner.plan import Count, Slots
 
@@ -267,9 +267,9 @@ def build(variant: Variant, shape: Shape, skew: float, method: str = "collective
     torch.manual_seed(0)
     run: nn.Module
     if variant.is_scheduled:
-        run = ScheduledRun(settings, config, num_experts, config.position, shape.seq_length)
+        run = make_pair(settings, config, num_experts, config.position, shape.seq_length)
     else:
-        run = PlainRun(settings, config, num_experts)
+        run = PlainPair(settings, config, num_experts)
     layer = run.blocks[-1].moe
     layer.set_deepspeed_parallelism()
     if isinstance(layer, StagedMoE) and layer.transport.size > 1:

@@ -115,7 +115,7 @@ class Server:
             layer.set_deepspeed_parallelism()
             if isinstance(layer, StagedMoE):
                 layer.transport = (Transport if row.communicates else LocalCopy)(layer.transport.group, method)
-        self.phases = Phases(self.model.scheduled_runs(), config.overlap)
+        self.phases = Phases(self.model.scheduled_pairs(), config.overlap)
         generator = torch.Generator().manual_seed(dist.get_rank())
         self._prompts = torch.randint(VOCABULARY, (shape.sequences, self._length), generator=generator)
         self._cache = KeyValueCache(self.model, shape.sequences, self._length + 1)

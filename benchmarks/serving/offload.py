@@ -120,7 +120,7 @@ class Worker:
         """Generates, and tells the median milliseconds of a pair in a decode step, and what the store did."""
         hooks = guess_experts(self.model) if mode == GUESSED else []
         before = vars(self.store.counts).copy() if self.store else {}
-        for run in self.model.scheduled_runs():
+        for run in self.model.scheduled_pairs():
             if self.store:
                 run.layer.deepspeed_moe.experts.early = mode != "offload"
         self._passes = []
@@ -134,7 +134,7 @@ class Worker:
 
     def window_ms(self) -> float:
         """What the backbone of a pair computes between tap and join in a decode step: the median of all."""
-        runs = self.model.scheduled_runs()
+        runs = self.model.scheduled_pairs()
         names = {index: {operator.label for operator in backbone(run)} for index, run in enumerate(runs)}
         recorder = Recorder(self.device)
         for index, run in enumerate(runs):

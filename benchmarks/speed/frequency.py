@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.blocks import tap_of
+from scmoe_ds.models.pairs import tap_of
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import Mode, plan, simulate
 from scmoe_ds.planner.times import OperatorTime, OperatorTimes

@@ -31,8 +31,8 @@ from benchmarks.harness.measure import Spread, environment, interleave
 from lab.distributed import run_distributed
 from scmoe_ds import ScMoE
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.pairs import StagedPair, make_pair
 from scmoe_ds.moe.layer import StagedMoE
 
 BASELINES = ("Residual MoE", "MoE")
@@ -103,18 +103,18 @@ def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def make_pair(settings: dict[str, Any]) -> ScheduledRun:
+def build_pair(settings: dict[str, Any]) -> StagedPair:
     """A ScMoE Pos-2 pair with all experts on this rank; the experts' slot is before the second attention."""
     section = {"num_experts": settings["num_experts"], "overlap": {"expert_slot": 2, "num_chunks": 1}}
     config = ScMoEConfig.from_deepspeed({"scmoe": section})
     shape = GPTSettings(2, settings["hidden_size"], settings["hidden_size"] // 64, 64, settings["tokens"])
     torch.manual_seed(0)
-    run = ScheduledRun(shape, config, settings["num_experts"], config.position, settings["tokens"])
+    run = make_pair(shape, config, settings["num_experts"], config.position, settings["tokens"])
     run.blocks[-1].moe.set_deepspeed_parallelism()
     return run
 
 
-def by_hand(run: ScheduledRun, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def by_hand(run: StagedPair, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """What `run(hidden)` computes at slot 2, straight on: output and load-balancing loss."""
     first, last = run.blocks
     assert run.shortcut_norm is not None
@@ -139,10 +139,10 @@ def measure_executor(settings: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     small = settings | {"hidden_size": 64, "tokens": 32}
     for sizes, mode in itertools.product((settings, small), ("forward", "train")):
-        run = make_pair(sizes)
+        run = build_pair(sizes)
         x = torch.randn(1, sizes["tokens"], sizes["hidden_size"], requires_grad=True)
 
-        def under_executor(run: ScheduledRun = run, x: Tensor = x) -> tuple[Tensor, Tensor]:
+        def under_executor(run: StagedPair = run, x: Tensor = x) -> tuple[Tensor, Tensor]:
             output = run(x)
             return output.hidden, output.l_aux
 
@@ -166,7 +166,7 @@ def measure_executor(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def pair_step(run: ScheduledRun, function: Computation, train: bool) -> Callable[[], None]:
+def pair_step(run: StagedPair, function: Computation, train: bool) -> Callable[[], None]:
     """One forward pass, or one forward and backward pass, of a pair."""
 
     def step() -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from benchmarks.harness.parts import CPU, record_steps, sum_ms
 from benchmarks.harness.variants import Table, Variant
 from scmoe_ds.config.section import OverlapConfig
-from scmoe_ds.models.blocks import ScheduledRun
+from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.adaptive import CHUNK_COUNTS, AdaptiveOverlap
 from scmoe_ds.planner.plan import Mode, plan, simulate
@@ -61,7 +61,7 @@ def total_ms(times: PassTimes, mode: Mode) -> float:
     return times.forward_ms + (times.backward_ms if mode == "train" else 0.0)
 
 
-def calibrate(run: ScheduledRun, step: Callable[[], None], several_chunks: bool) -> Calibrated:
+def calibrate(run: StagedPair, step: Callable[[], None], several_chunks: bool) -> Calibrated:
     """Times the parts of a pair at the link's present rate.
 
     Args:
@@ -86,7 +86,7 @@ def _is_one_of(labels: set[str], phase: Phase, span: Span) -> bool:
 
 
 def calibrate_kinds(
-    table: Table, runs: Mapping[str, ScheduledRun], steps: Mapping[str, Callable[[], None]]
+    table: Table, runs: Mapping[str, StagedPair], steps: Mapping[str, Callable[[], None]]
 ) -> dict[str, Calibrated]:
     """Calibrates one pair of every kind that this package runs.
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness.measure import Spread, environment, interleave
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
+from scmoe_ds.models.pairs import make_pair
 from scmoe_ds.replace import replace_moe_layers
 from scmoe_ds.replace.upcycle import MoEFeedForward
 
@@ -90,7 +90,7 @@ class Direct(nn.Module):
     def __init__(self, shape: GPTSettings, config: ScMoEConfig, num_experts: int, same: nn.Module) -> None:
         super().__init__()
         runs = [
-            ScheduledRun(shape, config, num_experts, config.position, shape.max_position_embeddings)
+            make_pair(shape, config, num_experts, config.position, shape.max_position_embeddings)
             for _ in range(shape.num_layers // 2)
         ]
         self.runs = nn.ModuleList(runs)

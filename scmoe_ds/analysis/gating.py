@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from scmoe_ds.analysis.probes import Capture, Probe, Representation, Side
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import AnalysisError
-from scmoe_ds.models.blocks import Block, tap_of
+from scmoe_ds.models.blocks import Block
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.pairs import tap_of
 
 SCALARS = (
     "same_expert_share",

@@ -18,7 +18,7 @@ from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeight
 from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import CheckpointError
-from scmoe_ds.models.blocks import tap_of
+from scmoe_ds.models.pairs import tap_of
 
 Readers = dict[str, Callable[[], Tensor]]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.models.blocks import ScheduledRun
+from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.planner.adaptive import AdaptiveOverlap
@@ -25,7 +25,7 @@ from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.replacement import nothing_to_apply_to
 
-ModelPair = Union[ScheduledRun, HookedPair]
+ModelPair = Union[StagedPair, HookedPair]
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -45,7 +45,7 @@ def pairs_of(model: nn.Module) -> list[ModelPair]:
     """This package's own runs of blocks and replaced layers, in the order of the model's modules."""
     pairs: list[ModelPair] = []
     for module in model.modules():
-        if isinstance(module, ScheduledRun):
+        if isinstance(module, StagedPair):
             pairs.append(module)
         elif isinstance(module, HookedScMoE) and module.pair is not None:
             pairs.append(module.pair)

@@ -109,7 +109,7 @@ def offload_experts(
     least = min(2 if mode == "offload-async" else 1, num_experts(model))
     if places < least:
         raise ValueError(f"--expert-cache: --experts {mode} needs room for {least} experts at least, not {places}")
-    layers = {number: run.layer for number, run in enumerate(model.scheduled_runs()) if run.owns_layer}
+    layers = {number: run.layer for number, run in enumerate(model.scheduled_pairs()) if run.owns_layer}
     if any(layer.enable_expert_tensor_parallelism for layer in layers.values()):
         raise ValueError("--experts: divided experts cannot be offloaded; leave --enable-expert-tensor-parallelism out")
     named = _names(model)
@@ -176,12 +176,12 @@ def expert_places(text: str, each_bytes: int) -> int:
 
 def num_experts(model: GPT) -> int:
     """Routed experts of all layers on this rank."""
-    return sum(run.layer.num_local_experts for run in model.scheduled_runs())
+    return sum(run.layer.num_local_experts for run in model.scheduled_pairs())
 
 
 def expert_bytes(model: GPT, dtype: torch.dtype) -> int:
     """Size of one routed expert."""
-    expert = model.scheduled_runs()[0].layer.deepspeed_moe.experts.deepspeed_experts[0]
+    expert = model.scheduled_pairs()[0].layer.deepspeed_moe.experts.deepspeed_experts[0]
     return sum(parameter.numel() for parameter in expert.parameters()) * dtype.itemsize
 
 
@@ -189,7 +189,7 @@ def _names(model: GPT) -> dict[ExpertKey, Mapping[str, str]]:
     whole = global_names(model)
     keys = [
         ExpertKey(layer, expert)
-        for layer, run in enumerate(model.scheduled_runs())
+        for layer, run in enumerate(model.scheduled_pairs())
         if run.owns_layer
         for expert in range(run.layer.num_local_experts)
     ]
@@ -198,7 +198,7 @@ def _names(model: GPT) -> dict[ExpertKey, Mapping[str, str]]:
 
 def _local_names(model: GPT, key: ExpertKey) -> dict[str, str]:
     """Parameters of an expert, by their names within it: their names in this rank's model."""
-    last = len(model.scheduled_runs()[key.layer].blocks) - 1
+    last = len(model.scheduled_pairs()[key.layer].blocks) - 1
     prefix = f"runs.{key.layer}.blocks.{last}.moe.deepspeed_moe.experts.deepspeed_experts.{key.expert}."
     assert layer_of(prefix + "x") is not None
     expert = model.get_submodule(prefix.removesuffix("."))

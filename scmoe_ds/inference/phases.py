@@ -19,8 +19,8 @@ import torch.distributed as dist
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
 from scmoe_ds.engine.initialize import choose_all_to_all
-from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.groups import Layout
@@ -64,7 +64,7 @@ class Phases:
 
     def __init__(
         self,
-        runs: Sequence[ScheduledRun],
+        runs: Sequence[StagedPair],
         settings: OverlapConfig | None = None,
         transports: dict[Phase, Transport] | None = None,
         device: torch.device | None = None,
@@ -88,7 +88,7 @@ class Phases:
             rows, prompt: sequences of a batch per rank and tokens of each, about.
         """
         transports: dict[Phase, Transport] = {}
-        runs = model.scheduled_runs()
+        runs = model.scheduled_pairs()
         sequences: dict[Phase, int] = {"prefill": prompt, "decode": 1}
         for phase, sequence in sequences.items():
             lines = choose_all_to_all(model, config, rows, layout, sequence)

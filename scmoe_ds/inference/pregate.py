@@ -15,8 +15,9 @@ from torch import nn
 
 from scmoe_ds.inference.offload import OffloadedExperts
 from scmoe_ds.inference.store import ExpertKey
-from scmoe_ds.models.blocks import Block, ScheduledRun
+from scmoe_ds.models.blocks import Block
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.pairs import ShortcutPair, StagedPair
 
 
 def guess_experts(model: GPT) -> list[Any]:
@@ -32,11 +33,11 @@ def guess_experts(model: GPT) -> list[Any]:
         ValueError: experts that are not offloaded one expert-parallel rank, or layers that need no guess.
     """
     hooks = []
-    for run in model.scheduled_runs():
+    for run in model.scheduled_pairs():
         experts = run.layer.deepspeed_moe.experts
         if not isinstance(experts, OffloadedExperts) or run.layer.ep_size > 1:
             raise ValueError("experts are guessed for offloaded ones of one expert-parallel rank")
-        if not run.on_current_layer:
+        if isinstance(run, ShortcutPair):
             raise ValueError("a layer with a shortcut knows its experts: there is nothing to guess")
         blocks: list[Any] = list(run.blocks)
         early, names = (
@@ -47,7 +48,7 @@ def guess_experts(model: GPT) -> list[Any]:
     return hooks
 
 
-def _guess(run: ScheduledRun, experts: OffloadedExperts, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+def _guess(run: StagedPair, experts: OffloadedExperts, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     block, gate = run.blocks[-1], run.layer.deepspeed_moe.gate
     assert isinstance(block, Block)
     read = block.moe_input(inputs[0]).flatten(0, -2).float()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.layers import GPTSettings, make_norm
+from scmoe_ds.models.pairs import PlainPair, StagedPair, make_pair
 from scmoe_ds.models.parallel_layers import (
     Group,
     column_parallel,
@@ -27,7 +27,6 @@ from scmoe_ds.models.parallel_layers import (
     vocabulary_logits,
 )
 from scmoe_ds.models.recompute import Recompute
-from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.executor import PairOutput
 
 
@@ -61,7 +60,7 @@ class GPT(nn.Module):
 
     Args:
         settings: shape and style.
-        config: the "scmoe" section; its architecture, position and placement decide the runs.
+        config: the "scmoe" section; its architecture, position and placement decide the pairs.
         sequence: tokens per sequence for the FLOPs behind the "auto" slot; default: the longest possible.
         group: the tensor-parallel ranks (scmoe_ds.parallel.tensor); None: every rank holds whole layers.
         recompute: what the backward pass computes again instead of keeping it, see models/recompute.py.
@@ -88,27 +87,14 @@ class GPT(nn.Module):
         self.embedding = vocabulary_embedding(V, D, group)
         learned = settings.position_embedding == "learned_absolute"
         self.positions = nn.Embedding(settings.max_position_embeddings, D) if learned else None
-        runs: list[PlainRun | ScheduledRun] = []
-        moe: StagedMoE | None = None
+        pairs: list[PlainPair | StagedPair] = []
         for layer, num_experts in enumerate(config.experts_per_layer(settings.num_layers)):
-            if not config.is_scheduled:
-                runs.append(PlainRun(settings, config, num_experts, group))
-                continue
-            position = config.first_layer_position if layer == 0 else None
-            run = ScheduledRun(
-                settings,
-                config,
-                num_experts,
-                position or config.position,
-                sequence,
-                group,
-                shared_moe=moe if layer % config.pairs_per_moe else None,
-            )
-            moe = run.layer
-            runs.append(run)
-        for each in runs:
-            each.recompute = recompute
-        self.runs = nn.ModuleList(runs)
+            position = (config.first_layer_position if layer == 0 else None) or config.position
+            shared_moe = pairs[-1].last.moe if layer % config.pairs_per_moe else None
+            pair = make_pair(settings, config, num_experts, position, sequence, group, shared_moe)
+            pair.recompute = recompute
+            pairs.append(pair)
+        self.runs = nn.ModuleList(pairs)  # the name that they have in checkpoints
         self.final_norm = make_norm(settings)
         self.head = None if settings.tie_embeddings else column_parallel(D, [V], False, group)
 
@@ -128,7 +114,7 @@ class GPT(nn.Module):
                 goes to no routed expert. It counts neither in the balancing loss nor in an expert's capacity. Default:
                 there is none.
         """
-        outputs = list(self._through_runs(tokens, None, used_token))
+        outputs = list(self._through_pairs(tokens, None, used_token))
         hidden, counts = outputs[-1].hidden, tuple(output.exp_counts for output in outputs)
         moe_loss = torch.stack([output.l_aux for output in outputs]).sum()
         logits_BSV = self._own_logits(hidden)
@@ -152,14 +138,14 @@ class GPT(nn.Module):
         Returns:
             [B, S, D].
         """
-        (last,) = deque(self._through_runs(tokens, positions, used_token), maxlen=1)
+        (last,) = deque(self._through_pairs(tokens, positions, used_token), maxlen=1)
         return last.hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] of `hidden_states` → [..., V], the whole vocabulary on every rank."""
         return gather_vocabulary(self._own_logits(hidden), self.group)
 
-    def _through_runs(
+    def _through_pairs(
         self, tokens: Tensor, positions: Tensor | None, used_token: Tensor | None
     ) -> Iterator[PairOutput]:
         hidden = self.embedding(tokens)
@@ -167,8 +153,8 @@ class GPT(nn.Module):
             table = self.positions.weight
             hidden = hidden + (table[: tokens.shape[1]] if positions is None else table[positions])
         hidden = F.dropout(hidden, self.settings.hidden_dropout, self.training)
-        for run in self.runs:
-            output = run(hidden, used_token)
+        for pair in self.runs:
+            output = pair(hidden, used_token)
             yield output
             hidden = output.hidden
 
@@ -176,9 +162,9 @@ class GPT(nn.Module):
         weight = self.embedding.weight if self.head is None else self.head.weight
         return vocabulary_logits(self.final_norm(hidden), weight, self.group)
 
-    def scheduled_runs(self) -> Sequence[ScheduledRun]:
-        """The runs that a schedule drives; empty for the baselines."""
-        return [run for run in self.runs if isinstance(run, ScheduledRun)]
+    def scheduled_pairs(self) -> Sequence[StagedPair]:
+        """The pairs that a schedule drives; empty for the baselines."""
+        return [pair for pair in self.runs if isinstance(pair, StagedPair)]
 
 
 def apart(part: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Computing again in the backward pass what the forward pass would otherwise keep (activation checkpointing).
 
-"full": a run of blocks keeps its input alone. Its forward pass, communication included, is repeated when its backward
-begins. "selective": each dense operator keeps its input alone; routed experts and communication are not repeated.
+"full": a pair keeps its input alone. When its backward pass begins, its forward pass is repeated, communication
+included. "selective": each dense operator keeps its input alone. Routed experts and communication are not repeated.
 
-A checkpoint never cuts between the start and the wait of an all-to-all. A repeated forward pass has the schedule and
-the random numbers of the first, runs to its end (torch would stop it where nothing more is needed, with transfers still
-in flight), and so launches the same collectives in the same order on every rank.
+No checkpoint begins or ends between the start and the wait of an all-to-all. A repeated forward pass has the schedule
+and the random numbers of the first one. It runs to its end: torch would stop it where nothing more is needed, with
+transfers still in flight. So every rank launches the same collectives in the same order.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ GRANULARITIES = ("full", "selective")
 
 
 def recompute_operator(run: Step, activations: Activations) -> Activations:
-    """One dense operator of the backbone; whoever times its backward pass times the repetition as well."""
+    """Runs one dense operator of the backbone. Whoever times its backward pass times the repetition as well."""
     if not torch.is_grad_enabled():
         return run(activations)
     # One by one: what is kept goes through autograd's hooks, as tensors only do.
     return checkpoint(lambda *tensors: run(Activations(*tensors)), *activations, use_reentrant=False)
 
 
-def recompute_run(run: Callable[[Tensor], PairOutput], hidden: Tensor) -> PairOutput:
-    """A whole run of blocks."""
+def recompute_pair(run: Callable[[Tensor], PairOutput], hidden: Tensor) -> PairOutput:
+    """Runs a whole pair."""
 
     def forward(hidden: Tensor) -> PairOutput:
         output = run(hidden)
@@ -42,9 +42,9 @@ def recompute_run(run: Callable[[Tensor], PairOutput], hidden: Tensor) -> PairOu
 
 
 class _Repeat(torch.autograd.Function):
-    """Identity behind a run, whose backward asks for a kept tensor and so starts the repetition.
+    """Identity behind a pair. Its backward asks for a kept tensor, which starts the repetition.
 
-    Without it the run's first backward operator would, and a recorder would take the time for that operator's.
+    Without it the pair's last operator would ask, and a recorder would count the repetition as that operator's time.
     """
 
     @staticmethod

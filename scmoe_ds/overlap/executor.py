@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -114,7 +114,7 @@ class Pair(Backbone, Protocol):
     ) -> Routed:
         """Normalises the tapped value, gates, encodes, and sends the tokens on their way."""
 
-    def join(self, routed: Routed, activations: Activations) -> PairOutput:
+    def join(self, routed: Any, activations: Activations) -> PairOutput:
         """Waits for the combine, decodes, merges and adds the residual."""
 
 

@@ -40,7 +40,7 @@ matrix products eat what is gained."""
 
 
 class ScheduledPair(Backbone, Protocol):
-    """What the adaptive schedule asks of a pair; see models.blocks.ScheduledRun and replace.hooked.HookedPair."""
+    """What the adaptive schedule asks of a pair; see models.pairs.StagedPair and replace.hooked.HookedPair."""
 
     schedule: Schedule
     forward_schedule: Schedule | None

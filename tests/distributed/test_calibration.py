@@ -86,7 +86,7 @@ def train(engine: Any, steps: int) -> list[float]:
 
 
 def schedules(engine: Any) -> list[tuple[Schedule, Schedule | None]]:
-    return [(run.schedule, run.forward_schedule) for run in engine.module.scheduled_runs()]
+    return [(run.schedule, run.forward_schedule) for run in engine.module.scheduled_pairs()]
 
 
 def on_a_clock() -> Any:
@@ -173,7 +173,7 @@ def losses_with(overlap: dict[str, Any]) -> Any:
     engine = build(overlap=overlap)
     before = schedules(engine)
     losses = train(engine, 8)
-    assert all(run.recorder is SILENT for run in engine.module.scheduled_runs()), "nobody listens any more"
+    assert all(run.recorder is SILENT for run in engine.module.scheduled_pairs()), "nobody listens any more"
     return losses, before, schedules(engine), engine.overlap.calibrating
 
 
@@ -205,7 +205,7 @@ def planned_apart() -> Any:
     # In the middle of the calibration, from rank 0's checkpoint alone.
     engine.overlap.resume([{"description": description, "times": times}] if dist.get_rank() == 0 else None)
     assert not engine.overlap.calibrating
-    runs = engine.module.scheduled_runs()
+    runs = engine.module.scheduled_pairs()
     assert all(run.recorder is SILENT for run in runs)
     used: list[Schedule] = []
     plain_run = executor.run
@@ -242,11 +242,11 @@ def several_kinds() -> Any:
         engine.eval()
         with torch.no_grad():
             engine(torch.zeros(2, 12, dtype=torch.int64))
-        assert all(run.recorder is SILENT for run in engine.module.scheduled_runs()), "validation is not timed"
+        assert all(run.recorder is SILENT for run in engine.module.scheduled_pairs()), "validation is not timed"
         engine.train()
     layers = [layers for layers, _, _ in engine.overlap.plans]
     counts = [sorted(times.chunks) for times in engine.overlap.times]
-    return layers, counts, [run.schedule.num_chunks for run in engine.module.scheduled_runs()]
+    return layers, counts, [run.schedule.num_chunks for run in engine.module.scheduled_pairs()]
 
 
 def test_pairs_that_differ_have_times_of_their_own() -> None:

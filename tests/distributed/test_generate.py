@@ -126,7 +126,7 @@ def overlapped_and_not(directory: str) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {"text": [], "logits": []}
     for overlap in (True, False):
         for slot in (1, 2, 3, 4):
-            for run in model.scheduled_runs():
+            for run in model.scheduled_pairs():
                 run.schedule = Schedule(slot, overlap=overlap)
                 run.forward_schedule = None
             several, _, logits = generate(model)

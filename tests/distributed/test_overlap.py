@@ -16,9 +16,9 @@ import torch.distributed as dist
 from lab.distributed import run_distributed
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.blocks import PlainRun, ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.pairs import PlainPair, StagedPair, make_pair
 from scmoe_ds.overlap.executor import Operator
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.trace.recorder import Recorder, Span
@@ -26,7 +26,7 @@ from scmoe_ds.trace.recorder import Recorder, Span
 SETTINGS = GPTSettings(2, 16, 4, 64, 12, hidden_dropout=0.1)
 
 
-def make_run(position: str, dispatch: str = "exact") -> ScheduledRun:
+def make_run(position: str, dispatch: str = "exact") -> StagedPair:
     section = {
         "num_experts": 4,
         "expert_parallel_size": 2,
@@ -34,13 +34,13 @@ def make_run(position: str, dispatch: str = "exact") -> ScheduledRun:
         "capacity_factor": 1.0,
         "dispatch": dispatch,
     }
-    run = ScheduledRun(SETTINGS, ScMoEConfig.from_deepspeed({"scmoe": section}), 4, position, 12)
+    run = make_pair(SETTINGS, ScMoEConfig.from_deepspeed({"scmoe": section}), 4, position, 12)
     initialize_parameters(run, 3, 0.4, 1)
     run.blocks[-1].moe.set_deepspeed_parallelism()
     return run
 
 
-def forward_and_backward(run: ScheduledRun, schedule: Schedule) -> list[torch.Tensor]:
+def forward_and_backward(run: StagedPair, schedule: Schedule) -> list[torch.Tensor]:
     run.schedule = schedule
     torch.manual_seed(dist.get_rank())
     hidden = torch.randn(2, 12, 16, requires_grad=True)
@@ -85,7 +85,7 @@ def compare_with_deepspeed(architecture: str, dispatch: str) -> float:
     for name, slots, chunks in [(stock, 0, 0), (architecture, 1, 1), (architecture, (1,) * 3, 3)]:
         section = {"num_experts": 4, "expert_parallel_size": 2, "architecture": name, "dispatch": dispatch}
         config = ScMoEConfig.from_deepspeed({"scmoe": section})
-        run = PlainRun(SETTINGS, config, 4) if not slots else ScheduledRun(SETTINGS, config, 4, "pos2", 12)
+        run = make_pair(SETTINGS, config, 4, "pos2", 12)
         initialize_parameters(run, 3, 0.4, 1)
         run.blocks[-1].moe.set_deepspeed_parallelism()
         results.append(forward_and_backward(run, Schedule(slots, chunks)) if slots else plain(run))
@@ -96,7 +96,7 @@ def compare_with_deepspeed(architecture: str, dispatch: str) -> float:
     )
 
 
-def plain(run: PlainRun) -> list[torch.Tensor]:
+def plain(run: PlainPair) -> list[torch.Tensor]:
     run.schedule = None  # type: ignore[assignment]
     return forward_and_backward(run, None)  # type: ignore[arg-type]
 

@@ -72,7 +72,7 @@ def step(
         if hasattr(module, "set_deepspeed_parallelism"):
             module.set_deepspeed_parallelism()
     recorder = Recorder(torch.device("cpu"))
-    for layer, run in enumerate(model.scheduled_runs()):
+    for layer, run in enumerate(model.scheduled_pairs()):
         run.schedule = schedule or run.schedule
         if record:
             run.recorder = recorder.pair(layer)

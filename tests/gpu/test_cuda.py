@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.pairs import StagedPair, make_pair
 from scmoe_ds.moe.experts import can_group, grouped_product
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.trace.recorder import Recorder
@@ -18,15 +18,15 @@ from scmoe_ds.trace.recorder import Recorder
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def make_run(dispatch: str = "exact", drop_tokens: bool = True, **section: object) -> ScheduledRun:
+def make_run(dispatch: str = "exact", drop_tokens: bool = True, **section: object) -> StagedPair:
     fields = {"num_experts": 4, "dispatch": dispatch, "drop_tokens": drop_tokens, "use_rts": False, **section}
     config = ScMoEConfig.from_deepspeed({"scmoe": fields})
-    run = ScheduledRun(GPTSettings(2, 64, 4, 64, 32), config, 4, config.position, 32)
+    run = make_pair(GPTSettings(2, 64, 4, 64, 32), config, 4, config.position, 32)
     initialize_parameters(run, 3, 0.1, 1)
     return run
 
 
-def results(run: ScheduledRun, hidden: torch.Tensor, used: torch.Tensor | None = None) -> list[torch.Tensor]:
+def results(run: StagedPair, hidden: torch.Tensor, used: torch.Tensor | None = None) -> list[torch.Tensor]:
     hidden = hidden.clone().requires_grad_()
     output = run(hidden, used)
     loss = output.hidden.float().square().mean() + output.l_aux

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from scmoe_ds.models.blocks import PlainRun
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.pairs import PlainPair, ShortcutPair
 
 
 def gpt_by_hand(model: GPT, tokens: Tensor) -> list[Tensor]:
@@ -40,20 +40,20 @@ def run_by_hand(run: Any, hidden: Tensor) -> list[Tensor]:
 
 
 def _append(values: list[Tensor], block: Any, norm: Any, layer: Any) -> None:
-    x = values[-1]
+    x, scale = values[-1], getattr(block, "scale", 1.0)
     if block.pre_norm:
-        values.append(x + block.scale * layer(norm(x)))
+        values.append(x + scale * layer(norm(x)))
     else:
-        values.append(norm(x + block.scale * layer(x)))
+        values.append(norm(x + scale * layer(x)))
 
 
 def _moe(run: Any, values: list[Tensor], x: Tensor) -> Tensor:
     """The MoE of a run that reads x, and through the shortcut one of the earlier representations."""
     moe = run.blocks[-1].moe
-    if isinstance(run, PlainRun):
+    if isinstance(run, PlainPair):
         return moe(x)[0]
     shortcut = x
-    if not run.on_current_layer:
+    if isinstance(run, ShortcutPair):
         block, shortcut = run.blocks[run.tap // 2], values[run.tap]
         if run.shortcut_norm is not None:
             shortcut = run.shortcut_norm(shortcut)

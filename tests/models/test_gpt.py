@@ -108,12 +108,12 @@ def test_every_parameter_gets_a_gradient(moe_every: int, position: str, architec
 
 def test_first_layer_position_and_schedules() -> None:
     model = build(position="pos2", first_layer_position="pos1")
-    names = [[operator.label for operator in run.backbone()] for run in model.scheduled_runs()]
+    names = [[operator.label for operator in run.backbone()] for run in model.scheduled_pairs()]
     assert names == [["attention", "shared"], ["mlp", "attention", "shared"]]
     # Half of the FLOPs: pos2 is mlp, attention, shared = 16384, ~9216, 16384 per token.
-    assert [run.schedule.expert_slot for run in model.scheduled_runs()] == [2, 2]
-    assert build(overlap={"expert_slot": 3}).scheduled_runs()[0].schedule.expert_slot == 3
-    assert not build(overlap={"enabled": False}).scheduled_runs()[0].schedule.overlap
+    assert [run.schedule.expert_slot for run in model.scheduled_pairs()] == [2, 2]
+    assert build(overlap={"expert_slot": 3}).scheduled_pairs()[0].schedule.expert_slot == 3
+    assert not build(overlap={"enabled": False}).scheduled_pairs()[0].schedule.overlap
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_first_layer_position_and_schedules() -> None:
     [("pos1", "blocks.1.attention_norm"), ("pos2", "blocks.0.mlp_norm"), ("pos3", "blocks.0.attention_norm")],
 )
 def test_shared_norm_is_the_one_through_which_the_backbone_reads_the_same_value(position: str, norm: str) -> None:
-    run = build(position=position, shortcut_norm="shared").scheduled_runs()[0]
+    run = build(position=position, shortcut_norm="shared").scheduled_pairs()[0]
     assert run.shortcut_norm is None
     seen = []
     handle = run.get_submodule(norm).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
@@ -175,7 +175,7 @@ def test_settings_that_are_none(change: dict[str, Any], message: str) -> None:
 
 
 def test_post_norm_is_applied_to_the_merged_output() -> None:
-    run = build(post_norm=True).scheduled_runs()[0].eval()
+    run = build(post_norm=True).scheduled_pairs()[0].eval()
     hidden = torch.randn(1, 8, 32)
     with_norm = run(hidden).hidden
     run.post_norm.weight.data.zero_()

@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.pairs import StagedPair, make_pair
 from tests.helpers import reference
 
 HEADS, HIDDEN, BATCH, SEQUENCE = 4, 16, 2, 12
 SETTINGS = GPTSettings(2, HIDDEN, HEADS, 64, SEQUENCE)
 
 
-def make_run(position: str, sequence: int = SEQUENCE, **section: object) -> ScheduledRun:
+def make_run(position: str, sequence: int = SEQUENCE, **section: object) -> StagedPair:
     config = ScMoEConfig.from_deepspeed(
         {"scmoe": {"num_experts": 4, "min_capacity": 1, "position": position, **section}}
     )
-    run = ScheduledRun(SETTINGS, config, 4, position, sequence)
+    run = make_pair(SETTINGS, config, 4, position, sequence)
     initialize_parameters(run, 3, 0.4, 1)
     for parameter in run.parameters():
         if parameter.ndim == 1:  # zero biases and unit norms would hide a missing one
@@ -33,7 +33,7 @@ def largest_relative_error(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
 
 
-def check(run: ScheduledRun, used_token: Tensor | None = None, **reference_arguments: object) -> None:
+def check(run: StagedPair, used_token: Tensor | None = None, **reference_arguments: object) -> None:
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
     direction = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def test_two_pairs_that_share_a_moe_equal_reference(position: str) -> None:
     }
     model = GPT(GPTSettings(4, HIDDEN, HEADS, 64, SEQUENCE), ScMoEConfig.from_deepspeed({"scmoe": section}))
     initialize_parameters(model, 3, 0.4, 1)
-    first, second = model.scheduled_runs()
+    first, second = model.scheduled_pairs()
     assert first.owns_layer and not second.owns_layer and first.layer is second.layer
     assert not any(".moe." in name for name, _ in second.named_parameters()), "trained and saved once"
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(1))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
-from scmoe_ds.models.blocks import ScheduledRun
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.pairs import StagedPair, make_pair
 
 WIDTH, EXPERTS, SEQUENCE = 16, 4, 12
 SECTION = {
@@ -46,7 +46,7 @@ def megatron() -> Iterator[Any]:
     parallel_state.destroy_model_parallel()
 
 
-def routed_by_megatron(run: ScheduledRun, tokens_BSD: Tensor) -> Tensor:
+def routed_by_megatron(run: StagedPair, tokens_BSD: Tensor) -> Tensor:
     """Σ G·E of megatron-core's MoELayer with the run's gate and experts: [B, S, D]."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -79,7 +79,7 @@ def routed_by_megatron(run: ScheduledRun, tokens_BSD: Tensor) -> Tensor:
 
 def test_megatrons_shortcut_is_one_setting_of_ours(megatron: Any) -> None:
     shape = GPTSettings(1, WIDTH, 2, 64, SEQUENCE, ffn_hidden_size=4 * WIDTH, add_bias_linear=False)
-    run = ScheduledRun(shape, ScMoEConfig.from_deepspeed({"scmoe": SECTION}), EXPERTS, "pos1", SEQUENCE)
+    run = make_pair(shape, ScMoEConfig.from_deepspeed({"scmoe": SECTION}), EXPERTS, "pos1", SEQUENCE)
     initialize_parameters(run, 1, 0.4, 1)
     for norm in (run.shortcut_norm, run.post_norm, run.blocks[0].attention_norm, run.blocks[0].mlp_norm):
         norm.weight.data.uniform_(0.5, 1.5)

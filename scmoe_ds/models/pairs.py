@@ -1,0 +1,296 @@
+"""Pairs of Transformer blocks: a few blocks (often two), the last of which has an MoE. [B, S, D] -> `PairOutput`.
+
+    PlainPair           DeepSpeed's own MoE or Residual MoE: the baselines, without a schedule
+    ShortcutPair        ScMoE and DGMoE: the routed experts read an earlier block through the shortcut
+    PipelinedPair       a top-k MoE on the current layer, which hides behind its own chunks alone (Tutel's strategy)
+    SharedExpertPair    the same beside the two halves of a shared expert (Megatron-core's --moe-shared-expert-overlap)
+
+All but the first are pairs that the executor runs. A pair says which operators it has, where among them its shortcut is
+taken, and how the MoE begins and joins.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.models.blocks import Block, make_blocks
+from scmoe_ds.models.layers import GPTSettings, make_norm
+from scmoe_ds.models.parallel_layers import Group
+from scmoe_ds.models.recompute import Recompute, recompute_operator, recompute_pair
+from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.routed import RoutedTokens
+from scmoe_ds.moe.shortcut import ScMoE
+from scmoe_ds.overlap import executor
+from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, Step
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.plan import slot_that_halves
+from scmoe_ds.trace.recorder import SILENT, PairRecorder
+
+
+def tap_of(config: ScMoEConfig, position: str) -> int:
+    """How many operators of a pair with a shortcut come before its tap."""
+    # The tapped block's index; -1 is the block before this pair, whose output is this pair's input.
+    tapped = config.moe_every - 1 - (config.shortcut_distance if config.moe_every > 1 else 1)
+    # Two operators per block: Pos-1 is a block's output, Pos-2 follows its attention, Pos-3 is its input.
+    return 2 * tapped + {"pos1": 2, "pos2": 1, "pos3": 0}[position]
+
+
+class BlockPair(nn.Module):
+    """What all pairs have in common.
+
+    Attributes:
+        recompute: what is computed again in the backward pass instead of being kept, see models/recompute.py.
+        tap: the shortcut is taken before operator number `tap`, from 0. Without a shortcut, all dense operators and the
+            norm behind them come before it.
+    """
+
+    def __init__(
+        self,
+        settings: GPTSettings,
+        config: ScMoEConfig,
+        num_experts: int,
+        group: Group = None,
+        shared_moe: MoE | None = None,
+    ) -> None:
+        super().__init__()
+        self.recompute: Recompute | None = None
+        self.tap = 2 * config.moe_every
+        self.blocks = make_blocks(settings, config, num_experts, group, shared_moe)
+
+    @property
+    def last(self) -> Block:
+        """The block with the MoE."""
+        return self.blocks[-1]
+
+    def steps(self) -> list[tuple[str, Step]]:
+        """Kind and function of every operator, in order."""
+        steps: list[tuple[str, Step]] = []
+        for block in self.blocks:
+            steps += [("attention", block.attend), ("mlp", block.feed)]
+        return steps[:-1]
+
+    def operators(self) -> list[Operator]:
+        """All operators, in order; see `executor.Pair`."""
+        steps = self.steps()
+        if self.recompute == "selective":
+            steps = [(kind, partial(recompute_operator, run)) for kind, run in steps]
+        return executor.numbered(steps, self.tap)
+
+
+class PlainPair(BlockPair):
+    """The last block has a standard MoE on its own layer (architectures topk and shared_expert)."""
+
+    def forward(self, hidden: Tensor, used_token: Tensor | None = None) -> PairOutput:
+        """`used_token`: [B, S], zero for tokens that go to no routed expert."""
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return recompute_pair(partial(self._run, used_token=used_token), hidden)
+        return self._run(hidden, used_token)
+
+    def _run(self, hidden: Tensor, used_token: Tensor | None) -> PairOutput:
+        activations, last = Activations(hidden), self.last
+        for operator in self.operators():
+            activations = operator.run(activations)
+        hidden = activations.hidden
+        output, l_aux, exp_counts = last.moe(last.moe_input(hidden), used_token)
+        return PairOutput(last.add(hidden, output, last.mlp_norm), l_aux, exp_counts)
+
+
+class StagedPair(BlockPair):
+    """The last block has an MoE that runs in stages under a schedule: an `executor.Pair`.
+
+    Attributes:
+        schedule: when the routed experts run in training; replace it to run the same weights under another schedule.
+        forward_schedule: the same for passes without gradients; None: as in training.
+        recorder: who is told what happens when.
+        owns_layer: False: the MoE is that of an earlier pair (DGMoE-Share, paper section 4).
+    """
+
+    def __init__(
+        self,
+        settings: GPTSettings,
+        config: ScMoEConfig,
+        num_experts: int,
+        position: str,
+        sequence: int,
+        group: Group = None,
+        shared_moe: MoE | None = None,
+    ) -> None:
+        super().__init__(settings, config, num_experts, group, shared_moe)
+        self.owns_layer = shared_moe is None
+        if config.has_shortcut:
+            self.tap = tap_of(config, position)
+        own_norm = config.has_shortcut and config.shortcut_norm == "own"
+        self.shortcut_norm = make_norm(settings) if own_norm else None
+        self.post_norm = make_norm(settings) if config.post_norm else None
+        self.schedule = self._schedule(config, sequence)
+        self.forward_schedule: Schedule | None = None
+        self.recorder: PairRecorder = SILENT
+
+    def forward(self, hidden: Tensor, used_token: Tensor | None = None) -> PairOutput:
+        """`used_token`: [B, S], zero for tokens that go to no routed expert."""
+        training = torch.is_grad_enabled()
+        schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
+        if self.recompute != "full" or not training:
+            return executor.run(self, hidden, schedule, self.recorder, used_token)
+        recorders = iter([self.recorder])  # for the first pass alone: the second is nobody's forward
+
+        def forward(hidden: Tensor) -> PairOutput:
+            return executor.run(self, hidden, schedule, next(recorders, SILENT), used_token)
+
+        return recompute_pair(forward, hidden)
+
+    @property
+    def layer(self) -> StagedMoE:
+        """The MoE layer."""
+        return cast(StagedMoE, self.last.moe)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks between which rows travel."""
+        return self.layer.transport.group
+
+    def facts(self) -> dict[str, Any]:
+        """What this pair's times depend on, beside its MoE layer; JSON values."""
+        parameters = {*self.parameters(), *self.layer.parameters()}
+        facts = {
+            "operators": [operator.label for operator in self.backbone()],
+            "attention_heads": list(self.last.attention.heads),
+            "pre_norm": self.last.pre_norm,
+            "parameters": sum(each.numel() for each in parameters),
+        }
+        # An operator's backward then repeats its forward.
+        return {**facts, "recompute": self.recompute} if self.recompute else facts
+
+    def backbone(self) -> list[Operator]:
+        """The operators between shortcut and join."""
+        return executor.backbone(self)
+
+    def begin(
+        self, activations: Activations, used_token: Tensor | None, schedule: Schedule, recorder: PairRecorder
+    ) -> RoutedTokens:
+        return self.layer.begin(
+            self._shortcut(activations, recorder),
+            used_token,
+            blocking=not schedule.overlap,
+            num_chunks=schedule.num_chunks,
+            recorder=recorder,
+        )
+
+    def join(self, routed: RoutedTokens, activations: Activations) -> PairOutput:
+        hidden, moe_input, last = activations.hidden, activations.moe_input, self.last
+        if moe_input is None:  # DGMoE has no operator that needs it
+            moe_input = last.moe_input(hidden)
+        output, l_aux, exp_counts = self.layer.finish(routed, moe_input, activations.shared)
+        if self.post_norm is not None:
+            output = self.post_norm(output)
+        return PairOutput(last.add(hidden, output, last.mlp_norm), l_aux, exp_counts)  # eq. 7
+
+    def backbone_flops(self, sequence: int) -> list[int]:
+        """Forward floating-point operations per token of each backbone operator."""
+        flops: dict[str, int] = {"norm": 0}
+        for block in self.blocks:  # all blocks are alike
+            mlp = block.mlp if hasattr(block, "mlp") else getattr(block.moe, "mlp", None)
+            flops["attention"] = block.attention.flops_per_token(sequence)
+            if mlp is not None:
+                flops["mlp"] = flops["shared"] = mlp.flops_per_token()
+                flops["shared in"] = flops["shared out"] = flops["mlp"] // 2
+        return [flops[operator.kind] for operator in self.backbone()]
+
+    def _shortcut(self, activations: Activations, recorder: PairRecorder) -> Tensor:
+        """What the routed experts read, normalised."""
+        raise NotImplementedError
+
+    def _schedule(self, config: ScMoEConfig, sequence: int) -> Schedule:
+        overlap = config.overlap
+        slot = overlap.expert_slot
+        if slot == "auto":
+            slot = slot_that_halves(self.backbone_flops(sequence))
+        slots = tuple(slot) if isinstance(slot, list) else slot
+        chunks = overlap.num_chunks
+        if chunks == "auto":
+            chunks = len(slots) if isinstance(slots, tuple) else 1
+        return Schedule(slots, chunks, overlap.enabled)
+
+
+class ShortcutPair(StagedPair):
+    """The routed experts read an earlier block: a ScMoE (eq. 7), with the shared expert as last operator, or a DGMoE."""
+
+    def steps(self) -> list[tuple[str, Step]]:
+        return super().steps() + ([("shared", self._shared)] if isinstance(self.layer, ScMoE) else [])
+
+    def _shared(self, activations: Activations) -> Activations:
+        moe_input = self.last.moe_input(activations.hidden)
+        return activations._replace(moe_input=moe_input, shared=self.layer.shared(moe_input))
+
+    def _shortcut(self, activations: Activations, recorder: PairRecorder) -> Tensor:
+        (hidden,) = recorder.open("shortcut norm", activations.hidden)
+        (shortcut,) = recorder.close("shortcut norm", self._normalise_shortcut(hidden))
+        return shortcut
+
+    def _normalise_shortcut(self, hidden: Tensor) -> Tensor:
+        """The tapped value through the shortcut's own norm, or as the operator after the tap reads it (LongCat)."""
+        if self.shortcut_norm is not None:
+            return self.shortcut_norm(hidden)
+        block = self.blocks[self.tap // 2]
+        return block.reading(hidden, block.mlp_norm if self.tap % 2 else block.attention_norm)
+
+
+class PipelinedPair(StagedPair):
+    """The routed experts read the current block, behind its norm: the backbone is empty."""
+
+    def steps(self) -> list[tuple[str, Step]]:
+        return [*super().steps(), ("norm", self._normalise)]
+
+    def _normalise(self, activations: Activations) -> Activations:
+        return activations._replace(moe_input=self.last.moe_input(activations.hidden))
+
+    def _shortcut(self, activations: Activations, recorder: PairRecorder) -> Tensor:
+        assert activations.moe_input is not None
+        return activations.moe_input
+
+
+class SharedExpertPair(PipelinedPair):
+    """The same, and the two halves of the shared expert are the backbone."""
+
+    def steps(self) -> list[tuple[str, Step]]:
+        return [*super().steps(), ("shared in", self._shared_in), ("shared out", self._shared_out)]
+
+    def _shared_in(self, activations: Activations) -> Activations:
+        mlp = self.layer.mlp
+        return activations._replace(shared_inner=mlp.activate(mlp.input(activations.moe_input)))
+
+    def _shared_out(self, activations: Activations) -> Activations:
+        return activations._replace(shared=self.layer.mlp.output(activations.shared_inner), shared_inner=None)
+
+
+def make_pair(
+    settings: GPTSettings,
+    config: ScMoEConfig,
+    num_experts: int,
+    position: str,
+    sequence: int,
+    group: Group = None,
+    shared_moe: MoE | None = None,
+) -> PlainPair | StagedPair:
+    """The pair that `config.architecture` names.
+
+    Args:
+        position: of the shortcut, if there is one: "pos1", "pos2" or "pos3".
+        sequence: tokens per sequence, for the FLOPs behind the "auto" slot.
+        group: the tensor-parallel ranks.
+        shared_moe: an earlier pair's MoE layer, which this pair uses too.
+    """
+    if not config.is_scheduled:
+        return PlainPair(settings, config, num_experts, group, shared_moe)
+    if config.has_shortcut:
+        kind: type[StagedPair] = ShortcutPair
+    else:
+        kind = PipelinedPair if config.architecture == "pipelined_topk" else SharedExpertPair
+    return kind(settings, config, num_experts, position, sequence, group, shared_moe)
