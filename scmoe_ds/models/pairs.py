@@ -220,7 +220,7 @@ class StagedPair(BlockPair):
 
 
 class ShortcutPair(StagedPair):
-    """The routed experts read an earlier block: a ScMoE (eq. 7), with the shared expert as last operator, or a DGMoE."""
+    """The routed experts read an earlier block: a ScMoE (eq. 7), whose last operator is the shared expert, or DGMoE."""
 
     def steps(self) -> list[tuple[str, Step]]:
         return super().steps() + ([("shared", self._shared)] if isinstance(self.layer, ScMoE) else [])
