@@ -1,4 +1,4 @@
-"""What the hooks of a replaced model cost, against the same model written directly with this package's runs of blocks.
+"""What the hooks of a replaced model cost, against the same model written directly with this package's pairs.
 
     python -m benchmarks.speed.replace --output benchmarks/results/replace.json
 

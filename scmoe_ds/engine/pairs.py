@@ -42,7 +42,7 @@ _OF_LAYERS = ("dispatch", "gate_softmax", "wire_dtype")
 
 
 def pairs_of(model: nn.Module) -> list[ModelPair]:
-    """This package's own runs of blocks and replaced layers, in the order of the model's modules."""
+    """This package's own pairs and those of replaced layers, in the order of the model's modules."""
     pairs: list[ModelPair] = []
     for module in model.modules():
         if isinstance(module, StagedPair):

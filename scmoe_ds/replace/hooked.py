@@ -227,7 +227,7 @@ class HookedPair:
         if is_cut:
             logger.warning(
                 "%s: an activation checkpoint begins between it and its tap %s; it runs without overlap. "
-                "Checkpoint runs of blocks that hold both",
+                "Put both into one checkpoint",
                 self.name,
                 self.place.module_name,
             )

@@ -76,7 +76,7 @@ class Recomputation:
             raise RuntimeError(
                 f"{self.name}: several forward passes before a backward pass, while an activation checkpoint cuts "
                 f"it from its tap {where}, which is known of the last pass alone. Run each "
-                "backward pass after its forward pass, or checkpoint runs of blocks that hold both"
+                "backward pass after its forward pass, or put both into one checkpoint"
             )
         if torch.is_grad_enabled() and needs_checkpoint_of_both:
             raise RuntimeError(
