@@ -12,6 +12,16 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of an error's message, or its class's name. Libraries write advice and traces behind it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The message of an error without line ends, or its class's name."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 class ScMoEConfigError(UserError):
     """A setting that its user can mend: the message has the JSON path, the value, the rule and the remedy."""
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from scmoe_ds.data.checksums import file_entry
-from scmoe_ds.data.corpus import standard_library_documents, write_indexed_dataset
+from scmoe_ds.data.default_corpus import standard_library_documents
 from scmoe_ds.data.index_cache import replaced
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import GPT2BPETokenizer
 from scmoe_ds.errors import DataError

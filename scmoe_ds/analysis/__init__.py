@@ -1,6 +1,7 @@
-"""What a trained model's representations, gates and gradients look like: the measurements behind the paper's design.
+"""Measures representations, gates and gradients of a trained model, as the paper does to justify its design.
 
-`similarity`: intermediate representations against each other (paper figures 10, 14, 15); `gating`: the gate's choices
-on both ends of a shortcut (figure 9); `gradients`: their norms and signal-to-noise ratios (appendix A.1). `probes` says
-where a model's representations are, `tokens` what is read, `subjects` loads models, `figures` draws the records.
+`similarity` compares intermediate representations (paper figures 10, 14, 15), `gating` the gate's choices at both ends
+of a shortcut (figure 9; `gating_monitor` during training), `gradients` norms and signal-to-noise ratios (appendix A.1).
+`feasibility` predicts whether ScMoE pays. `probes` captures representations, `tokens` and `swin` have the input,
+`subjects` loads models, and `records`, `figures`, `feasibility_page` and `markdown` write the results.
 """

@@ -1,7 +1,8 @@
-"""Would ScMoE pay for a model on a machine? From a record of similarity and a calibration's times, without either.
+"""Predicts whether ScMoE pays for a model on a machine. Reads a similarity record and a calibration's times; needs
+neither model nor machine.
 
-A calibration is of one position. The backbone of Pos-1 is the end of Pos-2's, and that one the end of Pos-3's, so the
-timed operators give the other positions too, as far as they go: one that was not timed is not guessed.
+A calibration is for one position. The backbone of Pos-1 is the end of Pos-2's, which is the end of Pos-3's. Therefore
+the timed operators also give other positions; a position with an operator that was not timed is left out.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ class Prediction:
 
     @property
     def saved_ms(self) -> float:
-        """By overlap. Positions compare by it: a ratio also depends on how much backbone it is taken over."""
+        """Time saved by overlap. It compares positions; a ratio would also depend on the length of the backbone."""
         return self.plan.serial.total_ms - self.plan.predicted.total_ms
 
     @property
     def hidden_ms(self) -> float:
-        """Communication beside computation."""
+        """Communication during computation."""
         return self.plan.predicted.communication_ms - self.plan.predicted.exposed_ms
 
 
 @dataclass(frozen=True)
 class PositionStudy:
-    """A position: its backbone, None where an operator was not timed; where its times come from; predictions."""
+    """A position: its backbone (None when an operator was not timed), the source of its times, and predictions."""
 
     backbone: Sequence[OperatorTime] | None
     source: str
@@ -70,7 +71,7 @@ class PositionStudy:
 
 @dataclass(frozen=True)
 class KindStudy:
-    """One kind of MoE layers, those that share their times, and its positions by name."""
+    """MoE layers that share their times, and their positions by name."""
 
     description: Description
     top_k: int
@@ -121,7 +122,7 @@ class _Record(_Part):
 
 
 def read_similarity(path: str) -> dict[str, Any]:
-    """A record of the sub-command "similarity"; an AnalysisError if it is none."""
+    """A record of the sub-command "similarity". Raises an AnalysisError if it is none."""
     record = read_json("--similarity", path)
     if not isinstance(record, dict) or record.get("kind") != "similarity":
         raise AnalysisError(f'--similarity {path} is no record of "similarity", which scmoe analyze writes')
@@ -194,7 +195,7 @@ def _predict(times: OperatorTimes, top_k: int, mode: Mode) -> Prediction:
 
 
 def settings(position: str, verdict: Mapping[str, Any]) -> dict[str, str | None] | None:
-    """What the JSON has to say where similarity allows a position, if need be in all MoE layers but the first."""
+    """The JSON settings for a position that the similarity allows in all MoE layers, or in all but the first."""
     layers = verdict["positions"][position]["layers"]
     below = [layer for layer in layers if layer["cosine"] < verdict["threshold"]]
     if layers and not below:
@@ -212,7 +213,7 @@ def settings(position: str, verdict: Mapping[str, Any]) -> dict[str, str | None]
 
 
 def conclude(kind: KindStudy, verdict: Mapping[str, Any]) -> tuple[str, str | None, dict[str, str | None] | None]:
-    """ "pays", "pays if …", "does not pay" or "cannot be said", the position that this is about, and its settings."""
+    """ "pays", "pays if …", "does not pay" or "cannot be said", with the position and its settings."""
     known = {name: each.predictions["train"] for name, each in kind.positions.items() if each.predictions}
     if not kind.communication_ms("forward") + kind.communication_ms("backward"):
         return "does not pay: nothing travels between the ranks, there is no communication to hide", None, None
@@ -224,13 +225,10 @@ def conclude(kind: KindStudy, verdict: Mapping[str, Any]) -> tuple[str, str | No
         return "does not pay: it is predicted to gain next to nothing", best, None
     found = {name: chosen for name in fast if (chosen := settings(name, verdict))}
     if found:
-        # A tap closer to the MoE is at least as similar: a farther one has to save more.
+        # A tap closer to the MoE is at least as similar, so a farther one must save more.
         best = max(found, key=lambda name: (round(fast[name].saved_ms, 3), -POSITIONS.index(name)))
         return "pays", best, found[best]
     least = {name: verdict["positions"][name]["least"] for name in fast}
     best = max(fast, key=lambda name: -2.0 if least[name] is None else least[name])
-    return (
-        "pays if training with this shortcut keeps the quality, which the similarity does not promise",
-        best,
-        {"position": best, "first_layer_position": None},
-    )
+    word = "pays if training with this shortcut keeps the quality, which the similarity does not promise"
+    return word, best, {"position": best, "first_layer_position": None}

@@ -1,4 +1,4 @@
-"""What `feasibility` found, as one page: Markdown with the figure beside it, and HTML that holds the figure."""
+"""Writes the result of `feasibility` as one page: Markdown with the figure beside it, and HTML with it inside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from scmoe_ds.analysis.feasibility import MODES, KindStudy, conclude
 from scmoe_ds.errors import AnalysisError
 from scmoe_ds.planner.plan_text import schedule_text
 
-Part = tuple[str, Any]  # a tag of HTML ("h1", "h2", "p", "pre", "img") and its text, or "table" and its rows
+Part = str | tuple[str, Any]
+"""A paragraph, an HTML tag ("h1", "h2", "pre", "img") and its text, or "table" and its rows."""
 _PHASES = ("forward", "backward")
 # Okabe and Ito's colours, as in the other figures.
 _COLOURS = {"attention": "#0072B2", "mlp": "#56B4E9", "shared": "#009E73", "dispatch": "#E69F00", "combine": "#CC79A7"}
@@ -43,12 +44,8 @@ def parts(record: dict[str, Any], kinds: list[KindStudy]) -> list[Part]:
     named = [f", kind {n} of {len(kinds)} of MoE layers" if len(kinds) > 1 else "" for n in range(1, len(kinds) + 1)]
     page: list[Part] = [
         ("h1", "Would ScMoE pay?"),
-        (
-            "p",
-            f"Similarity was measured in {record['model']}. Whether the "
-            "times are of that model, the files do not tell. A JSON has one position for all kinds of MoE "
-            "layers.",
-        ),
+        f"Similarity was measured in {record['model']}. The files do not tell whether the times are of that model. "
+        "A JSON has one position for all kinds of MoE layers.",
     ]
     for name, kind in zip(named, kinds, strict=True):
         page += [("h2", f"Conclusion{name}"), *_conclusion(kind, verdict)]
@@ -56,7 +53,7 @@ def parts(record: dict[str, Any], kinds: list[KindStudy]) -> list[Part]:
     for position, found in verdict["positions"].items():
         cosines = ["" if found[key] is None else f"{found[key]:.3f}" for key in ("mean", "least")]
         rows.append([_title(position), *cosines, "passes" if found["passes"] else "does not pass"])
-    page += [("h2", "Similarity"), ("table", rows), *(("p", line) for line in verdict["text"])]
+    page += [("h2", "Similarity"), ("table", rows), *verdict["text"]]
     for name, kind in zip(named, kinds, strict=True):
         page += [("h2", f"Times{name}"), *_times(kind), ("h2", f"Predictions{name}"), *_predictions(kind)]
     return [*page, ("h2", "Windows and communication"), ("img", "window against communication by position, measured")]
@@ -64,7 +61,7 @@ def parts(record: dict[str, Any], kinds: list[KindStudy]) -> list[Part]:
 
 def _conclusion(kind: KindStudy, verdict: dict[str, Any]) -> list[Part]:
     word, position, settings = conclude(kind, verdict)
-    found: list[Part] = [("p", f"ScMoE {word}.")]
+    found: list[Part] = [f"ScMoE {word}."]
     if position is not None:
         each, least = kind.positions[position].predictions["train"], verdict["positions"][position]["least"]
         faster = "faster" if each.hidden_ms > each.limits.shared_ms else "not faster"
@@ -72,17 +69,14 @@ def _conclusion(kind: KindStudy, verdict: dict[str, Any]) -> list[Part]:
         if settings and settings["first_layer_position"]:
             similar += f"; it is the first one, which {_title(settings['first_layer_position'])} suits"
         found.append(
-            (
-                "p",
-                f"{_title(position)}, predicted for training: {each.plan.predicted.hidden_share:.0%} of the "
-                f"communication hidden, {each.speedups[0]:.2f} × as fast as without overlap, "
-                f"{each.speedups[1]:.2f} × as fast as top-{kind.top_k + 1} MoE without a shared expert; {faster} "
-                f"than top-{kind.top_k} without one: {each.hidden_ms:.2f} ms are hidden, the shared expert takes "
-                f"{each.limits.shared_ms:.2f} ms. Similarity: {similar}.",
-            )
+            f"{_title(position)}, predicted for training: {each.plan.predicted.hidden_share:.0%} of the "
+            f"communication hidden, {each.speedups[0]:.2f} × as fast as without overlap, "
+            f"{each.speedups[1]:.2f} × as fast as top-{kind.top_k + 1} MoE without a shared expert; {faster} "
+            f"than top-{kind.top_k} without one: {each.hidden_ms:.2f} ms are hidden, the shared expert takes "
+            f"{each.limits.shared_ms:.2f} ms. Similarity: {similar}."
         )
     found += [
-        ("p", f'{_title(name)} is left out, {each.source}; a "scmoe" calibration at "position": "{name}" has it.')
+        f'{_title(name)} is left out, {each.source}; a "scmoe" calibration at "position": "{name}" has it.'
         for name, each in kind.positions.items()
         if not each.predictions
     ]
@@ -98,13 +92,10 @@ def _times(kind: KindStudy) -> list[Part]:
     windows = [[_title(n), *_ms(*map(each.window_ms, _PHASES)), each.source] for n, each in kind.positions.items()]
     sums = " and ".join(f"{kind.communication_ms(phase):.2f} ms {phase}" for phase in _PHASES)
     return [
-        (
-            "p",
-            f"Measured per MoE layer and micro-batch (blocking, median, slowest rank): dispatch and combine take "
-            f"{sums}. {facts}",
-        ),
+        f"Measured per MoE layer and micro-batch (blocking, median, slowest rank): dispatch and combine take {sums}. "
+        f"{facts}",
         ("table", [["operator (measured)", "forward ms", "backward ms"], *rows]),
-        ("p", "The window is the computation between shortcut and join, a sum of measured times."),
+        "The window is the computation between shortcut and join, a sum of measured times.",
         ("table", [["position", "window forward ms", "window backward ms", "its times"], *windows]),
     ]
 
@@ -116,43 +107,29 @@ def _predictions(kind: KindStudy) -> list[Part]:
     for (name, position), mode in itertools.product(kind.positions.items(), MODES):
         first, totals, limit = [_title(name), "training" if mode == "train" else mode], [""] * 7, [""] * 3
         if each := position.predictions.get(mode):
-            chosen, (overlap, gain), costs = each.plan.schedule, each.speedups, each.plan.predicted
-            times = _ms(costs.total_ms, each.plan.serial.total_ms, each.standard_ms)
-            totals = [
-                schedule_text(chosen),
-                f"{costs.hidden_share:.0%}",
-                *times[:2],
-                f"{overlap:.2f} ×",
-                times[2],
-                f"{gain:.2f} ×",
-            ]
+            overlap, gain = (f"{speedup:.2f} ×" for speedup in each.speedups)
+            costs = each.plan.predicted
+            fast, serial, other = _ms(costs.total_ms, each.plan.serial.total_ms, each.standard_ms)
+            chosen, hidden = schedule_text(each.plan.schedule), f"{costs.hidden_share:.0%}"
+            totals = [chosen, hidden, fast, serial, overlap, other, gain]
             limit = _ms(each.hidden_ms, each.limits.shared_ms, each.limits.largest_hidden_ms)
         rows.append(first + totals)
         limits.append(first + limit)
     share = "twice" if kind.top_k == 1 else f"{kind.top_k + 1}/{kind.top_k} of"
     return [
-        (
-            "p",
-            "Predicted, not measured: the times above played through on two lanes, from shortcut to join. Empty: "
-            "an operator was not timed.",
-        ),
+        "Predicted, not measured: the times above, simulated on two lanes from shortcut to join. A field is empty when "
+        "an operator was not timed.",
         ("table", rows),
-        (
-            "p",
-            f"Assumed of {standard}: the same blocks; its dispatch, combine and experts take {share} the "
-            "measured time and block; gate, encode and decode take the measured time.",
-        ),
-        (
-            "p",
-            f"Break-even: ScMoE is faster than {top} without a shared expert where it hides more communication "
-            "per layer than the shared expert takes. The last column: in one chunk.",
-        ),
+        f"Assumed of {standard}: the same blocks; its dispatch, combine and experts take {share} the measured time and "
+        "block; gate, encode and decode take the measured time.",
+        f"Break-even: ScMoE is faster than {top} without a shared expert when it hides more communication per layer "
+        "than the shared expert takes. The last column is for one chunk.",
         ("table", limits),
     ]
 
 
 def figure(kinds: list[KindStudy]) -> Figure:
-    """A row per kind of layers, forward and backward: each position's window beside the communication."""
+    """A row per kind of layers, with panels for forward and backward: each position's window and communication."""
     drawn = Figure(figsize=(11, 3.6 * len(kinds)), layout="constrained")
     panels = drawn.subplots(len(kinds), 2, squeeze=False)
     for (row, kind), (column, phase) in itertools.product(enumerate(kinds), enumerate(_PHASES)):
@@ -161,14 +138,9 @@ def figure(kinds: list[KindStudy]) -> Figure:
             window = [(each.name.split(" ")[0], each) for each in position.backbone or ()]
             for shift, stack in ((-0.2, window), (0.2, transfers)):
                 times = [getattr(each, f"{phase}_ms") for _, each in stack]
-                axes.bar(
-                    [place + shift] * len(stack),
-                    times,
-                    0.36,
-                    [sum(times[:n]) for n in range(len(times))],
-                    color=[_COLOURS[name] for name, _ in stack],
-                    edgecolor="white",
-                )
+                bottoms = [sum(times[:n]) for n in range(len(times))]
+                colours = [_COLOURS[name] for name, _ in stack]
+                axes.bar([place + shift] * len(stack), times, 0.36, bottoms, color=colours, edgecolor="white")
             if not window:
                 axes.text(place - 0.2, 0, " " + position.source, rotation=90, ha="center", va="bottom", fontsize=8)
         axes.set_xticks(range(len(kind.positions)), map(_title, kind.positions))
@@ -177,8 +149,9 @@ def figure(kinds: list[KindStudy]) -> Figure:
     return drawn
 
 
-def _markdown(tag: str, value: Any, picture: str) -> str:
-    """What the two files hold is text of others, in the model's name, in descriptions and in the verdict."""
+def _markdown(part: Part, picture: str) -> str:
+    """Escapes all text: the model's name, the descriptions and the verdict come from foreign files."""
+    tag, value = ("p", part) if isinstance(part, str) else part
     if tag == "table":
         return "\n".join(markdown.table(value[0], value[1:]))
     if tag == "pre":
@@ -188,7 +161,8 @@ def _markdown(tag: str, value: Any, picture: str) -> str:
     return {"h1": "# ", "h2": "## "}.get(tag, "") + markdown.paragraph(value)
 
 
-def _html(tag: str, value: Any, png: bytes) -> str:
+def _html(part: Part, png: bytes) -> str:
+    tag, value = ("p", part) if isinstance(part, str) else part
     if tag == "table":
         rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in value]
         return "<table><tr>" + "</tr>\n<tr>".join([rows[0].replace("td>", "th>"), *rows[1:]]) + "</tr></table>"
@@ -198,14 +172,14 @@ def _html(tag: str, value: Any, png: bytes) -> str:
 
 
 def write(record: dict[str, Any], kinds: list[KindStudy], prefix: str) -> list[Path]:
-    """Writes <prefix>.md, .html and .png; an AnalysisError if they cannot be written."""
+    """Writes <prefix>.md, .html and .png. Raises an AnalysisError if they cannot be written."""
     picture, page = io.BytesIO(), parts(record, kinds)
     figure(kinds).savefig(picture, format="png", dpi=120)
     text, web, png = (Path(prefix + suffix) for suffix in (".md", ".html", ".png"))
     head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ScMoE</title><style>{_STYLE}</style>'
-    body = "\n".join(_html(tag, value, picture.getvalue()) for tag, value in page)
+    body = "\n".join(_html(part, picture.getvalue()) for part in page)
     try:
-        text.write_text("\n\n".join(_markdown(*part, png.name) for part in page) + "\n", encoding="utf-8")
+        text.write_text("\n\n".join(_markdown(part, png.name) for part in page) + "\n", encoding="utf-8")
         web.write_text(f"{head}</head><body>\n{body}\n</body></html>\n", encoding="utf-8")
         png.write_bytes(picture.getvalue())
     except OSError as error:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import textwrap
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind people can tell apart as well; as in the other figures.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
+# Okabe and Ito's colours, which colour-blind people can distinguish; as in the other figures.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
 _MAX_TICKS = 60
-"""More names than that cannot be read beside a heat map."""
+"""More names cannot be read beside a heat map."""
 
 
 def similarity(record: dict[str, Any]) -> Figure:
@@ -23,7 +25,8 @@ def similarity(record: dict[str, Any]) -> Figure:
     _heat_map(panels[0], record["cosine"], names, "cosine similarity", {"vmin": min(0.0, _least(record)), "vmax": 1})
     _heat_map(panels[1], record["l2"], names, "L2 distance", {"vmin": 0})
     figure.suptitle(f"{record['model']}, {record['tokens']} tokens", fontsize=11)
-    figure.supxlabel("\n".join(_folded(line) for line in record["verdict"]["text"]), fontsize=8, x=0.01, ha="left")
+    folded = (textwrap.wrap(line, 150, subsequent_indent="    ")[:6] for line in record["verdict"]["text"])
+    figure.supxlabel("\n".join(itertools.chain(*folded)), fontsize=8, x=0.01, ha="left")
     return figure
 
 
@@ -42,16 +45,6 @@ def _heat_map(axes: Axes, matrix: list[list[float | None]], names: list[str], ti
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
 
 
-def _folded(line: str, width: int = 150) -> str:
-    """A long sentence on several lines, cut between words."""
-    lines = [""]
-    for word in line.split(" "):
-        if len(lines[-1]) + len(word) > width:
-            lines.append("   ")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return "\n".join(lines[:6])
-
-
 _GATING_PANELS = {
     "share of tokens with the same expert for both representations": ("same_expert_share",),
     "L2 distance of the two representations": ("l2",),
@@ -64,8 +57,7 @@ _STYLES = ("-", "--")
 
 
 def gating(record: dict[str, Any]) -> Figure:
-    """Six panels in the manner of paper figure 9: against layers for one checkpoint, for several a line per layer
-    against iterations."""
+    """Six panels like paper figure 9: over layers for one checkpoint; over iterations, a line a layer, for several."""
     checkpoints = record["checkpoints"]
     figure = Figure(figsize=(15, 8), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 3).flat, _GATING_PANELS.items(), strict=True):
@@ -85,19 +77,14 @@ def gating(record: dict[str, Any]) -> Figure:
 def _draw_gating(axes: Axes, checkpoints: list[dict[str, Any]], name: str, style: str) -> None:
     if len(checkpoints) == 1:
         layers = checkpoints[0]["layers"]
-        axes.plot(
-            [layer["block"] for layer in layers],
-            [layer[name] for layer in layers],
-            style,
-            marker="o",
-            color=_COLOURS[0],
-        )
-        axes.set(xlabel="block", xticks=[layer["block"] for layer in layers])
+        blocks = [layer["block"] for layer in layers]
+        axes.plot(blocks, [layer[name] for layer in layers], style, marker="o", color="C0")
+        axes.set(xlabel="block", xticks=blocks)
         return
     iterations = [checkpoint["iteration"] for checkpoint in checkpoints]
     for place in range(len(checkpoints[0]["layers"])):
         values = [checkpoint["layers"][place][name] for checkpoint in checkpoints]
-        axes.plot(iterations, values, style, marker="o", markersize=3, color=_COLOURS[place % len(_COLOURS)])
+        axes.plot(iterations, values, style, marker="o", markersize=3, color=f"C{place}")
     axes.set(xlabel="iteration")
 
 
@@ -105,36 +92,29 @@ _GRADIENT_PANELS = (("norm", "gradient norm"), ("snr", "signal-to-noise ratio"))
 
 
 def gradients(record: dict[str, Any]) -> Figure:
-    """Gradient norm, and signal-to-noise ratio with that of pure noise: of several checkpoints of a run curves over
-    iterations, a column for each run; otherwise bars per branch, one for each checkpoint."""
+    """Gradient norm and signal-to-noise ratio, the latter with that of pure noise.
+
+    Several checkpoints of a run give curves over iterations, a column for each run. Otherwise each checkpoint gives a
+    bar per branch.
+    """
     checkpoints = record["checkpoints"]
     labels = list(dict.fromkeys(checkpoint["label"] for checkpoint in checkpoints))
     over_time = len(labels) < len(checkpoints) and all(each["iteration"] is not None for each in checkpoints)
-    return _gradient_curves(checkpoints, labels) if over_time else _gradient_bars(checkpoints)
+    names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint["branches"]))
+    return _gradient_curves(checkpoints, names, labels) if over_time else _gradient_bars(checkpoints, names)
 
 
-def _gradient_curves(checkpoints: list[dict[str, Any]], labels: list[str]) -> Figure:
+def _gradient_curves(checkpoints: list[dict[str, Any]], names: list[str], labels: list[str]) -> Figure:
     figure = Figure(figsize=(5 * len(labels) + 2, 8), layout="constrained")
     panels = figure.subplots(2, len(labels), squeeze=False, sharex=True, sharey="row")
-    names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint["branches"]))
     for column, label in enumerate(labels):
         run = [checkpoint for checkpoint in checkpoints if checkpoint["label"] == label]
+        iterations = [checkpoint["iteration"] for checkpoint in run]
         for row, (key, title) in enumerate(_GRADIENT_PANELS):
             axes = panels[row][column]
             for number, name in enumerate(names):
-                found = [
-                    (each["iteration"], each["branches"][name][key])
-                    for each in run
-                    if each["branches"].get(name, {}).get(key)
-                ]
-                axes.plot(
-                    [at for at, _ in found],
-                    [value for _, value in found],
-                    marker="o",
-                    markersize=3,
-                    label=name,
-                    color=_COLOURS[number % len(_COLOURS)],
-                )
+                values = [_value(checkpoint, name, key) for checkpoint in run]
+                axes.plot(iterations, values, marker="o", markersize=3, label=name, color=f"C{number}")
             axes.set(yscale="log", ylabel=title if column == 0 else "", xlabel="iteration" if row else "")
         panels[1][column].axhline(run[0]["noise_floor"], color="#333333", linestyle=":", label="noise alone")
         panels[0][column].set_title(label, fontsize=9)
@@ -142,27 +122,22 @@ def _gradient_curves(checkpoints: list[dict[str, Any]], labels: list[str]) -> Fi
     return figure
 
 
-def _gradient_bars(checkpoints: list[dict[str, Any]]) -> Figure:
+def _gradient_bars(checkpoints: list[dict[str, Any]], names: list[str]) -> Figure:
     figure = Figure(figsize=(13, 5), layout="constrained")
-    names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint["branches"]))
+    width = 0.8 / len(checkpoints)
     for axes, (key, title) in zip(figure.subplots(1, 2), _GRADIENT_PANELS, strict=True):
-        width = 0.8 / len(checkpoints)
         for number, checkpoint in enumerate(checkpoints):
-            found = [
-                (place, checkpoint["branches"][name][key])
-                for place, name in enumerate(names)
-                if checkpoint["branches"].get(name, {}).get(key)
-            ]
-            axes.bar(
-                [place + (number + 0.5) * width - 0.4 for place, _ in found],
-                [value for _, value in found],
-                width,
-                label=checkpoint["label"],
-                color=_COLOURS[number % len(_COLOURS)],
-            )
+            places = [place + (number + 0.5) * width - 0.4 for place in range(len(names))]
+            values = [_value(checkpoint, name, key) for name in names]
+            axes.bar(places, values, width, label=checkpoint["label"], color=f"C{number}")
         axes.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
         axes.set(title=title, yscale="log" if key == "norm" else "linear")
     floor = checkpoints[0]["noise_floor"]
     axes.axhline(floor, color="#333333", linestyle=":", label=f"noise alone: {floor:.3g}")
     axes.legend(fontsize=7)
     return figure
+
+
+def _value(checkpoint: dict[str, Any], branch: str, key: str) -> float:
+    """NaN, which is not drawn, for a branch without a gradient."""
+    return checkpoint["branches"].get(branch, {}).get(key) or math.nan

@@ -1,17 +1,16 @@
-"""What gates choose on both ends of a shortcut (paper figure 9), how evenly experts are loaded, what would be dropped.
+"""Measures the gate's choices at both ends of a shortcut (paper figure 9), the experts' load, and dropped choices.
 
-Each MoE layer has a *current* representation, its block's attention sub-layer's output, and a *preceding* one, which
-the shortcut taps. Each is taken as the model reads it, in a pre-norm Transformer behind a norm:
+Each MoE layer has a *current* representation, the output of its block's attention sub-layer, and a *preceding* one,
+which the shortcut taps. The model reads each of them, in a pre-norm Transformer, after a norm:
 
     current     the MoE block's `mlp_norm`
-    preceding   the shortcut's own norm, or with `shortcut_norm` "shared" the backbone's norm of the tapped value. In an
-                architecture without a shortcut: the backbone's norm of the value that `position` would tap (Pos-1 where
-                every block has an MoE)
+    preceding   the shortcut's own norm; with `shortcut_norm` "shared" the backbone's norm of the tapped value. Without
+                a shortcut: the backbone's norm of the value that `position` would tap (Pos-1 when every block has an
+                MoE)
 
-In a post-norm Transformer both are behind their norm already (but for the embedding, which has none); only a shortcut's
-own norm comes on top.
+In a post-norm Transformer both already are normalised, except the embedding. Only a shortcut's own norm is added.
 
-The same gate is applied to both; a score is a probability among all experts, whatever `gate_softmax` says.
+The same gate is applied to both. A score is a probability among all experts, whatever `gate_softmax` says.
 
 Shape suffixes: T tokens, D hidden, E experts, K routed experts per token.
 """
@@ -29,7 +28,7 @@ from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor, nn
 
-from scmoe_ds.analysis.probes import Capture, Probe, Representation, Side
+from scmoe_ds.analysis.probes import Capture, Probe, Representation
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import AnalysisError
 from scmoe_ds.models.blocks import Block
@@ -46,7 +45,7 @@ SCALARS = (
     "load_entropy",
     "drop_rate",
 )
-"""Numbers of a layer's record, beside its "load"."""
+"""The numbers of a layer's record beside "load"."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,10 @@ class GateLayer:
 
     Attributes:
         block: of the MoE, from 0.
-        preceding, current: where the model reads each representation, and which one it is.
+        preceding, current: the representations, and where the model reads them.
         gate: the layer's own.
-        architecture: decides which of the two the layer routes: "scmoe" the preceding one, "dgmoe" both, others the
-            current one.
-        capacity_factor, min_capacity: of training; None: nothing is dropped.
+        architecture: "scmoe" routes the preceding representation, "dgmoe" both, others route the current one.
+        capacity_factor, min_capacity: of training; a factor of None drops nothing.
     """
 
     block: int
@@ -79,7 +77,7 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
         trained: the section of its training, for drops.
 
     Raises:
-        AnalysisError: no MoE layer with a choice between experts.
+        AnalysisError: no MoE layer has two or more experts.
     """
     layers = []
     for number, run in enumerate(model.runs if isinstance(model, GPT) else ()):
@@ -87,34 +85,25 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
         first, last = number * len(blocks), blocks[-1]
         tap = _tap(trained, number)
         tapped = blocks[tap // 2]
-        own_norm = getattr(run, "shortcut_norm", None)
-        read: tuple[nn.Module, Side] = (
-            (own_norm, "output") if own_norm is not None else tapped.where_read("mlp" if tap % 2 else "attention")
-        )
+        read = tapped.where_read("mlp" if tap % 2 else "attention")
+        if (own_norm := getattr(run, "shortcut_norm", None)) is not None:
+            read = (own_norm, "output")
         block = first + tap // 2
         kind = Representation("attention", block) if tap % 2 else Representation("mlp", block - 1)
         current = Representation("attention", first + len(blocks) - 1)
         gate = last.moe.deepspeed_moe.gate
         if gate.wg.out_features > 1:
             factor = trained.capacity_factor if trained.drop_tokens else None
-            layers.append(
-                GateLayer(
-                    current.block,
-                    Probe(kind if block or tap % 2 else Representation("input", 0), (read,)),
-                    Probe(current, (last.where_read("mlp"),)),
-                    gate,
-                    trained.architecture,
-                    factor,
-                    trained.min_capacity,
-                )
-            )
+            preceding = Probe(kind if block or tap % 2 else Representation("input", 0), (read,))
+            probe, least = Probe(current, (last.where_read("mlp"),)), trained.min_capacity
+            layers.append(GateLayer(current.block, preceding, probe, gate, trained.architecture, factor, least))
     if not layers:
         raise AnalysisError("the model has no MoE layers with at least two experts: there is no gate to analyse")
     return layers
 
 
 def _tap(config: ScMoEConfig, run: int) -> int:
-    """The number of the run's operators before the tap; without a shortcut, before the one that it would have."""
+    """The number of the run's operators before its tap, or before the tap that a shortcut would have."""
     position = (config.first_layer_position if run == 0 else None) or config.position
     if config.has_shortcut:
         return tap_of(config, position)
@@ -135,18 +124,17 @@ class GatingSums:
 
     def __init__(self, layer: GateLayer) -> None:
         self.layer = layer
-        self.values = torch.zeros(
-            8 + layer.gate.wg.out_features, dtype=torch.float64, device=layer.gate.wg.weight.device
-        )
+        weight = layer.gate.wg.weight
+        self.values = torch.zeros(8 + len(weight), dtype=torch.float64, device=weight.device)
 
     @torch.no_grad()
     def add(self, preceding: Tensor, current: Tensor) -> None:
         """
         Args:
-            preceding, current: [..., D] behind their norms; the tokens of one micro-batch, by which drops are counted.
+            preceding, current: [..., D] after their norms; the tokens of one micro-batch, which share the capacity.
 
         Raises:
-            AnalysisError: values that are not finite.
+            AnalysisError: a value is not finite.
         """
         for probe, value in ((self.layer.preceding, preceding), (self.layer.current, current)):
             if not bool(torch.isfinite(value).all()):
@@ -159,7 +147,7 @@ class GatingSums:
         preceding_TE, current_TE = logits_TE.softmax(1), current_logits_TE.softmax(1)
         first_T, second_T = preceding_TE.argmax(1), current_TE.argmax(1)
         same = (first_T == second_T).sum()
-        if self.layer.architecture == "dgmoe":  # its second choice is another expert than the first (paper eq. 23)
+        if self.layer.architecture == "dgmoe":  # the second choice must be another expert (paper eq. 23)
             experts_E = torch.arange(current_TE.shape[1], device=current_TE.device)
             allowed_TE = current_logits_TE.masked_fill(first_T.unsqueeze(1) == experts_E, float("-inf"))
             second_T = allowed_TE.softmax(1).argmax(1)
@@ -182,18 +170,14 @@ class GatingSums:
             load_E.sum(),
         ]
         device = self.values.device
-        self.values += torch.cat(
-            [
-                torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device) for each in scalars]),
-                load_E.double(),
-            ]
-        )
+        joined = [torch.as_tensor(each, dtype=torch.float64, device=device) for each in scalars]
+        self.values += torch.cat([torch.stack(joined), load_E.double()])
 
     def _logits(self, value_TD: Tensor) -> Tensor:
         return F.linear(value_TD.float(), self.layer.gate.wg.weight.float())
 
     def _dropped(self, chosen_TK: Tensor, count_E: Tensor) -> Tensor | int:
-        """What DeepSpeed's gate would drop: all that exceeds an expert's capacity."""
+        """The choices that DeepSpeed's gate would drop, because they exceed an expert's capacity."""
         if self.layer.capacity_factor is None:
             return 0
         shape = torch.empty(len(chosen_TK), len(count_E), device="meta")
@@ -204,26 +188,17 @@ class GatingSums:
     def record(self) -> dict[str, Any]:
         """JSON values: "block", the ends' names, `SCALARS`, and "load", each expert's share of the choices.
 
-        Entropy is in nats and over experts; even load has log(E).
+        The entropy over experts is in nats; that of an even load is log(E).
 
         Raises:
             AnalysisError: there were no tokens.
         """
         if not self.values[0]:
             raise AnalysisError("there are no tokens to gate: give more data")
-        tokens, same, cosine, distance, first, second, dropped, choices, *counts = self.values.tolist()
-        share = [count / choices for count in counts]
+        tokens, *sums, dropped, choices = self.values[:8].tolist()
+        share = (self.values[8:] / choices).tolist()
         entropy = -sum(part * math.log(part) for part in share if part)
-        scalars = (
-            same / tokens,
-            cosine / tokens,
-            distance / tokens,
-            first / tokens,
-            second / tokens,
-            max(share) * len(share),
-            entropy,
-            dropped / choices,
-        )
+        scalars = [*(each / tokens for each in sums), max(share) * len(share), entropy, dropped / choices]
         return {
             "block": self.layer.block,
             "preceding": self.layer.preceding.representation.name,
@@ -234,7 +209,7 @@ class GatingSums:
 
 
 class GatingSumsOfModel:
-    """The sums of all layers, and the hooks that feed them during a forward pass.
+    """The sums of all layers, and the probes that feed them during a forward pass.
 
     Args:
         layers: of `gate_layers`.
@@ -245,7 +220,7 @@ class GatingSumsOfModel:
         self.probes = [probe for layer in layers for probe in (layer.preceding, layer.current)]
 
     def add(self, capture: Capture) -> None:
-        """What a capture of `probes` has seen."""
+        """Adds the values of a capture of `probes`."""
         values = capture.take()
         for sums, preceding, current in zip(self.layers, values[::2], values[1::2], strict=True):
             sums.add(preceding, current)
@@ -261,10 +236,10 @@ def measure(
         model: in evaluation mode.
         trained: the section of its training.
         run: a forward pass.
-        batches: [B, S] tokens; each is a micro-batch, by whose tokens drops are counted.
+        batches: [B, S] tokens, each one micro-batch, whose tokens share the capacity.
 
     Raises:
-        AnalysisError: no gates, or values that are not finite (with the number of the batch).
+        AnalysisError: the model has no gates, or a value is not finite; names the batch.
     """
     sums = GatingSumsOfModel(gate_layers(model, trained))
     for number, batch in enumerate(batches):

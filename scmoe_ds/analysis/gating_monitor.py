@@ -1,4 +1,4 @@
-"""The numbers of paper figure 9 while a model trains, through DeepSpeed's monitors."""
+"""Writes the numbers of paper figure 9 to DeepSpeed's monitors while a model trains."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from scmoe_ds.analysis.probes import Capture
 class GatingMonitor:
     """Writes `Gating/block_<number>/<scalar>` every `interval` optimizer steps, against the samples so far.
 
-    A step that is due is measured over its micro-batches on all ranks: its forward passes are watched by hooks, and its
-    last one reduces (one all-reduce) and writes. Other steps run two empty hooks. Scalars are those of
-    `scmoe_ds.analysis.gating`, "drop_rate" at the capacity of training.
+    In such a step hooks measure the forward passes of all micro-batches on all ranks. The last pass adds one all-reduce
+    and writes. In other steps the hooks do nothing. The scalars are those of `scmoe_ds.analysis.gating`; "drop_rate" is
+    at the capacity of training.
 
     Args:
         engine: of `scmoe_ds.initialize`; its module is a GPT of this package.
         interval: optimizer steps, at least 1; every rank gives the same.
 
     Raises:
-        AnalysisError: a model without gates.
+        AnalysisError: the model has no gates.
     """
 
     def __init__(self, engine: Any, interval: int) -> None:
@@ -75,11 +75,7 @@ class GatingMonitor:
         if not self.engine.monitor.enabled or dist.get_rank() != 0:
             return
         samples = self.engine.global_samples + self.engine.train_batch_size()  # after this step
-        records = [layer.record() for layer in sums.layers]
-        self.engine.monitor.write_events(
-            [
-                (f"Gating/block_{record['block']}/{name}", record[name], samples)
-                for record in records
-                for name in SCALARS
-            ]
-        )
+        events = []
+        for record in (layer.record() for layer in sums.layers):
+            events += [(f"Gating/block_{record['block']}/{name}", record[name], samples) for name in SCALARS]
+        self.engine.monitor.write_events(events)

@@ -4,7 +4,7 @@ For g_k the gradient of micro-batch k of K and m their mean, a group of paramete
 
     norm = mean over k of ||g_k||,    SNR = ||m||² / mean over k of ||g_k - m||²
 
-Independent gradients without any signal have an SNR of about 1 / (K - 1), the record's "noise_floor".
+Independent gradients without a signal have an SNR of about 1 / (K - 1), the record's "noise_floor".
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _PREFIXES = {
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters whose gradients are taken together.
+    """Parameters whose gradients form one vector.
 
     Attributes:
         branch: one of `BRANCHES`.
-        block: from 0; None for what is in no block.
+        block: from 0; None outside of blocks.
     """
 
     branch: str
@@ -48,11 +48,11 @@ class Group:
 
 
 def parameter_groups(model: GPT) -> dict[Group, list[nn.Parameter]]:
-    """All parameters of a GPT, whatever its architecture.
+    """All parameters of a GPT of any architecture.
 
-    A norm goes with what reads it: `attention_norm` with the attention, `mlp_norm` with the MLP, in an MoE block with
-    the shared expert or, without one, with the routed experts; the shortcut's norm with the routed experts. In a
-    post-norm Transformer these are the norms behind the same sub-layers.
+    A norm belongs to the sub-layer that reads it: `attention_norm` to the attention; `mlp_norm` to the MLP or, in an
+    MoE block, to the shared expert or, without one, to the routed experts; the shortcut's norm to the routed experts.
+    In a post-norm Transformer these are the norms after the same sub-layers.
     """
     found: dict[Group, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -77,7 +77,7 @@ def _group(model: GPT, name: str) -> Group:
 
 
 class GradientSums:
-    """Running sums over micro-batches: one float64 copy of the gradients, and a number per group and micro-batch.
+    """Running sums over micro-batches: a float64 sum of the gradients, and a number per group and micro-batch.
 
     Args:
         groups: of `parameter_groups`.
@@ -93,10 +93,10 @@ class GradientSums:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Takes the parameters' gradients; one that is None counts as zero.
+        """Adds the parameters' gradients; None counts as zero.
 
         Raises:
-            AnalysisError: a gradient that is not finite.
+            AnalysisError: a gradient is not finite.
         """
         squares = []
         for group, members in self.groups.items():
@@ -117,8 +117,8 @@ class GradientSums:
         self._squares.append(row)
 
     def record(self) -> dict[str, Any]:
-        """JSON values: "micro_batches", "noise_floor", and "sub_layers" and "branches" with "norm" and "snr" each; the
-        latter is null for a group without any gradient.
+        """JSON values: "micro_batches", "noise_floor", and "sub_layers" and "branches", each with "norm" and "snr". The
+        latter is null for a group without a gradient.
 
         Raises:
             AnalysisError: fewer than two micro-batches.
@@ -127,12 +127,8 @@ class GradientSums:
         if count < 2:
             raise AnalysisError(f"{count} micro-batch(es): a signal-to-noise ratio needs at least 2")
         square_KG = torch.stack(self._squares)
-        signal_G = (
-            torch.stack(
-                [torch.stack([total.square().sum() for total in self._sum[group]]).sum().cpu() for group in self.groups]
-            )
-            / count**2
-        )
+        squares = [torch.stack([total.square().sum() for total in totals]).sum().cpu() for totals in self._sum.values()]
+        signal_G = torch.stack(squares) / count**2
         noise_G = (square_KG.mean(0) - signal_G).clamp(min=0)
         groups = list(self.groups)
 
@@ -141,10 +137,11 @@ class GradientSums:
             return {"norm": norm, "snr": float(signal_G[members].sum()) / noise if noise else None}
 
         branches = {name: [g for g, group in enumerate(groups) if group.branch == name] for name in BRANCHES}
-        order = sorted(
-            range(len(groups)),
-            key=lambda g: (groups[g].block is None, groups[g].block or 0, BRANCHES.index(groups[g].branch)),
-        )
+
+        def place(g: int) -> tuple[bool, int, int]:
+            return groups[g].block is None, groups[g].block or 0, BRANCHES.index(groups[g].branch)
+
+        order = sorted(range(len(groups)), key=place)
         return {
             "micro_batches": count,
             "noise_floor": 1 / (count - 1),
@@ -154,16 +151,16 @@ class GradientSums:
 
 
 def measure(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """The record of a model: a backward pass of its training loss per micro-batch.
+    """The record of a model, from one backward pass of its training loss per micro-batch.
 
-    Without dropout, gate noise and drops, if the model is in evaluation mode: what is left is the data's noise.
+    In evaluation mode there are no dropout, gate noise and drops, so the data is the only source of noise.
 
     Args:
         model: its parameters will require gradients.
         batches: tokens and next tokens, [B, S] each.
 
     Raises:
-        AnalysisError: fewer than two, or a gradient that is not finite.
+        AnalysisError: there are fewer than two batches, or a gradient is not finite.
     """
     model.requires_grad_(True)
     sums, device = GradientSums(parameter_groups(model)), model.embedding.weight.device

@@ -1,4 +1,4 @@
-"""Text that others wrote, in Markdown: it shows as it is, and makes no link, heading, table, code or HTML."""
+"""Escapes foreign text for Markdown, so that it makes no link, heading, table, code or HTML."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 _ENTITIES = str.maketrans({"<": "&lt;", ">": "&gt;"})
 _ENTITY = re.compile(r"&(?=#?\w+;)")
-# What begins a block where a paragraph could begin: headings, lists, quotes, rules, fences.
+# At the start of a line these begin another block than a paragraph: headings, lists, quotes, rules, fences.
 _BLOCK = re.compile(r"^([#+=~-]|\d+(?=[.)]))")
 
 
@@ -23,7 +23,7 @@ def paragraph(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """A text as inline code, on one line, whatever backticks it has."""
+    """A text as inline code on one line; it may contain backticks."""
     line = " ".join(str(text).split())
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     space = " " if line.startswith("`") or line.endswith("`") else ""
@@ -31,6 +31,6 @@ def code(text: object) -> str:
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]], align: str = "---") -> list[str]:
-    """Its lines; all but the first column are aligned as `align` says ("---:" to the right)."""
+    """The lines of a table. `align` is for all columns but the first ("---:" to the right)."""
     lines = [f"| {' | '.join(escape(cell).replace('|', '&#124;') for cell in row)} |" for row in (header, *rows)]
     return [lines[0], "|---" + f"|{align}" * (len(header) - 1) + "|", *lines[1:]]

@@ -1,8 +1,8 @@
-"""Where a model computes its intermediate representations, and hooks that pick them up during a forward pass.
+"""Says where a model computes its intermediate representations, and captures them with hooks during a forward pass.
 
-They are the input of the first block and each sub-layer's output with its residual added: 2 * blocks + 1 of them. The
-norm or module behind a sub-layer reads exactly that sum, so that hooks on norms find it in a pre-norm Transformer. In a
-post-norm one it is the sum behind its norm, which is what the next sub-layer reads.
+They are the input of the first block and the output of each sub-layer with its residual added: 2 * blocks + 1. The norm
+or module after a sub-layer reads exactly that sum, so in a pre-norm Transformer hooks on norms find it. In a post-norm
+Transformer the representation is the sum after its norm, which the next sub-layer reads.
 
 Shape suffixes: B batch, S sequence, D hidden.
 """
@@ -24,6 +24,7 @@ from scmoe_ds.models.gpt import GPT
 
 Kind = Literal["input", "attention", "mlp"]
 Side = Literal["input", "output"]
+Place = tuple[nn.Module, Side]
 
 HUGGING_FACE_FAMILIES = {
     "GPT-2": ("ln_1", "attn", "ln_2"),
@@ -32,7 +33,7 @@ HUGGING_FACE_FAMILIES = {
 }
 """A block's norm before the attention, its attention, and the norm before its MLP."""
 _RESIDUAL_TOLERANCE = 0.02
-"""Of the sum of a residual connection, relative to its largest element: bf16 rounds to 0.004."""
+"""Error of a residual connection's sum, relative to its largest element; bf16 rounds to 0.004."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Representation:
     """One intermediate representation.
 
     Attributes:
-        kind: "input" of a model's (or stage's) first block, or the output of a block's "attention" or "mlp".
-        block: number of the block, from 0 in its stage.
+        kind: "input" of the first block of a model or stage, or the output of a block's "attention" or "mlp".
+        block: number of the block in its stage, from 0.
         stage: of a pyramid, from 1; 0 for a model without stages.
         is_moe: whether the "mlp" is an MoE.
     """
@@ -61,25 +62,17 @@ class Representation:
 
 @dataclass(frozen=True)
 class Probe:
-    """A module whose first input or output is a representation, or with that of a second module adds up to it.
-
-    Attributes:
-        representation: which one.
-        places: modules and sides; the sum over them is the representation.
-    """
+    """A representation, and the modules whose first inputs or outputs add up to it (usually a single one)."""
 
     representation: Representation
-    places: tuple[tuple[nn.Module, Side], ...]
+    places: tuple[Place, ...]
 
 
 class Capture(AbstractContextManager["Capture"]):
     """Hooks that keep the representations of the last forward pass.
 
-    A module that runs twice in a pass (a norm that shortcut and backbone share) reads the same value both times; the
-    first is kept. Values are copies: a model may add to its residual stream in place.
-
-    Args:
-        probes: what to pick up.
+    A module that runs twice in a pass (a norm that shortcut and backbone share) reads the same value twice; the first
+    is kept. Values are copies, because a model may add to its residual stream in place.
     """
 
     def __init__(self, probes: Sequence[Probe]) -> None:
@@ -91,12 +84,11 @@ class Capture(AbstractContextManager["Capture"]):
         for module, side in dict.fromkeys(place for probe in self._probes for place in probe.places):
             hook = partial(self._keep, (id(module), side))
             if side == "input":
-                self._handles.append(
-                    module.register_forward_pre_hook(
-                        lambda _, args, kwargs, hook=hook: hook(args[0] if args else kwargs["hidden_states"]),
-                        with_kwargs=True,
-                    )
-                )
+
+                def before(_: Any, args: Any, kwargs: Any, hook: Any = hook) -> None:
+                    hook(args[0] if args else kwargs["hidden_states"])
+
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(lambda _, args, out, hook=hook: hook(_first(out))))
         return self
@@ -114,10 +106,10 @@ class Capture(AbstractContextManager["Capture"]):
             self._found[place] = value.detach().clone()
 
     def take(self) -> list[Tensor]:
-        """[..., D] of every probe since the last call, in order; they are then forgotten.
+        """Returns the [..., D] of every probe since the last call, in order, and forgets them.
 
         Raises:
-            AnalysisError: a module that did not run.
+            AnalysisError: a module did not run.
         """
         values = []
         for probe in self._probes:
@@ -133,12 +125,12 @@ class Capture(AbstractContextManager["Capture"]):
 
 
 def _first(output: Any) -> Tensor:
-    """The hidden states of what a block returns: a tensor, or a tuple that begins with it (as a PairOutput does)."""
+    """The hidden states in a block's output: a tensor, or the first of a tuple (as in a PairOutput)."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def gpt_probes(model: GPT) -> list[Probe]:
-    """Of this package's GPT, whatever its architecture."""
+    """Probes of this package's GPT, of any architecture."""
     blocks = [cast(Block, block) for run in model.runs for block in run.blocks]  # type: ignore[union-attr]
     entrances: list[tuple[nn.Module, Side]] = [
         (block.attention_norm if block.pre_norm else block.attention, "input") for block in blocks
@@ -153,13 +145,13 @@ def gpt_probes(model: GPT) -> list[Probe]:
 
 
 def hugging_face_probes(model: nn.Module) -> list[Probe]:
-    """Of a causal model of transformers whose blocks are named as those of `HUGGING_FACE_FAMILIES`.
+    """Probes of a causal model of transformers whose modules have the names of `HUGGING_FACE_FAMILIES`.
 
-    GPT-NeoX with `use_parallel_residual` has no norm behind its attention's sum: there the attention sub-layer's
-    output is the block's input plus what the attention adds to it.
+    GPT-NeoX with `use_parallel_residual` has no norm after its attention's sum. Its representation is the sum of the
+    block's input and the attention's output.
 
     Raises:
-        AnalysisError: other blocks.
+        AnalysisError: the blocks have other names.
     """
     blocks, (first_norm, _, second_norm) = _hugging_face_blocks(model)
     probes = [Probe(Representation("input", 0), ((blocks[0], "input"),))]
@@ -175,7 +167,7 @@ def hugging_face_probes(model: nn.Module) -> list[Probe]:
 
 
 def check_hugging_face(model: nn.Module, run: Any) -> None:
-    """Whether the norm in front of a block's MLP reads the block's input plus its attention's output.
+    """Checks that the norm before a block's MLP reads the block's input plus its attention's output.
 
     Families with other residual connections use the same names: Gemma 2 normalises the attention's output alone.
 
@@ -183,7 +175,7 @@ def check_hugging_face(model: nn.Module, run: Any) -> None:
         run: a function without arguments that makes a forward pass.
 
     Raises:
-        AnalysisError: it does not.
+        AnalysisError: it reads something else.
     """
     blocks, (_, attention, second_norm) = _hugging_face_blocks(model)
     if getattr(blocks[0], "use_parallel_residual", False):
@@ -219,12 +211,12 @@ def _hugging_face_blocks(model: nn.Module) -> tuple[list[nn.Module], tuple[str, 
 
 
 def swin_probes(model: nn.Module) -> list[Probe]:
-    """Of a SwinV2: scmoe_ds.models.swin.SwinMoE, or any model of transformers with Swinv2 stages.
+    """Probes of a SwinV2: scmoe_ds.models.swin.SwinMoE, or any model of transformers with Swinv2 stages.
 
-    The representations of one stage have one shape, those of different stages cannot be compared.
+    Representations of one stage have one shape. Those of different stages cannot be compared.
 
     Raises:
-        AnalysisError: no such stages.
+        AnalysisError: the model has no such stages.
     """
     stages = [module for module in model.modules() if type(module).__name__ == "Swinv2Stage"]
     if not stages:

@@ -1,4 +1,4 @@
-"""Records of analyses: JSON files, and the figures that can be made from them again."""
+"""Writes the records of analyses as JSON files, and draws their figures, also from old records."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from scmoe_ds.checkpoint.files import write_whole
-from scmoe_ds.errors import AnalysisError
+from scmoe_ds.errors import AnalysisError, one_line
 
 KINDS = ("similarity", "gating", "gradients")
 
 
 def heading(kind: str, command: str | None = None) -> dict[str, Any]:
-    """What every record begins with: its kind, the command, versions and date."""
+    """The beginning of every record: its kind, the command, versions and date."""
     if command is None:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     packages = {name: _version(name) for name in ("scmoe_ds", "torch", "deepspeed", "transformers")}
@@ -43,7 +43,7 @@ def _version(package: str) -> str | None:
 def check_output(path: str) -> None:
     """
     Raises:
-        AnalysisError: --output is no .json file in a directory that is there and can be written.
+        AnalysisError: --output is no .json file in a directory that exists and can be written.
     """
     out = Path(path)
     if out.suffix != ".json":
@@ -60,7 +60,7 @@ def save(record: dict[str, Any], path: str) -> list[Path]:
     """
     out = Path(path)
     try:
-        # Not a number is no JSON: a value that does not exist has to be null already.
+        # JSON has no NaN: a missing value is null.
         write_whole(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise AnalysisError(f"--output {out} cannot be written ({error})") from None
@@ -70,13 +70,16 @@ def save(record: dict[str, Any], path: str) -> list[Path]:
 def draw(record: dict[str, Any], json_path: Path) -> Path:
     """Writes a record's figure beside its JSON file."""
     import matplotlib  # takes a second to import
+    from cycler import cycler
 
     from scmoe_ds.analysis import figures
 
     drawn = {"similarity": figures.similarity, "gating": figures.gating, "gradients": figures.gradients}
     picture = json_path.with_suffix(".png")
+    # A "$" in a path is no formula.
+    style: Any = {"text.parse_math": False, "axes.prop_cycle": cycler(color=figures.COLOURS)}
     try:
-        with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a path is no formula
+        with matplotlib.rc_context(style):
             drawn[record["kind"]](record).savefig(picture, dpi=150)
     except OSError as error:
         raise AnalysisError(f"{picture} cannot be written ({error})") from None
@@ -96,10 +99,10 @@ def read_json(flag: str, path: str) -> Any:
 
 
 def redraw(path: str, kind: str) -> Path:
-    """Makes the figure of a record anew.
+    """Draws the figure of a record again.
 
     Raises:
-        AnalysisError: not a record of that kind.
+        AnalysisError: the file is no record of that kind.
     """
     record = read_json("--from-json", path)
     found = record.get("kind") if isinstance(record, dict) else None
@@ -110,8 +113,6 @@ def redraw(path: str, kind: str) -> Path:
         return draw(record, Path(path))
     except AnalysisError:
         raise
-    except Exception as error:  # a record of others may hold anything, and matplotlib raises anything
-        said = " ".join(str(error).split())[:200]
-        raise AnalysisError(
-            f"--from-json {path} is incomplete or damaged ({type(error).__name__}: {said}); run the analysis again"
-        ) from None
+    except Exception as error:  # a foreign record may hold anything, and matplotlib raises anything
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise AnalysisError(f"--from-json {path} is incomplete or damaged ({what}); run the analysis again") from None

@@ -1,7 +1,7 @@
 """Cosine similarity and L2 distance between all intermediate representations of a model (paper figures 10, 14, 15).
 
-Both are taken per token and averaged over tokens. The sums run in float64 over one batch after the other: what is kept
-does not depend on the size of the data set.
+Both are computed per token and averaged over tokens. The float64 sums run over the batches, so memory does not depend
+on the size of the data set.
 
 Shape suffixes: N representations (of one stage), T tokens, D hidden.
 """
@@ -24,7 +24,7 @@ THRESHOLD = 0.8
 than the layer they were trained for: expect loss of quality."""
 POSITIONS = ("pos1", "pos2", "pos3")
 _ELEMENTS_AT_ONCE = 1 << 23
-"""N * T * D of what is converted to float64 together: 64 MiB."""
+"""N * T * D that are converted to float64 together: 64 MiB."""
 
 
 class SimilaritySums:
@@ -46,11 +46,11 @@ class SimilaritySums:
         self._stages: dict[int, list[int]] = {}
         for number, each in enumerate(representations):
             self._stages.setdefault(each.stage, []).append(number)
-        sizes = {stage: len(members) for stage, members in self._stages.items()}
-        self._cosine = {stage: torch.zeros(size, size, dtype=torch.float64) for stage, size in sizes.items()}
-        self._distance = {stage: torch.zeros(size, size, dtype=torch.float64) for stage, size in sizes.items()}
-        self._norm = {stage: torch.zeros(size, dtype=torch.float64) for stage, size in sizes.items()}
-        self.tokens = dict.fromkeys(sizes, 0)
+        size = len(representations)
+        self._cosine = torch.zeros(size, size, dtype=torch.float64)
+        self._distance = torch.zeros(size, size, dtype=torch.float64)
+        self._norm = torch.zeros(size, dtype=torch.float64)
+        self.tokens = dict.fromkeys(self._stages, 0)
 
     def add(self, values: Sequence[Tensor], batch: int) -> None:
         """
@@ -59,7 +59,7 @@ class SimilaritySums:
             batch: its number, for errors.
 
         Raises:
-            AnalysisError: a value that is not finite; names the representation and the batch.
+            AnalysisError: a value is not finite; names the representation and the batch.
         """
         for each, value in zip(self.representations, values, strict=True):
             if not bool(torch.isfinite(value).all()):
@@ -71,22 +71,24 @@ class SimilaritySums:
             flat = [values[member].reshape(-1, values[member].shape[-1]) for member in members]
             tokens, hidden = flat[0].shape
             at_once = max(_ELEMENTS_AT_ONCE // (len(flat) * hidden), 1)
+            place = torch.tensor(members)
             for first in range(0, tokens, at_once):
-                self._add_tokens(stage, torch.stack([value[first : first + at_once].double() for value in flat], dim=1))
+                self._add_tokens(place, torch.stack([value[first : first + at_once].double() for value in flat], dim=1))
             self.tokens[stage] += tokens
 
-    def _add_tokens(self, stage: int, value_TND: Tensor) -> None:
+    def _add_tokens(self, place_N: Tensor, value_TND: Tensor) -> None:
         dot_TNN = value_TND @ value_TND.transpose(1, 2)
         square_TN = dot_TNN.diagonal(dim1=1, dim2=2)
         norm_TN = square_TN.sqrt()
-        # A representation of zeros has no direction: it counts as 0, not as NaN.
+        # A representation of zeros has no direction. It counts as 0, not as NaN.
         scale_TN = norm_TN.clamp(min=torch.finfo(torch.float64).tiny).reciprocal() * (norm_TN > 0)
         cosine_NN = torch.einsum("tij,ti,tj->ij", dot_TNN, scale_TN, scale_TN)
-        # |a - b|² = |a|² + |b|² - 2ab: rounding leaves 1e-8 of |a| where two representations are the same.
+        # |a - b|² = |a|² + |b|² - 2ab: rounding leaves 1e-8 of |a| when two representations are the same.
         squared_TNN = square_TN.unsqueeze(1) + square_TN.unsqueeze(2) - 2 * dot_TNN
-        self._cosine[stage] += cosine_NN.cpu()
-        self._distance[stage] += squared_TNN.clamp(min=0).sqrt().sum(0).cpu()
-        self._norm[stage] += norm_TN.sum(0).cpu()
+        pairs = place_N[:, None], place_N
+        self._cosine[pairs] += cosine_NN.cpu()
+        self._distance[pairs] += squared_TNN.clamp(min=0).sqrt().sum(0).cpu()
+        self._norm[place_N] += norm_TN.sum(0).cpu()
 
     def result(self) -> Similarity:
         """The means over all tokens so far.
@@ -96,15 +98,13 @@ class SimilaritySums:
         """
         if not all(self.tokens.values()):
             raise AnalysisError("there are no tokens to compare representations of: give more data")
-        size = len(self.representations)
-        cosine, distance = (torch.full((size, size), float("nan"), dtype=torch.float64) for _ in range(2))
-        norm = torch.zeros(size, dtype=torch.float64)
-        for stage, members in self._stages.items():
-            place = torch.tensor(members)
-            cosine[place[:, None], place] = self._cosine[stage] / self.tokens[stage]
-            distance[place[:, None], place] = (self._distance[stage] / self.tokens[stage]).fill_diagonal_(0)
-            norm[place] = self._norm[stage] / self.tokens[stage]
-        return Similarity(tuple(self.representations), cosine, distance, norm, next(iter(self.tokens.values())))
+        stage_N = torch.tensor([each.stage for each in self.representations])
+        tokens_N = torch.tensor([self.tokens[each.stage] for each in self.representations])
+        other_NN = stage_N[:, None] != stage_N
+        cosine = (self._cosine / tokens_N).masked_fill(other_NN, float("nan"))
+        distance = (self._distance / tokens_N).fill_diagonal_(0).masked_fill(other_NN, float("nan"))
+        first = next(iter(self.tokens.values()))
+        return Similarity(tuple(self.representations), cosine, distance, self._norm / tokens_N, first)
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Similarity:
 
     Attributes:
         representations: N of them.
-        cosine: [N, N] float64; NaN where two are of different stages.
+        cosine: [N, N] float64; NaN for different stages.
         distance: [N, N] float64, L2 norm of the difference.
         norm: [N] float64, L2 norm.
-        tokens: how many (of a pyramid: in its first stage).
+        tokens: their number (in the first stage of a pyramid).
     """
 
     representations: tuple[Representation, ...]
@@ -126,7 +126,7 @@ class Similarity:
     tokens: int
 
     def record(self) -> dict[str, Any]:
-        """JSON values; null in the place of NaN."""
+        """JSON values; null instead of NaN."""
         return {
             "names": [each.name for each in self.representations],
             "tokens": self.tokens,
@@ -142,7 +142,7 @@ def _nested(matrix: Tensor) -> list[list[float | None]]:
 
 @torch.inference_mode()
 def measure(subject: Subject, batches: Iterable[Any]) -> Similarity:
-    """One forward pass per batch; nothing of a batch is kept.
+    """Makes one forward pass per batch.
 
     Args:
         subject: a model in evaluation mode, and where its representations are.
@@ -170,13 +170,13 @@ def add_batch(sums: SimilaritySums, probes: Sequence[Probe], run: Any, number: i
 def verdict(
     similarity: Similarity, moe_blocks: Sequence[tuple[int, int]], distance: int = 1, trained: str | None = None
 ) -> dict[str, Any]:
-    """What a shortcut at each position would connect: tap → the MoE's own input, the attention sub-layer's output of
-    its block (paper section 3), with their similarity.
+    """The similarity of the two ends of a shortcut at each position: of its tap and of the MoE's own input, which is
+    the output of the attention sub-layer of its block (paper section 3).
 
     Args:
         moe_blocks: (stage, block) of every MoE layer.
-        distance: blocks between tap and MoE; 1 is the paper's.
-        trained: position of the model's own shortcut: its experts know what they are fed there.
+        distance: blocks between tap and MoE; 1 in the paper.
+        trained: position of the model's own shortcut, whose input its experts were trained on.
 
     Returns:
         JSON values: "threshold", "positions" by name with "layers", "mean", "least" and "passes" (all layers reach the
@@ -215,10 +215,10 @@ def verdict(
 
 
 def _tap(place: dict[Any, int], position: str, stage: int, tapped: int) -> int | None:
-    """Number of the representation that a shortcut of a position reads in the block `tapped`; None: there is none."""
+    """Number of the representation that a shortcut of a position reads in the block `tapped`; None if there is none."""
     if position == "pos2":
         return place.get((stage, tapped, "attention"))
-    # A block's input is the output of the block before it; Pos-1 is the output of the tapped block.
+    # A block's input is the output of the block before it. Pos-1 is the output of the tapped block.
     before = tapped if position == "pos1" else tapped - 1
     if before == -1:
         return place.get((stage, 0, "input"))
@@ -236,8 +236,7 @@ def _sentence(position: str, found: dict[str, Any], is_own: bool) -> str:
         return f"{ends}: {numbers}; passes the threshold of {THRESHOLD} in all {len(found['layers'])} MoE layers"
     where = ", ".join(f"{layer['from']} → {layer['to']} ({layer['cosine']:.3f})" for layer in below)
     consequence = (
-        "there the shortcut feeds the experts something else than the layer they were trained for; expect "
-        "loss of quality"
+        "there the shortcut feeds the experts another input than they were trained for; expect loss of quality"
     )
     if is_own:
         consequence = "the experts of this model were trained with this shortcut, and on what it feeds them there"

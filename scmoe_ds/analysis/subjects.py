@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scmoe_ds.analysis.probes import Probe, check_hugging_face, gpt_probes, hugging_face_probes, swin_probes
-from scmoe_ds.errors import AnalysisError
+from scmoe_ds.errors import AnalysisError, one_line
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.models.gpt import GPT
 
@@ -141,8 +141,7 @@ def load_hugging_face(kind: Any, directory: str, what: str) -> Any:
     try:
         return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise AnalysisError(f"--hf-model {directory} does not load as {what}: {reason}") from None
+        raise AnalysisError(f"--hf-model {directory} does not load as {what}: {one_line(error, 300)}") from None
 
 
 def local_directory(directory: str) -> Path:

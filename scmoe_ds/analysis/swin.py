@@ -1,4 +1,4 @@
-"""SwinV2 models and the images that they are analysed on.
+"""Loads SwinV2 models, and the images for their analysis.
 
 Shape suffixes: B images, C channels, S pixels a side.
 """
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from scmoe_ds.analysis.subjects import load_hugging_face, local_directory
-from scmoe_ds.checkpoint.convert import open_weights
+from scmoe_ds.checkpoint.export import open_weights
 from scmoe_ds.checkpoint.parsing import parse, without_memory
-from scmoe_ds.checkpoint.reshard import check_shapes
+from scmoe_ds.checkpoint.reshard import check_parameters
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.images import Digits, ImageFolder
 from scmoe_ds.errors import AnalysisError, CheckpointError
@@ -27,10 +27,10 @@ from scmoe_ds.moe.placement import global_names
 
 
 def open_swin(path: str, device: torch.device) -> SwinMoE:
-    """A checkpoint of scmoe pretrain-swin for one process, without drops.
+    """Loads a checkpoint of scmoe pretrain-swin for one process, without drops.
 
     Raises:
-        CheckpointError: none, damaged, or of another model.
+        CheckpointError: there is none, or it is damaged or of another model.
     """
     weights, description = open_weights(Path(path))
     print(f"loading {weights.path}", file=sys.stderr)
@@ -48,10 +48,7 @@ def open_swin(path: str, device: torch.device) -> SwinMoE:
     settings = found.settings
     model = without_memory(lambda: SwinMoE(settings, config), weights.path)
     names = global_names(model)
-    missing = sorted(set(names.values()) - set(weights.names()))
-    if missing:
-        raise CheckpointError(f"{path} has no {missing[0]} (and {len(missing) - 1} others of this model)")
-    check_shapes(model, weights, names)
+    check_parameters(model, weights, names)
     model = SwinMoE(settings, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -60,10 +57,10 @@ def open_swin(path: str, device: torch.device) -> SwinMoE:
 
 
 def open_hugging_face_swin(directory: str, device: torch.device) -> nn.Module:
-    """A Swinv2 of transformers from a local directory, without its head; nothing is downloaded.
+    """Loads a Swinv2 of transformers from a local directory, without its head. Downloads nothing.
 
     Raises:
-        AnalysisError: no such directory, or another model in it.
+        AnalysisError: the directory is missing or holds another model.
     """
     try:
         config = json.loads((local_directory(directory) / "config.json").read_text(encoding="utf-8"))
@@ -86,7 +83,7 @@ def image_batches(source: str, model: Any, batch_size: int, max_images: int | No
         model: of `open_swin` or `open_hugging_face_swin`.
 
     Raises:
-        DataError: no such images.
+        DataError: there are no such images.
     """
     shape = model.settings if isinstance(model, SwinMoE) else model.config
     images = (

@@ -1,7 +1,7 @@
-"""What a language model reads in an analysis: disjoint sequences of a token stream, in order.
+"""The input of a language model in an analysis: disjoint sequences of a token stream, in order.
 
 Documents follow each other as in pretraining. The stream is a data set, which stays on disk, or a text
-(`scmoe_ds.data.text`).
+(`scmoe_ds.data.text_file`).
 
 Shape suffixes: B batch, S sequence.
 """
@@ -26,12 +26,12 @@ class TokenSequences:
 
     Attributes:
         tokens: [N] ids of any integer dtype; may be memory-mapped.
-        seq_length: tokens of a sequence; what is left over at the end is not read.
-        max_tokens: most tokens to read; None: all.
+        seq_length: tokens of a sequence; an incomplete last sequence is not read.
+        max_tokens: most tokens to read; None reads all.
         source: flag and file, for errors.
 
     Raises:
-        AnalysisError: less than one sequence.
+        AnalysisError: there is less than one sequence.
     """
 
     tokens: np.ndarray
@@ -41,10 +41,8 @@ class TokenSequences:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
-            raise AnalysisError(
-                f"--max-tokens {self.max_tokens}: less than one sequence of {self.seq_length} tokens; "
-                "raise it, or give a smaller --seq-length"
-            )
+            what = f"--max-tokens {self.max_tokens}: less than one sequence of {self.seq_length} tokens"
+            raise AnalysisError(f"{what}; raise it, or give a smaller --seq-length")
         if len(self.tokens) < self.seq_length:
             raise AnalysisError(
                 f"{self.source} has {len(self.tokens)} tokens, less than one sequence of "
@@ -66,7 +64,7 @@ class TokenSequences:
         """The first `count` full batches of tokens and next tokens, each [B, S] int64.
 
         Raises:
-            AnalysisError: fewer of them.
+            AnalysisError: there are fewer batches.
         """
         per_batch = batch_size * self.seq_length
         available = (min(len(self) * self.seq_length, len(self.tokens) - 1)) // per_batch
@@ -86,15 +84,15 @@ def read_data_set(prefix: str, split: str | None, vocab_size: int) -> np.ndarray
     """The tokens of `<prefix>.bin` in order, memory-mapped.
 
     Args:
-        split: of the shares of train, valid and test, the validation part; None: all of them.
+        split: shares of train, valid and test, of which the validation part is read; None reads all.
 
     Raises:
-        DataError: files that are missing or damaged, ids outside of the vocabulary, or a split that is none.
-        AnalysisError: a split without a validation part.
+        DataError: a file is missing or damaged, an id is outside of the vocabulary, or the split is invalid.
+        AnalysisError: the split has no validation part.
     """
     layout = read_layout(prefix)
     check_token_range(layout, vocab_size)
-    tokens = np.memmap(prefix + ".bin", dtype=layout.dtype, mode="r")
+    tokens = layout.tokens()
     if split is None:
         return tokens
     validation, offsets = split_ranges(split, len(layout.lengths))[1], layout.offsets()

@@ -1,16 +1,16 @@
 """Checkpoints: DeepSpeed's own MoE files, checked, durable, and readable by any layout of the same model.
 
-`files` which are whole, `tensor_files` their one loader, `rotation` which can go, `lock` one job per directory;
-`saving`, `finite` what is not saved; `loading` which one a run starts from (`directories` what a path stands for,
-`failures` which did not train), `comparison` what a resume does about settings that differ and `hyperparameters` the
-same in an engine; `saved_state` the files as whole parameters; `reshard` these into an engine; `safetensors_files`
-and `convert` weights for others and from others; `parsing` descriptions that others may have written, `paths` the
-files that they name; `tokenizer_files`.
+Start with `saving` and `loading`. A save also uses `finite` (refuses NaN), `lock` (one job per directory) and
+`rotation` (removes old checkpoints). A start also uses `directories` (which checkpoint a path means), `files` (checks
+them), `tensor_files` (the one loader of .pt files), `failure_notes` (checkpoints that do not train), `description`
+and `comparison` (settings that differ) and `hyperparameters` (puts a run's own settings back). `saved_state` and
+`reshard` change the layout. `export` and `safetensors_files` exchange weights with other programs, `parsing` checks
+descriptions, and `tokenizer_files` carries the tokenizer.
 """
 
 from scmoe_ds.checkpoint.comparison import run_settings
 from scmoe_ds.checkpoint.description import describe, rebuild
-from scmoe_ds.checkpoint.failures import note as note_failure
+from scmoe_ds.checkpoint.failure_notes import note as note_failure
 from scmoe_ds.checkpoint.files import DESCRIPTION_FILE, MANIFEST_FILE
 from scmoe_ds.checkpoint.finite import NotFiniteError
 from scmoe_ds.checkpoint.loading import Source, choose, load, samples_of_run

@@ -1,7 +1,7 @@
-"""What a resume does about each setting that decides a run and differs from the checkpoint's: one table.
+"""What a resume does when a setting differs from the checkpoint's: one table.
 
-Model and layout are compared in `description`. Everything else that decides the numbers of a run is recorded with a
-checkpoint (`run_settings`) and compared here, whichever way the checkpoint is loaded.
+`description` compares model and layout. Everything else that decides the numbers of a run is recorded with a checkpoint
+(`run_settings`) and compared here, whichever way the checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -31,33 +31,24 @@ JSON_KEYS = (
     "gradient_predivide_factor",
     "communication_data_type",
 )
-"""DeepSpeed's keys that decide the numbers of a step, beside the batch sizes."""
+"""DeepSpeed's keys, beside the batch sizes, that decide the numbers of a step."""
 
 
 class Outcome(Enum):
-    """What happens to a setting that differs; the value of this run holds in each case but `REFUSED`."""
+    """What happens to a setting that differs. In each case but `REFUSED` this run's value holds from here on."""
 
     REFUSED = "cannot be taken over"
-    TAKEN_OVER = "holds from here on; a line says so"
-    CHANGES_THE_RUN = "holds from here on; a warning says that the run is no longer the one that was saved"
+    TAKEN_OVER = "a line says so"
+    CHANGES_THE_RUN = "a warning says that the run is no longer the one that was saved"
     FREE = "has no effect on the numbers, or another line names it (the layout)"
 
 
 TABLE: dict[str, Outcome] = {
     "optimizer.type": Outcome.REFUSED,
-    "optimizer*": Outcome.TAKEN_OVER,
-    # "auto" follows --train-iters, so that the rest of the curve may bend without anybody having touched the JSON.
+    # "auto" follows --train-iters: the rest of the curve may bend although nobody has changed the JSON.
     "scheduler.params.total_num_steps": Outcome.CHANGES_THE_RUN,
-    "scheduler*": Outcome.TAKEN_OVER,
-    "gradient_clipping": Outcome.TAKEN_OVER,
     "*16.enabled": Outcome.FREE,
-    "fp16*": Outcome.TAKEN_OVER,
-    "bf16*": Outcome.TAKEN_OVER,
-    "torch_autocast*": Outcome.TAKEN_OVER,
-    "data_types*": Outcome.TAKEN_OVER,
-    "prescale_gradients": Outcome.TAKEN_OVER,
-    "gradient_predivide_factor": Outcome.TAKEN_OVER,
-    "communication_data_type": Outcome.TAKEN_OVER,
+    **{f"{key}*": Outcome.TAKEN_OVER for key in JSON_KEYS},
     BATCH: Outcome.CHANGES_THE_RUN,
     MICRO_BATCH: Outcome.CHANGES_THE_RUN,
     DATA: Outcome.CHANGES_THE_RUN,
@@ -86,10 +77,10 @@ TABLE: dict[str, Outcome] = {
     "scmoe.tap": Outcome.FREE,
     "scmoe.shared_from": Outcome.FREE,
 }
-"""Pattern of a setting's name to what a resume does; the first that fits."""
+"""Pattern of a setting's name to what a resume does. The first pattern that matches decides."""
 
-# Optimizers that keep the same state under the same names.
 _SAME_STATE = {"adamw": "adam"}
+"""Optimizers that keep the same state under the same names."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +104,12 @@ def run_settings(
     data: Mapping[str, Any],
     **flags: Any,
 ) -> dict[str, Any]:
-    """What decides a run beside model and layout, for `describe`: a JSON object.
+    """A JSON object for `describe`: the settings beside model and layout that decide a run.
 
     Args:
         whole: the DeepSpeed JSON.
         replicas: data-parallel ranks.
-        data: {"content": what identifies the training data, wherever it lies, "shown": its name for messages}.
+        data: {"content": identifies the training data wherever it lies, "shown": its name for messages}.
         flags: by their names, with underscores.
     """
     record = {key: whole.get(key) for key in JSON_KEYS}
@@ -126,13 +117,13 @@ def run_settings(
     return record | {_flag(name): value for name, value in flags.items()}
 
 
-def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Difference]:
-    """The settings that differ, in the order of this run's record, without those that are free.
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Difference]:
+    """The settings that differ and are not free, in the order of this run's record.
 
     Args:
-        saved, wanted: results of `describe`, then and now. A setting that one of them lacks is not compared.
+        saved, current: results of `describe`, then and now. A setting that one of them lacks is not compared.
     """
-    then, now = _decisive(saved), _decisive(json.loads(json.dumps(wanted)))
+    then, now = _decisive(saved), _decisive(json.loads(json.dumps(current)))
     found = []
     for name in [name for name in now if name in then]:
         old, new = _flatten(name, then[name]), _flatten(name, now[name])
@@ -143,7 +134,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Dif
 
 
 def outcome_of(name: str) -> Outcome:
-    """What the table says; a setting that nobody entered there is one that changes the run."""
+    """What the table says. A setting that is not in it changes the run."""
     return next((found for pattern, found in TABLE.items() if fnmatchcase(name, pattern)), Outcome.CHANGES_THE_RUN)
 
 
@@ -156,8 +147,8 @@ def check_refused(found: Sequence[Difference], flag: str, path: object) -> None:
         if each.outcome is Outcome.REFUSED:
             raise CheckpointError(
                 f"{each.name} = {_shown(each.now)}: the optimizer state in {flag} {path} is of {_shown(each.then)}; "
-                "set it back, or start a new run with the weights alone: scmoe convert "
-                f"export {path} OUT, then --load OUT and another --save"
+                "set it back, or start a new run with the weights alone: "
+                f"scmoe convert export {path} OUT, then --load OUT and another --save"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors belong to: the model, which binds, and the layout, which may change."""
+"""Describes what a checkpoint's tensors belong to: the model, which must not change, and the layout, which may."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.parallel.tensor import tensor_parallel_size
 
 FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std", "drop_path_rate"}
-"""Fields that neither the weights nor the optimizer state depend on; see `comparison` for what a resume does."""
+"""Neither the weights nor the optimizer state depend on these fields; `comparison` says what a resume does."""
 BINDING_SECTION_FIELDS = (
     "architecture",
     "position",
@@ -28,8 +28,8 @@ BINDING_SECTION_FIELDS = (
     "post_norm",
     "pairs_per_moe",
 )
-# Of what was added to a description later: what checkpoints without it are of.
 _BEFORE = {"norm_placement": "pre", "residual_scale": 1.0, "scmoe.pairs_per_moe": 1}
+"""Values of fields that the descriptions of older checkpoints lack."""
 
 PROCESSES = "number of processes"
 EXPERT_PARALLEL = "scmoe.expert_parallel_size"
@@ -50,9 +50,8 @@ def describe(
     deepspeed_json: Mapping[str, Any],
     run: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A JSON object: "model" (what the tensors depend on), "layout" (how they are spread over ranks and files), all
-    fields of "gpt" (or "swin") and "scmoe", from which the model can be built again, and "run" (the other settings that
-    decide the numbers: `comparison.run_settings`)."""
+    """A JSON object with "model" (what the tensors depend on), "layout" (how ranks and files share them), all fields of
+    "gpt" (or "swin") and "scmoe", from which the model can be built again, and "run" (`comparison.run_settings`)."""
     precisions = [name for name in ("bf16", "fp16") if deepspeed_json.get(name, {}).get("enabled")]
     zero = deepspeed_json.get("zero_optimization", {})
     layout = {
@@ -78,7 +77,7 @@ def describe_model(settings: GPTSettings, config: ScMoEConfig) -> dict[str, Any]
 
 
 def rebuild(description: Mapping[str, Any]) -> tuple[GPTSettings, ScMoEConfig]:
-    """Settings of the model that a checkpoint or an export is of, for one process: `GPT(*rebuild(description))`."""
+    """Settings of the model in a checkpoint or an export, for one process: `GPT(*rebuild(description))`."""
     whole_on_each_rank = {"expert_parallel_size": 1, "expert_tensor_parallelism": False, "overlap": {}}
     section = {**description["scmoe"], **whole_on_each_rank}
     return GPTSettings(**description["gpt"]), ScMoEConfig.from_deepspeed({"scmoe": section})
@@ -89,51 +88,50 @@ def _model(gpt: Mapping[str, Any], config: ScMoEConfig) -> dict[str, Any]:
     return shape | {f"scmoe.{key}": getattr(config, key) for key in BINDING_SECTION_FIELDS}
 
 
-def check_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:
+def check_model(saved: Mapping[str, Any], current: Mapping[str, Any], name: str) -> None:
     """
     Args:
-        saved, wanted: what `describe` gave, then and now.
+        saved, current: results of `describe`, then and now.
         name: of the checkpoint, with its flag.
 
     Raises:
-        CheckpointError: another model; lists what differs.
+        CheckpointError: the models differ; lists the differences.
     """
     if not isinstance(saved.get("model"), dict):
         raise CheckpointError(
             f"{name} was written by an earlier version of scmoe_ds, whose description does not say "
             "how its tensors are laid out; resume it with that version"
         )
-    now = json.loads(json.dumps(wanted["model"]))
-    then = {**{key: value for key, value in _BEFORE.items() if key in now}, **saved["model"]}
-    keys = [key for key in now | then if now.get(key) != then.get(key)]
-    if keys:
-        listed = "; ".join(
-            f"{key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} in this run" for key in sorted(keys)
-        )
+    known = {key: value for key, value in _BEFORE.items() if key in current["model"]}
+    if changed := _changed({**known, **saved["model"]}, current["model"]):
+        listed = (f"{key}: {then!r} in the checkpoint, {now!r} in this run" for key, (then, now) in changed.items())
         raise CheckpointError(
-            f"{name} is a checkpoint of another model: {listed}; set that back, or choose another directory"
+            f"{name} is a checkpoint of another model: {'; '.join(sorted(listed))}; set that back, or choose another "
+            "directory"
         )
 
 
-def changed_layout(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_layout(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Field to (then, now) for each field of the layout that differs."""
-    then, now = saved.get("layout", {}), json.loads(json.dumps(wanted["layout"]))
-    return {key: (then.get(key), now.get(key)) for key in now | then if now.get(key) != then.get(key)}
+    return _changed(saved.get("layout", {}), current["layout"])
+
+
+def _changed(then: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    now = json.loads(json.dumps(current))  # tuples become lists, as in the file
+    return {key: (then.get(key), now.get(key)) for key in {**now, **then} if now.get(key) != then.get(key)}
 
 
 def check_layout_is_free(layout: Mapping[str, Any], whose: str) -> None:
-    """Whether the tensors of a layout can be told apart from it.
-
+    """
     Raises:
-        CheckpointError: a setting under which DeepSpeed does not note where the parameters lie.
+        CheckpointError: the layout has a setting under which DeepSpeed does not record where the parameters lie.
     """
     tied = {ZERO_STAGE: layout[ZERO_STAGE] not in (1, 2), ROUND_ROBIN: bool(layout[ROUND_ROBIN])}
     for key, is_tied in tied.items():
         if is_tied:
             raise CheckpointError(
-                f"{whose}: {key} = {layout[key]} binds a checkpoint to its layout; resume with the "
-                "very layout that saved it, or save and resume with ZeRO stage 1 or 2 and without "
-                "round_robin_gradients"
+                f"{whose}: {key} = {layout[key]} binds a checkpoint to its layout; resume with the very layout that "
+                "saved it, or save and resume with ZeRO stage 1 or 2 and without round_robin_gradients"
             )
 
 

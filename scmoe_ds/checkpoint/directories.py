@@ -1,7 +1,8 @@
-"""Which checkpoint the directory of a flag stands for, and whether a run may write there."""
+"""Says which checkpoint a directory means, and whether a run may write there."""
 
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
 
@@ -13,25 +14,25 @@ logger = logging.getLogger("scmoe_ds")
 
 
 def locate(path: Path, flag: str = "", remedy: str = "name one that a training run has saved") -> Path:
-    """The directory of tensors that a path stands for: a checkpoint, the latest of a directory, or an export.
+    """The directory of tensors that a path means: a checkpoint, the latest checkpoint of a directory, or an export.
 
     Args:
-        flag: before the path in a message.
-        remedy: what a user does who meant to have a checkpoint there.
+        flag: stands before the path in a message.
+        remedy: what a user does when there is no checkpoint.
 
     Raises:
-        CheckpointError: it stands for none.
+        CheckpointError: there is none.
     """
     name = f"{flag}{path}"
     try:
         is_file = path.exists() and not path.is_dir()
-    except OSError as error:  # a name that is too long, for one
+    except OSError as error:  # such as a name that is too long
         raise CheckpointError(f"{flag}{str(path)[:200]}: cannot be read ({error.strerror}); {remedy}") from None
     if is_file:
         raise CheckpointError(f"{name}: is a file, not a directory of checkpoints; name the directory")
     if is_export(path) or (path / files.DESCRIPTION_FILE).is_file():
         return path
-    tags, latest = files.newest_first(path), files.read_latest(path)
+    tags, latest = files.newest_first(path), read_latest(path)
     if latest in tags:
         return path / latest
     if tags:
@@ -42,14 +43,42 @@ def locate(path: Path, flag: str = "", remedy: str = "name one that a training r
     raise CheckpointError(f"{name} is neither a checkpoint nor a directory of them nor an export{reason}; {remedy}")
 
 
+def read_latest(root: Path, flag: str = "--load") -> str | None:
+    """The tag that `latest` names; None if there is no such file.
+
+    Raises:
+        CheckpointError: the file does not hold the name of a checkpoint in this directory.
+    """
+    latest = root / "latest"
+    try:
+        if not latest.is_symlink() and not latest.exists():
+            return None
+        if not latest.is_file():
+            raise OSError(errno.EINVAL, "not a file")
+        tag = latest.read_text(encoding="utf-8").strip()
+        wrong = None if files.iteration_of(tag) is not None else "no checkpoint's name (global_step<iteration>)"
+        if wrong is None and files.leads_out(root, tag):
+            wrong = "a link that leads out of the directory"
+        state = f"names {tag[:100]!r}, which is {wrong}" if tag else "is empty"
+    except (OSError, ValueError) as error:
+        tag, wrong = "", getattr(error, "strerror", None) or "not UTF-8"
+        state = f"cannot be read ({wrong})"
+    if wrong is not None:
+        other = next(
+            (f"a checkpoint itself: {root / found}" for found in files.newest_first(root)), "another directory"
+        )
+        raise CheckpointError(f"{flag} {root}: latest {state}; name {other}")
+    return tag
+
+
 def check_save(save: Path, start: Path | None, auto_resume: bool) -> None:
-    """A run writes over checkpoints only of the run that it goes on from. One rank calls it.
+    """Refuses to overwrite the checkpoints of a run that this one does not continue. One rank calls it.
 
     Args:
         start: the checkpoint that the run starts from.
 
     Raises:
-        CheckpointError: `save` has others.
+        CheckpointError: `save` has checkpoints of another run.
     """
     tags = files.newest_first(save)
     if not tags or auto_resume:
@@ -57,14 +86,13 @@ def check_save(save: Path, start: Path | None, auto_resume: bool) -> None:
     if start is None or start.resolve().parent != save.resolve():
         some = tags[0] + ", …" * bool(tags[1:])
         raise CheckpointError(
-            f"--save {save}: holds checkpoints of another run ({some}), "
-            "which this one would write over; go on from them with --auto-resume, or choose another "
-            "directory"
+            f"--save {save}: holds checkpoints of another run ({some}), which this one would write over; go on from "
+            "them with --auto-resume, or choose another directory"
         )
     if newer := tags[: tags.index(start.name)] if start.name in tags else []:
         logger.warning(
             "--load %s: %s also holds newer checkpoints (%s), from which --auto-resume would go on; move "
-            "them elsewhere if they are not wanted any more",
+            "them elsewhere unless you need them",
             start,
             save,
             ", ".join(newer),

@@ -1,8 +1,8 @@
-"""The files of a checkpoint: are they all there and as they were written, and which is the newest.
+"""The files of a checkpoint: whether they are complete and as they were written, and which checkpoint is the newest.
 
 A checkpoint is a directory `global_step<iteration>` with a manifest. It is written under another name and renamed when
-all of it is on the disk (`rotation`), so a directory of that name is whole, whenever the machine stopped. What is read
-here may have been damaged or made up by anybody: a file that is not what it should be is a `CheckpointError` by name.
+all of it is on the disk (`rotation`), so a directory of that name is whole, whenever the machine stopped. Anybody may
+have damaged or forged the files that are read here: a wrong file is a `CheckpointError` that names it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,21 +28,21 @@ logger = logging.getLogger("scmoe_ds")
 DESCRIPTION_FILE = "scmoe.json"
 MANIFEST_FILE = "scmoe_files.json"
 PART = ".part"
-"""Ends the name of what is still being written."""
+"""Ends the name of a file or directory that is still being written."""
 _TAG = re.compile("global_step(0|[1-9][0-9]{0,17})")
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that is not what was written; an older one may still serve."""
+    """A checkpoint is not as it was written; an older one may still serve."""
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or a directory's list of names, is on the disk and survives a power cut."""
+    """Waits until a file, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such call
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no fsync
             raise
     finally:
         os.close(descriptor)
@@ -57,10 +58,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, flag: str) -> dict[str, Any]:
-    """A small JSON file of a checkpoint, read strictly: no NaN, no key twice.
+    """Reads a small JSON file of a checkpoint strictly: no NaN, no key twice.
 
     Raises:
-        DamagedCheckpointError: missing, unreadable or not such a JSON object.
+        DamagedCheckpointError: it is missing, unreadable or not such a JSON object.
     """
     try:
         if path.exists() and not path.is_file():
@@ -92,7 +93,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def remedy(directory: Path, flag: str = "--load") -> str:
-    """What happens next, or what a user does, about a damaged checkpoint (or export)."""
+    """What happens next, or what a user can do, when a checkpoint (or export) is damaged."""
     if flag == "--auto-resume":
         return "An earlier one is looked for"
     root, own = directory.parent, iteration_of(directory.name)
@@ -117,7 +118,7 @@ def read_manifest(directory: Path, flag: str) -> dict[str, FileEntry]:
     """Size and checksum of each file.
 
     Raises:
-        DamagedCheckpointError: missing, unreadable, or with anything else in it.
+        DamagedCheckpointError: the manifest is missing, unreadable, or has other entries.
     """
     manifest = read_json(directory / MANIFEST_FILE, flag)
     wrong = next((name for name, found in manifest.items() if not _is_entry(name, found)), None)
@@ -141,10 +142,10 @@ def _is_entry(name: str, found: Any) -> bool:
 
 
 def read_description(directory: Path, name: str, flag: str) -> dict[str, Any]:
-    """The checked content of a description; a directory without a manifest has none.
+    """The content of a description whose checksum is right.
 
     Raises:
-        DamagedCheckpointError: not all there, or not what was written.
+        DamagedCheckpointError: it or the manifest is missing, or it is not as it was written.
     """
     manifest = read_manifest(directory, flag)
     description = read_json(directory / name, flag)
@@ -155,18 +156,20 @@ def read_description(directory: Path, name: str, flag: str) -> dict[str, Any]:
 
 
 def verify(directory: Path, flag: str, contents: bool = True) -> None:
-    """Compares the files with the manifest: sizes on every rank, checksums in shares. Collective.
+    """Compares the files with the manifest. Every rank compares all sizes and a share of the checksums. Collective.
 
     Args:
-        contents: read all of them; otherwise only the sizes are compared.
+        contents: whether to compare checksums too, which reads all files.
 
     Raises:
-        DamagedCheckpointError: on every rank, with the first damaged file that any of them found.
+        DamagedCheckpointError: on every rank, with the first damaged file that any rank found.
     """
 
     def verify_share() -> None:
         manifest = read_manifest(directory, flag)
-        for name in _tensor_files(directory, flag):
+        with _readable(directory, "", flag):
+            tensor_files = sorted(path.name for path in directory.iterdir() if path.suffix == ".pt")
+        for name in tensor_files:
             require_named(name, directory, manifest, flag)
         for name, expected in manifest.items():
             _check_size(directory, name, expected, flag)
@@ -178,22 +181,23 @@ def verify(directory: Path, flag: str, contents: bool = True) -> None:
 
 
 def own_share(names: Sequence[str]) -> Sequence[str]:
-    """Those that this rank looks at; every other rank looks at others."""
+    """The names that this rank looks at."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return names[rank::ranks]
 
 
-def _tensor_files(directory: Path, flag: str) -> list[str]:
+@contextmanager
+def _readable(directory: Path, name: str, flag: str) -> Iterator[None]:
     try:
-        return sorted(path.name for path in directory.iterdir() if path.suffix == ".pt")
+        yield
     except OSError as error:
-        raise damaged(directory, f"cannot be read ({error.strerror})", flag) from None
+        raise damaged(directory, f"{name} cannot be read ({error.strerror})".strip(), flag) from None
 
 
 def require_named(name: str, directory: Path, manifest: dict[str, FileEntry], flag: str) -> None:
     """
     Raises:
-        DamagedCheckpointError: a file that the manifest does not vouch for.
+        DamagedCheckpointError: the manifest does not name the file.
     """
     if name not in manifest:
         raise damaged(
@@ -203,12 +207,10 @@ def require_named(name: str, directory: Path, manifest: dict[str, FileEntry], fl
 
 def _check_size(directory: Path, name: str, expected: FileEntry, flag: str) -> None:
     file = directory / name
-    try:
+    with _readable(directory, name, flag):
         found = file.stat().st_size if file.is_file() else None
-        # Exports are linked to a store by Hugging Face's cache; nothing but mischief links tensor files elsewhere.
-        outside = file.suffix == ".pt" and _leads_out(directory, name)
-    except OSError as error:
-        raise damaged(directory, f"{name} cannot be read ({error.strerror})", flag) from None
+        # Hugging Face's cache links exports to a store. Nothing but mischief links .pt files elsewhere.
+        outside = file.suffix == ".pt" and leads_out(directory, name)
     if found != expected["bytes"] or outside:
         state = "is missing" if found is None else f"has {found} bytes instead of {expected['bytes']}"
         state = "is a link that leads out of the directory" if outside else state
@@ -216,10 +218,8 @@ def _check_size(directory: Path, name: str, expected: FileEntry, flag: str) -> N
 
 
 def _check_content(directory: Path, name: str, expected: FileEntry, flag: str) -> None:
-    try:
+    with _readable(directory, name, flag):
         found = checksum(directory / name)
-    except OSError as error:
-        raise damaged(directory, f"{name} cannot be read ({error.strerror})", flag) from None
     if found != expected["crc32"]:
         raise damaged(directory, f"{name} is damaged: its checksum is {found} instead of {expected['crc32']}", flag)
 
@@ -231,17 +231,17 @@ def iteration_of(tag: str) -> int | None:
 
 
 def newest_first(root: Path) -> list[str]:
-    """All directories with the name of a checkpoint; links that lead elsewhere are passed over.
+    """All directories with the name of a checkpoint, without links that lead elsewhere.
 
     Raises:
-        CheckpointError: the list of names cannot be read.
+        CheckpointError: the directory cannot be read.
     """
     try:
         names = [child.name for child in root.iterdir() if child.is_dir()] if root.is_dir() else []
         found = [name for name in names if iteration_of(name) is not None]
-        elsewhere = {name for name in found if _leads_out(root, name)}
+        elsewhere = {name for name in found if leads_out(root, name)}
     except OSError as error:
-        raise CheckpointError(f"{root}: cannot be read ({error.strerror}); mend its permissions") from None
+        raise CheckpointError(f"{root}: cannot be read ({error.strerror}); correct its permissions") from None
     for name in sorted(elsewhere):
         logger.warning(
             "passed over: %s is a link that leads out of the directory; --load %s uses it",
@@ -251,32 +251,33 @@ def newest_first(root: Path) -> list[str]:
     return sorted(set(found) - elsewhere, key=iteration_of, reverse=True)  # type: ignore[arg-type]
 
 
-def read_latest(root: Path, flag: str = "--load") -> str | None:
-    """The tag that `latest` names; None if there is no such file.
+def inside(directory: Path, name: object, source: str) -> Path:
+    """The path of a file that another file of the same directory names.
+
+    Args:
+        source: the file that names it, for the message.
 
     Raises:
-        CheckpointError: something else than the name of a checkpoint in this directory is there.
+        DamagedCheckpointError: the name is a path, or a link that leaves the directory. Links into Hugging Face's cache
+            are allowed, because downloaded directories consist of them.
     """
-    latest = root / "latest"
-    try:
-        if not latest.is_symlink() and not latest.exists():
-            return None
-        if not latest.is_file():
-            raise OSError(errno.EINVAL, "not a file")
-        tag = latest.read_text(encoding="utf-8").strip()
-        wrong = None if iteration_of(tag) is not None else "no checkpoint's name (global_step<iteration>)"
-        if wrong is None and _leads_out(root, tag):
-            wrong = "a link that leads out of the directory"
-        state = f"names {tag[:100]!r}, which is {wrong}" if tag else "is empty"
-    except (OSError, ValueError) as error:
-        tag, wrong = "", getattr(error, "strerror", None) or "not UTF-8"
-        state = f"cannot be read ({wrong})"
-    if wrong is not None:
-        other = next((f"a checkpoint itself: {root / found}" for found in newest_first(root)), "another directory")
-        raise CheckpointError(f"{flag} {root}: latest {state}; name {other}")
-    return tag
+    plain = isinstance(name, str) and name.isprintable() and name not in ("", "..") and name == Path(name).name
+    if not plain:
+        raise DamagedCheckpointError(
+            f"{directory}: {source} names {str(name)[:100]!r}, which is no file of this directory; only files beside "
+            "it are read"
+        )
+    path = directory / str(name)
+    home = directory.resolve()
+    if path.is_symlink() and path.resolve().parent not in (home, home.parent.parent / "blobs"):
+        raise DamagedCheckpointError(
+            f"{directory}: {name}, which {source} names, is a link that leads out of the directory; copy the file "
+            "there in its place"
+        )
+    return path
 
 
-def _leads_out(root: Path, name: str) -> bool:
+def leads_out(root: Path, name: str) -> bool:
+    """Whether a name in a directory is a link to somewhere else."""
     # Not Path.resolve, which raises a RuntimeError for a link to itself.
     return os.path.dirname(os.path.realpath(root / name)) != os.path.realpath(root)

@@ -1,7 +1,7 @@
-"""Before a checkpoint is written: are weights and optimizer state numbers that training can go on from?
+"""Refuses to save weights or optimizer states from which training cannot go on.
 
-A step with a finite loss can leave others: after a learning rate far too high, or a bit that flipped in memory. An
-optimizer's moment that is not finite shows in no loss before the step after the next.
+A step with a finite loss can leave such values: after a learning rate far too high, or after a bit flip in memory. When
+an optimizer's moment is not finite, the loss shows it only two steps later.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.parallel.agreement import gather
 
 _LARGEST_WEIGHT = math.sqrt(torch.finfo(torch.float32).max)
-"""The square of a larger one is infinite: no norm and no product of such weights can be computed."""
+"""The square of a larger weight is infinite, so that no norm of the weights can be computed."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class NotFiniteError(CheckpointError):
-    """What is to be saved is of no use."""
+    """The values that are to be saved are useless."""
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor of this rank: what it is, its largest good value, its parameter (if one), the optimizer group."""
+    """A tensor of this rank: what it is, its largest good value, the parameter's name and the optimizer group."""
 
     what: str
     tensor: Tensor
@@ -38,7 +38,7 @@ class _Held:
 
 
 def check(engine: Any, name: str) -> None:
-    """Looks at every weight, fp32 copy and optimizer state of every rank, where they are. Collective.
+    """Looks at all weights, fp32 copies and optimizer states of all ranks, on their devices. Collective.
 
     Args:
         name: of the checkpoint that is to be written, with its flag.
@@ -46,15 +46,12 @@ def check(engine: Any, name: str) -> None:
     Raises:
         NotFiniteError: on every rank, with rank and parameter of the first finding.
     """
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, _finding(engine))
-    for rank, found in enumerate(everywhere):
+    for rank, found in enumerate(gather(_finding(engine))):
         if found is not None:
             raise NotFiniteError(
-                f"{name} was not saved: on rank {rank}, {found}; training cannot go on from that. The "
-                "checkpoint before it stays: go on from it with --auto-resume. If it happens again at "
-                "this iteration, lower the learning rate or set gradient_clipping; if not, look at "
-                "the memory of that rank's device"
+                f"{name} was not saved: on rank {rank}, {found}; training cannot go on from that. The checkpoint "
+                "before it stays: go on from it with --auto-resume. If it happens again at this iteration, lower the "
+                "learning rate or set gradient_clipping; if not, look at the memory of that rank's device"
             )
 
 
@@ -71,7 +68,7 @@ def _finding(engine: Any) -> str | None:
 
 
 def _magnitudes(tensors: list[Tensor]) -> list[float]:
-    """The largest absolute value of each, NaN if it has one; the host waits once for each device."""
+    """The largest absolute value of each tensor, NaN if it has one. The host waits once for each device."""
     found = {place: torch.stack(tensor.aminmax()).float().abs().amax() for place, tensor in enumerate(tensors)}
     values = [math.nan] * len(tensors)
     for device in {tensor.device for tensor in tensors}:
@@ -100,7 +97,7 @@ def _tensors(engine: Any) -> Iterator[_Held]:
 
 
 def _parameter_at(engine: Any, group: int, place: int) -> str:
-    """Whose element of the flat buffer of a group that is."""
+    """Names the parameter that has an element of a group's flat buffer."""
     for name, parameter in engine.module.named_parameters():
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None and mapping.param_group_index == group:

@@ -1,7 +1,7 @@
-"""The optimizer's and the schedule's settings of this run, in an engine into which a checkpoint has been loaded.
+"""Puts this run's optimizer and schedule settings back after a checkpoint has been loaded.
 
-A loader replaces what DeepSpeed made of the JSON (learning rate, betas, weight decay, clipping, loss scale) by the
-checkpoint's. A user who lowers the learning rate and resumes wants the JSON's.
+A loader replaces the JSON's learning rate, betas, weight decay, clipping and loss scale with the checkpoint's. When a
+user lowers the learning rate and resumes, the JSON's value must hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LOSS_SCALE = ("loss_scaler", "dynamic_loss_scale", "loss_scale_config")
 
 
 class OwnSettings:
-    """What an engine was built with; made before a checkpoint is loaded.
+    """The settings that an engine was built with. Make it before a checkpoint is loaded.
 
     Args:
         engine: DeepSpeed's, before its first step.
@@ -29,13 +29,11 @@ class OwnSettings:
         self._inner = getattr(optimizer, "optimizer", optimizer)
         defaults = getattr(self._inner, "defaults", {})
         # Each group's own: biases and norms have no weight decay.
-        self._groups = [
-            {key: copy.deepcopy(group[key]) for key in defaults if key in group} for group in self._groups_now
-        ]
+        own = [{key: group[key] for key in defaults if key in group} for group in self._groups_now]
+        self._groups = copy.deepcopy(own)
         self._clip_grad = getattr(optimizer, "clip_grad", None)
-        self._loss_scale = {
-            key: copy.deepcopy(getattr(optimizer, key)) for key in _LOSS_SCALE if hasattr(optimizer, key)
-        }
+        scale = {key: getattr(optimizer, key) for key in _LOSS_SCALE if hasattr(optimizer, key)}
+        self._loss_scale = copy.deepcopy(scale)
 
     @property
     def _groups_now(self) -> list[dict[str, Any]]:
@@ -43,25 +41,24 @@ class OwnSettings:
 
     @property
     def learning_rate(self) -> float | None:
-        """The engine's, for the next step."""
+        """The engine's learning rate for the next step."""
         return float(self._groups_now[0]["lr"]) if self._groups_now else None
 
     def put_back_clipping(self) -> None:
-        """Restores the norm that gradients are clipped to."""
+        """Restores the gradient clipping norm."""
         if self._clip_grad is not None:
             self._engine.optimizer.clip_grad = self._clip_grad
 
     def put_back_loss_scale(self) -> None:
-        """Restores fp16's loss scale, fixed or dynamic, as at a start."""
+        """Restores fp16's loss scale, fixed or dynamic, as at the start of a run."""
         for key, value in self._loss_scale.items():
             setattr(self._engine.optimizer, key, value)
 
     def put_back_optimizer(self, saved_schedule: Mapping[str, Any] | None) -> None:
-        """Restores learning rate, betas, weight decay, …; then puts this run's schedule at the step that the engine
-        has reached. The scheduler must not have loaded a state.
+        """Restores learning rate, betas, weight decay and so on, and moves this run's schedule to the engine's step.
 
         Args:
-            saved_schedule: the state of the checkpoint's scheduler; None: there was none.
+            saved_schedule: the state of the checkpoint's scheduler, which this run's must not have loaded; or None.
         """
         for group, own in zip(self._groups_now, self._groups, strict=True):
             group.update(own)
@@ -80,9 +77,9 @@ class OwnSettings:
                 scheduler.step()
 
     def fit_implementation(self) -> None:
-        """Converts a state that another implementation of the same optimizer saved (torch's Adam, DeepSpeed's on GPU or
-        CPU): adds the settings that only this one has, and counts steps as it does. torch counts in tensors; an integer
-        would stay as it is, so that every step would be corrected for the bias of the first."""
+        """Converts a state that another implementation of the same optimizer saved (torch's Adam, or DeepSpeed's on GPU
+        or CPU). Adds the settings that only this implementation has, and counts steps in its type: torch would never
+        increase an integer, and would correct the bias of every step like that of the first."""
         for group, own in zip(self._groups_now, self._groups, strict=True):
             group.update({key: value for key, value in own.items() if key not in group})
         package = type(self._inner).__module__.split(".")[0]

@@ -1,4 +1,4 @@
-"""Loading: which checkpoint a run starts from, and by which way it gets into the engine."""
+"""Chooses the checkpoint that a run starts from, and loads it into the engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from scmoe_ds.checkpoint import description as fields
-from scmoe_ds.checkpoint import failures, files, parsing, reshard, tensor_files, tokenizer_files
+from scmoe_ds.checkpoint import failure_notes, files, parsing, reshard, tensor_files, tokenizer_files
 from scmoe_ds.checkpoint.comparison import Difference, Outcome, check_refused, differences, select
 from scmoe_ds.checkpoint.directories import check_save, locate
 from scmoe_ds.checkpoint.files import DamagedCheckpointError
@@ -19,21 +17,21 @@ from scmoe_ds.checkpoint.hyperparameters import OwnSettings
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export
 from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.errors import CheckpointError
-from scmoe_ds.parallel.agreement import require_agreement, run_together
+from scmoe_ds.parallel.agreement import gather, is_rank_zero, require_agreement, run_together
 
 logger = logging.getLogger("scmoe_ds")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that has been found good.
+    """A checkpoint that has passed all checks.
 
     Attributes:
         path: its directory.
-        flag: by which it was found, for messages.
+        flag: the flag that led to it, for messages.
         description: its own.
         changed: fields of the layout that differ in this run: (then, now).
-        weights_only: an export in safetensors: a start with these weights, not a resume.
+        weights_only: an export in safetensors, from which a run starts but which it does not resume.
         differences: other settings that differ in this run.
     """
 
@@ -48,19 +46,19 @@ class Source:
         return f"{self.flag} {self.path}"
 
     def differs_in(self, *names: str) -> bool:
-        """Whether a setting whose name starts like one of these differs."""
+        """Whether a setting differs whose name starts with one of these."""
         return any(each.name.startswith(names) for each in self.differences)
 
 
 def choose(load: str | None, save: str | None, auto_resume: bool, description: Mapping[str, Any]) -> Source | None:
-    """What a run starts from; None: from scratch. Collective; a run can ask before it builds its engine.
+    """The checkpoint that a run starts from; None means from scratch. Collective; needs no engine.
 
-    With `auto_resume` the newest good checkpoint of `save`, and only if there is none what `load` names: the latest
-    checkpoint of a directory, a checkpoint itself, or an export in safetensors.
+    With `auto_resume` it is the newest good checkpoint of `save`. When there is none, it is what `load` names: the
+    latest checkpoint of a directory, a checkpoint, or an export in safetensors.
 
     Raises:
-        CheckpointError: on every rank: another model, or settings that cannot be taken over; `load` names nothing, or
-            (also `auto_resume`) something that is there but cannot be used; `save` has checkpoints of another run.
+        CheckpointError: on every rank: the checkpoint is of another model or has settings that cannot be taken over;
+            `load` names nothing; no checkpoint that is there can be used; `save` has checkpoints of another run.
     """
     found = None
     if auto_resume and save:
@@ -78,7 +76,7 @@ def choose(load: str | None, save: str | None, auto_resume: bool, description: M
 
 
 def samples_of_run(source: Source | None, train_iters: int, samples_per_iteration: int) -> int:
-    """How many samples a whole run reads: those before its checkpoint, perhaps in larger steps, and those after it."""
+    """The samples of a whole run, before its checkpoint (perhaps with another batch size) and after it."""
     whole = train_iters * samples_per_iteration
     if source is None or source.weights_only:
         return whole
@@ -90,16 +88,16 @@ def samples_of_run(source: Source | None, train_iters: int, samples_per_iteratio
 
 
 def load(engine: Any, source: Source | None) -> tuple[int, int]:
-    """Restores weights, optimizer, learning-rate schedule and measured times; of an export the weights alone.
+    """Restores weights, optimizer, learning-rate schedule and measured times; from an export the weights alone.
 
-    The layout of the checkpoint goes through DeepSpeed's loader, any other through the whole parameters. Settings of
-    this run that differ from the checkpoint's hold, as `comparison.TABLE` says, and are logged.
+    When the layout is the same, DeepSpeed's loader reads the checkpoint. Otherwise `reshard` does. Settings that differ
+    are this run's, as `comparison.TABLE` says, and are logged.
 
     Returns:
         (iteration, consumed samples); (0, 0) from scratch and after an export.
 
     Raises:
-        CheckpointError: what is there does not fit this engine.
+        CheckpointError: the checkpoint does not fit this engine.
     """
     if source is None:
         return 0, 0
@@ -112,7 +110,6 @@ def load(engine: Any, source: Source | None) -> tuple[int, int]:
     if source.changed or not _deepspeed_can_read(source.description["layout"]):
         state = run_together(lambda: _reshard(engine, source, not own_schedule))
     else:
-        # It does not communicate either.
         state = run_together(lambda: _load_with_deepspeed(engine, source, not own_schedule))
     assert state is not None
     with tensor_files.as_expected(source.path, source.flag):
@@ -123,7 +120,7 @@ def load(engine: Any, source: Source | None) -> tuple[int, int]:
         saved_rate = own.learning_rate
         if own_schedule:
             own.put_back_optimizer(state["lr_scheduler"])
-    # Times of another layout are of no use; they are measured again.
+    # Times of another layout are useless, so they are measured again.
     engine.overlap.resume(state.get("overlap") if set(source.changed) <= {fields.ZERO_STAGE} else None)
     _say_what_was_loaded(source, state, saved_rate, own.learning_rate)
     return int(state["iteration"]), int(state["consumed_samples"])
@@ -164,25 +161,24 @@ def _load_with_deepspeed(engine: Any, source: Source, schedule: bool) -> dict[st
         tensor_files.as_expected(source.path, source.flag),
         tensor_files.fed_by_us(engine, source.path, tensor_ranks, source.flag),
     ):
-        return engine.load_checkpoint(str(source.path.parent), tag=source.path.name, load_lr_scheduler_states=schedule)[
-            1
-        ]
+        root, tag = str(source.path.parent), source.path.name
+        _, state = engine.load_checkpoint(root, tag=tag, load_lr_scheduler_states=schedule)
+        return state
 
 
 def _newest_good(root: Path, description: Mapping[str, Any]) -> Source | None:
-    """`latest` is a hint only: a save may have ended between the two renames that publish it.
+    """Does not use `latest`: a save may have ended between the two renames that publish a checkpoint.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
-    # Rank 0's view for all: ranks that saw other files would wait for each other.
-    holder = [
-        run_together(lambda: [(tag, failures.read(root / tag)) for tag in files.newest_first(root)], on_rank_zero=True)
-    ]
-    if dist.is_initialized():
-        dist.broadcast_object_list(holder)
+
+    def notes() -> list[tuple[str, str | None]]:
+        return [(tag, failure_notes.read(root / tag)) for tag in files.newest_first(root)]
+
     damaged = []
-    for tag, failure in holder[0] or ():
+    # All ranks use rank 0's list: ranks that saw other files would wait for each other.
+    for tag, failure in gather(run_together(notes, on_rank_zero=True))[0] or ():
         if failure is not None:
             _log(
                 f"passed over: --auto-resume {root / tag}: a run that went on from it ended at once ({failure}). An "
@@ -204,12 +200,12 @@ def _newest_good(root: Path, description: Mapping[str, Any]) -> Source | None:
 
 
 def _named(path: Path, description: Mapping[str, Any]) -> Source:
-    remedy = "mend the path, or leave --load out to start from scratch (--save DIR --auto-resume starts and resumes)"
+    remedy = "correct the path, or leave --load out to start from scratch (--save DIR --auto-resume starts and resumes)"
     directory = run_together(lambda: str(locate(path, "--load ", remedy)))
     require_agreement("the latest checkpoint", directory)
     assert directory is not None
     found = _check(Path(directory), "--load", description)
-    if (failure := failures.read(found.path)) is not None:
+    if (failure := failure_notes.read(found.path)) is not None:
         _log(f"{found}: a run that went on from it ended at once ({failure})", logging.WARNING)
     return found
 
@@ -218,8 +214,8 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
     """Collective.
 
     Raises:
-        DamagedCheckpointError: not all there, or not as written.
-        CheckpointError: another model.
+        DamagedCheckpointError: the checkpoint is incomplete, or is not as it was written.
+        CheckpointError: it is of another model.
     """
     export = is_export(path)
 
@@ -229,7 +225,7 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
 
     def describe() -> dict[str, Any]:
         saved = files.read_description(path, CONFIG_FILE if export else files.DESCRIPTION_FILE, flag)
-        # First: another tokenizer makes another vocabulary, which no flag sets.
+        # Before the model: another tokenizer makes another vocabulary, which no flag sets.
         _check_tokenizer(path, flag, saved.get(tokenizer_files.KEY), description.get(tokenizer_files.KEY), export)
         fields.check_model(saved, description, f"{flag} {path}")
         parsing.parse(saved, path)
@@ -250,16 +246,16 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
     return Source(path, flag, saved, changed, export, different(saved))
 
 
-def _check_tokenizer(path: Path, flag: str, saved: Any, wanted: Any, export: bool) -> None:
-    """A run goes on with its tokenizer. A run that starts from an export may have another one: a warning names both.
+def _check_tokenizer(path: Path, flag: str, saved: Any, current: Any, export: bool) -> None:
+    """A resumed run must keep its tokenizer. A run that starts from an export may change it; a warning names both.
 
     Raises:
-        CheckpointError: another tokenizer.
+        CheckpointError: the tokenizers differ.
     """
-    if saved is None or wanted is None:
+    if saved is None or current is None:
         return
     try:
-        tokenizer_files.check_same(path, saved, wanted, flag, "this run's tokenizer")
+        tokenizer_files.check_same(path, saved, current, flag, "this run's tokenizer")
     except DamagedCheckpointError:
         raise
     except CheckpointError as error:
@@ -269,5 +265,5 @@ def _check_tokenizer(path: Path, flag: str, saved: Any, wanted: Any, export: boo
 
 
 def _log(line: str, level: int = logging.INFO) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_rank_zero():
         logger.log(level, line)

@@ -1,9 +1,9 @@
-"""One job per --save directory: a lock that names its holder, and that nobody has to clear away by hand.
+"""Locks a --save directory for one job. The lock names its holder, and nobody has to remove it by hand.
 
-Rank 0 holds a POSIX lock on a file in the directory while its process lives. The operating system gives it back however
-the process ends, and no child inherits it. Some network file systems keep such locks to one host, or have none. So the
-file also names its holder. On the same host a newcomer looks whether that process lives. A holder elsewhere touches the
-file every few seconds, and a newcomer waits for that.
+Rank 0 holds a POSIX lock on a file in the directory while its process lives. The operating system releases it however
+the process ends, and no child inherits it. On some network file systems such locks hold for one host only, or do not
+exist. Therefore the file also names its holder. A newcomer on the same host looks whether that process lives. A
+newcomer on another host waits whether the holder touches the file, as it does every few seconds.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ logger = logging.getLogger("scmoe_ds")
 
 LOCK_FILE = "scmoe.lock"
 REFRESH_S = 5.0
-"""Between two touches of the file."""
+"""Time between two touches of the file."""
 STALE_S = 30.0
-"""A job on another host is gone when it has not touched the file for this long."""
+"""A job on another host counts as ended when it has not touched the file for this long."""
 ENDING_S = 3.0
-"""A process that has been killed still has to give back its memory, and only then its lock."""
+"""A killed process first frees its memory, and only then its lock."""
 _BUSY = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -39,7 +39,7 @@ _held: DirectoryLock | None = None
 
 
 def hold(directory: Path) -> None:
-    """Takes the lock of a directory, which is made if need be, until `release` or the end of the process.
+    """Makes the directory if necessary and holds its lock until `release` or the end of the process.
 
     Raises:
         CheckpointError: another job holds it; names host and process.
@@ -52,7 +52,7 @@ def hold(directory: Path) -> None:
 
 
 def release() -> None:
-    """Gives the lock back, if this process holds one."""
+    """Releases the lock, if this process holds one."""
     global _held
     if _held is not None:
         _held.release()
@@ -62,7 +62,7 @@ def release() -> None:
 def require(directory: Path) -> None:
     """
     Raises:
-        CheckpointError: this process took the directory's lock, but another has it now.
+        CheckpointError: this process took the directory's lock, but another process has it now.
     """
     if _held is not None and _held.directory == directory.resolve():
         _held.require()
@@ -84,7 +84,7 @@ class DirectoryLock:
                 raise self._refusal(holder)
             self._own = _identity()
             self._write()
-            if not has_locks:  # of several that start at once, the last to write has it
+            if not has_locks:  # when several jobs start at once, the last to write has the lock
                 time.sleep(1)
                 self.require()
         except BaseException:
@@ -103,7 +103,7 @@ class DirectoryLock:
             raise self._refusal(found)
 
     def release(self) -> None:
-        """Gives it back; a directory that was made for it, and is empty, goes too."""
+        """Releases the lock, and removes the directory if it was made for the lock and is empty."""
         self._ended.set()
         with suppress(OSError):
             if self._is_in_place() and self._read() == self._own:
@@ -114,8 +114,8 @@ class DirectoryLock:
                 self.directory.rmdir()
 
     def _open(self) -> tuple[int, bool]:
-        """The locked file, and whether its file system has locks. It is never opened twice: closing one descriptor of
-        a process would give back the lock of the other."""
+        """The locked file, and whether its file system has locks. The file must not be opened twice: when a process
+        closes one descriptor, it releases the lock of the other."""
         deadline = time.monotonic() + ENDING_S
         while True:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -139,25 +139,14 @@ class DirectoryLock:
         if holder.get("place") == _place():
             started = holder.get("process_start")
             return holder.get("pid") != os.getpid() and started is not None and started == _start_of(holder.get("pid"))
-        logger.info(
-            "--save %s: its lock is of process %s on host %s; waiting %d s for a sign of life from there",
-            self._shown,
-            holder.get("pid"),
-            holder.get("host"),
-            STALE_S,
-        )
+        who = f"process {holder.get('pid')} on host {holder.get('host')}"
+        logger.info(f"--save {self._shown}: its lock is of {who}; waiting {STALE_S:.0f} s for a sign of life from it")
         before, deadline = os.fstat(self._descriptor).st_mtime_ns, time.monotonic() + STALE_S
         while time.monotonic() < deadline:
             time.sleep(min(1.0, STALE_S / 10))
             if not self._is_in_place() or os.fstat(self._descriptor).st_mtime_ns != before:
                 return True
-        logger.warning(
-            "--save %s: no sign of life from process %s on host %s for %d s: its lock is taken over",
-            self._shown,
-            holder.get("pid"),
-            holder.get("host"),
-            STALE_S,
-        )
+        logger.warning(f"--save {self._shown}: no sign of life from {who} for {STALE_S:.0f} s: its lock is taken over")
         return False
 
     def _is_in_place(self) -> bool:
@@ -206,7 +195,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _place() -> str:
-    """Boot of this machine and namespace of its process ids: within both, an id means one process."""
+    """Boot of this machine and namespace of its process ids. Within both, an id means one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -215,10 +204,10 @@ def _place() -> str:
 
 
 def _start_of(pid: object) -> int | None:
-    """When a process of this place started, in the kernel's ticks; None: it has ended."""
+    """When a process of this place started, in the kernel's ticks; None when it has ended."""
     try:
         status = Path(f"/proc/{int(str(pid))}/stat").read_text(encoding="utf-8", errors="replace")
     except (OSError, ValueError):
         return None
-    fields = status.rpartition(")")[2].split()  # the command before it may hold anything
+    fields = status.rpartition(")")[2].split()  # the command, in parentheses, may contain anything
     return None if fields[0] in "ZX" else int(fields[19])

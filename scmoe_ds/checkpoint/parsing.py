@@ -1,7 +1,7 @@
-"""A description that was read from a file, as settings: everything in it is checked before anything is built from it.
+"""Turns a description from a file into settings, and checks all of it before anything is built.
 
-`scmoe.json` and `config.json` may come from others. Types and ranges are checked by pydantic, and the number of layers
-and experts by the names in the weights' files: an invented number must not build a model of that size.
+`scmoe.json` and `config.json` may come from others. pydantic checks types and ranges. The names in the weights' files
+limit the number of layers and experts: a forged number must not build a model of that size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint.files import DamagedCheckpointError, damaged
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.errors import ScMoEConfigError, first_line
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin_settings import SwinSettings
 
@@ -29,12 +29,12 @@ _MOST = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What a checkpoint or an export says that it is of.
+    """The checked description of a checkpoint or an export.
 
     Attributes:
         settings: shape and style.
-        config: the "scmoe" section as it was trained.
-        dtype: in which it was saved or exported.
+        config: the "scmoe" section of its training.
+        dtype: of the saved or exported weights.
     """
 
     settings: GPTSettings | SwinSettings
@@ -50,7 +50,7 @@ def parse(description: Mapping[str, Any], path: Path) -> Parsed:
         path: the directory of its file, for the message.
 
     Raises:
-        DamagedCheckpointError: a key that is missing, unknown, of another type or out of range.
+        DamagedCheckpointError: a key is missing, unknown, of another type or out of range.
     """
 
     def build() -> Parsed:
@@ -66,13 +66,13 @@ def parse(description: Mapping[str, Any], path: Path) -> Parsed:
 
 
 def check_counts(parsed: Parsed, names: Collection[str], path: Path) -> None:
-    """Refuses more blocks or experts than the files have parameters: each has one of its own.
+    """Refuses more blocks or experts than the files have parameters: each has at least one.
 
     Args:
-        names: of the parameters that the files hold.
+        names: of the parameters in the files.
 
     Raises:
-        DamagedCheckpointError: more of them than parameters, or a number of layers that the section does not fit.
+        DamagedCheckpointError: there are too many, or the section does not fit the number of layers.
     """
 
     def check() -> None:
@@ -94,30 +94,30 @@ def check_counts(parsed: Parsed, names: Collection[str], path: Path) -> None:
 
 
 def without_memory(build: Callable[[], T], path: Path) -> T:
-    """A model on the meta device.
+    """Builds a model on the meta device.
 
     Raises:
-        DamagedCheckpointError: sizes that no tensor can have.
+        DamagedCheckpointError: no tensor can have such sizes.
     """
     try:
         with torch.device("meta"):
             return build()
     except RuntimeError as error:
-        first = str(error).splitlines()[0]
-        raise damaged(path, f"its description is of no model that can be built ({first})", "reading") from None
+        what = f"its description is of no model that can be built ({first_line(error)})"
+        raise damaged(path, what, "reading") from None
 
 
 def _settings(kind: Callable[..., T], name: str, found: Any) -> T:
-    """The dataclass of an object, whose types pydantic checks strictly."""
+    """A dataclass from a JSON object, whose types pydantic checks strictly."""
     types = typing.get_type_hints(kind)
-    wanted: dict[str, Any] = {}
+    declared: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.init:
             default = ... if field.default is dataclasses.MISSING else field.default
             limits = Field(default, ge=0, le=_MOST) if types[field.name] is int else default
-            wanted[field.name] = (list[int] if types[field.name] == tuple[int, ...] else types[field.name], limits)
+            declared[field.name] = (list[int] if types[field.name] == tuple[int, ...] else types[field.name], limits)
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-    model: type[BaseModel] = create_model(name, __config__=config, **wanted)
+    model: type[BaseModel] = create_model(name, __config__=config, **declared)
     try:
         checked = model.model_validate(found).model_dump()
     except ValidationError as error:
@@ -144,19 +144,15 @@ def _layout(layout: Any) -> Mapping[str, Any]:
     if not isinstance(layout, dict):
         raise ValueError("layout: must be an object")
     sizes = (fields.PROCESSES, fields.EXPERT_PARALLEL, fields.TENSOR_PARALLEL)
-    kinds = {
-        fields.EXPERT_TENSOR_PARALLEL: bool,
-        fields.ZERO_STAGE: int,
-        fields.ROUND_ROBIN: bool,
-        fields.PRECISION: str,
-    }
+    flags = dict.fromkeys((fields.EXPERT_TENSOR_PARALLEL, fields.ROUND_ROBIN), bool)
+    kinds: dict[str, type] = {**flags, fields.ZERO_STAGE: int, fields.PRECISION: str}
     for key in sizes:
         if type(layout.get(key)) is not int or layout[key] < 1:
             raise ValueError(f"layout.{key} = {str(layout.get(key))[:60]}: must be a number of ranks")
     for key, kind in kinds.items():
         if type(layout.get(key)) is not kind:
             raise ValueError(f"layout.{key} = {str(layout.get(key))[:60]}: must be of type {kind.__name__}")
-    # A newer version may spread its tensors in a way that is not known here.
+    # A newer version may distribute its tensors in a way that this version does not know.
     if unknown := layout.keys() - {*sizes, *kinds}:
         raise ValueError(f"layout.{min(unknown)[:60]}: this version knows no such field")
     return layout

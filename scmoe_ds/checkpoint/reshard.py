@@ -1,7 +1,7 @@
-"""Putting whole parameters and optimizer states into an engine of any layout.
+"""Puts whole parameters and optimizer states into an engine of any layout.
 
-Each rank reads what it holds: its tensor-parallel part of the weights for the model, and of that the piece that ZeRO
-gave it for the fp32 weights and the optimizer's states. Nothing is communicated.
+Each rank reads what it holds: for the model its tensor-parallel part of the weights, for the fp32 weights and the
+optimizer's states the piece of that part that ZeRO gave it. Nothing is communicated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scmoe_ds.parallel.tensor import shard, tensor_parallel_rank, tensor_paralle
 
 
 class Weights(Protocol):
-    """Where whole parameters come from."""
+    """A source of whole parameters."""
 
     path: Path
 
@@ -29,7 +29,7 @@ class Weights(Protocol):
         """Global names."""
 
     def shape(self, name: str) -> Sequence[int]:
-        """Of a whole parameter, which is not read for it."""
+        """Of a whole parameter, without reading it."""
 
     def read(self, name: str) -> Tensor:
         """A whole parameter."""
@@ -39,12 +39,10 @@ def put_weights(engine: Any, weights: Weights) -> None:
     """Sets every parameter of the model, and the fp32 copies that the optimizer steps.
 
     Raises:
-        CheckpointError: another set of parameters, or other shapes.
+        CheckpointError: parameters are missing, or have other shapes.
     """
     names = global_names(engine.module)
-    missing = sorted(set(names.values()) - set(weights.names()))
-    if missing:
-        raise CheckpointError(f"the checkpoint has no {missing[0]} (and {len(missing) - 1} others that this model has)")
+    check_parameters(engine.module, weights, names)
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             value = own_part(weights.read(names[name]), parameter, names[name])
@@ -55,11 +53,11 @@ def put_weights(engine: Any, weights: Weights) -> None:
 
 
 def put_state(engine: Any, saved: SavedState, schedule: bool = True) -> None:
-    """Sets weights, optimizer states, learning-rate schedule, loss scale and counters of an engine that has not made a
+    """Sets weights, optimizer states, learning-rate schedule, loss scale and counters of an engine before its first
     step.
 
     Args:
-        schedule: whether the learning-rate schedule goes on as it was saved; otherwise it is left alone.
+        schedule: whether to load the saved learning-rate schedule.
 
     Raises:
         CheckpointError: another model.
@@ -96,30 +94,32 @@ def _put_counters(engine: Any, saved: SavedState, schedule: bool) -> None:
         engine.optimizer.loss_scaler = scaler
 
 
-def check_shapes(model: nn.Module, weights: Weights, names: Mapping[str, str]) -> None:
-    """Compares all shapes before anything is read, or memory is taken for it.
+def check_parameters(model: nn.Module, weights: Weights, names: Mapping[str, str]) -> None:
+    """Compares names and shapes before tensors are read or allocated.
 
     Args:
         names: each parameter's name in this model to its name in the whole one.
 
     Raises:
-        CheckpointError: another shape.
+        CheckpointError: the weights lack a parameter of the model, or one has another shape.
     """
+    if missing := sorted(set(names.values()) - set(weights.names())):
+        raise CheckpointError(f"{weights.path} has no {missing[0]} (and {len(missing) - 1} others of this model)")
     for name, parameter in model.named_parameters():
-        rule, wanted = tensor_parallel_rule(parameter), list(parameter.shape)
+        rule, expected = tensor_parallel_rule(parameter), list(parameter.shape)
         if rule is not None:
-            wanted[rule.dim] = sum(rule.sections)
+            expected[rule.dim] = sum(rule.sections)
         found = weights.shape(names[name])
-        if list(found) != wanted:
-            raise _another_shape(names[name], found, wanted)
+        if list(found) != expected:
+            raise _another_shape(names[name], found, expected)
 
 
-def _another_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> CheckpointError:
-    return CheckpointError(f"the checkpoint's {name} has shape {tuple(found)}, this model's {tuple(wanted)}")
+def _another_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> CheckpointError:
+    return CheckpointError(f"the checkpoint's {name} has shape {tuple(found)}, this model's {tuple(expected)}")
 
 
 def own_part(value: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
-    """This rank's tensor-parallel part."""
+    """This rank's tensor-parallel part of a whole parameter."""
     part = shard(value, tensor_parallel_rule(parameter), tensor_parallel_rank(), tensor_parallel_size())
     if part.shape != parameter.shape:
         raise _another_shape(name, part.shape, parameter.shape)
@@ -127,6 +127,6 @@ def own_part(value: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
 
 
 def _own_piece(value: Tensor, mapping: Any) -> Tensor:
-    """Of it, the elements that ZeRO gave this rank."""
+    """The elements of a tensor-parallel part that ZeRO gave this rank."""
     address = mapping.lp_fragment_address
     return value.reshape(-1).narrow(0, address.start, address.numel)

@@ -1,4 +1,4 @@
-"""How a finished checkpoint comes into use, and how old ones go: at no moment is there none that is whole."""
+"""Publishes a finished checkpoint and removes old ones. At every moment one whole checkpoint is there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from scmoe_ds.checkpoint.directories import read_latest
 from scmoe_ds.checkpoint.files import (
     DESCRIPTION_FILE,
     MANIFEST_FILE,
@@ -15,7 +16,6 @@ from scmoe_ds.checkpoint.files import (
     iteration_of,
     newest_first,
     read_json,
-    read_latest,
     write_whole,
 )
 from scmoe_ds.data.checksums import FileEntry
@@ -29,12 +29,12 @@ _REMOVING = "removing-"
 
 
 def publish(part: Path, final: Path, manifest: dict[str, FileEntry]) -> None:
-    """Makes a finished directory the latest checkpoint; its files are on the disk already.
+    """Makes a finished directory, whose files are on the disk, the latest checkpoint.
 
-    Order: manifest, name, `latest`. Wherever the machine stops, `latest` names a whole checkpoint.
+    Order: manifest, name, `latest`. Whenever the machine stops, `latest` names a whole checkpoint.
     """
     write_whole(part / MANIFEST_FILE, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    replaced = _set_aside(final) if final.exists() else None  # of a run that was started again from before it
+    replaced = _set_aside(final) if final.exists() else None  # when the run was started again from an earlier one
     part.rename(final)
     flush(final.parent)
     write_whole(final.parent / "latest", final.name)
@@ -43,18 +43,18 @@ def publish(part: Path, final: Path, manifest: dict[str, FileEntry]) -> None:
 
 
 def remove_unfinished(root: Path) -> None:
-    """Clears away what an interrupted save or an interrupted removal left."""
+    """Removes the remains of an interrupted save or an interrupted removal."""
     for pattern in (f"global_step*{PART}", f"{_REMOVING}global_step*"):
         for left in root.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def remove_old(root: Path, keep_last: int) -> None:
-    """Removes all but the `keep_last` newest whole checkpoints up to the one that `latest` names, and the newest that a
-    validation has passed since.
+    """Removes old checkpoints. Keeps the `keep_last` newest up to the one that `latest` names, and the newest that a
+    validation has passed.
 
-    A checkpoint is renamed before its files go: no half-removed one is ever taken for a whole one. Directories without
-    a manifest and checkpoints newer than `latest` are not touched. A failure is logged; it is no reason to stop.
+    A checkpoint is renamed before its files are removed, so that a half-removed one never looks whole. Directories
+    without a manifest and checkpoints newer than `latest` stay. A failure is logged and does not stop the run.
     """
     latest = read_latest(root, "--save")
     last = iteration_of(latest) if latest else None
@@ -73,15 +73,16 @@ def remove_old(root: Path, keep_last: int) -> None:
 
 
 def last_validated(root: Path, iteration: int, validated: int | None = None) -> int | None:
-    """The last iteration at which a validation of a run that saves in `root` gave a finite loss, up to `iteration`.
+    """The last iteration, up to `iteration`, at which a validation of the run that saves in `root` had a finite loss.
 
     Args:
-        validated: of this run since its start. Else the newest checkpoint knows: each records it, and passes it on.
+        validated: that iteration, if this process has validated. If None, the newest checkpoint knows it: each
+            checkpoint records it.
     """
     for tag in [] if validated is not None else _whole_up_to(root, iteration):
         try:
             description = read_json(root / tag / DESCRIPTION_FILE, "--save")
-        except CheckpointError:  # a damaged one knows nothing
+        except CheckpointError:  # a damaged checkpoint
             continue
         if VALIDATED in description:
             recorded = description[VALIDATED]

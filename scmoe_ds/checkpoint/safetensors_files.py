@@ -1,4 +1,4 @@
-"""Model weights as safetensors, in Hugging Face's way: shards, an index and a config.json. No pickle in it."""
+"""Reads and writes model weights as safetensors, as Hugging Face does: shards, an index, a config.json, no pickle."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scmoe_ds.checkpoint import files
-from scmoe_ds.checkpoint.files import DamagedCheckpointError
-from scmoe_ds.checkpoint.paths import inside
+from scmoe_ds.checkpoint.files import DamagedCheckpointError, inside
 from scmoe_ds.data.checksums import file_entry
 from scmoe_ds.errors import CheckpointError
 
@@ -32,7 +31,7 @@ class SafetensorsWeights:
     """The whole parameters of an export, read one at a time.
 
     Raises:
-        DamagedCheckpointError: an index or a shard that cannot be read.
+        DamagedCheckpointError: the index or a shard cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +61,7 @@ def shards_of(path: Path) -> dict[str, Path]:
     """Each parameter of an export to the file that holds it.
 
     Raises:
-        DamagedCheckpointError: the index is none, or names files elsewhere or that the manifest does not vouch for.
+        DamagedCheckpointError: the index is damaged, or names files that lie elsewhere or are not in the manifest.
     """
     found = files.read_json(path / INDEX_FILE, "--load").get("weight_map")
     if not isinstance(found, dict) or not found:
@@ -84,20 +83,20 @@ def write_weights(
     shard_bytes: int,
     carried: Mapping[str, bytes] | None = None,
 ) -> int:
-    """Writes a directory that `--load` accepts, one shard in memory at a time.
+    """Writes a directory that `--load` accepts, with one shard in memory at a time.
 
     Args:
-        out: must not hold an export yet.
+        out: a directory that is empty or does not exist.
         weights: global name and reader of each parameter.
         config: "model", "gpt" and "scmoe" of `describe`.
-        shard_bytes: a shard is closed before it exceeds this; a larger parameter gets one of its own.
+        shard_bytes: most bytes of a shard; a larger parameter gets its own.
         carried: names and contents of further files, such as the tokenizer's.
 
     Returns:
         the number of shards.
 
     Raises:
-        CheckpointError: `out` is in use or cannot be written.
+        CheckpointError: `out` is not empty or cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

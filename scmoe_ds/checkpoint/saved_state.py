@@ -1,11 +1,11 @@
-"""A checkpoint of DeepSpeed's as whole parameters, whatever layout wrote it.
+"""Reads a DeepSpeed checkpoint as whole parameters, whatever layout wrote it.
 
 ZeRO-1 and ZeRO-2 keep per rank one flat fp32 buffer for each group of parameters, and buffers of its shape for the
-optimizer's moments; `param_slice_mappings` says which part of the buffer is a piece of which parameter. A parameter's
-pieces in order of the data-parallel (for experts: expert-data-parallel) ranks are the tensor that one tensor-parallel
-rank holds, and these merge into the whole parameter.
+optimizer's moments. `param_slice_mappings` says which part of the buffer is a piece of which parameter. The pieces of a
+parameter, in order of the data-parallel ranks (for experts: expert-data-parallel), form the tensor of one
+tensor-parallel rank; these tensors form the whole parameter.
 
-The files are mapped into memory: only what is read of them is loaded, one parameter at a time.
+The files are memory-mapped. One parameter at a time is loaded.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from scmoe_ds.moe.placement import Placement, expert_of, layer_of, with_expert
 from scmoe_ds.parallel.tensor import Split, unshard
 
 MASTER = "fp32"
-"""The key of a parameter's fp32 weights; other keys are the optimizer's, such as "exp_avg"."""
+"""The key of a parameter's fp32 weights. Other keys are the optimizer's, such as "exp_avg"."""
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where a run of a parameter's elements lies in the files."""
+    """Where consecutive elements of a parameter lie in the files."""
 
     file: int
     group: int
@@ -50,7 +50,7 @@ class SavedState:
         description: its scmoe.json.
 
     Raises:
-        CheckpointError: a layout whose files do not say what they hold (with the remedy), or files that are not there.
+        CheckpointError: the layout binds the files to it, or files are missing.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
@@ -72,12 +72,12 @@ class SavedState:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What is the same for all ranks: counters, learning-rate schedule, client state."""
+        """Counters, learning-rate schedule and client state, which are the same on all ranks."""
         return self._models[0]
 
     @property
     def optimizer_header(self) -> dict[str, Any]:
-        """The ZeRO optimizer's own settings, such as the loss scaler; the same for all ranks."""
+        """The ZeRO optimizer's own settings, such as the loss scaler, which are the same on all ranks."""
         return self._files[0]
 
     def names(self) -> list[str]:
@@ -88,7 +88,7 @@ class SavedState:
         """A whole parameter, or an optimizer state of its shape.
 
         Raises:
-            DamagedCheckpointError: pieces that do not add up to it.
+            DamagedCheckpointError: the pieces do not add up to it.
         """
         rule = self._splits.get(with_expert(name, 0))
         ranks = sorted(self._pieces[name]) if rule is not None else [min(self._pieces[name])]
@@ -102,12 +102,11 @@ class SavedState:
         return shape
 
     def optimizer_state(self, name: str) -> tuple[list[str], dict[str, Any]]:
-        """The keys under which `read` finds states of the parameter's shape, and the other ones (the step count)."""
-        piece = next(iter(self._pieces[name].values()))[0]
-        osd = self._files[piece.file]
-        flat = osd["single_partition_of_fp32_groups"][piece.group]
+        """The keys under which `read` finds states of the parameter's shape, and the other states (the step count)."""
+        piece = self._first_piece(name)
+        flat = self._flat(piece, MASTER)
         whole, other = [], {}
-        for key, value in osd["base_optimizer_state"]["state"].get(piece.group, {}).items():
+        for key, value in self._optimizer(piece)["state"].get(piece.group, {}).items():
             if isinstance(value, Tensor) and value.dim() and value.numel() >= flat.numel():
                 whole.append(key)
             else:
@@ -116,8 +115,8 @@ class SavedState:
 
     def group_options(self, name: str) -> dict[str, Any]:
         """Learning rate, betas, … of the parameter's group."""
-        piece = next(iter(self._pieces[name].values()))[0]
-        group = self._files[piece.file]["base_optimizer_state"]["param_groups"][piece.group]
+        piece = self._first_piece(name)
+        group = self._optimizer(piece)["param_groups"][piece.group]
         return {key: value for key, value in group.items() if key not in ("params", "name", "moe")}
 
     @property
@@ -145,22 +144,21 @@ class SavedState:
                 "on the same layout, or save without"
             )
         found = [
-            (rank, group, name, address)
-            for rank, each in enumerate(self._files)
+            (name, _Piece(rank, group, address.start, address.numel))
+            for rank, each in enumerate(self._files)  # ranks ascend, and so do the pieces
             for group, members in enumerate(each["param_slice_mappings"])
             for name, address in members.items()
         ]
         num_local_experts: dict[str, int] = {}
-        for _, _, name, _ in found:
+        for name, _ in found:
             if (layer := layer_of(name)) is not None:
                 num_local_experts[layer] = max(num_local_experts.get(layer, 0), expert_of(name) + 1)
-        for rank, group, name, address in found:  # ranks ascend, and so do the pieces
-            name, tensor_rank = self._whole_name(name, rank, num_local_experts)
-            pieces = self._pieces.setdefault(name, {}).setdefault(tensor_rank, [])
-            pieces.append(_Piece(rank, group, address.start, address.numel))
+        for name, piece in found:
+            name, tensor_rank = self._whole_name(name, piece.file, num_local_experts)
+            self._pieces.setdefault(name, {}).setdefault(tensor_rank, []).append(piece)
 
     def _whole_name(self, name: str, rank: int, num_local_experts: Mapping[str, int]) -> tuple[str, int]:
-        """The global name of what a rank calls `name`, and the tensor-parallel rank whose part it is."""
+        """The global name of the parameter that a rank calls `name`, and the tensor-parallel rank of its part."""
         tensor_rank, layer = rank % self._tensor_ranks, layer_of(name)
         if layer is None:
             return name, tensor_rank
@@ -175,19 +173,22 @@ class SavedState:
         shape = self.shape(name)
         if rule is not None:
             shape[rule.dim] //= len(self._pieces[name])
-        pieces = [
-            self._flat(piece, key)[piece.start : piece.start + piece.numel] for piece in self._pieces[name][tensor_rank]
-        ]
-        if sum(piece.numel() for piece in pieces) != math.prod(shape):
+        pieces = self._pieces[name][tensor_rank]
+        found = torch.cat([self._flat(piece, key).narrow(0, piece.start, piece.numel) for piece in pieces])
+        if found.numel() != math.prod(shape):
             raise DamagedCheckpointError(
-                f"{self.path}: the pieces of {name} ({key}) have "
-                f"{sum(piece.numel() for piece in pieces)} elements instead of "
+                f"{self.path}: the pieces of {name} ({key}) have {found.numel()} elements instead of "
                 f"{math.prod(shape)}. {remedy(self.path)}"
             )
-        return torch.cat(pieces).view(shape)
+        return found.view(shape)
 
     def _flat(self, piece: _Piece, key: str) -> Tensor:
-        osd = self._files[piece.file]
         if key == MASTER:
-            return osd["single_partition_of_fp32_groups"][piece.group]
-        return osd["base_optimizer_state"]["state"][piece.group][key]
+            return self._files[piece.file]["single_partition_of_fp32_groups"][piece.group]
+        return self._optimizer(piece)["state"][piece.group][key]
+
+    def _optimizer(self, piece: _Piece) -> dict[str, Any]:
+        return self._files[piece.file]["base_optimizer_state"]
+
+    def _first_piece(self, name: str) -> _Piece:
+        return next(iter(self._pieces[name].values()))[0]

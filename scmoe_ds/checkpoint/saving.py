@@ -1,4 +1,4 @@
-"""Saving: DeepSpeed's own MoE files, made durable, checked in, and only then the latest checkpoint."""
+"""Saves DeepSpeed's own MoE files, waits until they are on the disk, and then publishes them as a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch.distributed as dist
 from scmoe_ds.checkpoint import files, finite, lock, rotation
 from scmoe_ds.checkpoint.description import BATCH, CONSUMED, ITERATION
 from scmoe_ds.data.checksums import FileEntry, file_entry
-from scmoe_ds.errors import CheckpointError
+from scmoe_ds.errors import CheckpointError, first_line
 from scmoe_ds.moe.placement import with_expert
-from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.parallel.agreement import gather, run_together
 from scmoe_ds.parallel.tensor import tensor_parallel_rule
 
 _PROBE_BYTES = 1 << 22
@@ -27,7 +27,7 @@ _PROBE_BYTES = 1 << 22
 def claim(directory: str | os.PathLike[str]) -> None:
     """Makes the directory, takes its lock and tries to write in it, on rank 0. Collective.
 
-    Ask before a checkpoint is chosen: a job that is just ending may still write the newest.
+    Call it before `choose`: a job that is just ending may still write the newest checkpoint.
 
     Raises:
         CheckpointError: on every rank: another job saves there, or nothing can be written.
@@ -43,7 +43,7 @@ def claim(directory: str | os.PathLike[str]) -> None:
             file = "" if error.filename in (None, str(directory)) else f"{Path(error.filename).name}: "
             raise CheckpointError(
                 f"--save {directory}: cannot write there ({file}{error.strerror}); "
-                "choose another directory or mend its permissions"
+                "choose another directory or correct its permissions"
             ) from None
         except UnicodeDecodeError:
             raise CheckpointError(f"--save {str(directory)!a}: is not UTF-8; choose another name") from None
@@ -61,25 +61,25 @@ def save(
     carried: Mapping[str, bytes] | None = None,
     validated: int | None = None,
 ) -> Path:
-    """Writes `<directory>/global_step<iteration>`; all ranks call it.
+    """Writes `<directory>/global_step<iteration>`. Collective.
 
-    The directory gets its name, and "latest" is switched, when every rank's files are on the disk and the manifest has
-    their sizes and checksums: a save that is interrupted anywhere leaves the previous checkpoint in use.
+    The directory gets its name, and "latest" names it, when all ranks' files are on the disk and the manifest has their
+    sizes and checksums. When a save is interrupted, the previous checkpoint stays in use.
 
     Args:
         engine: DeepSpeed's, with `overlap`.
-        description: what `describe` gave.
-        keep_last: number of checkpoints that stay; None keeps all.
-        carried: names and contents of small files that lie beside the others (of rank 0).
-        validated: the last iteration at which a validation gave a finite loss; the newest checkpoint up to it is never
+        description: of `describe`.
+        keep_last: number of checkpoints to keep; None keeps all.
+        carried: names and contents of small files that rank 0 adds.
+        validated: the last iteration at which a validation had a finite loss. The newest checkpoint up to it is never
             removed.
 
     Returns:
         the checkpoint's directory.
 
     Raises:
-        NotFiniteError: on every rank, if a weight or an optimizer state of any is not finite; nothing is written.
-        CheckpointError: on every rank, if any of them could not write.
+        NotFiniteError: on every rank: a weight or an optimizer state is not finite; nothing is written.
+        CheckpointError: on every rank: a rank could not write.
     """
     final = Path(directory) / f"global_step{iteration}"
     part = final.with_name(final.name + files.PART)
@@ -119,8 +119,8 @@ def _begin(
 
 @contextmanager
 def _one_sentence(part: Path) -> Iterator[None]:
-    """An error of the operating system that all ranks know of becomes one for the user, and its remains are removed:
-    on a full disk they would be in the way of everything else."""
+    """Turns an operating system's error that all ranks raise into a sentence for the user. Removes the partial
+    checkpoint, which would keep a full disk full."""
     try:
         yield
     except OSError as error:
@@ -133,28 +133,23 @@ def _one_sentence(part: Path) -> Iterator[None]:
 
 
 def _write(engine: Any, part: Path, state: dict[str, Any]) -> list[Path]:
-    """DeepSpeed's save; all ranks come out of it together.
-
-    Returns:
-        the files that this rank wrote.
+    """Calls DeepSpeed's save and returns the files that this rank wrote.
 
     Raises:
-        OSError: on every rank, if a file could not be written on any.
-        CheckpointError: on this rank alone, for what else the operating system refused.
+        OSError: on every rank: a rank could not write a file.
+        CheckpointError: on this rank alone: the operating system refused something else.
     """
     with _collected_failures(engine) as (written, failures):
         try:
             engine.save_checkpoint(str(part.parent), tag=part.name, client_state=state, save_latest=False)
         except OSError as error:  # not from a write
-            # The others may wait for this rank inside DeepSpeed: nothing can be agreed on any more. This rank says
-            # why and ends; they end with it, or at the latest with the distributed timeout.
+            # The other ranks may wait for this one inside DeepSpeed, so they cannot agree on anything. This rank says
+            # why and ends. The others end with it, or at the latest with the distributed timeout.
             raise CheckpointError(
                 f"--save {part.parent}: rank {dist.get_rank()} could not write {part.stem}: {_reason(error)}; the "
                 "checkpoint before it is whole"
             ) from error
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, failures[:1])
-    for rank, found in enumerate(everywhere):
+    for rank, found in enumerate(gather(failures[:1])):
         if found:
             raise OSError(f"rank {rank}: {found[0]}")
     return written
@@ -162,9 +157,9 @@ def _write(engine: Any, part: Path, state: dict[str, Any]) -> list[Path]:
 
 @contextmanager
 def _collected_failures(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
-    """While it lasts, a file that cannot be written is noted instead of raised.
+    """Inside the block, a file that cannot be written is noted and nothing is raised.
 
-    DeepSpeed's save has barriers behind its writes: a rank that left by an exception would keep all others waiting.
+    DeepSpeed's save has barriers after its writes. A rank that raised would keep all others waiting.
     """
     written: list[Path] = []
     failures: list[str] = []
@@ -175,7 +170,7 @@ def _collected_failures(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
     write = owner.save
 
     def guarded_write(state_dict: Any, path: str) -> None:
-        if failures:  # the checkpoint is lost; do not fill what is left of the disk
+        if failures:  # the checkpoint is lost; more writes would only fill the disk
             return
         try:
             write(state_dict, path)
@@ -184,7 +179,7 @@ def _collected_failures(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
             failures.append(f"{os.path.basename(path)}: {_reason(error, os.path.dirname(path))}")
 
     def no_script(path: str) -> None:
-        """DeepSpeed would leave its zero_to_fp32.py there, which cannot read checkpoints of MoE models."""
+        """DeepSpeed would add its zero_to_fp32.py, which cannot read checkpoints of MoE models."""
 
     owner.save, engine._copy_recovery_script = guarded_write, no_script
     try:
@@ -194,20 +189,18 @@ def _collected_failures(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
 
 
 def _check_in(part: Path, written: list[Path]) -> dict[str, FileEntry]:
-    """Sizes and checksums of all ranks' files, each taken by the rank that wrote it, once they are on the disk."""
+    """Sizes and checksums of all ranks' files. Each rank waits until its own files are on the disk. Collective."""
 
     def own() -> dict[str, FileEntry]:
         for file in written:
             files.flush(file)
         return {str(file.relative_to(part)): file_entry(file) for file in written}
 
-    entries: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(entries, run_together(own))
-    return {name: each for found in entries for name, each in found.items()}
+    return {name: each for found in gather(run_together(own)) for name, each in (found or {}).items()}
 
 
 def _reason(error: Exception, directory: str | None = None) -> str:
-    """A line about an error. torch.save hides why it could not write: writing into the directory once more shows it."""
+    """A line about an error. torch.save hides why it could not write; another write into the directory shows it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if directory is not None:
@@ -216,12 +209,11 @@ def _reason(error: Exception, directory: str | None = None) -> str:
                 probe.write(bytes(_PROBE_BYTES))
         except OSError as found:
             return found.strerror or str(found)
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)
 
 
 def _splits(engine: Any) -> dict[str, list[Any]]:
-    """Name to [dim, sections] of each parameter that tensor parallelism divides; experts under the id 0."""
+    """Name to [dim, sections] of each parameter that tensor parallelism divides; experts have the id 0."""
     model = getattr(engine, "module", None)
     rules = {} if model is None else {with_expert(n, 0): tensor_parallel_rule(p) for n, p in model.named_parameters()}
     return {name: [rule.dim, list(rule.sections)] for name, rule in rules.items() if rule is not None}

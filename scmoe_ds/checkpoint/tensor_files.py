@@ -1,4 +1,4 @@
-"""The one loader of a checkpoint's .pt files: tensors, containers and four classes of DeepSpeed's, nothing else.
+"""The one loader of a checkpoint's .pt files. It accepts tensors, containers and four classes of DeepSpeed, no others.
 
 A .pt file is a pickle, and a pickle can run any code when it is read. DeepSpeed reads its checkpoints without a
 restriction; `fed_by_us` makes it read through this module.
@@ -19,15 +19,15 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from scmoe_ds.checkpoint import files
-from scmoe_ds.errors import CheckpointError
+from scmoe_ds.errors import CheckpointError, first_line
 from scmoe_ds.parallel.agreement import run_together
 
 _FORBIDDEN = re.compile(r"(?:GLOBAL|function) ([\w.]+)")
-"""In torch's messages, before the name of what it does not build."""
+"""In torch's messages, before the name of the class that it refuses."""
 
 
 def _zero_stage(owner: Any, name: str) -> Any:
-    """In the place of `getattr`, by which Python up to 3.11.3 pickles a member of an enumeration."""
+    """Replaces `getattr`, with which Python up to 3.11.3 pickles a member of an enumeration."""
     if owner is not ZeroStageEnum:
         raise pickle.UnpicklingError(f"Unsupported function builtins.getattr of {owner!r}")
     return ZeroStageEnum(ZeroStageEnum.__members__[name])
@@ -43,39 +43,37 @@ _SAFE_CLASSES: list[Any] = [
 
 
 def read(file: Path, flag: str = "--load", mapped: bool = True) -> Any:
-    """What a .pt file holds, on the CPU.
+    """The content of a .pt file, on the CPU.
 
     Args:
-        mapped: leave the tensors in the file until they are used; otherwise all of it is read now.
+        mapped: memory-map the tensors; otherwise they are read now.
 
     Raises:
-        CheckpointError: it holds a class that is none of a checkpoint's.
+        CheckpointError: it holds a class that checkpoints do not have.
         DamagedCheckpointError: it cannot be read.
     """
     try:
         with torch.serialization.safe_globals(_SAFE_CLASSES), file.open("rb") as opened:
             mapped = mapped and opened.read(2) == b"PK"  # "checkpoint_serialization": false writes no zip file
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:  # of damaged bytes torch raises nearly any
+    except Exception as error:  # torch raises nearly anything about damaged bytes
         forbidden = _FORBIDDEN.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if forbidden is not None:
             raise CheckpointError(
-                f"{flag} {file.parent}: {file.name} holds {forbidden[1]}, which is no part of a "
-                "checkpoint and could run code: it was not read. Name a checkpoint that "
-                "pretrain_gpt_scmoe.py has written"
+                f"{flag} {file.parent}: {file.name} holds {forbidden[1]}, which is no part of a checkpoint and could "
+                "run code: it was not read. Name a checkpoint that pretrain_gpt_scmoe.py has written"
             ) from None
         # torch's first line about a pickle advises to trust it.
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-        raise files.damaged(
-            file.parent, f"{file.name} cannot be read ({type(error).__name__}: {reason})", flag
-        ) from None
+        what = f"{file.name} cannot be read ({type(error).__name__}: {reason})"
+        raise files.damaged(file.parent, what, flag) from None
 
 
 def check(directory: Path, flag: str) -> None:
-    """Whether `read` takes every file, without reading the tensors. Collective; each rank looks at its share.
+    """Checks that `read` accepts every file, without reading the tensors. Each rank checks a share. Collective.
 
     Raises:
-        CheckpointError: on every rank, with the first file that any of them refuses.
+        CheckpointError: on every rank, with the first file that a rank refuses.
     """
 
     def check_share() -> None:
@@ -88,7 +86,7 @@ def check(directory: Path, flag: str) -> None:
 
 @contextmanager
 def as_expected(directory: Path, flag: str) -> Iterator[None]:
-    """Turns what Python raises about tensor files that do not hold what they should into one sentence.
+    """Turns an error about unexpected content of tensor files into one sentence.
 
     Raises:
         DamagedCheckpointError: for any error but `read`'s own.
@@ -98,18 +96,16 @@ def as_expected(directory: Path, flag: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError, OSError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise files.damaged(
-            directory, f"the checkpoint cannot be read ({type(error).__name__}: {first})", flag
-        ) from error
+        what = f"the checkpoint cannot be read ({type(error).__name__}: {first_line(error)})"
+        raise files.damaged(directory, what, flag) from error
 
 
 @contextmanager
 def fed_by_us(engine: Any, directory: Path, tensor_ranks: int, flag: str) -> Iterator[None]:
-    """While it lasts, DeepSpeed's `load_checkpoint` reads the files that `directory`'s manifest names, by `read`.
+    """Inside the block, DeepSpeed's `load_checkpoint` reads only files that the manifest names, with `read`.
 
-    By itself it would search for the model's files with a pattern, which takes a "[" in a directory's name for a
-    pattern too, and so could open another directory's.
+    By itself it would search for the model's files with a pattern. When the directory's name has a "[", the pattern
+    could match another directory.
     """
     owner = engine.checkpoint_engine
     known = files.read_manifest(directory, flag)

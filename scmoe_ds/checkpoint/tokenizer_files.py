@@ -1,8 +1,8 @@
-"""The tokenizer that a model was trained with: recorded with its weights, and where it is small, carried along.
+"""Records the tokenizer of a model with its weights, and adds its files when they are small.
 
-The description of a checkpoint or an export has it under "tokenizer": its type, an identity that does not depend on
-where its files lie, and the names of its files beside the weights. Ids of another tokenizer mean something else to the
-model, even where there are as many of them.
+The description of a checkpoint or an export has under "tokenizer": the type, an identity that does not depend on where
+the files lie, and the names of the files beside the weights. The ids of another tokenizer mean something else to the
+model, even when their number is the same.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scmoe_ds.checkpoint.files import DamagedCheckpointError
-from scmoe_ds.checkpoint.paths import inside
+from scmoe_ds.checkpoint.files import DamagedCheckpointError, inside
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, tokenizer_in
-from scmoe_ds.errors import CheckpointError, DataError
+from scmoe_ds.errors import CheckpointError, DataError, one_line
 
 logger = logging.getLogger("scmoe_ds")
 
 KEY = "tokenizer"
 MOST_BYTES = 20 * 10**6
-"""Larger files would dominate the checkpoints of small models; the user names them instead."""
+"""Larger files would dominate the checkpoints of small models. The user names such a tokenizer."""
 
-# Spaces, digits, cases, scripts, combining marks and code: where tokenizers of one vocabulary differ.
+# Tokenizers of one vocabulary differ in spaces, digits, cases, scripts, combining marks and code.
 _PROBE = "The quick brown fox, 1234567890 3.14\n\t def f(x):  return 'Grüße'  # 世界 🙂 e\u0301 don't  ÀB_c\r\n   "
 
 Record = Mapping[str, Any]
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The type of a tokenizer, and its identity: two of the same identity give the same ids for the same text."""
+    """Type and identity of a tokenizer. Tokenizers of the same identity give the same ids for the same text."""
     vocabulary = sorted((number, token) for token, number in tokenizer.vocabulary().items())
     identity = {
         "vocab_size": tokenizer.vocab_size,
@@ -45,7 +44,7 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def carried_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Names and contents of the files that go into a checkpoint; none if they are too large, or do not make the same
+    """Names and contents of the files for a checkpoint. Empty when they are too large, or do not make the same
     tokenizer again."""
     try:
         files = tokenizer.files()
@@ -58,24 +57,22 @@ def carried_files(tokenizer: Tokenizer) -> dict[str, bytes]:
             if describe(tokenizer_in(Path(directory), tokenizer.name)) != describe(tokenizer):
                 raise DataError("what it saves makes another tokenizer")
     except Exception as error:  # a tokenizer of transformers may raise anything when it saves itself
-        reason = " ".join(str(error).split())[:200]
-        logger.info(
-            f"checkpoints record the tokenizer, but do not carry its files ({reason}): name them when you load one"
-        )
+        reason = f"({one_line(error)}): name them when you load one"
+        logger.info(f"checkpoints record the tokenizer, but do not carry its files {reason}")
         return {}
     return files
 
 
 def record(tokenizer: Record, files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What the description says under "tokenizer": `describe`, and the names of the files that are carried."""
+    """The description's "tokenizer": `describe`, and the names of the carried files."""
     return {**tokenizer, "files": sorted(files)}
 
 
 def read_files(directory: Path, found: Record | None) -> dict[str, bytes]:
-    """The files that a checkpoint or an export carries.
+    """Names and contents of the tokenizer's files in a checkpoint or an export.
 
     Raises:
-        DamagedCheckpointError: one cannot be read, or is elsewhere.
+        DamagedCheckpointError: one cannot be read, or lies elsewhere.
     """
     contents = {}
     for name in [] if found is None else _checked(directory, found)["files"]:
@@ -90,10 +87,10 @@ def read_files(directory: Path, found: Record | None) -> dict[str, bytes]:
 
 
 def recorded_tokenizer(directory: Path, found: Record, flag: str) -> Tokenizer:
-    """The tokenizer that a checkpoint or an export carries.
+    """The tokenizer whose files are in a checkpoint or an export.
 
     Raises:
-        CheckpointError: it carries none, or another one than it records.
+        CheckpointError: there are none, or they make another tokenizer than the recorded one.
     """
     checked = _checked(directory, found)
     if not checked["files"] and checked["type"] != "ByteTokenizer":
@@ -110,9 +107,8 @@ def recorded_tokenizer(directory: Path, found: Record, flag: str) -> Tokenizer:
         ) from None
     if describe(tokenizer)["identity"] != checked["identity"]:
         raise DamagedCheckpointError(
-            f"{flag} {directory}: its tokenizer files give {_text(describe(tokenizer))}, but "
-            f"it was trained with {_text(checked)}; name that one with --tokenizer-type and "
-            "the flags of training"
+            f"{flag} {directory}: its tokenizer files give {_text(describe(tokenizer))}, but it was trained with "
+            f"{_text(checked)}; name that one with --tokenizer-type and the flags of training"
         )
     return tokenizer
 
@@ -121,8 +117,8 @@ def check_same(directory: Path, found: Record, tokenizer: Record, flag: str, who
     """Refuses a tokenizer that is not the recorded one.
 
     Args:
-        found: what a checkpoint or an export records.
-        tokenizer: `describe` of the one that is to be used.
+        found: the record in a checkpoint or an export.
+        tokenizer: `describe` of the tokenizer that is to be used.
         whose: names the latter.
 
     Raises:
@@ -138,13 +134,12 @@ def check_same(directory: Path, found: Record, tokenizer: Record, flag: str, who
     where = names.get(checked["type"], "") if checked["files"] else ""
     raise CheckpointError(
         f"{whose} is {_text(tokenizer)}, but {flag} {directory} was trained with {_text(checked)}, "
-        f"whose token ids mean something else; use that one: --tokenizer-type {checked['type']}"
-        f"{where}"
+        f"whose token ids mean something else; use that one: --tokenizer-type {checked['type']}{where}"
     )
 
 
 def _checked(directory: Path, found: Any) -> Record:
-    """A file's record of a tokenizer, checked to have the form that `record` writes."""
+    """Checks that a file's record of a tokenizer has the form that `record` writes."""
     identity = found.get("identity") if isinstance(found, dict) else None
     good = (
         isinstance(identity, dict)
@@ -155,8 +150,8 @@ def _checked(directory: Path, found: Any) -> Record:
     )
     if not good:
         raise DamagedCheckpointError(
-            f'{directory}: its record of the tokenizer ("{KEY}") is damaged; take another '
-            "checkpoint, or make the export anew"
+            f'{directory}: its record of the tokenizer ("{KEY}") is damaged; take another checkpoint, or make the '
+            "export anew"
         )
     for name in found["files"]:
         inside(directory, name, f'its record of the tokenizer ("{KEY}")')

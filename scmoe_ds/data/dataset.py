@@ -1,11 +1,7 @@
 """From Megatron's data flags to train, validation and test datasets, through megatron-core.
 
-Start here. ``splits.py`` reads --data-path and --split, ``indexed.py`` checks the files, ``sequences.py`` reads them,
-``index_cache.py`` keeps shuffled indices on disk, ``megatron_classes.py`` brings both to megatron-core, and
-``sampler.py`` gives each rank its micro-batches.
-
-Rank 0 builds the datasets and writes the indices, then the others read them. megatron-core's builder knows no
-``parallel_state``: every rank builds every dataset, and the sampler alone decides who reads what.
+Rank 0 builds the datasets and writes the indices; then the others read them. megatron-core's builder gets no
+``parallel_state``: every rank builds every dataset, and the sampler alone decides which rank reads what.
 """
 
 from __future__ import annotations
@@ -16,37 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from scmoe_ds.data.corpus import unigram_entropy
-from scmoe_ds.data.indexed import (
-    IndexedLayout,
-    check_indexed_dataset,
-    check_token_range,
-    content_digest,
-    document_of,
-    read_layout,
-)
-from scmoe_ds.data.megatron_classes import Builder, FingerprintedConfig, PretrainingDataset, is_distributed
-from scmoe_ds.data.sampler import PretrainingSampler, pretraining_batches
+from scmoe_ds.data.indexed import IndexedLayout, check_token_range, content_digest, document_of, read_layout
+from scmoe_ds.data.megatron_classes import Builder, FingerprintedConfig, PretrainingDataset
+from scmoe_ds.data.sequences import unigram_entropy
 from scmoe_ds.data.splits import parse_data_path, plain_split, split_ranges, split_shares
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import DataError
-from scmoe_ds.parallel.agreement import require_agreement, run_together
-
-__all__ = [
-    "DataSettings",
-    "Datasets",
-    "PretrainingSampler",
-    "build_datasets",
-    "check_indexed_dataset",
-    "parse_data_path",
-    "pretraining_batches",
-    "split_ranges",
-    "validation_entropy",
-]
+from scmoe_ds.parallel.agreement import is_rank_zero, require_agreement, run_together
 
 _SPLIT_NAMES = ("train", "valid", "test")
 
@@ -58,14 +33,14 @@ class DataSettings:
     Attributes:
         data_path: one prefix, several, or weight and prefix in turn (``--data-path``).
         split: shares of sequences for train, valid and test, e.g. ``"969,30,1"``; None with ``data_paths``.
-        seq_length: tokens of a sample; each is drawn with one more, for the last label.
+        seq_length: tokens of a sample, without the additional one for the last label.
         seed: of the shuffles, 0 to 2**32 - 1.
-        tokenizer: the one the data was made with.
-        data_cache_path: directory for the shuffled indices, shared by all nodes; None puts them beside
-            each dataset, in ``<prefix>/cache``.
+        tokenizer: the one that made the data.
+        data_cache_path: directory for the shuffled indices, shared by all nodes. None puts them beside each dataset,
+            in ``<prefix>/cache``.
         eod_mask_loss: no loss where the input token is end-of-document.
-        data_paths: instead of ``data_path`` and ``split``, the data of train, valid and test (``--train-data-path`` and
-            so on), each as ``data_path``, empty where there is none.
+        data_paths: instead of ``data_path`` and ``split``: the data of train, valid and test (``--train-data-path`` and
+            so on), each as ``data_path``; an empty one means no data.
     """
 
     data_path: tuple[str, ...]
@@ -107,7 +82,7 @@ class Datasets:
 
 @dataclass(frozen=True)
 class _Inspection:
-    """What every rank must have found alike before the first barrier of the builder."""
+    """What all ranks must agree on before the first barrier of the builder."""
 
     request: str
     tokenizer: dict[str, Any]
@@ -117,19 +92,18 @@ class _Inspection:
 
 
 def build_datasets(settings: DataSettings, train_samples: int, valid_samples: int, test_samples: int) -> Datasets:
-    """Check the data, then build the datasets; they repeat it as often as the samples asked for need.
+    """Checks the data and builds the datasets, which repeat the data as often as necessary.
 
-    Collective: with an initialised process group every rank must call it with the same arguments, which
-    is checked, and a problem that one rank finds is raised on all. Needs no megatron ``parallel_state``.
-    Several prefixes without weights are blended in proportion to their tokens.
+    Collective: every rank calls it with the same arguments. When one rank finds a problem, all ranks raise it.
+    Needs no megatron ``parallel_state``. Several prefixes without weights are blended in proportion to their tokens.
 
     Args:
-        train_samples, valid_samples, test_samples: least length of each dataset, 0 for no dataset. For a
-            resumable run ask for the samples of the whole run, because they shape the shuffle.
+        train_samples, valid_samples, test_samples: least length of each dataset, 0 for no dataset. The number of
+            samples shapes the shuffle, so a resumed run asks for the samples of the whole run.
 
     Raises:
-        DataError: as ``check_indexed_dataset`` and ``parse_data_path``; a split shorter than one sample
-            of ``seq_length + 1`` tokens; a cache that cannot be written or is not shared; ranks that disagree.
+        DataError: as ``read_layout``, ``check_token_range`` and ``parse_data_path``; a split is shorter than one
+            sample of ``seq_length + 1`` tokens; the cache cannot be written or is not shared; ranks disagree.
     """
     samples = (train_samples, valid_samples, test_samples)
     inspection = run_together(lambda: _inspect(settings, samples))
@@ -156,16 +130,14 @@ def validation_entropy(valid: Any) -> float | None:
 
 
 def identify(data_path: Sequence[str], flag: str = "--data-path") -> dict[str, Any]:
-    """What the path of the training data names, for the comparison of a resumed run with its checkpoint.
-
-    One process reads it.
+    """Identifies the training data, so that a resumed run can compare it with its checkpoint's. Not collective.
 
     Returns:
-        "content": of each dataset its weight in the blend and a fingerprint of index and sampled tokens, wherever the
-        files lie; "shown": the path.
+        "content": of each dataset its weight in the blend and a fingerprint of its index and sampled tokens, which do
+        not depend on where the files lie; "shown": the path.
 
     Raises:
-        DataError: as ``check_indexed_dataset``, except for token ids.
+        DataError: as ``read_layout``.
     """
     prefixes, weights = parse_data_path(data_path, flag)
     weights = weights if len(prefixes) > 1 else None
@@ -178,7 +150,7 @@ def identify(data_path: Sequence[str], flag: str = "--data-path") -> dict[str, A
 
 
 def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]:
-    """The documents that samples of a data set were cut from, in words; empty for data of another make."""
+    """Names the documents that contain samples of a data set; empty unless megatron-core made the data set."""
     found: dict[str, list[int]] = {}
     for index in samples:
         source, position = data, index
@@ -204,7 +176,7 @@ def _megatron_config(
         prefixes, weights = parse_data_path(settings.path_of(number), settings.flag_of(number))
         if len(prefixes) == 1:
             return prefixes, None
-        # megatron-core would weigh by length too, but cap the blend at one epoch, which ends a long run.
+        # megatron-core would also weigh by length, but would cap the blend at one epoch, which ends a long run.
         return prefixes, weights or [float(inspection.num_tokens[prefix]) for prefix in prefixes]
 
     source: dict[str, Any]
@@ -235,7 +207,7 @@ def _megatron_config(
 
 
 def _inspect(settings: DataSettings, samples: tuple[int, int, int]) -> _Inspection:
-    """Everything that can be wrong and is found without building."""
+    """Checks everything that can be checked without building a dataset."""
     if settings.seq_length < 1 or min(samples) < 0 or not 0 <= settings.seed < 2**32:
         raise DataError(
             f"--seq-length ({settings.seq_length}) must be at least 1, --seed ({settings.seed}) in "
@@ -251,7 +223,7 @@ def _inspect(settings: DataSettings, samples: tuple[int, int, int]) -> _Inspecti
             if wanted:
                 _check_length(layouts[prefix], settings, number)
     # The same files on every rank: one reader of all tokens is enough.
-    if not is_distributed() or dist.get_rank() == 0:
+    if is_rank_zero():
         for layout in layouts.values():
             check_token_range(layout, settings.tokenizer.vocab_size)
     data = f"split {settings.split}, data path {' '.join(settings.data_path)}"
@@ -268,7 +240,7 @@ def _inspect(settings: DataSettings, samples: tuple[int, int, int]) -> _Inspecti
 
 
 def _check_length(layout: IndexedLayout, settings: DataSettings, number: int) -> None:
-    """Raises a DataError for a split that is shorter than one sample."""
+    """Raises a DataError when a split is shorter than one sample."""
     count, name, share = len(layout.lengths), _SPLIT_NAMES[number], ""
     sequences = range(count)
     if settings.split is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
-from scmoe_ds.data.plain_text import plain_encoder
+from scmoe_ds.data.control_tokens import plain_encoder
 from scmoe_ds.data.tokenizer_base import Tokenizer, missing_package
 from scmoe_ds.errors import DataError
 

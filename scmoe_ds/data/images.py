@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from scmoe_ds.data.splits import split_ranges, split_shares
 from scmoe_ds.errors import DataError
@@ -39,8 +39,13 @@ class Images(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Training and validation images, the names of the classes by label, what tells the images from others, and why
-    there is no validation, if so."""
+    """Training and validation images.
+
+    Attributes:
+        classes: names by label.
+        fingerprint: differs when the images differ.
+        no_validation: why `valid` is None.
+    """
 
     train: Images
     valid: Images | None
@@ -63,9 +68,7 @@ class Digits(Images):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise DataError(
-                "--dataset digits needs scikit-learn: pip install scikit-learn, or use --data-path"
-            ) from None
+            raise DataError("--dataset digits needs scikit-learn: pip install scikit-learn, or --data-path") from None
         found = load_digits()
         pixels_N1SS = torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1  # its values are 0 … 16
         self.images = F.interpolate(pixels_N1SS, size=(image_size, image_size), mode="bilinear", align_corners=False)
@@ -81,8 +84,8 @@ class Digits(Images):
 class ImageFolder(Images):
     """`<directory>/<class>/<image>`, classes in alphabetical order: {"images": [C, S, S] in -1 … 1, "labels": int64}.
 
-    An image of another size is scaled until its shorter side fits and cut to its centre. Nothing is cached, and
-    nothing is random: augmentation is left to whoever hands another data set to the trainer.
+    An image of another size is scaled until its shorter side fits, and cut to its centre. Nothing is cached and
+    nothing is random. For augmentation hand the trainer a data set of your own.
 
     Args:
         classes: names by label; default: the sub-directories.
@@ -111,7 +114,7 @@ class ImageFolder(Images):
         left_out = [str(path) for path, _ in found if path.suffix.lower() not in SUFFIXES]
         if left_out and not (dist.is_initialized() and dist.get_rank()):
             logger.warning(
-                f"{len(left_out)} file(s) in {root} are no images by their names and left out: "
+                f"{len(left_out)} file(s) in {root} are left out, because their names are not those of images: "
                 f"{', '.join(left_out[:10])}{', …' if len(left_out) > 10 else ''}"
             )
         if not self.files:
@@ -119,7 +122,7 @@ class ImageFolder(Images):
                 f"--data-path {root}: no images in it; they are expected as {root}/<class>/<image>, "
                 f"with names that end in {', '.join(SUFFIXES)}"
             )
-        # Not the contents, which would all be read; a link to nothing is an error when it is read.
+        # Names and sizes: hashing the contents would read all images. A link to nothing is an error when it is read.
         sizes = [path.stat().st_size if path.exists() else 0 for path, _ in self.files]
         names = "\n".join(f"{path.relative_to(root)} {size}" for (path, _), size in zip(self.files, sizes, strict=True))
         self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:12]
@@ -147,23 +150,14 @@ class ImageFolder(Images):
         return scaled.crop((left, top, left + self.image_size, top + self.image_size))
 
 
-class Part(Images):
-    """Some members of a data set, by number."""
-
-    def __init__(self, whole: Images, members: Sequence[int]) -> None:
-        self.whole, self.members = whole, members
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.whole[self.members[index]]
+class Part(Subset[Sample], Images):
+    """Some images of a data set."""
 
 
 class Epochs(Images):
-    """A data set again and again, each time in another order that depends on the seed and the epoch alone.
+    """A data set again and again. The order of an epoch depends on the seed and the epoch alone.
 
-    A resumed run therefore reads on where it stopped, and every rank sees the same order.
+    A resumed run therefore continues where it stopped, and every rank sees the same order.
     """
 
     def __init__(self, whole: Images, num_samples: int, seed: int) -> None:
@@ -181,7 +175,7 @@ class Epochs(Images):
 
 
 class Padded(Images):
-    """A data set filled up to a multiple of the ranks' batches by images whose label is `ignored`."""
+    """A data set with images of the label `ignored` added, up to a multiple of the ranks' batches."""
 
     def __init__(self, whole: Images, multiple: int, ignored: int) -> None:
         self.whole, self.ignored = whole, ignored
@@ -197,7 +191,7 @@ class Padded(Images):
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """The numbers below `count` in an order of their own for each seed and epoch; epoch 0 is the split's."""
+    """A permutation of range(count) for each seed and epoch; epoch 0 is the split's."""
     return [int(number) for number in np.random.default_rng((seed, epoch)).permutation(count)]
 
 
@@ -230,8 +224,8 @@ def load_images(
 ) -> ImageSets:
     """
     Args:
-        directory: of an image folder. If it has sub-directories train and val, they are the two parts; with train alone
-            there is no validation; otherwise the images are divided by `split`.
+        directory: of an image folder. When it has sub-directories train and val, they are the two parts. When train is
+            its only one, there is no validation. Otherwise `split` divides the images.
         dataset: "folder" or "digits".
 
     Raises:
@@ -240,23 +234,26 @@ def load_images(
     if dataset == "digits":
         if num_channels != 1:
             raise DataError(f"--num-channels {num_channels}: the digits are grey; use 1")
-        whole: Digits | ImageFolder = Digits(image_size)
-        sets = _divided(whole, split, seed, "the digits")
+        sets = _divided(Digits(image_size), split, seed, "the digits")
     elif directory is None:
         raise DataError("--data-path is missing: name a directory of images, or use --dataset digits")
-    elif (Path(directory) / "train").is_dir() and (Path(directory) / "val").is_dir():
-        whole = ImageFolder(Path(directory) / "train", image_size, num_channels)
-        valid = ImageFolder(Path(directory) / "val", image_size, num_channels, whole.classes)
-        sets = ImageSets(whole, valid, whole.classes, whole.fingerprint)
-    elif [each.name for each in Path(directory).glob("*/")] == ["train"]:
-        whole = ImageFolder(Path(directory) / "train", image_size, num_channels)
-        sets = ImageSets(whole, None, whole.classes, whole.fingerprint, f"{directory} has train/ but no val/")
     else:
-        whole = ImageFolder(directory, image_size, num_channels)
-        sets = _divided(whole, split, seed, directory)
+        sets = _in_directory(Path(directory), image_size, num_channels, split, seed)
     if len(sets.classes) > num_classes:
         raise DataError(
             f"{len(sets.classes)} classes in {directory or dataset}, but --num-classes {num_classes}; "
             f"set --num-classes {len(sets.classes)}"
         )
     return sets
+
+
+def _in_directory(root: Path, image_size: int, num_channels: int, split: str, seed: int) -> ImageSets:
+    has_validation = (root / "val").is_dir()
+    children = {each.name for each in root.glob("*/")}
+    if "train" not in children or (len(children) > 1 and not has_validation):
+        return _divided(ImageFolder(root, image_size, num_channels), split, seed, str(root))
+    train = ImageFolder(root / "train", image_size, num_channels)
+    if not has_validation:
+        return ImageSets(train, None, train.classes, train.fingerprint, f"{root} has train/ but no val/")
+    valid = ImageFolder(root / "val", image_size, num_channels, train.classes)
+    return ImageSets(train, valid, train.classes, train.fingerprint)

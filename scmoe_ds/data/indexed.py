@@ -1,14 +1,14 @@
-"""Reading the layout of Megatron's indexed datasets, and refusing damaged ones with a reason.
+"""Reads the layout of Megatron's indexed datasets, and refuses damaged ones with a reason.
 
-megatron-core asserts on a bad header, trusts every size in the index, and fails on a truncated file
-only when training reaches the missing part. These checks come first.
+megatron-core asserts on a bad header and trusts every size in the index. When a file is truncated, it fails only when
+training reaches the missing part. These checks come first.
 
 ``<prefix>.idx``, little endian: magic (9 bytes), version (u64), dtype code (u8), N sequences (u64),
 M boundaries (u64), then N lengths (i32), N byte offsets into the .bin (i64), M document boundaries (i64).
 A document is usually one sequence. With Megatron's --split-sentences it has several; --split divides sequences.
 
-Megatron-DeepSpeed's own tool writes the end-of-document token of --append-eod into the .bin without counting it in
-the index. Such a set has exactly one token per document too many; it is read with that token as the document's last.
+Megatron-DeepSpeed's own tool writes the end-of-document token of --append-eod into the .bin, but does not count it in
+the index. Such a dataset has one token more per document than the index says. The token is read as the document's last.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class IndexedLayout:
     Attributes:
         prefix: path without extension.
         dtype: of the tokens in the .bin.
-        lengths: int32 [N], tokens of each sequence; end-of-document tokens that the index does not count included.
-        boundaries: int64 [M], the sequence at which each document begins, and last N.
-        fingerprint: hex digest of the lengths' source; two datasets that share it have the same lengths.
-        uncounted_eod: the end-of-document token that the index does not count; None where it counts all tokens.
+        lengths: int32 [N], tokens of each sequence, with end-of-document tokens that the index does not count.
+        boundaries: int64 [M], the sequence at which each document begins; the last is N.
+        fingerprint: hex digest of the index; two datasets that share it have the same lengths.
+        uncounted_eod: the end-of-document token that the index does not count; None when it counts all tokens.
     """
 
     prefix: str
@@ -67,12 +67,16 @@ class IndexedLayout:
         """What --split divides, in words."""
         return "documents" if len(self.boundaries) == len(self.lengths) + 1 else "sequences"
 
+    def tokens(self) -> np.ndarray:
+        """[num_tokens] of ``dtype``, memory-mapped."""
+        return np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r")
+
     def offsets(self) -> np.ndarray:
-        """int64 [N + 1]: the token at which each sequence begins, and last the number of tokens."""
+        """int64 [N + 1]: the token at which each sequence begins; the last is the number of tokens."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     def document_offsets(self, sequences: range) -> np.ndarray:
-        """int64 [D + 1]: the token at which each document in a range of sequences begins, and last the range's end.
+        """int64 [D + 1]: the token at which each document in a range of sequences begins; the last is the range's end.
 
         The range may begin and end within a document. Documents without a sequence are left out.
         """
@@ -81,27 +85,15 @@ class IndexedLayout:
         return self.offsets()[np.unique(edges)]
 
 
-def check_indexed_dataset(prefix: str, vocab_size: int) -> None:
-    """Raise unless ``<prefix>.bin`` and ``.idx`` are whole and every token id is below ``vocab_size``.
-
-    Up to 1e9 tokens are all looked at, in blocks over a memory map. Of a larger dataset 16 evenly spaced
-    blocks of 17 M tokens are, the first and the last included: a wrong tokenizer shows in any of them.
-
-    Raises:
-        DataError: a file is missing, truncated, of another format or version, or the two disagree; the
-            dataset is empty; a token id is outside the vocabulary.
-    """
-    check_token_range(read_layout(prefix), vocab_size)
-
-
 def read_layout(prefix: str, eod: int | None = None) -> IndexedLayout:
-    """Read and check the index, and the size of the .bin against it. Reads no token, or those that the index lacks.
+    """Reads the index and checks it and the size of the .bin. Reads tokens only where the index does not count them.
 
     Args:
-        eod: the tokenizer's end-of-document token, where there is a tokenizer.
+        eod: the tokenizer's end-of-document token; None without a tokenizer.
 
     Raises:
-        DataError: as ``check_indexed_dataset``, except for token ids.
+        DataError: a file is missing, truncated, of another format or version, or the two disagree; the dataset is
+            empty; the tokens that the index does not count are not ``eod``.
     """
     idx_path, bin_path = prefix + ".idx", prefix + ".bin"
     _check_files_exist(prefix)
@@ -149,7 +141,7 @@ def read_layout(prefix: str, eod: int | None = None) -> IndexedLayout:
 
 
 def with_uncounted_eod(lengths: np.ndarray, boundaries: np.ndarray, num_tokens: int) -> np.ndarray | None:
-    """``lengths`` with one token more at the end of each document; None if that does not give ``num_tokens``."""
+    """``lengths`` with one token more at the end of each document; None when that does not give ``num_tokens``."""
     missing = num_tokens - int(lengths.sum(dtype=np.int64))
     if missing <= 0:
         return None
@@ -162,14 +154,14 @@ def with_uncounted_eod(lengths: np.ndarray, boundaries: np.ndarray, num_tokens: 
 
 
 def _uncounted_token(layout: IndexedLayout, eod: int | None) -> int:
-    """The token that ends every document; at most 1000 of them are read.
+    """The token that ends every document; looks at 1000 documents at most.
 
     Raises:
-        DataError: they do not end alike, or with another token than ``eod``.
+        DataError: the documents end with different tokens, or with another token than ``eod``.
     """
     ends = layout.document_offsets(range(len(layout.lengths)))[1:]
     places = ends[np.linspace(0, len(ends) - 1, min(len(ends), _CHECKED_ENDS), dtype=np.int64)] - 1
-    found = np.unique(np.memmap(layout.prefix + ".bin", dtype=layout.dtype, mode="r")[places])
+    found = np.unique(layout.tokens()[places])
     many = f"{layout.prefix}.bin has exactly one token more per document than {layout.prefix}.idx counts, but "
     if len(found) > 1:
         raise DataError(
@@ -186,16 +178,21 @@ def _uncounted_token(layout: IndexedLayout, eod: int | None) -> int:
 
 
 def check_token_range(layout: IndexedLayout, vocab_size: int) -> None:
-    """The token-id part of ``check_indexed_dataset``; says where the first bad id of a block is.
+    """Checks that every token id is below ``vocab_size``. One rank calls it for all.
 
-    Also logs that the index leaves out end-of-document tokens: this is what one rank does for all.
+    Reads up to 1e9 tokens, in blocks over a memory map. Of a larger dataset it reads 16 evenly spaced blocks of 17 M
+    tokens, which include the first and the last; a wrong tokenizer shows in any of them. Also logs when the index does
+    not count end-of-document tokens.
+
+    Raises:
+        DataError: a token id is outside the vocabulary; names the first one.
     """
     if layout.uncounted_eod is not None:
         logger.info(
             f"{layout.prefix}.idx does not count the token {layout.uncounted_eod} that ends each document "
             "(Megatron-DeepSpeed's --append-eod); it is read as the document's last token"
         )
-    tokens = np.memmap(layout.prefix + ".bin", dtype=layout.dtype, mode="r")
+    tokens = layout.tokens()
     for start in _block_starts(tokens.size):
         block = tokens[start : start + _SCAN_BLOCK_TOKENS]
         if int(block.max()) < vocab_size and int(block.min()) >= 0:
@@ -217,8 +214,7 @@ def document_of(boundaries: np.ndarray, sequence: int) -> int:
 
 
 def content_digest(layout: IndexedLayout) -> str:
-    """Hex digest of 16 evenly spaced blocks of the tokens, the first and the last included: 1 MiB at most, so that
-    every rank can afford to compare its copy with the others'."""
+    """Hex digest of 16 evenly spaced blocks of the tokens: 1 MiB at most, so that every rank can compare its copy."""
     digest = hashlib.sha256()
     last = max(layout.num_tokens * layout.dtype.itemsize - _DIGEST_BLOCK_BYTES, 0)
     with open(layout.prefix + ".bin", "rb") as stream:

@@ -1,4 +1,4 @@
-"""megatron-core's classes for GPT data, with what they lack: checked files and indices, and no barrier of their own."""
+"""megatron-core's classes for GPT data, with checked files and indices and without barriers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from scmoe_ds.data.index_cache import IndexCache
 from scmoe_ds.data.sequences import Sequences
 from scmoe_ds.errors import DataError
+from scmoe_ds.parallel.agreement import is_rank_zero
 
-# It warns that indices stay in memory, which is what is asked of it here.
+# It warns that indices stay in memory, as they are meant to here.
 logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
 
 _INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
@@ -31,10 +32,10 @@ class FingerprintedConfig(GPTDatasetConfig):
 
 
 class PretrainingDataset(GPTDataset):
-    """GPTDataset with indices that are checked and depend on the data's index.
+    """GPTDataset with shuffled indices that are checked and that depend on the data's index.
 
-    megatron-core names the cache after the path only and trusts what is there: after a rewrite of the dataset in place,
-    or after a damage, it would read wrong or missing documents.
+    megatron-core names the cache after the path alone and trusts it. When a dataset is rewritten in place, or the cache
+    is damaged, it would read wrong or missing documents.
     """
 
     dataset: Sequences
@@ -50,12 +51,11 @@ class PretrainingDataset(GPTDataset):
         return [*GPTDataset._key_config_attributes(), "data_fingerprint"]
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
-        directory = self.config.path_to_cache or os.path.join(
-            self.dataset_path, "cache", f"{type(self).__name__}_indices"
-        )
-        name = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        kind = type(self).__name__
+        directory = self.config.path_to_cache or os.path.join(self.dataset_path, "cache", f"{kind}_indices")
+        name = f"{self.unique_description_hash}-{kind}-{self.index_split.name}"
         cache = IndexCache(directory, name, _INDEX_NAMES, self.unique_description)
-        if not is_distributed() or dist.get_rank() == 0:
+        if is_rank_zero():
             return cache.load_or_build(self._indices_in_memory)
         found = cache.load()
         if found is None:
@@ -76,7 +76,7 @@ class PretrainingDataset(GPTDataset):
 
 
 class Builder(BlendedMegatronDatasetBuilder):
-    """Without megatron-core's barriers, where ranks would wait for one that has failed."""
+    """Has none of megatron-core's barriers, at which ranks would wait for a rank that has failed."""
 
     @staticmethod
     def build_generic_dataset(
@@ -97,8 +97,3 @@ class Builder(BlendedMegatronDatasetBuilder):
             for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
         ]
         return [list(members) for members in zip(*built, strict=True)]
-
-
-def is_distributed() -> bool:
-    """Whether there is a process group."""
-    return dist.is_available() and dist.is_initialized()

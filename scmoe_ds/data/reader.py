@@ -1,6 +1,7 @@
-"""Text as it lies in files: which files of a directory, plain or compressed, line by line or as one document.
+"""Reads text files, plain or compressed: the files of a directory, the lines of a file, a file as one document.
 
-Compression is recognised by a file's first bytes, not by its name. A byte-order mark at the start of a file is no text.
+A file's first bytes say whether it is compressed; its name does not matter. A byte-order mark at the start of a file
+does not belong to the text.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,18 +28,18 @@ ENDINGS = (".jsonl", ".json", TEXT_ENDING)
 COMPRESSED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MOST_BYTES = 1 << 30
-"""Of a line or a text file: a document of 2³¹ tokens does not fit into an index, nor its copies into memory."""
+"""The longest line, and the longest text file. An index cannot hold a document of 2³¹ tokens."""
 STREAM_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What reading an opened file may raise: a disk that fails, a compressed stream that is damaged or ends too early."""
+"""What reading an opened file may raise: the disk fails, or a compressed stream is damaged or ends too early."""
 
 
 class BadDocumentError(DataError):
-    """One document that cannot be used; those beside it can."""
+    """One document cannot be used; the others of its file can."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The files of a directory, sorted by path: to be read, and left out (name and why)."""
+    """The files of a directory, sorted by path: those to read, and those left out (name and reason)."""
 
     files: list[Path]
     left_out: list[str]
@@ -53,7 +54,7 @@ def find_files(directory: Path) -> Found:
     """All .jsonl, .json and .txt files at any depth, compressed or not, in lower or upper case.
 
     Raises:
-        DataError: a directory below it cannot be read.
+        DataError: a directory cannot be read.
     """
 
     def stop(error: OSError) -> None:
@@ -81,19 +82,16 @@ def find_files(directory: Path) -> Found:
 
 @contextmanager
 def open_stream(path: str | Path) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed if it is compressed; reading them may raise STREAM_ERRORS.
+    """A file's bytes, decompressed if it is compressed. Reading them may raise STREAM_ERRORS.
 
     Raises:
         OSError: the file cannot be opened.
-        DataError: zstd, and no package that reads it.
+        DataError: the file is zstd, and no package reads that.
     """
     with open(path, "rb") as file:
         decompressed = _format(file.peek(8))
-        if decompressed is None:
-            yield file
-        else:
-            with decompressed(file, path) as stream:
-                yield stream
+        with decompressed(file, path) if decompressed else nullcontext(file) as stream:
+            yield stream
 
 
 def is_compressed(path: str | Path) -> bool:
@@ -103,10 +101,10 @@ def is_compressed(path: str | Path) -> bool:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers from 1 on, line ends included.
+    """The lines of a file with their numbers, which begin at 1. Line ends are included.
 
     Raises:
-        DataError: with file and line: a file or compressed stream that cannot be read on, or a line that is too long.
+        DataError: the file or its compressed stream cannot be read, or a line is too long; names file and line.
     """
     number = 0
     try:
@@ -148,7 +146,7 @@ def parse_line(path: str | Path, number: int, line: bytes, keys: Sequence[str]) 
     """The texts of a line that is a JSON object.
 
     Raises:
-        BadDocumentError: with file and line: no JSON object, one without the keys, or texts that are none.
+        BadDocumentError: the line is no JSON object, lacks a key, or a value is no text; names file and line.
     """
     where = f"{path}, line {number}"
     record = _parse_json(where, line)
@@ -207,18 +205,6 @@ def _words(error: Exception) -> str:
 # ---------------------------------------------------------------- compressed streams
 
 
-def _gzip(file: BinaryIO, path: str | Path) -> Any:
-    return gzip.GzipFile(fileobj=file)
-
-
-def _bz2(file: BinaryIO, path: str | Path) -> Any:
-    return bz2.BZ2File(file)
-
-
-def _xz(file: BinaryIO, path: str | Path) -> Any:
-    return lzma.LZMAFile(file)
-
-
 def _zstd(file: BinaryIO, path: str | Path) -> Any:
     try:
         new: Callable[[], Any] = importlib.import_module("compression.zstd").ZstdDecompressor  # from Python 3.14 on
@@ -235,7 +221,7 @@ def _zstd(file: BinaryIO, path: str | Path) -> Any:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """All frames of a zstd file; its end within a frame is an error (zstandard's own reader takes it for the end)."""
+    """All frames of a zstd file. A file that ends within a frame is an error; zstandard's own reader accepts it."""
 
     _BLOCK_BYTES = 1 << 14  # of compressed bytes, whose text is in memory at once
 
@@ -266,9 +252,9 @@ class _ZstdFrames(io.RawIOBase):
         return size
 
 
-_FORMATS = {
-    rb"\x1f\x8b": _gzip,
-    rb"BZh[1-9](1AY|\x17rE)": _bz2,
-    rb"\xfd7zXZ\x00": _xz,
+_FORMATS: dict[bytes, Callable[[BinaryIO, str | Path], Any]] = {
+    rb"\x1f\x8b": lambda file, _: gzip.GzipFile(fileobj=file),
+    rb"BZh[1-9](1AY|\x17rE)": lambda file, _: bz2.BZ2File(file),
+    rb"\xfd7zXZ\x00": lambda file, _: lzma.LZMAFile(file),  # noqa: SIM115
     rb"\x28\xb5\x2f\xfd": _zstd,
 }

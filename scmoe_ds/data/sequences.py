@@ -1,8 +1,10 @@
-"""Megatron's indexed dataset, read so that damage has a name."""
+"""Reads the sequences of Megatron's indexed datasets, and reports damage as an error."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from scmoe_ds.data.indexed import with_uncounted_eod
 from scmoe_ds.errors import DataError
 
+_ENTROPY_BLOCK_TOKENS = 1 << 20
+
 
 class Sequences(IndexedDataset):
     """The token sequences of ``<prefix>.bin`` and ``.idx``, which ``read_layout`` has checked.
 
-    Differs from megatron-core's class in two ways: end-of-document tokens that the index does not count belong to their
-    documents, and a .bin that becomes shorter while it is read is an error, not a signal.
+    Differs from megatron-core's class in two ways. End-of-document tokens that the index does not count belong to their
+    documents. When the .bin becomes shorter while it is read, that is an error, not a signal.
 
     Raises:
         DataError: when a sequence is read: the file is shorter than its index says, or cannot be read.
@@ -38,9 +42,9 @@ class Sequences(IndexedDataset):
 
 
 class _BinReader:
-    """Reads tokens at a place of a file; several processes may share it.
+    """Reads tokens at an offset of a file; several processes may share it.
 
-    A memory map would end the process with SIGBUS where the file has become shorter, or its disk has failed.
+    A memory map would end the process with SIGBUS when the file becomes shorter or its disk fails.
     """
 
     def __init__(self, path: str) -> None:
@@ -48,20 +52,53 @@ class _BinReader:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as the dataset
 
     def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
-        """[count] tokens from byte ``offset`` on."""
+        """[count] tokens, the first at byte ``offset``."""
+        offset = int(offset)  # megatron-core's is NumPy's
         tokens = np.empty(count, dtype)
         octets, done = tokens.view(np.uint8), 0
         while done < octets.size:  # one call reads 2 GiB at most
             try:
-                step = os.preadv(self._file.fileno(), [octets[done:].data], int(offset) + done)
+                step = os.preadv(self._file.fileno(), [octets[done:].data], offset + done)
             except OSError as error:
-                raise DataError(
-                    f"{self._path} cannot be read at byte {int(offset) + done}: {error.strerror}."
-                ) from error
+                raise DataError(f"{self._path} cannot be read at byte {offset + done}: {error.strerror}.") from error
             if step == 0:
                 raise DataError(
-                    f"{self._path} ends before byte {int(offset) + octets.size}, which its index describes: it was "
+                    f"{self._path} ends before byte {offset + octets.size}, which its index describes: it was "
                     "truncated while it was in use. Copy it again and start from the last checkpoint."
                 )
             done += step
         return tokens
+
+
+def unigram_entropy(dataset: IndexedDataset, sequences: Iterable[int]) -> float:
+    """Entropy of the token frequencies of some sequences: the loss of the best model that ignores context.
+
+    Returns:
+        Nats per token. Memory does not grow with the dataset.
+
+    Raises:
+        DataError: the sequences hold no token.
+    """
+    counts = np.zeros(0, dtype=np.int64)
+    for block in _token_blocks(dataset, sequences):
+        block_counts = np.bincount(block, minlength=counts.size)
+        block_counts[: counts.size] += counts
+        counts = block_counts
+    total = int(counts.sum())
+    if total == 0:
+        raise DataError("the entropy of no tokens is undefined: there is no sequence, or all are empty.")
+    nonzero = counts[counts > 0]
+    return math.log(total) - float((nonzero * np.log(nonzero)).sum()) / total
+
+
+def _token_blocks(dataset: IndexedDataset, sequences: Iterable[int]) -> Iterator[np.ndarray]:
+    """Sequences joined into blocks: a count costs time per call, which grows with the vocabulary."""
+    pending, num_tokens = [], 0
+    for index in sequences:
+        pending.append(dataset.get(index))
+        num_tokens += pending[-1].size
+        if num_tokens >= _ENTROPY_BLOCK_TOKENS:
+            yield np.concatenate(pending)
+            pending, num_tokens = [], 0
+    if pending:
+        yield np.concatenate(pending)

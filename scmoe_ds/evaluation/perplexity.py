@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import EvaluationError
+from scmoe_ds.evaluation.documents import Documents
 from scmoe_ds.evaluation.scoring import Scorer, replica
-from scmoe_ds.evaluation.text import Documents
 from scmoe_ds.evaluation.windows import SlidingWindow, Window, row_of
 
 logger = logging.getLogger("scmoe_ds")

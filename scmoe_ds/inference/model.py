@@ -12,9 +12,9 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from scmoe_ds.checkpoint.convert import open_weights
+from scmoe_ds.checkpoint.export import open_weights
 from scmoe_ds.checkpoint.parsing import parse, without_memory
-from scmoe_ds.checkpoint.reshard import Weights, check_shapes, own_part
+from scmoe_ds.checkpoint.reshard import Weights, check_parameters, own_part
 from scmoe_ds.checkpoint.tokenizer_files import KEY
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
@@ -125,10 +125,7 @@ def load_model(
             if isinstance(module, MoE):
                 module.set_deepspeed_parallelism()
     names = global_names(model)
-    missing = sorted(set(names.values()) - set(trained.weights.names()))
-    if missing:
-        raise CheckpointError(f"{trained.path} has no {missing[0]} (and {len(missing) - 1} others of this model)")
-    check_shapes(model, trained.weights, names)
+    check_parameters(model, trained.weights, names)
     for name, parameter in list(model.named_parameters()):
         if offload is not None and layer_of(name) is not None:
             continue

@@ -1,4 +1,4 @@
-"""Checks that all ranks pass or fail together, before the first collective that a disagreement would hang."""
+"""Checks that all ranks pass or fail together, before a disagreement can make a collective hang."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def run_together(step: Callable[[], T], on_rank_zero: bool = False) -> T | None:
-    """Runs a step that may fail on some ranks and, if it does, fails on all of them with the same error.
+    """Runs a step. When it fails on a rank, all ranks raise the same error. Collective.
 
     A step may take longer than the timeout of collectives: the other ranks wait for it as long as its rank lives.
 
@@ -27,24 +27,23 @@ def run_together(step: Callable[[], T], on_rank_zero: bool = False) -> T | None:
         on_rank_zero: run it on rank 0 only; the others return None.
 
     Raises:
-        whatever `step` raised on the lowest failing rank, if it is a ValueError or OSError. Its class, errno and
-            strerror are the same on every rank.
+        ValueError, OSError: the error of the lowest failing rank. Class, errno and strerror are the same on every rank.
     """
     result, failure = None, None
-    if not on_rank_zero or not _distributed() or dist.get_rank() == 0:
+    if not on_rank_zero or is_rank_zero():
         try:
             result = step()
         except (ValueError, OSError) as error:
             failure = error
     wait_for_all()
-    for rank, found in enumerate(_gather(None if failure is None else _that_travels(failure))):
+    for rank, found in enumerate(gather(None if failure is None else _that_travels(failure))):
         if found is not None:
             raise found if rank == 0 else _found_by(rank, found)
     return result
 
 
 def _that_travels(error: ValueError | OSError) -> ValueError | OSError:
-    """The error itself, if the other ranks can build it from what pickle sends; otherwise its words."""
+    """The error itself if other ranks can unpickle it, otherwise an error with its message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # a class whose constructor takes something else than its `args`
@@ -54,7 +53,7 @@ def _that_travels(error: ValueError | OSError) -> ValueError | OSError:
 
 
 def _found_by(rank: int, error: ValueError | OSError) -> ValueError | OSError:
-    """The error with the rank in its message; an OSError keeps its message, which is the operating system's."""
+    """The error with the rank in its message. An OSError keeps the operating system's message."""
     words = f" (found by rank {rank})"
     if isinstance(error, UnicodeDecodeError):
         return type(error)(error.encoding, error.object, error.start, error.end, error.reason + words)
@@ -71,7 +70,7 @@ def _found_by(rank: int, error: ValueError | OSError) -> ValueError | OSError:
 def wait_for_all() -> None:
     """Returns when all ranks have called it, however long that takes. Collective.
 
-    Where no guardian would end a job whose rank is dead, the next collective has to: then this does not wait.
+    Without a guardian, which would end the job when a rank dies, this does not wait; the next collective does.
     """
     if _distributed() and watch.active is not None:
         watch.active.wait_for_all()
@@ -88,21 +87,18 @@ def require_agreement(
     Raises:
         RankDisagreementError: on every rank, with what each rank holds.
     """
-    values = _gather(value, group)
+    values = gather(value, group)
     if any(other != values[0] for other in values):
         ranks = dist.get_process_group_ranks(group)
         held = "; ".join(f"rank {rank}: {other!r}" for rank, other in zip(ranks, values, strict=True))
         raise RankDisagreementError(f"{name} differs between ranks ({held}); {remedy}")
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """A small picklable value of each rank of a group, in order of the ranks. Collective."""
     if not _distributed():
         return [value]
-    values = [None] * dist.get_world_size(group)
+    values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
@@ -110,3 +106,12 @@ def _gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 def fingerprint(value: Any) -> str:
     """Short hash of a JSON value, for comparison between ranks."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def is_rank_zero() -> bool:
+    """Whether this is the first rank, or a process without a process group."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,7 +1,7 @@
-"""What DeepSpeed compiles at its first use: announced, and not held up by a lock whose owner is dead.
+"""Announces what DeepSpeed compiles at its first use, and removes locks whose owner is dead.
 
-torch's lock is a file that its owner removes. An interrupted compilation leaves it, and every later start would wait
-for it without a word. A process that compiles leaves a file with its name beside the lock, for other hosts.
+torch's lock is a file that its owner removes. An interrupted compilation leaves it, and every later start would
+silently wait for it. A process that compiles also writes a file with its name beside the lock, for other hosts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.utils import cpp_extension
 
 logger = logging.getLogger("scmoe_ds")
 _QUIET_S = 600.0
-"""A compilation on another host, whose processes are not seen here, counts as dead after this long without a file."""
+"""A compilation on another host, whose processes are not visible here, is dead after this long without a new file."""
 _NETWORK = ("nfs", "lustre", "beegfs", "gpfs", "ceph", "fuse", "cifs", "smb", "9p", "afs", "panfs", "wekafs")
 
 
 def announce() -> None:
-    """From here on every compilation by DeepSpeed is announced, and checks its lock first."""
+    """Makes DeepSpeed announce every compilation from here on, and check its lock first."""
     load = OpBuilder.jit_load
     if hasattr(load, "announces"):
         return
@@ -37,9 +37,8 @@ def announce() -> None:
         name = wait_for_lock(directory)
         try:
             if not (directory / f"{builder.name}.so").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-                logger.warning(
-                    "DeepSpeed compiles %s for this machine, once: about a minute (in %s)", builder.name, directory
-                )
+                what = f"DeepSpeed compiles {builder.name} for this machine, once"
+                logger.warning(f"{what}: about a minute (in {directory})")
             return load(builder, *args, **kwargs)
         finally:
             with suppress(OSError):
@@ -50,20 +49,20 @@ def announce() -> None:
 
 
 def wait_for_lock(directory: Path, poll_s: float = 1.0) -> Path:
-    """Waits while a lock's owner may be alive on another host; removes a lock whose owner is dead.
+    """Waits while a lock's owner may live on another host. Removes a lock whose owner is dead.
 
     Args:
         directory: of one extension.
 
     Returns:
-        a file with this process's name, for other hosts; to be removed when the compilation is over.
+        a file with this process's name, for other hosts. The caller removes it after the compilation.
     """
     told = False
     while True:
-        with _exclusively(directory):  # nobody else removes the lock, and then takes it, between look and removal
+        with _exclusively(directory):  # between look and removal nobody else may remove the lock and take it
             lock, before = directory / "lock", _identity(directory / "lock")
             free = before is None or _is_owned_here(directory)
-            if before != _identity(lock):  # released while its owner was looked for
+            if before != _identity(lock):  # released during the search for its owner
                 continue
             if not free and (not _may_be_owned_elsewhere(directory) or _quiet_s(directory) > _QUIET_S):
                 for file in (lock, *_names_elsewhere(directory)):
@@ -75,22 +74,20 @@ def wait_for_lock(directory: Path, poll_s: float = 1.0) -> Path:
                     if not psutil.pid_exists(int(name.name.split("-")[2])):
                         name.unlink(missing_ok=True)
                 name = directory / f"compiler-{_here()}-{os.getpid()}"
-                with suppress(OSError):  # a directory that is only read
+                with suppress(OSError):  # a read-only directory
                     name.touch()
                 return name
         if not told:
             told = True
             logger.warning(
-                "%s: another host or user compiles this, or was interrupted; if nobody does, remove the "
-                "file (this is done after %.0f minutes)",
-                lock,
-                _QUIET_S / 60,
+                f"{lock}: another host or user compiles this, or was interrupted; if nobody does, remove the file "
+                f"(this is done after {_QUIET_S / 60:.0f} minutes)"
             )
         time.sleep(poll_s)
 
 
 def _here() -> str:
-    """This host, and the part of it whose processes are seen: a container is a host of its own."""
+    """This host and its namespace of processes: a container counts as another host."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -111,7 +108,7 @@ def _names_elsewhere(directory: Path) -> list[Path]:
 
 
 def _is_owned_here(directory: Path) -> bool:
-    """Whether a process that is seen here has the lock open, as its owner has, or compiles in the directory."""
+    """Whether a process that is visible here has the lock open, as its owner has, or compiles in the directory."""
     lock = str(directory / "lock")
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -121,8 +118,7 @@ def _is_owned_here(directory: Path) -> bool:
 
 
 def _may_be_owned_elsewhere(directory: Path) -> bool:
-    """Whether a process that is not seen here may be the owner: on another host, in another container, of another
-    user."""
+    """Whether the owner may be invisible here: on another host, in another container, or of another user."""
     with suppress(FileNotFoundError):
         if os.geteuid() not in (0, (directory / "lock").stat().st_uid):
             return True
@@ -136,11 +132,10 @@ def _quiet_s(directory: Path) -> float:
 
 
 def _is_on_network(directory: Path) -> bool:
-    mounts = [
-        part for part in psutil.disk_partitions(all=True) if Path(part.mountpoint) in (directory, *directory.parents)
-    ]
-    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
-    return kind.startswith(_NETWORK)
+    above = {str(directory), *map(str, directory.parents)}
+    mounts = [part for part in psutil.disk_partitions(all=True) if part.mountpoint in above]
+    innermost = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    return innermost is not None and innermost.fstype.startswith(_NETWORK)
 
 
 @contextmanager

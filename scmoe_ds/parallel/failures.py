@@ -1,8 +1,8 @@
-"""When a rank cannot go on while others count on it: one message at each rank that notices, and a prompt end.
+"""Ends a rank that cannot continue while others wait for it, promptly and with one message.
 
-A process that is killed says nothing itself; the others see a connection that closes, or wait until their timeout. Each
-of them then tells what it was doing and with whom. What the guardians know of all ranks (`watch.Watch.board`) names
-those at which the cause is to be found.
+A killed process cannot print anything. The other ranks see a closed connection, or wait until their timeout. Each of
+them then says what it was doing and with which ranks. The guardians know all ranks (`watch.Watch.board`), and so the
+message also names the ranks at fault.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import torch.distributed as dist
 
 from scmoe_ds.errors import ExchangeError
 from scmoe_ds.parallel import watch
+from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.parallel.watch import NOTE_LENGTH
 
 _NOTES_WAIT_S = 2.0
-"""How long a failing rank waits until it knows of another that is the cause."""
+"""How long a failing rank waits to hear that another rank is the cause."""
 _SIGNS = re.compile(
     r"connection (closed|reset|refused|abort)|timed out|timeout|broken pipe|no route to host|"
     r"network is unreachable|nccl|socket|remote process exited",
@@ -35,8 +36,14 @@ _SIGNS = re.compile(
 
 @dataclass(frozen=True)
 class FailedCollective:
-    """What is known of a collective that failed: its name (in words that the ranks follow), its global ranks, those of
-    them that the failure may come from, and the library's words."""
+    """A collective that failed.
+
+    Attributes:
+        name: in words that the ranks follow.
+        ranks: global ranks of its group.
+        peers: those that may be the cause.
+        reason: the library's message.
+    """
 
     name: str
     ranks: Sequence[int]
@@ -45,7 +52,7 @@ class FailedCollective:
 
 
 def failed_collective(error: BaseException) -> FailedCollective | None:
-    """What an exception says about a collective; None if it is no matter of communication."""
+    """The collective that an exception is about; None if it is not about communication."""
     for each in _chain(error):
         if isinstance(each, ExchangeError):
             return FailedCollective(each.collective, each.ranks, each.peers, _short(each.reason))
@@ -57,7 +64,7 @@ def failed_collective(error: BaseException) -> FailedCollective | None:
 
 
 def at_iteration(error: Exception, iteration: int) -> None:
-    """Notes on an exception during which iteration it was raised; the message will say so."""
+    """Adds the iteration to an exception, for its message."""
     error.scmoe_iteration = iteration  # type: ignore[attr-defined]
 
 
@@ -70,8 +77,7 @@ class FailureReporter:
 
     def __init__(self, program: str) -> None:
         self.program, self.rank = program, dist.get_rank()
-        self.hosts = [""] * dist.get_world_size()
-        dist.all_gather_object(self.hosts, socket.gethostname())
+        self.hosts = gather(socket.gethostname())
 
     def note(self, text: str, is_cause: bool = True) -> None:
         """Tells the other ranks why this one ends."""
@@ -79,8 +85,7 @@ class FailureReporter:
             watch.active.note(text, is_cause)
 
     def speaks(self, text: str) -> bool:
-        """Whether this rank is to print an error that is usually the same on all ranks: rank 0, or one that failed
-        alone."""
+        """Whether this rank prints an error that is usually the same on all ranks: it is rank 0 or failed alone."""
         self.note(text)
         if self.rank == 0:
             return True
@@ -88,9 +93,9 @@ class FailureReporter:
         return found.get(0, {}).get("note") != text[:NOTE_LENGTH]
 
     def end(self, error: Exception | SystemExit) -> NoReturn:
-        """Prints the traceback and, last, a sentence; ends the process with exit code 1.
+        """Prints the traceback and then a sentence, and ends the process with exit code 1.
 
-        Nothing is destroyed in order: other ranks may hang in a collective, and would hold this one up.
+        Does not destroy process groups: other ranks may hang in a collective, and this rank would wait for them.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it as soon as any rank has ended
         traceback.print_exception(error)
@@ -111,13 +116,10 @@ class FailureReporter:
         return f"{where}: {_describe(collective)}. {self._who()}. {_remedy(collective.reason)}"
 
     def _who(self) -> str:
-        """The ranks of the whole job at which the cause is to be found: a failure travels from group to group."""
+        """Names the ranks at fault, which may be in another group: a failure spreads from group to group."""
         board = self._board(until=lambda board: any(map(_is_culprit, board.values())))
-        words = [
-            f'{self._named(rank)} ended with "{entry["note"]}"'
-            for rank, entry in board.items()
-            if entry.get("is_cause")
-        ]
+        causes = {rank: entry["note"] for rank, entry in board.items() if entry.get("is_cause")}
+        words = [f'{self._named(rank)} ended with "{note}"' for rank, note in causes.items()]
         silent = [rank for rank, entry in board.items() if _is_culprit(entry) and "note" not in entry]
         if silent:
             has, its = ("has", "its") if len(silent) == 1 else ("have", "their")
@@ -133,7 +135,7 @@ class FailureReporter:
         return f"rank {rank} (host {self.hosts[rank]})"
 
     def _board(self, until: Callable[[dict[int, dict[str, Any]]], bool]) -> dict[int, dict[str, Any]]:
-        """What the guardians know of the other ranks, as soon as it suffices, or after a moment."""
+        """What the guardians know of the other ranks, once it suffices or `_NOTES_WAIT_S` are over."""
         if watch.active is None:
             return {}
         deadline = time.monotonic() + _NOTES_WAIT_S
@@ -151,13 +153,13 @@ def _standing(entry: dict[str, Any]) -> str:
 
 
 def _is_culprit(entry: dict[str, Any]) -> bool:
-    """Whether a rank's entry on the board shows a cause: its own failure, or silence before it could say anything."""
+    """Whether a rank's entry on the board shows a cause: its own failure, or silence before it said anything."""
     troubled = entry.get("silent") or entry.get("unheard") or entry.get("stands") or "gone" in entry
     return bool(entry.get("is_cause") or (troubled and "note" not in entry))
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process now: no handler at exit may wait for ranks that are gone."""
+    """Ends the process without exit handlers, which might wait for ranks that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -171,7 +173,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _in_traceback(error: BaseException) -> tuple[str, Sequence[int]]:
-    """Name and ranks of the call of torch.distributed in which an exception was raised; the world if there is none."""
+    """Name and ranks of the torch.distributed call that raised an exception; all ranks if there is none."""
     name, group = "a collective over ranks", None
     inside = False
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -213,7 +215,7 @@ def _words(error: BaseException) -> str:
 
 
 def _short(text: str) -> str:
-    """A library's message without source lines, advice and cheers."""
+    """A library's message without source lines and advice."""
     line = next(iter(text.strip().splitlines()), "")
     line = re.sub(r"^\[[^\]]*\.(cc|cpp|h|hpp):\d+\] ", "", line)
     return re.split(r"\. This is typically caused|, NCCL version", line)[0][:200]

@@ -1,4 +1,4 @@
-"""What started this process: the rank that a launcher gave it, and the launcher's own processes."""
+"""Finds what started this process: the rank that a launcher gave it, and the launcher's own processes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ _MPI = r"mpirun|mpiexec\S*|orterun|prterun|orted|prted|prte|hydra\S*"
 _LAUNCHER = re.compile(rf"({_MPI}|deepspeed|ds|torchrun|accelerate|srun|slurmstepd\S*)$")
 _INTERPRETER = re.compile(r"python|pypy|sh$|bash$|env$")
 _MODULES = re.compile(r"deepspeed\.launcher\.\w+|torch\.distributed\.(run|launch)|accelerate\.commands\S*")
-
-
 _PR_SET_PDEATHSIG = 1
 
 
 def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Takes the ranks that Open MPI or Slurm gave, where no launcher has set RANK.
+    """Uses the ranks of Open MPI or Slurm when no launcher has set RANK.
 
-    A process that was started by hand inside an allocation has Slurm's variables, too, but it is no task of a step.
+    A process that a user starts by hand inside an allocation has Slurm's variables too, but it is no task of a step.
 
     Raises:
-        LauncherError: no address at which the ranks could meet.
+        LauncherError: there is no address at which the ranks can meet.
     """
     if "RANK" in environment:
         return
@@ -56,37 +54,30 @@ def _adopt(environment: MutableMapping[str, str], name: str, variables: str, on_
                 "host of rank 0, as the others reach it) and MASTER_PORT, or start with the deepspeed launcher"
             )
         environment["MASTER_ADDR"] = "127.0.0.1"
-        # The same on all ranks, and another one for another job on this host.
+        # The port is the same on all ranks and another one for another job on this host.
         environment.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 10000))
     environment.setdefault("MASTER_PORT", "29500")
     environment.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=ranks)
 
 
 def end_with_parent() -> None:
-    """Has this process killed when the thread that started it ends, whatever state either is in (Linux)."""
+    """Has the kernel kill this process when the thread that started it ends, even when it is stopped (Linux)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def launchers() -> list[psutil.Process]:
-    """The launcher's processes on this host, whose end ends the job; none if this rank was started by hand.
+    """The launcher's processes on this host, whose end ends the job; empty if a user started this rank by hand.
 
-    These are its ancestors up to the last launcher. Where pdsh and ssh stand between the launcher's parts: also the
-    session of the ssh server, and on the host where the job was started pdsh and what started it.
+    They are this process's ancestors up to the last launcher. When pdsh and ssh connect the launcher's parts, they also
+    are the ssh server's session, and on the host where the job was started pdsh and what started it.
     """
     above = _ancestors(psutil.Process())
     found = above[: max((place + 1 for place, each in enumerate(above) if _is_launcher(each)), default=0)]
     world = next((word for each in found[:1] for word in _words(each) if word.startswith("--world_info=")), None)
     by_ssh = len(found) == 1 and world is not None and "SSH_CONNECTION" in os.environ and "SSH_TTY" not in os.environ
     if by_ssh:
-        session = next(
-            (
-                place
-                for place, each in enumerate(above)
-                if _words(each)[:1] and os.path.basename(_words(each)[0]).startswith("sshd")
-            ),
-            0,
-        )
+        session = next((place for place, each in enumerate(above) if _program(each).startswith("sshd")), 0)
         found = above[: session + 1] or found
         for each in psutil.process_iter():
             words = _words(each)
@@ -96,7 +87,7 @@ def launchers() -> list[psutil.Process]:
 
 
 def _is_launcher(process: psutil.Process) -> bool:
-    """By its program: a binary, a script that an interpreter runs, or a module."""
+    """Judges by its program: a binary, a script that an interpreter runs, or a module."""
     words = _words(process)[:6]
     programs = [os.path.basename(word.rstrip(":")) for word in words[:3] if not word.startswith("-")]
     modules = [after for word, after in itertools.pairwise(words) if word == "-m"]
@@ -106,11 +97,11 @@ def _is_launcher(process: psutil.Process) -> bool:
 
 
 def _under_mpi() -> bool:
-    return any(
-        re.match(rf"({_MPI})$", os.path.basename(_words(each)[0]))
-        for each in _ancestors(psutil.Process())
-        if _words(each)
-    )
+    return any(re.match(rf"({_MPI})$", _program(each)) for each in _ancestors(psutil.Process()))
+
+
+def _program(process: psutil.Process) -> str:
+    return os.path.basename(next(iter(_words(process)), ""))
 
 
 def _ancestors(process: psutil.Process) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""Output that a job does not depend on: its log and its monitors. A disk that is full must not end a training run."""
+"""Keeps a job running when its log or its monitors cannot be written: a full disk must not end a training run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ logger = logging.getLogger("scmoe_ds")
 
 
 class SteadyStream:
-    """A text stream that loses what cannot be written instead of raising an OSError.
+    """A text stream that drops text that cannot be written, and raises no OSError.
 
     Args:
-        stream: whatever `sys.stdout` or `sys.stderr` is.
+        stream: `sys.stdout` or `sys.stderr`.
         name: for the message.
-        other: a stream that hears of the first failure.
+        other: a stream for a message about the first failure.
     """
 
     def __init__(self, stream: TextIO, name: str, other: TextIO) -> None:
@@ -48,7 +48,7 @@ class SteadyStream:
         try:
             act()
         except OSError as error:
-            if not self._failed and not isinstance(error, BrokenPipeError):  # a reader that has gone is not missed
+            if not self._failed and not isinstance(error, BrokenPipeError):  # nobody reads it any more
                 self._failed = True
                 with suppress(OSError):
                     self._other.write(
@@ -66,15 +66,15 @@ def show_log() -> None:
 
 @contextmanager
 def steady_output(stdout: bool = True) -> Iterator[None]:
-    """While it lasts, nothing that writes to stdout or stderr fails: print, logging, tracebacks, other packages.
+    """Inside the block, nothing that writes to stdout or stderr fails: print, logging, tracebacks, other packages.
 
     Args:
-        stdout: guard stdout too; False where it is a program's result, whose loss is an error.
+        stdout: guard stdout too. False when it is a program's result, whose loss is an error.
     """
-    # A process that was started with a closed descriptor has None there.
+    # A process that was started with a closed descriptor has None as stream.
     before = tuple(stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     reports = logging.raiseExceptions
-    logging.raiseExceptions = False  # a handler would write a traceback about each line that is lost
+    logging.raiseExceptions = False  # a handler would write a traceback about each lost line
     sys.stdout = SteadyStream(before[0], "stdout", before[1]) if stdout else before[0]
     sys.stderr = SteadyStream(before[1], "stderr", before[0])
     try:
@@ -85,15 +85,15 @@ def steady_output(stdout: bool = True) -> Iterator[None]:
         for stream in before if stdout else before[1:]:
             try:
                 stream.flush()
-            except OSError:  # the interpreter would fail for what is still in the buffer, and end with code 120
+            except OSError:  # at exit the interpreter would try to write the buffer, fail, and end with code 120
                 with suppress(OSError, ValueError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def without_full_disks(whole: Mapping[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's JSON without the monitors whose disk is full already: to make them would fail. For rank 0.
+    """DeepSpeed's JSON without the monitors whose disk is already full, because they could not start. For rank 0.
 
-    A directory that cannot be written for another reason is the user's to mend: its monitor stays on.
+    When a directory cannot be written for another reason, its monitor stays on: the user can correct that.
     """
     kept = dict(whole)
     for name in ("tensorboard", "csv_monitor"):
@@ -107,18 +107,16 @@ def without_full_disks(whole: Mapping[str, Any]) -> dict[str, Any]:
                 probe.write(bytes(_PROBE_BYTES))
         except OSError as error:
             if error.errno in _FULL:
-                logger.warning(
-                    "%s: %s cannot be written: %s. The job goes on without it", name, directory, error.strerror
-                )
+                logger.warning(f"{name}: {directory} cannot be written: {error.strerror}. The job goes on without it")
                 kept[name] = {**section, "enabled": False}
     return kept
 
 
 def steady_monitors(master: Any) -> None:
-    """Makes each of DeepSpeed's monitors (TensorBoard, CSV, …) say once that it cannot write, instead of raising.
+    """Makes DeepSpeed's monitors (TensorBoard, CSV, …) log once that they cannot write, instead of raising.
 
     Args:
-        master: `engine.monitor`; the engine itself writes to it in every step.
+        master: `engine.monitor`, to which the engine itself writes in every step.
     """
     for monitor in list(vars(master).values()):
         if isinstance(monitor, Monitor):
@@ -132,13 +130,10 @@ def _guarded(monitor: Monitor) -> Callable[..., None]:
         nonlocal failed
         try:
             write(*args, **kwargs)
-        except Exception as error:  # a full disk, a service that is away: numbers to look at are no reason to stop
+        except Exception as error:  # a full disk or a service that is down is no reason to stop
             if not failed:
                 failed = True
-                logger.warning(
-                    "%s cannot write: %s. The job goes on; its values may be missing from here on",
-                    type(monitor).__name__,
-                    error,
-                )
+                what = f"{type(monitor).__name__} cannot write: {error}"
+                logger.warning(f"{what}. The job goes on; its values may be missing from here on")
 
     return attempt

@@ -1,4 +1,4 @@
-"""How a process becomes a rank: it takes what a launcher gave it and meets the others, with one limit for all waits."""
+"""Makes a process a rank: reads what a launcher set, and meets the other ranks, with one limit for all waits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
-from scmoe_ds.errors import LauncherError
+from scmoe_ds.errors import LauncherError, first_line
 from scmoe_ds.parallel import compilation, watch
 from scmoe_ds.parallel.agreement import wait_for_all
 from scmoe_ds.parallel.launchers import adopt_launcher
@@ -20,22 +20,22 @@ from scmoe_ds.parallel.shared_memory import forget_names, require_room
 from scmoe_ds.parallel.timeouts import limit_new_groups, limit_world
 
 _LATE_START_S = 10.0
-"""Ranks do not start at the same moment: the wait for the last one may take this much longer than a collective."""
+"""Ranks do not start at the same moment. The first wait may take this much longer than a collective."""
 
 _SLACK_S = 3.0
 
 
 def connect(timeout: timedelta | None = None) -> bool:
-    """Joins the process group; a process without a launcher becomes a world of one.
+    """Joins the process group. A process without a launcher becomes a world of one.
 
     Args:
-        timeout: of every collective of every group from here on; None leaves DeepSpeed's and torch's own.
+        timeout: of all collectives of all groups from here on; None leaves DeepSpeed's and torch's defaults.
 
     Returns:
-        whether it was joined here, and is the caller's to destroy.
+        whether it was joined here, so that the caller has to destroy it.
 
     Raises:
-        LauncherError: the ranks cannot meet, and why.
+        LauncherError: the ranks cannot meet.
     """
     compilation.announce()
     if dist.is_initialized():
@@ -51,15 +51,10 @@ def connect(timeout: timedelta | None = None) -> bool:
     timeout = timeout or default_pg_timeout
     meeting = timeout + timedelta(seconds=_LATE_START_S)
     # torch waits without a limit when another service answers at the address, or accepts and stays silent.
-    limit = (
-        nullcontext()
-        if watch.active is None
-        else watch.active.limit(
-            meeting.total_seconds() + _SLACK_S, str(_cannot_meet(TimeoutError("no answer"), meeting))
-        )
-    )
+    words = str(_cannot_meet(TimeoutError("no answer"), meeting))
+    limit_s = meeting.total_seconds() + _SLACK_S
     try:
-        with limit:
+        with watch.active.limit(limit_s, words) if watch.active is not None else nullcontext():
             if accelerator.device_name() == "cpu":
                 # DeepSpeed compiles before the ranks meet, which may take a minute on one node and none on another.
                 dist.init_process_group(accelerator.communication_backend_name(), timeout=meeting)
@@ -78,10 +73,10 @@ def connect(timeout: timedelta | None = None) -> bool:
 
 
 def prepare_environment() -> None:
-    """Sets torch's variables for this process, if no launcher has.
+    """Sets torch's environment variables for this process, if no launcher has.
 
     Raises:
-        LauncherError: as `adopt_launcher`; a variable that is no number.
+        LauncherError: as `adopt_launcher`; a variable is missing or is no number.
     """
     adopt_launcher()
     if "RANK" not in os.environ:
@@ -105,11 +100,10 @@ def _cannot_meet(error: Exception, limit: timedelta) -> LauncherError:
             f"--master_port (MASTER_PORT) = {port}: another process of {socket.gethostname()} listens on this port; "
             "end that process, or choose another port for all ranks"
         )
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return LauncherError(
         f"rank {rank} did not meet all {ranks} ranks at {os.environ['MASTER_ADDR']}:{port} within "
         f"{limit.total_seconds():.0f} s: look whether each rank was started and reaches that "
-        f"address, or raise --distributed-timeout-minutes ({line[:200]})"
+        f"address, or raise --distributed-timeout-minutes ({first_line(error, 200)})"
     )
 
 

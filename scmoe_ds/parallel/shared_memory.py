@@ -1,6 +1,6 @@
-"""The shared memory of DeepSpeed's collectives on CPUs, which it names and never gives back.
+"""Removes the shared memory of DeepSpeed's collectives on CPUs, which DeepSpeed itself never removes.
 
-Every job leaves 66 MiB per rank in /dev/shm under the name of its port; some hundred of them fill a machine's memory.
+Every job leaves 66 MiB per rank in /dev/shm under the name of its port. A few hundred jobs fill a machine's memory.
 """
 
 from __future__ import annotations
@@ -17,30 +17,28 @@ logger = logging.getLogger("scmoe_ds")
 
 DIRECTORY = Path("/dev/shm")
 _BUFFER_BYTES = 67 << 20
-"""A little more than that of one rank."""
+"""A little more than one rank's buffer."""
 
 
 def require_room() -> None:
-    """Without room for the buffers of all ranks, DeepSpeed's collectives are torch's; it would not notice, and every
-    rank would end by a segmentation fault. Collective, before DeepSpeed makes them."""
+    """Makes DeepSpeed use torch's collectives when the buffers of all ranks do not fit. DeepSpeed does not check this,
+    and every rank would end by a segmentation fault. Collective, before DeepSpeed makes the buffers."""
     ranks = int(os.environ.get("LOCAL_SIZE", "0"))
-    if ranks != dist.get_world_size():  # DeepSpeed shares memory only where its launcher started all ranks on one host
+    if ranks != dist.get_world_size():  # DeepSpeed shares memory only when its launcher started all ranks on one host
         return
     has_room = torch.tensor(int(room_bytes() >= ranks * _BUFFER_BYTES))
-    dist.all_reduce(has_room, dist.ReduceOp.MIN)  # a rank that looks late sees the buffers of others
+    dist.all_reduce(has_room, dist.ReduceOp.MIN)  # a late rank may already see other ranks' buffers
     if not has_room:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if dist.get_rank() == 0:
             logger.warning(
-                "%s has no room for DeepSpeed's shared memory (%d MiB): collectives go through torch, which "
-                "is slower; enlarge it (docker run --shm-size 1g)",
-                DIRECTORY,
-                ranks * _BUFFER_BYTES >> 20,
+                f"{DIRECTORY} has no room for DeepSpeed's shared memory ({ranks * _BUFFER_BYTES >> 20} MiB): "
+                "collectives go through torch, which is slower; enlarge it (docker run --shm-size 1g)"
             )
 
 
 def room_bytes() -> int:
-    """What may still be written to the shared memory; 0 where there is none."""
+    """Free bytes of the shared memory; 0 if there is none."""
     try:
         found = os.statvfs(DIRECTORY)
     except OSError:
@@ -49,8 +47,8 @@ def room_bytes() -> int:
 
 
 def forget_names() -> None:
-    """Removes the name of this rank's buffer once all ranks have it mapped: the memory goes with the last of them, even
-    if they are killed. Collective; does nothing where DeepSpeed shares no memory."""
+    """Removes the name of this rank's buffer when all ranks have mapped it. The memory is freed with the last of them,
+    even when they are killed. Collective; does nothing when DeepSpeed shares no memory."""
     dist.barrier()
     place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
     (DIRECTORY / "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place])).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Stopping all ranks at the same iteration: for a signal to one of them, a limit of time, or a bad step."""
+"""Stops all ranks at the same iteration: after a signal to one of them, at a time limit, or after a bad step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send ahead of a preemption."""
+"""The signals that schedulers send before a preemption."""
 _TIME_IS_UP = 1
 listening = False
 """Whether a StopRequest of this process hears the signals."""
@@ -21,17 +21,17 @@ listening = False
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know after a step: why they are to stop, or None, and the largest finding of any of them."""
+    """What all ranks know after a step: why they stop (None: they do not), and the largest finding of all ranks."""
 
     reason: str | None
     finding: int
 
 
 class StopRequest:
-    """Context manager that listens for `SIGNALS`; a rank that has heard one tells the others at the next `agreed`.
+    """Context manager that listens for `SIGNALS`. A rank that has received one tells the others at the next `agreed`.
 
     Args:
-        minutes: from now; None is no limit.
+        minutes: time limit from now; None is no limit.
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -55,10 +55,10 @@ class StopRequest:
         self._heard = number
 
     def agreed(self, finding: Tensor | int = 0) -> Agreement:
-        """The same on every rank. Collective, once per step: the host waits for the device here.
+        """The same result on every rank. Collective, once per step. The host waits for the device.
 
         Args:
-            finding: this rank's, 0 for none; a scalar on any device.
+            finding: of this rank, 0 for none; a scalar on any device.
         """
         time_is_up = self._deadline is not None and time.monotonic() >= self._deadline
         code = self._heard or (_TIME_IS_UP if time_is_up else 0)

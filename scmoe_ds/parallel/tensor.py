@@ -1,7 +1,7 @@
-"""Tensor parallelism: which ranks share a layer, and how a parameter is divided between them.
+"""Tensor parallelism: which ranks share a layer, and how they divide its parameters.
 
-The groups are megatron-core's: consecutive ranks share a model, the ranks of one place in it are data parallel. With a
-size of 1 no group is made and everything below answers for a world of data-parallel ranks.
+The groups are megatron-core's: consecutive ranks share a model, and ranks with the same part of it are data parallel.
+With a size of 1 there are no groups, and all functions answer for data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Split:
 
     Attributes:
         dim: the dimension that is divided.
-        sections: sizes along it of the undivided parts that lie behind each other (query, key and value heads; gate
-            and up projection); each is divided evenly, and a rank holds its piece of each.
+        sections: sizes along it of the consecutive parts (query, key and value heads; gate and up projection). Each
+            part is divided evenly, and a rank holds its piece of each.
     """
 
     dim: int
@@ -30,14 +30,14 @@ class Split:
 
 
 def tensor_parallel_rule(parameter: Tensor) -> Split | None:
-    """The rule of a parameter, or None for one that all tensor-parallel ranks hold alike."""
+    """The rule of a parameter; None when all tensor-parallel ranks hold the whole of it."""
     return getattr(parameter, "parallel_split", None)
 
 
 def mark_tensor_parallel(parameter: Tensor, rule: Split | None, divided: bool) -> None:
-    """Notes a parameter's rule; `divided`: it is in pieces now.
+    """Stores a parameter's rule, and whether it is `divided` now.
 
-    DeepSpeed counts a parameter that it does not know to be divided for the first tensor-parallel rank's norm only.
+    DeepSpeed counts an undivided parameter only on the first tensor-parallel rank when it computes norms.
     """
     parameter.parallel_split = rule  # type: ignore[attr-defined]
     if divided:
@@ -53,7 +53,7 @@ def shard(full: Tensor, rule: Split | None, rank: int, size: int) -> Tensor:
 
 
 def unshard(parts: Sequence[Tensor], rule: Split | None) -> Tensor:
-    """The undivided parameter from all ranks' pieces, in order of tensor-parallel rank; the inverse of `split`."""
+    """The undivided parameter from all ranks' pieces, in order of tensor-parallel rank; the inverse of `shard`."""
     if rule is None or len(parts) == 1:
         return parts[0]
     sizes = [section // len(parts) for section in rule.sections]
@@ -62,7 +62,7 @@ def unshard(parts: Sequence[Tensor], rule: Split | None) -> Tensor:
 
 
 def start_tensor_parallel(size: int) -> None:
-    """Makes the tensor-parallel and data-parallel groups; once per process, and not at all for a size of 1."""
+    """Makes the tensor-parallel and data-parallel groups, once per process; none for a size of 1."""
     if size == 1:
         return
     from megatron.core import parallel_state  # takes seconds to import
@@ -104,7 +104,7 @@ def data_parallel_rank() -> int:
 
 
 class ModelParallelUnit:
-    """What `deepspeed.initialize` asks of its `mpu`, answered from the groups above."""
+    """The `mpu` of `deepspeed.initialize`."""
 
     get_tensor_model_parallel_world_size = get_model_parallel_world_size = staticmethod(tensor_parallel_size)
     get_tensor_model_parallel_rank = get_model_parallel_rank = staticmethod(tensor_parallel_rank)

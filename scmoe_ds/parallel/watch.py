@@ -1,4 +1,4 @@
-"""The rank's side of its guardian: signs of life, what the other ranks say, and signals that come before training."""
+"""The rank's side of its guardian: sends signs of life, hears of other ranks, and handles signals before training."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from scmoe_ds.parallel.launchers import launchers
 _PROGRAM = Path(__file__).with_name("guardian")
 _BEAT_S = 1.0
 _OWN_WORDS_S = 5.0
-"""When the job is dead, the main thread has this long to end by itself, with its own message."""
+"""When the job is dead, the main thread has this long to end with its own message."""
 _STANDS_S = 3.0
 _IN_COLLECTIVE = re.compile(r"torch.distributed|scmoe_ds.comm|agreed|wait_for_all")
 NOTE_LENGTH = 400
 
 active: Watch | None = None
-"""Of this process, while a program runs."""
+"""The watch of this process while a program runs."""
 
 
 class Watch:
@@ -41,11 +41,11 @@ class Watch:
 
     Args:
         program: for messages.
-        timeout_s: a rank is ended after this long without a sign of life.
+        timeout_s: the guardian ends a rank after this long without a sign of life.
 
     Attributes:
-        board: what is known of other ranks in trouble: rank to "host", "note", "is_cause", "silent" (gives no sign of
-            life), "unheard" (nor does its host), "stands" (where its main thread has been for seconds), "gone".
+        board: other ranks in trouble: rank to "host", "note", "is_cause", "silent" (no sign of life), "unheard" (no
+            sign of its host either), "stands" (where its main thread has been for seconds), "gone".
     """
 
     def __init__(self, program: str, timeout_s: float) -> None:
@@ -98,7 +98,7 @@ class Watch:
             self._limit = None
 
     def join(self, timeout_s: float = 6.0) -> None:
-        """Connects the guardians; called as soon as there is a process group. Collective."""
+        """Connects the guardians. Call it as soon as there is a process group. Collective."""
         if self.ranks == 1:
             return
         deadline = time.monotonic() + timeout_s
@@ -119,25 +119,26 @@ class Watch:
     def wait_for_all(self) -> None:
         """Returns when all ranks have called it, however long that takes. Collective.
 
-        It needs neither torch's store, which may be in a launcher that has gone, nor a collective with its limit. Where
-        the guardians are not connected it returns at once.
+        It uses neither torch's store, which may belong to a launcher that has gone, nor a collective with its timeout.
+        When the guardians are not connected, it returns at once.
         """
         step = next(self._steps)
-        if self._control is not None:
-            self._control.send({"step": step})
+        self._send({"step": step})
         while self._joined and self._reached < step:
             self._news.wait(1.0)
             self._news.clear()
 
     def note(self, text: str, is_cause: bool) -> None:
         """Tells the other ranks why this one ends."""
-        if self._control is not None:
-            self._control.send({"note": text[:NOTE_LENGTH], "is_cause": is_cause})
+        self._send({"note": text[:NOTE_LENGTH], "is_cause": is_cause})
 
     def done(self) -> None:
         """Tells the other ranks that this one ends as it should."""
+        self._send({"done": True})
+
+    def _send(self, message: dict[str, Any]) -> None:
         if self._control is not None:
-            self._control.send({"done": True})
+            self._control.send(message)
 
     def _start_guardian(self, timeout_s: float) -> Lines | None:
         above = [process.pid for process in launchers()]
@@ -154,14 +155,9 @@ class Watch:
         }
         command = [sys.executable, "-I", "-S", str(_PROGRAM), str(its.fileno()), json.dumps(settings)]
         try:
-            started = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[its.fileno()],
-                start_new_session=True,
-            )
-            started.wait()  # it forks: the guardian is not this process's child
+            null = subprocess.DEVNULL
+            options: dict[str, Any] = {"stdin": null, "stdout": null, "pass_fds": [its.fileno()]}
+            subprocess.Popen(command, **options, start_new_session=True).wait()  # it forks: its child is the guardian
         except OSError as error:  # no process or memory left: the job can go on without
             print(f"{self.program}: no guardian for rank {self.rank}: {error}", file=sys.stderr, flush=True)
             return None
@@ -171,7 +167,7 @@ class Watch:
         return Lines(mine)
 
     def _listen_to_signals(self) -> None:
-        """Outside training a signal ends the process, even when the main thread waits in a collective."""
+        """Makes a signal outside training end the process, even when the main thread waits in a collective."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, lambda *_: None) for number in stopping.SIGNALS}
             signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
@@ -187,8 +183,8 @@ class Watch:
             self._before = {}
 
     def _in_child(self) -> None:
-        """A process that this one forks has signals of its own. But a launcher's SIGTERM also reaches data loader
-        workers, which the rank still needs for its last step: in training they ignore it, and end with the rank."""
+        """Gives a forked process its own signal handling. But a launcher's SIGTERM also reaches data loader workers,
+        which the rank still needs for its last step: during training they ignore it, and they end with the rank."""
         if stopping.listening:
             if self._before:
                 signal.set_wakeup_fd(-1)
@@ -202,17 +198,16 @@ class Watch:
                     self._hear_signals()
                 else:
                     self._hear_guardian()
-            if self._control is not None:
-                self._control.send({})
-                self._tell_where_it_stands()
-            limit = self._limit  # the main thread may take it back at any moment
+            self._send({})
+            self._tell_where_it_stands()
+            limit = self._limit  # the main thread may reset it at any moment
             if limit is not None and time.monotonic() > limit[0]:
                 self._end(2, limit[1])
             if self._dead is not None and time.monotonic() > self._dead[1] + _OWN_WORDS_S:
                 self._end(1, f"rank {self.rank} (host {socket.gethostname()}): the job has ended: {self._dead[0]}")
 
     def _tell_where_it_stands(self) -> None:
-        """Tells the hub where the main thread has been for some seconds, unless it waits for other ranks there."""
+        """Tells the hub where the main thread has been for some seconds, unless it waits for other ranks."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = []
         while frame is not None:
@@ -226,9 +221,9 @@ class Watch:
             own = next((at for at in stack if "scmoe" in at[0].co_filename), stack[0])
             places = [f"{code.co_name} ({Path(code.co_filename).name}:{line})" for code, _, line in (own, stack[0])]
             place = " in ".join(dict.fromkeys(reversed(places)))
-        if place != self._place and self._control is not None:
+        if place != self._place:
             self._place = place
-            self._control.send({"stands": place})
+            self._send({"stands": place})
 
     def _hear_signals(self) -> None:
         for number in self._wakeup.recv(64):
@@ -236,7 +231,7 @@ class Watch:
                 what = f"{signal.Signals(number).name} received"
                 self.note(what, is_cause=True)
                 words = "the launcher has gone" if self.launcher_is_lost else what
-                # The others are told by rank 0; and where a rank has failed, this is the launcher's clearing up.
+                # Rank 0 speaks for all. When a rank has failed, the signal is only the launcher ending the others.
                 is_told = self.rank == 0 and self._dead is None and not any("note" in e for e in self.board.values())
                 said = f"{words}, and training has not begun: ended, nothing was saved"
                 self._end(128 + number, said if is_told else None)
@@ -255,12 +250,8 @@ class Watch:
             self._news.set()
             if "launcher" in message:
                 self.launcher_is_lost = True
-                print(
-                    f"{self.program}: the launcher of rank {self.rank} has gone or is stopped: the job ends as after "
-                    "SIGTERM",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                what = f"{self.program}: the launcher of rank {self.rank} has gone or is stopped"
+                print(f"{what}: the job ends as after SIGTERM", file=sys.stderr, flush=True)
             for rank, entry in message.get("board", {}).items():
                 self.board[int(rank)] = entry
             if "dead" in message:

@@ -33,7 +33,7 @@ from scmoe_ds.analysis.subjects import (
 from scmoe_ds.analysis.tokens import TokenSequences, read_data_set
 from scmoe_ds.checkpoint.files import iteration_of, newest_first
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.text import read_text
+from scmoe_ds.data.text_file import read_text
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import ArgumentError, UserError
 from scmoe_ds.inference.load import Loaded, load_trained

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from scmoe_ds.checkpoint.convert import export, residual_to_scmoe
 from scmoe_ds.checkpoint.directories import locate
+from scmoe_ds.checkpoint.export import export, residual_to_scmoe
 from scmoe_ds.errors import CheckpointError, UserError
 from scmoe_ds.programs.flags.parser import FlagParser
 

@@ -32,9 +32,9 @@ from scmoe_ds.errors import (
     ScMoEConfigError,
 )
 from scmoe_ds.evaluation import tasks
+from scmoe_ds.evaluation.documents import open_documents
 from scmoe_ds.evaluation.perplexity import evaluate_documents
 from scmoe_ds.evaluation.scoring import Scorer
-from scmoe_ds.evaluation.text import open_documents
 from scmoe_ds.evaluation.windows import SlidingWindow
 from scmoe_ds.inference.load import Loaded
 from scmoe_ds.inference.phases import Phases

@@ -160,7 +160,7 @@ def convert(paths: Sequence[Path], args: argparse.Namespace) -> None:
     # Both take long to import, and the pool's processes need neither.
     from tqdm import tqdm
 
-    from scmoe_ds.data.corpus import IndexedDatasetWriter
+    from scmoe_ds.data.indexed_writer import IndexedDatasetWriter
 
     keys = list(dict.fromkeys(args.json_keys))
     tokenizer = tokenizer_of(args)

@@ -22,8 +22,8 @@ from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.corpus import prepare_default_corpus
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify, validation_entropy
+from scmoe_ds.data.default_corpus import prepare_default_corpus
 from scmoe_ds.data.splits import split_shares
 from scmoe_ds.data.tokenizer import Tokenizer, pad_vocab_size
 from scmoe_ds.errors import (
@@ -38,7 +38,8 @@ from scmoe_ds.programs.flags.data import SPLIT_FLAGS
 from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.run import run_program
-from scmoe_ds.training.loop import Summary, Trainer, TrainingSettings
+from scmoe_ds.training.loop import Trainer
+from scmoe_ds.training.settings import Summary, TrainingSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

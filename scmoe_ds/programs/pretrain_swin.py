@@ -25,7 +25,7 @@ from scmoe_ds.programs.flags.gpt import comparable
 from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.images import ImageTrainer
-from scmoe_ds.training.loop import Summary, TrainingSettings
+from scmoe_ds.training.settings import Summary, TrainingSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

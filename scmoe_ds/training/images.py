@@ -1,4 +1,4 @@
-"""The training loop for image classifiers: images in the place of tokens, and accuracy."""
+"""The training loop for image classifiers: counts images instead of tokens, and validates accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scmoe_ds.training.loop import Trainer
 
 
 class ImageLog(TrainingLog):
-    """As for text, with accuracy; `accuracy` is the last validation's, a share."""
+    """As for text, with `accuracy`, the share of images that the last validation classified correctly."""
 
     loss_name, unit = "class loss", "images"
     accuracy: float | None = None
@@ -30,14 +30,14 @@ class ImageLog(TrainingLog):
 class ImageTrainer(Trainer):
     """A `Trainer` whose data sets yield {"images", "labels"} and whose engine's module is a SwinMoE.
 
-    `settings.seq_length` is 1: what is counted are images. Validation reads the whole set, not `eval_iters` batches.
+    `settings.seq_length` is 1, so that tokens per second are images per second. Validation reads the whole set.
     """
 
     log_class = ImageLog
     log: ImageLog
 
     def evaluate(self, data: Any) -> float | None:
-        """Mean loss in nats over all images whose label is not `IGNORED`; notes the accuracy.
+        """Mean loss in nats over all images whose label is not `IGNORED`; sets the log's accuracy.
 
         None if the ranks were told to stop meanwhile. Collective.
         """

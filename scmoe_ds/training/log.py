@@ -1,4 +1,4 @@
-"""What a run says while it trains: sums between two log lines, the line itself, and DeepSpeed's monitors."""
+"""The log of a training run: sums between two log lines, the line itself, and DeepSpeed's monitors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrainingOutput(Protocol):
 
 @dataclass
 class _Sums:
-    """Since the last log line; tensors stay on the device so that a step does not wait for the host."""
+    """Sums since the last log line. Tensors stay on the device, so that the host does not wait for a step."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -50,7 +50,7 @@ class _Sums:
 
 
 class TrainingLog:
-    """Collects what the steps of a run yield, and prints it on rank 0.
+    """Collects losses, expert counts and times of the steps, and prints them on rank 0.
 
     Args:
         engine: DeepSpeed's, for the gradient norm, the learning rate and the monitors.
@@ -58,8 +58,8 @@ class TrainingLog:
         tokens_per_iteration: of all ranks.
 
     Attributes:
-        loss_name, unit: what a model calls its loss without the balancing term, and its tokens.
-        learning_rate: with which the last step was made.
+        loss_name, unit: the log's names of the loss without the balancing term, and of tokens.
+        learning_rate: of the last step.
     """
 
     loss_name, unit = "lm loss", "tokens"
@@ -71,7 +71,7 @@ class TrainingLog:
         self._timed_steps, self._timed_seconds = 0, 0.0
 
     def add_micro_batch(self, output: TrainingOutput, share: float) -> None:
-        """Notes what a forward pass returned, as a share of its iteration."""
+        """Adds the result of a forward pass, which is a share of its iteration."""
         self._sums.add(output, share)
 
     def add_step(self, seconds: float) -> None:
@@ -81,11 +81,11 @@ class TrainingLog:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks, over the training steps of the whole run but the first."""
+        """Tokens of all ranks per second, over all training steps of the run but the first."""
         return self._speed(self._timed_steps, self._timed_seconds)
 
     def write(self, iteration: int, consumed_samples: int) -> None:
-        """The log line of an iteration and the same numbers to the monitors. Collective."""
+        """Prints the log line of an iteration and hands its numbers to the monitors. Collective."""
         sums, self._sums = self._sums, _Sums()
         task_loss = mean_over_ranks(sums.task_loss / sums.steps)
         moe_loss = mean_over_ranks(sums.moe_loss / sums.steps)
@@ -93,35 +93,32 @@ class TrainingLog:
             self._timed_steps += sums.steps
             self._timed_seconds += sums.seconds
         seconds = sums.seconds / sums.steps
-        norm, rate = self.engine.get_global_grad_norm(), self.learning_rate
+        norm = self.engine.get_global_grad_norm()
         norm = float(norm) if norm is not None else math.nan
         tokens_per_second = self._speed(sums.steps, sums.seconds)
         low, high = _load_shares(sums.exp_counts)
         left = (self.train_iters - iteration) * seconds
         say(
             f"iteration {iteration:7d}/{self.train_iters} | consumed samples: {consumed_samples} | "
-            f"{self.loss_name}: {task_loss:.8E} | moe loss: {moe_loss:.6E} | learning rate: {rate:.3E} | "
-            f"grad norm: {norm:.6f} | "
+            f"{self.loss_name}: {task_loss:.8E} | moe loss: {moe_loss:.6E} | "
+            f"learning rate: {self.learning_rate:.3E} | grad norm: {norm:.6f} | "
             f"{self.unit} per second: {tokens_per_second:.0f} | seconds per iteration: {seconds:.3f} | "
             f"expert load min/max: {low:.3f}/{high:.3f} | skipped: {self.engine.skipped_steps} | "
             f"left: {int(left) // 60}:{int(left) % 60:02d}"
         )
-        self._monitor(
-            "Train",
-            consumed_samples,
-            {
-                self.loss_name.replace(" ", "_"): task_loss,
-                "moe_loss": moe_loss,
-                f"{self.unit}_per_second": tokens_per_second,
-                "seconds_per_iteration": seconds,
-                "expert_load_min": low,
-                "expert_load_max": high,
-                "grad_norm": norm,
-            },
-        )
+        values = {
+            self.loss_name.replace(" ", "_"): task_loss,
+            "moe_loss": moe_loss,
+            f"{self.unit}_per_second": tokens_per_second,
+            "seconds_per_iteration": seconds,
+            "expert_load_min": low,
+            "expert_load_max": high,
+            "grad_norm": norm,
+        }
+        self._monitor("Train", consumed_samples, values)
 
     def write_validation(self, iteration: int, consumed_samples: int, loss: float) -> None:
-        """The line of a validation; loss in nats per token."""
+        """Prints the line of a validation; the loss is in nats per token."""
         perplexity = math.exp(loss) if loss < 700 else math.inf
         say(f"validation at iteration {iteration} | lm loss: {loss:.8E} | perplexity: {perplexity:.4f}")
         self._monitor("Validation", consumed_samples, {"lm_loss": loss, "perplexity": perplexity})
@@ -141,14 +138,14 @@ def say(line: str) -> None:
 
 
 def mean_over_ranks(value: Tensor | float) -> float:
-    """Over all ranks: those of one tensor-parallel group hold the same value. Collective."""
+    """Mean over all ranks. The ranks of a tensor-parallel group hold the same value. Collective."""
     mean = torch.as_tensor(value, dtype=torch.float64, device=device()).clone()
     dist.all_reduce(mean)
     return float(mean) / dist.get_world_size()
 
 
 def _load_shares(exp_counts: list[Tensor]) -> tuple[float, float]:
-    """Least and largest share of the routed tokens that any expert of any layer got, over all ranks."""
+    """Least and largest share of a layer's routed tokens on one expert, over all experts, layers and ranks."""
     shares = []
     for counts in exp_counts:
         total = counts.to(device=device(), dtype=torch.float64)

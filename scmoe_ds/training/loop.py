@@ -1,8 +1,8 @@
 """The training loop: step, log, validate, save, resume, stop.
 
-Random numbers (dropout, gate noise, token selection) belong to the micro-batch, not to the rank or the process: each
-micro-batch seeds the generators from (seed, iteration, its global number). A resumed run and a run on another number
-of data-parallel ranks then draw the same numbers, and no generator state is kept in checkpoints.
+Random numbers (dropout, gate noise, token selection) belong to the micro-batch, not to the rank or the process. Each
+micro-batch seeds the generators from (seed, iteration, its global number). A resumed run, or a run on another number of
+data-parallel ranks, then draws the same numbers. Checkpoints hold no generator state.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,47 +26,10 @@ from scmoe_ds.parallel.failures import at_iteration
 from scmoe_ds.parallel.process import device
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
-from scmoe_ds.trace.recorder import Recorder
-from scmoe_ds.trace.timeline import save_timeline
 from scmoe_ds.training.health import StepHealth, is_loss_scale_exhausted, not_finite, overflows_at_any_scale
 from scmoe_ds.training.log import TrainingLog, TrainingOutput, mean_over_ranks, say
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """What the loop needs beside engine and data; iterations are optimizer steps, `trace` the one to draw."""
-
-    train_iters: int
-    micro_batch_size: int
-    accumulation_steps: int
-    seq_length: int
-    seed: int
-    log_interval: int
-    eval_interval: int
-    eval_iters: int
-    num_workers: int = 0
-    save: str | None = None
-    save_interval: int | None = None
-    exit_interval: int | None = None
-    trace: int | None = None
-    trace_dir: str = "traces"
-    exit_duration_min: float | None = None
-    keep_last: int | None = None
-
-    @property
-    def rank_batch_size(self) -> int:
-        """Sequences that one rank reads per iteration."""
-        return self.micro_batch_size * self.accumulation_steps
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended. Losses in nats per token, averaged over ranks; tokens_per_second over training steps only."""
-
-    iteration: int
-    validation_loss: float | None
-    tokens_per_second: float
-    checkpoint: Path | None
+from scmoe_ds.training.settings import Summary, TrainingSettings
+from scmoe_ds.training.step_trace import StepTrace
 
 
 class Trainer:
@@ -77,9 +39,9 @@ class Trainer:
         engine: from `scmoe_ds.initialize`; its module is a GPT.
         train, valid: megatron-core data sets; `valid` may be None.
         settings: intervals, sizes and directories.
-        description: what checkpoints are labelled with (`checkpoint.describe`).
+        description: of `checkpoint.describe`, for the checkpoints.
         iteration, consumed_samples: where a resumed run stands.
-        carried: names and contents of files that each checkpoint carries: the tokenizer's.
+        carried: names and contents of the tokenizer's files, which each checkpoint carries.
     """
 
     log_class: type[TrainingLog] = TrainingLog
@@ -107,15 +69,15 @@ class Trainer:
         self._told_to_stop = False  # in the middle of a validation
         self._saved: Path | None = None
         self._validation: tuple[int, float] | None = None
-        self._traced = False
+        self._trace = StepTrace(engine, settings.trace, settings.trace_dir)
 
     def run(self) -> Summary:
-        """Trains up to `train_iters` (or until something else ends it), then validates and saves.
+        """Trains up to `train_iters` or until something else ends the run, then validates and saves.
 
         Raises:
-            TrainingError: a loss or gradient is not finite, or fp16 skips every step; on all ranks, nothing is saved.
-                A checkpoint that the run came from a few steps before is marked: the next --auto-resume goes further
-                back.
+            TrainingError: on all ranks: a loss or gradient is not finite, or fp16 skips every step. Nothing is saved.
+                When the run started from a checkpoint a few steps before, that checkpoint is marked, and the next
+                --auto-resume goes further back.
         """
         try:
             return self._run()
@@ -125,28 +87,23 @@ class Trainer:
 
     def _run(self) -> Summary:
         settings = self.settings
-        batches = (
-            self._batches(self.train_set, self.consumed_samples) if self.iteration < settings.train_iters else None
-        )
-        # To the end: a second signal must not cut the save.
+        is_over = self.iteration >= settings.train_iters
+        batches = None if is_over else self._batches(self.train_set, self.consumed_samples)
+        # Until the end of the save, which a second signal must not interrupt.
         with StopRequest(settings.exit_duration_min) as self._stop:
             stopped = batches is not None and self._train(batches, self._stop)
-            # A scheduler that wants the machine back does not wait for a validation.
+            # A scheduler that needs the machine does not wait for a validation.
             if not stopped and (self._validation is None or self._validation[0] != self.iteration):
                 self._validate()
             saved = self._saved is not None and self._due(settings.save_interval)
             if settings.save and batches is not None and not saved:
                 self._save()
-        if settings.trace is not None and not self._traced:
-            say(
-                f"--scmoe-trace {settings.trace}: not written, the run ended before that iteration, or before "
-                "its schedule was chosen"
-            )
+        self._trace.close()
         loss = self._validation[1] if self._validation else None
         return Summary(self.iteration, loss, self.log.tokens_per_second, self._saved)
 
     def _train(self, batches: Iterator[dict[str, Tensor]], stop: StopRequest) -> bool:
-        """Steps until the last iteration; returns whether a signal or the limit of time ended it before."""
+        """Trains until the last iteration. Returns whether a signal or the time limit ended it earlier."""
         settings = self.settings
         while self.iteration < settings.train_iters:
             started, iteration = time.perf_counter(), self.iteration + 1
@@ -169,7 +126,7 @@ class Trainer:
                 break
             reason = agreement.reason
             if reason is None and (self._due(settings.eval_interval) or self._due(settings.save_interval)):
-                reason = stop.agreed().reason  # validations and saves are long: a signal that came in them
+                reason = stop.agreed().reason  # a signal may have come during the long validation or save
             if reason is not None:
                 say(f"stopping at iteration {self.iteration}: {reason}")
                 return True
@@ -181,17 +138,14 @@ class Trainer:
         reason = str(error).split("; ", 1)[0]
         marked = checkpoint.note_failure(Path(self.settings.save), error.since, reason)
         if marked is not None:
-            say(
-                f"{marked} does not train: the next --auto-resume goes further back; --load {marked} uses it all the "
-                "same"
-            )
+            say(f"{marked} does not train: the next --auto-resume goes further back; --load {marked} still uses it")
 
     def step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step over `accumulation_steps` micro-batches per rank."""
-        settings, recorder = self.settings, None
+        settings = self.settings
         for micro_step in range(settings.accumulation_steps):
             if micro_step == settings.accumulation_steps - 1:
-                recorder = self._begin_trace()
+                self._trace.begin(self.iteration + 1)
             number = micro_step * self.data_ranks + self.data_rank
             seed_micro_batch(settings.seed, self.iteration, number)
             output = self._forward(next(batches))
@@ -202,14 +156,13 @@ class Trainer:
             self.log.add_micro_batch(output, 1 / settings.accumulation_steps)
         self.iteration += 1
         self.consumed_samples += settings.rank_batch_size * self.data_ranks
-        if recorder is not None:
-            self._end_trace(recorder)
+        self._trace.end(self.iteration)
 
     def _engine_step(self) -> None:
         rates = self.engine.get_lr()
         self.log.learning_rate = rates[0]
-        # The schedule goes on within the step. DeepSpeed's own monitor events and lines come after it, and would show
-        # the next step's rate.
+        # The step advances the schedule. DeepSpeed's monitor events and log lines come after that, and would show the
+        # next step's rate.
         self.engine.get_lr = lambda: rates
         try:
             self.engine.step()
@@ -223,7 +176,7 @@ class Trainer:
             del self.engine.get_lr
 
     def _require_health(self, finding: int) -> None:
-        """A run that has diverged must neither be saved nor go on."""
+        """Ends a run that has diverged, before it is saved."""
         self.health.check_skipped_steps(self.iteration)
         if not finding:
             return
@@ -239,7 +192,7 @@ class Trainer:
         raise not_finite(what, self.iteration, place, samples, documents_of(self.train_set, samples))
 
     def evaluate(self, data: Any) -> float | None:
-        """Mean loss in nats per token over the first `eval_iters` batches of every rank, the same each time.
+        """Mean loss in nats per token over the first `eval_iters` batches of every rank, which are always the same.
 
         None if the ranks were told to stop meanwhile. Collective.
         """
@@ -257,51 +210,27 @@ class Trainer:
         return None if self._told_to_stop else mean_over_ranks(total / batch_count)
 
     def _until_stopped(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """Batches of a validation, which ends early when the ranks have agreed to stop."""
+        """Batches of a validation, until the ranks agree to stop."""
         for batch in batches:
             self._told_to_stop = self._stop is not None and self._stop.agreed().reason is not None
             if self._told_to_stop:
                 return
             yield batch
 
-    def _begin_trace(self) -> Recorder | None:
-        """Records one micro-batch of the wanted iteration, or of the first with its final schedule after it."""
-        wanted = self.settings.trace
-        if self._traced or wanted is None or self.iteration + 1 < wanted or self.engine.overlap.calibrating:
-            return None
-        self._traced = True
-        dist.barrier()  # one origin of time for all ranks
-        recorder = Recorder(device())
-        self.engine.overlap.record(recorder)
-        return recorder
-
-    def _end_trace(self, recorder: Recorder) -> None:
-        self.engine.overlap.record(None)
-        spans = recorder.spans()
-        if not spans:  # on no rank then: all have the same layers
-            say("--scmoe-trace: nothing to draw; DeepSpeed's own layers are not recorded")
-            return
-        try:
-            for path in save_timeline(spans, self.settings.trace_dir, self.iteration):
-                say(f"wrote {path}")
-        except Exception as error:  # on rank 0 alone, and a picture is no reason to stop
-            say(f"--scmoe-trace: not written: {error}")
-
     def _forward(self, batch: dict[str, Tensor]) -> TrainingOutput:
         on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
         return self.engine(on_device["tokens"], labels=on_device["labels"], loss_mask=on_device["loss_mask"])
 
     def _batches(self, data: Any, consumed_samples: int) -> Iterator[dict[str, Tensor]]:
-        return iter(
-            pretraining_batches(
-                data,
-                micro_batch_size=self.settings.micro_batch_size,
-                num_workers=self.settings.num_workers,
-                data_parallel_rank=self.data_rank,
-                data_parallel_size=self.data_ranks,
-                consumed_samples=consumed_samples,
-            )
+        loader = pretraining_batches(
+            data,
+            num_workers=self.settings.num_workers,
+            micro_batch_size=self.settings.micro_batch_size,
+            data_parallel_rank=self.data_rank,
+            data_parallel_size=self.data_ranks,
+            consumed_samples=consumed_samples,
         )
+        return iter(loader)
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.iteration % interval == 0

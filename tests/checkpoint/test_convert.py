@@ -14,7 +14,7 @@ from torch import Tensor
 
 import scmoe_ds
 from scmoe_ds import checkpoint
-from scmoe_ds.checkpoint.convert import export
+from scmoe_ds.checkpoint.export import export
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect

@@ -14,6 +14,7 @@ import torch
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint import files, rotation
+from scmoe_ds.checkpoint.directories import read_latest
 from scmoe_ds.checkpoint.files import DamagedCheckpointError
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.checksums import file_entry
@@ -34,7 +35,7 @@ def make(root: Path, step: int, description: dict[str, Any] = DESCRIPTION, lates
     for rank in (0, 1):
         torch.save(torch.full((50,), 2 * step + rank), part / f"rank_{rank}.pt")
     (part / files.DESCRIPTION_FILE).write_text(json.dumps(description))
-    before = files.read_latest(root)
+    before = read_latest(root)
     rotation.publish(part, final, {file.name: file_entry(file) for file in part.iterdir()})
     if not latest and before is not None:
         (root / "latest").write_text(before)
@@ -128,7 +129,7 @@ def test_auto_resume(tmp_path: Path) -> None:
 
 def test_load_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"absent is neither .* \(no such directory\); mend the path, or leave --load"
+        CheckpointError, match=r"absent is neither .* \(no such directory\); correct the path, or leave --load"
     ):
         checkpoint.choose(str(tmp_path / "absent"), None, False, DESCRIPTION)
     make(tmp_path, 1)

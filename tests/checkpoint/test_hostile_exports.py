@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from scmoe_ds.analysis.swin import open_swin
 from scmoe_ds.checkpoint import files
-from scmoe_ds.checkpoint.convert import export, open_weights
 from scmoe_ds.checkpoint.description import describe
+from scmoe_ds.checkpoint.export import export, open_weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE, write_weights
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.checksums import file_entry

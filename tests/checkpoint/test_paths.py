@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe_ds.checkpoint.convert import open_weights
+from scmoe_ds.checkpoint.export import open_weights
 from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 from tests.checkpoint.test_damaged import Payload
 from tests.programs.test_bad_input import FLAGS, JSON

@@ -18,13 +18,13 @@ import torch
 
 import scmoe_ds
 from scmoe_ds import checkpoint
-from scmoe_ds.checkpoint import comparison, failures, loading
+from scmoe_ds.checkpoint import comparison, failure_notes, loading
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint.comparison import Outcome, differences, outcome_of, run_settings
 from scmoe_ds.checkpoint.hyperparameters import OwnSettings
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import identify
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.splits import split_shares
 from scmoe_ds.engine import connect
 from scmoe_ds.models.gpt import GPT
@@ -424,7 +424,7 @@ def test_load_of_nothing_is_an_error(pretrain: Program, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, reason in {"absent": "no such directory", "empty": "it is empty"}.items():
         text = pretrain("--load", name, "--save", "run", "--exit-interval", "1", expect=2)
-        assert re.search(rf"--load {name} is neither .* \({reason}\); mend the path, or leave --load out", text)
+        assert re.search(rf"--load {name} is neither .* \({reason}\); correct the path, or leave --load out", text)
         assert not pretrain.steps("run")
     # The remedy: leave it out; or one command line for start and restart.
     assert "this run starts from scratch" in pretrain("--save", "run", "--exit-interval", "1")
@@ -521,8 +521,8 @@ def test_a_diverged_run_goes_on_further_back_and_its_remedies_work(pretrain: Pro
     assert "optimizer.params.lr = 1e+18 (was 0.01)" in text
     assert re.search(r"iteration 6: loss is (nan|inf).*[Ll]ower the learning rate or set gradient_clipping", text, re.S)
     assert "run/global_step5 does not train: the next --auto-resume goes further back" in text
-    assert failures.read(tmp_path / "run/global_step5") is not None
-    assert failures.read(tmp_path / "run/global_step4") is None, "only what the run came from"
+    assert failure_notes.read(tmp_path / "run/global_step5") is not None
+    assert failure_notes.read(tmp_path / "run/global_step4") is None, "only what the run came from"
     explicit = pretrain("--load", "run/global_step5", "--save", "run", expect=2)
     assert "from iteration 5" in explicit, "a user who names it gets it"
     assert "--load run/global_step5: a run that went on from it ended at once (iteration 6: " in explicit
@@ -532,7 +532,7 @@ def test_a_diverged_run_goes_on_further_back_and_its_remedies_work(pretrain: Pro
     )
     assert "from iteration 4" in text and "finished at iteration 8" in text
     assert "learning rate: 1.000E-05" in text, "the lower learning rate has an effect"
-    assert failures.read(tmp_path / "run/global_step5") is None, "the new checkpoint of that name is another one"
+    assert failure_notes.read(tmp_path / "run/global_step5") is None, "the new checkpoint of that name is another one"
 
 
 def test_when_no_checkpoint_trains_the_run_starts_again(pretrain: Program) -> None:
@@ -546,11 +546,12 @@ def test_when_no_checkpoint_trains_the_run_starts_again(pretrain: Program) -> No
 def test_a_failure_far_behind_a_checkpoint_is_not_its_own(tmp_path: Path) -> None:
     for number in (10, 20):
         (tmp_path / f"global_step{number}").mkdir()
-    assert failures.note(tmp_path, 20 + failures.FIRST_STEPS + 1, "loss is nan") is None
-    assert failures.note(tmp_path, 10, "loss is nan") is None, "what is newer is not where it came from"
-    assert failures.note(tmp_path, 21, "loss is nan") == tmp_path / "global_step20"
+    assert failure_notes.note(tmp_path, 20 + failure_notes.FIRST_STEPS + 1, "loss is nan") is None
+    assert failure_notes.note(tmp_path, 10, "loss is nan") is None, "what is newer is not where it came from"
+    assert failure_notes.note(tmp_path, 21, "loss is nan") == tmp_path / "global_step20"
     assert (
-        failures.read(tmp_path / "global_step20") == "loss is nan" and failures.read(tmp_path / "global_step10") is None
+        failure_notes.read(tmp_path / "global_step20") == "loss is nan"
+        and failure_notes.read(tmp_path / "global_step10") is None
     )
 
 
@@ -567,7 +568,7 @@ def test_the_image_program_does_likewise(tmp_path: Path, capfd: pytest.CaptureFi
     ]
     flags += ["--moe-expert-parallel-size", "1"]
     assert pretrain_swin_program.main([*flags, "--load", str(tmp_path / "absent")]) == 2
-    assert "(no such directory); mend the path" in capfd.readouterr().err
+    assert "(no such directory); correct the path" in capfd.readouterr().err
     (tmp_path / "run/global_step5").mkdir(parents=True)
     assert pretrain_swin_program.main([*flags, "--save", str(tmp_path / "run")]) == 2
     assert "holds checkpoints of another run (global_step5)" in capfd.readouterr().err

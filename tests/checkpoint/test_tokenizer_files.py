@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from scmoe_ds.checkpoint import loading, saving, tokenizer_files
-from scmoe_ds.checkpoint.convert import export, open_weights
 from scmoe_ds.checkpoint.description import describe_model
+from scmoe_ds.checkpoint.export import export, open_weights
 from scmoe_ds.checkpoint.files import read_manifest
 from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.config.section import ScMoEConfig

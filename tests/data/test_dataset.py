@@ -18,29 +18,24 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe_ds.data import corpus, indexed
-from scmoe_ds.data.corpus import (
-    IndexedDatasetWriter,
-    prepare_default_corpus,
-    standard_library_documents,
-    unigram_entropy,
-    write_indexed_dataset,
-)
-from scmoe_ds.data.dataset import (
-    DataSettings,
-    PretrainingSampler,
-    build_datasets,
-    check_indexed_dataset,
-    parse_data_path,
-    pretraining_batches,
-    split_ranges,
-)
-from scmoe_ds.data.text import read_text
+from scmoe_ds.data import default_corpus, indexed, sequences
+from scmoe_ds.data.dataset import DataSettings, build_datasets
+from scmoe_ds.data.default_corpus import prepare_default_corpus, standard_library_documents
+from scmoe_ds.data.indexed import check_token_range, read_layout
+from scmoe_ds.data.indexed_writer import IndexedDatasetWriter, write_indexed_dataset
+from scmoe_ds.data.sampler import PretrainingSampler, pretraining_batches
+from scmoe_ds.data.sequences import Sequences, unigram_entropy
+from scmoe_ds.data.splits import parse_data_path, split_ranges
+from scmoe_ds.data.text_file import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from scmoe_ds.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ = 8
+
+
+def check_indexed_dataset(prefix: str, vocab_size: int) -> None:
+    check_token_range(read_layout(prefix), vocab_size)
 
 
 def make_documents(count: int, seed: int = 0) -> list[list[int]]:
@@ -133,7 +128,7 @@ def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
-    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(root))
+    monkeypatch.setattr(default_corpus.sysconfig, "get_path", lambda name: str(root))
     return root
 
 
@@ -143,7 +138,7 @@ def test_library_documents(small_library: Path) -> None:
 
 
 def test_library_without_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(default_corpus.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(DataError, match=r"no \.py files"):
         list(standard_library_documents())
 
@@ -205,15 +200,14 @@ def entropy(documents: list[list[int]]) -> float:
 
 
 def test_unigram_entropy(prefix: str, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    assert unigram_entropy(prefix) == pytest.approx(entropy(documents), abs=1e-12)
-    monkeypatch.setattr(corpus, "_ENTROPY_BLOCK_TOKENS", 100)  # several blocks
-    assert unigram_entropy(prefix) == pytest.approx(entropy(documents), abs=1e-12)
-    some = unigram_entropy(IndexedDataset(prefix), range(3, 9))
-    assert some == pytest.approx(entropy(documents[3:9]), abs=1e-12)
+    dataset = Sequences(prefix)
+    everything = range(len(documents))
+    assert unigram_entropy(dataset, everything) == pytest.approx(entropy(documents), abs=1e-12)
+    monkeypatch.setattr(sequences, "_ENTROPY_BLOCK_TOKENS", 100)  # several blocks
+    assert unigram_entropy(dataset, everything) == pytest.approx(entropy(documents), abs=1e-12)
+    assert unigram_entropy(dataset, range(3, 9)) == pytest.approx(entropy(documents[3:9]), abs=1e-12)
     with pytest.raises(DataError, match="no tokens"):
-        unigram_entropy(prefix, range(0))
+        unigram_entropy(dataset, range(0))
 
 
 # ---------------------------------------------------------------- refusing damaged datasets
@@ -561,7 +555,6 @@ def test_batch_contents() -> None:
         ({"data_parallel_rank": -1}, "rank -1 is outside"),
         ({"consumed_samples": 24}, "24 samples are already consumed, but the dataset has 23"),
         ({"consumed_samples": -1}, "-1 samples"),
-        ({"consumed_samples": 8, "num_micro_batches": 4}, r"4 micro-batches \(16 samples in all\).*for 3"),
     ],
 )
 def test_asking_for_too_much(changes: dict[str, int], expected: str) -> None:
@@ -583,7 +576,8 @@ PROGRAM = """
 import json, multiprocessing, sys, warnings
 warnings.simplefilter("ignore")
 import torch.distributed as dist
-from scmoe_ds.data.dataset import DataSettings, build_datasets, pretraining_batches
+from scmoe_ds.data.dataset import DataSettings, build_datasets
+from scmoe_ds.data.sampler import pretraining_batches
 from scmoe_ds.errors import DataError
 from scmoe_ds.data.tokenizer import ByteTokenizer
 
@@ -675,7 +669,7 @@ def test_the_bytes_of_a_text_stay_on_disk(tmp_path: Path) -> None:
 def test_a_text_that_is_not_utf8(
     content: bytes, message: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scmoe_ds.data.text._PIECE_BYTES", piece)
+    monkeypatch.setattr("scmoe_ds.data.text_file._PIECE_BYTES", piece)
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(DataError, match=rf"^--text-file \S+ cannot be read as UTF-8 text: {message}$"):
         read_text(str(tmp_path / "text"), ByteTokenizer(), 257)

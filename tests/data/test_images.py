@@ -60,9 +60,9 @@ def test_order_split_and_padding() -> None:
     data = Digits(8)
     assert data.images.shape == (1797, 1, 8, 8) and (data.images.min(), data.images.max()) == (-1, 1)
     train, valid = split_in_two(data, "80,20", 3, "digits")
-    assert sorted([*train.members, *valid.members]) == list(range(1797)) and len(valid) == 359
-    assert split_in_two(data, "80,20", 3, "digits")[1].members == valid.members
-    assert split_in_two(data, "80,20", 4, "digits")[1].members != valid.members
+    assert sorted([*train.indices, *valid.indices]) == list(range(1797)) and len(valid) == 359
+    assert split_in_two(data, "80,20", 3, "digits")[1].indices == valid.indices
+    assert split_in_two(data, "80,20", 4, "digits")[1].indices != valid.indices
     labels = [int(train[index]["labels"]) for index in range(len(train))]
     twice = Epochs(train, 2 * len(train), seed=0)
     first, second = (

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from scmoe_ds.data import index_cache
-from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.index_cache import IndexCache
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.errors import DataError
 

@@ -11,13 +11,13 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from scmoe_ds.analysis.tokens import read_data_set
-from scmoe_ds.data.corpus import unigram_entropy, write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets, documents_of, validation_entropy
-from scmoe_ds.data.indexed import check_indexed_dataset, read_layout
-from scmoe_ds.data.sequences import Sequences
+from scmoe_ds.data.indexed import check_token_range, read_layout
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
+from scmoe_ds.data.sequences import Sequences, unigram_entropy
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.errors import AnalysisError, DataError
-from scmoe_ds.evaluation.text import IndexedDocuments
+from scmoe_ds.evaluation.documents import IndexedDocuments
 from scmoe_ds.programs import run as program
 
 EOD = 256
@@ -115,7 +115,7 @@ def test_other_sizes_keep_their_reason(tmp_path: Path, change: int, reason: str)
     content = (tmp_path / "data.bin").read_bytes() + b"\0\0"
     (tmp_path / "data.bin").write_bytes(content[: 10 + change])
     with pytest.raises(DataError, match=reason):
-        check_indexed_dataset(prefix, 257)
+        check_token_range(read_layout(prefix), 257)
 
 
 # ---------------------------------------------------------------- documents of several sequences
@@ -136,7 +136,7 @@ def test_validation_is_the_same_sequences_everywhere(tmp_path: Path, documents: 
 
     valid: Any = build_datasets(settings_for(prefix), 50, 10, 0).valid
     assert validation_entropy(valid) == pytest.approx(entropy, abs=1e-12)
-    assert unigram_entropy(prefix, range(160, 200)) == pytest.approx(entropy, abs=1e-12)
+    assert unigram_entropy(Sequences(prefix), range(160, 200)) == pytest.approx(entropy, abs=1e-12)
     assert read_data_set(prefix, "8,2,0", 257).tolist() == tokens
     with pytest.raises(AnalysisError, match=r"leaves no validation part .* leave --split out"):
         read_data_set(prefix, "1", 257)
@@ -156,7 +156,7 @@ def test_messages_count_documents_not_sequences(tmp_path: Path) -> None:
         assert named == f"documents {held} of {prefix}"  # each document holds its own number
     (tmp_path / "data.bin").write_bytes((tmp_path / "data.bin").read_bytes()[:-2] + b"\xff\xff")
     with pytest.raises(DataError, match=r"token id 65535 \(document 9\)"):
-        check_indexed_dataset(prefix, 257)
+        check_token_range(read_layout(prefix), 257)
     with pytest.raises(DataError, match=r"the valid split .* is 0 of 30 sequences .* --eval-iters 0"):
         build_datasets(settings_for(prefix, split="99,1"), 50, 10, 0)
 
@@ -167,7 +167,7 @@ def test_boundaries_that_make_no_sense(tmp_path: Path, boundaries: list[int]) ->
     content = (tmp_path / "data.idx").read_bytes()
     (tmp_path / "data.idx").write_bytes(content[:-32] + np.array(boundaries, np.int64).tobytes())
     with pytest.raises(DataError, match="contradicts itself"):
-        check_indexed_dataset(prefix, 257)
+        check_token_range(read_layout(prefix), 257)
 
 
 # ---------------------------------------------------------------- a file that changes while it is read

@@ -13,7 +13,7 @@ import pytest
 
 from scmoe_ds.data import reader, text
 from scmoe_ds.data.reader import BadDocumentError, find_files, parse_line, read_document, read_lines
-from scmoe_ds.data.text import read_text
+from scmoe_ds.data.text_file import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.errors import DataError
 

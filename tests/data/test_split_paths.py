@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets, identify, validation_entropy
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import DataError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lab.distributed import run_distributed
-from scmoe_ds.data.corpus import write_indexed_dataset
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.programs import evaluate as evaluate_program
 from tests.evaluation.test_evaluate import (
     ALL_TASKS,

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from lab.distributed import free_port, run_distributed
-from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.dataset import DataSettings, build_datasets
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from scmoe_ds.errors import ExchangeError, LauncherError, TrainingError
 from scmoe_ds.models.gpt import GPTOutput

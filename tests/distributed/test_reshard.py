@@ -17,7 +17,7 @@ import scmoe_ds
 from lab.distributed import run_distributed
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import loading
-from scmoe_ds.checkpoint.convert import export
+from scmoe_ds.checkpoint.export import export
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings

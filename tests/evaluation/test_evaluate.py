@@ -17,11 +17,11 @@ import torch
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.corpus import write_indexed_dataset
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from scmoe_ds.engine import connect
+from scmoe_ds.evaluation.documents import IndexedDocuments, TextDocument
 from scmoe_ds.evaluation.scoring import Scorer
-from scmoe_ds.evaluation.text import IndexedDocuments, TextDocument
 from scmoe_ds.evaluation.windows import Row, SlidingWindow
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
@@ -147,7 +147,7 @@ def test_a_text_file(export: str, text_file: str, tmp_path: Path, capfd: pytest.
 def test_words_and_bytes_across_pieces(text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces that end within words, characters and runs of blanks."""
     for size in (1, 2, 3, 10):
-        monkeypatch.setattr("scmoe_ds.data.text._PIECE_BYTES", size)
+        monkeypatch.setattr("scmoe_ds.data.text_file._PIECE_BYTES", size)
         document = TextDocument(text_file, ByteTokenizer())
         assert document.num_words == len(TEXT.split())
         assert document.tokens(0).tobytes() == TEXT.encode()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.quality import compare as quality
 from benchmarks.quality.text_corpus import Document
-from scmoe_ds.data.corpus import standard_library_documents
+from scmoe_ds.data.default_corpus import standard_library_documents
 
 ITERATIONS, SEQUENCE = 6, 32
 _SETTINGS = Path(quality.__file__).with_name("quality.json")

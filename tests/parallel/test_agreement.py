@@ -41,7 +41,7 @@ def on_another_rank(error: Exception, monkeypatch: pytest.MonkeyPatch) -> Except
     def gather(_: Any) -> list[Any]:
         return [None, pickle.loads(pickle.dumps(agreement._that_travels(error)))]  # type: ignore[arg-type]
 
-    monkeypatch.setattr(agreement, "_gather", gather)
+    monkeypatch.setattr(agreement, "gather", gather)
     return raised_by(lambda: agreement.run_together(lambda: None))
 
 

@@ -17,8 +17,8 @@ from scmoe_ds.analysis.similarity import measure
 from scmoe_ds.analysis.subjects import swin_subject
 from scmoe_ds.checkpoint.description import describe
 from scmoe_ds.checkpoint.safetensors_files import write_weights
-from scmoe_ds.data.corpus import write_indexed_dataset
 from scmoe_ds.data.images import Digits
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.engine import connect
 from scmoe_ds.programs import analyze as analyze_program
 from scmoe_ds.programs.flags.analysis import build_parser

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scmoe_ds.data.corpus import write_indexed_dataset
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.engine import connect
 from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 

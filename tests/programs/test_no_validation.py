@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe_ds.data.corpus import write_indexed_dataset
+from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.engine import connect
 from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 from scmoe_ds.programs import pretrain_swin as pretrain_swin_program

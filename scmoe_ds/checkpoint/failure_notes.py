@@ -1,7 +1,7 @@
-"""Checkpoints that do not train: a note beside the tensors, by which the next --auto-resume goes further back.
+"""Marks checkpoints that do not train with a note, so that the next --auto-resume goes further back.
 
 A step with a finite loss can leave useless weights (a learning rate far too high, a memory fault). Their checkpoint has
-the right checksums, so that every restart would end where the first one did.
+the right checksums, so every restart would end where the first one did.
 """
 
 from __future__ import annotations
@@ -15,29 +15,28 @@ from scmoe_ds.checkpoint import files
 logger = logging.getLogger("scmoe_ds")
 
 FAILURE_FILE = "scmoe_failure.json"
-"""Lies in the checkpoint's directory: a checkpoint that takes its place has none. Not in the manifest."""
+"""Lies in the checkpoint's directory, so a checkpoint that replaces it has none. Not in the manifest."""
 FIRST_STEPS = 3
-"""A loss or gradient that is not finite within this many steps after a checkpoint counts as the checkpoint's fault. A
-moment that is not finite shows in the loss of the second step."""
+"""When a loss or gradient is not finite within this many steps after a checkpoint, the checkpoint is at fault. A moment
+that is not finite shows in the loss of the second step."""
 
 
 def note(root: Path, iteration: int, reason: str) -> Path | None:
-    """Notes that the newest checkpoint before an iteration does not train, if it is one of the last few steps.
+    """Marks the newest checkpoint before an iteration, if it is at most `FIRST_STEPS` older. One rank calls it.
 
     Args:
-        root: directory of --save. One rank calls this.
+        root: directory of --save.
         iteration: the first whose numbers were not finite.
         reason: a line for the next start.
 
     Returns:
-        the checkpoint; None: there is none so close.
+        the checkpoint; None when there is none so close.
     """
     for tag in files.newest_first(root):
         if 0 < iteration - (files.iteration_of(tag) or 0) <= FIRST_STEPS:
+            text = json.dumps({"iteration": iteration, "reason": reason}) + "\n"
             try:
-                files.write_whole(
-                    root / tag / FAILURE_FILE, json.dumps({"iteration": iteration, "reason": reason}) + "\n"
-                )
+                files.write_whole(root / tag / FAILURE_FILE, text)
             except OSError as error:
                 logger.warning("%s: could not note that it does not train (%s)", root / tag, error.strerror)
                 return None
@@ -46,7 +45,7 @@ def note(root: Path, iteration: int, reason: str) -> Path | None:
 
 
 def read(checkpoint: Path) -> str | None:
-    """Why a run from a checkpoint ended at once; None: it has not."""
+    """Why a run from a checkpoint ended at once; None when none has."""
     try:
         return str(json.loads((checkpoint / FAILURE_FILE).read_text(encoding="utf-8"))["reason"])
     except (OSError, ValueError, KeyError, TypeError):

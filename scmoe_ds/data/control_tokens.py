@@ -1,9 +1,9 @@
-"""Text is text: a text that spells a control token, such as "</s>", is encoded as the characters that it consists of.
+"""Encodes a text that spells a control token, such as "</s>", as ordinary characters.
 
-A tokenizer of transformers has three ways to a control token. Its added tokens are cut out of the text first; they are
-switched off here. Its model may find the spelling in its vocabulary, or a byte token ("<0x0A>") that is meant for
-characters without a token of their own; the spelling is cut in two in front of the model. Added tokens that are not
-special are ordinary words of the vocabulary and stay whole.
+A tokenizer of transformers can turn text into a control token in three ways. First it cuts its added tokens out of the
+text; here this is switched off. Then its model may find the spelling in its vocabulary, or may find a byte token
+("<0x0A>"), which stands for characters without a token. Here the spelling is cut in two before the model sees it.
+Added tokens that are not special are ordinary words and stay whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Encode = Callable[[str], list[int]]
 
 
 def plain_encoder(tokenizer: Any) -> Encode:
-    """The function from a text to its ids, with no special token added around it; it can be pickled.
+    """The function from a text to its ids, without special tokens around it. It can be pickled.
 
     Args:
         tokenizer: of transformers, backed by `tokenizers` ("fast") or by Python ("slow").
@@ -49,7 +49,7 @@ class _FastEncoder:
 
 
 def _reachable(saved: dict[str, Any], control: set[str]) -> set[str]:
-    """Of the control tokens and byte tokens, those that the model itself could find in a text."""
+    """The control tokens and byte tokens that the model itself could find in a text."""
     model = saved["model"]
     vocabulary = model["vocab"]
     words = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
@@ -87,7 +87,7 @@ class _SlowEncoder:
         ids = self._ids(text)
         if self._forbidden.isdisjoint(ids):
             return ids
-        # Some tokenizers look for control tokens by themselves, as a whole text or a whole word.
+        # Some tokenizers look for control tokens themselves, as a whole text or a whole word.
         places = [0, *(match.end() for match in self._spelled.finditer(text)), len(text)]
         return [token for begin, end in pairwise(places) if begin < end for token in self._ids(text[begin:end])]
 

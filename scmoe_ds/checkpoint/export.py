@@ -1,8 +1,9 @@
-"""Weights from a checkpoint to safetensors, as they are or as those of another architecture."""
+"""Exports the weights of a checkpoint as safetensors, unchanged or as another architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ Readers = dict[str, Callable[[], Tensor]]
 
 
 def open_weights(path: Path, contents: bool = True) -> tuple[Weights, dict[str, Any]]:
-    """Whole parameters and description of a checkpoint (a directory of them stands for its latest), or of an export.
+    """Whole parameters and description of a checkpoint, of the latest checkpoint of a directory, or of an export.
 
     Args:
-        contents: compare all files with their checksums, which reads them once; otherwise only their sizes.
+        contents: whether to compare checksums, which reads all files; otherwise only sizes are compared.
 
     Raises:
-        CheckpointError: neither, or damaged.
+        CheckpointError: there is no such checkpoint, or it is damaged.
     """
     path = locate(path)
     files.verify(path, "reading", contents)
@@ -47,8 +48,7 @@ def open_weights(path: Path, contents: bool = True) -> tuple[Weights, dict[str, 
 def export(source: Path, out: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = 5 * 10**9) -> int:
     """Writes the weights of a checkpoint as safetensors under their global names; see `write_weights`."""
     weights, description = open_weights(source)
-    carried = tokenizer_files.read_files(weights.path, description.get(tokenizer_files.KEY))
-    return write_weights(out, _readers(weights).items(), _config(description), dtype, shard_bytes, carried)
+    return _write(out, weights, _readers(weights), description, dtype, shard_bytes)
 
 
 def residual_to_scmoe(
@@ -60,20 +60,20 @@ def residual_to_scmoe(
 ) -> int:
     """Turns a model with DeepSpeed's Residual MoE (architecture shared_expert) into a ScMoE with the same weights.
 
-    Gate, experts, shared expert and coefficient network keep names and layout, and so does the merge: DeepSpeed's is
-    cg2. A norm of the shortcut's own starts as a copy of the norm through which the operator after the tap
-    reads the tapped value, so that "own" starts where "shared" would.
+    Gate, experts, shared expert and coefficient network keep names and layout. So does the merge: DeepSpeed's is cg2.
+    The shortcut's own norm starts as a copy of the norm through which the operator after the tap reads the tapped
+    value, so "own" starts like "shared".
 
     Args:
         source: a checkpoint or an export.
-        changes: fields of the "scmoe" section that the new model shall have, such as position and shortcut_norm.
+        changes: fields of the "scmoe" section of the new model, such as position and shortcut_norm.
 
     Returns:
         the number of shards; `--load` starts a run with `out`.
 
     Raises:
-        CheckpointError: the source is of another architecture, or post-norm and to have a norm for the shortcut.
-        ScMoEConfigError: settings that do not go together.
+        CheckpointError: the source has another architecture, or is post-norm while the shortcut's norm is "own".
+        ScMoEConfigError: the settings contradict each other.
     """
     weights, description = open_weights(source)
     settings, old = fields.rebuild(description)
@@ -96,13 +96,12 @@ def residual_to_scmoe(
         for run in range(config.moe_layers(settings.num_layers)):
             for name, copied in _shortcut_norm(config, run, readers).items():
                 readers[name] = readers[copied]
-    carried = tokenizer_files.read_files(weights.path, description.get(tokenizer_files.KEY))
     whole = {**description, **fields.describe_model(settings, config)}
-    return write_weights(out, sorted(readers.items()), _config(whole), dtype, shard_bytes, carried)
+    return _write(out, weights, readers, whole, dtype, shard_bytes)
 
 
 def _shortcut_norm(config: ScMoEConfig, run: int, readers: Readers) -> dict[str, str]:
-    """Parameters of a run's shortcut norm to those that they start from."""
+    """Each parameter of a run's shortcut norm to the parameter that it starts as a copy of."""
     position = config.first_layer_position if run == 0 else None
     tap = tap_of(config, position or config.position)
     norm = f"runs.{run}.blocks.{tap // 2}.{'mlp_norm' if tap % 2 else 'attention_norm'}."
@@ -110,11 +109,12 @@ def _shortcut_norm(config: ScMoEConfig, run: int, readers: Readers) -> dict[str,
 
 
 def _readers(weights: Weights) -> Readers:
-    def reader(name: str) -> Callable[[], Tensor]:
-        return lambda: weights.read(name)
-
-    return {name: reader(name) for name in weights.names()}
+    return {name: partial(weights.read, name) for name in weights.names()}
 
 
-def _config(description: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: description[key] for key in ("model", "gpt", "scmoe", tokenizer_files.KEY) if key in description}
+def _write(
+    out: Path, weights: Weights, readers: Readers, whole: Mapping[str, Any], dtype: torch.dtype, shard_bytes: int
+) -> int:
+    config = {key: whole[key] for key in ("model", "gpt", "scmoe", tokenizer_files.KEY) if key in whole}
+    carried = tokenizer_files.read_files(weights.path, whole.get(tokenizer_files.KEY))
+    return write_weights(out, sorted(readers.items()), config, dtype, shard_bytes, carried)

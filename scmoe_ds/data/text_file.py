@@ -1,4 +1,4 @@
-"""A UTF-8 text file as tokens, for what reads one text as it is: analysis and evaluation."""
+"""Reads a UTF-8 text file as tokens, for analysis and evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Text:
     """A text, byte for byte, decompressed and without a byte-order mark.
 
     Attributes:
-        tokens: [N] ids; of ByteTokenizer uint8, and a memory map of a file that is not compressed; of others int32.
+        tokens: [N] ids, int32; with ByteTokenizer uint8, a memory map unless the file is compressed.
         num_bytes: in UTF-8.
         num_words: separated by whitespace.
         digest: SHA-256 of the bytes, in hex.
@@ -38,14 +38,13 @@ class Text:
 def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
     """The text of --text-file; an empty file has no tokens.
 
-    The ids of ByteTokenizer are the file's bytes, which stay on disk unless it is compressed. Other tokenizers may look
-    any distance ahead: for them the whole text is read and tokenized at once.
+    Tokenizers other than ByteTokenizer may look any distance ahead, so the whole text is read and tokenized at once.
 
     Args:
         vocab_size: of the model; every id is below it.
 
     Raises:
-        DataError: a file that is not there or no UTF-8 text, or a tokenizer of another model.
+        DataError: the file is missing or not UTF-8, or the tokenizer belongs to another model.
     """
     is_bytes = isinstance(tokenizer, ByteTokenizer)
     digest, num_bytes, num_words, within_word = hashlib.sha256(), 0, 0, False

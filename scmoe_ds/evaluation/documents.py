@@ -8,7 +8,7 @@ import numpy as np
 
 from scmoe_ds.data.indexed import check_token_range, content_digest, read_layout
 from scmoe_ds.data.splits import split_ranges
-from scmoe_ds.data.text import read_text
+from scmoe_ds.data.text_file import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from scmoe_ds.errors import EvaluationError
 from scmoe_ds.parallel.agreement import require_agreement, run_together
@@ -66,7 +66,7 @@ class IndexedDocuments(Documents):
                 f"{self.num_tokens} tokens; at least 2 are needed: give more data"
                 + (" or another split" if part else "")
             )
-        self._data = np.memmap(prefix + ".bin", dtype=layout.dtype, mode="r")
+        self._data = layout.tokens()
         self._layout, self._tokenizer = layout, tokenizer
         self.num_words = None
         self.identity = (f"{layout.fingerprint} {content_digest(layout)}", self.num_tokens)
