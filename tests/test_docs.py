@@ -49,14 +49,20 @@ def test_paths_and_modules_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     paths = re.findall(rf"(?<![\w./-])(?:{TOP})/[\w./-]*\w", text)
     modules = re.findall(r"(?:-m|--module) ((?:benchmarks|examples|lab|scmoe_ds)\.[\w.]*\w)", text)
-    modules += re.findall(r"^from (scmoe_ds\.[\w.]+) import", text, re.MULTILINE)
+    imported = re.findall(r"^from (scmoe_ds\.[\w.]+) import (.+)$", text, re.MULTILINE)
     missing = [path for path in paths if not (ROOT / path).exists()]
     missing += [
         module
         for module in modules
         if not ((base := ROOT / module.replace(".", "/")).with_suffix(".py").exists() or base.is_dir())
     ]
+    missing += [each for module, each in named(imported) if not hasattr(importlib.import_module(module), each)]
     assert missing == []
+
+
+def named(imported: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Module and name of every import that a page shows."""
+    return [(module, each) for module, names in imported for each in names.split(", ")]
 
 
 def test_pages_of_the_site_exist() -> None:
