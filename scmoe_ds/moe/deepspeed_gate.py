@@ -1,8 +1,8 @@
 """DeepSpeed's own MoE layer for masked tokens with every k, for any number of tokens, and with `gate_softmax`.
 
-The baselines "topk" and "shared_expert" are DeepSpeed's layers. Its gate refuses fewer tokens than `min_capacity` with
-k = 1, and knows no mask for k > 1. The rest of the layer can do without that. So only the gate is exchanged; it runs
-DeepSpeed's own code wherever that serves.
+The baselines "topk" and "shared_expert" are DeepSpeed's layers. DeepSpeed's gate refuses fewer tokens than
+`min_capacity` with k = 1, and takes no mask with k > 1. The rest of the layer has no such limits. So only the gate is
+replaced. The new gate runs DeepSpeed's own code where it can.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class AnyTokensGate(TopKGate):
     """
     Attributes:
         softmax: see scmoe_ds.moe.gate.
-        unequal: the expert-parallel ranks may have different numbers of tokens. They agree on the size of the buffers
-            then, by an all-reduce in every pass; otherwise it follows from the number of tokens, as in DeepSpeed.
+        unequal: expert-parallel ranks may have different numbers of tokens. They then agree on the size of the buffers
+            by an all-reduce in every pass. Otherwise the number of tokens gives the size, as in DeepSpeed.
     """
 
     softmax: GateSoftmax = "deepspeed"
@@ -57,7 +57,7 @@ class AnyTokensGate(TopKGate):
 
 
 def admit_any_tokens(moe: MoE, softmax: GateSoftmax, unequal: bool = False) -> MoE:
-    """Exchanges the gate of one of DeepSpeed's own layers, which keeps its parameters and settings."""
+    """Replaces the gate of one of DeepSpeed's own layers. Parameters and settings of the gate stay."""
     gate = moe.deepspeed_moe.gate
     gate.__class__ = AnyTokensGate
     gate.softmax, gate.unequal = softmax, unequal

@@ -21,7 +21,7 @@ GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class TwoProjections(Protocol):
-    """An expert that declares to be output(activate(input(x))), so that these may be called apart from each other."""
+    """An expert that computes output(activate(input(x))), and says that the three may be called by themselves."""
 
     two_projections: bool
     input: nn.Linear
@@ -33,13 +33,12 @@ class TwoProjections(Protocol):
 
 @runtime_checkable
 class MovingExperts(Protocol):
-    """Experts that are elsewhere until they are needed, in the place of DeepSpeed's container; see
-    scmoe_ds.inference.offload."""
+    """Experts whose weights arrive when needed, in place of DeepSpeed's container; see scmoe_ds.inference.offload."""
 
     num_local_experts: int
 
     def announce(self, rows_per_expert: Sequence[int]) -> None:
-        """How many rows each local expert will get, as soon as that is known; once for each `run`."""
+        """Says how many rows each local expert will get, as soon as that is known. Called once before each `run`."""
 
     def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         """As `run_experts`."""
@@ -49,10 +48,10 @@ def run_experts(experts: Experts | MovingExperts, rows_SD: Tensor, rows_per_expe
     """Each local expert on its own rows.
 
     Args:
-        experts: DeepSpeed's container, or what stands in for it; an expert maps [rows, D] to [rows, D], or to a tuple
-            that starts with it (Megatron's MLP returns its bias as well, which DeepSpeed ignores too).
+        experts: DeepSpeed's container, or experts in its place. An expert maps [rows, D] to [rows, D], or to a tuple
+            that starts with it: Megatron's MLP also returns its bias, which DeepSpeed ignores too.
         rows_SD: rows in expert order.
-        rows_per_expert: rows of each; zero is fine, the expert's gradients are then zeros.
+        rows_per_expert: rows of each; may be zero, the expert's gradients are then zeros.
 
     Returns:
         [S, D] in the same order.
@@ -75,10 +74,10 @@ def is_plain(expert: nn.Module) -> bool:
 
 
 def activate_and_project(expert: TwoProjections, inner: Tensor, project: Project | None = None) -> Tensor:
-    """output(activate(inner)), keeping `inner` alone for the backward pass.
+    """output(activate(inner)); for the backward pass only `inner` is kept.
 
-    The activated rows, as large as the expert's widest tensor, are computed again when the gradient needs them: one
-    pass over `inner`, no matrix product (the checkpoint stops as soon as it has what it needs).
+    The activated rows are as large as the expert's widest tensor. When the gradient needs them, they are computed
+    again: one pass over `inner` and no matrix product, since the checkpoint stops before the product.
     """
     project = project or expert.output
     if not torch.is_grad_enabled():
@@ -87,7 +86,7 @@ def activate_and_project(expert: TwoProjections, inner: Tensor, project: Project
 
 
 def can_group(experts: Experts, rows_SD: Tensor) -> bool:
-    """Whether a grouped matrix product serves: bf16 on a GPU that has a kernel for it, 16-byte rows, plain experts."""
+    """Whether a grouped matrix product can be used: bf16 on a GPU with a kernel, 16-byte rows, plain experts."""
     if not (rows_SD.is_cuda and rows_SD.dtype == torch.bfloat16 and grouped_product(rows_SD.device) is not None):
         return False
     return all(is_plain(expert) for expert in experts.deepspeed_experts) and all(
@@ -96,8 +95,11 @@ def can_group(experts: Experts, rows_SD: Tensor) -> bool:
 
 
 def grouped_product(device: torch.device) -> GroupedProduct | None:
-    """The kernel of a device, None if it has none. Before compute capability 9.0 torch's is a loop in which the host
-    waits for the GPU, twice per product; there DeepSpeed's serves, where Triton is installed."""
+    """The kernel of a device; None if it has none.
+
+    Before compute capability 9.0 torch's kernel is a loop in which the host waits for the GPU, twice per product. There
+    DeepSpeed's is used, if Triton is installed.
+    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         on_ampere = torch.cuda.get_device_capability(device) >= (8, 0)
         return _triton_product if on_ampere and get_accelerator().prefer_triton_grouped_mm() else None
@@ -117,8 +119,8 @@ def _triton_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Ten
 def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
     """All local experts with one grouped matrix product per projection.
 
-    The weights stay separate parameters in DeepSpeed's layout and are stacked for the product: a copy of the local
-    weights per forward pass, small beside reading them once per row block.
+    The weights stay separate parameters in DeepSpeed's layout. For the product they are stacked. This copies the local
+    weights once per forward pass; the product reads them once per block of rows.
 
     Args:
         experts: of the form of `TwoProjections`.
@@ -141,9 +143,9 @@ def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence
 
 
 class _AddBias(torch.autograd.Function):
-    """Each row plus the bias of its expert. A bias's gradient is summed in fp32: torch's own, a scatter of bf16 rows on
-    a GPU, rounds after each addition, and is off by half over thousands of rows. Keeps no tensor: a recomputation of
-    the rows may stop before the product."""
+    """Each row plus the bias of its expert. The gradient of a bias is summed in fp32. torch's own is a scatter of bf16
+    rows on a GPU. It rounds after each addition; over thousands of rows the sum is off by half. No tensor is kept for
+    the backward pass, since a recomputation of the rows may stop before the product."""
 
     @staticmethod
     def forward(
@@ -159,11 +161,11 @@ class _AddBias(torch.autograd.Function):
 
 
 def initialize_experts(experts: Experts, first_global_id: int) -> None:
-    """Gives every expert weights of its own that depend on its global id only.
+    """Gives every expert weights of its own, which depend on its global id only.
 
-    DeepSpeed copies one expert to all places of all ranks, so that all of them start equal. Here each is initialised
-    anew through the `reset_parameters` of its submodules, from a seed that combines the default generator (which the
-    ranks of a run seed alike) with the global id: a run does not depend on how many ranks share the experts.
+    DeepSpeed copies one expert, so that all experts of all ranks start equal. Here the `reset_parameters` of each
+    expert's submodules initialise it anew. The seed combines the global id with a number from the default generator,
+    which the ranks of a run seed alike. So a run does not depend on how many ranks share the experts.
     """
     if any(parameter.is_meta for parameter in experts.parameters()):
         return
@@ -182,9 +184,9 @@ def reset_parameters(module: nn.Module) -> None:
 
 
 def count_on_all_ranks(experts: nn.Module) -> None:
-    """Marks whole experts as different on every tensor-parallel rank, as ZeRO's pieces of them are.
+    """Marks whole experts as different on every tensor-parallel rank, as their pieces under ZeRO are.
 
-    Without it DeepSpeed would leave those of all ranks but the first out of the gradient norm.
+    Otherwise DeepSpeed counts only the first tensor-parallel rank's experts in the gradient norm.
     """
     for parameter in experts.parameters():
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]

@@ -127,11 +127,11 @@ class StagedMoE(MoE):
             raise ValueError(f"ep_size = {ep_size}: build the layer after deepspeed.init_distributed()")
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Takes (or creates) DeepSpeed's expert-parallel groups; DeepSpeed's engine calls it, once more is harmless.
+        """Takes or creates DeepSpeed's expert-parallel groups. The engine calls it; a second call does nothing.
 
         Raises:
-            ValueError: a rank order for which the experts were not initialised, or an expert-parallel size that does
-                not fit the tensor-parallel one.
+            ValueError: a rank order for which the experts were not initialised, experts that differ in shape between
+                ranks, or an expert-parallel size that does not fit the tensor-parallel one.
         """
         if self.deepspeed_moe.ep_group is not None:
             return
@@ -172,14 +172,14 @@ class StagedMoE(MoE):
         num_chunks: int = 1,
         recorder: PairRecorder = SILENT,
     ) -> RoutedTokens:
-        """Gates and encodes the preceding layer's tokens and sends them to their experts.
+        """Gates and encodes tokens and sends them to their experts.
 
         Args:
-            shortcut: [..., D] normalised representation of the preceding layer; may or may not require grad.
+            shortcut: [..., D] normalised input of the routed experts; may or may not require grad.
             used_token: mask of T elements, zero for padding, which is routed to no expert (any k).
             exclude: [T] expert that a token may not choose, -1 for none (k = 1).
             blocking: communicate without overlap, forward and backward.
-            num_chunks: pieces that the routed tokens are cut into; `run_experts` is then called once for each.
+            num_chunks: pieces of the routed tokens; call `run_experts` once for each.
             recorder: is told what happens when.
 
         Raises:
@@ -197,7 +197,7 @@ class StagedMoE(MoE):
             raise ValueError(f"num_chunks = {num_chunks}: must be at least 1")
         tokens_TD = shortcut.reshape(-1, hidden_size)
         (gated_TD,) = recorder.open("gate", tokens_TD)
-        # Padded buffers have one size on all ranks, whose numbers of tokens may differ.
+        # Padded buffers have the same size on all ranks, even if the numbers of tokens differ.
         group = self.deepspeed_moe.ep_group if self.dispatch == "padded" else None
         routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group)
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
@@ -231,8 +231,8 @@ class StagedMoE(MoE):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """All stages in one go; DeepSpeed's signature and returns, plus `shortcut`.
 
-        Without `shortcut` the routed experts read `hidden_states`: DeepSpeed's MoE, and for ScMoE its Residual MoE,
-        whose shared expert then runs beside the combine.
+        Without `shortcut` the routed experts read `hidden_states`. Then the layer is DeepSpeed's MoE, and ScMoE its
+        Residual MoE with the shared expert beside the combine.
         """
         routed = self.begin(hidden_states if shortcut is None else shortcut, used_token)
         routed.run_experts()

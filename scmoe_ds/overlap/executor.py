@@ -76,7 +76,7 @@ def numbered(steps: Iterable[tuple[str, Step]], tap: int) -> list[Operator]:
     return operators
 
 
-class Routed(Protocol):
+class RoutedTokens(Protocol):
     """Routed tokens in flight, as `ScMoE.begin` returns them."""
 
     def send(self) -> None:
@@ -111,7 +111,7 @@ class Pair(Backbone, Protocol):
 
     def begin(
         self, activations: Activations, used_token: Tensor | None, schedule: Schedule, recorder: PairRecorder
-    ) -> Routed:
+    ) -> RoutedTokens:
         """Normalises the tapped value, gates, encodes, and sends the tokens on their way."""
 
     def join(self, routed: Any, activations: Activations) -> PairOutput:
@@ -125,7 +125,7 @@ class Interleaving:
     these calls. In a model that somebody else wrote, hooks make them (replace/hooked.py).
     """
 
-    def __init__(self, routed: Routed, schedule: Schedule) -> None:
+    def __init__(self, routed: RoutedTokens, schedule: Schedule) -> None:
         self._routed, self._slots = routed, list(schedule.slots)
 
     def before(self, slot: float) -> None:

@@ -1,4 +1,4 @@
-"""Which ranks share a node, and which form the groups of a layout."""
+"""Which ranks share a node, and which ranks form the groups of a layout."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ def nodes_of_ranks() -> list[Hashable]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which ranks form which groups; as megatron-core and DeepSpeed make them.
+    """Which ranks form which groups, as megatron-core and DeepSpeed make them.
 
     Attributes:
-        ranks: of the world.
+        ranks: size of the world.
         tensor_size, expert_size: ranks per tensor-parallel and per expert-parallel group.
-        divided_experts: expert tensor parallelism: each expert is in pieces on the ranks of a tensor-parallel group.
+        divided_experts: expert tensor parallelism: the ranks of a tensor-parallel group hold pieces of the same
+            experts.
     """
 
     ranks: int

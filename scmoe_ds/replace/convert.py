@@ -1,4 +1,4 @@
-"""A `deepspeed.moe.layer.MoE` as a `ScMoE` that holds the very same parameters under the same names."""
+"""Makes a `ScMoE` of a `deepspeed.moe.layer.MoE`. It holds the same parameters under the same names."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ SharedFrom = Union[int, Literal["fresh", "mean"]]
 def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
     """The layer that takes the place of a MoE before an engine is made.
 
-    Gate, experts and, of a Residual MoE, shared expert and coefficient are the same modules. A plain MoE gets a shared
-    expert and, unless the section says otherwise, routes to one expert where it routed to two or more: as much
-    computation as before.
+    Both layers hold the same gate and experts; for a Residual MoE also the same shared expert and coefficient. A plain
+    MoE gets a shared expert.
 
     Args:
-        name: its path in the model, for errors.
-        config: its fields about the merge, the dispatch and the wire are used; sizes are the layer's own.
+        name: path of the MoE in the model, for errors.
+        config: its fields about merge, dispatch and wire format are used. The sizes are those of the MoE.
 
     Raises:
         ScMoEConfigError: a layer or a setting that cannot be replaced.
@@ -55,7 +54,7 @@ def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
 
 
 def routed_experts_per_token(moe: MoE, config: ScMoEConfig) -> int:
-    """k of the layer that takes the place of `moe`.
+    """k of the layer that takes the place of `moe`; by default 1 for a plain MoE, which gets a shared expert.
 
     Raises:
         ScMoEConfigError: more than it has experts.
@@ -68,7 +67,7 @@ def routed_experts_per_token(moe: MoE, config: ScMoEConfig) -> int:
 
 
 def shared_expert(moe: MoE, source: SharedFrom) -> nn.Module:
-    """A shared expert for a plain MoE, of the form of its routed experts. Collective where the experts are divided.
+    """A shared expert for a plain MoE, of the form of its routed experts. Collective if several ranks hold the experts.
 
     Args:
         moe: the layer.
@@ -98,7 +97,7 @@ def _mean(held: list[Tensor], moe: MoE) -> Tensor:
     mean = torch.stack(held).mean(0)
     if moe.ep_size == 1:
         return mean
-    # Every rank holds as many experts, and every expert is on as many ranks.
+    # All ranks hold the same number of experts, and all experts are on the same number of ranks.
     divided_by = Placement.of(moe).expert_tensor_parallel_size
     return _sum_of_ranks(mean, divided_by) * (divided_by / dist.get_world_size())
 
@@ -112,7 +111,7 @@ def _one(held: list[Tensor], expert: int, moe: MoE) -> Tensor:
 
 
 def _sum_of_ranks(value: Tensor, divided_by: int) -> Tensor:
-    """Sum of all ranks' values; where experts are in pieces, of those that hold the same piece."""
+    """Sum of the values of all ranks that hold the same piece of their experts."""
     piece = dist.get_rank() % divided_by
     sums = value.new_zeros(divided_by, *value.shape)
     sums[piece] = value
@@ -121,7 +120,7 @@ def _sum_of_ranks(value: Tensor, divided_by: int) -> Tensor:
 
 
 def _place_like(layer: nn.Module, moe: MoE) -> None:
-    """New parts go where the old ones are, in their precision."""
+    """Moves new parts to the device of the old ones, in their precision."""
     old = next(moe.deepspeed_moe.experts.parameters())
     kept = {id(parameter) for parameter in moe.parameters()}
     for module in layer.modules():

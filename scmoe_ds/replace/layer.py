@@ -21,8 +21,8 @@ class HookedScMoE(ScMoE):
     shortcut_norm: nn.Module | None  # a default here would hide the module of that name
 
     def _check_rank(self) -> None:
-        # DeepSpeed initialised the experts, alike on all ranks: that the tensor-parallel size was not known yet when
-        # the layer was replaced has spoilt nothing.
+        # When the layer was replaced, the tensor-parallel size may not have been known. DeepSpeed's experts start alike
+        # on all ranks, so no harm was done.
         self.ep_rank = Placement.of(self).expert_parallel_rank(dist.get_rank())
         super()._check_rank()
 

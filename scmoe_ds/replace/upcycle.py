@@ -1,4 +1,4 @@
-"""MLPs of a dense model as mixtures of experts that start as copies of them ("sparse upcycling", arXiv 2212.05055)."""
+"""Makes MoE layers of a dense model's MLPs; experts start as copies of them ("sparse upcycling", arXiv 2212.05055)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NEEDED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KE
 
 
 class MoEFeedForward(nn.Module):
-    """A MoE in the place of an MLP: returns the hidden states alone, as the block around it expects.
+    """A MoE in the place of an MLP. It returns the hidden states alone, as the block around it expects.
 
     Attributes:
         moe: DeepSpeed's layer, or the ScMoE that took its place.
@@ -43,12 +43,13 @@ class MoEFeedForward(nn.Module):
         self.exp_counts: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "l_aux": None}  # its graph is that of a pass; a copy has had none
+        return {**self.__dict__, "l_aux": None}  # its graph belongs to a forward pass; a copy has had none
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
         used_token = None
-        if self.token_mask is not None and not isinstance(self.moe, HookedScMoE):  # whose pair has a mask of its own
+        # The pair of a HookedScMoE has a mask of its own.
+        if self.token_mask is not None and not isinstance(self.moe, HookedScMoE):
             used_token = self.token_mask.of(hidden_states)
         output, self.l_aux, self.exp_counts = self.moe(hidden_states, used_token)
         return output
@@ -72,27 +73,27 @@ class _Block:
 def moe_from_dense(
     model: nn.Module, config: ScMoEConfig, layers: Sequence[int] | None = None, *, noise: float = 0.0, seed: int = 0
 ) -> nn.Module:
-    """Makes MLPs of a dense model MoE layers, in place; every expert is a copy of the MLP that it comes from.
+    """Replaces MLPs of a dense model by MoE layers, in place. Every expert is a copy of the MLP.
 
-    Architecture "topk" puts DeepSpeed's MoE there, "shared_expert" its Residual MoE, "scmoe" a ScMoE that is fed by
-    hooks (see `replace_moe_layers`). The shared expert of the latter two is the old MLP itself, and a shortcut norm of
-    its own starts as a copy of the norm through which the backbone reads the tapped value. Tokens that the model's
-    `attention_mask` [batch, sequence] masks go to no routed expert.
+    Architecture "topk" makes DeepSpeed's MoE, "shared_expert" its Residual MoE, "scmoe" a ScMoE that hooks feed (see
+    `replace_moe_layers`). The shared expert of the latter two is the old MLP itself. A shortcut norm of its own starts
+    as a copy of the norm through which the backbone reads the tapped value. Tokens that the model's `attention_mask`
+    [batch, sequence] masks go to no routed expert.
 
     Args:
         model: its blocks are members of an nn.ModuleList and have an `mlp` behind a norm: GPT-2, LLaMA, Mistral, Qwen2,
-            GPT-NeoX, ViT, Swin of transformers 5, and models with their names.
-        config: the "scmoe" section; all sizes are taken from it.
+            GPT-NeoX, ViT, Swin of transformers 5, and models with the same names.
+        config: the "scmoe" section; gives all sizes.
         layers: numbers of the blocks, counted through the model; None: the last of every `moe_every` of a ModuleList.
-        noise: standard deviation of what is added to each expert's parameters, relative to their root mean square;
-            0: exact copies, which the gate's weights alone tell apart in training.
-        seed: of the noise; an expert's depends on its number in the model, not on how many ranks share the experts.
+        noise: standard deviation of the noise on each expert's parameters, relative to their root mean square. With 0
+            the experts start equal, and in training only the gate's weights make them differ.
+        seed: of the noise. The noise of an expert depends on its global id, not on how many ranks share the experts.
 
     Returns:
         the same model; add `load_balancing_loss(model)` to its loss.
 
     Raises:
-        ScMoEConfigError: no such blocks, a number that does not exist, MoE already; the model is then as it was.
+        ScMoEConfigError: no such blocks, a number that does not exist, a MoE already; the model is then as it was.
     """
     if config.architecture not in ("scmoe", "topk", "shared_expert"):
         raise ScMoEConfigError(
@@ -129,7 +130,7 @@ def moe_from_dense(
 
 
 def load_balancing_loss(model: nn.Module) -> Tensor:
-    """Sum of the load-balancing losses of the last forward pass: a scalar with gradients, to be weighted and added.
+    """Sum of the load-balancing losses of the last forward pass, a differentiable scalar, for you to weigh and add.
 
     Args:
         model: what `moe_from_dense` returned, or an engine of it.
@@ -231,12 +232,12 @@ def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
 
 
 def _contiguous(expert: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Expert-parallel ranks' pieces of DeepSpeed's buffers, of which GPT-2's layers want a view."""
+    """DeepSpeed hands an expert a part of a buffer, which is not contiguous; GPT-2's layers need contiguous rows."""
     return (args[0].contiguous(), *args[1:])
 
 
 def _perturb(moe: MoE, noise: float, first_seed: int) -> None:
-    """Adds to every expert's parameters what depends on its global number alone."""
+    """Adds noise to every expert's parameters that depends on the expert's global id alone."""
     for number, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts, own_first_expert(moe)):
         generator = torch.Generator().manual_seed((first_seed + number) % 2**63)
         for parameter in expert.parameters():
@@ -246,7 +247,7 @@ def _perturb(moe: MoE, noise: float, first_seed: int) -> None:
 
 
 def _shortcut(model: nn.Module, config: ScMoEConfig) -> None:
-    """DeepSpeed's Residual MoEs → ScMoE, with the merge of the section."""
+    """Makes ScMoE layers of DeepSpeed's Residual MoEs, with the merge of the section."""
     own: dict[str, Any] = {"merge": config.merge, "top_k": config.top_k}  # counts as chosen, also where it is a default
     config = config.model_copy(update=own)
     config.model_fields_set.discard("num_experts")  # the layers have it, one by one
