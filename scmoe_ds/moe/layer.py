@@ -52,6 +52,8 @@ class StagedMoE(MoE):
     """
 
     _needs_residual = False
+    _initialized_as: int | None = None
+    """The expert-parallel rank that the experts were initialised for; None: DeepSpeed initialised them, all alike."""
 
     def __init__(
         self,
@@ -60,6 +62,10 @@ class StagedMoE(MoE):
         num_experts: int = 1,
         ep_size: int = 1,
         k: int = 1,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 4,
+        use_residual: bool | None = None,
         *args: Any,
         dispatch: Literal["exact", "padded"] = "exact",
         gate_softmax: GateSoftmax = "deepspeed",
@@ -68,8 +74,9 @@ class StagedMoE(MoE):
         **kwargs: Any,
     ) -> None:
         self._check_sizes(num_experts, ep_size, k)
-        super().__init__(hidden_size, expert, num_experts, ep_size, k, *args, **kwargs)
-        if self.use_residual != self._needs_residual:
+        capacity = capacity_factor, eval_capacity_factor, min_capacity
+        super().__init__(hidden_size, expert, num_experts, ep_size, k, *capacity, self._needs_residual, *args, **kwargs)
+        if use_residual not in (None, self._needs_residual):
             raise ValueError(
                 f"{type(self).__name__} is defined with use_residual={self._needs_residual} only; ScMoE has a shared "
                 "expert, StagedMoE and deepspeed.moe.layer.MoE do without"
@@ -77,6 +84,7 @@ class StagedMoE(MoE):
         if self.deepspeed_moe.use_tutel:
             raise ValueError("use_tutel: this layer brings its own dispatch; leave it False")
         self._set_up(dispatch, gate_softmax, all_to_all, wire_dtype)
+        self._initialized_as = Placement.of(self).expert_parallel_rank(own_rank())
         initialize_experts(self.deepspeed_moe.experts, own_first_expert(self))
 
     @classmethod
@@ -114,8 +122,7 @@ class StagedMoE(MoE):
         check_choice("all_to_all", all_to_all, METHODS)
         check_choice("wire_dtype", wire_dtype, (None, *WIRE_DTYPES))
         self.dispatch, self.gate_softmax, self.wire_dtype = dispatch, gate_softmax, wire_dtype
-        self.transport, self.slices = Transport(None, all_to_all), TokenSlices.of(0, 1, 1)
-        self.ep_rank = Placement.of(self).expert_parallel_rank(own_rank())
+        self.transport, self.slices = Transport(None, all_to_all), TokenSlices()
 
     @staticmethod
     def _check_sizes(num_experts: int, ep_size: int, k: int) -> None:
@@ -146,16 +153,17 @@ class StagedMoE(MoE):
         tp_size = 1 if self.enable_expert_tensor_parallelism else tensor_parallel_size()
         if self.ep_size % tp_size and tp_size % self.ep_size:
             raise ValueError(f"ep_size = {self.ep_size} and tensor-parallel size {tp_size}: one must divide the other")
-        self.slices = TokenSlices.of(dist.get_rank() if tp_size > 1 else self.ep_rank, tp_size, self.ep_size)
         if tp_size > 1:
             count_on_all_ranks(self.deepspeed_moe.experts)
+        ep_group, tp_is_larger = self.deepspeed_moe.ep_group, tp_size > self.ep_size
+        group = bwc.bwc_tensor_model_parallel_group(groups.mpu) if tp_is_larger else ep_group
+        self.slices = TokenSlices(dist.get_rank(group), tp_size, self.ep_size)
         if self.slices.group_size > 1:
-            larger = self.ep_size >= tp_size
-            group = self.deepspeed_moe.ep_group if larger else bwc.bwc_tensor_model_parallel_group(groups.mpu)
             self.transport = Transport(group, self.transport.method)
 
     def _check_rank(self) -> None:
-        if dist.get_rank(self.deepspeed_moe.ep_group) != self.ep_rank:
+        expected = Placement.of(self).expert_parallel_rank(own_rank())
+        if dist.get_rank(self.deepspeed_moe.ep_group) != expected or self._initialized_as not in (None, expected):
             raise ValueError(
                 "ScMoE's experts are laid out over consecutive ranks (with expert tensor parallelism, over those of "
                 'one tensor-parallel rank): remove "use_data_before_expert_parallelism" from the DeepSpeed JSON, and '
@@ -202,23 +210,11 @@ class StagedMoE(MoE):
         routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group)
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
         routing = replace(routing, weight_KT=weight_KT, l_aux=l_aux)
+        exact, deferred = self.dispatch == "exact", shortcut.is_cuda and not blocking
         exchange = Exchange(
-            self.transport,
-            self.slices,
-            self.wire_dtype,
-            blocking,
-            num_chunks,
-            deferred=shortcut.is_cuda and not blocking,
-            recorder=recorder,
+            self.transport, self.slices, exact, self.wire_dtype, blocking, num_chunks, deferred, recorder
         )
-        return RoutedTokens(
-            self.deepspeed_moe.experts,
-            tokens_TD,
-            routing,
-            shortcut.shape,
-            exact=self.dispatch == "exact",
-            exchange=exchange,
-        )
+        return RoutedTokens(self.deepspeed_moe.experts, tokens_TD, routing, shortcut.shape, exchange)
 
     def finish(
         self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None

@@ -30,6 +30,7 @@ class Exchange:
     Attributes:
         transport, wire_dtype, blocking: see scmoe_ds.comm.all_to_all.
         slices: which of the tokens this rank sends.
+        exact: send rows of routed tokens only; otherwise DeepSpeed's padded buffers.
         num_chunks: pieces that are sent, computed and returned one after another.
         deferred: leave the launch of the dispatch to `RoutedTokens.send`. A GPU's row counts reach the host only after
             the gate has run. With a later launch the host can enqueue the backbone's first operator in the meantime.
@@ -38,6 +39,7 @@ class Exchange:
 
     transport: Transport
     slices: TokenSlices
+    exact: bool = True
     wire_dtype: str | None = None
     blocking: bool = False
     num_chunks: int = 1
@@ -53,7 +55,6 @@ class RoutedTokens:
         tokens_TD: the gate's input.
         routing: which expert takes which token, and with what weight.
         shape: of the layer's input, for the result.
-        exact: send rows of routed tokens only; otherwise DeepSpeed's padded buffers.
         exchange: how rows are sent.
     """
 
@@ -63,8 +64,6 @@ class RoutedTokens:
         tokens_TD: Tensor,
         routing: Routing,
         shape: Sequence[int],
-        *,
-        exact: bool,
         exchange: Exchange,
     ) -> None:
         self.routing, self.exchange, self.shape = routing, exchange, torch.Size(shape)
@@ -77,7 +76,7 @@ class RoutedTokens:
         self._counts: CountsInFlight | None = None
         recorder, transport, slices = exchange.recorder, exchange.transport, exchange.slices
         (tokens_TD,) = recorder.open("encode", tokens_TD)
-        if exact:
+        if exchange.exact:
             self._layout = ExactLayout.of(routing, slices, exchange.num_chunks)
             sent, local = self._row_counts(self._layout)
             self._counts = start_counts(sent, transport, recorder.watch("counts", 0), local)

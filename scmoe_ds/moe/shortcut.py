@@ -35,35 +35,9 @@ class ScMoE(StagedMoE):
 
     _needs_residual = True
 
-    def __init__(
-        self,
-        hidden_size: int,
-        expert: nn.Module,
-        num_experts: int = 1,
-        ep_size: int = 1,
-        k: int = 1,
-        capacity_factor: float = 1.0,
-        eval_capacity_factor: float = 1.0,
-        min_capacity: int = 4,
-        use_residual: bool = True,
-        *args: Any,
-        merge: Merge = "cg1",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, hidden_size: int, expert: nn.Module, *args: Any, merge: Merge = "cg1", **kwargs: Any) -> None:
         check_choice("merge", merge, ("add", "cg1", "cg2"))
-        super().__init__(
-            hidden_size,
-            expert,
-            num_experts,
-            ep_size,
-            k,
-            capacity_factor,
-            eval_capacity_factor,
-            min_capacity,
-            use_residual,
-            *args,
-            **kwargs,
-        )
+        super().__init__(hidden_size, expert, *args, **kwargs)
         self.merge: Merge = merge
         self.coefficient = coefficient_network(merge, hidden_size)
 

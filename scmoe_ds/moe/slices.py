@@ -28,26 +28,19 @@ class TokenSlices:
     """Who sends which slice of the tokens to whom, and who gets the results.
 
     Attributes:
-        group_size: ranks of the exchange group.
-        rank: this rank within it.
+        rank: this rank within the exchange group.
         tensor_parallel_size: ranks that hold the same tokens; 1: each rank has tokens of its own.
-        expert_parallel_size: ranks among which one set of experts is divided.
+        expert_parallel_size: ranks among which one set of experts is divided. One size divides the other.
     """
 
-    group_size: int
-    rank: int
-    tensor_parallel_size: int
-    expert_parallel_size: int
+    rank: int = 0
+    tensor_parallel_size: int = 1
+    expert_parallel_size: int = 1
 
-    @classmethod
-    def of(cls, rank: int, tensor_parallel_size: int, expert_parallel_size: int) -> TokenSlices:
-        """
-        Args:
-            rank: in the world.
-            tensor_parallel_size, expert_parallel_size: one divides the other.
-        """
-        group_size = max(tensor_parallel_size, expert_parallel_size)
-        return cls(group_size, rank % group_size, tensor_parallel_size, expert_parallel_size)
+    @property
+    def group_size(self) -> int:
+        """Ranks of the exchange group: P."""
+        return max(self.tensor_parallel_size, self.expert_parallel_size)
 
     @property
     def senders(self) -> int:

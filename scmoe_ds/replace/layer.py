@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from scmoe_ds.moe.placement import Placement
 from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.replace.hooked import HookedPair
 
@@ -19,12 +17,6 @@ class HookedScMoE(ScMoE):
 
     pair: HookedPair | None = None
     shortcut_norm: nn.Module | None  # a default here would hide the module of that name
-
-    def _check_rank(self) -> None:
-        # When the layer was replaced, the tensor-parallel size may not have been known. DeepSpeed's experts start alike
-        # on all ranks, so no harm was done.
-        self.ep_rank = Placement.of(self).expert_parallel_rank(dist.get_rank())
-        super()._check_rank()
 
     def forward(
         self, hidden_states: Tensor, used_token: Tensor | None = None, shortcut: Tensor | None = None

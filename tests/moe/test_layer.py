@@ -194,7 +194,7 @@ def test_exact_layout_holds_the_rows_that_the_padded_one_holds(logits: str) -> N
         gate.wg.weight.data[2:] = -gate.wg.weight.data[:2].sum(0)
         x = x + 5 * gate.wg.weight.data[:2].sum(0)
     routing = route(gate, x)
-    exact, padded = ExactLayout.of(routing, TokenSlices.of(0, 1, 1)), PaddedLayout.of(routing, TokenSlices.of(0, 1, 1))
+    exact, padded = ExactLayout.of(routing, TokenSlices()), PaddedLayout.of(routing, TokenSlices())
     rows, buffer = exact.encode(x), padded.encode(x).view(EXPERTS, -1, HIDDEN)
     filled = exact.rows_NPVL.flatten().tolist()
     assert sum(filled) == rows.shape[0] == int((routing.expert_KT >= 0).sum())
