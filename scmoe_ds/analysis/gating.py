@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from scmoe_ds.analysis.probes import Capture, Probe, Representation
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import AnalysisError
-from scmoe_ds.models.blocks import Block
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.pairs import tap_of
 
@@ -81,7 +80,7 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
     """
     layers = []
     for number, run in enumerate(model.runs if isinstance(model, GPT) else ()):
-        blocks = [cast(Block, block) for block in cast(nn.ModuleList, run.blocks)]
+        blocks = run.blocks
         first, last = number * len(blocks), blocks[-1]
         tap = _tap(trained, number)
         tapped = blocks[tap // 2]

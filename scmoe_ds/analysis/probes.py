@@ -14,12 +14,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from scmoe_ds.errors import AnalysisError
-from scmoe_ds.models.blocks import Block
 from scmoe_ds.models.gpt import GPT
 
 Kind = Literal["input", "attention", "mlp"]
@@ -113,13 +112,15 @@ class Capture(AbstractContextManager["Capture"]):
         """
         values = []
         for probe in self._probes:
-            parts = [self._found.get((id(module), side)) for module, side in probe.places]
-            if any(part is None for part in parts):
+            parts = [
+                self._found[place] for module, side in probe.places if (place := (id(module), side)) in self._found
+            ]
+            if len(parts) < len(probe.places):
                 raise AnalysisError(
                     f"{probe.representation.name}: its module did not run in the forward pass, so "
                     "that the representation cannot be picked up"
                 )
-            values.append(sum(cast(list[Tensor], parts[1:]), start=cast(Tensor, parts[0])))
+            values.append(sum(parts[1:], start=parts[0]))
         self._found.clear()
         return values
 
@@ -131,7 +132,7 @@ def _first(output: Any) -> Tensor:
 
 def gpt_probes(model: GPT) -> list[Probe]:
     """Probes of this package's GPT, of any architecture."""
-    blocks = [cast(Block, block) for run in model.runs for block in run.blocks]  # type: ignore[union-attr]
+    blocks = [block for run in model.runs for block in run.blocks]
     entrances: list[tuple[nn.Module, Side]] = [
         (block.attention_norm if block.pre_norm else block.attention, "input") for block in blocks
     ]
@@ -223,7 +224,7 @@ def swin_probes(model: nn.Module) -> list[Probe]:
         raise AnalysisError(f"{type(model).__name__} has no Swinv2Stage of transformers; only SwinV2 is known")
     probes = []
     for stage, module in enumerate(stages, start=1):
-        blocks = list(cast(nn.ModuleList, module.blocks))
+        blocks = list(module.get_submodule("blocks").children())
         probes.append(Probe(Representation("input", 0, stage), ((blocks[0], "input"),)))
         for number, block in enumerate(blocks):
             feed = block.get_submodule("intermediate")

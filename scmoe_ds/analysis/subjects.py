@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ def swin_subject(model: nn.Module) -> Subject:
     outputs = [probe.representation for probe in probes if probe.representation.kind == "mlp"]
     found = [(each.stage, each.block) for each in outputs if each.is_moe]
     blocks = found or [(each.stage, each.block) for each in outputs if each.stage > 2 and each.block % 2]
-    return Subject(probes, cast(Callable[[Tensor], object], model), next(model.parameters()).device, blocks)
+    return Subject(probes, model, next(model.parameters()).device, blocks)
 
 
 def open_hugging_face(directory: str, dtype: str | None, device: torch.device) -> Any:

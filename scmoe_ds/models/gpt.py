@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,8 @@ class GPT(nn.Module):
             pair = make_pair(settings, config, num_experts, position, sequence, group, shared_moe)
             pair.recompute = recompute
             pairs.append(pair)
-        self.runs = nn.ModuleList(pairs)  # the name that they have in checkpoints
+        # The name that they have in checkpoints.
+        self.runs = cast(Sequence[PlainPair | StagedPair], nn.ModuleList(pairs))
         self.final_norm = make_norm(settings)
         self.head = None if settings.tie_embeddings else column_parallel(D, [V], False, group)
 

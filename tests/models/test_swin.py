@@ -208,8 +208,8 @@ def test_images_without_a_label_do_not_count() -> None:
     labels[4:] = IGNORED
     output = model(data.images[:8], labels)
     expected = torch.nn.functional.cross_entropy(output.logits[:4], labels[:4])
-    assert output.class_loss is not None and abs(float(output.class_loss - expected)) <= 1e-6
-    assert float(model(data.images[:2], torch.full((2,), IGNORED)).class_loss) == 0.0  # type: ignore[arg-type]
+    assert output.class_loss is not None and abs(output.class_loss.item() - expected.item()) <= 1e-6
+    assert model(data.images[:2], torch.full((2,), IGNORED)).class_loss.item() == 0.0
 
 
 @pytest.mark.parametrize("variant", ["topk", "pos2"])
