@@ -1,4 +1,4 @@
-"""Size and checksum of a file, as the manifests of checkpoints and the records of caches keep them."""
+"""Size and checksum of a file, for the manifests of checkpoints and the records of caches."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _BLOCK_BYTES = 1 << 22
 
 
 class FileEntry(TypedDict):
-    """What a manifest knows of a file."""
+    """A file's entry in a manifest."""
 
     bytes: int
     crc32: str
 
 
 def checksum(path: Path) -> str:
-    """CRC-32 of a file as eight hexadecimal digits; finds every flipped bit and runs at the speed of memory."""
+    """CRC-32 of a file as eight hexadecimal digits. It finds every flipped bit and is as fast as memory."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):

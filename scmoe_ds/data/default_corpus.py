@@ -19,12 +19,12 @@ from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.errors import DataError
 
-# Installed packages, tests (more text than the library itself, much of it repeated), and two packages
-# that are tables rather than text: code pages, and one 700 kB string literal of help topics.
+# Installed packages, tests (more text than the library itself, much of it repeated), and two packages that are tables:
+# code pages, and one 700 kB string literal of help topics.
 _SKIPPED_DIRECTORIES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 )
-# An administrator's files, and the build's own record, full of the building machine's paths.
+# An administrator's files, and the record of the build, which is full of the building machine's paths.
 _SKIPPED_FILES = ("sitecustomize.py", "usercustomize.py", "_sysconfigdata")
 _CORPUS_NAME = "python_stdlib"
 _CORPUS_FORMAT = 1  # raise it when the choice, order or encoding of the documents changes
@@ -34,7 +34,7 @@ _SHUFFLE_SEED = 1234
 def standard_library_documents() -> Iterator[tuple[str, str]]:
     """The running interpreter's own library sources as (path inside the library, text), sorted by path.
 
-    About 10 MB in 600 files (CPython 3.11). Left out: tests, installed packages, tables, what a build or an
+    About 10 MB in 600 files (CPython 3.11). Leaves out tests, installed packages, tables, files that a build or an
     administrator adds, links, and files that are empty or not UTF-8.
 
     Raises:
@@ -57,17 +57,17 @@ def standard_library_documents() -> Iterator[tuple[str, str]]:
             yield name, text
     if not found:
         raise DataError(
-            f"{root} holds no .py files, so there is no default corpus: this Python comes without library "
-            "sources. Give a dataset of your own with --data-path."
+            f"{root} holds no .py files, so there is no default corpus: this Python comes without library sources. "
+            "Give a dataset of your own with --data-path."
         )
 
 
 def prepare_default_corpus(directory: str | os.PathLike[str]) -> str:
-    """Write the standard-library corpus with ``ByteTokenizer``, unless a current one is there.
+    """Writes the standard-library corpus with ``ByteTokenizer``, unless a current one is there.
 
-    Creates ``directory`` if needed, and in it ``python_stdlib.bin``, ``.idx`` and ``.json``, which records
-    what the first two were made from. Processes that call it at once write the same bytes and replace
-    whole files, so none of them can see another's half-done work.
+    Creates ``directory`` if necessary, and in it ``python_stdlib.bin``, ``.idx`` and ``.json``. The last one records
+    the source of the others. Concurrent processes write the same bytes and replace whole files, so none of them sees a
+    half-written file.
 
     Returns:
         The path prefix ``<directory>/python_stdlib``.
@@ -84,8 +84,8 @@ def prepare_default_corpus(directory: str | os.PathLike[str]) -> str:
         raise DataError(f"cannot create {directory} for the default corpus: {error.strerror}.") from error
     tokenizer = ByteTokenizer()
     texts = [text for _, text in standard_library_documents()]
-    # GPTDataset's --split takes contiguous ranges of documents. In alphabetical order the test split
-    # would hold only the last few modules (zipfile, zoneinfo), which are unlike the rest.
+    # GPTDataset's --split takes contiguous ranges of documents. In alphabetical order the test split would hold only
+    # the last few modules (zipfile, zoneinfo), which differ from the rest.
     random.Random(_SHUFFLE_SEED).shuffle(texts)
     documents = ([*tokenizer.tokenize(text), tokenizer.eod] for text in texts)
     summary = write_indexed_dataset(prefix, documents, tokenizer.vocab_size)
@@ -109,8 +109,8 @@ def _is_current(prefix: str) -> bool:
     """Whether the record beside the corpus matches this interpreter and the checksums of both files."""
     try:
         record = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
-        return all(record[key] == value for key, value in {**_corpus_identity(), "files": _entries(prefix)}.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        return {**record, **_corpus_identity(), "files": _entries(prefix)} == record
+    except (OSError, ValueError, TypeError):
         return False
 
 

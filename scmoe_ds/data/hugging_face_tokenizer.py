@@ -14,10 +14,10 @@ from scmoe_ds.errors import DataError
 
 @final
 class HuggingFaceTokenizer(Tokenizer):
-    """Any ``transformers`` tokenizer saved in a local directory; its end-of-sequence token ends a document.
+    """Any ``transformers`` tokenizer in a local directory. Its end-of-sequence token ends a document.
 
     Args:
-        tokenizer_model: directory written by ``tokenizer.save_pretrained``. A hub name is not looked up.
+        tokenizer_model: directory written by ``tokenizer.save_pretrained``. Hub names are not looked up.
 
     Raises:
         DataError: the directory is absent, does not load, or has no end-of-sequence token of its own, or
@@ -37,10 +37,9 @@ class HuggingFaceTokenizer(Tokenizer):
         except ImportError as error:
             raise missing_package("transformers", self.name) from error
         try:
-            # Without a "no" transformers asks on the terminal whether to run code that the directory brings along.
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                tokenizer_model, local_files_only=True, trust_remote_code=False
-            )
+            # Without trust_remote_code=False transformers asks on the terminal whether to run code of the directory.
+            options = {"local_files_only": True, "trust_remote_code": False}
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_model, **options)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
             raise DataError(
                 f"--tokenizer-model {tokenizer_model} does not load as a transformers tokenizer: {error}. "
@@ -52,12 +51,12 @@ class HuggingFaceTokenizer(Tokenizer):
                 'Set "eos_token" in its tokenizer_config.json.'
             )
         vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-        # Ids may have gaps, so the count of tokens can be less than the greatest id plus one.
+        # Ids may have gaps, so the greatest id can exceed the count of tokens.
         self.vocab_size = max(len(self._tokenizer), max(vocabulary.values()) + 1)
         self.eod = int(self._tokenizer.eos_token_id)
         self._encode = plain_encoder(self._tokenizer)
         end = str(self._tokenizer.eos_token)
-        unknown = "\U0010fffd"  # where the token for unknown text is the end-of-sequence token
+        unknown = "\U0010fffd"  # in case the token for unknown text is the end-of-sequence token
         if any(self.eod in self._encode(text) for text in (end, f"a{end}b", f"a {end} b", unknown)):
             raise DataError(
                 f"--tokenizer-model {tokenizer_model}: ordinary text can become the end-of-sequence token {end!r}, so "
@@ -68,12 +67,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def tokenize(self, text: str) -> list[int]:
         """Ids of ``text`` without the special tokens that some tokenizers add around it.
 
-        A text such as ``</s>`` is ordinary text; added tokens that are not special are words like any other.
+        A text such as ``</s>`` is ordinary text. Added tokens that are not special are words.
         """
         return self._encode(text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included, spaces as they are."""
+        """The text of ``ids`` with special tokens and unchanged spaces."""
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def vocabulary(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Arrays on disk that take long to make: written whole, checked when read, made anew when they are damaged.
+"""A cache of arrays on disk. Files are written whole and checked when they are read; damaged entries are made again.
 
-An entry is one .npy file per array and `<name>-description.txt`, a JSON object with what the arrays were made from and
-the size and CRC-32 of each file. The description comes last. Jobs that write an entry at once write the same bytes.
+An entry is one .npy file per array and `<name>-description.txt`, a JSON object with the arrays' source and the size and
+CRC-32 of each file. The description is written last. Concurrent jobs write the same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class IndexCache:
         directory: shared by all nodes; made when an entry is written.
         name: of the entry; the start of its files' names.
         array_names: the ends of the arrays' file names, without .npy.
-        description: what the arrays are made from; an entry with another one is not used.
+        description: the arrays' source. An entry with another description is not used.
     """
 
     def __init__(self, directory: str, name: str, array_names: tuple[str, ...], description: str) -> None:
@@ -41,11 +41,11 @@ class IndexCache:
         self._record = self.directory / f"{name}-description.txt"
 
     def load(self) -> Arrays | None:
-        """The arrays, memory-mapped; None if there is no entry, or one that is damaged or not complete."""
+        """The arrays, memory-mapped; None if there is no entry, or if it is damaged or incomplete."""
         return self._load()[0]
 
     def load_or_build(self, build: Callable[[], Arrays]) -> Arrays:
-        """The arrays of the entry, or those of ``build``, which become the entry.
+        """The arrays of the entry. If there is none, ``build`` makes the arrays, and they become the entry.
 
         Raises:
             DataError: the directory cannot be written, or is full.
@@ -65,7 +65,7 @@ class IndexCache:
         return built
 
     def _load(self) -> tuple[Arrays | None, str | None]:
-        """The arrays, or what is wrong with what is there."""
+        """The arrays, or what is wrong with the files."""
         if not any(path.exists() for path in (self._record, *self._files)):
             return None, None
         try:
@@ -97,7 +97,7 @@ class IndexCache:
         try:
             yield
         except OSError as error:
-            no_room = f"there is no room ({error})"  # NumPy's own words carry no reason
+            no_room = f"there is no room ({error})"  # NumPy's message gives no reason
             raise DataError(
                 f"cannot write the index cache in {self.directory}: {error.strerror or no_room}. Set --data-cache-path "
                 "to a writable directory that has room and that all nodes share."
@@ -106,7 +106,7 @@ class IndexCache:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A name to write under; what is there at the end takes the place of ``path``."""
+    """Yields a temporary path. At the end its file replaces ``path``."""
     staged = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield staged

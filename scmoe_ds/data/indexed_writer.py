@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What was written: the path prefix, the number of documents and of tokens, the token's NumPy dtype."""
+    """A written dataset: its path prefix, numbers of documents and tokens, and the NumPy dtype of a token."""
 
     prefix: str
     num_documents: int
@@ -31,16 +31,16 @@ class DatasetSummary:
 class IndexedDatasetWriter:
     """Context manager that writes ``<prefix>.bin`` and ``<prefix>.idx``, both or neither.
 
-    Tokens go to temporary files in the same directory; a clean exit renames them, an exception removes
-    them. A reader therefore never sees a half-written file.
+    Tokens go to temporary files in the same directory. A clean exit renames them, and an exception removes them, so a
+    reader never sees a half-written file.
 
     Args:
         prefix: output path without extension; its directory must exist.
-        vocab_size: ids must be below it; under 65500 it selects uint16, else int32 (Megatron's rule).
+        vocab_size: ids must be below it. Below 65500 tokens are uint16, otherwise int32 (Megatron's rule).
 
     Raises:
-        DataError: the directory is missing or not writable, a document is empty or holds an id outside
-            the vocabulary, or nothing was written.
+        DataError: the directory is missing or not writable, a document is empty or holds an id outside the vocabulary,
+            or there is no document.
     """
 
     def __init__(self, prefix: str, vocab_size: int) -> None:
@@ -58,30 +58,26 @@ class IndexedDatasetWriter:
             self._builder = IndexedDatasetBuilder(self._staged + ".bin", dtype=self._dtype)
         except OSError as error:
             raise DataError(
-                f"cannot write {prefix}.bin: {error.strerror}. The directory {directory} must exist and be "
-                "writable: create it, or choose another output prefix."
+                f"cannot write {prefix}.bin: {error.strerror}. The directory {directory} must exist and be writable: "
+                "create it, or choose another output prefix."
             ) from error
 
     def __enter__(self) -> Self:
         return self
 
     def add(self, document: Sequence[int] | np.ndarray) -> None:
-        """Append one document, a 1-D sequence of token ids."""
-        tokens = np.asarray(document, dtype=np.int64)
+        """Appends one document, a 1-D sequence of token ids."""
+        tokens, name = np.asarray(document, dtype=np.int64), f"document {self.num_documents} of {self.prefix}"
         if tokens.size == 0:
-            raise DataError(f"document {self.num_documents} of {self.prefix} is empty: leave it out.")
+            raise DataError(f"{name} is empty: leave it out.")
         least, greatest = int(tokens.min()), int(tokens.max())
         if least < 0 or greatest >= self.vocab_size:
             raise DataError(
-                f"document {self.num_documents} of {self.prefix} holds token id "
-                f"{least if least < 0 else greatest}, outside 0..{self.vocab_size - 1}: the vocabulary size "
-                "and the tokenizer do not belong together."
+                f"{name} holds token id {least if least < 0 else greatest}, outside 0..{self.vocab_size - 1}: "
+                "the vocabulary size and the tokenizer do not belong together."
             )
         if tokens.size > np.iinfo(np.int32).max:
-            raise DataError(
-                f"document {self.num_documents} of {self.prefix} has {tokens.size} tokens; an index counts them in 31 "
-                "bits: divide the document."
-            )
+            raise DataError(f"{name} has {tokens.size} tokens; an index counts them in 31 bits: divide the document.")
         try:
             self._builder.add_document(tokens, [tokens.size])
         except OSError as error:
@@ -98,22 +94,20 @@ class IndexedDatasetWriter:
         except OSError as os_error:
             raise self._unwritten(os_error) from os_error
         finally:
-            with suppress(OSError):  # of a full disk, which has been said
+            with suppress(OSError):  # a full disk, which has been reported
                 self._builder.data_file.close()
             for extension in (".bin", ".idx"):
                 Path(self._staged + extension).unlink(missing_ok=True)
 
     def _unwritten(self, error: OSError) -> DataError:
-        return DataError(
-            f"cannot write {self.prefix}.bin and .idx: {error.strerror or error}. Make room, or choose "
-            "another output prefix."
-        )
+        what = f"cannot write {self.prefix}.bin and .idx: {error.strerror or error}"
+        return DataError(f"{what}. Make room, or choose another output prefix.")
 
     def _commit(self) -> None:
         if self.num_documents == 0:
             raise DataError(f"there is no document to write to {self.prefix}: the input holds no text.")
         self._builder.finalize(self._staged + ".idx")
-        # A dataset is looked up by its index, so the index comes last.
+        # Readers look for the index, so it comes last.
         Path(self._staged + ".bin").replace(self.prefix + ".bin")
         Path(self._staged + ".idx").replace(self.prefix + ".idx")
         dtype = np.dtype(self._dtype).name
@@ -123,10 +117,10 @@ class IndexedDatasetWriter:
 def write_indexed_dataset(
     prefix: str, documents: Iterable[Sequence[int] | np.ndarray], vocab_size: int
 ) -> DatasetSummary:
-    """Write documents of token ids to ``<prefix>.bin`` and ``<prefix>.idx``, both or neither.
+    """Writes documents of token ids to ``<prefix>.bin`` and ``<prefix>.idx``, both or neither.
 
     Raises:
-        DataError: as ``IndexedDatasetWriter``; whatever ``documents`` raises passes through.
+        DataError: as ``IndexedDatasetWriter``. Errors of ``documents`` pass through.
     """
     with IndexedDatasetWriter(prefix, vocab_size) as writer:
         for document in documents:

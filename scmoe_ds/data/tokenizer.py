@@ -1,4 +1,4 @@
-"""Tokenizers under Megatron's names, from local files only: nothing here ever downloads."""
+"""Tokenizers with Megatron's names, from local files. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode("utf-8"))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Decode bytes; end-of-document is left out.
+        """Decodes bytes, without end-of-document.
 
-        Bytes that are not UTF-8, and ids that exist only because a model's vocabulary was padded, become
-        U+FFFD, because a model that is still training may generate either.
+        Bytes that are not UTF-8, and ids from the padding of a vocabulary, become U+FFFD: a model in training may
+        generate both.
         """
         invalid_byte = 0xFF  # never occurs in UTF-8
         octets = bytes(i if 0 <= i < 256 else invalid_byte for i in ids if i != self.eod)
@@ -135,7 +135,7 @@ def build_tokenizer(
 
 
 def tokenizer_in(directory: Path, tokenizer_type: str) -> Tokenizer:
-    """The tokenizer whose ``files`` lie in a directory, beside others.
+    """The tokenizer whose ``files`` lie in a directory, which may hold other files too.
 
     Raises:
         DataError: unknown type, or its files are unusable.

@@ -1,7 +1,7 @@
-"""A function of many items in several processes, the results in the items' order; a process that is killed is noticed.
+"""Maps a function over items in several processes, keeps the order of the items, and notices killed processes.
 
-Each worker alone holds the other end of its pipe: its death closes the pipe, at whatever moment it comes.
-multiprocessing.Pool and ProcessPoolExecutor wait for ever for the rest of a result that was half sent.
+Only the worker holds the other end of its pipe, so its death closes the pipe at any moment. multiprocessing.Pool and
+ProcessPoolExecutor wait for ever for the rest of a half-sent result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from scmoe_ds.errors import DataError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Those that ask a process to end."""
+"""Signals that ask a process to end."""
 _CHUNK_ITEMS, _CHUNK_BYTES = 32, 1 << 22
 _AHEAD_PER_WORKER = 4  # chunks; bounds the memory
 
@@ -29,10 +29,10 @@ R = TypeVar("R")
 def map_in_order(
     function: Callable[[T], R], items: Iterator[T], workers: int, size: Callable[[T], int]
 ) -> Generator[R | Exception, None, None]:
-    """What the function returns or raises for each item; 1 worker is this process.
+    """The function's result or exception for each item. With 1 worker this process does the work.
 
     Args:
-        size: of an item in bytes: large ones go to a worker alone.
+        size: of an item in bytes; a worker gets a large item alone.
 
     Raises:
         DataError: a worker was killed.
@@ -57,7 +57,7 @@ def map_in_order(
 
 
 def _in_order(chunks: Iterator[list[Any]], idle: list[Connection], ahead: int) -> Iterator[Any]:
-    """Results in the order of the chunks, of which at most ``ahead`` are sent before the first of them is back."""
+    """Results in the order of the chunks. At most ``ahead`` chunks are sent before the first of them is back."""
     sent = returned = 0
     at_work: dict[Connection, int] = {}
     results: dict[int, list[Any]] = {}
@@ -91,7 +91,7 @@ def _killed_is_an_error() -> Iterator[None]:
 
 
 def _chunks(items: Iterator[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """What a worker gets at once."""
+    """Groups items for the workers."""
     chunk: list[T] = []
     total = 0
     for item in items:
@@ -105,8 +105,8 @@ def _chunks(items: Iterator[T], size: Callable[[T], int]) -> Iterator[list[T]]:
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """The life of a worker."""
-    for number in SIGNALS:  # Ctrl-C reaches all processes of a terminal; this one's parent will end it
+    """Runs in a worker process."""
+    for number in SIGNALS:  # Ctrl-C reaches all processes of a terminal; the parent ends this one
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
@@ -114,7 +114,7 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Nobody else would end the workers of a process that was killed."""
+    """Ends this worker when its parent was killed and cannot."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,2 +1,2 @@
-"""How good a trained model is: `windows` says what is read and scored, `scoring` runs the model, `text` holds what is
-evaluated, `perplexity` sums it up; `harness` and `tasks` run the benchmarks of EleutherAI's lm_eval."""
+"""Evaluates a trained model. `perplexity` computes loss and perplexity of `documents`: `windows` says which tokens are
+read and scored, `scoring` runs the model. `tasks` runs benchmarks of EleutherAI's lm_eval, and `harness` answers it."""

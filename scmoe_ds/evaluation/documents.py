@@ -1,4 +1,4 @@
-"""What is evaluated: the documents of an indexed dataset, or one text file."""
+"""The documents to evaluate: those of an indexed dataset, or one text file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Documents(ABC):
 
     Attributes:
         lengths: int64 [N], tokens of each.
-        num_words: whitespace-separated words of all of them; None where the text itself is not there.
-        identity: the same on all ranks, or else they read different texts.
+        num_words: whitespace-separated words of all documents; None when only tokens are there.
+        identity: differs between ranks that read different texts.
     """
 
     lengths: np.ndarray
@@ -42,15 +42,15 @@ class Documents(ABC):
 
 
 class IndexedDocuments(Documents):
-    """The documents of `<prefix>.bin` and `.idx`, memory-mapped: no more than one document is in memory.
+    """The documents of `<prefix>.bin` and `.idx`, memory-mapped, so that at most one document is in memory.
 
     Args:
-        split: of the shares of train, valid and test, the validation part; it may begin and end within a document
-            that has several sequences. None: all documents.
+        split: shares of train, valid and test, of which the validation part is read. It may begin and end within a
+            document that has several sequences. None reads all documents.
 
     Raises:
-        DataError: files that are missing, damaged or of another tokenizer; a split that is none.
-        EvaluationError: fewer than two tokens.
+        DataError: a file is missing, damaged or of another tokenizer, or the split is invalid.
+        EvaluationError: there are fewer than two tokens.
     """
 
     def __init__(self, prefix: str, split: str | None, tokenizer: Tokenizer) -> None:
@@ -60,11 +60,11 @@ class IndexedDocuments(Documents):
         self._offsets = layout.document_offsets(sequences)
         self.lengths = np.diff(self._offsets)
         if self.num_tokens < 2:
-            part = "" if split is None else f" the validation part of --split {split}"
+            part = "the data set" if split is None else f"the validation part of --split {split}"
+            remedy = "give more data" if split is None else "give more data or another split"
             raise EvaluationError(
-                f"--data-path {prefix}:{part or ' the data set'} is {len(sequences)} of {count} {layout.unit} with "
-                f"{self.num_tokens} tokens; at least 2 are needed: give more data"
-                + (" or another split" if part else "")
+                f"--data-path {prefix}: {part} is {len(sequences)} of {count} {layout.unit} with {self.num_tokens} "
+                f"tokens; at least 2 are needed: {remedy}"
             )
         self._data = layout.tokens()
         self._layout, self._tokenizer = layout, tokenizer
@@ -72,10 +72,9 @@ class IndexedDocuments(Documents):
         self.identity = (f"{layout.fingerprint} {content_digest(layout)}", self.num_tokens)
 
     def check_tokens(self) -> None:
-        """Looks at all token ids.
-
+        """
         Raises:
-            DataError: one that is not in the vocabulary.
+            DataError: a token id is not in the vocabulary.
         """
         check_token_range(self._layout, self._tokenizer.vocab_size)
 
@@ -83,10 +82,10 @@ class IndexedDocuments(Documents):
         return self._data[self._offsets[document] : self._offsets[document + 1]]
 
     def num_bytes(self, document: int) -> int:
-        """Bytes of its text in UTF-8; end-of-document tokens are no text."""
+        """Bytes of its text in UTF-8, without end-of-document tokens."""
         tokens = self.tokens(document)
         text = tokens[tokens != self._tokenizer.eod]
-        if isinstance(self._tokenizer, ByteTokenizer):  # also where a document ends within a character
+        if isinstance(self._tokenizer, ByteTokenizer):  # right also when a document ends within a character
             return len(text)
         return len(self._tokenizer.detokenize(text.tolist()).encode("utf-8", errors="replace"))
 
@@ -95,8 +94,8 @@ class TextDocument(Documents):
     """A UTF-8 text file as one document, byte for byte.
 
     Raises:
-        DataError: a file that is not there or no UTF-8 text, or a tokenizer without a vocabulary.
-        EvaluationError: fewer than two tokens.
+        DataError: the file is missing or not UTF-8, or the tokenizer has no vocabulary.
+        EvaluationError: there are fewer than two tokens.
     """
 
     def __init__(self, path: str, tokenizer: Tokenizer) -> None:
@@ -116,10 +115,10 @@ class TextDocument(Documents):
 
 
 def open_documents(data_path: str | None, split: str | None, text_file: str | None, tokenizer: Tokenizer) -> Documents:
-    """What the flags name. Collective: a problem of one rank is raised on all, and so is another text.
+    """The documents that the flags name. Collective.
 
     Raises:
-        DataError, EvaluationError, RankDisagreementError: what a user can mend.
+        DataError, EvaluationError, RankDisagreementError: on all ranks: a rank cannot read them, or reads other ones.
     """
 
     def read() -> Documents:

@@ -1,12 +1,11 @@
 """A trained GPT as a model of EleutherAI's lm_eval. Importing this module needs that package.
 
-lm_eval sees a single process on every rank; requests are divided over the data-parallel ranks in here, so that
-expert-parallel ranks take every step together, and every rank gets all results.
+lm_eval sees a single process on every rank. This module divides requests over the data-parallel ranks, so that
+expert-parallel ranks make every step together. Every rank gets all results.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import Row, SlidingWindow, row_of
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.sampling import Sampling
-from scmoe_ds.parallel.agreement import require_agreement
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 
 _DEFAULT_NEW_TOKENS = 256  # lm_eval's own
 
@@ -34,11 +33,11 @@ class ScMoELM(TemplateLM):
     Args:
         scorer: computes log likelihoods.
         tokenizer: of the model; an empty context becomes its end-of-document token.
-        rule: windows of rolling log likelihoods; its seq_length is also the most that a question may have. Prompts
-            and what is generated from them have the model's whole context.
+        rule: windows of rolling log likelihoods; its seq_length also limits questions. Prompts and generated tokens
+            together may fill the model's whole context.
 
     Attributes:
-        truncated: requests so far whose context was longer than that, and lost its left end.
+        truncated: requests so far whose context was longer and lost its left end.
     """
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer, rule: SlidingWindow) -> None:
@@ -53,7 +52,7 @@ class ScMoELM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Most tokens that the model reads."""
+        """The limit of tokens that the model reads."""
         return self._rule.seq_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
@@ -61,21 +60,19 @@ class ScMoELM(TemplateLM):
             string.encode("utf-8")
         except UnicodeEncodeError as error:
             around = string[max(error.start - 30, 0) : error.start]
-            raise EvaluationError(
-                "--tasks: a text has half of a surrogate pair, which is no character, behind "
-                f"{around!r}: repair it in the task's data"
-            ) from None
+            what = f"--tasks: a text has half of a surrogate pair, which is no character, behind {around!r}"
+            raise EvaluationError(f"{what}: repair it in the task's data") from None
         return self._text.tokenize(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **options: Any
     ) -> list[tuple[float, bool]]:
-        """(log likelihood in nats, whether greedy decoding gives it) of each continuation behind its context.
+        """(log likelihood in nats, whether greedy decoding gives it) of each continuation after its context.
 
         Raises:
-            EvaluationError: a continuation longer than the model's context.
+            EvaluationError: a continuation is longer than the model's context.
         """
-        require_agreement("the requests of the tasks", _digest(requests))
+        _check_same_requests(requests)
         rows = []
         for (_, text), context, continuation in requests:
             if len(continuation) > self.max_length:
@@ -92,7 +89,7 @@ class ScMoELM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log likelihood in nats of each whole text, as `scmoe_ds.evaluation.perplexity` computes it."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
-        require_agreement("the requests of the tasks", _digest(texts))
+        _check_same_requests(texts)
         places = [(number, window) for number, text in enumerate(texts) for window in self._rule.windows(len(text))]
         nats = self._scorer.score_all([row_of(texts[number], window, self.eot_token_id) for number, window in places])
         totals = [0.0] * len(texts)
@@ -101,12 +98,12 @@ class ScMoELM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to the first stop text, which is left out.
+        """The generated text after each context, up to the first stop text, which is left out.
 
         Raises:
-            EvaluationError: sampling settings out of range, or no room for the new tokens.
+            EvaluationError: sampling settings are out of range, or the new tokens have no room.
         """
-        require_agreement("the requests of the tasks", _digest([request.args for request in requests]))
+        _check_same_requests([request.args for request in requests])
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(number)
@@ -139,7 +136,7 @@ class ScMoELM(TemplateLM):
             )
         do_sample = settings.get("do_sample")
         temperature = float(settings.get("temperature", 1.0 if do_sample else 0.0))
-        if do_sample is False:  # it goes before any temperature, as in lm_eval's own models
+        if do_sample is False:  # it overrides any temperature, as in lm_eval's own models
             temperature = 0.0
         try:
             sampling = Sampling(temperature, int(settings.get("top_k") or 0), float(settings.get("top_p") or 1.0))
@@ -148,5 +145,5 @@ class ScMoELM(TemplateLM):
         return Request(most, sampling, (self.eot_token_id,), tuple(stops), self._text.vocab_size)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def _check_same_requests(requests: Any) -> None:
+    require_agreement("the requests of the tasks", fingerprint(requests))

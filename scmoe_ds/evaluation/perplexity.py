@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import EvaluationError
 from scmoe_ds.evaluation.documents import Documents
 from scmoe_ds.evaluation.scoring import Scorer, replica
 from scmoe_ds.evaluation.windows import SlidingWindow, Window, row_of
+from scmoe_ds.parallel.agreement import is_rank_zero
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -24,13 +24,13 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of a text.
+    """The perplexity of a text.
 
     Attributes:
         nats: negative log likelihood of all tokens together.
-        tokens: that were scored: all of them.
+        tokens: their number.
         bytes: of the text in UTF-8.
-        words: separated by whitespace; None for tokens whose text is not there.
+        words: separated by whitespace; None when only tokens are there.
         windows: forward passes over single rows.
     """
 
@@ -46,7 +46,7 @@ class Perplexity:
         return self.nats / self.tokens
 
     def record(self) -> dict[str, float | int]:
-        """All numbers by name; a perplexity is exp(nats / number of tokens, words or bytes)."""
+        """All numbers by name. A perplexity is exp(nats / number of tokens, words or bytes)."""
         numbers = {"tokens": self.tokens, "windows": self.windows, "loss": self.loss, "perplexity": _exp(self.loss)}
         if self.bytes:
             numbers["bytes"] = self.bytes
@@ -60,13 +60,13 @@ class Perplexity:
 
 
 def evaluate_documents(scorer: Scorer, documents: Documents, rule: SlidingWindow, tokenizer: Tokenizer) -> Perplexity:
-    """Every token of every document is predicted once, from the tokens before it in its document.
+    """Predicts every token of every document once, from the tokens before it in its document. Collective.
 
-    The first token is predicted from end-of-document alone, as lm_eval's rolling log likelihood does; an
-    end-of-document token that ends a document is predicted like any other. Collective over the world.
+    The first token is predicted from end-of-document alone, as in lm_eval's rolling log likelihood. An end-of-document
+    token that ends a document is predicted like any other.
 
     Raises:
-        EvaluationError: a loss that is not finite.
+        EvaluationError: the loss is not finite.
     """
     count = rule.count(documents.lengths)
     nats, done, shown = 0.0, 0, time.monotonic()
@@ -74,7 +74,7 @@ def evaluate_documents(scorer: Scorer, documents: Documents, rule: SlidingWindow
         rows = [row_of(documents.tokens(document), window, tokenizer.eod) for document, window in batch]
         nats += float(scorer.score(rows)[:, 0].sum())
         done += len(batch)
-        if time.monotonic() - shown > _SECONDS_BETWEEN_LINES and (not dist.is_initialized() or dist.get_rank() == 0):
+        if time.monotonic() - shown > _SECONDS_BETWEEN_LINES and is_rank_zero():
             shown = time.monotonic()
             logger.info(f"{min(done * replica()[1], count)} of {count} windows")
     rank, ranks = replica()
@@ -96,4 +96,4 @@ def _windows(documents: Documents, rule: SlidingWindow) -> Iterator[tuple[int, W
 
 
 def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # the largest that a float holds, about
+    return math.exp(min(nats, 700.0))  # about the largest float

@@ -1,4 +1,4 @@
-"""Log likelihoods of given tokens: batches of rows through a model, divided over the data-parallel ranks.
+"""Computes log likelihoods of given tokens, in batches that are divided over the data-parallel ranks.
 
 Shape suffixes: B rows, S tokens of each, D hidden, T scored tokens of a batch, V vocabulary.
 """
@@ -24,7 +24,7 @@ from scmoe_ds.parallel.tensor import ModelParallelUnit, data_parallel_rank, data
 T = TypeVar("T")
 
 _LOGITS_AT_ONCE = 512
-"""Tokens whose logits are in memory together: with a vocabulary of 50 000, 100 MB of fp32."""
+"""Tokens whose logits are in memory together: 100 MB of fp32 with a vocabulary of 50 000."""
 
 
 class Scorer:
@@ -33,9 +33,9 @@ class Scorer:
     Args:
         model: this rank's part, in evaluation mode.
         batch_size: rows that this rank reads together.
-        vocab_size: tokens of the tokenizer; greedy decoding never chooses the padding of the vocabulary behind them.
-            Log likelihoods are over the whole padded vocabulary, as in training. None: no padding.
-        phases: whose prefill schedule the passes run under; None: the model's own schedule.
+        vocab_size: tokens of the tokenizer; greedy decoding never chooses padding tokens. Log likelihoods are over the
+            whole padded vocabulary, as in training. None means no padding.
+        phases: the passes run under their prefill schedule; None keeps the model's schedule.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Row]) -> Tensor:
-        """One forward pass. Collective over expert- and tensor-parallel ranks, whatever rows each of them has.
+        """One forward pass. Collective over expert- and tensor-parallel ranks, which may have different rows.
 
         Args:
-            rows: of any lengths; none: the pass only serves other ranks' tokens.
+            rows: of any lengths. Without rows the pass only serves other ranks' tokens.
 
         Returns:
-            [B, 2] float64 on the host: of each row the nats of its labels together (their negative log likelihood),
-            and how many of them greedy decoding would have chosen.
+            [B, 2] float64 on the host: for each row the nats of all its labels (their negative log likelihood), and the
+            number of labels that greedy decoding would choose.
         """
         lengths = [len(row.tokens) for row in rows]
-        # Padding comes behind a row's tokens, which do not look at it, and goes to no expert.
+        # Padding comes after a row's tokens, which do not attend to it, and no expert gets it.
         tokens_BS = torch.zeros(max(len(rows), 1), max(lengths, default=1), dtype=torch.int64)
         for number, row in enumerate(rows):
             tokens_BS[number, : len(row.tokens)] = torch.from_numpy(np.array(row.tokens))
@@ -82,7 +82,7 @@ class Scorer:
     def score_all(self, rows: Sequence[Row]) -> Tensor:
         """[N, 2] as `score`, for any number of rows and in their order, on every rank.
 
-        Collective over the world: every rank has the same rows.
+        Collective over the world: every rank passes the same rows.
         """
         sums_N2 = torch.zeros(len(rows), 2, dtype=torch.float64)
         longest_first = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))  # little padding
@@ -101,7 +101,7 @@ class Scorer:
             yield list(islice(rest, self.batch_size * ranks))[rank::ranks]
 
     def sum_over_replicas(self, values: Tensor) -> Tensor:
-        """Sums over the data-parallel ranks; tensor-parallel ranks, which hold the same numbers, count once."""
+        """Sums over the data-parallel ranks. Tensor-parallel ranks hold the same numbers and count once."""
         if replica()[1] == 1:
             return values
         total = values.to(self.device, copy=True)
@@ -110,5 +110,5 @@ class Scorer:
 
 
 def replica() -> tuple[int, int]:
-    """This rank's place among the data-parallel ranks, and their number."""
+    """This rank's number among the data-parallel ranks, and their count."""
     return (data_parallel_rank(), data_parallel_size()) if dist.is_initialized() else (0, 1)

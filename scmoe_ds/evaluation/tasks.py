@@ -1,4 +1,4 @@
-"""Benchmarks of EleutherAI's lm_eval, from local files only."""
+"""Runs benchmarks of EleutherAI's lm_eval, from local files only."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import ArgumentError, EvaluationError
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import SlidingWindow
-from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.parallel.agreement import is_rank_zero, run_together
 
 _BOOTSTRAP_SAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What lm_eval found.
+    """The results of lm_eval.
 
     Attributes:
-        table: for people.
-        record: "results" (and "groups") by task, "n-shot" and "n-samples"; "truncated": requests that were longer
-            than the model's context.
+        table: as text.
+        record: "results" (and "groups") by task, "n-shot" and "n-samples"; "truncated": requests that were longer than
+            the model's context.
     """
 
     table: str
@@ -33,13 +31,13 @@ class TaskResults:
 
 
 def prepare() -> None:
-    """Keeps lm_eval and what it imports from the network. Before anything imports `huggingface_hub`.
+    """Keeps lm_eval and its imports off the network. Call it before anything imports `huggingface_hub`.
 
     Raises:
         ArgumentError: lm_eval is not installed.
     """
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    # Its standard errors would otherwise come from as many processes as there are cores, forked from each rank.
+    # Otherwise each rank would fork a process per core for the standard errors.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
         from lm_eval.tasks import TaskManager
@@ -58,16 +56,16 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> TaskResults | None:
-    """Runs tasks; on all ranks but the first of each machine, returns None. Collective over the world.
+    """Runs tasks. Returns None on all ranks but the first of each machine. Collective over the world.
 
     Args:
         names: of tasks, groups or tags.
-        include_path: directory of more tasks, which go before those of the same name that lm_eval has.
-        num_fewshot: examples before each question; None: as the task says.
-        limit: questions of each task; None: all.
+        include_path: directory of more tasks, which override lm_eval's tasks of the same name.
+        num_fewshot: examples before each question; None leaves it to the task.
+        limit: questions of each task; None asks all.
 
     Raises:
-        ArgumentError, EvaluationError: what a user can mend.
+        ArgumentError, EvaluationError: a task is unknown, or its data cannot be read.
     """
     import lm_eval
     from lm_eval.utils import make_table
@@ -78,7 +76,6 @@ def evaluate_tasks(
     assert loaded is not None
     manager, tasks = loaded
     model = ScMoELM(scorer, tokenizer, rule)
-    alone = not dist.is_initialized() or dist.get_rank() == 0
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=tasks,
@@ -86,7 +83,7 @@ def evaluate_tasks(
         num_fewshot=num_fewshot,
         limit=limit,
         log_samples=False,
-        bootstrap_iters=_BOOTSTRAP_SAMPLES if alone else 0,
+        bootstrap_iters=_BOOTSTRAP_SAMPLES if is_rank_zero() else 0,
     )
     if found is None:
         return None
@@ -99,18 +96,16 @@ def evaluate_tasks(
 def _load(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any]]:
     from lm_eval.tasks import TaskManager
 
-    # lm_eval reads each of its thousands of task files for a list of them, which takes longer than a small task.
+    # To list its tasks, lm_eval reads thousands of files, which takes longer than a small task.
     manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
     if manager is None or set(names) - set(manager.all_tasks):
         own = manager.all_tasks if manager else []
         manager = TaskManager(include_path=include_path)
         unknown = sorted(set(names) - set(manager.all_tasks))
         if unknown:
-            where = (
-                f"--include-path {include_path} has {', '.join(own) or 'none'}"
-                if include_path
-                else ("give --include-path for tasks of your own")
-            )
+            where = "give --include-path for tasks of your own"
+            if include_path:
+                where = f"--include-path {include_path} has {', '.join(own) or 'none'}"
             raise ArgumentError(f"--tasks {','.join(unknown)}: neither a task of lm_eval nor of yours; {where}")
     tasks = []
     for name in names:

@@ -1,7 +1,7 @@
 """Sliding windows: which tokens a forward pass reads, and which of them it scores.
 
-A document is read behind an end-of-document token, so that its first token is predicted as well. Every token is
-scored once. This is the rule of lm_eval's rolling log likelihood, whose own stride is the whole window.
+An end-of-document token comes before a document, so that its first token is predicted too. Every token is scored once.
+lm_eval's rolling log likelihood has the same rule, with a stride of the whole window.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Window(NamedTuple):
     """One forward pass over a document t[0], t[1], …
 
     Attributes:
-        begin: where it begins to read: at t[begin - 1], or for 0 at the end-of-document token in front.
+        begin: it reads from t[begin - 1], or if 0 from the end-of-document token before the document.
         first, stop: it scores t[first:stop] and reads up to t[stop - 2].
     """
 
@@ -27,11 +27,11 @@ class Window(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a model reads and is asked for.
+    """The input of a model and the labels to score.
 
     Attributes:
         tokens: int64 [S], S ≥ 1.
-        labels: int64 [K], K ≤ S: what follows each of the last K tokens.
+        labels: int64 [K], K ≤ S: the token after each of the last K tokens.
     """
 
     tokens: np.ndarray
@@ -44,15 +44,15 @@ class SlidingWindow:
 
     Attributes:
         seq_length: most tokens that a pass reads.
-        stride: tokens by which a window moves on. Those that the first window does not score have at least
-            seq_length - stride tokens before them; the last window ends with the document.
+        stride: tokens by which a window moves. Tokens that the first window does not score have at least
+            seq_length - stride tokens before them. The last window ends with the document.
     """
 
     seq_length: int
     stride: int
 
     def windows(self, num_tokens: int) -> Iterator[Window]:
-        """Of a document of so many tokens, in order; none of an empty one."""
+        """The windows of a document of `num_tokens`, in order."""
         stop = min(self.seq_length, num_tokens)
         if stop:
             yield Window(0, 0, stop)
@@ -61,14 +61,14 @@ class SlidingWindow:
             yield Window(stop - self.seq_length, first, stop)
 
     def count(self, lengths: np.ndarray) -> int:
-        """Windows of documents of these lengths."""
+        """Number of windows of documents of these lengths."""
         lengths = lengths.astype(np.int64)
         later = -(-np.maximum(lengths - self.seq_length, 0) // self.stride)
         return int((later + (lengths > 0)).sum())
 
 
 def row_of(document: np.ndarray | Sequence[int], window: Window, end_of_document: int) -> Row:
-    """A window's tokens; of a memory-mapped document nothing else is read."""
+    """A window's tokens. Nothing else is read of a memory-mapped document."""
     read = np.asarray(document[max(window.begin - 1, 0) : window.stop], dtype=np.int64)
     if window.begin == 0:
         read = np.concatenate([np.array([end_of_document]), read])
