@@ -93,11 +93,7 @@ class GradientSums:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Adds the parameters' gradients; None counts as zero.
-
-        Raises:
-            AnalysisError: a gradient is not finite.
-        """
+        """Adds the parameters' gradients; None counts as zero. Raises an AnalysisError if a gradient is not finite."""
         squares = []
         for group, members in self.groups.items():
             square = torch.zeros((), dtype=torch.float64, device=members[0].device)
@@ -118,11 +114,8 @@ class GradientSums:
 
     def record(self) -> dict[str, Any]:
         """JSON values: "micro_batches", "noise_floor", and "sub_layers" and "branches", each with "norm" and "snr". The
-        latter is null for a group without a gradient.
-
-        Raises:
-            AnalysisError: fewer than two micro-batches.
-        """
+        latter is null for a group without a gradient. Raises an AnalysisError if there are fewer than two
+        micro-batches."""
         count = len(self._squares)
         if count < 2:
             raise AnalysisError(f"{count} micro-batch(es): a signal-to-noise ratio needs at least 2")

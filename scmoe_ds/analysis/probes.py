@@ -105,11 +105,8 @@ class Capture(AbstractContextManager["Capture"]):
             self._found[place] = value.detach().clone()
 
     def take(self) -> list[Tensor]:
-        """Returns the [..., D] of every probe since the last call, in order, and forgets them.
-
-        Raises:
-            AnalysisError: a module did not run.
-        """
+        """Returns the [..., D] of every probe since the last call, in order, and forgets them. Raises an AnalysisError
+        if a module did not run."""
         values = []
         for probe in self._probes:
             parts = [

@@ -41,10 +41,7 @@ def _version(package: str) -> str | None:
 
 
 def check_output(path: str) -> None:
-    """
-    Raises:
-        AnalysisError: --output is no .json file in a directory that exists and can be written.
-    """
+    """Raises an AnalysisError if --output is no .json file in a directory that exists and can be written."""
     out = Path(path)
     if out.suffix != ".json":
         raise AnalysisError(f"--output {out}: must end in .json; the figure gets the same name with .png")
@@ -87,11 +84,7 @@ def draw(record: dict[str, Any], json_path: Path) -> Path:
 
 
 def read_json(flag: str, path: str) -> Any:
-    """The JSON file that a flag names.
-
-    Raises:
-        AnalysisError: it cannot be read.
-    """
+    """The JSON file that a flag names. Raises an AnalysisError if it cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -99,11 +92,7 @@ def read_json(flag: str, path: str) -> Any:
 
 
 def redraw(path: str, kind: str) -> Path:
-    """Draws the figure of a record again.
-
-    Raises:
-        AnalysisError: the file is no record of that kind.
-    """
+    """Draws the figure of a record again. Raises an AnalysisError if the file is no record of that kind."""
     record = read_json("--from-json", path)
     found = record.get("kind") if isinstance(record, dict) else None
     if found != kind:

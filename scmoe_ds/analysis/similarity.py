@@ -91,11 +91,7 @@ class SimilaritySums:
         self._norm[place_N] += norm_TN.sum(0).cpu()
 
     def result(self) -> Similarity:
-        """The means over all tokens so far.
-
-        Raises:
-            AnalysisError: there were none.
-        """
+        """The means over all tokens so far. Raises an AnalysisError if there were none."""
         if not all(self.tokens.values()):
             raise AnalysisError("there are no tokens to compare representations of: give more data")
         stage_N = torch.tensor([each.stage for each in self.representations])

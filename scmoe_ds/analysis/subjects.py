@@ -44,11 +44,7 @@ class Subject:
 
 
 def moe_blocks(num_blocks: int, moe_every: int) -> list[tuple[int, int]]:
-    """The last of every `moe_every` blocks.
-
-    Raises:
-        AnalysisError: fewer blocks than that.
-    """
+    """The last of every `moe_every` blocks. Raises an AnalysisError if there are fewer blocks."""
     found = [(0, block) for block in range(moe_every - 1, num_blocks, moe_every)]
     if not found:
         raise AnalysisError(f"--moe-every {moe_every}: the model has {num_blocks} blocks; give at most that")
@@ -120,11 +116,8 @@ def swin_subject(model: nn.Module) -> Subject:
 
 
 def open_hugging_face(directory: str, dtype: str | None, device: torch.device) -> Any:
-    """A causal model from a local directory; nothing is downloaded.
-
-    Raises:
-        AnalysisError: no such directory, or none that transformers can load.
-    """
+    """A causal model from a local directory; nothing is downloaded. Raises an AnalysisError if the directory is
+    missing, or transformers cannot load it."""
     local_directory(directory)
     from transformers import AutoModelForCausalLM
 
@@ -133,11 +126,8 @@ def open_hugging_face(directory: str, dtype: str | None, device: torch.device) -
 
 
 def load_hugging_face(kind: Any, directory: str, what: str) -> Any:
-    """A model of a class of transformers; no code that the directory brings along is run.
-
-    Raises:
-        AnalysisError: it does not load.
-    """
+    """A model of a class of transformers; no code that the directory brings along is run. Raises an AnalysisError if it
+    does not load."""
     try:
         return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
@@ -145,10 +135,7 @@ def load_hugging_face(kind: Any, directory: str, what: str) -> Any:
 
 
 def local_directory(directory: str) -> Path:
-    """
-    Raises:
-        AnalysisError: --hf-model is none.
-    """
+    """Raises an AnalysisError if --hf-model is no local directory."""
     if not Path(directory).is_dir():
         raise AnalysisError(
             f"--hf-model {directory} is not a local directory; save the model with transformers' "

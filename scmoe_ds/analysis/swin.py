@@ -27,11 +27,8 @@ from scmoe_ds.moe.placement import global_names
 
 
 def open_swin(path: str, device: torch.device) -> SwinMoE:
-    """Loads a checkpoint of scmoe pretrain-swin for one process, without drops.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged or of another model.
-    """
+    """Loads a checkpoint of scmoe pretrain-swin for one process, without drops. Raises a CheckpointError if there is
+    none, or it is damaged or of another model."""
     weights, description = open_weights(Path(path))
     print(f"loading {weights.path}", file=sys.stderr)
     found = parse(description, weights.path)
@@ -57,11 +54,8 @@ def open_swin(path: str, device: torch.device) -> SwinMoE:
 
 
 def open_hugging_face_swin(directory: str, device: torch.device) -> nn.Module:
-    """Loads a Swinv2 of transformers from a local directory, without its head. Downloads nothing.
-
-    Raises:
-        AnalysisError: the directory is missing or holds another model.
-    """
+    """Loads a Swinv2 of transformers from a local directory, without its head. Downloads nothing. Raises an
+    AnalysisError if the directory is missing or holds another model."""
     try:
         config = json.loads((local_directory(directory) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

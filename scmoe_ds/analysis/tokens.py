@@ -61,11 +61,8 @@ class TokenSequences:
             yield torch.from_numpy(block).view(last - first, self.seq_length)
 
     def labelled_batches(self, batch_size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first `count` full batches of tokens and next tokens, each [B, S] int64.
-
-        Raises:
-            AnalysisError: there are fewer batches.
-        """
+        """The first `count` full batches of tokens and next tokens, each [B, S] int64. Raises an AnalysisError if there
+        are fewer batches."""
         per_batch = batch_size * self.seq_length
         available = (min(len(self) * self.seq_length, len(self.tokens) - 1)) // per_batch
         if available < count:

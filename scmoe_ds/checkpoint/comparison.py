@@ -139,10 +139,7 @@ def outcome_of(name: str) -> Outcome:
 
 
 def check_refused(found: Sequence[Difference], flag: str, path: object) -> None:
-    """
-    Raises:
-        CheckpointError: a setting that cannot be taken over.
-    """
+    """Raises a CheckpointError if a setting cannot be taken over."""
     for each in found:
         if each.outcome is Outcome.REFUSED:
             raise CheckpointError(

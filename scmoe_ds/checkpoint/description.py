@@ -122,10 +122,8 @@ def _changed(then: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, t
 
 
 def check_layout_is_free(layout: Mapping[str, Any], whose: str) -> None:
-    """
-    Raises:
-        CheckpointError: the layout has a setting under which DeepSpeed does not record where the parameters lie.
-    """
+    """Raises a CheckpointError if the layout has a setting under which DeepSpeed does not record where the parameters
+    lie."""
     tied = {ZERO_STAGE: layout[ZERO_STAGE] not in (1, 2), ROUND_ROBIN: bool(layout[ROUND_ROBIN])}
     for key, is_tied in tied.items():
         if is_tied:

@@ -44,11 +44,8 @@ def locate(path: Path, flag: str = "", remedy: str = "name one that a training r
 
 
 def read_latest(root: Path, flag: str = "--load") -> str | None:
-    """The tag that `latest` names; None if there is no such file.
-
-    Raises:
-        CheckpointError: the file does not hold the name of a checkpoint in this directory.
-    """
+    """The tag that `latest` names; None if there is no such file. Raises a CheckpointError if the file does not hold
+    the name of a checkpoint in this directory."""
     latest = root / "latest"
     try:
         if not latest.is_symlink() and not latest.exists():

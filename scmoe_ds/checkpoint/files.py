@@ -58,11 +58,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, flag: str) -> dict[str, Any]:
-    """Reads a small JSON file of a checkpoint strictly: no NaN, no key twice.
-
-    Raises:
-        DamagedCheckpointError: it is missing, unreadable or not such a JSON object.
-    """
+    """Reads a small JSON file of a checkpoint strictly: no NaN, no key twice. Raises a DamagedCheckpointError if it is
+    missing, unreadable or not such a JSON object."""
     try:
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "not a file")
@@ -115,11 +112,8 @@ def damaged(directory: Path, what: str, flag: str) -> DamagedCheckpointError:
 
 
 def read_manifest(directory: Path, flag: str) -> dict[str, FileEntry]:
-    """Size and checksum of each file.
-
-    Raises:
-        DamagedCheckpointError: the manifest is missing, unreadable, or has other entries.
-    """
+    """Size and checksum of each file. Raises a DamagedCheckpointError if the manifest is missing, unreadable, or has
+    other entries."""
     manifest = read_json(directory / MANIFEST_FILE, flag)
     wrong = next((name for name, found in manifest.items() if not _is_entry(name, found)), None)
     if wrong is not None or not manifest:
@@ -142,11 +136,8 @@ def _is_entry(name: str, found: Any) -> bool:
 
 
 def read_description(directory: Path, name: str, flag: str) -> dict[str, Any]:
-    """The content of a description whose checksum is right.
-
-    Raises:
-        DamagedCheckpointError: it or the manifest is missing, or it is not as it was written.
-    """
+    """The content of a description whose checksum is right. Raises a DamagedCheckpointError if it or the manifest is
+    missing, or it is not as it was written."""
     manifest = read_manifest(directory, flag)
     description = read_json(directory / name, flag)
     require_named(name, directory, manifest, flag)
@@ -195,10 +186,7 @@ def _readable(directory: Path, name: str, flag: str) -> Iterator[None]:
 
 
 def require_named(name: str, directory: Path, manifest: dict[str, FileEntry], flag: str) -> None:
-    """
-    Raises:
-        DamagedCheckpointError: the manifest does not name the file.
-    """
+    """Raises a DamagedCheckpointError if the manifest does not name the file."""
     if name not in manifest:
         raise damaged(
             directory, f"{name} is not named in {MANIFEST_FILE}, so nobody knows whether it is as it was written", flag
@@ -231,11 +219,8 @@ def iteration_of(tag: str) -> int | None:
 
 
 def newest_first(root: Path) -> list[str]:
-    """All directories with the name of a checkpoint, without links that lead elsewhere.
-
-    Raises:
-        CheckpointError: the directory cannot be read.
-    """
+    """All directories with the name of a checkpoint, without links that lead elsewhere. Raises a CheckpointError if the
+    directory cannot be read."""
     try:
         names = [child.name for child in root.iterdir() if child.is_dir()] if root.is_dir() else []
         found = [name for name in names if iteration_of(name) is not None]

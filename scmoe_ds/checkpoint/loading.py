@@ -167,11 +167,8 @@ def _load_with_deepspeed(engine: Any, source: Source, schedule: bool) -> dict[st
 
 
 def _newest_good(root: Path, description: Mapping[str, Any]) -> Source | None:
-    """Does not use `latest`: a save may have ended between the two renames that publish a checkpoint.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is whole.
-    """
+    """Does not use `latest`: a save may have ended between the two renames that publish a checkpoint. Raises a
+    CheckpointError if there are checkpoints, but none is whole."""
 
     def notes() -> list[tuple[str, str | None]]:
         return [(tag, failure_notes.read(root / tag)) for tag in files.newest_first(root)]
@@ -248,10 +245,7 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
 
 def _check_tokenizer(path: Path, flag: str, saved: Any, current: Any, export: bool) -> None:
     """A resumed run must keep its tokenizer. A run that starts from an export may change it; a warning names both.
-
-    Raises:
-        CheckpointError: the tokenizers differ.
-    """
+    Raises a CheckpointError if the tokenizers differ."""
     if saved is None or current is None:
         return
     try:

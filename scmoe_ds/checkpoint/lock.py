@@ -60,10 +60,7 @@ def release() -> None:
 
 
 def require(directory: Path) -> None:
-    """
-    Raises:
-        CheckpointError: this process took the directory's lock, but another process has it now.
-    """
+    """Raises a CheckpointError if this process took the directory's lock, but another process has it now."""
     if _held is not None and _held.directory == directory.resolve():
         _held.require()
 
@@ -94,10 +91,7 @@ class DirectoryLock:
         threading.Thread(target=self._refresh, name="lock of --save", daemon=True).start()
 
     def require(self) -> None:
-        """
-        Raises:
-            CheckpointError: another process has taken the lock.
-        """
+        """Raises a CheckpointError if another process has taken the lock."""
         found = self._read()
         if not self._is_in_place() or found != self._own:
             raise self._refusal(found)

@@ -94,11 +94,7 @@ def check_counts(parsed: Parsed, names: Collection[str], path: Path) -> None:
 
 
 def without_memory(build: Callable[[], T], path: Path) -> T:
-    """Builds a model on the meta device.
-
-    Raises:
-        DamagedCheckpointError: no tensor can have such sizes.
-    """
+    """Builds a model on the meta device. Raises a DamagedCheckpointError if no tensor can have such sizes."""
     try:
         with torch.device("meta"):
             return build()

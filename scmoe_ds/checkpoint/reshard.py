@@ -36,11 +36,8 @@ class Weights(Protocol):
 
 
 def put_weights(engine: Any, weights: Weights) -> None:
-    """Sets every parameter of the model, and the fp32 copies that the optimizer steps.
-
-    Raises:
-        CheckpointError: parameters are missing, or have other shapes.
-    """
+    """Sets every parameter of the model, and the fp32 copies that the optimizer steps. Raises a CheckpointError if
+    parameters are missing, or have other shapes."""
     names = global_names(engine.module)
     check_parameters(engine.module, weights, names)
     with torch.no_grad():

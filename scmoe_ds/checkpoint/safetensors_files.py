@@ -58,11 +58,8 @@ class SafetensorsWeights:
 
 
 def shards_of(path: Path) -> dict[str, Path]:
-    """Each parameter of an export to the file that holds it.
-
-    Raises:
-        DamagedCheckpointError: the index is damaged, or names files that lie elsewhere or are not in the manifest.
-    """
+    """Each parameter of an export to the file that holds it. Raises a DamagedCheckpointError if the index is damaged,
+    or names files that lie elsewhere or are not in the manifest."""
     found = files.read_json(path / INDEX_FILE, "--load").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DamagedCheckpointError(

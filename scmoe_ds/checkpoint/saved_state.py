@@ -85,11 +85,8 @@ class SavedState:
         return sorted(self._pieces)
 
     def read(self, name: str, key: str = MASTER) -> Tensor:
-        """A whole parameter, or an optimizer state of its shape.
-
-        Raises:
-            DamagedCheckpointError: the pieces do not add up to it.
-        """
+        """A whole parameter, or an optimizer state of its shape. Raises a DamagedCheckpointError if the pieces do not
+        add up to it."""
         rule = self._splits.get(with_expert(name, 0))
         ranks = sorted(self._pieces[name]) if rule is not None else [min(self._pieces[name])]
         return unshard([self._part(name, rank, key, rule) for rank in ranks], rule)

@@ -86,11 +86,8 @@ def check(directory: Path, flag: str) -> None:
 
 @contextmanager
 def as_expected(directory: Path, flag: str) -> Iterator[None]:
-    """Turns an error about unexpected content of tensor files into one sentence.
-
-    Raises:
-        DamagedCheckpointError: for any error but `read`'s own.
-    """
+    """Turns an error about unexpected content of tensor files into one sentence. Raises a DamagedCheckpointError
+    instead, but lets `read`'s own errors pass"""
     try:
         yield
     except CheckpointError:

@@ -69,11 +69,8 @@ def record(tokenizer: Record, files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def read_files(directory: Path, found: Record | None) -> dict[str, bytes]:
-    """Names and contents of the tokenizer's files in a checkpoint or an export.
-
-    Raises:
-        DamagedCheckpointError: one cannot be read, or lies elsewhere.
-    """
+    """Names and contents of the tokenizer's files in a checkpoint or an export. Raises a DamagedCheckpointError if one
+    cannot be read, or lies elsewhere."""
     contents = {}
     for name in [] if found is None else _checked(directory, found)["files"]:
         try:
@@ -87,11 +84,8 @@ def read_files(directory: Path, found: Record | None) -> dict[str, bytes]:
 
 
 def recorded_tokenizer(directory: Path, found: Record, flag: str) -> Tokenizer:
-    """The tokenizer whose files are in a checkpoint or an export.
-
-    Raises:
-        CheckpointError: there are none, or they make another tokenizer than the recorded one.
-    """
+    """The tokenizer whose files are in a checkpoint or an export. Raises a CheckpointError if there are none, or they
+    make another tokenizer than the recorded one."""
     checked = _checked(directory, found)
     if not checked["files"] and checked["type"] != "ByteTokenizer":
         raise CheckpointError(

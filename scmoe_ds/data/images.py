@@ -197,10 +197,7 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 def split_in_two(whole: Images, split: str, seed: int, source: str) -> tuple[Part, Part | None]:
     """Training and validation images, drawn at random by the seed in the shares of `split`; None for a share of 0.
-
-    Raises:
-        DataError: not a split, or one that leaves either part empty.
-    """
+    Raises a DataError if the split is invalid or leaves either part empty."""
     order = shuffled(len(whole), seed, 0)
     train, valid, _ = (Part(whole, [order[place] for place in places]) for places in split_ranges(split, len(order)))
     if len(train) and not split_shares(split)[1]:

@@ -45,11 +45,8 @@ class IndexCache:
         return self._load()[0]
 
     def load_or_build(self, build: Callable[[], Arrays]) -> Arrays:
-        """The arrays of the entry. If there is none, ``build`` makes the arrays, and they become the entry.
-
-        Raises:
-            DataError: the directory cannot be written, or is full.
-        """
+        """The arrays of the entry. If there is none, ``build`` makes the arrays, and they become the entry. Raises a
+        DataError if the directory cannot be written, or is full."""
         found, damage = self._load()
         if found is not None:
             return found

@@ -154,11 +154,8 @@ def with_uncounted_eod(lengths: np.ndarray, boundaries: np.ndarray, num_tokens: 
 
 
 def _uncounted_token(layout: IndexedLayout, eod: int | None) -> int:
-    """The token that ends every document; looks at 1000 documents at most.
-
-    Raises:
-        DataError: the documents end with different tokens, or with another token than ``eod``.
-    """
+    """The token that ends every document; looks at 1000 documents at most. Raises a DataError if the documents end with
+    different tokens, or with another token than ``eod``."""
     ends = layout.document_offsets(range(len(layout.lengths)))[1:]
     places = ends[np.linspace(0, len(ends) - 1, min(len(ends), _CHECKED_ENDS), dtype=np.int64)] - 1
     found = np.unique(layout.tokens()[places])

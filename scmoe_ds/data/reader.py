@@ -51,11 +51,8 @@ def is_text(path: Path) -> bool:
 
 
 def find_files(directory: Path) -> Found:
-    """All .jsonl, .json and .txt files at any depth, compressed or not, in lower or upper case.
-
-    Raises:
-        DataError: a directory cannot be read.
-    """
+    """All .jsonl, .json and .txt files at any depth, compressed or not, in lower or upper case. Raises a DataError if a
+    directory cannot be read."""
 
     def stop(error: OSError) -> None:
         raise DataError(f"cannot read {error.filename}: {error.strerror}.")
@@ -101,11 +98,8 @@ def is_compressed(path: str | Path) -> bool:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers, which begin at 1. Line ends are included.
-
-    Raises:
-        DataError: the file or its compressed stream cannot be read, or a line is too long; names file and line.
-    """
+    """The lines of a file with their numbers, which begin at 1. Line ends are included. Raises a DataError if the file
+    or its compressed stream cannot be read, or a line is too long; names file and line."""
     number = 0
     try:
         with open_stream(path) as stream:
@@ -143,11 +137,8 @@ def read_document(path: str | Path) -> str:
 
 
 def parse_line(path: str | Path, number: int, line: bytes, keys: Sequence[str]) -> dict[str, str]:
-    """The texts of a line that is a JSON object.
-
-    Raises:
-        BadDocumentError: the line is no JSON object, lacks a key, or a value is no text; names file and line.
-    """
+    """The texts of a line that is a JSON object. Raises a BadDocumentError if the line is no JSON object, lacks a key,
+    or a value is no text; names file and line."""
     where = f"{path}, line {number}"
     record = _parse_json(where, line)
     if not isinstance(record, dict):

@@ -39,11 +39,8 @@ def parse_data_path(data_path: Sequence[str], flag: str = "--data-path") -> tupl
 
 
 def split_ranges(split: str, count: int) -> tuple[range, range, range]:
-    """Which of ``count`` sequences ``--split`` gives to train, valid and test, as megatron-core rounds them.
-
-    Raises:
-        DataError: ``split`` is not one to three nonnegative numbers with a positive sum.
-    """
+    """Which of ``count`` sequences ``--split`` gives to train, valid and test, as megatron-core rounds them. Raises a
+    DataError if ``split`` is not one to three nonnegative numbers with a positive sum."""
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
         parse_and_normalize_split,
@@ -56,11 +53,8 @@ def split_ranges(split: str, count: int) -> tuple[range, range, range]:
 
 
 def split_shares(split: str) -> tuple[float, float, float]:
-    """The shares of train, valid and test that ``--split`` names, of 1; those that it leaves out are 0.
-
-    Raises:
-        DataError: as ``split_ranges``.
-    """
+    """The shares of train, valid and test that ``--split`` names, of 1; those that it leaves out are 0. Raises a
+    DataError as ``split_ranges``"""
     shares = [float(share) for share in plain_split(split).split(",")]
     train, valid, test = (round(share / sum(shares), 12) for share in [*shares, 0.0, 0.0][:3])
     return train, valid, test

@@ -135,11 +135,8 @@ def build_tokenizer(
 
 
 def tokenizer_in(directory: Path, tokenizer_type: str) -> Tokenizer:
-    """The tokenizer whose ``files`` lie in a directory, which may hold other files too.
-
-    Raises:
-        DataError: unknown type, or its files are unusable.
-    """
+    """The tokenizer whose ``files`` lie in a directory, which may hold other files too. Raises a DataError if the type
+    is unknown, or its files are unusable."""
     return build_tokenizer(
         tokenizer_type,
         tokenizer_model=str(directory),
@@ -149,11 +146,8 @@ def tokenizer_in(directory: Path, tokenizer_type: str) -> Tokenizer:
 
 
 def pad_vocab_size(vocab_size: int, make_divisible_by: int = 128, tensor_parallel_size: int = 1) -> int:
-    """Megatron's padded vocabulary: the least multiple of both arguments' product, at least ``vocab_size``.
-
-    Raises:
-        DataError: an argument is not positive.
-    """
+    """Megatron's padded vocabulary: the least multiple of both arguments' product, at least ``vocab_size``. Raises a
+    DataError if an argument is not positive."""
     if min(vocab_size, make_divisible_by, tensor_parallel_size) < 1:
         raise DataError(
             f"the vocabulary size ({vocab_size}), --make-vocab-size-divisible-by ({make_divisible_by}) and "

@@ -72,10 +72,7 @@ class IndexedDocuments(Documents):
         self.identity = (f"{layout.fingerprint} {content_digest(layout)}", self.num_tokens)
 
     def check_tokens(self) -> None:
-        """
-        Raises:
-            DataError: a token id is not in the vocabulary.
-        """
+        """Raises a DataError if a token id is not in the vocabulary."""
         check_token_range(self._layout, self._tokenizer.vocab_size)
 
     def tokens(self, document: int) -> np.ndarray:

@@ -67,11 +67,8 @@ class ScMoELM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **options: Any
     ) -> list[tuple[float, bool]]:
-        """(log likelihood in nats, whether greedy decoding gives it) of each continuation after its context.
-
-        Raises:
-            EvaluationError: a continuation is longer than the model's context.
-        """
+        """(log likelihood in nats, whether greedy decoding gives it) of each continuation after its context. Raises an
+        EvaluationError if a continuation is longer than the model's context."""
         _check_same_requests(requests)
         rows = []
         for (_, text), context, continuation in requests:
@@ -98,11 +95,8 @@ class ScMoELM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The generated text after each context, up to the first stop text, which is left out.
-
-        Raises:
-            EvaluationError: sampling settings are out of range, or the new tokens have no room.
-        """
+        """The generated text after each context, up to the first stop text, which is left out. Raises an
+        EvaluationError if sampling settings are out of range, or the new tokens have no room."""
         _check_same_requests([request.args for request in requests])
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):

@@ -31,11 +31,8 @@ class TaskResults:
 
 
 def prepare() -> None:
-    """Keeps lm_eval and its imports off the network. Call it before anything imports `huggingface_hub`.
-
-    Raises:
-        ArgumentError: lm_eval is not installed.
-    """
+    """Keeps lm_eval and its imports off the network. Call it before anything imports `huggingface_hub`. Raises an
+    ArgumentError if lm_eval is not installed."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     # Otherwise each rank would fork a process per core for the standard errors.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")

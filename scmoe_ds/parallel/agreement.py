@@ -82,11 +82,8 @@ def require_agreement(
     group: dist.ProcessGroup | None = None,
     remedy: str = "start all of them from the same files",
 ) -> None:
-    """Compares a small picklable value over all ranks of a group, by default of the world.
-
-    Raises:
-        RankDisagreementError: on every rank, with what each rank holds.
-    """
+    """Compares a small picklable value over all ranks of a group, by default of the world. Raises a
+    RankDisagreementError on every rank, with all values, if they differ"""
     values = gather(value, group)
     if any(other != values[0] for other in values):
         ranks = dist.get_process_group_ranks(group)

@@ -64,11 +64,8 @@ class StepHealth:
         return f"loss is {'nan' if code % 2 else 'inf'}", self.micro_batches - code // 2
 
     def check_skipped_steps(self, iteration: int) -> None:
-        """Call it after every step. DeepSpeed skips a step on all ranks or on none.
-
-        Raises:
-            TrainingError: the last `MOST_SKIPPED_STEPS` steps were all skipped.
-        """
+        """Call it after every step. DeepSpeed skips a step on all ranks or on none. Raises a TrainingError if the last
+        `MOST_SKIPPED_STEPS` steps were all skipped."""
         before, self._skipped = self._skipped, self.engine.skipped_steps
         skipped = self.skipped_in_a_row = self.skipped_in_a_row + 1 if self._skipped > before else 0
         if skipped >= MOST_SKIPPED_STEPS:
