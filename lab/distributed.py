@@ -28,6 +28,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def rank_environment(rank: int, ranks: int, port: int | str) -> dict[str, str]:
+    """The variables that a launcher sets for one of several processes of this machine."""
+    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    return {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def environment_of_one() -> dict[str, str]:
     """For a program of its own: without the variables of the process group that this process is in."""
     joined = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -77,9 +83,7 @@ def _worker(
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(environment)  # the server has that of its own start
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(rank_environment(rank, ranks, port))
     from scmoe_ds.engine import connect
 
     connect()

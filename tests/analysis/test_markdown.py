@@ -13,6 +13,13 @@ from benchmarks.quality import compare as quality
 from scmoe_ds.analysis.markdown import code, escape, paragraph, table
 from scmoe_ds.programs import analyze as analyze_program
 
+
+def feasibility(directory: Path, times: Path) -> int:
+    """The exit code for s.json in a directory; writes its page there as out.md."""
+    files = ["--similarity", f"{directory}/s.json", "--calibration", str(times), "--output-prefix", f"{directory}/out"]
+    return analyze_program.main(["feasibility", *files])
+
+
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -110,20 +117,7 @@ def test_the_feasibility_page(text: str, tmp_path: Path) -> None:
     times[0]["description"][text] = text
     (tmp_path / "s.json").write_text(json.dumps(similarity))
     (tmp_path / "t.json").write_text(json.dumps(times))
-    assert (
-        analyze_program.main(
-            [
-                "feasibility",
-                "--similarity",
-                str(tmp_path / "s.json"),
-                "--calibration",
-                str(tmp_path / "t.json"),
-                "--output-prefix",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
+    assert feasibility(tmp_path, tmp_path / "t.json") == 0
     page = parsed((tmp_path / "out.md").read_text())
     kinds = [token.type for token in page]
     good = [token.type for token in parsed((ROOT / "benchmarks" / "results" / "analysis_feasibility.md").read_text())]
@@ -177,21 +171,7 @@ def test_damaged_records_of_similarity(change: Any, tmp_path: Path, capsys: pyte
 
     whole = json.loads((ROOT / "benchmarks" / "results" / "analysis_similarity_scmoe.json").read_text())
     (tmp_path / "s.json").write_text(json.dumps(merge(whole, change)))
-    times = str(ROOT / "benchmarks" / "results" / "analysis_times.json")
-    assert (
-        analyze_program.main(
-            [
-                "feasibility",
-                "--similarity",
-                str(tmp_path / "s.json"),
-                "--calibration",
-                times,
-                "--output-prefix",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 2
-    )
+    assert feasibility(tmp_path, ROOT / "benchmarks" / "results" / "analysis_times.json") == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and f"--similarity {tmp_path / 's.json'} is incomplete or damaged" in message
 

@@ -24,22 +24,9 @@ from scmoe_ds.models.swin import SwinMoE, initialize_swin
 from scmoe_ds.models.swin_settings import SwinSettings
 from tests.helpers.by_hand import gpt_by_hand
 from tests.helpers.exports import whole_model
-from tests.helpers.hugging_face import FAMILIES
+from tests.helpers.hugging_face import FAMILIES, TEXT_SHAPE
+from tests.helpers.settings import GPT2, LLAMA
 
-GPT2 = GPTSettings(4, 32, 4, 384, 48)
-LLAMA = GPTSettings(
-    4,
-    32,
-    4,
-    384,
-    48,
-    num_key_value_heads=2,
-    normalization="RMSNorm",
-    swiglu=True,
-    position_embedding="rope",
-    add_bias_linear=False,
-    tie_embeddings=False,
-)
 POST_NORM = replace(GPT2, norm_placement="post", residual_scale=0.5)
 SECTIONS: dict[str, dict[str, Any]] = {
     "pos2": {},
@@ -132,16 +119,8 @@ def test_hugging_face(family: str) -> None:
 def test_parallel_residual() -> None:
     """GPT-NeoX as it is by default: no norm reads the attention's sum."""
     torch.manual_seed(0)
-    model: Any = transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-        )
-    ).eval()
+    config = transformers.GPTNeoXConfig(**TEXT_SHAPE, num_hidden_layers=2)
+    model: Any = transformers.GPTNeoXForCausalLM(config).eval()
     (batch,) = random_tokens(1, 32)
     found = measure(hugging_face_subject(model), [batch])
     with torch.no_grad():
@@ -263,18 +242,8 @@ def test_what_cannot_be_compared() -> None:
 
 
 def test_unknown_families() -> None:
-    gemma = transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=16,
-        )
-    ).eval()
+    config = transformers.Gemma2Config(**TEXT_SHAPE, num_hidden_layers=2, num_key_value_heads=1, head_dim=8)
+    gemma = transformers.Gemma2ForCausalLM(config).eval()
     tokens = torch.arange(8).view(1, 8)
     with pytest.raises(AnalysisError, match=r"Gemma2DecoderLayer .*post_attention_layernorm does not read"):
         check_hugging_face(gemma, lambda: gemma(tokens))

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lab.distributed import free_port, run_distributed
+from lab.distributed import free_port, rank_environment, run_distributed
 from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
@@ -150,16 +150,12 @@ def test_deepspeeds_own_words_for_an_exhausted_loss_scale() -> None:
 @contextlib.contextmanager
 def ranks_of_a_job(arguments: Sequence[str], directory: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Two processes of the main job; yielded when they have trained a few iterations."""
-    port, processes = str(free_port()), []
-    for rank in ("0", "1"):
+    port, processes = free_port(), []
+    for rank in range(2):
         environment = {
             **os.environ,
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
+            **rank_environment(rank, 2, port),
             "DS_ACCELERATOR": "cpu",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, str(ROOT / "pretrain_gpt_scmoe.py"), *arguments]
@@ -252,13 +248,7 @@ def test_long_steps_are_waited_for_and_ranks_meet_within_the_limit(monkeypatch: 
             (str(free_port()), "rank 0 did not meet all 2 ranks at 127.0.0.1:.* within 1 s: look"),
             (busy, rf"MASTER_PORT\) = {busy}: another process of .* listens on this port; end"),
         ):
-            for name, value in {
-                "RANK": "0",
-                "LOCAL_RANK": "0",
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }.items():
+            for name, value in rank_environment(0, 2, port).items():
                 monkeypatch.setenv(name, value)
             with pytest.raises(LauncherError, match=message):
                 process.connect(timedelta(seconds=1))

@@ -18,26 +18,13 @@ from scmoe_ds.inference.offload import offload_experts
 from scmoe_ds.inference.phases import PHASES, Phases
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.groups import Layout
 from tests.helpers.exports import whole_model, write_export
+from tests.helpers.settings import LLAMA
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-LLAMA = GPTSettings(
-    4,
-    32,
-    4,
-    384,
-    48,
-    num_key_value_heads=2,
-    normalization="RMSNorm",
-    swiglu=True,
-    position_embedding="rope",
-    add_bias_linear=False,
-    tie_embeddings=False,
-)
 SECTIONS: dict[str, dict[str, Any]] = {
     "scmoe": {},
     "pos3, top-2": {"position": "pos3", "top_k": 2},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.distributed import free_port
+from lab.distributed import free_port, rank_environment
 from scmoe_ds.parallel.shared_memory import DIRECTORY
 
 ROOT = Path(__file__).parents[2]
@@ -55,17 +55,9 @@ def test_without_room_collectives_go_through_torch() -> None:
 
 def run(program: str) -> tuple[list[str], int]:
     port, ranks = free_port(), []
-    for rank in ("0", "1"):
-        environment = {
-            **os.environ,
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "LOCAL_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "PYTHONPATH": str(ROOT),
-        }
+    for rank in range(2):
+        joined = rank_environment(rank, 2, port)
+        environment = {**os.environ, **joined, "LOCAL_SIZE": "2", "PYTHONPATH": str(ROOT)}
         ranks.append(
             subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
         )

@@ -21,6 +21,7 @@ import scmoe_ds
 from scmoe_ds import ScMoE, ScMoEConfigError
 from scmoe_ds.replace.layer import HookedScMoE
 from tests.helpers.blocks import Block
+from tests.helpers.hugging_face import TEXT_SHAPE
 
 ADAM = {"lr": 1e-2, "weight_decay": 0.1}
 
@@ -139,15 +140,7 @@ def without_optimizer(stage: int) -> dict[str, Any]:
 
 
 def mixtral() -> nn.Module:
-    shape = transformers.MixtralConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=2,
-    )
+    shape = transformers.MixtralConfig(**TEXT_SHAPE, num_hidden_layers=2, num_key_value_heads=1, num_local_experts=2)
     return transformers.MixtralForCausalLM(shape)
 
 

@@ -8,6 +8,8 @@ import transformers
 from torch import nn
 
 LAYERS, VOCABULARY = 4, 32
+SHAPE = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT_SHAPE = {**SHAPE, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
 
 
 def gpt2() -> nn.Module:
@@ -27,46 +29,17 @@ def gpt2() -> nn.Module:
 
 
 def like_llama(config: type, model: type) -> nn.Module:
-    return model(
-        config(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=16,
-        )
-    )
+    return model(config(**TEXT_SHAPE, num_hidden_layers=LAYERS, num_key_value_heads=1))
 
 
 def gpt_neox() -> nn.Module:
-    return transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            use_parallel_residual=False,
-        )
-    )
+    config = transformers.GPTNeoXConfig(**TEXT_SHAPE, num_hidden_layers=LAYERS, use_parallel_residual=False)
+    return transformers.GPTNeoXForCausalLM(config)
 
 
 def vit() -> nn.Module:
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-            num_channels=1,
-            num_labels=3,
-        )
-    )
+    image = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**SHAPE, **image, num_hidden_layers=LAYERS))
 
 
 def swin() -> nn.Module:

@@ -28,22 +28,9 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.programs import generate as generate_program
 from tests.helpers.exports import greedy, whole_model, write_export
+from tests.helpers.settings import GPT2, LLAMA
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-GPT2 = GPTSettings(4, 32, 4, 384, 48)
-LLAMA = GPTSettings(
-    4,
-    32,
-    4,
-    384,
-    48,
-    num_key_value_heads=2,
-    normalization="RMSNorm",
-    swiglu=True,
-    position_embedding="rope",
-    add_bias_linear=False,
-    tie_embeddings=False,
-)
 POST_NORM = replace(GPT2, norm_placement="post", residual_scale=0.7)
 SECTIONS: dict[str, dict[str, Any]] = {
     "pos1": {"position": "pos1"},

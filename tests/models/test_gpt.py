@@ -20,16 +20,9 @@ from scmoe_ds.models.parallel_layers import vocabulary_cross_entropy
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.programs.flags.gpt import build_parser, gpt_settings
 from tests.helpers.by_hand import run_by_hand
+from tests.helpers.settings import LLAMA_STYLE as LLAMA
 
 SMALL = dict(num_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=64, max_position_embeddings=16)
-LLAMA = dict(
-    num_key_value_heads=2,
-    normalization="RMSNorm",
-    swiglu=True,
-    position_embedding="rope",
-    add_bias_linear=False,
-    tie_embeddings=False,
-)
 
 
 def build(style: dict[str, Any] | None = None, **section: Any) -> GPT:

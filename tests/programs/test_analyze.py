@@ -24,6 +24,7 @@ from scmoe_ds.programs import analyze as analyze_program
 from scmoe_ds.programs.flags.analysis import build_parser
 from tests.analysis.test_similarity import GPT2, gpt_by_hand, hugging_face_by_hand, plain_swin, swin_moe
 from tests.helpers.exports import whole_model, write_export
+from tests.helpers.hugging_face import TEXT_SHAPE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,15 +44,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (directory / "other.json").write_text('{"kind": "gating"}')
     (directory / "broken.json").write_text('{"kind": "similarity"}')
     (directory / "opt").mkdir()
-    opt = transformers.OPTConfig(
-        vocab_size=300,
-        hidden_size=16,
-        ffn_dim=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        word_embed_proj_dim=16,
-    )
+    shape = {**TEXT_SHAPE, "vocab_size": 300}
+    opt = transformers.OPTConfig(**shape, num_hidden_layers=1, ffn_dim=24, word_embed_proj_dim=16)
     transformers.OPTForCausalLM(opt).save_pretrained(directory / "opt")
     gpt2 = transformers.GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(directory / "gpt2")

@@ -15,7 +15,7 @@ import scmoe_ds
 from scmoe_ds import ScMoEConfig, ScMoEConfigError, load_balancing_loss, moe_from_dense
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.upcycle import MoEFeedForward
-from tests.helpers.hugging_face import FAMILIES, VOCABULARY
+from tests.helpers.hugging_face import FAMILIES, TEXT_SHAPE, VOCABULARY
 
 TOKENS = (2, 12)
 
@@ -198,17 +198,8 @@ def replaced_by_hand() -> nn.Module:
 
 
 def with_experts_of_its_own() -> nn.Module:
-    config = transformers.Qwen2MoeConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_experts=2,
-        moe_intermediate_size=8,
-        shared_expert_intermediate_size=8,
-    )
+    experts = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    config = transformers.Qwen2MoeConfig(**TEXT_SHAPE, **experts, num_hidden_layers=2, num_key_value_heads=1)
     return transformers.Qwen2MoeForCausalLM(config)
 
 
