@@ -18,13 +18,17 @@ CLUSTER_PACKAGES := iproute2 openssh-server pdsh openmpi-bin procps
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-$(STAMP): requirements.txt requirements-dev.txt
+# Exact versions; they are those of Python 3.11, and some of them do not exist for 3.10.
+CONSTRAINTS = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
+INSTALL = DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+
+$(STAMP): pyproject.toml requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'scmoe_ds needs Python 3.10 or later' >&2; exit 1; }
 	test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && touch $(VENV)/.made-by-make; }
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
-setup: $(STAMP)  ## install everything into .venv
+setup: $(STAMP)  ## install everything into .venv, this package editable
 
 # Two files at a time: many tests wait for processes more than they compute.
 test: $(STAMP)  ## all tests; those that need a GPU skip themselves
@@ -52,7 +56,7 @@ schema: $(STAMP)  ## write ds_configs/scmoe.schema.json
 # Installing needs the index once; building loads nothing from the network.
 docs: $(STAMP)  ## the pages and the API as a site in build/site; warnings are errors
 	$(BIN)/python -c 'import mkdocstrings_handlers.python, material' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.26,<2'
+		$(INSTALL) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Where a service manager runs, openssh-server would start a system-wide sshd: not as a side effect of a test.

@@ -7,6 +7,8 @@ from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace import load_balancing_loss, moe_from_dense, replace_moe_layers, undo_replacement
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ScMoE",
     "ScMoEConfig",

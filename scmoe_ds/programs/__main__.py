@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
+from scmoe_ds import __version__
 from scmoe_ds.config.messages import nearest
 
 PROGRAMS = {
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     name, *flags = words
     if name == "--version":
-        print(f"scmoe_ds {version('scmoe_ds')}")
+        print(f"scmoe_ds {__version__}")
         return 0
     if name not in PROGRAMS:
         near = nearest(name, PROGRAMS)

@@ -259,7 +259,7 @@ def test_apex_is_no_requirement() -> None:
     from pathlib import Path
 
     root = Path(__file__).parents[2]
-    for file in ("requirements.txt", "requirements-dev.txt", "pyproject.toml"):
+    for file in ("requirements.txt", "constraints.txt", "pyproject.toml"):
         lines = [line.split("#")[0] for line in (root / file).read_text().splitlines()]
         assert not any(line.strip().lower().startswith("apex") for line in lines), file
 
