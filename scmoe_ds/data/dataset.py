@@ -158,7 +158,7 @@ def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]
             data[index]  # maps its index into memory
             source, position = data.datasets[data.dataset_index[index]], int(data.dataset_sample_index[index])
         if isinstance(source, GPTDataset):
-            _, sequences = source._query_document_sample_shuffle_indices(position)
+            _, sequences, *_ = source._query_document_sample_shuffle_indices(position)
             documents = (document_of(source.dataset.document_indices, sequence) for sequence in sequences)
             found.setdefault(source.dataset_path, []).extend(documents)
     texts = []

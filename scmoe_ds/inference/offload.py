@@ -19,13 +19,14 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.model import TrainedModel
 from scmoe_ds.inference.sources import DiskExperts, ExpertSource, HostExperts
 from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.moe.experts import MovingExperts
 from scmoe_ds.moe.placement import global_names, layer_of
 
 MODES = ("resident", "offload", "offload-async")
@@ -49,7 +50,7 @@ class Offloading:
     tier: Literal["host", "disk"] | None = None
 
 
-class OffloadedExperts(nn.Module):
+class OffloadedExperts(MovingExperts):
     """Takes the place of a layer's experts; see scmoe_ds.moe.experts.MovingExperts.
 
     Args:

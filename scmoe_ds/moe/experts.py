@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,11 @@ GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [S, I], weights [L, O, I], the row behind each expert's last [L] int32) → [S, O]."""
 
 
-@runtime_checkable
 class TwoProjections(Protocol):
-    """An expert that computes output(activate(input(x))), and says that the three may be called by themselves."""
+    """An expert that computes output(activate(input(x))), and says that the three may be called by themselves.
+
+    Not for isinstance: from Python 3.12 on that does not find a module's submodules.
+    """
 
     two_projections: bool
     input: nn.Linear
@@ -31,17 +33,18 @@ class TwoProjections(Protocol):
         """[rows, F or 2F] → [rows, F], element by element."""
 
 
-@runtime_checkable
-class MovingExperts(Protocol):
+class MovingExperts(nn.Module):
     """Experts whose weights arrive when needed, in place of DeepSpeed's container; see scmoe_ds.inference.offload."""
 
     num_local_experts: int
 
     def announce(self, rows_per_expert: Sequence[int]) -> None:
         """Says how many rows each local expert will get, as soon as that is known. Called once before each `run`."""
+        raise NotImplementedError
 
     def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         """As `run_experts`."""
+        raise NotImplementedError
 
 
 def run_experts(experts: Experts | MovingExperts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
@@ -70,7 +73,12 @@ def run_experts(experts: Experts | MovingExperts, rows_SD: Tensor, rows_per_expe
 def is_plain(expert: nn.Module) -> bool:
     """Whether an expert is of the form of `TwoProjections` with nothing hooked into its forward pass."""
     hooked = expert._forward_hooks or expert._forward_pre_hooks
-    return not hooked and isinstance(expert, TwoProjections) and expert.two_projections
+    return not hooked and has_two_projections(expert)
+
+
+def has_two_projections(expert: nn.Module) -> bool:
+    """Whether an expert says that it is of the form of `TwoProjections`."""
+    return getattr(expert, "two_projections", False) is True
 
 
 def activate_and_project(expert: TwoProjections, inner: Tensor, project: Project | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.build import build_moe
-from scmoe_ds.moe.experts import TwoProjections
+from scmoe_ds.moe.experts import has_two_projections
 from scmoe_ds.moe.placement import own_first_expert
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.replacement import replace_moe_layers
@@ -225,7 +225,7 @@ def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
     unequal = config.expert_parallel_size > 1
     moe = build_moe(config, block.hidden_size, block.mlp, num_experts, architecture=own, unequal=unequal)
     for expert in moe.deepspeed_moe.experts.deepspeed_experts:
-        if not isinstance(expert, TwoProjections):  # which are computed together as long as nobody watches one of them
+        if not has_two_projections(expert):  # which are computed together as long as nobody watches one of them
             expert.register_forward_pre_hook(_contiguous)
     dense = next(block.mlp.parameters())
     return moe.to(device=dense.device, dtype=dense.dtype)
