@@ -23,11 +23,11 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 class ScMoEConfigError(UserError):
-    """A setting that its user can mend: the message has the JSON path, the value, the rule and the remedy."""
+    """A setting that its user can correct: the message has the JSON path, the value, the rule and the remedy."""
 
 
 class ArgumentError(UserError):
-    """A flag that its user can mend."""
+    """A flag that its user can correct."""
 
 
 class DataError(UserError):
@@ -51,7 +51,7 @@ class TrainingError(UserError):
 
 
 class GenerationError(UserError):
-    """A prompt or a setting of generation that its user can mend."""
+    """A prompt or a setting of generation that its user can correct."""
 
 
 class EvaluationError(UserError):

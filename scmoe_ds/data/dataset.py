@@ -184,7 +184,7 @@ def _megatron_config(
         assert settings.split is not None
         source = {"blend": blend(0), "split": plain_split(settings.split)}
     else:
-        source = {"blend_per_split": [blend(number) if wanted else None for number, wanted in enumerate(samples)]}
+        source = {"blend_per_split": [blend(number) if count else None for number, count in enumerate(samples)]}
     config = FingerprintedConfig(
         **source,
         random_seed=settings.seed,
@@ -214,13 +214,13 @@ def _inspect(settings: DataSettings, samples: tuple[int, int, int]) -> _Inspecti
             f"0..2**32-1, and the samples of train, valid and test {samples} not negative."
         )
     layouts: dict[str, IndexedLayout] = {}
-    for number, wanted in enumerate(samples):
-        if settings.data_paths is not None and not wanted:
+    for number, count in enumerate(samples):
+        if settings.data_paths is not None and not count:
             continue
         for prefix in parse_data_path(settings.path_of(number), settings.flag_of(number))[0]:
             if prefix not in layouts:
                 layouts[prefix] = read_layout(prefix, settings.tokenizer.eod)
-            if wanted:
+            if count:
                 _check_length(layouts[prefix], settings, number)
     # The same files on every rank: one reader of all tokens is enough.
     if is_rank_zero():

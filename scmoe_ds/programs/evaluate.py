@@ -25,11 +25,6 @@ import torch.distributed as dist
 from scmoe_ds.checkpoint.files import write_whole
 from scmoe_ds.errors import (
     ArgumentError,
-    CheckpointError,
-    DataError,
-    EvaluationError,
-    RankDisagreementError,
-    ScMoEConfigError,
 )
 from scmoe_ds.evaluation import tasks
 from scmoe_ds.evaluation.documents import open_documents
@@ -45,7 +40,6 @@ from scmoe_ds.programs.flags.checks import check_lowest
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.run import run_program
 
-USER_ERRORS = (ArgumentError, CheckpointError, DataError, EvaluationError, RankDisagreementError, ScMoEConfigError)
 _LABELS = {"loss": "loss, nats per token"}
 
 

@@ -19,7 +19,6 @@ import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
-from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify, validation_entropy
@@ -37,6 +36,7 @@ from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_toge
 from scmoe_ds.programs.flags.data import SPLIT_FLAGS
 from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
+from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.settings import Summary, TrainingSettings
@@ -55,25 +55,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     config.check_world(ranks, args.tensor_model_parallel_size)
     tensor.start_tensor_parallel(args.tensor_model_parallel_size)
     replicas = tensor.data_parallel_size()
-    micro_batch_size, accumulation_steps = batch_sizes(whole, replicas)
-    settings = TrainingSettings(
-        args.train_iters,
-        micro_batch_size,
-        accumulation_steps,
-        args.seq_length,
-        args.seed,
-        args.log_interval,
-        args.eval_interval,
-        args.eval_iters,
-        args.num_workers,
-        args.save,
-        args.save_interval,
-        args.exit_interval,
-        args.scmoe_trace,
-        args.scmoe_trace_dir,
-        args.exit_duration_in_mins,
-        args.keep_last,
-    )
+    settings = training_settings(args, whole, replicas, args.seq_length)
     tokenizer = tokenizer_of(args)
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     data = data_settings(args, tokenizer)
@@ -90,8 +72,8 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     assert content[0] is not None
     run = checkpoint.run_settings(
         whole,
-        micro_batch_size,
-        accumulation_steps,
+        settings.micro_batch_size,
+        settings.accumulation_steps,
         replicas,
         content[0][0],
         seed=args.seed,

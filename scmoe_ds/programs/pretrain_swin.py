@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 import scmoe_ds
 from scmoe_ds import checkpoint
-from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
@@ -23,9 +22,10 @@ from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
 from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 from scmoe_ds.programs.flags.gpt import comparable
 from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
+from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.images import ImageTrainer
-from scmoe_ds.training.settings import Summary, TrainingSettings
+from scmoe_ds.training.settings import Summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
     check_accelerator(whole)
     config.check_world(ranks)
     shape = swin_settings(args)
-    settings = run_settings(args, whole, ranks)
+    settings = training_settings(args, whole, ranks, seq_length=1)
     sets = load_images(
         args.data_path, args.dataset, shape.image_size, shape.num_channels, shape.num_classes, args.split, args.seed
     )
@@ -77,29 +77,6 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
     if dist.get_rank() == 0:
         report(summary, trainer)
     return summary
-
-
-def run_settings(args: argparse.Namespace, whole: dict[str, Any], ranks: int) -> TrainingSettings:
-    """What the loop needs; it counts images, so that a "sequence" is one long."""
-    micro_batch_size, accumulation_steps = batch_sizes(whole, ranks)
-    return TrainingSettings(
-        train_iters=args.train_iters,
-        micro_batch_size=micro_batch_size,
-        accumulation_steps=accumulation_steps,
-        seq_length=1,
-        seed=args.seed,
-        log_interval=args.log_interval,
-        eval_interval=args.eval_interval,
-        eval_iters=args.eval_iters,
-        num_workers=args.num_workers,
-        save=args.save,
-        save_interval=args.save_interval,
-        exit_interval=args.exit_interval,
-        trace=args.scmoe_trace,
-        trace_dir=args.scmoe_trace_dir,
-        exit_duration_min=args.exit_duration_in_mins,
-        keep_last=args.keep_last,
-    )
 
 
 def check_agreement(sets: ImageSets) -> None:
