@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from benchmarks.quality.run import active_parameters, forward_flops
-from scmoe_ds.checkpoint.files import write_whole
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.data.tokenizer import pad_vocab_size
 from scmoe_ds.errors import ArgumentError, ScMoEConfigError
 from scmoe_ds.models.gpt import GPT

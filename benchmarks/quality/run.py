@@ -26,8 +26,8 @@ import torch
 
 from scmoe_ds.analysis.similarity import measure
 from scmoe_ds.analysis.subjects import gpt_subject
-from scmoe_ds.checkpoint.files import write_whole
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.data.splits import split_ranges
 from scmoe_ds.engine import device
 from scmoe_ds.evaluation.scoring import Scorer

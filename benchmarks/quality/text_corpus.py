@@ -23,9 +23,8 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from scmoe_ds.data.checksums import file_entry
 from scmoe_ds.data.default_corpus import standard_library_documents
-from scmoe_ds.data.index_cache import replaced
+from scmoe_ds.data.durable_files import file_entry, write_whole
 from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import GPT2BPETokenizer
@@ -194,8 +193,7 @@ def prepare_corpus(directory: Path, settings: CorpusSettings) -> Corpus:
         record = write_corpus(directory, choose(installed_documents(), 1e6 * settings.megabytes), settings)
         installed = {"python": sys.version.split()[0], "packages": _packages()}
         record = {"settings": wanted, **record, **installed, "files": _files(directory)}
-        with replaced(marker) as staged:
-            staged.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(marker, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"cannot write the corpus in {directory}: {error.strerror}.") from error
     return Corpus(directory, record)

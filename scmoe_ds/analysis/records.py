@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from scmoe_ds.checkpoint.files import write_whole
+from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.errors import AnalysisError, one_line
 
 KINDS = ("similarity", "gating", "gradients")

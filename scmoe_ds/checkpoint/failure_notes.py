@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 from scmoe_ds.checkpoint import files
+from scmoe_ds.data.durable_files import write_whole
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -36,7 +37,7 @@ def note(root: Path, iteration: int, reason: str) -> Path | None:
         if 0 < iteration - (files.iteration_of(tag) or 0) <= FIRST_STEPS:
             text = json.dumps({"iteration": iteration, "reason": reason}) + "\n"
             try:
-                files.write_whole(root / tag / FAILURE_FILE, text)
+                write_whole(root / tag / FAILURE_FILE, text)
             except OSError as error:
                 logger.warning("%s: could not note that it does not train (%s)", root / tag, error.strerror)
                 return None

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from scmoe_ds.data.checksums import FileEntry, checksum
+from scmoe_ds.data.durable_files import FileEntry, checksum
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.agreement import run_together
 
@@ -34,27 +34,6 @@ _TAG = re.compile("global_step(0|[1-9][0-9]{0,17})")
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not as it was written; an older one may still serve."""
-
-
-def flush(path: Path) -> None:
-    """Waits until a file, or a directory's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no fsync
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that, whenever the machine stops, it has its old content or its new one."""
-    part = path.with_name(path.name + PART)
-    part.write_text(text, encoding="utf-8")
-    flush(part)
-    part.replace(path)
-    flush(path.parent)
 
 
 def read_json(path: Path, flag: str) -> dict[str, Any]:

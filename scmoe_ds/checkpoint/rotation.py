@@ -12,13 +12,11 @@ from scmoe_ds.checkpoint.files import (
     DESCRIPTION_FILE,
     MANIFEST_FILE,
     PART,
-    flush,
     iteration_of,
     newest_first,
     read_json,
-    write_whole,
 )
-from scmoe_ds.data.checksums import FileEntry
+from scmoe_ds.data.durable_files import FileEntry, flush, write_whole
 from scmoe_ds.errors import CheckpointError
 
 logger = logging.getLogger("scmoe_ds")

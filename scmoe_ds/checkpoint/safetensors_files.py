@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scmoe_ds.checkpoint import files
 from scmoe_ds.checkpoint.files import DamagedCheckpointError, inside
-from scmoe_ds.data.checksums import file_entry
+from scmoe_ds.data.durable_files import file_entry, write_whole
 from scmoe_ds.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -112,7 +112,7 @@ def write_weights(
         for name, octets in (carried or {}).items():
             (out / name).write_bytes(octets)
         manifest = {file.name: file_entry(file) for file in sorted(out.iterdir())}
-        files.write_whole(out / files.MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+        write_whole(out / files.MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{out}: the export was not written ({error}); make room or choose another directory"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch.distributed as dist
 
 from scmoe_ds.checkpoint import files, finite, lock, rotation
 from scmoe_ds.checkpoint.description import BATCH, CONSUMED, ITERATION
-from scmoe_ds.data.checksums import FileEntry, file_entry
+from scmoe_ds.data.durable_files import FileEntry, file_entry, flush, try_to_write
 from scmoe_ds.errors import CheckpointError, first_line
 from scmoe_ds.moe.placement import with_expert
 from scmoe_ds.parallel.agreement import gather, run_together
@@ -37,8 +36,7 @@ def claim(directory: str | os.PathLike[str]) -> None:
         try:
             os.fsencode(directory).decode()
             lock.hold(Path(directory))
-            with tempfile.TemporaryFile(dir=directory):
-                pass
+            try_to_write(directory)
         except OSError as error:
             file = "" if error.filename in (None, str(directory)) else f"{Path(error.filename).name}: "
             raise CheckpointError(
@@ -193,7 +191,7 @@ def _check_in(part: Path, written: list[Path]) -> dict[str, FileEntry]:
 
     def own() -> dict[str, FileEntry]:
         for file in written:
-            files.flush(file)
+            flush(file)
         return {str(file.relative_to(part)): file_entry(file) for file in written}
 
     return {name: each for found in gather(run_together(own)) for name, each in (found or {}).items()}
@@ -205,8 +203,7 @@ def _reason(error: Exception, directory: str | None = None) -> str:
         return error.strerror
     if directory is not None:
         try:
-            with tempfile.TemporaryFile(dir=directory) as probe:
-                probe.write(bytes(_PROBE_BYTES))
+            try_to_write(directory, _PROBE_BYTES)
         except OSError as found:
             return found.strerror or str(found)
     return first_line(error)

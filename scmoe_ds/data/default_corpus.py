@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scmoe_ds.data.checksums import file_entry
-from scmoe_ds.data.index_cache import replaced
+from scmoe_ds.data.durable_files import file_entry, write_whole
 from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import ByteTokenizer
@@ -91,8 +90,7 @@ def prepare_default_corpus(directory: str | os.PathLike[str]) -> str:
     summary = write_indexed_dataset(prefix, documents, tokenizer.vocab_size)
     sizes = {key: value for key, value in asdict(summary).items() if key != "prefix"}
     record = json.dumps({**_corpus_identity(), **sizes, "files": _entries(prefix)}, indent=2)
-    with replaced(Path(prefix + ".json")) as staged:
-        staged.write_text(record + "\n", encoding="utf-8")
+    write_whole(Path(prefix + ".json"), record + "\n")
     return prefix
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from scmoe_ds.data.checksums import file_entry
+from scmoe_ds.data.durable_files import file_entry, replaced, try_to_write, write_whole
 from scmoe_ds.errors import DataError
 
 logger = logging.getLogger("scmoe_ds")
@@ -54,8 +52,7 @@ class IndexCache:
             logger.warning(f"sample index {self._record}: {damage}; made anew")
         with self._explained():  # before the work, not after it
             self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.directory):
-                pass
+            try_to_write(self.directory)
         built = build()
         with self._explained():
             self._save(built)
@@ -85,9 +82,7 @@ class IndexCache:
                 with staged.open("wb") as stream:
                     np.save(stream, array, allow_pickle=False)
                 files[path.name] = file_entry(staged)
-        with replaced(self._record) as staged:
-            record = {"description": self.description, "files": files}
-            staged.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(self._record, json.dumps({"description": self.description, "files": files}, indent=1) + "\n")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -99,14 +94,3 @@ class IndexCache:
                 f"cannot write the index cache in {self.directory}: {error.strerror or no_room}. Set --data-cache-path "
                 "to a writable directory that has room and that all nodes share."
             ) from error
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Yields a temporary path. At the end its file replaces ``path``."""
-    staged = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield staged
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from pydantic import ValidationError
 
+from scmoe_ds.data.durable_files import try_to_write, write_whole
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.planner.times import OperatorTimes
@@ -64,8 +62,7 @@ def check_writable(file: str | None) -> None:
     def attempt() -> None:
         try:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=Path(file).parent):
-                pass
+            try_to_write(Path(file).parent)
         except OSError as error:
             raise ScMoEConfigError(f"{_PATH} = {file}: cannot be written ({error.strerror})") from None
 
@@ -76,14 +73,10 @@ def write_calibration(file: str | None, saved: Saved | None) -> None:
     """Writes the times on rank 0. A file that cannot be written any more is no reason to stop: it is logged."""
     if file is None or dist.get_rank() != 0:
         return
-    part = Path(f"{file}.{uuid.uuid4().hex}.part")  # other jobs may write theirs at this moment
     try:
-        part.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-        part.replace(file)  # another run may be reading it
+        write_whole(Path(file), json.dumps(saved, indent=1) + "\n")  # another run may be reading it
     except OSError as error:
         logger.warning("%s = %s: not written (%s)", _PATH, file, error.strerror)
-        with suppress(OSError):
-            part.unlink()
 
 
 def find_times(

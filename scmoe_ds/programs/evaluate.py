@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scmoe_ds.checkpoint.files import write_whole
+from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.errors import (
     ArgumentError,
 )

@@ -17,7 +17,7 @@ from scmoe_ds.checkpoint import files, rotation
 from scmoe_ds.checkpoint.directories import read_latest
 from scmoe_ds.checkpoint.files import DamagedCheckpointError
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.checksums import file_entry
+from scmoe_ds.data.durable_files import file_entry
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel.tensor import Split, shard, unshard

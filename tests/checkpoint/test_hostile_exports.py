@@ -20,7 +20,7 @@ from scmoe_ds.checkpoint.description import describe
 from scmoe_ds.checkpoint.export import export, open_weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE, write_weights
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.checksums import file_entry
+from scmoe_ds.data.durable_files import file_entry
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.model import TrainedModel

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scmoe_ds.data import index_cache
+from scmoe_ds.data import durable_files, index_cache
 from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.index_cache import IndexCache
 from scmoe_ds.data.indexed_writer import write_indexed_dataset
@@ -85,7 +85,7 @@ def test_a_whole_cache_is_read_without_a_word_and_without_writing(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(index_cache.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(durable_files.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(index_cache.np, "save", refuse)
     with caplog.at_level(logging.WARNING):
         assert samples(settings) == before
@@ -110,7 +110,7 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(index_cache.tempfile if place == "TemporaryFile" else index_cache.np, place, refuse)
+    monkeypatch.setattr(durable_files.tempfile if place == "TemporaryFile" else index_cache.np, place, refuse)
     with pytest.raises(
         DataError, match=rf"^cannot write the index cache in .*cache: {os.strerror(code)}. Set --data-c"
     ):
