@@ -24,9 +24,10 @@ import torch.distributed as dist
 from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
 from benchmarks.harness.measure import Spread, interleave, over_ranks
+from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import AGAIN, SHAPES, LocalCopy, Shape, baseline, one_primitive
 from benchmarks.serving.figures import speedups
-from benchmarks.speed.block import Bench, on_two_nodes, write
+from benchmarks.speed.block import Bench
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
 from scmoe_ds.inference.kv_cache import KeyValueCache
@@ -237,12 +238,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, default="send_receive", help="all-to-all of all rows")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
-    parser.add_argument("--rank-settings", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rank_settings:
-        rank_main(json.loads(args.rank_settings))
-        return
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "rank_settings")}
+    args, settings = parse(parser, rank_main)
     record = on_two_nodes("benchmarks.serving.inference", settings)
     text = markdown(record)
     print(text)

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.measure import Spread, environment
+from benchmarks.harness.two_nodes import write
 from benchmarks.serving.figures import latencies
-from benchmarks.speed.block import write
 from scmoe_ds.analysis.markdown import code, escape
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.safetensors_files import write_weights

@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 
 from benchmarks.harness import rows, tables
 from benchmarks.harness.link import Link, find_rate
-from benchmarks.harness.measure import EVICTED_BYTES, cold, environment, interleave, over_ranks
+from benchmarks.harness.measure import EVICTED_BYTES, cold, interleave, over_ranks
 from benchmarks.harness.parts import hidden_by_waits, mean_over_ranks, record_steps
+from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import (
     BASELINES,
     SHAPES,
@@ -46,7 +45,7 @@ from benchmarks.harness.variants import (
 )
 from benchmarks.speed import bars
 from benchmarks.speed.planned import Calibrated, calibrate_kinds, schedule_of
-from lab.nodes import TwoNodes, available, shape_own_end
+from lab.nodes import shape_own_end
 from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.planner.plan import Mode
 from scmoe_ds.trace.recorder import Phase
@@ -206,7 +205,7 @@ def rank_main(settings: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def parse() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="swin")
@@ -229,38 +228,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=[], metavar="PART", help="only rows whose name has a PART")
     parser.add_argument("--skew", type=float, default=0.0, help="added to expert 0's logit, about")
     parser.add_argument("--output", type=Path, help="directory for JSON, Markdown table and figure")
-    parser.add_argument("--rank-settings", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def on_two_nodes(module: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Runs `python -m module --rank-settings …` on both nodes; what rank 0 printed behind "RECORD "."""
-    if (reason := available()) is not None:
-        sys.exit(f"two nodes cannot be made here: {reason}")
-    with TwoNodes(high_priority=True) as nodes:
-        program = [sys.executable, "-m", module, "--rank-settings", json.dumps(settings)]
-        output = nodes.launch(program, timeout_s=3600)[0].stdout
-    found = next(line for line in output.splitlines() if line.startswith("RECORD "))
-    command = f"python -m {module} " + " ".join(sys.argv[1:])
-    head = {"command": command, "environment": environment(), "settings": settings}
-    return head | json.loads(found.removeprefix("RECORD "))
-
-
-def write(directory: Path, name: str, record: dict[str, Any], text: str, figure: Figure | None = None) -> None:
-    """Writes a record as JSON, as Markdown and, where there is one, as a figure."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (directory / f"{name}.md").write_text(text)
-    if figure is not None:
-        figure.savefig(directory / f"{name}.png", dpi=120)
+    return parser
 
 
 def main() -> None:
-    args = parse()
-    if args.rank_settings:
-        rank_main(json.loads(args.rank_settings))
-        return
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "rank_settings")}
+    args, settings = parse(build_parser(), rank_main)
     whole = on_two_nodes("benchmarks.speed.block", settings)
     for name, modes in whole.pop("tables").items():
         record = whole | {"table": name, "modes": modes}

@@ -28,8 +28,9 @@ import torch.distributed as dist
 from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
 from benchmarks.harness.measure import Spread, over_ranks
+from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import AGAIN, BASELINES, Shape, baseline, one_primitive
-from benchmarks.speed.block import Bench, on_two_nodes, write
+from benchmarks.speed.block import Bench
 from scmoe_ds.comm.transport import METHODS
 
 LAYERS, VOCABULARY = 4, 1024
@@ -283,17 +284,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--accumulation", type=int, default=16, help="micro-batches per iteration")
     parser.add_argument("--output", type=Path, help="directory for JSON and Markdown table")
-    parser.add_argument("--rank-settings", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rank_settings:
-        rank_main(json.loads(args.rank_settings))
-        return
+    args, settings = parse(parser, rank_main)
     if args.accumulation <= WARM_UP:
         parser.error(
             f"--accumulation {args.accumulation}: the first {WARM_UP} micro-batches, in which schedules are "
             "calibrated, must not end an iteration"
         )
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "rank_settings")}
     record = on_two_nodes("benchmarks.speed.end_to_end", settings)
     text = markdown(record)
     print(text)

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness.parts import record_steps
+from benchmarks.harness.two_nodes import on_two_nodes, parse
 from benchmarks.harness.variants import SHAPES, main_table, one_primitive
-from benchmarks.speed.block import Bench, link, on_two_nodes
+from benchmarks.speed.block import Bench, link
 from scmoe_ds.trace.recorder import Span
 from scmoe_ds.trace.spans import gather_spans
 from scmoe_ds.trace.timeline_figure import draw
@@ -55,12 +56,7 @@ def main() -> None:
     parser.add_argument("--dispatch", choices=["padded", "exact"], default="padded")
     parser.add_argument("--method", choices=["collective", "send_receive"], default="send_receive")
     parser.add_argument("--output", type=Path, default=Path("."), help="directory for the figures")
-    parser.add_argument("--rank-settings", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rank_settings:
-        rank_main(json.loads(args.rank_settings))
-        return
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "rank_settings")}
+    args, settings = parse(parser, rank_main)
     record = on_two_nodes("benchmarks.speed.timeline", settings | {"rounds": 1, "skew": 0.0})
     args.output.mkdir(parents=True, exist_ok=True)
     for kind, ranks in record["spans"].items():

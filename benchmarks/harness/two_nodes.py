@@ -1,0 +1,49 @@
+"""Benchmarks on two nodes in one machine: the program makes the nodes, and every rank runs the same module again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.harness.measure import environment
+from lab.nodes import TwoNodes, available
+
+
+def parse(
+    parser: argparse.ArgumentParser, rank_main: Callable[[dict[str, Any]], None]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags, and the settings that the ranks get. In a rank's process it runs `rank_main` and exits."""
+    parser.add_argument("--rank-settings", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_settings:
+        rank_main(json.loads(args.rank_settings))
+        sys.exit()
+    return args, {key: value for key, value in vars(args).items() if key not in ("output", "rank_settings")}
+
+
+def on_two_nodes(module: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Runs `python -m module --rank-settings …` on both nodes; what rank 0 printed behind "RECORD "."""
+    if (reason := available()) is not None:
+        sys.exit(f"two nodes cannot be made here: {reason}")
+    with TwoNodes(high_priority=True) as nodes:
+        program = [sys.executable, "-m", module, "--rank-settings", json.dumps(settings)]
+        output = nodes.launch(program, timeout_s=3600)[0].stdout
+    found = next(line for line in output.splitlines() if line.startswith("RECORD "))
+    command = f"python -m {module} " + " ".join(sys.argv[1:])
+    head = {"command": command, "environment": environment(), "settings": settings}
+    return head | json.loads(found.removeprefix("RECORD "))
+
+
+def write(directory: Path, name: str, record: dict[str, Any], text: str, figure: Figure | None = None) -> None:
+    """Writes a record as JSON, as Markdown and, where there is one, as a figure."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (directory / f"{name}.md").write_text(text)
+    if figure is not None:
+        figure.savefig(directory / f"{name}.png", dpi=120)
