@@ -1,4 +1,4 @@
-"""Models that can be analysed, with what an analysis has to know of them."""
+"""Models for an analysis: their probes, their forward pass and their MoE layers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Subject:
         probes: where its representations are.
         run: a forward pass without a language model's logits, over a batch on its device.
         device: of its parameters.
-        moe_blocks: (stage, block) of every MoE layer; of a dense model: where an MoE would be.
+        moe_blocks: (stage, block) of every MoE layer; in a dense model, of every block that would have an MoE.
         distance: blocks between a shortcut's tap and its MoE.
-        trained: position of the shortcut that all MoE layers were trained with; None: there is no such one.
-        check: raises an AnalysisError if a batch shows that the probes are not what they are meant to be.
-        context: most tokens of a sequence; None: of images.
-        vocab_size: token ids are below it; 0: of images.
+        trained: position of the shortcut that all MoE layers were trained with; None if there is no common one.
+        check: raises an AnalysisError if a batch shows that the probes read something else.
+        context: most tokens of a sequence; None for images.
+        vocab_size: token ids are below it; 0 for images.
     """
 
     probes: list[Probe]
@@ -55,7 +55,7 @@ def gpt_subject(model: GPT, moe_every: int | None = None) -> Subject:
     """This package's GPT.
 
     Args:
-        moe_every: another frequency of MoE layers than the model's, to ask what a shortcut would connect.
+        moe_every: analyses another frequency of MoE layers than the model's.
     """
     settings, config = model.settings, model.config
     blocks = moe_blocks(settings.num_layers, moe_every or config.moe_every)
@@ -76,10 +76,11 @@ def hugging_face_subject(model: Any, moe_every: int | None = None) -> Subject:
     """A causal language model of transformers.
 
     Args:
-        moe_every: where an MoE layer would be; None: where they are, in a dense model in every second block.
+        moe_every: analyses this frequency of MoE layers. None takes the model's MoE layers, or in a dense model every
+            second block.
 
     Raises:
-        AnalysisError: an unknown family.
+        AnalysisError: the family is unknown.
     """
     probes = hugging_face_probes(model)
     model.eval()

@@ -247,16 +247,7 @@ def test_unknown_families() -> None:
     tokens = torch.arange(8).view(1, 8)
     with pytest.raises(AnalysisError, match=r"Gemma2DecoderLayer .*post_attention_layernorm does not read"):
         check_hugging_face(gemma, lambda: gemma(tokens))
-    opt = transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            vocab_size=32,
-            hidden_size=16,
-            ffn_dim=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-        )
-    )
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**TEXT_SHAPE, ffn_dim=24, num_hidden_layers=1))
     with pytest.raises(AnalysisError, match=r"OPTForCausalLM has no .* ln_1, attn, ln_2 \(GPT-2\); input_layernorm"):
         hugging_face_probes(opt)
     with pytest.raises(AnalysisError, match="no Swinv2Stage"):
