@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scmoe_ds.comm.transport import Transport, Wait
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.models.pairs import PlainPair, make_pair
+from scmoe_ds.models.pairs import make_pair
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.planner.plan import Count, Slots
 
@@ -265,11 +265,7 @@ def build(variant: Variant, shape: Shape, skew: float, method: str = "collective
     config = ScMoEConfig.from_deepspeed({"scmoe": section})
     settings = GPTSettings(2, shape.hidden_size, shape.heads, 64, shape.seq_length)
     torch.manual_seed(0)
-    run: nn.Module
-    if variant.is_scheduled:
-        run = make_pair(settings, config, num_experts, config.position, shape.seq_length)
-    else:
-        run = PlainPair(settings, config, num_experts)
+    run = make_pair(settings, config, num_experts, config.position, shape.seq_length)
     layer = run.blocks[-1].moe
     layer.set_deepspeed_parallelism()
     if isinstance(layer, StagedMoE) and layer.transport.size > 1:

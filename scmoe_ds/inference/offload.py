@@ -110,7 +110,7 @@ def offload_experts(
     least = min(2 if mode == "offload-async" else 1, num_experts(model))
     if places < least:
         raise ValueError(f"--expert-cache: --experts {mode} needs room for {least} experts at least, not {places}")
-    layers = {number: run.layer for number, run in enumerate(model.scheduled_pairs()) if run.owns_layer}
+    layers = {number: run.layer for number, run in enumerate(model.scheduled_pairs()) if run.last.owns_moe}
     if any(layer.enable_expert_tensor_parallelism for layer in layers.values()):
         raise ValueError("--experts: divided experts cannot be offloaded; leave --enable-expert-tensor-parallelism out")
     named = _names(model)
@@ -191,7 +191,7 @@ def _names(model: GPT) -> dict[ExpertKey, Mapping[str, str]]:
     keys = [
         ExpertKey(layer, expert)
         for layer, run in enumerate(model.scheduled_pairs())
-        if run.owns_layer
+        if run.last.owns_moe
         for expert in range(run.layer.num_local_experts)
     ]
     return {key: {part: whole[local] for part, local in _local_names(model, key).items()} for key in keys}

@@ -31,7 +31,7 @@ class Block(nn.Module):
 
     def __init__(self, settings: GPTSettings, group: Group, moe: MoE | None = None, owns_moe: bool = True) -> None:
         super().__init__()
-        self.dropout = settings.hidden_dropout
+        self.dropout, self.owns_moe = settings.hidden_dropout, owns_moe
         self.attention_norm = make_norm(settings)
         self.attention = Attention(settings, group)
         self.mlp_norm = make_norm(settings)
@@ -65,8 +65,10 @@ class Block(nn.Module):
         return hidden + F.dropout(update, self.dropout, self.training)
 
     def where_read(self, sub_layer: Literal["attention", "mlp"]) -> tuple[nn.Module, Literal["input", "output"]]:
-        """A module and its side at which a hook finds what a sub-layer reads."""
-        return (self.attention_norm if sub_layer == "attention" else self.mlp_norm), "output"
+        """A module and its side at which a hook finds what a sub-layer reads. A pair's MoE has no hooks of its own."""
+        if sub_layer == "attention":
+            return self.attention, "input"
+        return (self.mlp_norm if self.pre_norm else self.attention_norm), "output"
 
 
 class ScaledBlock(Block):
@@ -90,9 +92,6 @@ class PostLNBlock(ScaledBlock):
 
     def add(self, hidden: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
         return norm(super().add(hidden, update, norm))
-
-    def where_read(self, sub_layer: Literal["attention", "mlp"]) -> tuple[nn.Module, Literal["input", "output"]]:
-        return (self.attention, "input") if sub_layer == "attention" else (self.attention_norm, "output")
 
 
 def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group: Group) -> MoE:

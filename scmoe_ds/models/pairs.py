@@ -11,6 +11,7 @@ taken, and how the MoE begins and joins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -51,18 +52,11 @@ class BlockPair(nn.Module):
             norm behind them come before it.
     """
 
-    def __init__(
-        self,
-        settings: GPTSettings,
-        config: ScMoEConfig,
-        num_experts: int,
-        group: Group = None,
-        shared_moe: MoE | None = None,
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block]) -> None:
         super().__init__()
         self.recompute: Recompute | None = None
-        self.tap = 2 * config.moe_every
-        self.blocks = make_blocks(settings, config, num_experts, group, shared_moe)
+        self.tap = 2 * len(blocks)
+        self.blocks = blocks
 
     @property
     def last(self) -> Block:
@@ -109,21 +103,12 @@ class StagedPair(BlockPair):
         schedule: when the routed experts run in training; replace it to run the same weights under another schedule.
         forward_schedule: the same for passes without gradients; None: as in training.
         recorder: who is told what happens when.
-        owns_layer: False: the MoE is that of an earlier pair (DGMoE-Share, paper section 4).
     """
 
     def __init__(
-        self,
-        settings: GPTSettings,
-        config: ScMoEConfig,
-        num_experts: int,
-        position: str,
-        sequence: int,
-        group: Group = None,
-        shared_moe: MoE | None = None,
+        self, blocks: Sequence[Block], settings: GPTSettings, config: ScMoEConfig, position: str, sequence: int
     ) -> None:
-        super().__init__(settings, config, num_experts, group, shared_moe)
-        self.owns_layer = shared_moe is None
+        super().__init__(blocks)
         if config.has_shortcut:
             self.tap = tap_of(config, position)
         own_norm = config.has_shortcut and config.shortcut_norm == "own"
@@ -160,17 +145,13 @@ class StagedPair(BlockPair):
         """What this pair's times depend on, beside its MoE layer; JSON values."""
         parameters = {*self.parameters(), *self.layer.parameters()}
         facts = {
-            "operators": [operator.label for operator in self.backbone()],
+            "operators": [operator.label for operator in executor.backbone(self)],
             "attention_heads": list(self.last.attention.heads),
             "pre_norm": self.last.pre_norm,
             "parameters": sum(each.numel() for each in parameters),
         }
         # An operator's backward then repeats its forward.
         return {**facts, "recompute": self.recompute} if self.recompute else facts
-
-    def backbone(self) -> list[Operator]:
-        """The operators between shortcut and join."""
-        return executor.backbone(self)
 
     def begin(
         self, activations: Activations, used_token: Tensor | None, schedule: Schedule, recorder: PairRecorder
@@ -201,7 +182,7 @@ class StagedPair(BlockPair):
             if mlp is not None:
                 flops["mlp"] = flops["shared"] = mlp.flops_per_token()
                 flops["shared in"] = flops["shared out"] = flops["mlp"] // 2
-        return [flops[operator.kind] for operator in self.backbone()]
+        return [flops[operator.kind] for operator in executor.backbone(self)]
 
     def _shortcut(self, activations: Activations, recorder: PairRecorder) -> Tensor:
         """What the routed experts read, normalised."""
@@ -287,10 +268,11 @@ def make_pair(
         group: the tensor-parallel ranks.
         shared_moe: an earlier pair's MoE layer, which this pair uses too.
     """
+    blocks = make_blocks(settings, config, num_experts, group, shared_moe)
     if not config.is_scheduled:
-        return PlainPair(settings, config, num_experts, group, shared_moe)
+        return PlainPair(blocks)
     if config.has_shortcut:
         kind: type[StagedPair] = ShortcutPair
     else:
         kind = PipelinedPair if config.architecture == "pipelined_topk" else SharedExpertPair
-    return kind(settings, config, num_experts, position, sequence, group, shared_moe)
+    return kind(blocks, settings, config, position, sequence)

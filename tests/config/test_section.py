@@ -66,10 +66,11 @@ def test_auto_merge_is_the_one_of_the_architecture_and_counts_as_not_given() -> 
 def test_number_of_operators_is_what_the_model_has(fields: dict, operators: int) -> None:
     from scmoe_ds.models.layers import GPTSettings
     from scmoe_ds.models.pairs import make_pair
+    from scmoe_ds.overlap.executor import backbone
 
     config = section(**fields)
     assert config.num_operators() == operators
-    assert len(make_pair(GPTSettings(4, 8, 2, 16, 8), config, 8, config.position, 8).backbone()) == operators
+    assert len(backbone(make_pair(GPTSettings(4, 8, 2, 16, 8), config, 8, config.position, 8))) == operators
     section(**fields, overlap={"expert_slot": operators + 1})
     with pytest.raises(
         ScMoEConfigError, match=rf"expert_slot = {operators + 2}: the backbone has {operators} operators"

@@ -19,7 +19,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.pairs import PlainPair, StagedPair, make_pair
-from scmoe_ds.overlap.executor import Operator
+from scmoe_ds.overlap.executor import Operator, backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.trace.recorder import Recorder, Span
 
@@ -51,7 +51,7 @@ def forward_and_backward(run: StagedPair, schedule: Schedule) -> list[torch.Tens
 
 def compare(position: str, dispatch: str) -> int:
     run = make_run(position, dispatch)
-    slots = len(run.backbone()) + 1
+    slots = len(backbone(run)) + 1
     reference = forward_and_backward(run, Schedule(1, overlap=False))
     for slot in range(1, slots + 1):
         for overlap in (False, True):
@@ -65,7 +65,7 @@ def compare_chunks(position: str, dispatch: str) -> float:
     """Largest difference of any chunked schedule from the serial one, over output and all gradients, relative to the
     largest value of each."""
     run = make_run(position, dispatch)
-    slots = range(1, len(run.backbone()) + 2)
+    slots = range(1, len(backbone(run)) + 2)
     reference = forward_and_backward(run, Schedule(1, overlap=False))
     worst = 0.0
     for chunks in (2, 3):

@@ -18,6 +18,7 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, RotaryEmbedding, fused_layer_norm_class
 from scmoe_ds.models.parallel_layers import vocabulary_cross_entropy
 from scmoe_ds.models.presets import PRESETS
+from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.programs.flags.gpt import build_parser, gpt_settings
 from tests.helpers.by_hand import run_by_hand
 from tests.helpers.settings import LLAMA_STYLE as LLAMA
@@ -101,7 +102,7 @@ def test_every_parameter_gets_a_gradient(moe_every: int, position: str, architec
 
 def test_first_layer_position_and_schedules() -> None:
     model = build(position="pos2", first_layer_position="pos1")
-    names = [[operator.label for operator in run.backbone()] for run in model.scheduled_pairs()]
+    names = [[operator.label for operator in backbone(run)] for run in model.scheduled_pairs()]
     assert names == [["attention", "shared"], ["mlp", "attention", "shared"]]
     # Half of the FLOPs: pos2 is mlp, attention, shared = 16384, ~9216, 16384 per token.
     assert [run.schedule.expert_slot for run in model.scheduled_pairs()] == [2, 2]

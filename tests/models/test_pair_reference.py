@@ -11,6 +11,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.pairs import StagedPair, make_pair
+from scmoe_ds.overlap.executor import backbone
 from tests.helpers import reference
 
 HEADS, HIDDEN, BATCH, SEQUENCE = 4, 16, 2, 12
@@ -91,7 +92,7 @@ def test_two_pairs_that_share_a_moe_equal_reference(position: str) -> None:
     model = GPT(GPTSettings(4, HIDDEN, HEADS, 64, SEQUENCE), ScMoEConfig.from_deepspeed({"scmoe": section}))
     initialize_parameters(model, 3, 0.4, 1)
     first, second = model.scheduled_pairs()
-    assert first.owns_layer and not second.owns_layer and first.layer is second.layer
+    assert first.last.owns_moe and not second.last.owns_moe and first.layer is second.layer
     assert not any(".moe." in name for name, _ in second.named_parameters()), "trained and saved once"
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(1))
     middle = first(hidden)
@@ -165,7 +166,7 @@ def test_every_slot_gives_the_same_bits() -> None:
     run = make_run("pos3")
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN)
     results = []
-    for slot in range(1, len(run.backbone()) + 2):
+    for slot in range(1, len(backbone(run)) + 2):
         run.schedule = type(run.schedule)(slot)
         torch.manual_seed(0)
         results.append(run(hidden).hidden)
