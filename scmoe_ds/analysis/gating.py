@@ -79,13 +79,13 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
         AnalysisError: no MoE layer has two or more experts.
     """
     layers = []
-    for number, run in enumerate(model.runs if isinstance(model, GPT) else ()):
-        blocks = run.blocks
+    for number, pair in enumerate(model.runs if isinstance(model, GPT) else ()):
+        blocks = pair.blocks
         first, last = number * len(blocks), blocks[-1]
         tap = _tap(trained, number)
         tapped = blocks[tap // 2]
         read = tapped.where_read("mlp" if tap % 2 else "attention")
-        if (own_norm := getattr(run, "shortcut_norm", None)) is not None:
+        if (own_norm := getattr(pair, "shortcut_norm", None)) is not None:
             read = (own_norm, "output")
         block = first + tap // 2
         kind = Representation("attention", block) if tap % 2 else Representation("mlp", block - 1)
@@ -101,9 +101,9 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
     return layers
 
 
-def _tap(config: ScMoEConfig, run: int) -> int:
-    """The number of the run's operators before its tap, or before the tap that a shortcut would have."""
-    position = (config.first_layer_position if run == 0 else None) or config.position
+def _tap(config: ScMoEConfig, pair: int) -> int:
+    """The number of the pair's operators before its tap, or before the tap that a shortcut would have."""
+    position = (config.first_layer_position if pair == 0 else None) or config.position
     if config.has_shortcut:
         return tap_of(config, position)
     position = "pos1" if config.moe_every == 1 else position

@@ -64,8 +64,8 @@ def _group(model: GPT, name: str) -> Group:
     match = _PLACE.match(name)
     if match is None:
         return Group("embedding and head", None)
-    run, rest = model.get_submodule(f"runs.{match[1]}"), match[3]
-    blocks: Any = run.blocks
+    pair, rest = model.get_submodule(f"runs.{match[1]}"), match[3]
+    blocks: Any = pair.blocks
     index = len(blocks) - 1 if match[2] is None else int(match[2])
     branch = next((branch for prefix, branch in _PREFIXES.items() if rest.startswith(prefix)), None)
     if rest.startswith("mlp_norm."):

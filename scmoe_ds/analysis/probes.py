@@ -129,7 +129,7 @@ def _first(output: Any) -> Tensor:
 
 def gpt_probes(model: GPT) -> list[Probe]:
     """Probes of this package's GPT, of any architecture."""
-    blocks = [block for run in model.runs for block in run.blocks]
+    blocks = [block for pair in model.runs for block in pair.blocks]
     entrances: list[tuple[nn.Module, Side]] = [
         (block.attention_norm if block.pre_norm else block.attention, "input") for block in blocks
     ]

@@ -93,19 +93,19 @@ def residual_to_scmoe(
                 f"{source} is a post-norm model: it has no norm that a shortcut's own could start "
                 'from; give "shortcut_norm": "shared"'
             )
-        for run in range(config.moe_layers(settings.num_layers)):
-            for name, copied in _shortcut_norm(config, run, readers).items():
+        for pair in range(config.moe_layers(settings.num_layers)):
+            for name, copied in _shortcut_norm(config, pair, readers).items():
                 readers[name] = readers[copied]
     whole = {**description, **fields.describe_model(settings, config)}
     return _write(out, weights, readers, whole, dtype, shard_bytes)
 
 
-def _shortcut_norm(config: ScMoEConfig, run: int, readers: Readers) -> dict[str, str]:
-    """Each parameter of a run's shortcut norm to the parameter that it starts as a copy of."""
-    position = config.first_layer_position if run == 0 else None
+def _shortcut_norm(config: ScMoEConfig, pair: int, readers: Readers) -> dict[str, str]:
+    """Each parameter of a pair's shortcut norm to the parameter that it starts as a copy of."""
+    position = config.first_layer_position if pair == 0 else None
     tap = tap_of(config, position or config.position)
-    norm = f"runs.{run}.blocks.{tap // 2}.{'mlp_norm' if tap % 2 else 'attention_norm'}."
-    return {f"runs.{run}.shortcut_norm.{name.removeprefix(norm)}": name for name in readers if name.startswith(norm)}
+    norm = f"runs.{pair}.blocks.{tap // 2}.{'mlp_norm' if tap % 2 else 'attention_norm'}."
+    return {f"runs.{pair}.shortcut_norm.{name.removeprefix(norm)}": name for name in readers if name.startswith(norm)}
 
 
 def _readers(weights: Weights) -> Readers:

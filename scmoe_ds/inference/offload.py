@@ -110,7 +110,7 @@ def offload_experts(
     least = min(2 if mode == "offload-async" else 1, num_experts(model))
     if places < least:
         raise ValueError(f"--expert-cache: --experts {mode} needs room for {least} experts at least, not {places}")
-    layers = {number: run.layer for number, run in enumerate(model.scheduled_pairs()) if run.last.owns_moe}
+    layers = {number: pair.layer for number, pair in enumerate(model.scheduled_pairs()) if pair.last.owns_moe}
     if any(layer.enable_expert_tensor_parallelism for layer in layers.values()):
         raise ValueError("--experts: divided experts cannot be offloaded; leave --enable-expert-tensor-parallelism out")
     named = _names(model)
@@ -177,7 +177,7 @@ def expert_places(text: str, each_bytes: int) -> int:
 
 def num_experts(model: GPT) -> int:
     """Routed experts of all layers on this rank."""
-    return sum(run.layer.num_local_experts for run in model.scheduled_pairs())
+    return sum(pair.layer.num_local_experts for pair in model.scheduled_pairs())
 
 
 def expert_bytes(model: GPT, dtype: torch.dtype) -> int:
@@ -190,9 +190,9 @@ def _names(model: GPT) -> dict[ExpertKey, Mapping[str, str]]:
     whole = global_names(model)
     keys = [
         ExpertKey(layer, expert)
-        for layer, run in enumerate(model.scheduled_pairs())
-        if run.last.owns_moe
-        for expert in range(run.layer.num_local_experts)
+        for layer, pair in enumerate(model.scheduled_pairs())
+        if pair.last.owns_moe
+        for expert in range(pair.layer.num_local_experts)
     ]
     return {key: {part: whole[local] for part, local in _local_names(model, key).items()} for key in keys}
 

@@ -33,23 +33,23 @@ def guess_experts(model: GPT) -> list[Any]:
         ValueError: experts that are not offloaded one expert-parallel rank, or layers that need no guess.
     """
     hooks = []
-    for run in model.scheduled_pairs():
-        experts = run.layer.deepspeed_moe.experts
-        if not isinstance(experts, OffloadedExperts) or run.layer.ep_size > 1:
+    for pair in model.scheduled_pairs():
+        experts = pair.layer.deepspeed_moe.experts
+        if not isinstance(experts, OffloadedExperts) or pair.layer.ep_size > 1:
             raise ValueError("experts are guessed for offloaded ones of one expert-parallel rank")
-        if isinstance(run, ShortcutPair):
+        if isinstance(pair, ShortcutPair):
             raise ValueError("a layer with a shortcut knows its experts: there is nothing to guess")
-        blocks: list[Any] = list(run.blocks)
+        blocks: list[Any] = list(pair.blocks)
         early, names = (
             (blocks[-1], ("attention_norm", "attention")) if len(blocks) == 1 else (blocks[-2], ("mlp_norm", "mlp"))
         )
         module = getattr(early, names[0] if early.pre_norm else names[1])
-        hooks.append(module.register_forward_pre_hook(partial(_guess, run, experts)))
+        hooks.append(module.register_forward_pre_hook(partial(_guess, pair, experts)))
     return hooks
 
 
-def _guess(run: StagedPair, experts: OffloadedExperts, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    block, gate = run.blocks[-1], run.layer.deepspeed_moe.gate
+def _guess(pair: StagedPair, experts: OffloadedExperts, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    block, gate = pair.blocks[-1], pair.layer.deepspeed_moe.gate
     assert isinstance(block, Block)
     read = block.moe_input(inputs[0]).flatten(0, -2).float()
     logits_TE = read @ gate.wg.weight.float().t()
