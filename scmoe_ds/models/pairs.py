@@ -185,8 +185,9 @@ class StagedPair(BlockPair):
         return [flops[operator.kind] for operator in executor.backbone(self)]
 
     def _shortcut(self, activations: Activations, recorder: PairRecorder) -> Tensor:
-        """What the routed experts read, normalised."""
-        raise NotImplementedError
+        """What the routed experts read: the current layer's normalised input, unless there is a shortcut."""
+        assert activations.moe_input is not None
+        return activations.moe_input
 
     def _schedule(self, config: ScMoEConfig, sequence: int) -> Schedule:
         overlap = config.overlap
@@ -231,10 +232,6 @@ class PipelinedPair(StagedPair):
 
     def _normalise(self, activations: Activations) -> Activations:
         return activations._replace(moe_input=self.last.moe_input(activations.hidden))
-
-    def _shortcut(self, activations: Activations, recorder: PairRecorder) -> Tensor:
-        assert activations.moe_input is not None
-        return activations.moe_input
 
 
 class SharedExpertPair(PipelinedPair):
