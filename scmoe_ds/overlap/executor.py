@@ -61,8 +61,8 @@ class Operator:
     @property
     def label(self) -> str:
         """Its name in logs, traces and files: "mlp", "attention 2", "attention before tap"."""
-        words = [self.kind, *(["before tap"] if self.before_tap else []), *([str(self.number)] * (self.number > 1))]
-        return " ".join(words)
+        before, number = " before tap" * self.before_tap, f" {self.number}" * (self.number > 1)
+        return f"{self.kind}{before}{number}"
 
 
 def numbered(steps: Iterable[tuple[str, Step]], tap: int) -> list[Operator]:
