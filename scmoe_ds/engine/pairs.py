@@ -79,7 +79,7 @@ def applied_to(model: nn.Module, config: ScMoEConfig) -> tuple[str, ScMoEConfig]
 
 
 def _plain_layers(model: nn.Module, config: ScMoEConfig, found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """DeepSpeed's own layers, which are what the section asks for where its architecture is a baseline of DeepSpeed."""
+    """DeepSpeed's own layers, if the section's architecture is one of DeepSpeed's baselines."""
     if not found:
         raise nothing_to_apply_to(model)
     names = f"{len(found)} × deepspeed.moe.layer.MoE, the first {found[0][0]}"
@@ -115,7 +115,7 @@ def _check_sizes(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
 
 
 def _warn_of_other_settings(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
-    """Fields that only this package's own models are built from; layers that others built keep what they have."""
+    """Warns of fields that only this package's own models apply: layers that others built keep their settings."""
     differ: dict[str, str] = {}
     for name, layer in layers:
         gate = layer.deepspeed_moe.gate
@@ -131,7 +131,7 @@ def _warn_of_other_settings(layers: list[tuple[str, Any]], config: ScMoEConfig) 
 def describe_pair(
     pair: ModelPair, config: ScMoEConfig, micro_batch_size: int, sequence: int | None, nodes: int
 ) -> dict[str, Any]:
-    """All that a pair's times depend on; times are used again only where all of it agrees."""
+    """All that a pair's times depend on. Times are used again only if all of it agrees."""
     layer = pair.layer
     parameter = next(layer.parameters())
     return {
@@ -159,7 +159,7 @@ def describe_pair(
 def describe_schedules(pairs: Sequence[ModelPair], config: ScMoEConfig, overlap: AdaptiveOverlap) -> list[str]:
     """One line per distinct schedule: the backbone, the slot, and where the slot comes from.
 
-    The operators of a replaced layer show in the first forward pass: of it, the line says where its shortcut is taken.
+    A replaced layer's operators show in its first forward pass only. Its line says where its shortcut is taken.
     """
     if overlap.calibrating:
         origin = f"until {overlap.timed_micro_batches} micro-batches after the first have been timed, without overlap"

@@ -56,8 +56,8 @@ class GPTOutput(ModelOutput):
 
 
 class GPT(nn.Module):
-    """A decoder-only Transformer. Built with torch's default initialisation, where ranks share layers with none; see
-    models/initialization.py.
+    """A decoder-only Transformer with torch's default initialisation, which differs between ranks. For weights that all
+    ranks agree on, see models/initialization.py.
 
     Args:
         settings: shape and style.

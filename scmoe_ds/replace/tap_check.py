@@ -18,9 +18,9 @@ from scmoe_ds.replace.calls import first_hidden
 from scmoe_ds.replace.taps import Tap
 
 _ROUNDINGS = 8
-"""Units of the number format by which a sum may differ from one that the block has rounded in between."""
+"""How many units in the last place a sum may differ: the block has rounded in between."""
 _ELEMENTS = 1 << 16
-"""How many elements of a value are looked at."""
+"""How many elements of a value are compared."""
 
 
 @dataclass(frozen=True)
