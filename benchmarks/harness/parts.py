@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.harness.measure import over_ranks
 from scmoe_ds.models.pairs import PlainPair, StagedPair
 from scmoe_ds.overlap.executor import Activations
+from scmoe_ds.planner.times import SHARED
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Phase, Recorder, Span
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ EXPOSED = "exposed communication"
 REST_OF_LAYER = "gate, encode, decode, merge"
 KINDS = ("attention", "MLP", "shared expert", REST_OF_LAYER, "experts", EXPOSED)
 
-_KIND_OF_PREFIX = {"attention": "attention", "mlp": "MLP", "shared": "shared expert", "experts": "experts"}
+_PARTS = {"attention": "attention", "mlp": "MLP", "experts": "experts"} | dict.fromkeys(SHARED, "shared expert")
 _LAYER = "moe layer"  # of DeepSpeed, as a whole
 
 
@@ -37,8 +38,7 @@ def kind_of(span: Span) -> str:
     """Which part of a bar a span belongs to."""
     if span.lane == "wait":
         return EXPOSED
-    name = span.name.removeprefix("current ")  # of DGMoE's second routing
-    return next((kind for prefix, kind in _KIND_OF_PREFIX.items() if name.startswith(prefix)), REST_OF_LAYER)
+    return _PARTS.get(span.kind, REST_OF_LAYER)
 
 
 def parts_of(spans: list[Span]) -> dict[str, float]:
@@ -151,8 +151,8 @@ def _timed_all_to_alls(recorder: Recorder) -> Iterator[None]:
         started = time.perf_counter()
         result = original(*args, **kwargs)
         ended = time.perf_counter()
-        recorder.add((0, "all-to-all", "communication", "forward", 0), started, ended)
-        recorder.add((0, "all-to-all", "wait", "forward", 0), started, ended)
+        for lane in ("communication", "wait"):
+            recorder.add((0, "all-to-all", "all-to-all", lane, "forward", 0), started, ended)
         return result
 
     with mock.patch.object(deepspeed.comm, "all_to_all_single", timed):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.measure import Spread
+from benchmarks.harness.planned import Calibrated
 from benchmarks.harness.variants import Table, limit_of
-from benchmarks.speed.planned import Calibrated
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import Mode
 from scmoe_ds.planner.plan_text import schedule_text

@@ -32,19 +32,21 @@ from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.model import serving_config
-from scmoe_ds.inference.phases import PHASES, Phase, Phases
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.planner.plan import Mode
 
+PHASES: tuple[Mode, ...] = ("prefill", "decode")
 LAYERS, VOCABULARY, PROMPT = 4, 1024, 144
 STOCK = "DeepSpeed top-2"
 WARM_UP = 8  # passes, in which schedules are timed and chosen
 DECODED = Shape("GPT2-MoE-Medium, one expert per rank, 64 sequences per rank", 1024, 16, 64, 1, 2, 2.0)
 
 
-def shape_of(phase: Phase, settings: dict[str, Any]) -> Shape:
+def shape_of(phase: Mode, settings: dict[str, Any]) -> Shape:
     """What a rank computes in one pass of a phase."""
     return SHAPES[settings["shape"]] if phase == "prefill" else DECODED
 
@@ -90,7 +92,7 @@ def rows() -> dict[str, Served]:
 class Server:
     """One row's model on this rank, and its two passes."""
 
-    def __init__(self, row: Served, phase: Phase, shape: Shape, method: str) -> None:
+    def __init__(self, row: Served, phase: Mode, shape: Shape, method: str) -> None:
         ranks = dist.get_world_size()
         self._length = shape.seq_length if phase == "prefill" else PROMPT
         trained = ScMoEConfig.from_deepspeed(
@@ -116,7 +118,7 @@ class Server:
             layer.set_deepspeed_parallelism()
             if isinstance(layer, StagedMoE):
                 layer.transport = (Transport if row.communicates else LocalCopy)(layer.transport.group, method)
-        self.phases = Phases(self.model.scheduled_pairs(), config.overlap)
+        self.calibrator = Calibrator(self.model.scheduled_pairs(), config.overlap, torch.device("cpu"), phase)
         generator = torch.Generator().manual_seed(dist.get_rank())
         self._prompts = torch.randint(VOCABULARY, (shape.sequences, self._length), generator=generator)
         self._cache = KeyValueCache(self.model, shape.sequences, self._length + 1)
@@ -127,16 +129,16 @@ class Server:
         rows = len(self._prompts)
         self._cache.begin(rows)
         with torch.inference_mode(), self._cache.attached():
-            with self.phases.of("prefill"):
-                hidden = self.model.hidden_states(self._prompts, self._cache.positions(self._length))
+            self.calibrator.begin()
+            hidden = self.model.hidden_states(self._prompts, self._cache.positions(self._length))
             self.model.logits(hidden[:, -1])
             self._cache.advance([self._length] * rows)
 
     def decode(self) -> None:
         """One token for every prompt; always the same one, so that all steps are alike."""
         with torch.inference_mode(), self._cache.attached():
-            with self.phases.of("decode"):
-                hidden = self.model.hidden_states(self._prompts[:, :1], self._cache.positions(1))
+            self.calibrator.begin()
+            hidden = self.model.hidden_states(self._prompts[:, :1], self._cache.positions(1))
             self.model.logits(hidden[:, 0])
 
     def warm_up(self) -> None:
@@ -154,10 +156,10 @@ class Server:
 
     def slots(self) -> str:
         """Where the experts are computed in each MoE layer of this phase."""
-        return ", ".join("/".join(map(str, schedule.slots)) for schedule in self.phases.schedules(self._phase))
+        return ", ".join("/".join(map(str, schedule.slots)) for schedule in self.calibrator.schedules)
 
 
-def serve(phase: Phase, wanted: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+def serve(phase: Mode, wanted: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """One phase's table. Collective."""
     shape = shape_of(phase, settings)
     bench = Bench(baseline("padded"), shape, "forward", {"rounds": 0, "skew": 0.0, **settings})

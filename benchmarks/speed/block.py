@@ -29,6 +29,7 @@ from benchmarks.harness import rows, tables
 from benchmarks.harness.link import Link, find_rate
 from benchmarks.harness.measure import EVICTED_BYTES, cold, interleave, over_ranks
 from benchmarks.harness.parts import hidden_by_waits, mean_over_ranks, record_steps
+from benchmarks.harness.planned import Calibrated, calibrate_kinds, schedule_of
 from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import (
     BASELINES,
@@ -44,7 +45,6 @@ from benchmarks.harness.variants import (
     unit,
 )
 from benchmarks.speed import bars
-from benchmarks.speed.planned import Calibrated, calibrate_kinds, schedule_of
 from lab.nodes import shape_own_end
 from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.planner.plan import Mode

@@ -78,11 +78,8 @@ def read_measured(path: Path, mode: Mode) -> Measured:
 
 def operators_of(measured: Measured, blocks: int) -> list[OperatorTime]:
     """All operators of a run of so many blocks, the last of which has the MoE and a shared expert."""
-    by_name = {each.name: each for each in measured.scmoe.backbone}
-    return [by_name[name] for _ in range(blocks - 1) for name in ("attention", "mlp")] + [
-        by_name["attention"],
-        by_name["shared"],
-    ]
+    by_kind = {each.kind: each for each in measured.scmoe.backbone}
+    return [by_kind[kind] for kind in [*("attention", "mlp") * (blocks - 1), "attention", "shared"]]
 
 
 def predict(measured: Measured, config: ScMoEConfig, mode: Mode) -> Prediction:

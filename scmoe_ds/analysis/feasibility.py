@@ -19,7 +19,7 @@ from scmoe_ds.errors import AnalysisError, ScMoEConfigError
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration_file import Description, find_times
 from scmoe_ds.planner.plan import BreakEven, Mode, Plan, break_even, plan, simulate
-from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.planner.times import SHARED, ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
 MODES: tuple[Mode, ...] = ("forward", "train")
 MIN_SPEEDUP = 1.01  # less is "next to nothing", as in the log of a calibration
@@ -165,7 +165,7 @@ def study(description: Description, times: OperatorTimes) -> KindStudy:
 
 
 def _study(position: str, times: OperatorTimes, top_k: int) -> PositionStudy:
-    known = [each.name.split(" ")[0] for each in times.backbone]  # "attention 2" is the second one
+    known = [each.kind for each in times.backbone]
     backbone: list[OperatorTime] = []
     missing, source = [], "its operators as timed"
     for place, name in enumerate(reversed(BACKBONES[position]), start=1):
@@ -188,7 +188,7 @@ def _predict(times: OperatorTimes, top_k: int, mode: Mode) -> Prediction:
 
     one = times.chunks[1]
     chunks = {1: ChunkTimes(dispatch=grown(one.dispatch), experts=grown(one.experts), combine=grown(one.combine))}
-    backbone = tuple(each for each in times.backbone if not each.name.startswith("shared"))
+    backbone = tuple(each for each in times.backbone if each.kind not in SHARED)
     standard = times.model_copy(update={"backbone": backbone, "chunks": chunks})
     standard_ms = simulate(standard, Schedule(1, overlap=False), mode).total_ms
     return Prediction(plan(times, mode), standard_ms, break_even(times, mode))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -15,8 +15,6 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
-from scmoe_ds.comm.hierarchical import make_transports
-from scmoe_ds.comm.transport import probe
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
@@ -26,16 +24,19 @@ from scmoe_ds.engine.client_optimizer import add_new_parameters, listed, paramet
 from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
 from scmoe_ds.parallel.output import steady_monitors, without_full_disks
 from scmoe_ds.parallel.process import connect, device
-from scmoe_ds.planner.adaptive import AdaptiveOverlap
+from scmoe_ds.planner.auto import choose_all_to_all
+from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers
 
 logger = logging.getLogger("scmoe_ds")
+
+UNKNOWN_SEQUENCE = 1024
+"""Tokens of a sequence for the probe of the all-to-all, in a model that does not say how many it has."""
 
 
 def initialize(
@@ -66,7 +67,7 @@ def initialize(
         training_data, lr_scheduler, …: handed to `deepspeed.initialize`.
 
     Returns:
-        engine, optimizer, data loader, learning-rate scheduler. `engine.overlap` (an AdaptiveOverlap) times the first
+        engine, optimizer, data loader, learning-rate scheduler. `engine.overlap` (a Calibrator) times the first
         micro-batches and sets the schedules; hand its `state()` and `resume()` to your checkpoints.
 
     Raises:
@@ -163,60 +164,22 @@ def _json_of(args: Any, config: Any, config_params: Any) -> Any:
 
 def overlap_of(
     model: nn.Module, section: ScMoEConfig, layout: Layout, micro_batch_size: int, applied: str
-) -> AdaptiveOverlap:
+) -> Calibrator:
     """Chooses the all-to-all, sets up the schedules of all pairs, and says both in the log. Collective."""
-    lines = choose_all_to_all(model, section, micro_batch_size, layout)
     pairs = pairs_of(model)
-    sequence = getattr(model, "sequence", None)
-    # Rank 0's wording for all: the decision to measure must not depend on a node's device.
+    sequence = getattr(model, "sequence", None)  # None in a model that others wrote
     nodes = nodes_of_ranks()
-    lines[:0] = [applied, *describe_groups(layout, nodes)]
+    _log([applied, *describe_groups(layout, nodes)])
+    # Rank 0's wording for all: the decision to measure must not depend on a node's device.
     descriptions = [[describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]]
     dist.broadcast_object_list(descriptions)
-    overlap = AdaptiveOverlap(model, pairs, descriptions[0], section.overlap, device())
-    lines += describe_schedules(pairs, section, overlap)
-    if dist.get_rank() == 0:
-        for line in lines:
-            logger.info(line)
+    choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))
+    overlap = Calibrator(pairs, section.overlap, device(), "train", descriptions[0])
+    overlap.watch(model)
+    _log(describe_schedules(pairs, section, overlap))
     return overlap
 
 
-def choose_all_to_all(
-    model: nn.Module, config: ScMoEConfig, micro_batch_size: int, layout: Layout, sequence: int | None = None
-) -> list[str]:
-    """Hands every ScMoE layer whose rows travel its all-to-all: the one that the section names, or for "auto" the
-    fastest in a probe with a layer's balanced message. Collective over the world.
-
-    Args:
-        sequence: tokens of each sequence of the micro-batch; None: of the model's training.
-
-    Returns:
-        a line for the log, or none if the model has no such layer.
-
-    Raises:
-        ScMoEConfigError: "hierarchical" for groups that do not span equally filled nodes.
-    """
-    layers = [module for module in model.modules() if isinstance(module, StagedMoE) and module.transport.size > 1]
-    if not layers:
-        return []
-    layer = layers[0]
-    group = layer.transport.group
-    assert group is not None
-    transports = make_transports(group, layout.exchange, nodes_of_ranks())
-    if config.all_to_all == "auto":
-        weight, gate = next(layer.parameters()), layer.deepspeed_moe.gate
-        # Of a model that others wrote the length is not known.
-        sequence = sequence or getattr(model, "sequence", None) or 1024
-        rows = max(micro_batch_size * sequence * gate.k // layer.transport.size, 1)
-        times = probe(transports, rows, gate.wg.in_features, weight.dtype, weight.device)
-        chosen, line = times.fastest, f"all-to-all: {times.fastest} (auto; {times})"
-    elif config.all_to_all in transports:
-        chosen, line = config.all_to_all, f"all-to-all: {config.all_to_all} (set by scmoe.all_to_all)"
-    else:
-        raise ScMoEConfigError(
-            f'scmoe.all_to_all = "{config.all_to_all}": needs expert-parallel groups over several nodes with the same '
-            f"number (at least 2) of ranks on each; use one of {', '.join(transports)} or auto"
-        )
-    for each in layers:
-        each.transport = transports[chosen]
-    return [line]
+def _log(lines: Sequence[str]) -> None:
+    for line in lines if dist.get_rank() == 0 else ():
+        logger.info(line)

@@ -19,7 +19,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.executor import backbone
-from scmoe_ds.planner.adaptive import AdaptiveOverlap
+from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.plan_text import layers_text
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.layer import HookedScMoE
@@ -156,14 +156,14 @@ def describe_pair(
     }
 
 
-def describe_schedules(pairs: Sequence[ModelPair], config: ScMoEConfig, overlap: AdaptiveOverlap) -> list[str]:
+def describe_schedules(pairs: Sequence[ModelPair], config: ScMoEConfig, overlap: Calibrator) -> list[str]:
     """One line per distinct schedule: the backbone, the slot, and where the slot comes from.
 
     A replaced layer's operators show in its first forward pass only. Its line says where its shortcut is taken.
     """
     if overlap.calibrating:
-        origin = f"until {overlap.timed_micro_batches} micro-batches after the first have been timed, without overlap"
-    elif overlap.times is not None:
+        origin = f"until {overlap.timed_passes} micro-batches after the first have been timed, without overlap"
+    elif overlap.times:
         origin = f"from the times in {config.overlap.calibration_file}"
     elif config.overlap.expert_slot == "auto":
         origin = "auto: splits the backbone's FLOPs in half; nothing is timed"

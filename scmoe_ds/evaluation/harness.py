@@ -43,7 +43,7 @@ class ScMoELM(TemplateLM):
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer, rule: SlidingWindow) -> None:
         super().__init__()
         self._scorer, self._text, self._rule = scorer, tokenizer, rule
-        self._generator = TextGenerator(scorer.model, scorer.phases, scorer.batch_size, tokenizer)
+        self._generator = TextGenerator(scorer.model, scorer.calibrators, scorer.batch_size, tokenizer)
         self.truncated = 0
 
     @property

@@ -5,7 +5,7 @@ Shape suffixes: B rows, S tokens of each, D hidden, T scored tokens of a batch, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from scmoe_ds.evaluation.windows import Row
 from scmoe_ds.inference.generate import used_tokens
-from scmoe_ds.inference.phases import Phases
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel.tensor import ModelParallelUnit, data_parallel_rank, data_parallel_size
+from scmoe_ds.planner.calibrator import Calibrator, one_pass
+from scmoe_ds.planner.plan import Mode
 
 T = TypeVar("T")
 
@@ -35,14 +36,18 @@ class Scorer:
         batch_size: rows that this rank reads together.
         vocab_size: tokens of the tokenizer; greedy decoding never chooses padding tokens. Log likelihoods are over the
             whole padded vocabulary, as in training. None means no padding.
-        phases: the passes run under their prefill schedule; None keeps the model's schedule.
+        calibrators: the passes run under the schedules of the "prefill" one; None keeps the model's schedules.
     """
 
     def __init__(
-        self, model: GPT, batch_size: int = 8, vocab_size: int | None = None, phases: Phases | None = None
+        self,
+        model: GPT,
+        batch_size: int = 8,
+        vocab_size: int | None = None,
+        calibrators: Mapping[Mode, Calibrator] | None = None,
     ) -> None:
         self.model, self.batch_size, self.vocab_size = model, batch_size, vocab_size
-        self.phases = phases or Phases([])
+        self.calibrators = calibrators or {}
         self.device = model.embedding.weight.device
 
     @torch.inference_mode()
@@ -61,7 +66,7 @@ class Scorer:
         tokens_BS = torch.zeros(max(len(rows), 1), max(lengths, default=1), dtype=torch.int64)
         for number, row in enumerate(rows):
             tokens_BS[number, : len(row.tokens)] = torch.from_numpy(np.array(row.tokens))
-        with self.phases.of("prefill"):
+        with one_pass(self.calibrators, "prefill"):
             used_BS = used_tokens(lengths or [0], tokens_BS.shape[1])
             hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), used_token=used_BS)
         sums_B2 = torch.zeros(len(rows), 2, dtype=torch.float64)

@@ -7,7 +7,7 @@ expert-parallel rank serves tokens of the others even when its own texts have en
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +19,6 @@ from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import GenerationError
 from scmoe_ds.inference.growing_text import GrowingText
 from scmoe_ds.inference.kv_cache import KeyValueCache
-from scmoe_ds.inference.phases import Phases
 from scmoe_ds.inference.sampling import Sampling, choose
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel.tensor import (
@@ -29,6 +28,8 @@ from scmoe_ds.parallel.tensor import (
     tensor_parallel_rank,
     tensor_parallel_size,
 )
+from scmoe_ds.planner.calibrator import Calibrator, one_pass
+from scmoe_ds.planner.plan import Mode
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class TextGenerator:
 
     Args:
         model: this rank's part.
-        phases: schedules of prefill and decode; None: the model's own schedule for both.
+        calibrators: of "prefill" and "decode"; none: the model's own schedules for both.
         batch_size: prompts that this rank completes together.
         tokenizer: for the texts of completions; None: tokens alone.
 
@@ -95,10 +96,14 @@ class TextGenerator:
     """
 
     def __init__(
-        self, model: GPT, phases: Phases | None = None, batch_size: int = 8, tokenizer: Tokenizer | None = None
+        self,
+        model: GPT,
+        calibrators: Mapping[Mode, Calibrator] | None = None,
+        batch_size: int = 8,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.model, self.batch_size, self.tokenizer = model, batch_size, tokenizer
-        self.phases = phases or Phases([])
+        self.calibrators = calibrators or {}
         self.device = model.embedding.weight.device
         self.times = GenerationTimes()
         self._cache: KeyValueCache | None = None
@@ -174,7 +179,7 @@ class TextGenerator:
         for row, prompt in enumerate(prompts):
             tokens_BS[row, : len(prompt)] = torch.tensor(prompt)
         used_BS = used_tokens([0] if serves_only else lengths, max(lengths))
-        with self.phases.of("prefill"):
+        with one_pass(self.calibrators, "prefill"):
             hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), cache.positions(max(lengths)), used_BS)
         cache.advance(lengths)
         rows_B = torch.arange(len(prompts), device=self.device)
@@ -183,7 +188,7 @@ class TextGenerator:
     def _decode(self, tokens_B: Tensor, cache: KeyValueCache, completions: Sequence[Completion]) -> Tensor:
         """[B, V] logits of the token after these."""
         goes_on = [int(completion.ended is None) for completion in completions] or [0]
-        with self.phases.of("decode"):
+        with one_pass(self.calibrators, "decode"):
             hidden_BSD = self.model.hidden_states(tokens_B.unsqueeze(1), cache.positions(1), used_tokens(goes_on, 1))
         cache.advance(goes_on)  # a row that has ended stays where it is: its place is written over and over
         return self.model.logits(hidden_BSD[:, 0])

@@ -23,6 +23,10 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.placement import global_names, layer_of
 from scmoe_ds.parallel import tensor
+from scmoe_ds.parallel.groups import Layout
+from scmoe_ds.planner.auto import choose_all_to_all
+from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.planner.plan import Mode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAME_LAYER = {"topk": "pipelined_topk", "shared_expert": "overlapped_shared_expert"}
@@ -134,6 +138,20 @@ def load_model(
     if offload is not None:
         offload(model)
     return model.eval()
+
+
+def calibrators(model: GPT, config: ScMoEConfig, layout: Layout, sequences: int, prompt: int) -> dict[Mode, Calibrator]:
+    """Schedules and all-to-all of prefill and decode, each from the first of its own passes. Collective over the world.
+
+    Args:
+        sequences, prompt: of a batch on each rank, and tokens of each prompt, about.
+    """
+    tokens: dict[Mode, int] = {"prefill": sequences * prompt, "decode": sequences}
+    found, device = {}, model.embedding.weight.device
+    for mode, number in tokens.items():
+        transport = choose_all_to_all(model, config.all_to_all, layout, number, mode)
+        found[mode] = Calibrator(model.scheduled_pairs(), config.overlap, device, mode, transport=transport)
+    return found
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:

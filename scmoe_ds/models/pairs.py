@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, Step
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.plan import slot_that_halves
+from scmoe_ds.planner.auto import first_schedule
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 
@@ -114,7 +113,7 @@ class StagedPair(BlockPair):
         own_norm = config.has_shortcut and config.shortcut_norm == "own"
         self.shortcut_norm = make_norm(settings) if own_norm else None
         self.post_norm = make_norm(settings) if config.post_norm else None
-        self.schedule = self._schedule(config, sequence)
+        self.schedule = first_schedule(config.overlap, self.backbone_flops(sequence))
         self.forward_schedule: Schedule | None = None
         self.recorder: PairRecorder = SILENT
 
@@ -135,11 +134,6 @@ class StagedPair(BlockPair):
     def layer(self) -> StagedMoE:
         """The MoE layer."""
         return cast(StagedMoE, self.last.moe)
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks between which rows travel."""
-        return self.layer.transport.group
 
     def facts(self) -> dict[str, Any]:
         """What this pair's times depend on, beside its MoE layer; JSON values."""
@@ -188,17 +182,6 @@ class StagedPair(BlockPair):
         """What the routed experts read: the current layer's normalised input, unless there is a shortcut."""
         assert activations.moe_input is not None
         return activations.moe_input
-
-    def _schedule(self, config: ScMoEConfig, sequence: int) -> Schedule:
-        overlap = config.overlap
-        slot = overlap.expert_slot
-        if slot == "auto":
-            slot = slot_that_halves(self.backbone_flops(sequence))
-        slots = tuple(slot) if isinstance(slot, list) else slot
-        chunks = overlap.num_chunks
-        if chunks == "auto":
-            chunks = len(slots) if isinstance(slots, tuple) else 1
-        return Schedule(slots, chunks, overlap.enabled)
 
 
 class ShortcutPair(StagedPair):

@@ -186,5 +186,5 @@ def backbone(pair: Backbone) -> list[Operator]:
 
 
 def _step(operator: Operator, activations: Activations, recorder: PairRecorder) -> Activations:
-    leaving = operator.run(Activations(*recorder.open(operator.label, *activations)))
-    return Activations(*recorder.close(operator.label, *leaving))
+    leaving = operator.run(Activations(*recorder.open(operator, *activations)))
+    return Activations(*recorder.close(operator, *leaving))

@@ -1,7 +1,7 @@
-"""From recorded micro-batches to the times of a pair's parts, the same on every rank.
+"""From recorded passes to the times of a pair's parts, the same on every rank.
 
-Every rank has timed its own part, without overlap; the slowest rank's medians count for all. An all-to-all has the time
-of the rank that came last to it: the others' is also the time that they waited for that one.
+Every rank has timed its own part, without overlap. The slowest rank's medians count for all. An all-to-all has the time
+of the rank that came last to it, because the others' times also hold their waiting for that rank.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
-from scmoe_ds.trace.recorder import Span
+from scmoe_ds.trace.recorder import PHASES, Span
 
 _CUT = ("dispatch", "experts", "combine")
+_CURRENT = [f"current {name}" for name in ("gate", "encode", "counts", *_CUT, "decode")]
+"""The second half of DGMoE. It runs at the join, where nothing is left to hide its communication."""
+_TRANSFERS = {"counts", "dispatch", "combine", "current counts", "current dispatch", "current combine"}
 _PARTS = {
     "gate": ("shortcut norm", "gate"),
     "encode": ("encode", "counts"),
-    # The second half of DGMoE runs at the join: nothing is left to hide its communication.
-    "decode": ("decode", "merge", *(f"current {name}" for name in ("gate", "encode", "counts", *_CUT, "decode"))),
+    "decode": ("decode", "merge", *_CURRENT),
 }
 """Parts of OperatorTimes and the spans that they are made of."""
-_PHASES = ("forward", "backward")
 
 Key = tuple[int, str, str]  # number of chunks (1 for what is not cut), name of the spans, phase
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The spans of one micro-batch that ran without overlap, in so many chunks."""
+    """The spans of one pass that ran without overlap, in this number of chunks."""
 
     chunks: int
     spans: Sequence[Span]
@@ -47,12 +48,12 @@ def measure(
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> OperatorTimes:
-    """The times of one kind of pair. Collective over the world; every rank has recorded the same micro-batches.
+    """The times of one kind of pair. Collective over the world; every rank has recorded the same passes.
 
     Args:
-        recordings: micro-batches in 1 and any other numbers of chunks.
+        recordings: passes in 1 and any other numbers of chunks.
         layers: the MoE layers of this kind.
-        backbone: names of its operators, in order.
+        backbone: labels of its operators, in order.
         group: the ranks between which its rows travel.
         device: where tensors for the exchange between ranks live.
     """
@@ -60,23 +61,25 @@ def measure(
     names = [*_CUT, *itertools.chain(*_PARTS.values()), *backbone]
     samples: defaultdict[Key, list[float]] = defaultdict(list)
     transfers: dict[Key, list[float]] = {}
-    for name, phase in itertools.product(names, _PHASES):
-        for recording, layer in itertools.product(recordings, layers):
-            spans = [span for span in recording.spans if (span.name, span.phase, span.layer) == (name, phase, layer)]
-            found = [span.duration_ms for span in spans if span.lane != "wait"]
-            # What is not cut takes the same time whatever the number of chunks.
-            key = (recording.chunks if name in _CUT else 1, name, phase)
-            if name.split()[-1] in ("dispatch", "combine", "counts"):
+    for recording in recordings:
+        durations: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)
+        for span in recording.spans:
+            if span.lane != "wait":
+                durations[span.name, span.phase, span.layer].append(span.duration_ms)
+        for name, phase, layer in itertools.product(names, PHASES, layers):
+            found = durations[name, phase, layer]
+            pieces = recording.chunks if name in _CUT else 1  # the rest takes the same time in any number of chunks
+            if name in _TRANSFERS:
                 # As many numbers on every rank, whatever it has seen: they are compared one by one.
-                length = recording.chunks if name in _CUT else 1
-                transfers.setdefault(key, []).extend((found + [math.inf] * length)[:length])
+                numbers = (found + [math.inf] * pieces)[:pieces]
+                transfers.setdefault((pieces, name, phase), []).extend(numbers)
             elif found:
-                samples[key].append(sum(found))
+                samples[pieces, name, phase].append(sum(found))
     _take_the_last_rank(transfers, group, device)
     for key, times in transfers.items():
         together = [sum(chunks) for chunks in _in_groups(times, key[0])]
         samples[key] = [milliseconds for milliseconds in together if math.isfinite(milliseconds)]
-    keys = list(itertools.product(counts, names, _PHASES))
+    keys = list(itertools.product(counts, names, PHASES))
     # The lower of two middle ones: noise adds to a time, it never takes away.
     medians = torch.tensor([statistics.median_low(samples[key] or [0.0]) for key in keys], dtype=torch.float64)
     medians = medians.to(device)
@@ -103,12 +106,12 @@ def times_from(known: Mapping[Key, float], backbone: Sequence[str], chunk_counts
 
     Args:
         known: milliseconds by (number of chunks, name of a span, phase), chunks added up.
-        backbone: names of its operators, in order.
+        backbone: labels of its operators, in order.
         chunk_counts: the numbers of chunks that were measured, 1 among them.
     """
 
     def total(names: Sequence[str], chunks: int = 1) -> dict[str, float]:
-        return {f"{phase}_ms": sum(of_span(name, phase, chunks) for name in names) / chunks for phase in _PHASES}
+        return {f"{phase}_ms": sum(of_span(name, phase, chunks) for name in names) / chunks for phase in PHASES}
 
     def of_span(name: str, phase: str, chunks: int) -> float:
         # Pieces together cannot take less than the whole. Such a measurement is noise; "auto" must not act on it.

@@ -1,4 +1,4 @@
-"""Measured times on disk: rank 0 reads and writes them; they hold for the model and machine of their measurement."""
+"""Measured times on disk. Rank 0 reads and writes them. They hold for one model on one machine."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from pydantic import ValidationError
 from scmoe_ds.data.durable_files import try_to_write, write_whole
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel.agreement import run_together
-from scmoe_ds.planner.times import OperatorTimes
+from scmoe_ds.planner.times import KINDS, OperatorTimes, kind_of
 
 logger = logging.getLogger("scmoe_ds")
 
 Description = Mapping[str, Any]
 Saved = list[dict[str, Any]]
 _PATH = "scmoe.overlap.calibration_file"
-_OPERATORS = ("attention", "mlp", "shared")
 _REMEDY = "Remove it to measure again, or name another"
 
 
 def read_calibration(file: str | None) -> Saved | None:
-    """Rank 0's file, on every rank (the nodes need not share a file system); None if there is none.
+    """Rank 0's file, on every rank; None if there is none. The nodes need not share a file system.
 
     Raises:
         ScMoEConfigError: a file that cannot be read or is something else, on every rank.
@@ -51,7 +50,7 @@ def read_calibration(file: str | None) -> Saved | None:
 
 
 def check_writable(file: str | None) -> None:
-    """Makes the file's directory and tries to write in it, now rather than after the measurement.
+    """Makes the file's directory and tries to write in it, before anything is measured.
 
     Raises:
         ScMoEConfigError: on every rank.
@@ -70,7 +69,7 @@ def check_writable(file: str | None) -> None:
 
 
 def write_calibration(file: str | None, saved: Saved | None) -> None:
-    """Writes the times on rank 0. A file that cannot be written any more is no reason to stop: it is logged."""
+    """Writes the times on rank 0. If the file cannot be written any more, the log says so and the run goes on."""
     if file is None or dist.get_rank() != 0:
         return
     try:
@@ -80,23 +79,23 @@ def write_calibration(file: str | None, saved: Saved | None) -> None:
 
 
 def find_times(
-    saved: Any, wanted: Sequence[Description], chunk_counts: Sequence[int], source: str
+    saved: Any, descriptions: Sequence[Description], chunk_counts: Sequence[int], source: str
 ) -> list[OperatorTimes]:
-    """The saved times of each wanted kind of pair.
+    """The saved times of each kind of pair.
 
     Args:
-        saved: what `AdaptiveOverlap.state` gave, or whatever else a file holds.
-        wanted: descriptions of this run's kinds.
-        chunk_counts: the numbers of chunks that there must be times for.
-        source: where they come from, for the message.
+        saved: what `Calibrator.state` gave, or whatever else a file holds.
+        descriptions: of this run's kinds.
+        chunk_counts: the numbers of chunks that must have times.
+        source: where the times come from, for the message.
 
     Raises:
-        ScMoEConfigError: there are none, with what differs from the nearest, or they are damaged.
+        ScMoEConfigError: no times of a kind (the message says what differs from the nearest), or damaged ones.
     """
     if not isinstance(saved, list):
         raise ScMoEConfigError(f"{source} is damaged: it is no list. {_REMEDY}")
     found = []
-    for description in wanted:
+    for description in descriptions:
         nearest: tuple[list[str], dict[str, Any], Any] | None = None
         for entry in saved:
             other = entry.get("description") if isinstance(entry, dict) else None
@@ -133,7 +132,7 @@ def _checked(times: Any, description: Description, source: str) -> OperatorTimes
         ) from None
     names = [each.name for each in checked.backbone]
     described = [str(name) for name in description.get("operators") or []]
-    ours = all(name.split(" ")[0] in _OPERATORS for name in described)  # a replaced layer's description has modules
+    ours = all(kind_of(name) in KINDS for name in described)  # a replaced layer's description has modules
     if described and ours and described != names:
         raise ScMoEConfigError(
             f"{source} is damaged: times of the operators {_short(names)}, which are not those of "

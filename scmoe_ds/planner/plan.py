@@ -1,8 +1,8 @@
 """The planner: from measured times to a schedule. No torch.
 
-The place K of the expert computation is what the paper's adaptive strategy leaves to choose (section 3, eq. 11):
-what stands before it hides the dispatch, what stands after it hides the combine. `plan` chooses it, and the number
-of chunks, from measured times: it tries every schedule on two simulated lanes, computation and communication.
+The paper's adaptive strategy chooses the place K of the expert computation (section 3, eq. 11). The operators before it
+hide the dispatch, the operators after it hide the combine. `plan` chooses the place, and the number of chunks, from
+measured times. It tries every schedule on two simulated lanes, computation and communication.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Union
 
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.times import OperatorTimes, PassTimes
+from scmoe_ds.planner.times import SHARED, OperatorTimes, PassTimes
 
 Count = Union[Literal["auto"], int]
 Slots = Union[Literal["auto"], int, Sequence[int]]
 Phase = Literal["forward", "backward"]
-Mode = Literal["train", "forward"]
-_PHASES: dict[Mode, tuple[Phase, ...]] = {"train": ("forward", "backward"), "forward": ("forward",)}
+Mode = Literal["train", "forward", "prefill", "decode"]
+_FORWARD: tuple[Phase, ...] = ("forward",)
+_PHASES = {"train": (*_FORWARD, "backward"), "forward": _FORWARD, "prefill": _FORWARD, "decode": _FORWARD}
 
 # Schedules that differ by less are equally fast, and the more robust one is taken.
 TIE = 0.001
-# What chunks must save of the pair's predicted time. Their transfers and products are timed one by one, but not what
-# more transfers cost the computation beside them: on two CPU nodes a predicted gain of 2.6 % was a loss of 2 %, one of
-# 7 % a gain of 5.5 % (benchmarks/results). Nobody shall lose by leaving the choice to us.
+# The part of the pair's predicted time that chunks must save. Their transfers and products are timed one by one. What
+# more transfers cost the computation beside them is not timed: on two CPU nodes a predicted gain of 2.6 % was a loss of
+# 2 %, and one of 7 % a gain of 5.5 % (benchmarks/results). Nobody shall lose by leaving the choice to us.
 MIN_GAIN = 0.04
 MOST_EVENTS = 1_000_000
-"""Simulated per pass and number of chunks, about a second. Eight chunks around eight operators have 12 870 schedules,
-around a hundred operators 10^11."""
+"""Simulated per pass and number of chunks; they take about a second. Eight chunks around eight operators have 12 870
+schedules, around a hundred operators 10^11."""
 
 
 def slot_that_halves(costs: Sequence[float]) -> int:
     """The slot that splits the backbone's cost most evenly between dispatch and combine.
 
-    A stand-in for eq. 11 while no times are known: dispatch and combine carry the same bytes, so each should
-    get the same window. The earlier slot wins a tie, because the gradient's dispatch then has the longer window.
+    It stands in for eq. 11 while no times are known. Dispatch and combine carry the same bytes, so each should get the
+    same window. The earlier slot wins a tie, because the gradient's dispatch then has the longer window.
 
     Args:
         costs: cost of each backbone operator in forward order (FLOPs, or any other common unit).
@@ -58,7 +59,7 @@ class Simulated:
         total_ms: until the computation has ended; of one pass, or of forward and backward together.
         exposed_ms: the part of it in which the computation stood still for a transfer.
         communication_ms: duration of all transfers together, hidden or not.
-        slack_ms: the least time by which a transfer was there before it was waited for; 0 if one was late.
+        slack_ms: the least time between the end of a transfer and the wait for it; 0 if one was late.
     """
 
     total_ms: float
@@ -122,8 +123,11 @@ def _one_pass(program: list[_Event], phase: Phase, overlap: bool) -> Simulated:
 def simulate(times: OperatorTimes, schedule: Schedule, mode: Mode) -> Simulated:
     """Runs a pair on two lanes: computation in the order of the executor and of autograd, transfers one by one.
 
-    A transfer starts when it has been launched and its lane is free; with overlap=False it is waited for at once.
-    Nothing is in flight between the two passes, so their times add up. mode: "train" is forward and backward.
+    A transfer starts when it has been launched and its lane is free. With overlap=False the computation waits for it at
+    once. Nothing is in flight between the two passes, so their times add up.
+
+    Args:
+        mode: "train" is forward and backward; all others are a forward pass.
 
     Raises:
         ValueError: no times for this number of chunks; a slot beyond the backbone.
@@ -171,7 +175,7 @@ def plan(times: OperatorTimes, mode: Mode = "train", slots: Slots = "auto", num_
     give the same plan on every rank. More than one chunk must be worth it (`MIN_GAIN`), unless asked for.
 
     Args:
-        mode: "train" plans for forward and backward together.
+        mode: "train" plans for forward and backward together, all others for a forward pass.
         slots: "auto", one slot for all chunks, or one per chunk (which settles their number).
         num_chunks: "auto", or the number of chunks to plan for.
 
@@ -211,7 +215,7 @@ def _all_slots(times: OperatorTimes) -> range:
 
 
 def _slots_to_try(times: OperatorTimes, count: int) -> list[int]:
-    """All slots, or in a long backbone so many of them, evenly spaced, that their combinations can be tried."""
+    """All slots. In a long backbone, as many evenly spaced ones as leave few enough combinations to try."""
     slots, most = _all_slots(times), len(times.backbone) + 1
     while most > 2 and math.comb(most + count - 1, count) * (len(slots) + 5 * count) > MOST_EVENTS:
         most -= 1
@@ -240,9 +244,10 @@ def _windows(times: OperatorTimes, slot: int, phase: Phase) -> tuple[float, floa
 def idle_window_ms(times: OperatorTimes, slot: int, phase: Phase) -> float:
     """Eq. 11 for one chunk at this slot: |Σ_{i<K} COMP_i − T_disp| + |Σ_{i>K} COMP_i − T_comb|, milliseconds.
 
-    Backward the combine's gradient travels beside the operators after the slot, the dispatch's beside those before.
-    The absolute values also count window that stays idle, which costs nothing: their sum is 2 · exposed + backbone −
-    communication. It is least where the exposed time is, but nobody spends it, so `plan` compares simulated totals.
+    In the backward pass the combine's gradient travels beside the operators after the slot, the dispatch's gradient
+    beside the operators before it. The absolute values also count the part of a window that stays idle. Their sum is
+    2 · exposed + backbone − communication. It is least where the exposed time is least, but an idle window costs
+    nothing, so `plan` compares simulated totals.
 
     Raises:
         ValueError: a slot outside 1 … number of operators + 1.
@@ -258,7 +263,7 @@ class BreakEven:
     Attributes:
         largest_hidden_ms: the longest all-to-all, the same for dispatch, combine and their gradients, that one chunk
             at the best slot hides completely.
-        shared_ms: time of the shared expert, 0.0 without one. Where more communication than this is hidden, ScMoE is
+        shared_ms: time of the shared expert, 0.0 without one. When more communication than this is hidden, ScMoE is
             faster than top-1 MoE without a shared expert (section 3: from about 20 % of MoE time on).
     """
 
@@ -270,5 +275,5 @@ def break_even(times: OperatorTimes, mode: Mode) -> BreakEven:
     """From the backbone's times alone; with mode="train" one slot has to serve both passes."""
     phases = _PHASES[mode]
     hidden = max(min(ms for phase in phases for ms in _windows(times, slot, phase)) for slot in _all_slots(times))
-    shared = [operator for operator in times.backbone if operator.name.startswith("shared")]
+    shared = [operator for operator in times.backbone if operator.kind in SHARED]
     return BreakEven(float(hidden), float(sum(_ms(operator, phase) for operator in shared for phase in phases)))

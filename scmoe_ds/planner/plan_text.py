@@ -1,37 +1,49 @@
-"""A plan as a person reads it: the measured times, what every slot would cost, the choice, and whether overlap pays."""
+"""A plan as the log shows it: measured times, the cost of every slot, the choice, and whether overlap pays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.plan import Plan, Simulated, break_even, idle_window_ms
+from scmoe_ds.planner.plan import Plan, break_even, idle_window_ms
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
 
 
 def plan_lines(name: str, times: OperatorTimes, train: Plan, forward: Plan) -> list[str]:
-    """The measured times of one kind of pair, what every slot would cost, and the choice.
+    """The measured times of one kind of pair, the cost of every slot, and the choice.
 
     Args:
-        name: of the layers that share these times.
-        times: measured.
+        name: names the layers that share these times.
         train, forward: the plans for a training step and for a forward pass alone.
     """
     lines = [f"times of {name} (ms per micro-batch, blocking, median, slowest rank):"]
     lines += _operator_table(times)
-    lines += ["what each place of the experts leaves exposed (ms; eq. 11 also counts idle window):"]
+    lines += ["exposed communication by the slot of the experts (ms; eq. 11 also counts idle window):"]
     lines += _slot_table(times, train, forward)
-    for title, plan in (("training", train), ("forward alone", forward)):
-        others = [
-            f"{schedule_text(each)}: {costs.total_ms:.1f} ms"
-            for each, costs in plan.best_per_chunks
-            if each.num_chunks != plan.schedule.num_chunks
-        ]
-        lines.append(
-            f"choice for {title}: {schedule_text(plan.schedule)}: {_outcome(plan.predicted)}"
-            + (f" (others: {', '.join(others)})" if others else "")
-        )
+    lines += [choice_line("training", train), choice_line("forward alone", forward)]
     return [*lines, _verdict(times, train)]
+
+
+def choice_line(title: str, plan: Plan, backbone: Sequence[str] = ()) -> str:
+    """What was chosen for a kind of pass.
+
+    Args:
+        title: names the kind of pass.
+        backbone: names of the operators that the slots count, where no table has shown them.
+    """
+    others = [
+        f"{schedule_text(each)}: {_ms(costs.total_ms)}"
+        for each, costs in plan.best_per_chunks
+        if each.num_chunks != plan.schedule.num_chunks
+    ]
+    return (
+        f"choice for {title}: {schedule_text(plan.schedule)}"
+        + (f" of {', '.join(backbone)}" if backbone else "")
+        + f": {_ms(plan.predicted.total_ms)} from shortcut to join, "
+        + f"{100 * plan.predicted.hidden_share:.0f} % of the communication hidden"
+        + (f" (without overlap: {_ms(plan.serial.total_ms)})" if backbone else "")
+        + (f" (others: {', '.join(others)})" if others else "")
+    )
 
 
 def layers_text(layers: Sequence[int]) -> str:
@@ -55,10 +67,8 @@ def slots_text(schedule: Schedule) -> str:
     return "slots " + ", ".join(map(str, schedule.slots))
 
 
-def _outcome(costs: Simulated) -> str:
-    return (
-        f"{costs.total_ms:.1f} ms from shortcut to join, {100 * costs.hidden_share:.0f} % of the communication hidden"
-    )
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.{1 if milliseconds >= 10 else 2}f} ms"  # a decode step may take less than one
 
 
 def _operator_table(times: OperatorTimes) -> list[str]:

@@ -1,4 +1,4 @@
-"""How long each part of a pair takes: what calibration measures, what the planner reads, and what is kept as JSON.
+"""How long each part of a pair takes. The calibration measures it, the planner reads it, files keep it as JSON.
 
 All times are milliseconds of one micro-batch, of the slowest rank.
 """
@@ -12,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scmoe_ds.config.limits import MOST_CHUNKS
 
 MOST_MS = 1e9
-"""Of one operator, eleven days: no such time was ever measured, and sums of them stay finite."""
+"""For one operator: eleven days. Nobody has measured such a time, and sums of such times stay finite."""
 MOST_OPERATORS = 1024
+SHARED = ("shared", "shared in", "shared out")
+"""The shared expert, or its halves."""
+KINDS = ("attention", "mlp", "norm", *SHARED)
+"""Operators of this package's own models; a replaced layer has modules of any name."""
 
 Milliseconds = Annotated[float, Field(ge=0, le=MOST_MS, allow_inf_nan=False, strict=True)]
 
@@ -30,16 +34,26 @@ class PassTimes(_Frozen):
 
 
 class OperatorTime(PassTimes):
-    """An operator of the backbone: "attention", "mlp", "shared" and the like."""
+    """An operator of the backbone. `name` is its label, such as "attention 2"; files have nothing else of it."""
 
     name: Annotated[str, Field(max_length=100)]
 
+    @property
+    def kind(self) -> str:
+        """As of `overlap.executor.Operator`: "attention" for "attention 2"."""
+        return kind_of(self.name)
+
+
+def kind_of(label: str) -> str:
+    """The kind of the operator that files call `label`."""
+    kind, _, number = label.rpartition(" ")
+    return kind if number.isdecimal() else label
+
 
 class ChunkTimes(_Frozen):
-    """One chunk of several: its all-to-alls without anything beside them, and its expert computation.
+    """One chunk of several: its all-to-alls with nothing beside them, and its expert computation.
 
-    The backward time of the dispatch is that of its gradient, which travels the other way after the experts'
-    backward; that of the combine likewise.
+    The backward time of an all-to-all is the time of its gradient, which travels the other way.
     """
 
     dispatch: PassTimes
@@ -52,10 +66,10 @@ class OperatorTimes(_Frozen):
 
     Attributes:
         gate: the shortcut's norm and the gate.
-        encode: permutation into the order of sending, and the exchange of row counts, which nothing hides.
+        encode: permutation into the order of sending, and the exchange of row counts. Nothing hides them.
         decode: permutation back, weighting and merge; for DGMoE its second MoE.
         backbone: the operators between shortcut and join, in forward order; may be empty.
-        chunks: for every number of chunks that was measured, the times of one of them. 1 is always there.
+        chunks: by number of chunks, the times of one of these chunks. 1 is always there.
     """
 
     gate: PassTimes

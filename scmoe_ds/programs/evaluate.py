@@ -32,9 +32,8 @@ from scmoe_ds.evaluation.perplexity import evaluate_documents
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import SlidingWindow
 from scmoe_ds.inference.load import Loaded
-from scmoe_ds.inference.phases import Phases
+from scmoe_ds.inference.model import calibrators
 from scmoe_ds.parallel.agreement import run_together
-from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags import model as arguments
 from scmoe_ds.programs.flags.checks import check_lowest
 from scmoe_ds.programs.flags.parser import FlagParser
@@ -128,8 +127,8 @@ def evaluate(args: argparse.Namespace) -> None:
     documents = None
     if args.tasks is None:
         documents = open_documents(args.data_path, args.split, args.text_file, tokenizer)
-    phases = Phases.of_model(model, loaded.config, loaded.layout, args.batch_size, rule.seq_length, device())
-    scorer = Scorer(model, args.batch_size, tokenizer.vocab_size, phases)
+    serving = calibrators(model, loaded.config, loaded.layout, args.batch_size, rule.seq_length)
+    scorer = Scorer(model, args.batch_size, tokenizer.vocab_size, serving)
     if documents is not None:
         results: dict[str, Any] = evaluate_documents(scorer, documents, rule, tokenizer).record()
         lines = [f"{_LABELS.get(name, name.replace('_', ' ')):22} {_text(value)}" for name, value in results.items()]

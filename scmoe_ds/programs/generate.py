@@ -22,10 +22,9 @@ from scmoe_ds.errors import (
     GenerationError,
 )
 from scmoe_ds.inference.generate import Completion, GenerationTimes, Request, TextGenerator
-from scmoe_ds.inference.phases import Phases
+from scmoe_ds.inference.model import calibrators
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.store import StoreCounts
-from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags import model as arguments
 from scmoe_ds.programs.flags.checks import check_lowest, check_text
 from scmoe_ds.programs.flags.parser import FlagParser
@@ -115,8 +114,8 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
     length = max(map(len, tokens), default=loaded.trained.settings.max_position_embeddings)
     rows = min(args.batch_size, max(len(prompts), 1))
-    phases = Phases.of_model(loaded.model, loaded.config, loaded.layout, rows, length, device())
-    generator = TextGenerator(loaded.model, phases, args.batch_size, tokenizer)
+    serving = calibrators(loaded.model, loaded.config, loaded.layout, rows, length)
+    generator = TextGenerator(loaded.model, serving, args.batch_size, tokenizer)
     if prompts:
         # Several texts at once would mix on the terminal: those are printed when all are done.
         stream = _Stream(prompts[0]) if len(prompts) == 1 and dist.get_rank() == 0 else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scmoe_ds.trace.recorder import PairRecorder
+from scmoe_ds.trace.recorder import PairRecorder, What
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -21,24 +21,24 @@ def first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
     return None
 
 
-def marked_inputs(recorder: PairRecorder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def marked_inputs(recorder: PairRecorder, what: What, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The arguments of a call, the first floating-point tensor among them marked as the start of a region."""
     for index, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
-            (marked,) = recorder.open(name, value)
+            (marked,) = recorder.open(what, value)
             return (*args[:index], marked, *args[index + 1 :]), kwargs
     for key, value in kwargs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            (marked,) = recorder.open(name, value)
+            (marked,) = recorder.open(what, value)
             return args, {**kwargs, key: marked}
     return args, kwargs
 
 
-def marked_output(recorder: PairRecorder, name: str, output: Any) -> Any:
+def marked_output(recorder: PairRecorder, what: What, output: Any) -> Any:
     """The output of a call, marked as the end of a region: the first of a tuple, or the tensor that it is."""
     if not isinstance(output, tuple):
-        return recorder.close(name, output)[0]
-    return (*recorder.close(name, output[0]), *output[1:])
+        return recorder.close(what, output)[0]
+    return (*recorder.close(what, output[0]), *output[1:])
 
 
 def operators_in(block: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:

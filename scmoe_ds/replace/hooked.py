@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe_ds.config.section import OverlapConfig
@@ -26,6 +25,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap.executor import Operator
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.auto import first_schedule
 from scmoe_ds.planner.plan import slot_that_halves
 from scmoe_ds.replace.calls import Call, first_hidden, operators_in
 from scmoe_ds.replace.hooked_pass import HookedPass, hooked_operators
@@ -72,11 +72,7 @@ class HookedPair:
 
     def __init__(self, name: str, layer: ScMoE, tap: Tap, norm: nn.Module | None, overlap: OverlapConfig) -> None:
         self.name, self.layer, self.place, self.norm, self.overlap = name, layer, tap, norm, overlap
-        slot, chunks = overlap.expert_slot, overlap.num_chunks
-        slots = tuple(slot) if isinstance(slot, list) else 1 if isinstance(slot, str) else slot
-        if isinstance(chunks, str):
-            chunks = len(slots) if isinstance(slots, tuple) else 1
-        self.schedule = Schedule(slots, chunks, overlap.enabled)
+        self.schedule = first_schedule(overlap, [])
         self.forward_schedule: Schedule | None = None
         self.recorder: PairRecorder = SILENT
         self._pass: HookedPass | None = None
@@ -88,11 +84,6 @@ class HookedPair:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pass": None}  # which a copy has not had
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks between which rows travel."""
-        return self.layer.transport.group
 
     def operators(self) -> list[Operator]:
         """The backbone's operators, once a forward pass has shown them; for reading, not to be run."""

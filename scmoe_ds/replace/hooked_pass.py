@@ -65,7 +65,7 @@ class HookedPass:
                 self._experts.before(len(self.kinds))
         if self._experts is None or self.recorder is SILENT:
             return None
-        return marked_inputs(self.recorder, hooked_operators(self.kinds)[-1].label, args, kwargs)
+        return marked_inputs(self.recorder, hooked_operators(self.kinds)[-1], args, kwargs)
 
     def leave(self, module: nn.Module, output: Any) -> Any:
         """After an operator; returns its output as a recorder has marked it, None as it is."""
@@ -74,8 +74,8 @@ class HookedPass:
         self._inside = None
         if self._experts is None:
             return None
-        label = hooked_operators(self.kinds)[-1].label
-        marked = None if self.recorder is SILENT else marked_output(self.recorder, label, output)
+        operator = hooked_operators(self.kinds)[-1]
+        marked = None if self.recorder is SILENT else marked_output(self.recorder, operator, output)
         self._experts.after()
         return marked
 

@@ -1,11 +1,11 @@
-"""What happened when in a pair, forward and backward: the one measuring device of calibration and timeline.
+"""What happened when in a pair, forward and backward. Calibration and timeline both measure with it.
 
-A region of computation is enclosed by two marks, `open` on the tensors that enter it and `close` on those that leave.
-Marks are identities whose backward takes the time too: the gradient passes `close` first and `open` last. A pair
-without a recorder has `SILENT`, whose marks return their tensors untouched.
+Two marks enclose a region of computation: `open` on the tensors that enter it, `close` on those that leave. A mark is
+an identity whose backward takes the time, too. The gradient passes `close` first and `open` last. A pair that nobody
+measures has `SILENT`, whose marks return their tensors untouched.
 
-Times come from a monotonic clock on a CPU, from events of the current stream on a GPU; nothing is synchronised until
-the spans are asked for.
+On a CPU times come from a monotonic clock, on a GPU from events of the current stream. Nothing is synchronised until
+somebody asks for the spans.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Union
 
 import torch
 from torch import Tensor
 
 Phase = Literal["forward", "backward"]
+PHASES: tuple[Phase, ...] = ("forward", "backward")
 Lane = Literal["compute", "communication", "wait"]
 Wait = Callable[[], object]
 Stamp = Any  # seconds on a CPU, an event on a GPU
+_Key = tuple[int, str, str, Lane, Phase, int]  # the fields of a span before its times
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Span:
 
     Attributes:
         layer: MoE layer (pair), from 0.
-        name: "gate", "encode", "experts", "decode"; a backbone operator; "dispatch" or "combine".
+        name: tells it from all others of its layer, for people: "gate", "experts", "dispatch", "attention 2".
+        kind: what it is one of: "attention" for "attention 2", "gate" for the "current gate" of DGMoE.
         lane: "compute"; "communication" from the launch of an all-to-all to its completion; "wait" is the time that
             the compute lane stood still for an all-to-all of that name.
         phase: forward or backward.
@@ -41,6 +44,7 @@ class Span:
 
     layer: int
     name: str
+    kind: str
     lane: Lane
     phase: Phase
     chunk: int
@@ -50,6 +54,21 @@ class Span:
     @property
     def duration_ms(self) -> float:
         return self.end_ms - self.start_ms
+
+
+class Named(Protocol):
+    """What has a label of its own, and is one of a kind: an operator of a pair."""
+
+    @property
+    def label(self) -> str:
+        """The `name` of its spans."""
+
+    @property
+    def kind(self) -> str:
+        """Their `kind`."""
+
+
+What = Union[str, Named]
 
 
 class Watch(Protocol):
@@ -62,25 +81,30 @@ class Watch(Protocol):
 class PairRecorder(Protocol):
     """What a pair reports to."""
 
-    def open(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
-        """Marks the start of a region; returns the tensors that it is to work on, and not to change in place."""
+    def open(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        """Marks the start of a region; returns the tensors that it works on and must not change in place.
 
-    def close(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        Args:
+            what: an operator, or the name of a stage of the MoE layer.
+            chunk: as in `Span`.
+        """
+
+    def close(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
         """Marks the end of a region; returns its results."""
 
-    def watch(self, name: str, chunk: int) -> Watch | None:
+    def watch(self, what: What, chunk: int) -> Watch | None:
         """An observer for an all-to-all, or None."""
 
 
 class _Silent:
     """The recorder of pairs that nobody measures."""
 
-    def open(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+    def open(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
         return tensors
 
     close = open
 
-    def watch(self, name: str, chunk: int) -> None:
+    def watch(self, what: What, chunk: int) -> None:
         return None
 
     def __reduce__(self) -> str:
@@ -90,21 +114,34 @@ class _Silent:
 SILENT = _Silent()
 
 
+class _Part(NamedTuple):
+    label: str
+    kind: str
+
+
 @dataclass(frozen=True)
 class Renamed:
-    """Puts a word before all names: for what a pair does twice."""
+    """Puts a word before the names of stages: for what a pair does twice."""
 
     recorder: PairRecorder
     word: str
 
-    def open(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
-        return self.recorder.open(f"{self.word} {name}", *tensors, chunk=chunk)
+    def open(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        return self.recorder.open(self._renamed(what), *tensors, chunk=chunk)
 
-    def close(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
-        return self.recorder.close(f"{self.word} {name}", *tensors, chunk=chunk)
+    def close(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        return self.recorder.close(self._renamed(what), *tensors, chunk=chunk)
 
-    def watch(self, name: str, chunk: int) -> Watch | None:
-        return self.recorder.watch(f"{self.word} {name}", chunk)
+    def watch(self, what: What, chunk: int) -> Watch | None:
+        return self.recorder.watch(self._renamed(what), chunk)
+
+    def _renamed(self, what: What) -> What:
+        part = _part(what)
+        return _Part(f"{self.word} {part.label}", part.kind)
+
+
+def _part(what: What) -> Named:
+    return _Part(what, what) if isinstance(what, str) else what
 
 
 class Recorder:
@@ -116,8 +153,8 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stamps: list[tuple[tuple[int, str, Lane, Phase, int], Stamp, Stamp]] = []
-        self._open: dict[tuple[int, str, Phase, int], Stamp] = {}
+        self._stamps: list[tuple[_Key, Stamp, Stamp]] = []
+        self._open: dict[_Key, Stamp] = {}
         self._watching = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._origin = self.stamp()
 
@@ -126,8 +163,10 @@ class Recorder:
         return _LayerRecorder(self, layer)
 
     def spans(self) -> list[Span]:
-        """All complete spans so far, by their start. Waits for the device; regions whose backward did not come (no
-        gradient was wanted there) have a forward span only."""
+        """All complete spans so far, by their start. Waits for the device.
+
+        A region without a backward pass (it needs no gradient) has a forward span only.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         spans = [Span(*key, self._milliseconds(start), self._milliseconds(end)) for key, start, end in self._stamps]
@@ -146,18 +185,18 @@ class Recorder:
             return 1e3 * (stamp - self._origin)
         return float(self._origin.elapsed_time(stamp))
 
-    def start(self, layer: int, name: str, phase: Phase, chunk: int) -> None:
+    def start(self, key: _Key) -> None:
         """A computation begins."""
-        self._open[layer, name, phase, chunk] = self.stamp()
+        self._open[key] = self.stamp()
 
-    def end(self, layer: int, name: str, phase: Phase, chunk: int) -> None:
+    def end(self, key: _Key) -> None:
         """A computation is over."""
-        start = self._open.pop((layer, name, phase, chunk), None)
+        start = self._open.pop(key, None)
         if start is not None:
-            self.add((layer, name, "compute", phase, chunk), start, self.stamp())
+            self.add(key, start, self.stamp())
 
-    def add(self, key: tuple[int, str, Lane, Phase, int], start: Stamp, end: Stamp) -> None:
-        """Notes a span."""
+    def add(self, key: _Key, start: Stamp, end: Stamp) -> None:
+        """Notes a span; the key has all fields of `Span` before its times."""
         self._stamps.append((key, start, end))
 
     def completion(self, wait: Wait, note: Callable[[Stamp], None]) -> Wait:
@@ -195,41 +234,38 @@ class _LayerRecorder:
     def __init__(self, recorder: Recorder, layer: int) -> None:
         self._recorder, self._layer = recorder, layer
 
-    def open(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
-        recorder, place = self._recorder, (self._layer, name)
-        marked = _mark(tensors, lambda: recorder.end(*place, "backward", chunk))
-        recorder.start(*place, "forward", chunk)
+    def open(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        forward, backward = (self._key(what, "compute", phase, chunk) for phase in PHASES)
+        marked = _mark(tensors, lambda: self._recorder.end(backward))
+        self._recorder.start(forward)
         return marked
 
-    def close(self, name: str, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
-        recorder, place = self._recorder, (self._layer, name)
-        recorder.end(*place, "forward", chunk)
-        return _mark(tensors, lambda: recorder.start(*place, "backward", chunk))
+    def close(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        forward, backward = (self._key(what, "compute", phase, chunk) for phase in PHASES)
+        self._recorder.end(forward)
+        return _mark(tensors, lambda: self._recorder.start(backward))
 
-    def watch(self, name: str, chunk: int) -> Watch:
-        return _TransferWatch(self._recorder, self._layer, name, chunk)
+    def watch(self, what: What, chunk: int) -> Watch:
+        return _TransferWatch(self._recorder, lambda lane, phase: self._key(what, lane, phase, chunk))
+
+    def _key(self, what: What, lane: Lane, phase: Phase, chunk: int) -> _Key:
+        part = _part(what)
+        return self._layer, part.label, part.kind, lane, phase, chunk
 
 
 @dataclass(frozen=True)
 class _TransferWatch:
     recorder: Recorder
-    layer: int
-    name: str
-    chunk: int
+    key: Callable[[Lane, Phase], _Key]
 
     def launch(self, phase: Phase, launch: Callable[[], Wait]) -> Wait:
-        recorder = self.recorder
-        start = recorder.stamp()
-
-        def note(end: Stamp) -> None:
-            recorder.add((self.layer, self.name, "communication", phase, self.chunk), start, end)
-
-        wait = recorder.completion(launch(), note)
+        recorder, start = self.recorder, self.recorder.stamp()
+        wait = recorder.completion(launch(), lambda end: recorder.add(self.key("communication", phase), start, end))
 
         def watched() -> None:
             begun = recorder.stamp()
             wait()
-            recorder.add((self.layer, self.name, "wait", phase, self.chunk), begun, recorder.stamp())
+            recorder.add(self.key("wait", phase), begun, recorder.stamp())
 
         return watched
 

@@ -1,7 +1,6 @@
 """What recorded spans say: the hidden share of the communication, and how to line them up.
 
-Ranks have clocks of their own, each from the start of its recording: what is compared across ranks here are durations,
-never moments.
+Each rank's clock starts with its recording. So this file compares durations across ranks, never moments.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ LANES = ("compute", "communication")
 
 @dataclass(frozen=True)
 class HiddenShare:
-    """How long all-to-alls were under way (communication_ms), and how long computation stood still for them."""
+    """How long all-to-alls were under way (communication_ms), and how long computation waited for them (exposed_ms)."""
 
     communication_ms: float
     exposed_ms: float
@@ -36,9 +35,12 @@ class HiddenShare:
 
 
 def hidden_share(spans: Spans, phase: Phase | None = None) -> HiddenShare:
-    """Of one rank, all layers of the spans together; both phases by default.
+    """The hidden share of one rank, over all layers of the spans.
 
-    Chunks in flight at once count once: the communication is as long as the union of its spans.
+    Chunks in flight at the same time count once: the communication is as long as the union of its spans.
+
+    Args:
+        phase: None: both.
     """
     of_phase = [span for span in spans if phase in (None, span.phase)]
     communication_ms = _union_ms(span for span in of_phase if span.lane == "communication")
@@ -46,7 +48,7 @@ def hidden_share(spans: Spans, phase: Phase | None = None) -> HiddenShare:
 
 
 def hidden_share_of_ranks(spans_of_ranks: Sequence[Spans], phase: Phase | None = None) -> HiddenShare:
-    """The sums over all ranks of both times; `share` is then the mean share, weighted by communication."""
+    """Both times summed over all ranks. `share` is then the mean share, weighted by communication."""
     of_ranks = [hidden_share(spans, phase) for spans in spans_of_ranks]
     return HiddenShare(sum(one.communication_ms for one in of_ranks), sum(one.exposed_ms for one in of_ranks))
 

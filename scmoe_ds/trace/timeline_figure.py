@@ -7,14 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmoe_ds.trace.recorder import Phase, Span
+from scmoe_ds.trace.recorder import PHASES, Phase, Span
 from scmoe_ds.trace.spans import LANES, Spans, check_spans, hidden_share_of_ranks, rows_of_lane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PHASES: tuple[Phase, ...] = ("forward", "backward")
 _MAX_RANKS_DRAWN = 8  # beyond that a figure is too high to read; the trace and the title's share have them all
 
 # The seven colours that Okabe and Ito chose to be told apart by colour-blind people as well.
@@ -29,6 +28,10 @@ _COLOURS = {
     "other": "#999999",
     "wait": "#EEEEEE",
 }
+_KINDS = {"shared in": "shared", "shared out": "shared"} | dict.fromkeys(
+    ("gate", "encode", "decode", "merge", "norm", "shortcut norm"), "gate, encode, decode"
+)
+"""Kinds of spans that share a colour with others."""
 
 
 def draw(spans_of_ranks: Sequence[Spans], path: str | Path, title_prefix: str = "", layer: int | None = None) -> None:
@@ -61,7 +64,7 @@ def figure(spans_of_ranks: Sequence[Spans], title_prefix: str = "", layer: int |
     layer, shown = _of_layer(spans_of_ranks, layer)
     drawn = dict(itertools.islice(shown.items(), _MAX_RANKS_DRAWN))
     spans = list(itertools.chain(*drawn.values()))
-    phases = [phase for phase in _PHASES if any(span.phase == phase for span in spans)]
+    phases = [phase for phase in PHASES if any(span.phase == phase for span in spans)]
     limits = [_limits(span for span in spans if span.phase == phase) for phase in phases]
     # The same scale in both panels, unless one would get too narrow to read.
     widths = [max(right - left, 0.3 * sum(end - start for start, end in limits)) for left, right in limits]
@@ -106,10 +109,7 @@ def _shares(spans_of_ranks: Sequence[Spans], phases: Sequence[Phase]) -> str:
 def _kind(span: Span) -> str:
     if span.lane == "wait":
         return "wait"
-    first = span.name.split()[0]  # of "attention 2", "attention before tap", "shared in", "shortcut norm"
-    if first in ("gate", "encode", "decode", "merge", "norm", "shortcut"):
-        return "gate, encode, decode"
-    return first if first in _COLOURS else "other"
+    return _KINDS.get(span.kind, span.kind if span.kind in _COLOURS else "other")
 
 
 def _style(kind: str) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _draw_phase(axes: Axes, spans_of_ranks: dict[int, Spans]) -> None:
         for number, row in enumerate(rows, start=1):
             size = 1 / len(rows)  # chunks in flight at once share their lane's height
             for span in row:
-                name = "wait" if span.lane == "wait" else span.name.removesuffix(" before tap")
+                name = "wait" if span.lane == "wait" else span.kind
                 label = f"{name} {span.chunk}" if (span.lane, span.name) in cut else name
                 corner = (span.start_ms, top - number * size)
                 axes.add_patch(Rectangle(corner, span.duration_ms, size, label=label, **_style(_kind(span))))

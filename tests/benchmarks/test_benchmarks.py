@@ -9,6 +9,7 @@ from benchmarks.harness import rows, tables
 from benchmarks.harness.link import HIGHEST_MBIT, LOWEST_MBIT, next_rate
 from benchmarks.harness.measure import Spread, interleave
 from benchmarks.harness.parts import EXPOSED, KINDS, REST_OF_LAYER, layer_ms, parts_of
+from benchmarks.harness.planned import Calibrated, schedule_of
 from benchmarks.harness.variants import (
     AGAIN,
     BASELINES,
@@ -21,7 +22,6 @@ from benchmarks.harness.variants import (
     selected,
 )
 from benchmarks.speed import bars, end_to_end, replace
-from benchmarks.speed.planned import Calibrated, schedule_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.schedule import Schedule
@@ -189,13 +189,13 @@ def test_end_to_end_rows_compare_with_the_first_variant():
 # --- what a step consists of
 
 
-def span(name: str, ms: float, lane: Lane = "compute") -> Span:
-    return Span(0, name, lane, "forward", 0, 0.0, ms)
+def span(name: str, ms: float, lane: Lane = "compute", kind: str | None = None) -> Span:
+    return Span(0, name, kind or name, lane, "forward", 0, 0.0, ms)
 
 
 def test_parts_of_a_scheduled_pair():
     spans = [
-        span("attention before tap", 1),
+        span("attention before tap", 1, kind="attention"),
         span("attention", 2),
         span("mlp", 4),
         span("shared in", 8),

@@ -11,7 +11,7 @@ from benchmarks.harness.variants import Shape
 from benchmarks.serving import figures as serving_figures
 from benchmarks.serving import inference, offload
 from scmoe_ds.engine import connect
-from scmoe_ds.inference.phases import PHASES, Phase
+from scmoe_ds.planner.plan import Mode
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,8 +19,8 @@ def world_of_one() -> None:
     connect()
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_every_served_row_runs(phase: Phase) -> None:
+@pytest.mark.parametrize("phase", inference.PHASES)
+def test_every_served_row_runs(phase: Mode) -> None:
     shape = Shape("tiny", 32, 4, 4, 8 if phase == "prefill" else 1, 2, 1.25)
     for name, row in inference.rows().items():
         server = inference.Server(row, phase, shape, "collective")
@@ -85,6 +85,6 @@ def test_offload_table() -> None:
 
 def test_figure_of_speedups() -> None:
     row = {"row": "ScMoE", "speedup": {"median": 2.0, "p10": 1.5, "p90": 2.25}}
-    record = {"phases": {phase: {"rows": [row, row], "link": {"share": 0.6}} for phase in PHASES}}
+    record = {"phases": {phase: {"rows": [row, row], "link": {"share": 0.6}} for phase in inference.PHASES}}
     drawn = serving_figures.speedups(record)
     assert [[bar.get_width() for bar in panel.patches] for panel in drawn.axes] == [[2.0, 2.0]] * 2

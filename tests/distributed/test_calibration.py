@@ -201,7 +201,7 @@ def planned_apart() -> Any:
     transfer = {"forward_ms": 2.0, "backward_ms": 40.0}
     chunk = {"dispatch": transfer, "experts": part, "combine": transfer}
     times = {"gate": part, "encode": part, "decode": part, "backbone": backbone, "chunks": {"1": chunk}}
-    description = engine.overlap._descriptions[0]
+    description = engine.overlap.kinds[0].description
     # In the middle of the calibration, from rank 0's checkpoint alone.
     engine.overlap.resume([{"description": description, "times": times}] if dist.get_rank() == 0 else None)
     assert not engine.overlap.calibrating
@@ -210,9 +210,9 @@ def planned_apart() -> Any:
     used: list[Schedule] = []
     plain_run = executor.run
 
-    def noted(pair: Any, hidden: torch.Tensor, schedule: Schedule, recorder: Any) -> Any:
+    def noted(pair: Any, hidden: torch.Tensor, schedule: Schedule, *others: Any) -> Any:
         used.append(schedule)
-        return plain_run(pair, hidden, schedule, recorder)
+        return plain_run(pair, hidden, schedule, *others)
 
     executor.run = noted
     try:
@@ -236,7 +236,7 @@ def test_training_and_a_forward_pass_alone_have_plans_of_their_own() -> None:
 def several_kinds() -> Any:
     """A pyramid, and validation between timed micro-batches."""
     engine = build(num_experts=[4, 8], overlap={"calibration_steps": 1, "num_chunks": 3})
-    assert engine.overlap.timed_micro_batches == 2, "one for each number of chunks"
+    assert engine.overlap.timed_passes == 2, "one for each number of chunks"
     for _ in range(4):
         train(engine, 1)
         engine.eval()
@@ -244,7 +244,7 @@ def several_kinds() -> Any:
             engine(torch.zeros(2, 12, dtype=torch.int64))
         assert all(run.recorder is SILENT for run in engine.module.scheduled_pairs()), "validation is not timed"
         engine.train()
-    layers = [layers for layers, _, _ in engine.overlap.plans]
+    layers = [kind.layers for kind in engine.overlap.kinds]
     counts = [sorted(times.chunks) for times in engine.overlap.times]
     return layers, counts, [run.schedule.num_chunks for run in engine.module.scheduled_pairs()]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from lab.distributed import run_distributed
 from scmoe_ds.inference.generate import Completion, Request, TextGenerator
-from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
+from scmoe_ds.inference.model import TrainedModel, calibrators, load_model, serving_config
 from scmoe_ds.inference.offload import offload_experts
-from scmoe_ds.inference.phases import PHASES, Phases
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.groups import Layout
+from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.planner.plan import Mode
 from tests.helpers.exports import whole_model, write_export
 from tests.helpers.settings import LLAMA
 
@@ -38,9 +39,11 @@ REQUEST = Request(8, Sampling(0.8, top_p=0.9), end=(11,))
 Found = dict[str, tuple[list[Completion], list[Completion], Tensor]]
 
 
-def generate(model: GPT, phases: Phases | None = None) -> tuple[list[Completion], list[Completion], Tensor]:
+def generate(
+    model: GPT, serving: Mapping[Mode, Calibrator] | None = None
+) -> tuple[list[Completion], list[Completion], Tensor]:
     """Five prompts, one prompt alone (on all ranks but one nobody has any), and logits of whole passes."""
-    generator = TextGenerator(model, phases, batch_size=2)
+    generator = TextGenerator(model, serving, batch_size=2)
     several, one = generator.generate(PROMPTS, REQUEST), generator.generate(PROMPTS[:1], REQUEST)
     with torch.inference_mode():
         logits = model(TOKENS).logits
@@ -57,15 +60,15 @@ def on_a_layout(directory: str, names: Sequence[str], holders: int, ep_size: int
         trained = TrainedModel.open(Path(directory) / name)
         config = serving_config(trained.config, ep_size, divided)
         model = load_model(trained, config, FP32, CPU)
-        phases = Phases.of_model(model, config, layout, 2, 6, CPU)
-        found[name] = generate(model, phases)
+        serving = calibrators(model, config, layout, 2, 6)
+        found[name] = generate(model, serving)
         if ep_size > 1:
             for _ in range(6):
-                TextGenerator(model, phases).generate(PROMPTS[:1], Request(1))
-            for phase in PHASES:  # both have been timed and planned by now
-                assert not phases._states[phase].recorders and phases._states[phase].passes > 6
-                assert all(schedule.overlap for schedule in phases.schedules(phase))
-            again = generate(model, phases)
+                TextGenerator(model, serving).generate(PROMPTS[:1], Request(1))
+            for mode, calibrator in serving.items():
+                assert not calibrator.calibrating and len(calibrator.times) == len(calibrator.kinds) > 0, mode
+                assert all(schedule.overlap for schedule in calibrator.schedules)
+            again = generate(model, serving)
             assert again[:2] == found[name][:2] and torch.equal(again[2], found[name][2])
         if divided or name != "scmoe":
             continue

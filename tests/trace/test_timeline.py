@@ -35,7 +35,7 @@ def span(
     chunk: int = 0,
     layer: int = 0,
 ) -> Span:
-    return Span(layer, name, lane, phase, chunk, start_ms, end_ms)
+    return Span(layer, name, name, lane, phase, chunk, start_ms, end_ms)
 
 
 # Two chunks; their dispatches are in flight together from 2 to 4. Communication 1-6, 7-10: 8 ms; waits 1 ms + 1.4 ms.

@@ -13,12 +13,12 @@ from benchmarks.harness.variants import Table, Variant
 from scmoe_ds.config.section import OverlapConfig
 from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.adaptive import CHUNK_COUNTS, AdaptiveOverlap
+from scmoe_ds.planner.auto import CHUNK_COUNTS
+from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.plan import Mode, plan, simulate
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
-from scmoe_ds.trace.recorder import Phase, Span
+from scmoe_ds.trace.recorder import PHASES, Phase, Span
 
-PHASES: tuple[Phase, ...] = ("forward", "backward")
 SAMPLES = 3
 """Timed micro-batches for each number of chunks."""
 
@@ -70,15 +70,15 @@ def calibrate(run: StagedPair, step: Callable[[], None], several_chunks: bool) -
     """
     counts = CHUNK_COUNTS if several_chunks else (1,)
     settings = OverlapConfig(num_chunks="auto" if several_chunks else 1, calibration_steps=SAMPLES * len(counts))
-    overlap = AdaptiveOverlap(run, [run], [{"ranks_that_exchange": dist.get_world_size()}], settings, CPU)
-    while overlap.calibrating:
+    calibrator = Calibrator([run], settings, CPU)
+    while calibrator.calibrating:
+        calibrator.begin()
         step()
-    assert overlap.times is not None
     run.schedule = Schedule(1, overlap=False)
     steps = record_steps(run, step, SAMPLES)
     labels = {operator.label for operator in run.operators() if operator.before_tap}
     before = {f"{phase}_ms": sum_ms(steps, dist.ReduceOp.MAX, partial(_is_one_of, labels, phase)) for phase in PHASES}
-    return Calibrated(overlap.times[0], PassTimes(**before))
+    return Calibrated(calibrator.times[0], PassTimes(**before))
 
 
 def _is_one_of(labels: set[str], phase: Phase, span: Span) -> bool:

@@ -1,0 +1,95 @@
+"""Where every "auto" of the "scmoe" section becomes a value: `expert_slot`, `num_chunks` and `all_to_all`.
+
+Until the times of a model are known, `first_schedule` chooses slot and chunks. The calibrator then times what
+`chunk_counts` says, and the planner chooses. The all-to-all is chosen by a probe.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import nn
+
+from scmoe_ds.comm.hierarchical import make_transports
+from scmoe_ds.comm.transport import Transport, probe
+from scmoe_ds.config.section import OverlapConfig
+from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.parallel.groups import Layout, nodes_of_ranks
+from scmoe_ds.planner.plan import Mode, slot_that_halves
+
+logger = logging.getLogger("scmoe_ds")
+
+CHUNK_COUNTS = (1, 2, 4)
+"""Numbers of chunks that "auto" chooses from. Each further one would cost timed steps. Beyond four chunks, launches and
+small matrix products eat the gain."""
+
+
+def first_schedule(overlap: OverlapConfig, costs: Sequence[float]) -> Schedule:
+    """A pair's schedule as long as no times are known: "auto" is the slot that halves the backbone, and one chunk.
+
+    Args:
+        costs: of the backbone's operators, in any common unit; none: their number is not known yet.
+    """
+    slot, chunks = overlap.expert_slot, overlap.num_chunks
+    slots = slot_that_halves(costs) if isinstance(slot, str) else tuple(slot) if isinstance(slot, list) else slot
+    if isinstance(chunks, str):
+        chunks = len(slots) if isinstance(slots, tuple) else 1
+    return Schedule(slots, chunks, overlap.enabled)
+
+
+def leaves_a_choice(overlap: OverlapConfig) -> bool:
+    """Whether measured times decide on the slot or on the number of chunks."""
+    chunks_are_free = overlap.num_chunks == "auto" and isinstance(overlap.expert_slot, int)
+    return overlap.enabled and (overlap.expert_slot == "auto" or chunks_are_free)
+
+
+def chunk_counts(overlap: OverlapConfig) -> tuple[int, ...]:
+    """The numbers of chunks that have to be timed; 1 is always among them."""
+    chunks = overlap.num_chunks
+    return CHUNK_COUNTS if isinstance(chunks, str) else tuple({1: None, chunks: None})
+
+
+def choose_all_to_all(
+    model: nn.Module, setting: str, layout: Layout, tokens: int, mode: Mode = "train"
+) -> Transport | None:
+    """Gives every MoE layer whose rows travel the all-to-all of the section, and says so in the log.
+
+    "auto" is the fastest one in a probe with a layer's balanced message. Collective over the world.
+
+    Args:
+        setting: `scmoe.all_to_all`.
+        tokens: of one pass of the mode on each rank, about.
+
+    Returns:
+        the all-to-all; None if the model has no such layer.
+
+    Raises:
+        ScMoEConfigError: "hierarchical" for groups that do not span equally filled nodes.
+    """
+    layers = [module for module in model.modules() if isinstance(module, StagedMoE) and module.transport.size > 1]
+    if not layers:
+        return None
+    layer, group = layers[0], layers[0].transport.group
+    assert group is not None
+    transports = make_transports(group, layout.exchange, nodes_of_ranks())
+    if setting == "auto":
+        weight, gate = next(layer.parameters()), layer.deepspeed_moe.gate
+        rows = max(tokens * gate.k // layer.transport.size, 1)
+        times = probe(transports, rows, gate.wg.in_features, weight.dtype, weight.device)
+        chosen, origin = times.fastest, f"auto; {times}"
+    elif setting in transports:
+        chosen, origin = setting, "set by scmoe.all_to_all"
+    else:
+        raise ScMoEConfigError(
+            f'scmoe.all_to_all = "{setting}": needs expert-parallel groups over several nodes with the same '
+            f"number (at least 2) of ranks on each; use one of {', '.join(transports)} or auto"
+        )
+    for each in layers:
+        each.transport = transports[chosen]
+    if dist.get_rank() == 0:
+        logger.info("%sall-to-all: %s (%s)", "" if mode == "train" else f"{mode}: ", chosen, origin)
+    return transports[chosen]

@@ -1,0 +1,272 @@
+"""The calibrator: it times the first passes of a model, then gives every pair the schedule that its times call for.
+
+Training, serving and the benchmarks use this one class. Its mode says what a pass is:
+
+    train             forward and backward of a micro-batch, in any number of chunks
+    forward           a forward pass alone, in one chunk
+    prefill, decode   the same. A prompt's exchange is large and a token's is all latency, so each has a calibrator.
+
+The timed passes compute the same numbers as any other. Only their communication blocks. All ranks hold the same times
+and so plan alike. A rank with another schedule would launch its all-to-alls in another order, and the run would hang.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from scmoe_ds.comm.transport import Transport
+from scmoe_ds.config.section import OverlapConfig
+from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.overlap.executor import Backbone, backbone
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.auto import chunk_counts, leaves_a_choice
+from scmoe_ds.planner.calibration import Recording, measure
+from scmoe_ds.planner.calibration_file import (
+    Description,
+    check_writable,
+    find_times,
+    read_calibration,
+    write_calibration,
+)
+from scmoe_ds.planner.plan import Mode, Plan, plan
+from scmoe_ds.planner.plan_text import choice_line, layers_text, plan_lines
+from scmoe_ds.planner.times import OperatorTimes
+from scmoe_ds.trace.recorder import SILENT, PairRecorder, Recorder
+
+logger = logging.getLogger("scmoe_ds")
+
+
+class ScheduledPair(Backbone, Protocol):
+    """What the calibrator asks of a pair; see models.pairs.StagedPair and replace.hooked.HookedPair."""
+
+    schedule: Schedule
+    forward_schedule: Schedule | None
+    recorder: PairRecorder
+
+    @property
+    def layer(self) -> StagedMoE:
+        """The pair's MoE layer."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the pair's times depend on, beside its MoE layer; JSON values."""
+
+
+@dataclass
+class Kind:
+    """Pairs that agree in all that their times depend on, and so share their times.
+
+    Attributes:
+        description: all that the times depend on, as JSON values.
+        layers: numbers of these pairs' MoE layers.
+        times: None until they are known.
+        plans: what follows from the times, by mode.
+    """
+
+    description: Description
+    layers: list[int]
+    times: OperatorTimes | None = None
+    plans: dict[Mode, Plan] = field(default_factory=dict)
+
+
+def _kinds(descriptions: Sequence[Description]) -> list[Kind]:
+    kinds: list[Kind] = []
+    for layer, description in enumerate(descriptions):
+        if description not in [kind.description for kind in kinds]:
+            kinds.append(Kind(description, []))
+        next(kind for kind in kinds if kind.description == description).layers.append(layer)
+    return kinds
+
+
+class Calibrator:
+    """The schedules of a model in one mode: fixed ones as they are, automatic ones once their times are known.
+
+    Args:
+        pairs: the model's pairs, in order.
+        settings: the section's "overlap". Its calibration file is for training.
+        device: where the pairs compute.
+        mode: which passes are timed.
+        descriptions: for each pair, all that its times depend on, the same on every rank; None: the pairs' own facts.
+        transport: the all-to-all of this mode's passes; None: as the layers have it.
+
+    Attributes:
+        schedules: of each pair.
+        kinds: the pairs by what their times depend on.
+        calibrating: whether passes are still being timed.
+
+    Raises:
+        ScMoEConfigError: a `calibration_file` that cannot be read or written, or is of another model.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[ScheduledPair],
+        settings: OverlapConfig,
+        device: torch.device,
+        mode: Mode = "train",
+        descriptions: Sequence[Description] | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        if mode != "train":
+            settings = settings.model_copy(update={"num_chunks": 1, "calibration_file": None})
+        self.pairs, self.settings, self.device = list(pairs), settings, device
+        self.mode, self.transport = mode, transport
+        self.schedules = [pair.schedule for pair in pairs]
+        self.kinds = _kinds([pair.facts() for pair in pairs] if descriptions is None else descriptions)
+        self.calibrating = False
+        self._started = 0  # passes so far
+        self._recorders: list[tuple[int, Recorder]] = []  # with the number of chunks
+        self._hook: Any = None
+        if not (leaves_a_choice(settings) and any(pair.layer.transport.size > 1 for pair in pairs)):
+            return
+        saved = read_calibration(settings.calibration_file)
+        if saved is not None:
+            self._adopt(self._found_in(saved, f"scmoe.overlap.calibration_file = {settings.calibration_file}"))
+        elif settings.calibration_steps:
+            check_writable(settings.calibration_file)
+            self.calibrating = True
+
+    @property
+    def timed_passes(self) -> int:
+        """How many are timed: at least one for each number of chunks in question."""
+        return max(self.settings.calibration_steps, len(chunk_counts(self.settings)))
+
+    @property
+    def times(self) -> list[OperatorTimes]:
+        """Measured times of each kind of pair; empty before they are known."""
+        return [kind.times for kind in self.kinds if kind.times is not None]
+
+    def report(self) -> list[str]:
+        """The measured times and what follows from them, as lines of text; empty without times."""
+        lines: list[str] = []
+        for kind in self.kinds:
+            name = f"MoE layer {layers_text(kind.layers)}"
+            if kind.times is not None and self.mode == "train":
+                lines += plan_lines(name, kind.times, kind.plans["train"], kind.plans["forward"])
+            elif kind.times is not None:
+                names = [operator.name for operator in kind.times.backbone]
+                lines.append(choice_line(f"{self.mode} of {name}", kind.plans[self.mode], names))
+        return lines
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Has all pairs report to a recorder from the next forward pass on, or to none."""
+        for layer, pair in enumerate(self.pairs):
+            pair.recorder = SILENT if recorder is None else recorder.pair(layer)
+
+    def state(self) -> list[dict[str, Any]] | None:
+        """The measured times for a checkpoint or a file; None before they are known."""
+        known = [(kind.description, kind.times) for kind in self.kinds if kind.times is not None]
+        return [{"description": dict(each), "times": times.model_dump(mode="json")} for each, times in known] or None
+
+    def resume(self, saved: list[dict[str, Any]] | None) -> None:
+        """Takes the times of a checkpoint instead of measuring again, if they are of this model on this hardware.
+
+        Collective while `calibrating`; rank 0's times count for all.
+        """
+        if not self.calibrating:
+            return
+        holder = [saved]
+        dist.broadcast_object_list(holder)
+        if not holder[0]:
+            return
+        try:
+            times = self._found_in(holder[0], "the checkpoint's calibration")
+        except ScMoEConfigError as error:
+            _log(f"times are measured again: {error}")
+            return
+        _log("times from the checkpoint, nothing is measured again:")
+        self._adopt(times)
+
+    def watch(self, model: nn.Module) -> None:
+        """Lets `begin` precede every training pass of a model, until the schedules are known."""
+        if self.calibrating:
+            self._hook = model.register_forward_pre_hook(self._before_forward)
+
+    def begin(self) -> None:
+        """Sets what the next pass runs under: it is timed, without overlap, or it has its schedules.
+
+        Collective where the timed passes are over. The backward of the last one is over by then, too.
+        """
+        if self._started > self.timed_passes and self.calibrating:
+            self._plan()
+        schedules, recorder = self.schedules, None
+        if self.calibrating:
+            counts = chunk_counts(self.settings)
+            chunks = counts[(self._started - 1) % len(counts)] if self._started else 1
+            schedules = [Schedule(pair.schedule.slots[0], chunks, overlap=False) for pair in self.pairs]
+            if self._started:  # the first pass pays for allocations and connections
+                recorder = Recorder(self.device)
+                self._recorders.append((chunks, recorder))
+            self._started += 1
+        for pair, schedule in zip(self.pairs, schedules, strict=True):
+            pair.schedule = schedule
+            if self.transport is not None:
+                pair.layer.transport = self.transport
+        self.record(recorder)
+
+    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.begin()
+        else:
+            self.record(None)
+
+    def _found_in(self, saved: Any, source: str) -> list[OperatorTimes]:
+        return find_times(saved, [kind.description for kind in self.kinds], chunk_counts(self.settings), source)
+
+    def _plan(self) -> None:
+        recordings = [Recording(chunks, recorder.spans()) for chunks, recorder in self._recorders]
+        times = []
+        for layers, pair in ((kind.layers, self.pairs[kind.layers[0]]) for kind in self.kinds):
+            labels = [operator.label for operator in backbone(pair)]
+            times.append(measure(recordings, layers, labels, pair.layer.transport.group, self.device))
+        self._adopt(times)
+        write_calibration(self.settings.calibration_file, self.state())
+
+    def _adopt(self, times: Sequence[OperatorTimes]) -> None:
+        """Takes the times as known, and the schedules that follow from them."""
+        slots, chunks = self.settings.expert_slot, self.settings.num_chunks
+        modes: tuple[Mode, ...] = ("train", "forward") if self.mode == "train" else (self.mode,)
+        for kind, measured in zip(self.kinds, times, strict=True):
+            kind.times = measured
+            kind.plans = {mode: plan(measured, mode, slots, chunks) for mode in modes}
+            for layer in kind.layers:
+                pair, self.schedules[layer] = self.pairs[layer], kind.plans[self.mode].schedule
+                pair.schedule = self.schedules[layer]
+                if self.mode == "train":
+                    pair.forward_schedule = kind.plans["forward"].schedule
+        self.calibrating = False
+        self._recorders.clear()
+        self.record(None)
+        if self._hook is not None:
+            self._hook.remove()
+        for line in self.report():
+            _log(line)
+
+
+@contextmanager
+def one_pass(calibrators: Mapping[Mode, Calibrator], mode: Mode) -> Iterator[None]:
+    """One forward pass of a mode; without a calibrator of that mode, under the schedules that the pairs have.
+
+    Collective where the timed passes are over.
+    """
+    calibrator = calibrators.get(mode)
+    if calibrator is not None:
+        calibrator.begin()
+    try:
+        yield
+    finally:
+        if calibrator is not None:
+            calibrator.record(None)
+
+
+def _log(line: str) -> None:
+    if dist.get_rank() == 0:
+        logger.info(line)
