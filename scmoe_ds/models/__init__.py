@@ -1,1 +1,5 @@
-"""Transformers whose blocks say where their shortcut is taken; everything about time is in scmoe_ds.overlap."""
+"""Models that this package writes itself. Time is not their matter: scmoe_ds.overlap runs their pairs.
+
+`blocks` has the Transformer block and `pairs` the pairs made of it; `gpt` and `swin` are whole models. `layers` and
+`parallel_layers` are the dense parts, `recompute` is activation checkpointing, `initialization` makes the weights.
+"""

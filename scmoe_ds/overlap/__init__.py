@@ -1,1 +1,1 @@
-"""When the routed experts are computed and sent: asynchronous all-to-all, schedules and the executor."""
+"""When the routed experts run: `executor` is the paper's figure in one loop, `schedule` the data that it follows."""

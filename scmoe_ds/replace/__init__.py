@@ -1,4 +1,9 @@
-"""DeepSpeed MoE layers in models that others wrote → ScMoE, by hooks; dense models → MoE."""
+"""ScMoE in models that others wrote: their MoE layers become ScMoE layers, and pairs by hooks.
+
+`replacement` is the entry, `upcycle` the one for dense models. `taps` finds the tap, `tap_check` checks it, `convert`
+makes the `layer`. `hooked` is the pair, `hooked_pass` one forward pass of it, `recomputation` what activation
+checkpointing repeats, `token_mask` the padding.
+"""
 
 from scmoe_ds.replace.replacement import replace_moe_layers, undo_replacement
 from scmoe_ds.replace.upcycle import load_balancing_loss, moe_from_dense

@@ -95,29 +95,39 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
         )
     first = block_name if position == "pos1" else blocks[index - 1]
     window = tuple((name, model.get_submodule(name)) for name in dict.fromkeys((first, block_name)))
-    feed_forward = _reads_raw_stream(window[0][1])
-    if feed_forward is not None:
-        name = f"{first}.{feed_forward}" if position == "pos2" else first
-        return Tap(name, model.get_submodule(name), "input", None, None, window)
-    if not getattr(window[0][1], "pre_norm", True):  # this package's own
+    return _by_names(first, position, window)
+
+
+def _by_names(first: str, position: str, window: tuple[tuple[str, nn.Module], ...]) -> Tap:
+    """The tap in the block `first`, which the window begins with, by the names of the block's children."""
+    block = window[0][1]
+    norm_name, child = None, _reads_raw_stream(block)
+    if child is None:
+        _refuse_post_norm(block, first)
+        norm_name = child = (
+            _first_of(block, POST_ATTENTION_NORMS, first, "norm between attention and MLP")
+            if position == "pos2"
+            else _first_of(block, INPUT_NORMS, first, "norm before the attention")
+        )
+    name, module = (f"{first}.{child}", block.get_submodule(child)) if position == "pos2" else (first, block)
+    if norm_name is None:
+        return Tap(name, module, "input", None, None, window)
+    return Tap(name, module, "input", f"{first}.{norm_name}", block.get_submodule(norm_name), window)
+
+
+def _refuse_post_norm(block: nn.Module, name: str) -> None:
+    if not getattr(block, "pre_norm", True):  # this package's own
         raise ScMoEConfigError(
-            f"{first} is a post-norm block of scmoe_ds: its norms are not where a tap is looked "
+            f"{name} is a post-norm block of scmoe_ds: its norms are not where a tap is looked "
             'for; build the model with scmoe.architecture "scmoe" instead'
         )
     for norm_name in POST_NORMS:
-        if _has(window[0][1], norm_name):
+        if _has(block, norm_name):
             raise ScMoEConfigError(
-                f"{first} normalises behind its residual sums ({norm_name}): a shortcut wants a "
+                f"{name} normalises behind its residual sums ({norm_name}): a shortcut wants a "
                 "pre-norm model, or name the value that it is to read in scmoe.tap, e.g. "
                 f'"{{previous}}.{norm_name}:output"'
             )
-    if position == "pos2":
-        norm_name = _first_of(window[0][1], POST_ATTENTION_NORMS, first, "norm between attention and MLP")
-        norm = window[0][1].get_submodule(norm_name)
-        return Tap(f"{first}.{norm_name}", norm, "input", f"{first}.{norm_name}", norm, window)
-    norm_name = _first_of(window[0][1], INPUT_NORMS, first, "norm before the attention")
-    norm = window[0][1].get_submodule(norm_name)
-    return Tap(first, window[0][1], "input", f"{first}.{norm_name}", norm, window)
 
 
 def _from_pattern(model: nn.Module, moe_name: str, pattern: str, blocks: Sequence[str]) -> Tap:
