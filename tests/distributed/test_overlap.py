@@ -26,7 +26,7 @@ from scmoe_ds.trace.recorder import Recorder, Span
 SETTINGS = GPTSettings(2, 16, 4, 64, 12, hidden_dropout=0.1)
 
 
-def make_run(position: str, dispatch: str = "exact") -> StagedPair:
+def build_pair(position: str, dispatch: str = "exact") -> StagedPair:
     section = {
         "num_experts": 4,
         "expert_parallel_size": 2,
@@ -34,28 +34,28 @@ def make_run(position: str, dispatch: str = "exact") -> StagedPair:
         "capacity_factor": 1.0,
         "dispatch": dispatch,
     }
-    run = make_pair(SETTINGS, ScMoEConfig.from_deepspeed({"scmoe": section}), 4, position, 12)
-    initialize_parameters(run, 3, 0.4, 1)
-    run.blocks[-1].moe.set_deepspeed_parallelism()
-    return run
+    pair = make_pair(SETTINGS, ScMoEConfig.from_deepspeed({"scmoe": section}), 4, position, 12)
+    initialize_parameters(pair, 3, 0.4, 1)
+    pair.blocks[-1].moe.set_deepspeed_parallelism()
+    return pair
 
 
-def forward_and_backward(run: StagedPair, schedule: Schedule) -> list[torch.Tensor]:
-    run.schedule = schedule
+def forward_and_backward(pair: StagedPair, schedule: Schedule) -> list[torch.Tensor]:
+    pair.schedule = schedule
     torch.manual_seed(dist.get_rank())
     hidden = torch.randn(2, 12, 16, requires_grad=True)
-    output = run(hidden)
+    output = pair(hidden)
     loss = output.hidden.square().mean() + output.l_aux
-    return [output.hidden, *torch.autograd.grad(loss, [hidden, *run.parameters()])]
+    return [output.hidden, *torch.autograd.grad(loss, [hidden, *pair.parameters()])]
 
 
 def compare(position: str, dispatch: str) -> int:
-    run = make_run(position, dispatch)
-    slots = len(backbone(run)) + 1
-    reference = forward_and_backward(run, Schedule(1, overlap=False))
+    pair = build_pair(position, dispatch)
+    slots = len(backbone(pair)) + 1
+    reference = forward_and_backward(pair, Schedule(1, overlap=False))
     for slot in range(1, slots + 1):
         for overlap in (False, True):
-            results = forward_and_backward(run, Schedule(slot, overlap=overlap))
+            results = forward_and_backward(pair, Schedule(slot, overlap=overlap))
             for found, wanted in zip(results, reference, strict=True):
                 assert torch.equal(found, wanted), (slot, overlap)
     return slots
@@ -64,15 +64,15 @@ def compare(position: str, dispatch: str) -> int:
 def compare_chunks(position: str, dispatch: str) -> float:
     """Largest difference of any chunked schedule from the serial one, over output and all gradients, relative to the
     largest value of each."""
-    run = make_run(position, dispatch)
-    slots = range(1, len(backbone(run)) + 2)
-    reference = forward_and_backward(run, Schedule(1, overlap=False))
+    pair = build_pair(position, dispatch)
+    slots = range(1, len(backbone(pair)) + 2)
+    reference = forward_and_backward(pair, Schedule(1, overlap=False))
     worst = 0.0
     for chunks in (2, 3):
         for chosen in itertools.combinations_with_replacement(slots, chunks):
             for overlap in (False, True):
                 for found, wanted in zip(
-                    forward_and_backward(run, Schedule(chosen, chunks, overlap)), reference, strict=True
+                    forward_and_backward(pair, Schedule(chosen, chunks, overlap)), reference, strict=True
                 ):
                     worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)))
     return worst
@@ -85,10 +85,10 @@ def compare_with_deepspeed(architecture: str, dispatch: str) -> float:
     for name, slots, chunks in [(stock, 0, 0), (architecture, 1, 1), (architecture, (1,) * 3, 3)]:
         section = {"num_experts": 4, "expert_parallel_size": 2, "architecture": name, "dispatch": dispatch}
         config = ScMoEConfig.from_deepspeed({"scmoe": section})
-        run = make_pair(SETTINGS, config, 4, "pos2", 12)
-        initialize_parameters(run, 3, 0.4, 1)
-        run.blocks[-1].moe.set_deepspeed_parallelism()
-        results.append(forward_and_backward(run, Schedule(slots, chunks)) if slots else plain(run))
+        pair = make_pair(SETTINGS, config, 4, "pos2", 12)
+        initialize_parameters(pair, 3, 0.4, 1)
+        pair.blocks[-1].moe.set_deepspeed_parallelism()
+        results.append(forward_and_backward(pair, Schedule(slots, chunks)) if slots else plain(pair))
     return max(
         float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3))
         for result in results[1:]
@@ -96,14 +96,14 @@ def compare_with_deepspeed(architecture: str, dispatch: str) -> float:
     )
 
 
-def plain(run: PlainPair) -> list[torch.Tensor]:
-    run.schedule = None  # type: ignore[assignment]
-    return forward_and_backward(run, None)  # type: ignore[arg-type]
+def plain(pair: PlainPair) -> list[torch.Tensor]:
+    pair.schedule = None  # type: ignore[assignment]
+    return forward_and_backward(pair, None)  # type: ignore[arg-type]
 
 
 def two_in_flight() -> bool:
     """Two routed sets at once, one of which needs no gradient, finished in the other order."""
-    layer = make_run("pos1").blocks[-1].moe
+    layer = build_pair("pos1").blocks[-1].moe
     torch.manual_seed(dist.get_rank())
     taps = [torch.randn(2, 12, 16), torch.randn(2, 12, 16, requires_grad=True)]
     x = torch.randn(2, 12, 16)
@@ -132,10 +132,10 @@ class _Log(torch.autograd.Function):
 
 def recorded(slots: tuple[int, ...]) -> dict[tuple[str, str], list[str]]:
     """Names of the spans of one step of Pos-2, by lane and phase, in the order of their starts."""
-    run = make_run("pos2")
+    pair = build_pair("pos2")
     recorder = Recorder(torch.device("cpu"))
-    run.recorder = recorder.pair(0)
-    forward_and_backward(run, Schedule(slots, len(slots)))
+    pair.recorder = recorder.pair(0)
+    forward_and_backward(pair, Schedule(slots, len(slots)))
     spans = recorder.spans()
     assert all(span.start_ms <= span.end_ms and span.layer == 0 for span in spans)
     compute = [span for span in spans if span.lane != "communication"]
@@ -150,7 +150,7 @@ def recorded(slots: tuple[int, ...]) -> dict[tuple[str, str], list[str]]:
 
 def slow_transfer() -> tuple[list[Span], bool]:
     """A transfer that is complete long before anyone waits for it; and whether its buffers are gone after the step."""
-    run = make_run("pos2")
+    pair = build_pair("pos2")
     over, buffers = threading.Event(), []
     plain_launch = Transport.launch
 
@@ -169,19 +169,19 @@ def slow_transfer() -> tuple[list[Span], bool]:
     Transport.launch = launch  # type: ignore[method-assign]
     try:
         recorder = Recorder(torch.device("cpu"))
-        run.recorder = recorder.pair(0)
+        pair.recorder = recorder.pair(0)
 
         def hold(module: object, inputs: object) -> None:
             assert over.wait(60)
             time.sleep(0.2)  # the watching thread has yet to note the time
 
-        run.blocks[0].mlp.register_forward_pre_hook(hold)
-        hidden = run(torch.randn(2, 12, 16, requires_grad=True)).hidden
+        pair.blocks[0].mlp.register_forward_pre_hook(hold)
+        hidden = pair(torch.randn(2, 12, 16, requires_grad=True)).hidden
         hidden.sum().backward()
         del hidden
     finally:
         Transport.launch = plain_launch  # type: ignore[method-assign]
-    run.zero_grad()
+    pair.zero_grad()
     gc.collect()
     return recorder.spans(), all(reference() is None for reference in buffers) and len(buffers) == 8
 
@@ -189,7 +189,7 @@ def slow_transfer() -> tuple[list[Span], bool]:
 def event_order(slot: int, overlap: bool) -> tuple[list[str], list[str]]:
     """Launches, waits and operators as they happened in one forward and one backward pass of Pos-2."""
     events: list[str] = []
-    run = make_run("pos2")
+    pair = build_pair("pos2")
     plain_launch = Transport.launch
 
     def launch(self, received, rows, receive, send):  # type: ignore[no-untyped-def]
@@ -214,12 +214,12 @@ def event_order(slot: int, overlap: bool) -> tuple[list[str], list[str]]:
 
         return replace(operator, run=step)
 
-    operators = run.operators()
-    run.operators = lambda: [logged(operator) for operator in operators]  # type: ignore[method-assign]
+    operators = pair.operators()
+    pair.operators = lambda: [logged(operator) for operator in operators]  # type: ignore[method-assign]
     Transport.launch = launch  # type: ignore[method-assign]
     try:
-        run.schedule = Schedule(slot, overlap=overlap)
-        output = run(torch.randn(2, 12, 16, requires_grad=True))
+        pair.schedule = Schedule(slot, overlap=overlap)
+        output = pair(torch.randn(2, 12, 16, requires_grad=True))
         forward, events[:] = list(events), []
         output.hidden.sum().backward()
     finally:

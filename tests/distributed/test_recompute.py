@@ -72,10 +72,10 @@ def step(
         if hasattr(module, "set_deepspeed_parallelism"):
             module.set_deepspeed_parallelism()
     recorder = Recorder(torch.device("cpu"))
-    for layer, run in enumerate(model.scheduled_pairs()):
-        run.schedule = schedule or run.schedule
+    for layer, pair in enumerate(model.scheduled_pairs()):
+        pair.schedule = schedule or pair.schedule
         if record:
-            run.recorder = recorder.pair(layer)
+            pair.recorder = recorder.pair(layer)
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

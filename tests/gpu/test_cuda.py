@@ -18,27 +18,27 @@ from scmoe_ds.trace.recorder import Recorder
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def make_run(dispatch: str = "exact", drop_tokens: bool = True, **section: object) -> StagedPair:
+def build_pair(dispatch: str = "exact", drop_tokens: bool = True, **section: object) -> StagedPair:
     fields = {"num_experts": 4, "dispatch": dispatch, "drop_tokens": drop_tokens, "use_rts": False, **section}
     config = ScMoEConfig.from_deepspeed({"scmoe": fields})
-    run = make_pair(GPTSettings(2, 64, 4, 64, 32), config, 4, config.position, 32)
-    initialize_parameters(run, 3, 0.1, 1)
-    return run
+    pair = make_pair(GPTSettings(2, 64, 4, 64, 32), config, 4, config.position, 32)
+    initialize_parameters(pair, 3, 0.1, 1)
+    return pair
 
 
-def results(run: StagedPair, hidden: torch.Tensor, used: torch.Tensor | None = None) -> list[torch.Tensor]:
+def results(pair: StagedPair, hidden: torch.Tensor, used: torch.Tensor | None = None) -> list[torch.Tensor]:
     hidden = hidden.clone().requires_grad_()
-    output = run(hidden, used)
+    output = pair(hidden, used)
     loss = output.hidden.float().square().mean() + output.l_aux
-    return [output.hidden, *torch.autograd.grad(loss, [hidden, *run.parameters()], materialize_grads=True)]
+    return [output.hidden, *torch.autograd.grad(loss, [hidden, *pair.parameters()], materialize_grads=True)]
 
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_equals_the_cpu(k: int) -> None:
     hidden = torch.randn(2, 32, 64)
-    run = make_run(drop_tokens=False, top_k=k)
-    on_cpu = results(run, hidden)
-    for cpu, gpu in zip(on_cpu, results(run.cuda(), hidden.cuda()), strict=True):
+    pair = build_pair(drop_tokens=False, top_k=k)
+    on_cpu = results(pair, hidden)
+    for cpu, gpu in zip(on_cpu, results(pair.cuda(), hidden.cuda()), strict=True):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-3, atol=1e-4)
 
 
@@ -47,62 +47,64 @@ def test_equals_the_cpu(k: int) -> None:
 def test_padding_and_weights_equal_the_cpu(softmax: str, k: int) -> None:
     """With a mask that lies on either device."""
     hidden, used = torch.randn(2, 32, 64), torch.arange(32) < torch.tensor([[32], [9]])
-    run = make_run(drop_tokens=False, top_k=k, gate_softmax=softmax)
-    on_cpu = results(run, hidden, used)
-    run.cuda()
+    pair = build_pair(drop_tokens=False, top_k=k, gate_softmax=softmax)
+    on_cpu = results(pair, hidden, used)
+    pair.cuda()
     for mask in (used, used.cuda()):
-        for cpu, gpu in zip(on_cpu, results(run, hidden.cuda(), mask), strict=True):
+        for cpu, gpu in zip(on_cpu, results(pair, hidden.cuda(), mask), strict=True):
             torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("drop_tokens", [True, False])
 def test_exact_equals_padded(drop_tokens: bool) -> None:
     hidden = torch.randn(2, 32, 64, device="cuda")
-    padded, exact = (results(make_run(d, drop_tokens, capacity_factor=0.6).cuda(), hidden) for d in ("padded", "exact"))
+    padded, exact = (
+        results(build_pair(d, drop_tokens, capacity_factor=0.6).cuda(), hidden) for d in ("padded", "exact")
+    )
     for a, b in zip(padded, exact, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
 
 
 def test_every_slot_with_and_without_overlap() -> None:
-    run, hidden = make_run(position="pos3").cuda(), torch.randn(2, 32, 64, device="cuda")
+    pair, hidden = build_pair(position="pos3").cuda(), torch.randn(2, 32, 64, device="cuda")
     runs = []
     for slot in range(1, 6):
         for overlap in (True, False):
-            run.schedule = Schedule(slot, overlap=overlap)
-            runs.append(results(run, hidden)[0])
+            pair.schedule = Schedule(slot, overlap=overlap)
+            runs.append(results(pair, hidden)[0])
     assert all(torch.equal(output, runs[0]) for output in runs)
 
 
 def test_grouped_experts_in_bf16() -> None:
-    run, hidden = make_run(drop_tokens=False).cuda().bfloat16(), torch.randn(2, 32, 64, device="cuda").bfloat16()
-    experts = run.blocks[-1].moe.deepspeed_moe.experts
+    pair, hidden = build_pair(drop_tokens=False).cuda().bfloat16(), torch.randn(2, 32, 64, device="cuda").bfloat16()
+    experts = pair.blocks[-1].moe.deepspeed_moe.experts
     if grouped_product(hidden.device) is None:
         pytest.skip("no grouped product for this GPU: before compute capability 9.0 it takes Triton")
     assert can_group(experts, hidden.view(-1, 64))
-    grouped = results(run, hidden)
+    grouped = results(pair, hidden)
     for expert in experts.deepspeed_experts:
         expert.register_forward_hook(lambda *_: None)  # a hooked expert is called as a module of its own
     assert not can_group(experts, hidden.view(-1, 64))
-    for a, b in zip(grouped, results(run, hidden), strict=True):
+    for a, b in zip(grouped, results(pair, hidden), strict=True):
         torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
 
 
 def test_chunks_change_last_bits_only() -> None:
-    run, hidden = make_run(position="pos2").cuda(), torch.randn(2, 32, 64, device="cuda")
-    run.schedule = Schedule(2)
-    whole = results(run, hidden)
+    pair, hidden = build_pair(position="pos2").cuda(), torch.randn(2, 32, 64, device="cuda")
+    pair.schedule = Schedule(2)
+    whole = results(pair, hidden)
     for slots in ((1, 1), (2, 3), (1, 2, 4)):
-        run.schedule = Schedule(slots, len(slots))
-        for found, wanted in zip(results(run, hidden), whole, strict=True):
+        pair.schedule = Schedule(slots, len(slots))
+        for found, wanted in zip(results(pair, hidden), whole, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_spans_are_the_devices_own_times() -> None:
     """One lane, in the order of the program, though the host enqueues all of it at once."""
-    run, hidden = make_run(position="pos2").cuda(), torch.randn(2, 32, 64, device="cuda")
+    pair, hidden = build_pair(position="pos2").cuda(), torch.randn(2, 32, 64, device="cuda")
     recorder = Recorder(torch.device("cuda", torch.cuda.current_device()))
-    run.recorder = recorder.pair(0)
-    results(run, hidden)
+    pair.recorder = recorder.pair(0)
+    results(pair, hidden)
     spans = recorder.spans()
     names = {phase: [span.name for span in spans if span.phase == phase] for phase in ("forward", "backward")}
     assert names["backward"] == names["forward"][::-1]

@@ -20,7 +20,7 @@ from scmoe_ds.models.parallel_layers import vocabulary_cross_entropy
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.programs.flags.gpt import build_parser, gpt_settings
-from tests.helpers.by_hand import run_by_hand
+from tests.helpers.by_hand import pair_by_hand
 from tests.helpers.settings import LLAMA_STYLE as LLAMA
 
 SMALL = dict(num_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=64, max_position_embeddings=16)
@@ -102,10 +102,10 @@ def test_every_parameter_gets_a_gradient(moe_every: int, position: str, architec
 
 def test_first_layer_position_and_schedules() -> None:
     model = build(position="pos2", first_layer_position="pos1")
-    names = [[operator.label for operator in backbone(run)] for run in model.scheduled_pairs()]
+    names = [[operator.label for operator in backbone(pair)] for pair in model.scheduled_pairs()]
     assert names == [["attention", "shared"], ["mlp", "attention", "shared"]]
     # Half of the FLOPs: pos2 is mlp, attention, shared = 16384, ~9216, 16384 per token.
-    assert [run.schedule.expert_slot for run in model.scheduled_pairs()] == [2, 2]
+    assert [pair.schedule.expert_slot for pair in model.scheduled_pairs()] == [2, 2]
     assert build(overlap={"expert_slot": 3}).scheduled_pairs()[0].schedule.expert_slot == 3
     assert not build(overlap={"enabled": False}).scheduled_pairs()[0].schedule.overlap
 
@@ -115,11 +115,11 @@ def test_first_layer_position_and_schedules() -> None:
     [("pos1", "blocks.1.attention_norm"), ("pos2", "blocks.0.mlp_norm"), ("pos3", "blocks.0.attention_norm")],
 )
 def test_shared_norm_is_the_one_through_which_the_backbone_reads_the_same_value(position: str, norm: str) -> None:
-    run = build(position=position, shortcut_norm="shared").scheduled_pairs()[0]
-    assert run.shortcut_norm is None
+    pair = build(position=position, shortcut_norm="shared").scheduled_pairs()[0]
+    assert pair.shortcut_norm is None
     seen = []
-    handle = run.get_submodule(norm).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    run(torch.randn(1, 8, 32))
+    handle = pair.get_submodule(norm).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    pair(torch.randn(1, 8, 32))
     handle.remove()
     assert len(seen) == 2 and torch.equal(seen[0], seen[1])
 
@@ -147,11 +147,11 @@ def test_norm_placement_and_residual_scale_against_sums_that_are_written_out(pla
         if "norm" in name:  # norms that can be told apart
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
     assert all(
-        block.pre_norm == (placement == "pre") and block.scale == 0.5 for run in model.runs for block in run.blocks
+        block.pre_norm == (placement == "pre") and block.scale == 0.5 for pair in model.runs for block in pair.blocks
     )
     hidden = torch.randn(2, 8, 32)
-    for run in model.runs:
-        values, hidden = run_by_hand(run, hidden), run(hidden).hidden
+    for pair in model.runs:
+        values, hidden = pair_by_hand(pair, hidden), pair(hidden).hidden
         torch.testing.assert_close(hidden, values[-1], rtol=1e-5, atol=1e-5)
 
 
@@ -169,12 +169,12 @@ def test_settings_that_are_none(change: dict[str, Any], message: str) -> None:
 
 
 def test_post_norm_is_applied_to_the_merged_output() -> None:
-    run = build(post_norm=True).scheduled_pairs()[0].eval()
+    pair = build(post_norm=True).scheduled_pairs()[0].eval()
     hidden = torch.randn(1, 8, 32)
-    with_norm = run(hidden).hidden
-    run.post_norm.weight.data.zero_()
-    without_moe = run(hidden).hidden
-    run.post_norm.weight.data.fill_(1.0)
+    with_norm = pair(hidden).hidden
+    pair.post_norm.weight.data.zero_()
+    without_moe = pair(hidden).hidden
+    pair.post_norm.weight.data.fill_(1.0)
     update = with_norm - without_moe
     torch.testing.assert_close(update.std(-1, unbiased=False), torch.ones(1, 8), rtol=1e-3, atol=1e-3)
 

@@ -18,31 +18,31 @@ HEADS, HIDDEN, BATCH, SEQUENCE = 4, 16, 2, 12
 SETTINGS = GPTSettings(2, HIDDEN, HEADS, 64, SEQUENCE)
 
 
-def make_run(position: str, sequence: int = SEQUENCE, **section: object) -> StagedPair:
+def build_pair(position: str, sequence: int = SEQUENCE, **section: object) -> StagedPair:
     config = ScMoEConfig.from_deepspeed(
         {"scmoe": {"num_experts": 4, "min_capacity": 1, "position": position, **section}}
     )
-    run = make_pair(SETTINGS, config, 4, position, sequence)
-    initialize_parameters(run, 3, 0.4, 1)
-    for parameter in run.parameters():
+    pair = make_pair(SETTINGS, config, 4, position, sequence)
+    initialize_parameters(pair, 3, 0.4, 1)
+    for parameter in pair.parameters():
         if parameter.ndim == 1:  # zero biases and unit norms would hide a missing one
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
-    return run
+    return pair
 
 
 def largest_relative_error(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
 
 
-def check(run: StagedPair, used_token: Tensor | None = None, **reference_arguments: object) -> None:
+def check(pair: StagedPair, used_token: Tensor | None = None, **reference_arguments: object) -> None:
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
     direction = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)
-    found = run(hidden, used_token)
-    names, parameters = zip(*run.named_parameters(), strict=True)
+    found = pair(hidden, used_token)
+    names, parameters = zip(*pair.named_parameters(), strict=True)
     grads = torch.autograd.grad((found.hidden * direction).sum() + 0.7 * found.l_aux, [hidden, *parameters])
 
-    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in run.named_parameters()}
+    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in pair.named_parameters()}
     twin = hidden.detach().clone().requires_grad_()
     wanted, l_aux = reference.pair(twin, weights, heads=HEADS, **reference_arguments)
     wanted_grads = torch.autograd.grad(
@@ -64,18 +64,18 @@ def check(run: StagedPair, used_token: Tensor | None = None, **reference_argumen
 @pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
 @pytest.mark.parametrize("dispatch", ["exact", "padded"])
 def test_pair_equals_reference(dispatch: str, position: str, merge: str, k: int, drop: bool) -> None:
-    run = make_run(position, merge=merge, top_k=k, drop_tokens=drop, capacity_factor=0.6, dispatch=dispatch)
+    pair = build_pair(position, merge=merge, top_k=k, drop_tokens=drop, capacity_factor=0.6, dispatch=dispatch)
     torch.manual_seed(0)  # the gate is the first to draw random numbers
     order = torch.rand(BATCH * SEQUENCE, 4) if k == 1 else None
     gate = dict(k=k, capacity_factor=0.6, min_capacity=1, drop=drop, order=order)
-    check(run, position=position, merge=merge, gate=gate)
+    check(pair, position=position, merge=merge, gate=gate)
 
 
 @pytest.mark.parametrize(("moe_every", "position"), [(1, "pos1"), (4, "pos2")])
 def test_other_placements_equal_reference(moe_every: int, position: str) -> None:
-    run = make_run(position, moe_every=moe_every, drop_tokens=False)
+    pair = build_pair(position, moe_every=moe_every, drop_tokens=False)
     gate = dict(k=1, capacity_factor=1.0, min_capacity=1, drop=False, order=None)
-    check(run, position=position, merge="cg1", gate=gate, num_blocks=moe_every)
+    check(pair, position=position, merge="cg1", gate=gate, num_blocks=moe_every)
 
 
 @pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
@@ -107,8 +107,8 @@ def test_two_pairs_that_share_a_moe_equal_reference(position: str) -> None:
     }
     shared = "blocks.1.moe."
     values, l_aux = hidden, torch.zeros(())
-    for run in ("0.", "1."):
-        mine = {name.removeprefix(run): each for name, each in weights.items() if name.startswith(run)}
+    for prefix in ("0.", "1."):
+        mine = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
         mine |= {name.removeprefix("0."): each for name, each in weights.items() if name.startswith("0." + shared)}
         values, one = reference.double_gated_pair(values, mine, heads=HEADS, position=position)
         l_aux = l_aux + one
@@ -131,7 +131,7 @@ PADDING = (torch.arange(SEQUENCE) < torch.tensor([[SEQUENCE], [5]])).long()
 def test_weights_and_padding_equal_reference(k: int, softmax: str, dispatch: str) -> None:
     """With drops at which some tokens lose one choice and some lose all."""
     factor = 0.4
-    run = make_run("pos2", top_k=k, capacity_factor=factor, gate_softmax=softmax, dispatch=dispatch)
+    pair = build_pair("pos2", top_k=k, capacity_factor=factor, gate_softmax=softmax, dispatch=dispatch)
     torch.manual_seed(0)
     order = torch.rand(int(PADDING.sum()), 4) if k == 1 else None
     gate = dict(
@@ -143,32 +143,32 @@ def test_weights_and_padding_equal_reference(k: int, softmax: str, dispatch: str
         softmax=softmax,
         used=PADDING.flatten().bool().tolist(),
     )
-    check(run, PADDING, position="pos2", merge="cg1", gate=gate)
+    check(pair, PADDING, position="pos2", merge="cg1", gate=gate)
 
 
 @pytest.mark.parametrize("sequence_lengths", [(12, 5), (1, 0), (0, 0)])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_padding_without_drops_equals_reference(k: int, sequence_lengths: tuple[int, int]) -> None:
-    run = make_run("pos2", top_k=k, drop_tokens=False)
+    pair = build_pair("pos2", top_k=k, drop_tokens=False)
     used = torch.arange(SEQUENCE) < torch.tensor(sequence_lengths).unsqueeze(1)
     gate = dict(k=k, capacity_factor=1.0, min_capacity=1, drop=False, used=used.flatten().tolist())
-    check(run, used, position="pos2", merge="cg1", gate=gate)
+    check(pair, used, position="pos2", merge="cg1", gate=gate)
 
 
 def test_drops_happen_in_the_cases_above() -> None:
     """The comparison with drops means nothing if the capacity was never reached."""
-    run = make_run("pos2", capacity_factor=0.6)
-    output = run(torch.randn(BATCH, SEQUENCE, HIDDEN))
+    pair = build_pair("pos2", capacity_factor=0.6)
+    output = pair(torch.randn(BATCH, SEQUENCE, HIDDEN))
     assert output.exp_counts.max() > 4, "ceil(24 tokens / 4 experts * 0.6) = 4 rows"
 
 
 def test_every_slot_gives_the_same_bits() -> None:
-    run = make_run("pos3")
+    pair = build_pair("pos3")
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN)
     results = []
-    for slot in range(1, len(backbone(run)) + 2):
-        run.schedule = type(run.schedule)(slot)
+    for slot in range(1, len(backbone(pair)) + 2):
+        pair.schedule = type(pair.schedule)(slot)
         torch.manual_seed(0)
-        results.append(run(hidden).hidden)
+        results.append(pair(hidden).hidden)
     assert len(results) == 5
     assert all(torch.equal(result, results[0]) for result in results)

@@ -46,8 +46,8 @@ def megatron() -> Iterator[Any]:
     parallel_state.destroy_model_parallel()
 
 
-def routed_by_megatron(run: StagedPair, tokens_BSD: Tensor) -> Tensor:
-    """Σ G·E of megatron-core's MoELayer with the run's gate and experts: [B, S, D]."""
+def routed_by_megatron(pair: StagedPair, tokens_BSD: Tensor) -> Tensor:
+    """Σ G·E of megatron-core's MoELayer with the pair's gate and experts: [B, S, D]."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -67,7 +67,7 @@ def routed_by_megatron(run: StagedPair, tokens_BSD: Tensor) -> Tensor:
     )
     submodules = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False).submodules
     layer = MoELayer(settings, submodules, layer_number=1)
-    ours = run.layer.deepspeed_moe
+    ours = pair.layer.deepspeed_moe
     with torch.no_grad():
         layer.router.weight.copy_(ours.gate.wg.weight)
         for theirs, expert in zip(layer.experts.local_experts, ours.experts.deepspeed_experts, strict=True):
@@ -79,16 +79,16 @@ def routed_by_megatron(run: StagedPair, tokens_BSD: Tensor) -> Tensor:
 
 def test_megatrons_shortcut_is_one_setting_of_ours(megatron: Any) -> None:
     shape = GPTSettings(1, WIDTH, 2, 64, SEQUENCE, ffn_hidden_size=4 * WIDTH, add_bias_linear=False)
-    run = make_pair(shape, ScMoEConfig.from_deepspeed({"scmoe": SECTION}), EXPERTS, "pos1", SEQUENCE)
-    initialize_parameters(run, 1, 0.4, 1)
-    for norm in (run.shortcut_norm, run.post_norm, run.blocks[0].attention_norm, run.blocks[0].mlp_norm):
+    pair = make_pair(shape, ScMoEConfig.from_deepspeed({"scmoe": SECTION}), EXPERTS, "pos1", SEQUENCE)
+    initialize_parameters(pair, 1, 0.4, 1)
+    for norm in (pair.shortcut_norm, pair.post_norm, pair.blocks[0].attention_norm, pair.blocks[0].mlp_norm):
         norm.weight.data.uniform_(0.5, 1.5)
     hidden = torch.randn(2, SEQUENCE, WIDTH, generator=torch.Generator().manual_seed(2))
-    block = run.blocks[0]
+    block = pair.blocks[0]
     attended = hidden + block.attention(block.attention_norm(hidden))
-    routed = routed_by_megatron(run, run.shortcut_norm(hidden))
+    routed = routed_by_megatron(pair, pair.shortcut_norm(hidden))
     shared = block.moe.mlp(block.mlp_norm(attended))
-    expected = attended + run.post_norm(shared + routed)
-    found = run(hidden).hidden
+    expected = attended + pair.post_norm(shared + routed)
+    found = pair(hidden).hidden
     assert routed.abs().max() > 0.1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
