@@ -23,15 +23,12 @@ def first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
 
 def marked_inputs(recorder: PairRecorder, what: What, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The arguments of a call, the first floating-point tensor among them marked as the start of a region."""
-    for index, value in enumerate(args):
+    values = [*args, *kwargs.values()]
+    for index, value in enumerate(values):
         if isinstance(value, Tensor) and value.is_floating_point():
-            (marked,) = recorder.open(what, value)
-            return (*args[:index], marked, *args[index + 1 :]), kwargs
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            (marked,) = recorder.open(what, value)
-            return args, {**kwargs, key: marked}
-    return args, kwargs
+            (values[index],) = recorder.open(what, value)
+            break
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
 def marked_output(recorder: PairRecorder, what: What, output: Any) -> Any:
