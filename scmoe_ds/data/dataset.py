@@ -21,7 +21,7 @@ from scmoe_ds.data.sequences import unigram_entropy
 from scmoe_ds.data.splits import parse_data_path, plain_split, split_ranges, split_shares
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import DataError
-from scmoe_ds.parallel.agreement import is_rank_zero, require_agreement, run_together
+from scmoe_ds.parallel.agreement import gather, is_rank_zero, require_agreement, run_together
 
 _SPLIT_NAMES = ("train", "valid", "test")
 
@@ -147,6 +147,18 @@ def identify(data_path: Sequence[str], flag: str = "--data-path") -> dict[str, A
         digest = hashlib.sha256((layout.fingerprint + content_digest(layout)).encode()).hexdigest()[:12]
         content.append(digest if weights is None else f"{weights[number] / total:.6g} {digest}")
     return {"content": content, "shown": " ".join(data_path)}
+
+
+def identify_paths(settings: DataSettings) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """`identify` of the training data, and of validation data with a path of its own. Rank 0 reads. Collective."""
+    has_valid_path = settings.data_paths is not None and settings.has_split(1)
+
+    def read() -> list[dict[str, Any]]:
+        return [identify(settings.path_of(number), settings.flag_of(number)) for number in range(1 + has_valid_path)]
+
+    found = gather(run_together(read, on_rank_zero=True))[0]
+    assert found is not None
+    return found[0], found[1] if has_valid_path else None
 
 
 def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]:

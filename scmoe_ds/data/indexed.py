@@ -95,10 +95,26 @@ def read_layout(prefix: str, eod: int | None = None) -> IndexedLayout:
         DataError: a file is missing, truncated, of another format or version, or the two disagree; the dataset is
             empty; the tokens that the index does not count are not ``eod``.
     """
-    idx_path, bin_path = prefix + ".idx", prefix + ".bin"
     _check_files_exist(prefix)
-    with open(idx_path, "rb") as stream:
-        content = stream.read()
+    layout = _read_index(prefix)
+    itemsize, found_bytes = layout.dtype.itemsize, Path(prefix + ".bin").stat().st_size
+    expected_bytes = layout.num_tokens * itemsize
+    if found_bytes == expected_bytes:
+        return layout
+    counted = with_uncounted_eod(layout.lengths, layout.boundaries, found_bytes // itemsize)
+    if counted is None or found_bytes % itemsize:
+        state = "truncated: copy it" if found_bytes < expected_bytes else "of another run than its index: copy both"
+        raise DataError(
+            f"{prefix}.bin has {found_bytes} bytes, but {prefix}.idx describes {expected_bytes} (tokens of {itemsize} "
+            f"bytes), so it is {state} again from the source. Otherwise: {_REBUILD}."
+        )
+    layout = replace(layout, lengths=counted, fingerprint=layout.fingerprint + "+eod")
+    return replace(layout, uncounted_eod=_uncounted_token(layout, eod))
+
+
+def _read_index(prefix: str) -> IndexedLayout:
+    idx_path = prefix + ".idx"
+    content = Path(idx_path).read_bytes()
     dtype, num_sequences, num_boundaries = _read_header(idx_path, content)
     expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
     if len(content) != expected:
@@ -125,19 +141,7 @@ def read_layout(prefix: str, eod: int | None = None) -> IndexedLayout:
         raise DataError(f"{idx_path} contradicts itself: lengths, offsets or boundaries differ. {_REBUILD}.")
     if int(ends[-1]) == 0:
         raise DataError(f"{idx_path} lists {num_sequences} documents, all empty. {_REBUILD}.")
-    bin_bytes = Path(bin_path).stat().st_size
-    fingerprint = hashlib.sha256(content).hexdigest()
-    if bin_bytes == int(ends[-1]):
-        return IndexedLayout(prefix, dtype, lengths, boundaries, fingerprint)
-    counted = with_uncounted_eod(lengths, boundaries, bin_bytes // dtype.itemsize)
-    if counted is None or bin_bytes % dtype.itemsize:
-        state = "truncated: copy it" if bin_bytes < int(ends[-1]) else "of another run than its index: copy both"
-        raise DataError(
-            f"{bin_path} has {bin_bytes} bytes, but {idx_path} describes {int(ends[-1])} (tokens of {dtype.itemsize} "
-            f"bytes), so it is {state} again from the source. Otherwise: {_REBUILD}."
-        )
-    layout = IndexedLayout(prefix, dtype, counted, boundaries, fingerprint + "+eod")
-    return replace(layout, uncounted_eod=_uncounted_token(layout, eod))
+    return IndexedLayout(prefix, dtype, lengths, boundaries, hashlib.sha256(content).hexdigest())
 
 
 def with_uncounted_eod(lengths: np.ndarray, boundaries: np.ndarray, num_tokens: int) -> np.ndarray | None:

@@ -21,7 +21,7 @@ from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
 from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify, validation_entropy
+from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify_paths, validation_entropy
 from scmoe_ds.data.default_corpus import prepare_default_corpus
 from scmoe_ds.data.splits import split_shares
 from scmoe_ds.data.tokenizer import Tokenizer, pad_vocab_size
@@ -60,27 +60,18 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     data = data_settings(args, tokenizer)
     carried = run_together(lambda: carried_files(tokenizer), on_rank_zero=True) if args.save else None
-    # With --split the validation data is a part of the same files.
-    own_path = data.data_paths is not None and data.has_split(1)
-    content = [
-        run_together(
-            lambda: [identify(data.path_of(number), data.flag_of(number)) for number in range(1 + own_path)],
-            on_rank_zero=True,
-        )
-    ]
-    dist.broadcast_object_list(content)
-    assert content[0] is not None
+    train_data, valid_data = identify_paths(data)
     run = checkpoint.run_settings(
         whole,
         settings.micro_batch_size,
         settings.accumulation_steps,
         replicas,
-        content[0][0],
+        train_data,
         seed=args.seed,
         split=split_shares(args.split) if args.split else None,
         seq_length=args.seq_length,
         train_iters=args.train_iters,
-        valid_data_path=content[0][1] if own_path else None,
+        valid_data_path=valid_data,
     )
     description = checkpoint.describe(shape, config, ranks, whole, run)
     description["tokenizer"] = record(describe(tokenizer), carried or {})
