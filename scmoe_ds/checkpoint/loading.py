@@ -17,7 +17,7 @@ from scmoe_ds.checkpoint.hyperparameters import OwnSettings
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export
 from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.errors import CheckpointError
-from scmoe_ds.parallel.agreement import gather, is_rank_zero, require_agreement, run_together
+from scmoe_ds.parallel.agreement import from_rank_zero, is_rank_zero, require_agreement, run_on_rank_zero, run_together
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -68,7 +68,7 @@ def choose(load: str | None, save: str | None, auto_resume: bool, description: M
     require_agreement("the checkpoint to start from", None if found is None else str(found.path))
     if save:
         start = None if found is None else found.path
-        run_together(lambda: check_save(Path(save), start, auto_resume), on_rank_zero=True)
+        run_on_rank_zero(lambda: check_save(Path(save), start, auto_resume))
     if found is None:
         reason = f", {save} has none to go on from" if auto_resume else ""
         _log(f"no checkpoint is loaded{reason}: this run starts from scratch")
@@ -111,7 +111,6 @@ def load(engine: Any, source: Source | None) -> tuple[int, int]:
         state = run_together(lambda: _reshard(engine, source, not own_schedule))
     else:
         state = run_together(lambda: _load_with_deepspeed(engine, source, not own_schedule))
-    assert state is not None
     with tensor_files.as_expected(source.path, source.flag):
         own.fit_implementation()
         own.put_back_clipping()
@@ -175,7 +174,7 @@ def _newest_good(root: Path, description: Mapping[str, Any]) -> Source | None:
 
     damaged = []
     # All ranks use rank 0's list: ranks that saw other files would wait for each other.
-    for tag, failure in gather(run_together(notes, on_rank_zero=True))[0] or ():
+    for tag, failure in from_rank_zero(notes):
         if failure is not None:
             _log(
                 f"passed over: --auto-resume {root / tag}: a run that went on from it ended at once ({failure}). An "
@@ -200,7 +199,6 @@ def _named(path: Path, description: Mapping[str, Any]) -> Source:
     remedy = "correct the path, or leave --load out to start from scratch (--save DIR --auto-resume starts and resumes)"
     directory = run_together(lambda: str(locate(path, "--load ", remedy)))
     require_agreement("the latest checkpoint", directory)
-    assert directory is not None
     found = _check(Path(directory), "--load", description)
     if (failure := failure_notes.read(found.path)) is not None:
         _log(f"{found}: a run that went on from it ended at once ({failure})", logging.WARNING)
@@ -232,7 +230,6 @@ def _check(path: Path, flag: str, description: Mapping[str, Any]) -> Source:
         return saved
 
     saved = run_together(describe)
-    assert saved is not None
     changed = {} if export else fields.changed_layout(saved, description)
     if changed:
         fields.check_layout_is_free(saved["layout"], f"{flag} {path} (the checkpoint)")

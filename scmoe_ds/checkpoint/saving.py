@@ -17,7 +17,7 @@ from scmoe_ds.checkpoint.description import BATCH, CONSUMED, ITERATION
 from scmoe_ds.data.durable_files import FileEntry, file_entry, flush, try_to_write
 from scmoe_ds.errors import CheckpointError, first_line
 from scmoe_ds.moe.placement import with_expert
-from scmoe_ds.parallel.agreement import gather, run_together
+from scmoe_ds.parallel.agreement import gather, run_on_rank_zero, run_together
 from scmoe_ds.parallel.tensor import tensor_parallel_rule
 
 _PROBE_BYTES = 1 << 22
@@ -46,7 +46,7 @@ def claim(directory: str | os.PathLike[str]) -> None:
         except UnicodeDecodeError:
             raise CheckpointError(f"--save {str(directory)!a}: is not UTF-8; choose another name") from None
 
-    run_together(probe, on_rank_zero=True)
+    run_on_rank_zero(probe)
 
 
 def save(
@@ -86,14 +86,14 @@ def save(
     state = {"iteration": iteration, "consumed_samples": consumed_samples, "overlap": engine.overlap.state()}
     finite.check(engine, f"--save {directory}: {final.name}")
     with _one_sentence(part):
-        run_together(lambda: _begin(engine, part, labels, validated, carried or {}), on_rank_zero=True)
+        run_on_rank_zero(lambda: _begin(engine, part, labels, validated, carried or {}))
         written = _write(engine, part, state)
         if dist.get_rank() == 0:
             written += [part / name for name in (files.DESCRIPTION_FILE, *(carried or {}))]
         manifest = _check_in(part, written)
-        run_together(lambda: rotation.publish(part, final, manifest), on_rank_zero=True)
+        run_on_rank_zero(lambda: rotation.publish(part, final, manifest))
     if keep_last is not None:
-        run_together(lambda: rotation.remove_old(final.parent, keep_last), on_rank_zero=True)
+        run_on_rank_zero(lambda: rotation.remove_old(final.parent, keep_last))
     return final
 
 
@@ -194,7 +194,7 @@ def _check_in(part: Path, written: list[Path]) -> dict[str, FileEntry]:
             flush(file)
         return {str(file.relative_to(part)): file_entry(file) for file in written}
 
-    return {name: each for found in gather(run_together(own)) for name, each in (found or {}).items()}
+    return {name: each for found in gather(run_together(own)) for name, each in found.items()}
 
 
 def _reason(error: Exception, directory: str | None = None) -> str:

@@ -21,7 +21,7 @@ from scmoe_ds.data.sequences import unigram_entropy
 from scmoe_ds.data.splits import parse_data_path, plain_split, split_ranges, split_shares
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import DataError
-from scmoe_ds.parallel.agreement import gather, is_rank_zero, require_agreement, run_together
+from scmoe_ds.parallel.agreement import from_rank_zero, is_rank_zero, require_agreement, run_on_rank_zero, run_together
 
 _SPLIT_NAMES = ("train", "valid", "test")
 
@@ -107,7 +107,6 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
     """
     samples = (train_samples, valid_samples, test_samples)
     inspection = run_together(lambda: _inspect(settings, samples))
-    assert inspection is not None
     require_agreement("the training data", inspection.request)
     require_agreement("the tokenizer", inspection.tokenizer)
     require_agreement("the training data", (inspection.data_fingerprint, inspection.num_tokens, inspection.content))
@@ -118,10 +117,8 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
     def build() -> list[Any]:
         return Builder(PretrainingDataset, list(samples), lambda: True, config).build()
 
-    first = run_together(build, on_rank_zero=True)
-    built = run_together(lambda: first or build())
-    assert built is not None
-    return Datasets(*built)
+    first = run_on_rank_zero(build)
+    return Datasets(*run_together(lambda: first or build()))
 
 
 def validation_entropy(valid: Any) -> float | None:
@@ -156,8 +153,7 @@ def identify_paths(settings: DataSettings) -> tuple[dict[str, Any], dict[str, An
     def read() -> list[dict[str, Any]]:
         return [identify(settings.path_of(number), settings.flag_of(number)) for number in range(1 + has_valid_path)]
 
-    found = gather(run_together(read, on_rank_zero=True))[0]
-    assert found is not None
+    found = from_rank_zero(read)
     return found[0], found[1] if has_valid_path else None
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset, Subset
 
 from scmoe_ds.data.splits import split_ranges, split_shares
 from scmoe_ds.errors import DataError
+from scmoe_ds.parallel.agreement import is_rank_zero
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -112,7 +112,7 @@ class ImageFolder(Images):
         ]
         self.files = [(path, label) for path, label in found if path.suffix.lower() in SUFFIXES]
         left_out = [str(path) for path, _ in found if path.suffix.lower() not in SUFFIXES]
-        if left_out and not (dist.is_initialized() and dist.get_rank()):
+        if left_out and is_rank_zero():
             logger.warning(
                 f"{len(left_out)} file(s) in {root} are left out, because their names are not those of images: "
                 f"{', '.join(left_out[:10])}{', …' if len(left_out) > 10 else ''}"

@@ -25,7 +25,7 @@ from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules,
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.agreement import fingerprint, require_agreement
+from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
 from scmoe_ds.parallel.output import steady_monitors, without_full_disks
 from scmoe_ds.parallel.process import connect, device
@@ -171,10 +171,9 @@ def overlap_of(
     nodes = nodes_of_ranks()
     _log([applied, *describe_groups(layout, nodes)])
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
-    descriptions = [[describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]]
-    dist.broadcast_object_list(descriptions)
+    own = [describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]
     choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))
-    overlap = Calibrator(pairs, section.overlap, device(), "train", descriptions[0])
+    overlap = Calibrator(pairs, section.overlap, device(), "train", from_rank_zero(lambda: own))
     overlap.watch(model)
     _log(describe_schedules(pairs, section, overlap))
     return overlap

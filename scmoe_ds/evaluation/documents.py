@@ -11,7 +11,7 @@ from scmoe_ds.data.splits import split_ranges
 from scmoe_ds.data.text_file import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from scmoe_ds.errors import EvaluationError
-from scmoe_ds.parallel.agreement import require_agreement, run_together
+from scmoe_ds.parallel.agreement import require_agreement, run_on_rank_zero, run_together
 
 
 class Documents(ABC):
@@ -125,8 +125,7 @@ def open_documents(data_path: str | None, split: str | None, text_file: str | No
         return IndexedDocuments(data_path, split, tokenizer)
 
     documents = run_together(read)
-    assert documents is not None
     require_agreement("the text to evaluate", documents.identity)
     if isinstance(documents, IndexedDocuments):
-        run_together(documents.check_tokens, on_rank_zero=True)  # the same files on all ranks
+        run_on_rank_zero(documents.check_tokens)  # the same files on all ranks
     return documents

@@ -69,9 +69,7 @@ def evaluate_tasks(
 
     from scmoe_ds.evaluation.harness import ScMoELM
 
-    loaded = run_together(lambda: _load(names, include_path))
-    assert loaded is not None
-    manager, tasks = loaded
+    manager, tasks = run_together(lambda: _load(names, include_path))
     model = ScMoELM(scorer, tokenizer, rule)
     found = lm_eval.simple_evaluate(
         model=model,

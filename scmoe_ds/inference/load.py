@@ -67,13 +67,11 @@ def load_trained(
     layout = layout or Layout(dist.get_world_size())
     # Experts that stay in their files are not read before they are needed.
     trained = run_together(lambda: TrainedModel.open(path, contents=offloading is None))
-    assert trained is not None
     if dist.get_rank() == 0:
         print(f"loading {trained.path}", file=sys.stderr)
     config = serving_config(trained.config, layout.expert_size, layout.divided_experts)
     config.check_world(layout.ranks, layout.tensor_size)
     found = run_together(lambda: _tokenizer(path, trained, tokenizer))
-    assert found is not None
     tensor.start_tensor_parallel(layout.tensor_size)
     try:
         model, store = _load_model(trained, config, DTYPES[dtype or trained.dtype], offloading)

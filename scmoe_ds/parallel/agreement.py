@@ -7,7 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -17,29 +17,37 @@ from scmoe_ds.parallel import watch
 T = TypeVar("T")
 
 
-def run_together(step: Callable[[], T], on_rank_zero: bool = False) -> T | None:
+def run_together(step: Callable[[], T]) -> T:
     """Runs a step. When it fails on a rank, all ranks raise the same error. Collective.
 
     A step may take longer than the timeout of collectives: the other ranks wait for it as long as its rank lives.
 
     Args:
         step: reads files, checks settings, …; must not communicate.
-        on_rank_zero: run it on rank 0 only; the others return None.
 
     Raises:
         ValueError, OSError: the error of the lowest failing rank. Class, errno and strerror are the same on every rank.
     """
     result, failure = None, None
-    if not on_rank_zero or is_rank_zero():
-        try:
-            result = step()
-        except (ValueError, OSError) as error:
-            failure = error
+    try:
+        result = step()
+    except (ValueError, OSError) as error:
+        failure = error
     wait_for_all()
     for rank, found in enumerate(gather(None if failure is None else _that_travels(failure))):
         if found is not None:
             raise found if rank == 0 else _found_by(rank, found)
-    return result
+    return cast(T, result)
+
+
+def run_on_rank_zero(step: Callable[[], T]) -> T | None:
+    """As `run_together`, but only rank 0 runs the step; the others return None."""
+    return run_together(lambda: step() if is_rank_zero() else None)
+
+
+def from_rank_zero(step: Callable[[], T]) -> T:
+    """As `run_together`, but only rank 0 runs the step, and every rank returns its result, which must be picklable."""
+    return cast(T, gather(run_on_rank_zero(step))[0])
 
 
 def _that_travels(error: ValueError | OSError) -> ValueError | OSError:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from scmoe_ds.data.durable_files import try_to_write, write_whole
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.parallel.agreement import from_rank_zero, run_on_rank_zero
 from scmoe_ds.planner.times import KINDS, OperatorTimes, kind_of
 
 logger = logging.getLogger("scmoe_ds")
@@ -44,9 +44,7 @@ def read_calibration(file: str | None) -> Saved | None:
             raise ScMoEConfigError(f"{_PATH} = {file}: is not a calibration (a JSON list of objects). {_REMEDY}")
         return saved
 
-    holder = [run_together(read, on_rank_zero=True)]
-    dist.broadcast_object_list(holder)
-    return holder[0]
+    return from_rank_zero(read)
 
 
 def check_writable(file: str | None) -> None:
@@ -65,7 +63,7 @@ def check_writable(file: str | None) -> None:
         except OSError as error:
             raise ScMoEConfigError(f"{_PATH} = {file}: cannot be written ({error.strerror})") from None
 
-    run_together(attempt, on_rank_zero=True)
+    run_on_rank_zero(attempt)
 
 
 def write_calibration(file: str | None, saved: Saved | None) -> None:

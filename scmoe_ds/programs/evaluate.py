@@ -33,7 +33,7 @@ from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import SlidingWindow
 from scmoe_ds.inference.load import Loaded
 from scmoe_ds.inference.model import calibrators
-from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.parallel.agreement import run_on_rank_zero
 from scmoe_ds.programs.flags import model as arguments
 from scmoe_ds.programs.flags.checks import check_lowest
 from scmoe_ds.programs.flags.parser import FlagParser
@@ -147,7 +147,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 f"{results['truncated']} requests were longer than the model's context and lost their left end",
                 file=sys.stderr,
             )
-    run_together(lambda: _write(args, loaded, rule, results, time.monotonic() - started), on_rank_zero=True)
+    run_on_rank_zero(lambda: _write(args, loaded, rule, results, time.monotonic() - started))
 
 
 def _rule(args: argparse.Namespace, context: int) -> SlidingWindow:

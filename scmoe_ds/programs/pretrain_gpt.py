@@ -32,7 +32,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_together
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_on_rank_zero, run_together
 from scmoe_ds.programs.flags.data import SPLIT_FLAGS
 from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
@@ -59,7 +59,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     tokenizer = tokenizer_of(args)
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
     data = data_settings(args, tokenizer)
-    carried = run_together(lambda: carried_files(tokenizer), on_rank_zero=True) if args.save else None
+    carried = run_on_rank_zero(lambda: carried_files(tokenizer)) if args.save else None
     train_data, valid_data = identify_paths(data)
     run = checkpoint.run_settings(
         whole,
