@@ -21,6 +21,7 @@ from scmoe_ds.inference.growing_text import GrowingText
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.sampling import Sampling, choose
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.parallel.tensor import (
     data_parallel_rank,
     data_parallel_size,
@@ -297,7 +298,6 @@ def _ending(
 
 
 def _from_all_ranks(own: list[Completion]) -> list[Completion]:
-    found: list[list[Completion]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, own)
-    by_prompt = {completion.prompt: completion for part in found for completion in part}  # tensor-parallel ranks agree
+    # Tensor-parallel ranks have the same completions.
+    by_prompt = {completion.prompt: completion for part in gather(own) for completion in part}
     return list(by_prompt.values())
