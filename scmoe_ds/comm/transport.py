@@ -78,7 +78,7 @@ class Transport:
         operations += [dist.P2POp(dist.isend, outgoing[r], peer, group) for r, peer in peers if send[r]]
         with _named(group):
             works = dist.batch_isend_irecv(operations) if operations else []
-        incoming[me].copy_(outgoing[me])  # while the others travel
+        incoming[me].copy_(outgoing[me])  # while the others are on their way
         # gloo's sends and receives ignore their group's timeout. NCCL's obey it, and block the host if given one here.
         limit = () if rows.is_cuda else (_timeout(group, rows.device),)
 

@@ -94,16 +94,16 @@ def initialize(
     if section.replace and not is_replaced(model):
         _replace(model, section, getattr(optimizer, "param_groups", None), model_parameters)
     applied, section = applied_to(model, section)
-    holders = bwc_tensor_model_parallel_world_size(mpu)
-    section.check_world(dist.get_world_size(), holders)
-    check_norm(whole, section.expert_parallel_size, section.expert_tensor_parallelism and holders > 1)
-    micro_batch_size, _ = batch_sizes(whole, dist.get_world_size() // holders)
+    tp_size = bwc_tensor_model_parallel_world_size(mpu)
+    section.check_world(dist.get_world_size(), tp_size)
+    check_norm(whole, section.expert_parallel_size, section.expert_tensor_parallelism and tp_size > 1)
+    micro_batch_size, _ = batch_sizes(whole, dist.get_world_size() // tp_size)
     if optimizer is None and model_parameters is None:
         model_parameters = parameter_groups(model)
     if optimizer is not None:
         optimizer = with_expert_groups(optimizer, lr_scheduler)
         model_parameters = model_parameters or parameter_groups(model)
-    if holders > 1 and not section.expert_tensor_parallelism:
+    if tp_size > 1 and not section.expert_tensor_parallelism:
         prepare_whole_experts(model, section)
     if dist.get_rank() == 0:
         warn(whole)
@@ -124,7 +124,7 @@ def initialize(
     )
     result[0].module.register_forward_hook(check_output)
     steady_monitors(result[0].monitor)
-    layout = Layout(dist.get_world_size(), holders, section.expert_parallel_size, section.expert_tensor_parallelism)
+    layout = Layout(dist.get_world_size(), tp_size, section.expert_parallel_size, section.expert_tensor_parallelism)
     result[0].overlap = overlap_of(model, section, layout, micro_batch_size, applied)
     return result
 

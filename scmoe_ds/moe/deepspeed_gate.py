@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate
-from deepspeed.utils import bwc, groups
 from torch import Tensor
 
 from scmoe_ds.config.section import GateSoftmax
 from scmoe_ds.moe.gate import capacity_of, route
+from scmoe_ds.moe.placement import mpu_tensor_parallel_size
 
 Gated = tuple[Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]
 """Loss, capacity, number of experts, expert, location and weight [K, T], tokens per expert; as DeepSpeed's gate."""
@@ -43,7 +43,7 @@ class AnyTokensGate(TopKGate):
         routing = route(self, input, used_token, None, self.softmax, None if by_shape else self.ep_group)
         # Without a mask other ranks run DeepSpeed's code: the same number of tokens must give the same buffers.
         rows = capacity_of(self, len(input)) if by_shape else int(routing.capacity)
-        ranks = bwc.bwc_tensor_model_parallel_world_size(groups.mpu)  # among which DeepSpeed divides a buffer
+        ranks = mpu_tensor_parallel_size()  # among which DeepSpeed divides a buffer
         capacity = torch.tensor(-(-max(rows, 1) // ranks) * ranks)
         return (
             routing.l_aux,

@@ -26,7 +26,7 @@ from scmoe_ds.comm.wire import WIRE_DTYPES
 from scmoe_ds.config.section import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
-from scmoe_ds.moe.placement import Placement, own_first_expert, own_rank, tensor_parallel_size
+from scmoe_ds.moe.placement import Placement, mpu_tensor_parallel_size, own_first_expert, own_rank
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.parallel.agreement import require_agreement, run_together
@@ -150,7 +150,7 @@ class StagedMoE(MoE):
             require_agreement(
                 "the shape of a layer's experts", shapes, self.deepspeed_moe.ep_group, "build the same model on all"
             )
-        tp_size = 1 if self.enable_expert_tensor_parallelism else tensor_parallel_size()
+        tp_size = 1 if self.enable_expert_tensor_parallelism else mpu_tensor_parallel_size()
         if self.ep_size % tp_size and tp_size % self.ep_size:
             raise ValueError(f"ep_size = {self.ep_size} and tensor-parallel size {tp_size}: one must divide the other")
         if tp_size > 1:
@@ -199,7 +199,7 @@ class StagedMoE(MoE):
             raise ValueError(f"shortcut of shape {tuple(shortcut.shape)}: the last dimension must be {hidden_size}")
         if not shortcut.is_floating_point():
             raise ValueError(f"shortcut of dtype {shortcut.dtype}: must be floating point")
-        if self.deepspeed_moe.ep_group is None and (self.ep_size > 1 or tensor_parallel_size() > 1):
+        if self.deepspeed_moe.ep_group is None and (self.ep_size > 1 or mpu_tensor_parallel_size() > 1):
             raise RuntimeError("call layer.set_deepspeed_parallelism() (or initialize the engine) before the first use")
         if num_chunks < 1:
             raise ValueError(f"num_chunks = {num_chunks}: must be at least 1")

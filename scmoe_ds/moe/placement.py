@@ -36,7 +36,7 @@ class Placement:
     @classmethod
     def of(cls, moe: MoE) -> Placement:
         """The placement of a layer's experts; its process groups need not exist yet."""
-        divided_by = tensor_parallel_size() if moe.enable_expert_tensor_parallelism else 1
+        divided_by = mpu_tensor_parallel_size() if moe.enable_expert_tensor_parallelism else 1
         return cls(moe.ep_size, moe.num_local_experts, divided_by)
 
     def expert_parallel_rank(self, rank: int) -> int:
@@ -47,7 +47,7 @@ class Placement:
         """Global id of the first expert of a rank of the world: its local expert i is global expert first + i."""
         return self.expert_parallel_rank(rank) * self.num_local_experts
 
-    def first_holders(self, expert: int) -> range:
+    def first_ranks_of(self, expert: int) -> range:
         """The lowest ranks of the world that hold an expert: as many as it has pieces, in their order."""
         first = expert // self.num_local_experts * self.expert_tensor_parallel_size
         return range(first, first + self.expert_tensor_parallel_size)
@@ -63,7 +63,7 @@ def own_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def tensor_parallel_size() -> int:
+def mpu_tensor_parallel_size() -> int:
     """Tensor-parallel ranks, as the `mpu` says that DeepSpeed was given."""
     return int(bwc.bwc_tensor_model_parallel_world_size(groups.mpu))
 

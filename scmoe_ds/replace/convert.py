@@ -106,8 +106,8 @@ def _one(held: list[Tensor], expert: int, moe: MoE) -> Tensor:
     found = held[expert % moe.num_local_experts].clone()
     if moe.ep_size == 1:
         return found
-    holders = Placement.of(moe).first_holders(expert)
-    return _sum_of_ranks(found if dist.get_rank() in holders else torch.zeros_like(found), len(holders))
+    owners = Placement.of(moe).first_ranks_of(expert)
+    return _sum_of_ranks(found if dist.get_rank() in owners else torch.zeros_like(found), len(owners))
 
 
 def _sum_of_ranks(value: Tensor, divided_by: int) -> Tensor:

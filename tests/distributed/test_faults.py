@@ -20,6 +20,7 @@ from lab.distributed import run_distributed
 from scmoe_ds import checkpoint
 from scmoe_ds.comm.all_to_all import start
 from scmoe_ds.comm.transport import METHODS, Transport
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.timeouts import limit_new_groups
 
 
@@ -55,7 +56,7 @@ def interrupted_saves(directory: str) -> list[str]:
     )
     used = []
     for iteration in (1, 2, 3, 4):
-        with contextlib.suppress(checkpoint.CheckpointError):
+        with contextlib.suppress(CheckpointError):
             checkpoint.save(engine, directory, iteration, 0, {})
         dist.barrier()
         used.append((Path(directory) / "latest").read_text())
@@ -71,7 +72,7 @@ def claims(free: str, taken: str) -> list[str]:
         try:
             checkpoint.claim(directory)
             heard.append("free")
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             heard.append(str(error))
     return heard
 

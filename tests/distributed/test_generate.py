@@ -51,10 +51,10 @@ def generate(
     return several, one, logits.clone()
 
 
-def on_a_layout(directory: str, names: Sequence[str], holders: int, ep_size: int, divided: bool = False) -> Found:
+def on_a_layout(directory: str, names: Sequence[str], tp_size: int, ep_size: int, divided: bool = False) -> Found:
     """Models of the directory on this layout, resident and, undivided, offloaded."""
-    tensor.start_tensor_parallel(holders)
-    layout = Layout(dist.get_world_size(), holders, ep_size, divided)
+    tensor.start_tensor_parallel(tp_size)
+    layout = Layout(dist.get_world_size(), tp_size, ep_size, divided)
     found: Found = {}
     for name in names:
         trained = TrainedModel.open(Path(directory) / name)
@@ -94,12 +94,12 @@ def alone(models: str) -> Found:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "holders", "ep_size", "divided"),
+    ("ranks", "tp_size", "ep_size", "divided"),
     [(2, 1, 2, False), (2, 1, 1, False), (2, 2, 1, False), (4, 2, 2, True), (4, 2, 4, False)],
 )
-def test_layout(models: str, alone: Found, ranks: int, holders: int, ep_size: int, divided: bool) -> None:
-    names = list(SECTIONS) if holders == 1 and ep_size > 1 else ["scmoe", "topk"]
-    for found in run_distributed(on_a_layout, ranks, models, names, holders, ep_size, divided):
+def test_layout(models: str, alone: Found, ranks: int, tp_size: int, ep_size: int, divided: bool) -> None:
+    names = list(SECTIONS) if tp_size == 1 and ep_size > 1 else ["scmoe", "topk"]
+    for found in run_distributed(on_a_layout, ranks, models, names, tp_size, ep_size, divided):
         for name, (several, one, logits) in found.items():
             assert several == alone[name][0], name
             assert one == alone[name][1], name

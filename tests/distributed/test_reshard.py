@@ -18,6 +18,7 @@ from lab.distributed import run_distributed
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint import loading
 from scmoe_ds.checkpoint.export import export
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
@@ -201,7 +202,7 @@ def precision_and_failures(directory: str) -> list[Any]:
     message = ""
     try:
         checkpoint.save(engine, fp32, 9, 0, {})
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         message = str(error)
     dist.barrier()
     return [same, other, back, poisoned, message, sorted(path.name for path in Path(fp32).iterdir())]
@@ -222,7 +223,7 @@ def save_with_a_moment_that_is_nan(engine: Any, directory: str) -> str:
         moments[address.start + address.numel // 2] = float("nan")
     try:
         checkpoint.save(engine, directory, 8, 0, {})
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         return str(error).replace(f" {name} ", " THE PARAMETER " if dist.get_rank() == 1 else f" {name} ")
     finally:
         moments.nan_to_num_()

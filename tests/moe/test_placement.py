@@ -16,7 +16,7 @@ def test_each_group_holds_every_expert_once(ranks: int, tp: int, ep: int, divide
         assert [placement.first_expert(rank) for rank in group] == [3 * place for place in range(ep)]
 
 
-def test_the_first_holders_of_an_expert_hold_its_pieces() -> None:
+def test_the_first_ranks_of_an_expert_hold_its_pieces() -> None:
     placement = Placement(2, 3, 2)
-    assert [list(placement.first_holders(expert)) for expert in (0, 2, 3, 5)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert list(Placement(4, 1).first_holders(2)) == [2]
+    assert [list(placement.first_ranks_of(expert)) for expert in (0, 2, 3, 5)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert list(Placement(4, 1).first_ranks_of(2)) == [2]
