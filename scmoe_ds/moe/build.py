@@ -1,4 +1,4 @@
-"""`build_moe`: the MoE layer that a "scmoe" section describes, for models that are written, upcycled or replaced."""
+"""The MoE layers that a "scmoe" section describes, for models that are written, upcycled or replaced."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.merge import Merge
@@ -62,3 +63,15 @@ def build_moe(
     if architecture == "pipelined_topk":
         return StagedMoE(**arguments)
     return ScMoE(merge=cast(Merge, config.merge), **arguments)
+
+
+def experts_of_layers(config: ScMoEConfig, layers: int) -> list[int]:
+    """Number of routed experts of each of a model's MoE layers.
+
+    Raises:
+        ScMoEConfigError: a pyramid of another length.
+    """
+    numbers = config.num_experts if isinstance(config.num_experts, list) else [config.num_experts] * layers
+    if len(numbers) != layers:
+        raise ScMoEConfigError(f"scmoe.num_experts = {numbers}: needs {layers} numbers, one per MoE layer")
+    return numbers

@@ -94,9 +94,8 @@ class PaddedLayout:
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [N * P * V * L * C, D], zeros in the empty rows."""
-        return _sparse_encode(tokens_TD, self.row_of_choice_KT, self.num_chunks * self.buffers, self.capacity).flatten(
-            0, 1
-        )
+        buffers = self.num_chunks * self.buffers
+        return _sparse_encode(tokens_TD, self.row_of_choice_KT, buffers, self.capacity).flatten(0, 1)
 
 
 @dataclass(frozen=True)

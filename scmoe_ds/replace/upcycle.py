@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.build import build_moe
+from scmoe_ds.moe.build import build_moe, experts_of_layers
 from scmoe_ds.moe.experts import has_two_projections
 from scmoe_ds.moe.placement import own_first_expert
 from scmoe_ds.replace.layer import HookedScMoE
@@ -108,7 +108,7 @@ def moe_from_dense(
         )
     blocks = _chosen(_dense_blocks(model), config, layers)
     _require_dense(model, blocks)
-    numbers = _numbers_of_experts(config, len(blocks))
+    numbers = experts_of_layers(config, len(blocks))
     kept = [block.mlp for block in blocks]
     for number, (block, experts) in enumerate(zip(blocks, numbers, strict=True)):
         moe = _make_moe(block, experts, config)
@@ -209,14 +209,6 @@ def _require_dense(model: nn.Module, blocks: list[_Block]) -> None:
                 "not get: leave the block out of layers, or put deepspeed.moe.layer.MoE there "
                 "yourself and call replace_moe_layers"
             )
-
-
-def _numbers_of_experts(config: ScMoEConfig, layers: int) -> list[int]:
-    if not isinstance(config.num_experts, list):
-        return [config.num_experts] * layers
-    if len(config.num_experts) != layers:
-        raise ScMoEConfigError(f"scmoe.num_experts = {config.num_experts}: needs {layers} numbers, one per MoE layer")
-    return config.num_experts
 
 
 def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
