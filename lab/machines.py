@@ -158,7 +158,7 @@ class TwoMachines(TwoNodes):
         return [pid for pid, command in self.processes(node).items() if words in command]
 
     def link(self, up: bool) -> None:
-        """Cuts or mends the link between the nodes; connections are neither closed nor told."""
+        """Cuts or restores the link between the nodes; connections are neither closed nor told."""
         _run("ip", "-n", self.names[1], "link", "set", "eth0", "up" if up else "down")
 
     def power_off(self, node: int) -> None:

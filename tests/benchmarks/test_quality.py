@@ -132,6 +132,7 @@ def test_files_that_nobody_wrote_for_readers_are_left_out(tmp_path: Path):
     assert text_corpus.is_prose_or_code(text)
 
 
+@pytest.mark.slow
 def test_corpus_is_the_same_bytes_each_time_and_validation_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     documents = some_documents()
     monkeypatch.setattr(text_corpus, "installed_documents", lambda: documents)

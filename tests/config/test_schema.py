@@ -1,4 +1,4 @@
-"""ds_configs/scmoe.schema.json: every file of ds_configs/ obeys it, slips do not, and it is current."""
+"""ds_configs/scmoe.schema.json: every file of ds_configs/ obeys it, wrong fields do not, and it is current."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_validates_against_the_schema(path: Path) -> None:
         ({"overlap": {"expert_slot": "automatic"}}, "$.scmoe.overlap.expert_slot: 'automatic' is not one of"),
     ],
 )
-def test_schema_finds_slips(section: dict[str, Any], finding: str) -> None:
+def test_schema_finds_wrong_fields(section: dict[str, Any], finding: str) -> None:
     assert any(error.startswith(finding) for error in schema_errors({"scmoe": section}, SCHEMA))
 
 
@@ -109,7 +109,7 @@ def test_schema_file_is_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_stale_schema_is_found_and_mended(tmp_path: Path) -> None:
+def test_stale_schema_is_found_and_rewritten(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     assert write_schema("--check", "--output", str(schema), cwd=tmp_path).returncode == 1
     schema.write_text(json.dumps(SCHEMA | {"title": "old"}), encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 
 DIRECTORIES = {"distributed", "cluster", "gpu"}
 STARTERS = {"run_distributed", "subprocess", "Popen", "multiprocessing"}
-FOLLOWED = ("tests.", "lab.")
+FOLLOWED = ("tests.", "lab.", "benchmarks.")
 
 
 def spawns(item: pytest.Function) -> bool:

@@ -1,4 +1,4 @@
-"""Flags: Megatron-DeepSpeed's are taken with their meaning or refused with what serves; slips end in one line."""
+"""Flags: Megatron-DeepSpeed's are taken with their meaning or refused with what serves; a wrong one ends in one line."""
 
 from __future__ import annotations
 
@@ -358,7 +358,7 @@ def test_the_files_name_the_tokenizer(files: list[str], kind: str, parse: Any) -
         (build_analysis_parser, ["similarty"], "invalid choice: 'similarty'"),
     ],
 )
-def test_a_slip_is_one_line(
+def test_a_wrong_flag_is_one_line(
     build: Callable[[], argparse.ArgumentParser], argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as error:
