@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from scmoe_ds.data import reader, text
+from scmoe_ds.data import reader, text_file
 from scmoe_ds.data.reader import BadDocumentError, find_files, parse_line, read_document, read_lines
 from scmoe_ds.data.text_file import read_text
 from scmoe_ds.data.tokenizer import ByteTokenizer
@@ -44,7 +44,7 @@ def test_compressed_files_are_read_whatever_their_name(tmp_path: Path, how: str)
     assert read_document(tmp_path / "plain.jsonl") == b"".join(LINES).decode()
     for piece in (1 << 20, 7):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(text, "_PIECE_BYTES", piece)
+            patch.setattr(text_file, "_PIECE_BYTES", piece)
             assert read_text(str(tmp_path / "plain.jsonl"), ByteTokenizer(), 257).tokens.tobytes() == b"".join(LINES)
 
 
