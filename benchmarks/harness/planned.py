@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch.distributed as dist
 
@@ -17,7 +16,7 @@ from scmoe_ds.planner.auto import CHUNK_COUNTS
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.plan import Mode, plan, simulate
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
-from scmoe_ds.trace.recorder import PHASES, Phase, Span
+from scmoe_ds.trace.recorder import PHASES
 
 SAMPLES = 3
 """Timed micro-batches for each number of chunks."""
@@ -77,12 +76,11 @@ def calibrate(run: StagedPair, step: Callable[[], None], several_chunks: bool) -
     run.schedule = Schedule(1, overlap=False)
     steps = record_steps(run, step, SAMPLES)
     labels = {operator.label for operator in run.operators() if operator.before_tap}
-    before = {f"{phase}_ms": sum_ms(steps, dist.ReduceOp.MAX, partial(_is_one_of, labels, phase)) for phase in PHASES}
+    before = {
+        f"{phase}_ms": sum_ms(steps, dist.ReduceOp.MAX, lambda span: span.phase == phase and span.name in labels)  # noqa: B023
+        for phase in PHASES
+    }
     return Calibrated(calibrator.times[0], PassTimes(**before))
-
-
-def _is_one_of(labels: set[str], phase: Phase, span: Span) -> bool:
-    return span.phase == phase and span.name in labels
 
 
 def calibrate_kinds(

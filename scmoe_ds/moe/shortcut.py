@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from scmoe_ds.moe.layer import Layer, StagedMoE, check_choice
 from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
 from scmoe_ds.moe.routed import RoutedTokens
-from scmoe_ds.trace.recorder import Renamed
 
 
 class ScMoE(StagedMoE):
@@ -118,7 +117,7 @@ class DGMoE(StagedMoE):
             routed.routing.used_T,
             exclude=routed.routing.expert_KT[0],
             blocking=routed.exchange.blocking,
-            recorder=Renamed(routed.exchange.recorder, "current"),
+            recorder=routed.exchange.recorder.renamed("current"),
         )
         current.run_experts()
         output = current.collect() + routed.collect()

@@ -94,28 +94,29 @@ def find_times(
         raise ScMoEConfigError(f"{source} is damaged: it is no list. {_REMEDY}")
     found = []
     for description in descriptions:
-        nearest: tuple[list[str], dict[str, Any], Any] | None = None
-        for entry in saved:
-            other = entry.get("description") if isinstance(entry, dict) else None
-            if not isinstance(other, dict):
-                raise ScMoEConfigError(f"{source} is damaged: an entry has no description. {_REMEDY}")
-            keys = [key for key in {**description, **other} if description.get(key) != other.get(key)]
-            if nearest is None or len(keys) < len(nearest[0]):
-                nearest = keys, other, entry.get("times")
-        if nearest is None or nearest[0]:
-            keys, other, _ = nearest or ([], {}, None)
-            listed = "; ".join(
-                f"{_short(key)}: {_short(repr(other.get(key)))} there, {_short(repr(description.get(key)))} in this run"
-                for key in keys[:20]
-            )
-            raise ScMoEConfigError(f"{source} is of another model or machine: {listed or 'it is empty'}. {_REMEDY}")
-        times = _checked(nearest[2], description, source)
+        differences = [_difference(entry, description, source) for entry in saved]
+        nearest = min(range(len(saved)), key=lambda number: len(differences[number]), default=None)
+        if nearest is None or differences[nearest]:
+            listed = "it is empty" if nearest is None else "; ".join(differences[nearest][:20])
+            raise ScMoEConfigError(f"{source} is of another model or machine: {listed}. {_REMEDY}")
+        times = _checked(saved[nearest].get("times"), description, source)
         if missing := set(chunk_counts) - set(times.chunks):
             raise ScMoEConfigError(
                 f"{source} has times of {sorted(times.chunks)} chunks only, not of {sorted(missing)}. {_REMEDY}"
             )
         found.append(times)
     return found
+
+
+def _difference(entry: Any, description: Description, source: str) -> list[str]:
+    other = entry.get("description") if isinstance(entry, dict) else None
+    if not isinstance(other, dict):
+        raise ScMoEConfigError(f"{source} is damaged: an entry has no description. {_REMEDY}")
+    return [
+        f"{_short(key)}: {_short(repr(other.get(key)))} there, {_short(repr(description.get(key)))} in this run"
+        for key in {**description, **other}
+        if description.get(key) != other.get(key)
+    ]
 
 
 def _checked(times: Any, description: Description, source: str) -> OperatorTimes:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, Union
+from typing import Any, Literal, Protocol, Union
 
 import torch
 from torch import Tensor
@@ -92,8 +92,11 @@ class PairRecorder(Protocol):
     def close(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
         """Marks the end of a region; returns its results."""
 
-    def watch(self, what: What, chunk: int) -> Watch | None:
+    def watch(self, name: str, chunk: int) -> Watch | None:
         """An observer for an all-to-all, or None."""
+
+    def renamed(self, word: str) -> PairRecorder:
+        """Puts a word before the names of all spans: for what a pair does twice."""
 
 
 class _Silent:
@@ -104,44 +107,17 @@ class _Silent:
 
     close = open
 
-    def watch(self, what: What, chunk: int) -> None:
+    def watch(self, name: str, chunk: int) -> None:
         return None
+
+    def renamed(self, word: str) -> PairRecorder:
+        return self
 
     def __reduce__(self) -> str:
         return "SILENT"  # a copy of a model has this very one
 
 
 SILENT = _Silent()
-
-
-class _Part(NamedTuple):
-    label: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """Puts a word before the names of stages: for what a pair does twice."""
-
-    recorder: PairRecorder
-    word: str
-
-    def open(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
-        return self.recorder.open(self._renamed(what), *tensors, chunk=chunk)
-
-    def close(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
-        return self.recorder.close(self._renamed(what), *tensors, chunk=chunk)
-
-    def watch(self, what: What, chunk: int) -> Watch | None:
-        return self.recorder.watch(self._renamed(what), chunk)
-
-    def _renamed(self, what: What) -> What:
-        part = _part(what)
-        return _Part(f"{self.word} {part.label}", part.kind)
-
-
-def _part(what: What) -> Named:
-    return _Part(what, what) if isinstance(what, str) else what
 
 
 class Recorder:
@@ -230,27 +206,32 @@ class Recorder:
         return joined
 
 
+@dataclass(frozen=True)
 class _LayerRecorder:
-    def __init__(self, recorder: Recorder, layer: int) -> None:
-        self._recorder, self._layer = recorder, layer
+    recorder: Recorder
+    layer: int
+    prefix: str = ""
 
     def open(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
         forward, backward = (self._key(what, "compute", phase, chunk) for phase in PHASES)
-        marked = _mark(tensors, lambda: self._recorder.end(backward))
-        self._recorder.start(forward)
+        marked = _mark(tensors, lambda: self.recorder.end(backward))
+        self.recorder.start(forward)
         return marked
 
     def close(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
         forward, backward = (self._key(what, "compute", phase, chunk) for phase in PHASES)
-        self._recorder.end(forward)
-        return _mark(tensors, lambda: self._recorder.start(backward))
+        self.recorder.end(forward)
+        return _mark(tensors, lambda: self.recorder.start(backward))
 
-    def watch(self, what: What, chunk: int) -> Watch:
-        return _TransferWatch(self._recorder, lambda lane, phase: self._key(what, lane, phase, chunk))
+    def watch(self, name: str, chunk: int) -> Watch:
+        return _TransferWatch(self.recorder, lambda lane, phase: self._key(name, lane, phase, chunk))
+
+    def renamed(self, word: str) -> PairRecorder:
+        return _LayerRecorder(self.recorder, self.layer, f"{word} ")
 
     def _key(self, what: What, lane: Lane, phase: Phase, chunk: int) -> _Key:
-        part = _part(what)
-        return self._layer, part.label, part.kind, lane, phase, chunk
+        label, kind = (what, what) if isinstance(what, str) else (what.label, what.kind)
+        return self.layer, self.prefix + label, kind, lane, phase, chunk
 
 
 @dataclass(frozen=True)
