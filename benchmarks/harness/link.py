@@ -1,4 +1,4 @@
-"""The link's rate: searched so that the all-to-all takes a wanted share of the baseline's MoE layer."""
+"""The link's rate: searched so that the all-to-all takes a given share of the baseline's MoE layer."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Link:
 
 
 def next_rate(rate_mbit: float, communication_ms: float, total_ms: float, share: float) -> float:
-    """The rate that would give the wanted share if the communication took time in proportion to 1 / rate."""
-    wanted_ms = share / (1 - share) * max(total_ms - communication_ms, 0.02 * total_ms)
-    return min(max(rate_mbit * communication_ms / wanted_ms, LOWEST_MBIT), HIGHEST_MBIT)
+    """The rate that would give the share if the communication took time in proportion to 1 / rate."""
+    aim_ms = share / (1 - share) * max(total_ms - communication_ms, 0.02 * total_ms)
+    return min(max(rate_mbit * communication_ms / aim_ms, LOWEST_MBIT), HIGHEST_MBIT)
 
 
 def find_rate(run: nn.Module, step: Callable[[], None], share: float, searches: int = 6) -> Link:

@@ -1,8 +1,8 @@
-"""What a step of a pair consists of, measured in the step itself: this package's pairs and DeepSpeed's alike.
+"""The parts of a pair's step, measured in the step itself: for this package's pairs and for DeepSpeed's.
 
-A pair of this package tells the recorder all by itself. DeepSpeed's layers know no recorder: marks of the same recorder
-are put around the blocks' operators, the layer, its experts and its shared expert by hooks, and its all-to-alls are
-timed where they block. What is left of the layer then is gate, encode, decode and merge.
+A pair of this package reports to a recorder. DeepSpeed's layers know no recorder. Hooks put marks of the same recorder
+around the blocks' operators, the layer, its experts and its shared expert. All-to-alls are timed where they block. The
+rest of the layer is gate, encode, decode and merge.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ def layer_ms(spans: list[Span]) -> float:
     return parts[REST_OF_LAYER] + parts["experts"] + parts[EXPOSED]
 
 
-def sum_ms(steps: Sequence[list[Span]], op: Any, wanted: Callable[[Span], bool]) -> float:
-    """The median step's sum of the spans that are wanted, each of the rank that `op` picks. Collective."""
+def sum_ms(steps: Sequence[list[Span]], op: Any, counts: Callable[[Span], bool]) -> float:
+    """The median step's sum of all spans that count. `op` picks the rank of each. Collective."""
     sums = []
     for spans in steps:
-        found = [span.duration_ms for span in spans if wanted(span)]
+        found = [span.duration_ms for span in spans if counts(span)]
         sums.append(sum(over_ranks(found, op)) if found else 0.0)
     return statistics.median(sums)
 
 
 def record_steps(run: nn.Module, step: Callable[[], None], count: int) -> list[list[Span]]:
-    """The spans of each of some steps, under the schedule that the pair has and not aligned between ranks."""
+    """The spans of each of `count` steps, under the schedule of the pair. The ranks do not wait for each other."""
     found = []
     for _ in range(count):
         dist.barrier()
@@ -89,10 +89,10 @@ def mean_over_ranks(steps: list[list[Span]]) -> dict[str, float]:
 
 
 def hidden_by_waits(steps: list[list[Span]], sent_ms: dict[Phase, float]) -> dict[str, float]:
-    """For each pass, the share of its communication that nobody waited for: the slower rank's median step.
+    """For each pass, the share of its communication that nobody waited for: the slower rank's median step. Collective.
 
-    Collective. A second look at the hidden share beside the difference to the step without communication: it tells
-    forward from backward, but does not see what the transfers cost the computation beside them.
+    The hidden share is also the difference to the step without communication. This second look tells forward from
+    backward, but it does not see what the transfers cost the computation beside them.
 
     Args:
         sent_ms: how long the communication of each pass takes with nothing beside it.

@@ -195,9 +195,9 @@ TABLES: dict[str, Callable[[str], Table]] = {
 }
 
 
-def selected(table: Table, kept: str, wanted: Sequence[str]) -> Table:
-    """The row `kept` and those whose name contains one of the wanted strings, with their limits; all if none is."""
-    named = {name for name in table if name == kept or not wanted or any(part in name for part in wanted)}
+def selected(table: Table, kept: str, parts: Sequence[str]) -> Table:
+    """The row `kept` and all rows whose name contains one of the parts, with their limits; without parts, all rows."""
+    named = {name for name in table if name == kept or not parts or any(part in name for part in parts)}
     limits = {limit_of(name, table) for name in named}
     return {name: variant for name, variant in table.items() if name in named | limits}
 

@@ -4,7 +4,7 @@
 
 Every row is a whole model as scmoe_ds.inference runs it (embedding, blocks, key/value cache, logits of the last token,
 inference mode); ScMoE rows take their schedules from the package's own timing of the first passes. The link is set for
-each phase so that the all-to-all takes the wanted share of DeepSpeed's top-2 MoE layer in that phase. Rows alternate
+each phase so that the all-to-all takes `--share` of DeepSpeed's top-2 MoE layer in that phase. Rows alternate
 within rounds; a speed-up is the median of the ratios within rounds.
 """
 
@@ -159,7 +159,7 @@ class Server:
         return ", ".join("/".join(map(str, schedule.slots)) for schedule in self.calibrator.schedules)
 
 
-def serve(phase: Mode, wanted: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+def serve(phase: Mode, parts: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """One phase's table. Collective."""
     shape = shape_of(phase, settings)
     bench = Bench(baseline("padded"), shape, "forward", {"rounds": 0, "skew": 0.0, **settings})
@@ -168,7 +168,7 @@ def serve(phase: Mode, wanted: Sequence[str], settings: dict[str, Any]) -> dict[
     servers = {
         name: Server(row, phase, shape, settings["method"])
         for name, row in rows().items()
-        if name == STOCK or not wanted or any(part in name for part in wanted)
+        if name == STOCK or not parts or any(part in name for part in parts)
     }
     for server in servers.values():
         server.warm_up()

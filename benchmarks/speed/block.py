@@ -5,7 +5,7 @@
     python -m benchmarks.speed.block --shape swin --tables crossing --modes train --output benchmarks/results
 
 Two nodes are made in this machine (root, Linux), one pinned rank on each, joined by a link whose rate is searched so
-that the all-to-all takes the wanted share of the baseline's MoE layer, in the mode that is measured. All variants run
+that the all-to-all takes `--share` of the baseline's MoE layer, in the mode that is measured. All variants run
 in every round in rotating order; a speed-up is the median of the ratios within rounds, with its 10th and 90th
 percentile. Baseline: top-2 with the dispatch that all others have, DeepSpeed's own layer where it has that dispatch.
 Schedules are those of the package's own calibration and planner, at the rate that was found.

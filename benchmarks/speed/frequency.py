@@ -1,9 +1,9 @@
 """What the planner predicts for an MoE in every block, every second, every fourth: speed-up over top-2.
 
-All blocks of a model are alike, so that the operator times of one pair, as a record of benchmarks.speed.block has them,
-give every frequency: a run of n blocks with one MoE is n attentions, n - 1 MLPs and the MoE. Left out on both sides:
-the residual sum behind the MoE. On the side of top-2 alone: the norm in front of its MoE, which ScMoE's shared expert
-has with it (below 1 % of a run, in favour of top-2).
+All blocks of a model are alike. So the operator times of one pair, from a record of benchmarks.speed.block, give every
+frequency: n blocks with one MoE are n attentions, n - 1 MLPs and the MoE. Both sides leave out the residual sum behind
+the MoE. Top-2 also leaves out the norm in front of its MoE, which ScMoE's shared expert contains. This favours top-2 by
+less than 1 %.
 """
 
 from __future__ import annotations
