@@ -65,6 +65,14 @@ def named(imported: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(module, each) for module, names in imported for each in names.split(", ")]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_lists_show_as_lists_on_the_site(name: str) -> None:
+    """Its Markdown wants a blank line before a list or table, and takes a wrapped line that begins with "2. " for one."""
+    text = re.sub(r"^```.*?^```$", "\n", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    before = r"^(?!- |\d+\. |\||#| ).+\n"
+    assert re.findall(before + r"(?:- |\d+\. |\|).*", text, re.MULTILINE) == []
+
+
 def test_pages_of_the_site_exist() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     pages = re.findall(r"[\w/]+\.md", navigation)
