@@ -135,8 +135,8 @@ def _new_parameters(model: nn.Module, old: set[int]) -> Iterator[tuple[nn.Parame
     for layer in [module for module in model.modules() if isinstance(module, HookedScMoE)]:
         experts = dict(layer.deepspeed_moe.experts.deepspeed_experts[0].named_parameters())
         gate, vector = layer.deepspeed_moe.gate.wg.weight, None
-        if layer.pair is not None and layer.pair.place.norm is not None:
-            vector = next(layer.pair.place.norm.parameters(), None)
+        if layer.pair is not None and layer.pair.tap.norm is not None:
+            vector = next(layer.pair.tap.norm.parameters(), None)
         for name, parameter in layer.named_parameters():
             if id(parameter) not in old:
                 expert = experts.get(name.removeprefix("mlp.")) if name.startswith("mlp.") else None

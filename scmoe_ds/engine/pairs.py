@@ -173,7 +173,7 @@ def describe_schedules(pairs: Sequence[ModelPair], config: ScMoEConfig, overlap:
     replaced = []
     for index, pair in enumerate(pairs):
         if isinstance(pair, HookedPair):
-            replaced.append(f"MoE layer {index}: {pair.name} reads the {pair.place.side} of {pair.place.module_name}")
+            replaced.append(f"MoE layer {index}: {pair.name} reads the {pair.tap.side} of {pair.tap.module_name}")
             continue
         names = [operator.label for operator in backbone(pair)]
         for chunk, slot in reversed(list(enumerate(pair.schedule.slots, start=1))):

@@ -98,12 +98,10 @@ class PairOutput(NamedTuple):
 
 
 class Backbone(Protocol):
-    """Operators, and where among them the shortcut is taken."""
-
-    tap: int
+    """Operators, and among them the tap."""
 
     def operators(self) -> Sequence[Operator]:
-        """All operators in order, as `numbered` makes them; the backbone begins at index `tap`."""
+        """All operators in order, as `numbered` makes them; the backbone are those behind the tap."""
 
 
 class Pair(Backbone, Protocol):
@@ -163,7 +161,8 @@ def run(
         ValueError: a slot beyond the backbone.
     """
     operators = pair.operators()
-    before_tap, after_tap = operators[: pair.tap], operators[pair.tap :]
+    before_tap = [operator for operator in operators if operator.before_tap]
+    after_tap = operators[len(before_tap) :]
     if schedule.slots[-1] > len(after_tap) + 1:
         raise ValueError(f"expert_slot {schedule.expert_slot}: the backbone has {len(after_tap)} operators")
     activations = Activations(hidden)
@@ -182,7 +181,7 @@ def run(
 
 def backbone(pair: Backbone) -> list[Operator]:
     """The operators between shortcut and join."""
-    return list(pair.operators()[pair.tap :])
+    return [operator for operator in pair.operators() if not operator.before_tap]
 
 
 def _step(operator: Operator, activations: Activations, recorder: PairRecorder) -> Activations:

@@ -67,11 +67,10 @@ class HookedPair:
         token_mask: knows which tokens are padding; None: there is no padding.
     """
 
-    tap = 0  # all of `operators` is backbone
     token_mask: TokenMask | None = None
 
     def __init__(self, name: str, layer: ScMoE, tap: Tap, norm: nn.Module | None, overlap: OverlapConfig) -> None:
-        self.name, self.layer, self.place, self.norm, self.overlap = name, layer, tap, norm, overlap
+        self.name, self.layer, self.tap, self.norm, self.overlap = name, layer, tap, norm, overlap
         self.schedule = first_schedule(overlap, [])
         self.forward_schedule: Schedule | None = None
         self.recorder: PairRecorder = SILENT
@@ -92,8 +91,8 @@ class HookedPair:
 
     def facts(self) -> dict[str, Any]:
         """What this pair's times depend on, beside its layer; JSON values."""
-        blocks = [type(block).__name__ for _, block in self.place.blocks]
-        origin = f"from the {self.place.side} of {type(self.place.module).__name__}"
+        blocks = [type(block).__name__ for _, block in self.tap.blocks]
+        origin = f"from the {self.tap.side} of {type(self.tap.module).__name__}"
         return {"operators": [*blocks, origin], "parameters": sum(self._sizes.values()) + _size(self.layer)}
 
     def detach(self) -> None:
@@ -107,11 +106,11 @@ class HookedPair:
         self._recomputation.forget()
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
-        return [each for _, block in self.place.blocks for each in operators_in(block, self.layer)]
+        return [each for _, block in self.tap.blocks for each in operators_in(block, self.layer)]
 
     def _attach(self) -> list[Any]:
-        module = self.place.module
-        if self.place.side == "input":
+        module = self.tap.module
+        if self.tap.side == "input":
             handles = [module.register_forward_pre_hook(self._before_tap, with_kwargs=True)]
         else:
             handles = [module.register_forward_hook(self._after_tap)]
@@ -130,7 +129,7 @@ class HookedPair:
     def _take(self, value: Tensor | None) -> None:
         if value is None:
             raise RuntimeError(
-                f"{self.place.module_name}: no floating-point tensor to tap for {self.name}; set scmoe.tap"
+                f"{self.tap.module_name}: no floating-point tensor to tap for {self.name}; set scmoe.tap"
             )
         recomputation, training, repeats = self._recomputation, torch.is_grad_enabled(), is_repeated()
         if recomputation.is_of_the_tap_alone():
@@ -166,7 +165,7 @@ class HookedPair:
             current = HookedPass(value, self.schedule, SILENT, repeats=True)
         if current.value.shape != hidden_states.shape:
             raise RuntimeError(
-                f"{self.name} reads {tuple(hidden_states.shape)}, but its tap {self.place.module_name} "
+                f"{self.name} reads {tuple(hidden_states.shape)}, but its tap {self.tap.module_name} "
                 f"{tuple(current.value.shape)}: a stage boundary lies between them. Choose another position for this "
                 "layer (scmoe.first_layer_position for the first one), or set scmoe.tap"
             )
@@ -186,7 +185,7 @@ class HookedPair:
         Raises:
             RuntimeError: other ranks, which may have been told nothing, would have to do the same.
         """
-        where = f"{self.name}: used_token is not known at the tap {self.place.module_name}"
+        where = f"{self.name}: used_token is not known at the tap {self.tap.module_name}"
         if self.layer.transport.size > 1:
             raise RuntimeError(
                 f"{where}. Hand the mask to the model as attention_mask [batch, sequence], or give "
@@ -220,7 +219,7 @@ class HookedPair:
                 "%s: an activation checkpoint begins between it and its tap %s; it runs without overlap. "
                 "Put both into one checkpoint",
                 self.name,
-                self.place.module_name,
+                self.tap.module_name,
             )
         sizes = [*(self._sizes[kind] for kind in current.kinds), _size(self.layer.mlp)]
         if isinstance(self.overlap.expert_slot, str):

@@ -246,5 +246,5 @@ def _shortcut(model: nn.Module, config: ScMoEConfig) -> None:
     replace_moe_layers(model, config)
     for layer in model.modules():
         if isinstance(layer, HookedScMoE) and layer.shortcut_norm is not None:
-            assert layer.pair is not None and layer.pair.place.norm is not None
-            layer.shortcut_norm.load_state_dict(layer.pair.place.norm.state_dict())
+            assert layer.pair is not None and layer.pair.tap.norm is not None
+            layer.shortcut_norm.load_state_dict(layer.pair.tap.norm.state_dict())

@@ -55,8 +55,6 @@ def test_a_list_of_slots_becomes_a_tuple() -> None:
 class _Pair:
     """Records what the executor calls, in order."""
 
-    tap = 1
-
     def __init__(self) -> None:
         self.events: list[str] = []
 
@@ -66,7 +64,7 @@ class _Pair:
             return activations
 
         names = ("first attention", "mlp", "attention", "shared")
-        return numbered([(name, lambda activations, name=name: step(name, activations)) for name in names], self.tap)
+        return numbered([(name, lambda activations, name=name: step(name, activations)) for name in names], tap=1)
 
     def begin(self, activations: Activations, used_token: object, schedule: Schedule, recorder: object) -> _Pair:
         self.events.append(f"begin {schedule.num_chunks}{'' if schedule.overlap else ' blocking'}")

@@ -65,7 +65,7 @@ def first_pair(model: nn.Module) -> Any:
 def run_and_watch(model: nn.Module, last: str) -> dict[str, Tensor]:
     """The tapped value, and what enters the tapped block, leaves it, and was added last in it."""
     pair, seen = first_pair(model), {}
-    block, take = pair.place.blocks[0][1], pair._take
+    block, take = pair.tap.blocks[0][1], pair._take
 
     def note(name: str) -> Any:
         return lambda _, args, output: seen.update({name: output[0] if isinstance(output, tuple) else output})
@@ -162,7 +162,7 @@ class Apart(nn.Module):
 
 def test_blocks_are_found_without_a_module_list() -> None:
     model = replace_moe_layers(Apart(), config(tap="{previous}.before_mlp:input"))
-    assert first_pair(model).place.module_name == "first.before_mlp"
+    assert first_pair(model).tap.module_name == "first.before_mlp"
     model = Apart()
     del model.first
     model.other = nn.Linear(8, 8)

@@ -154,7 +154,7 @@ def test_layers_and_sizes_are_those_asked_for() -> None:
     assert [layer.num_experts for layer in layers.values()] == [2, 4, 8]
     assert not any("expert" in name.split(".deepspeed_moe.")[0] for name, _ in model.named_parameters())
     for layer in layers.values():
-        assert layer.shortcut_norm is not layer.pair.place.norm and same(layer.shortcut_norm, layer.pair.place.norm)
+        assert layer.shortcut_norm is not layer.pair.tap.norm and same(layer.shortcut_norm, layer.pair.tap.norm)
         assert layer.merge == "cg1" and layer.coefficient.out_features == 1
 
 
