@@ -86,10 +86,10 @@ def test_a_command_line_of_a_page_is_accepted(line: str, monkeypatch: pytest.Mon
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
     launcher = launcher_arguments(words[words.index("deepspeed") + 1 :])
-    args, whole, config = PROGRAMS[launcher.user_script](launcher.user_args)
+    args, config = PROGRAMS[launcher.user_script](launcher.user_args)
     ranks = launcher.num_gpus if launcher.num_gpus > 0 else sum(fetch_hostfile(launcher.hostfile).values())
-    config.check_world(ranks)
-    batch_sizes(whole, ranks)
+    config.section.check_world(ranks)
+    batch_sizes(config.whole, ranks)
     if launcher.user_script == "scmoe_ds.programs.pretrain_swin":
         swin_settings(args)
 
@@ -150,6 +150,6 @@ def test_scripts(name: str) -> None:
     at = flags.index("--deepspeed_config") + 1
     assert flags[at] == "ds_configs/gpt2_moe_medium_16xA800.json"
     flags[at] = str(ROOT / flags[at])
-    args, whole, config = parse_arguments(flags)
-    config.check_world(16)
-    assert args.train_iters * whole["train_batch_size"] * args.seq_length == pytest.approx(1e9, rel=0.01)
+    args, config = parse_arguments(flags)
+    config.section.check_world(16)
+    assert args.train_iters * config.whole["train_batch_size"] * args.seq_length == pytest.approx(1e9, rel=0.01)

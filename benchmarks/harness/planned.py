@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from benchmarks.harness.parts import CPU, record_steps, sum_ms
 from benchmarks.harness.variants import Table, Variant
-from scmoe_ds.config.section import OverlapConfig
+from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import CHUNK_COUNTS

@@ -26,7 +26,7 @@ import torch
 
 from scmoe_ds.analysis.similarity import measure
 from scmoe_ds.analysis.subjects import gpt_subject
-from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.data.splits import split_ranges
 from scmoe_ds.engine import device
@@ -64,9 +64,9 @@ class Task:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def train_and_evaluate(task: Task, args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> None:
+def train_and_evaluate(task: Task, args: argparse.Namespace, config: LoadedConfig) -> None:
     """Writes the result; a training that a signal has stopped leaves a checkpoint and no result."""
-    summary = pretrain(args, whole, config)
+    summary = pretrain(args, config)
     if summary.iteration < args.train_iters:
         return
     rows = held_out_rows(args.data_path[0], args.split, args.seq_length, task.sequences)

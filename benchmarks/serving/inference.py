@@ -29,7 +29,8 @@ from benchmarks.harness.variants import AGAIN, SHAPES, LocalCopy, Shape, baselin
 from benchmarks.serving.figures import speedups
 from benchmarks.speed.block import Bench
 from scmoe_ds.comm.transport import METHODS, Transport
-from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
+from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.model import serving_config
 from scmoe_ds.models.gpt import GPT

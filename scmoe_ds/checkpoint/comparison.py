@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from scmoe_ds.checkpoint.description import BATCH, BINDING_SECTION_FIELDS, FREE_MODEL_FIELDS
-from scmoe_ds.config.section import in_present_words
+from scmoe_ds.config.names import in_present_words
 from scmoe_ds.errors import CheckpointError
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"

@@ -1,4 +1,4 @@
-"""Reads the DeepSpeed JSON."""
+"""Reads the DeepSpeed JSON, and finds values in it."""
 
 from __future__ import annotations
 
@@ -44,6 +44,29 @@ def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> d
     if paths := ", ".join(_repeated(whole, "")):
         raise ScMoEConfigError(f"Duplicate keys in the DeepSpeed JSON: {paths}; keep one of each")
     return whole
+
+
+def at(whole: Any, path: str) -> Any:
+    """The value under a path of keys; None where there is none."""
+    for key in path.split("."):
+        whole = whole.get(key) if isinstance(whole, Mapping) else None
+    return whole
+
+
+def section(whole: Any, path: str) -> Mapping[str, Any]:
+    """The object under a path of keys; empty where there is none, or something else in its place."""
+    value = at(whole, path)
+    return value if isinstance(value, Mapping) else {}
+
+
+def is_on(whole: Any, path: str) -> bool:
+    """Whether the value under a path of keys is true."""
+    return at(whole, path) is True
+
+
+def offloads(whole: Mapping[str, Any], what: str = "offload_optimizer") -> bool:
+    """Whether ZeRO keeps the optimizer's state, or "offload_param" the parameters, out of the device's memory."""
+    return at(whole, f"zero_optimization.{what}.device") not in (None, "none")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

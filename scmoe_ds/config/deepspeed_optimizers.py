@@ -19,7 +19,9 @@ from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-from scmoe_ds.config.deepspeed_keys import broken_rule, quiet, section
+from scmoe_ds.config.deepspeed_json import offloads, section
+from scmoe_ds.config.deepspeed_keys import quiet
+from scmoe_ds.config.deepspeed_values import broken_rule
 from scmoe_ds.config.messages import fail, nearest, unknown_key
 
 _OF_DEEPSPEED = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}
@@ -37,38 +39,35 @@ _OF_MUON = {
 }
 
 
-def check_optimizer(whole: Mapping[str, Any]) -> Iterator[str]:
+def check_optimizer(whole: Mapping[str, Any]) -> Iterator[object]:
     """What is wrong with the optimizer and the scheduler, a line each. Their sections are objects, or absent."""
     zero = section(whole, "zero_optimization")
-    offloads = section(zero, "offload_optimizer").get("device", "none") != "none"
     if isinstance(whole.get("optimizer"), Mapping):
-        yield from _check_optimizer(whole["optimizer"], whole, bool(zero.get("stage")), offloads)
+        yield from _check_optimizer(whole["optimizer"], whole, bool(zero.get("stage")), offloads(whole))
     if isinstance(whole.get("scheduler"), Mapping):
         wrapped = bool(zero.get("stage")) or any(section(whole, each).get("enabled") for each in ("bf16", "fp16"))
         yield from _check_scheduler(whole["scheduler"], wrapped)
 
 
-def _check_optimizer(own: Mapping[str, Any], whole: Mapping[str, Any], zero: bool, offloads: bool) -> Iterator[str]:
+def _check_optimizer(own: Mapping[str, Any], whole: Mapping[str, Any], zero: bool, on_cpu: bool) -> Iterator[object]:
     name, params = own.get("type"), section(own, "params")
     if not isinstance(name, str):
         yield 'optimizer.type is missing: name an optimizer, such as "AdamW"'
         return
-    kind = _optimizer_class(name, params, offloads)
+    kind = _optimizer_class(name, params, on_cpu)
     if kind is None:
         others = [each for each in _classes(torch.optim, torch.optim.Optimizer) if each.lower() == name.lower()]
         near = nearest(name, ["Adam", "AdamW", "Lion", "Lamb", "Muon", *others])
-        yield str(fail("optimizer.type", name, f'no optimizer of DeepSpeed or torch; use "{near or "AdamW"}"'))
+        yield fail("optimizer.type", name, f'no optimizer of DeepSpeed or torch; use "{near or "AdamW"}"')
         return
     if isinstance(kind, str):
-        yield str(fail("optimizer.type", name, kind))
+        yield fail("optimizer.type", name, kind)
         return
     if "max_grad_norm" in params:
-        yield str(
-            fail(
-                "optimizer.params.max_grad_norm",
-                params["max_grad_norm"],
-                'DeepSpeed clips by the top-level key; write "gradient_clipping" instead',
-            )
+        yield fail(
+            "optimizer.params.max_grad_norm",
+            params["max_grad_norm"],
+            'DeepSpeed clips by the top-level key; write "gradient_clipping" instead',
         )
         params = {key: value for key, value in params.items() if key != "max_grad_norm"}
     extra = _OF_DEEPSPEED if name.lower() in ("adam", "adamw") else {}
@@ -81,34 +80,30 @@ def _check_optimizer(own: Mapping[str, Any], whole: Mapping[str, Any], zero: boo
         kept = {key: value for key, value in params.items() if key in _defaults(tried, 1) and key != "capturable"}
         yield from _try("optimizer.params", kept, lambda params: tried(_groups(), **params).step())
     if zero and kind is torch.optim.Adagrad:
-        yield str(
-            fail(
-                "optimizer.type",
-                name,
-                'DeepSpeed puts all parameter groups into one, and then misses the experts; use "AdamW"',
-            )
+        yield fail(
+            "optimizer.type",
+            name,
+            'DeepSpeed puts all parameter groups into one, and then misses the experts; use "AdamW"',
         )
     elif zero and kind not in ZERO_SUPPORTED_OPTIMIZERS and not whole.get("zero_allow_untested_optimizer"):
-        yield str(
-            fail(
-                "optimizer.type",
-                name,
-                'DeepSpeed has not tested it under ZeRO; set "zero_allow_untested_optimizer": true, or use "AdamW"',
-            )
+        yield fail(
+            "optimizer.type",
+            name,
+            'DeepSpeed has not tested it under ZeRO; set "zero_allow_untested_optimizer": true, or use "AdamW"',
         )
 
 
-def _optimizer_class(name: str, params: Mapping[str, Any], offloads: bool) -> Any:
+def _optimizer_class(name: str, params: Mapping[str, Any], on_cpu: bool) -> Any:
     """The class that DeepSpeed builds; a sentence where it cannot be built; None where there is none of this name."""
     known = name.lower()
     if known in ("adam", "adamw"):
         if params.get("torch_adam"):
             return torch.optim.AdamW if known == "adamw" or params.get("adam_w_mode", True) else torch.optim.Adam
-        return DeepSpeedCPUAdam if offloads else FusedAdam
+        return DeepSpeedCPUAdam if on_cpu else FusedAdam
     if known == "adagrad":
-        return DeepSpeedCPUAdagrad if offloads else torch.optim.Adagrad
+        return DeepSpeedCPUAdagrad if on_cpu else torch.optim.Adagrad
     if known == "lion":
-        return DeepSpeedCPULion if offloads else FusedLion
+        return DeepSpeedCPULion if on_cpu else FusedLion
     if known == "lamb":
         return FusedLamb
     if known == "muon":
@@ -122,7 +117,7 @@ def _optimizer_class(name: str, params: Mapping[str, Any], offloads: bool) -> An
     return _classes(torch.optim, torch.optim.Optimizer).get(name)
 
 
-def _check_scheduler(own: Mapping[str, Any], wrapped: bool) -> Iterator[str]:
+def _check_scheduler(own: Mapping[str, Any], wrapped: bool) -> Iterator[object]:
     name, params = own.get("type"), section(own, "params")
     if not isinstance(name, str):
         yield 'scheduler.type is missing: name a schedule, such as "WarmupCosineLR"'
@@ -131,16 +126,14 @@ def _check_scheduler(own: Mapping[str, Any], wrapped: bool) -> Iterator[str]:
     classes |= {each: getattr(lr_schedules, each) for each in lr_schedules.VALID_LR_SCHEDULES}
     if name not in classes:
         near = nearest(name, classes)
-        yield str(fail("scheduler.type", name, f'no schedule of DeepSpeed or torch; use "{near or "WarmupCosineLR"}"'))
+        yield fail("scheduler.type", name, f'no schedule of DeepSpeed or torch; use "{near or "WarmupCosineLR"}"')
         return
     if wrapped and name not in lr_schedules.VALID_LR_SCHEDULES:
-        yield str(
-            fail(
-                "scheduler.type",
-                name,
-                "torch's schedules refuse the optimizer that DeepSpeed wraps for ZeRO, "
-                f"bf16 or fp16; use one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
-            )
+        yield fail(
+            "scheduler.type",
+            name,
+            "torch's schedules refuse the optimizer that DeepSpeed wraps for ZeRO, "
+            f"bf16 or fp16; use one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
         )
         return
     if "params" not in own:
@@ -165,13 +158,13 @@ def _check_scheduler(own: Mapping[str, Any], wrapped: bool) -> Iterator[str]:
     for key, value in numbers.items():
         lowest = 1 if key == "total_num_steps" else 0 if key.endswith(("_lr", "_ratio")) else None
         if lowest is not None and isinstance(value, (int, float)) and value < lowest:
-            yield str(fail(f"scheduler.params.{key}", value, f"must be at least {lowest}"))
+            yield fail(f"scheduler.params.{key}", value, f"must be at least {lowest}")
     warmup = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
     if params.get("warmup_type", warmup[0]) not in warmup:
-        yield str(fail("scheduler.params.warmup_type", params["warmup_type"], f"must be one of {', '.join(warmup)}"))
+        yield fail("scheduler.params.warmup_type", params["warmup_type"], f"must be one of {', '.join(warmup)}")
 
 
-def _check_params(path: str, params: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[str]:
+def _check_params(path: str, params: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[object]:
     """Names, and types: each value must have the type of its default."""
     for key, value in params.items():
         default = valid.get(key)
@@ -180,12 +173,12 @@ def _check_params(path: str, params: Mapping[str, Any], valid: Mapping[str, Any]
             yield unknown_key(where, key, list(valid))
         elif isinstance(default, tuple):
             if not isinstance(value, list) or len(value) != len(default) or any(broken_rule(x, float) for x in value):
-                yield str(fail(where, value, f"must be a list of {len(default)} numbers, such as {list(default)}"))
+                yield fail(where, value, f"must be a list of {len(default)} numbers, such as {list(default)}")
         elif isinstance(value, list) and isinstance(default, float):
-            yield from (str(fail(where, value, rule)) for x in value if (rule := broken_rule(x, float)))
+            yield from (fail(where, value, rule) for x in value if (rule := broken_rule(x, float)))
         else:
             if rule := broken_rule(value, _holds(default, value)):
-                yield str(fail(where, value, rule))
+                yield fail(where, value, rule)
 
 
 def _holds(default: Any, value: Any) -> Any:
@@ -196,15 +189,15 @@ def _holds(default: Any, value: Any) -> Any:
     return Any
 
 
-def _try(path: str, params: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object]) -> Iterator[str]:
+def _try(path: str, params: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object]) -> Iterator[object]:
     """Builds it; a parameter without which that works is the one to name."""
     if (message := _error_of(build, params)) is None:
         return
     for key, value in params.items():
         if _error_of(build, {other: each for other, each in params.items() if other != key}) is None:
-            yield str(fail(f"{path}.{key}", value, f"{message}; change it"))
+            yield fail(f"{path}.{key}", value, f"{message}; change it")
             return
-    yield str(fail(path, params, f"{message}; change it"))
+    yield fail(path, params, f"{message}; change it")
 
 
 def _error_of(build: Callable[[Mapping[str, Any]], object], params: Mapping[str, Any]) -> str | None:

@@ -45,6 +45,8 @@ def explain(error: ValidationError, section: Mapping[str, Any], valid: Mapping[s
     """
     lines: dict[str, str] = {}
     for found in error.errors():
+        if found["type"] == "default_factory_not_called":  # a default that follows from a field with an error
+            continue
         # pydantic appends the member of a union that it tried; only the names that the user wrote are of interest.
         keys = [str(key) for key in found["loc"] if _is_key(section, found["loc"], key)]
         path = ".".join(["scmoe", *keys])

@@ -1,95 +1,35 @@
-"""The "scmoe" section of a DeepSpeed JSON: fields, defaults, rules and the errors that explain them.
+"""The "scmoe" section of a DeepSpeed JSON: its fields, their defaults and their rules.
 
-DeepSpeed ignores top-level keys that it does not know, so the section travels in the same file as the
-optimizer, precision and ZeRO settings. Everything that a single look at the file (and, later, at the model and
-the world size) can rule out is ruled out here, before a process group exists.
+DeepSpeed ignores top-level keys that it does not know, so the section is in the same file as optimizer, precision and
+ZeRO. What the file alone shows to be wrong is found before a process group exists.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any, Literal, Union
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, get_args
 
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, WithJsonSchema, model_validator
 
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
-from scmoe_ds.config.deepspeed_keys import unquoted
 from scmoe_ds.config.deepspeed_settings import check_settings
-from scmoe_ds.config.limits import MOST_CHUNKS
 from scmoe_ds.config.messages import explain, fail, nearest
+from scmoe_ds.config.names import Architecture, Dispatch, GateSoftmax, Merge, Position, in_present_words
+from scmoe_ds.config.overlap_section import OverlapConfig, Section
 from scmoe_ds.errors import ScMoEConfigError
 
-Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
-Position = Literal["pos1", "pos2", "pos3"]
-Merge = Literal["add", "cg1", "cg2"]
-Dispatch = Literal["exact", "padded"]
-GateSoftmax = Literal["deepspeed", "all", "chosen", "kept"]
-FORMER_GATE_SOFTMAX: dict[str, GateSoftmax] = {"before_topk": "deepspeed", "after_topk": "kept"}
-"""Names of before, for what they did."""
-Auto = Literal["auto"]
+_Rule = tuple[str, bool, str]
+"""A field, whether its value breaks the rule, and the rule with the remedy."""
 
 
-class _Section(DeepSpeedConfigModel):
-    """DeepSpeed's config model without its "auto" filter: here "auto" is a value, valid only where declared."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    def __init__(self, **data: Any) -> None:
-        super().__init__(strict=True, **data)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_quiet_conversions(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would read "8" and true as the integers 8 and 1; in a hand-written file they are slips.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("is true or false where a number or a name is wanted")
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError("is too large")
-        if isinstance(value, str) and unquoted(value) is not None:
-            raise ValueError("is a string; write the number without quotes")
-        return value
+_AUTO = {"const": "auto", "type": "string"}
+_TopK = Annotated[int, WithJsonSchema({"anyOf": [{"type": "integer"}, _AUTO]})]
+_Merge = Annotated[Merge, WithJsonSchema({"anyOf": [{"enum": list(get_args(Merge)), "type": "string"}, _AUTO]})]
+"""The file may have "auto", which is the same as no field."""
 
 
-class OverlapConfig(_Section):
-    """`scmoe.overlap`: when the routed experts are computed."""
-
-    enabled: bool = Field(True, strict=True, description="false: the same operators with blocking communication.")
-    expert_slot: Union[int, list[int], Auto] = Field(
-        "auto",
-        description="Before which backbone operator the experts run: 1 … number of operators + 1 (after the last); "
-        "a list gives each chunk its own, in ascending order.",
-    )
-    num_chunks: Union[int, Auto] = Field(
-        "auto", description="Pieces that the routed tokens are cut into, so that experts also hide communication."
-    )
-    calibration_steps: int = Field(
-        5, ge=0, strict=True, description='Micro-batches that are timed for "auto"; 0: the slot halves the FLOPs.'
-    )
-    calibration_file: Union[str, None] = Field(
-        None, description="JSON of measured times: read if it exists, otherwise written after the calibration."
-    )
-
-    @field_validator("expert_slot", "num_chunks")
-    @classmethod
-    def _positive_or_auto(cls, value: int | str | list[int]) -> int | str | list[int]:
-        numbers = value if isinstance(value, list) else [value]
-        if not numbers or any(isinstance(number, int) and number < 1 for number in numbers):
-            raise ValueError('must be at least 1, or "auto"')
-        if isinstance(value, list) and value != sorted(value):
-            raise ValueError("the chunks run in order: their slots must ascend")
-        return value
-
-    @field_validator("num_chunks")
-    @classmethod
-    def _few(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value > MOST_CHUNKS:
-            raise ValueError(f"more than {MOST_CHUNKS} chunks never paid; use fewer")
-        return value
-
-
-class ScMoEConfig(_Section):
+class ScMoEConfig(Section):
     """The validated `"scmoe"` section. Frozen; one instance describes all MoE layers of a model.
 
     Raises:
@@ -111,12 +51,14 @@ class ScMoEConfig(_Section):
         1, ge=1, strict=True, description="Consecutive pairs of blocks that share one MoE; dgmoe only (DGMoE-Share: 2)."
     )
     num_experts: Union[int, list[int]] = Field(8, description="Routed experts, or one number per MoE layer (pyramid).")
-    top_k: Union[int, Auto] = Field(
-        "auto",
+    top_k: _TopK = Field(
+        default_factory=lambda given: 2 if given.get("architecture") in ("topk", "pipelined_topk") else 1,
+        json_schema_extra={"default": "auto"},
         description="Routed experts per token. auto: 2 for top-k architectures, else 1: as much computation in all.",
     )
-    merge: Merge | Auto = Field(
-        "auto",
+    merge: _Merge = Field(
+        default_factory=lambda given: "cg2" if given.get("architecture") == "overlapped_shared_expert" else "cg1",
+        json_schema_extra={"default": "auto"},
         description="How shared and routed outputs are added (paper eq. 6-7, 14-17); "
         "auto: cg1, for overlapped_shared_expert DeepSpeed's cg2.",
     )
@@ -209,99 +151,77 @@ class ScMoEConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _former_names(cls, section: Any) -> Any:
-        return in_present_words(section) if isinstance(section, Mapping) else section
+    def _without_auto(cls, section: Any) -> Any:
+        """Former names become today's; an "auto" is a field that is left out."""
+        if not isinstance(section, Mapping):
+            return section
+        given = in_present_words(section)
+        return {key: value for key, value in given.items() if key not in ("top_k", "merge") or value != "auto"}
 
     @model_validator(mode="after")
     def _rules(self) -> ScMoEConfig:
-        if self.top_k == "auto":
-            # Frozen models are set through __dict__; the field is an int for everyone who reads it afterwards.
-            self.__dict__["top_k"] = 2 if self.architecture in ("topk", "pipelined_topk") else 1
-        if self.merge == "auto":
-            self.__pydantic_fields_set__.discard("merge")  # a replaced Residual MoE then keeps its own
-            self.__dict__["merge"] = "cg2" if self.architecture == "overlapped_shared_expert" else "cg1"
-        for path, rule, broken in self._broken_rules():
-            if broken:
-                value: Any = self
-                for key in path.split("."):
-                    value = getattr(value, key)
-                raise fail(f"scmoe.{path}", value, rule)
+        self._require([*self._rules_of_layers(), *self._rules_of_slots()])
         return self
 
-    def _broken_rules(self) -> list[tuple[str, str, bool]]:
-        """(field, rule with remedy, is it broken) for every rule that spans fields."""
+    def _require(self, rules: Iterable[_Rule]) -> None:
+        for path, broken, rule in rules:
+            if broken:
+                value = self.overlap.expert_slot if path == "overlap.expert_slot" else getattr(self, path)
+                raise fail(f"scmoe.{path}", value, rule)
+
+    def _rules_of_layers(self) -> Iterator[_Rule]:
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
-        k, ep, slot, chunks = self.top_k, self.expert_parallel_size, self.overlap.expert_slot, self.overlap.num_chunks
-        assert isinstance(k, int)
+        k, ep, pairs, fewest = self.top_k, self.expert_parallel_size, self.pairs_per_moe, min(counts, default=2)
+        shared = any(n != counts[i - i % pairs] for i, n in enumerate(counts))
+        farthest = max(self.moe_every - 1, 1)
+        dgmoe = self.architecture == "dgmoe"
+        yield "num_experts", not counts, "needs at least one number, one per MoE layer"
+        yield "num_experts", fewest < 1, "each number must be at least 1"
+        yield "num_experts", any(n % ep for n in counts), f"must be divisible by scmoe.expert_parallel_size = {ep}"
+        yield "top_k", k < 1, "must be at least 1"
+        yield "top_k", k > fewest, f"cannot exceed the number of experts ({fewest})"
+        yield "top_k", dgmoe and k != 1, "dgmoe routes one expert from each of two layers; set 1"
+        yield "num_experts", dgmoe and fewest < 2, "dgmoe's two choices are distinct experts; it needs at least 2"
+        yield "pairs_per_moe", pairs > 1 and not dgmoe, "only dgmoe has no part that each pair owns; set 1"
+        yield "num_experts", shared, f"pairs that share a MoE (pairs_per_moe = {pairs}) have one number of experts"
+        rsample = self.noisy_gate_policy == "RSample"
+        yield "noisy_gate_policy", rsample and k > 1, "DeepSpeed applies RSample with top_k 1 only; use Jitter or null"
+        yield (
+            "shortcut_distance",
+            self.shortcut_distance > farthest,
+            f"the shortcut starts within the run of moe_every = {self.moe_every} blocks; use at most {farthest}",
+        )
         positions = {"position": self.position, "first_layer_position": self.first_layer_position or "pos1"}
-        taps = self.has_shortcut
-        rules = [
-            ("num_experts", "needs at least one number, one per MoE layer", not counts),
-            ("num_experts", "each number must be at least 1", any(n < 1 for n in counts)),
-            ("num_experts", f"must be divisible by scmoe.expert_parallel_size = {ep}", any(n % ep for n in counts)),
-            ("top_k", "must be at least 1", k < 1),
-            ("top_k", f"cannot exceed the number of experts ({min(counts, default=0)})", k > min(counts, default=k)),
-            (
-                "top_k",
-                "dgmoe routes one expert from each of two layers; set 1",
-                self.architecture == "dgmoe" and k != 1,
-            ),
-            (
-                "num_experts",
-                "dgmoe's two choices are distinct experts; it needs at least 2",
-                self.architecture == "dgmoe" and min(counts, default=2) < 2,
-            ),
-            (
-                "pairs_per_moe",
-                "only dgmoe has no part of a MoE that belongs to one pair; set 1",
-                self.pairs_per_moe > 1 and self.architecture != "dgmoe",
-            ),
-            (
-                "num_experts",
-                f"pairs that share a MoE (pairs_per_moe = {self.pairs_per_moe}) have one number of experts",
-                isinstance(self.num_experts, list)
-                and any(n != counts[i - i % self.pairs_per_moe] for i, n in enumerate(counts)),
-            ),
-            (
-                "noisy_gate_policy",
-                "DeepSpeed applies RSample with top_k 1 only; use Jitter or null",
-                self.noisy_gate_policy == "RSample" and k > 1,
-            ),
-            (
-                "shortcut_distance",
-                f"the shortcut starts within the run of moe_every = {self.moe_every} blocks; "
-                f"use at most {max(self.moe_every - 1, 1)}",
-                self.shortcut_distance > max(self.moe_every - 1, 1),
-            ),
-        ]
-        rules += [
-            (
+        for field, position in positions.items():
+            yield (
                 field,
+                self.has_shortcut and self.moe_every == 1 and position != "pos1",
                 "with an MoE in every block (moe_every = 1) the preceding block has no plain MLP to overlap; "
                 "use pos1, which already gives the longest window",
-                taps and self.moe_every == 1 and position != "pos1",
             )
-            for field, position in positions.items()
-        ]
-        if self.is_scheduled and slot != "auto":
-            last = min(self.num_operators(p) for p in {self.position, self.first_layer_position or self.position}) + 1
-            highest = slot[-1] if isinstance(slot, list) else slot
-            # A replaced layer's backbone is the model's own: its first forward pass shows the operators.
-            rules.append(
-                (
-                    "overlap.expert_slot",
-                    f"the backbone has {last - 1} operators here; use 1 … {last}",
-                    not self.replace and isinstance(highest, int) and highest > last,
-                )
-            )
-            rules.append(
-                (
-                    "overlap.expert_slot",
-                    f"gives each chunk its slot, but num_chunks = {chunks}; remove one",
-                    isinstance(slot, list) and chunks not in ("auto", len(slot)),
-                )
-            )
-        return rules
+
+    def _rules_of_slots(self) -> Iterator[_Rule]:
+        slot, chunks = self.overlap.expert_slot, self.overlap.num_chunks
+        if not self.is_scheduled or slot == "auto":
+            return
+        last = min(self.num_operators(each) for each in (self.position, self.first_layer_position)) + 1
+        highest = slot[-1] if isinstance(slot, list) else slot
+        # A replaced layer's backbone is the model's own: its first forward pass shows the operators.
+        yield (
+            "overlap.expert_slot",
+            not self.replace and highest > last,
+            f"the backbone has {last - 1} operators here; use 1 … {last}",
+        )
+        yield (
+            "overlap.expert_slot",
+            isinstance(slot, list) and chunks not in ("auto", len(slot)),
+            f"gives each chunk its slot, but num_chunks = {chunks}; remove one",
+        )
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """The fields that the section has, with their values. A layer that exists keeps its own for the others."""
+        return {field: getattr(self, field) for field in self.model_fields_set}
 
     @property
     def has_shortcut(self) -> bool:
@@ -332,26 +252,30 @@ class ScMoEConfig(_Section):
         layers = self.moe_layers(num_layers)
         return list(self.num_experts) if isinstance(self.num_experts, list) else [self.num_experts] * layers
 
+    def experts_of(self, moe_layer: int) -> int:
+        """Number of routed experts of an MoE layer, from 0."""
+        counts = self.num_experts
+        return counts[min(moe_layer, len(counts) - 1)] if isinstance(counts, list) else counts
+
     def check_model(self, num_layers: int) -> None:
         """Rules that need the model's depth.
 
         Raises:
             ScMoEConfigError: a depth that moe_every does not divide, or a pyramid of another length.
         """
-        if num_layers % self.moe_every:
-            raise fail("scmoe.moe_every", self.moe_every, f"must divide --num-layers {num_layers}")
-        if self.moe_layers(num_layers) % self.pairs_per_moe:
-            raise fail(
-                "scmoe.pairs_per_moe",
-                self.pairs_per_moe,
-                f"must divide the {self.moe_layers(num_layers)} pairs of --num-layers {num_layers}",
-            )
-        if isinstance(self.num_experts, list) and len(self.num_experts) != self.moe_layers(num_layers):
-            raise fail(
-                "scmoe.num_experts",
-                self.num_experts,
-                f"needs {self.moe_layers(num_layers)} numbers, one per MoE layer of {num_layers} layers",
-            )
+        layers, counts = self.moe_layers(num_layers), self.num_experts
+        other_length = isinstance(counts, list) and len(counts) != layers
+        self._require(
+            [
+                ("moe_every", num_layers % self.moe_every > 0, f"must divide --num-layers {num_layers}"),
+                (
+                    "pairs_per_moe",
+                    layers % self.pairs_per_moe > 0,
+                    f"must divide the {layers} pairs of --num-layers {num_layers}",
+                ),
+                ("num_experts", other_length, f"needs {layers} numbers, one per MoE layer of {num_layers} layers"),
+            ]
+        )
 
     def check_world(self, world_size: int, tensor_parallel_size: int = 1) -> None:
         """Rules that need the number of ranks.
@@ -359,35 +283,16 @@ class ScMoEConfig(_Section):
         Raises:
             ScMoEConfigError: an expert-parallel size that does not fit the world size or the tensor-parallel one.
         """
-        ep, tp = self.expert_parallel_size, tensor_parallel_size
+        ep, tp, divided = self.expert_parallel_size, tensor_parallel_size, self.expert_tensor_parallelism
+        remedy = "change it or the number of processes"
         if world_size % tp:
             raise ScMoEConfigError(
-                f"--tensor-model-parallel-size {tp}: must divide the world size {world_size}; "
-                "change it or the number of processes"
+                f"--tensor-model-parallel-size {tp}: must divide the world size {world_size}; {remedy}"
             )
-        if world_size % ep:
-            raise fail(
-                "scmoe.expert_parallel_size",
-                ep,
-                f"must divide the world size {world_size}; change it or the number of processes",
-            )
-        if self.expert_tensor_parallelism and world_size // tp % ep:
-            raise fail(
-                "scmoe.expert_parallel_size",
-                ep,
-                f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; "
-                "change it, or set expert_tensor_parallelism to false",
-            )
-        if not self.expert_tensor_parallelism and ep % tp and tp % ep:
-            raise fail(
-                "scmoe.expert_parallel_size", ep, f"it or --tensor-model-parallel-size {tp} must divide the other"
-            )
-
-
-def in_present_words(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section in which former names mean what they did: JSON files and checkpoints of before keep their numbers."""
-    former = section.get("gate_softmax")
-    if not isinstance(former, str) or former not in FORMER_GATE_SOFTMAX:
-        return dict(section)
-    ignored = section.get("architecture") in ("topk", "shared_expert")  # DeepSpeed's own layers did not read it
-    return {**section, "gate_softmax": "deepspeed" if ignored else FORMER_GATE_SOFTMAX[former]}
+        rules = {
+            f"must divide the world size {world_size}; {remedy}": world_size % ep > 0,
+            f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; change it, or "
+            "set expert_tensor_parallelism to false": divided and world_size // tp % ep > 0,
+            f"it or --tensor-model-parallel-size {tp} must divide the other": not divided and ep % tp > 0 < tp % ep,
+        }
+        self._require([("expert_parallel_size", broken, rule) for rule, broken in rules.items()])

@@ -26,6 +26,13 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed, "name": "decay"}, {"params": plain, "weight_decay": 0.0, "name": "no_decay"}]
 
 
+def in_groups(model: nn.Module, optimizer: Any, model_parameters: Any, scheduler: Any) -> tuple[Any, Any]:
+    """The optimizer and the parameters for DeepSpeed; without parameters of the user's, those of `parameter_groups`."""
+    if optimizer is not None:
+        return with_expert_groups(optimizer, scheduler), model_parameters or parameter_groups(model)
+    return None, parameter_groups(model) if model_parameters is None else model_parameters
+
+
 def with_expert_groups(optimizer: Any, scheduler: Any = None) -> Any:
     """An optimizer, or a function from parameter groups to one, whose groups hold experts or dense parameters only.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,9 @@ from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
+from scmoe_ds.config.loading import LoadedConfig, Source, section_of
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.client_optimizer import add_new_parameters, listed, parameter_groups, with_expert_groups
+from scmoe_ds.engine.client_optimizer import add_new_parameters, in_groups, listed
 from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import ScMoEConfigError
@@ -50,83 +50,91 @@ def initialize(
     mpu: Any = None,
     dist_init_required: bool | None = None,
     collate_fn: Any = None,
-    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    config: Source | None = None,
     mesh_param: Any = None,
-    config_params: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    config_params: Source | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """As `deepspeed.initialize`, with the same arguments, for models with ScMoE layers.
 
     Args:
         args: may name the JSON as `args.deepspeed_config`.
         model: has its parameters; expert-parallel layers were built after `deepspeed.init_distributed()`.
-        optimizer, model_parameters: as for DeepSpeed. By default all parameters that require a gradient, in
-            Megatron's two groups: biases and norms have no weight decay. Experts get groups of their own. What
-            `"replace": true` adds to the model joins the groups of its like.
+        optimizer, model_parameters: as for DeepSpeed. By default all parameters that require a gradient, in Megatron's
+            two groups: biases and norms have no weight decay. Experts get groups of their own. What `"replace": true`
+            adds to the model joins the groups of its like.
         mpu: as for DeepSpeed; default: the groups of scmoe_ds.parallel.tensor, if it was started.
-        config, config_params: the DeepSpeed JSON (path or dict) with its "scmoe" section; one of the two names.
-        training_data, lr_scheduler, …: handed to `deepspeed.initialize`.
+        config, config_params: the DeepSpeed JSON: a path, a dict, or what `scmoe_ds.config.loading.load` has validated.
 
     Returns:
         engine, optimizer, data loader, learning-rate scheduler. `engine.overlap` (a Calibrator) times the first
         micro-batches and sets the schedules; hand its `state()` and `resume()` to your checkpoints.
 
     Raises:
-        ScMoEConfigError: a setting that its user can mend, or a section that nothing in the model answers to.
+        ScMoEConfigError: a setting that its user can correct, or a section that applies to nothing in the model.
         RankDisagreementError: the ranks hold different JSON files.
     """
-    if not isinstance(model, nn.Module):
-        raise ScMoEConfigError(
-            "scmoe_ds.initialize takes the arguments of deepspeed.initialize, in its order: hand "
-            "over model=… and config=… by name"
-        )
-    whole = load_deepspeed_json(_json_of(args, config, config_params))
-    connect()
-    require_agreement("the DeepSpeed JSON", fingerprint(whole))
-    section = ScMoEConfig.from_deepspeed(whole)
+    model = _module(model)
+    whole, section = _agreed(_json_of(args, config, config_params))
     check_filled_in(whole)
     check_accelerator(whole)
     check_model_and_optimizer(whole, model, optimizer)
-    if mpu is None and tensor.tensor_parallel_size() > 1:
-        mpu = tensor.ModelParallelUnit()
-    if mpu is not None:
-        groups.mpu = mpu  # DeepSpeed's engine does so too; layers that are replaced have to know it before
+    mpu = _model_parallel_unit(mpu)
     model_parameters = listed(model_parameters)
     if section.replace and not is_replaced(model):
         _replace(model, section, getattr(optimizer, "param_groups", None), model_parameters)
     applied, section = applied_to(model, section)
-    tp_size = bwc_tensor_model_parallel_world_size(mpu)
-    section.check_world(dist.get_world_size(), tp_size)
-    check_norm(whole, section.expert_parallel_size, section.expert_tensor_parallelism and tp_size > 1)
-    micro_batch_size, _ = batch_sizes(whole, dist.get_world_size() // tp_size)
-    if optimizer is None and model_parameters is None:
-        model_parameters = parameter_groups(model)
-    if optimizer is not None:
-        optimizer = with_expert_groups(optimizer, lr_scheduler)
-        model_parameters = model_parameters or parameter_groups(model)
-    if tp_size > 1 and not section.expert_tensor_parallelism:
+    layout = _checked_layout(whole, section, mpu)
+    micro_batch_size, _ = batch_sizes(whole, layout.ranks // layout.tensor_size)
+    optimizer, model_parameters = in_groups(model, optimizer, model_parameters, lr_scheduler)
+    if layout.tensor_size > 1 and not layout.divided_experts:
         prepare_whole_experts(model, section)
-    if dist.get_rank() == 0:
-        warn(whole)
-        whole = without_full_disks(whole)
-    result = deepspeed.initialize(
-        args=_without_json(args),
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        distributed_port=distributed_port,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=whole,
-        mesh_param=mesh_param,
-    )
+    handed_on = (training_data, lr_scheduler, distributed_port, mpu, dist_init_required, collate_fn)
+    sources = (_on_this_rank(whole), mesh_param)
+    result = deepspeed.initialize(_without_json(args), model, optimizer, model_parameters, *handed_on, *sources)
     result[0].module.register_forward_hook(check_output)
     steady_monitors(result[0].monitor)
-    layout = Layout(dist.get_world_size(), tp_size, section.expert_parallel_size, section.expert_tensor_parallelism)
     result[0].overlap = overlap_of(model, section, layout, micro_batch_size, applied)
     return result
+
+
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ScMoEConfigError(
+            "scmoe_ds.initialize takes the arguments of deepspeed.initialize, in its order: hand over model=… and "
+            "config=… by name"
+        )
+    return model
+
+
+def _agreed(source: Source) -> tuple[Mapping[str, Any], ScMoEConfig]:
+    """The valid JSON and its section. Ranks compare their files before one of them may find its own wrong."""
+    whole = source.whole if isinstance(source, LoadedConfig) else load_deepspeed_json(source)
+    connect()
+    require_agreement("the DeepSpeed JSON", fingerprint(whole))
+    return whole, section_of(source if isinstance(source, LoadedConfig) else whole)
+
+
+def _model_parallel_unit(mpu: Any) -> Any:
+    if mpu is None and tensor.tensor_parallel_size() > 1:
+        mpu = tensor.ModelParallelUnit()
+    if mpu is not None:
+        groups.mpu = mpu  # DeepSpeed's engine does so too; layers that are replaced have to know it before
+    return mpu
+
+
+def _checked_layout(whole: Mapping[str, Any], section: ScMoEConfig, mpu: Any) -> Layout:
+    ranks, tp_size = dist.get_world_size(), bwc_tensor_model_parallel_world_size(mpu)
+    section.check_world(ranks, tp_size)
+    check_norm(whole, section.expert_parallel_size, section.expert_tensor_parallelism and tp_size > 1)
+    return Layout(ranks, tp_size, section.expert_parallel_size, section.expert_tensor_parallelism)
+
+
+def _on_this_rank(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON for DeepSpeed. Rank 0 alone warns, and writes to monitors."""
+    if dist.get_rank() > 0:
+        return dict(whole)
+    warn(whole)
+    return without_full_disks(whole)
 
 
 def _replace(model: nn.Module, section: ScMoEConfig, *handed_over: Any) -> None:

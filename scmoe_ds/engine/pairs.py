@@ -98,19 +98,15 @@ def _plain_layers(model: nn.Module, config: ScMoEConfig, found: list[tuple[str, 
 
 
 def _check_sizes(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
-    counts = config.num_experts
     for index, (name, layer) in enumerate(layers):
-        wanted: dict[str, tuple[Any, Any]] = {
-            "num_experts": (
-                counts[min(index, len(counts) - 1)] if isinstance(counts, list) else counts,
-                layer.num_experts,
-            ),
+        sizes: dict[str, tuple[Any, Any]] = {
+            "num_experts": (config.experts_of(index), layer.num_experts),
             "top_k": (config.top_k, layer.deepspeed_moe.gate.k),
             "expert_parallel_size": (config.expert_parallel_size, layer.ep_size),
             "merge": (config.merge, getattr(layer, "merge", config.merge)),
         }
-        for field, (asked, has) in wanted.items():
-            if field in config.model_fields_set and asked != has:
+        for field, (asked, has) in sizes.items():
+            if field in config.written and asked != has:
                 raise ScMoEConfigError(f"scmoe.{field} = {asked!r}: {name} has {has!r}; set that, or remove the field")
 
 
@@ -119,7 +115,7 @@ def _warn_of_other_settings(layers: list[tuple[str, Any]], config: ScMoEConfig) 
     differ: dict[str, str] = {}
     for name, layer in layers:
         gate = layer.deepspeed_moe.gate
-        for field in sorted(config.model_fields_set & set(_OF_GATES + _OF_LAYERS)):
+        for field in sorted(config.written.keys() & {*_OF_GATES, *_OF_LAYERS}):
             asked = getattr(config, field)
             has = getattr(gate if field in _OF_GATES else layer, field, asked)
             if asked != has:

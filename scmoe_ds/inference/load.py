@@ -115,7 +115,7 @@ def _load_model(
     stores: list[ExpertStore] = []
 
     def offload(model: GPT) -> None:
-        places = places_on_device(offloading.cache, model, 2 * int(config.top_k), dtype)
+        places = places_on_device(offloading.cache, model, 2 * config.top_k, dtype)
         stores.append(offload_experts(model, trained, offloading.mode, places, dtype, device(), offloading.tier))
 
     model = load_model(trained, config, dtype, device(), offload)

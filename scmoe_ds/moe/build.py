@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from deepspeed.moe.layer import MoE
 from torch import nn
@@ -11,7 +11,6 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.merge import Merge
 from scmoe_ds.moe.shortcut import DGMoE, ScMoE
 
 
@@ -62,7 +61,7 @@ def build_moe(
         return DGMoE(**arguments)
     if architecture == "pipelined_topk":
         return StagedMoE(**arguments)
-    return ScMoE(merge=cast(Merge, config.merge), **arguments)
+    return ScMoE(merge=config.merge, **arguments)
 
 
 def experts_of_layers(config: ScMoEConfig, layers: int) -> list[int]:

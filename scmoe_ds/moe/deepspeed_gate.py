@@ -12,7 +12,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor
 
-from scmoe_ds.config.section import GateSoftmax
+from scmoe_ds.config.names import GateSoftmax
 from scmoe_ds.moe.gate import capacity_of, route
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size
 

@@ -19,7 +19,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor
 
 from scmoe_ds.comm.counts import largest
-from scmoe_ds.config.section import FORMER_GATE_SOFTMAX, GateSoftmax
+from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.comm.wire import WIRE_DTYPES
-from scmoe_ds.config.section import FORMER_GATE_SOFTMAX, GateSoftmax
+from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.placement import Placement, mpu_tensor_parallel_size, own_first_expert, own_rank

@@ -14,7 +14,7 @@ from torch import nn
 
 from scmoe_ds.comm.hierarchical import make_transports
 from scmoe_ds.comm.transport import Transport, probe
-from scmoe_ds.config.section import OverlapConfig
+from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.schedule import Schedule

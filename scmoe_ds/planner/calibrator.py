@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from scmoe_ds.comm.transport import Transport
-from scmoe_ds.config.section import OverlapConfig
+from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.executor import Backbone, backbone

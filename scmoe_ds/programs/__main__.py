@@ -5,12 +5,12 @@ On several ranks a program is started by the launcher: `deepspeed --module scmoe
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from scmoe_ds import __version__
-from scmoe_ds.config.messages import nearest
 
 PROGRAMS = {
     "pretrain": ("pretrain_gpt", "train a GPT with ScMoE layers"),
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"scmoe_ds {__version__}")
         return 0
     if name not in PROGRAMS:
-        near = nearest(name, PROGRAMS)
-        remedy = f'did you mean "{near}"?' if near else f"choose one of {', '.join(PROGRAMS)}"
+        near = difflib.get_close_matches(name, PROGRAMS, n=1)
+        remedy = f'did you mean "{near[0]}"?' if near else f"choose one of {', '.join(PROGRAMS)}"
         print(f"scmoe: error: {name}: no such program; {remedy}", file=sys.stderr)
         return 2
     code: int = importlib.import_module(f"scmoe_ds.programs.{PROGRAMS[name][0]}").main(flags)

@@ -39,6 +39,7 @@ from scmoe_ds.errors import ArgumentError, UserError
 from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.analysis import build_parser, check
+from scmoe_ds.programs.flags.checks import flag_of
 from scmoe_ds.programs.flags.tokenizer import named_tokenizer, tokenizer_of
 from scmoe_ds.programs.run import run_program
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _feasibility(args: argparse.Namespace) -> int:
     try:
         if missing := [name for name, value in vars(args).items() if value is None]:
-            raise ArgumentError(f"--{missing[0].replace('_', '-')} is missing")
+            raise ArgumentError(f"{flag_of(missing[0])} is missing")
         record = feasibility.read_similarity(args.similarity)
         kinds = [feasibility.study(*each) for each in feasibility.read_times(args.calibration)]
         from scmoe_ds.analysis import feasibility_page  # matplotlib takes a second to import

@@ -35,7 +35,7 @@ from scmoe_ds.inference.load import Loaded
 from scmoe_ds.inference.model import calibrators
 from scmoe_ds.parallel.agreement import run_on_rank_zero
 from scmoe_ds.programs.flags import model as arguments
-from scmoe_ds.programs.flags.checks import check_lowest
+from scmoe_ds.programs.flags.checks import check_ranges, flag_of
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.run import run_program
 
@@ -98,13 +98,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
         SystemExit: argparse's own findings, and --help.
     """
     args = build_parser().parse_args(argv)
-    arguments.check_model_flags(args)
-    check_lowest(args, 1, ("seq_length", "stride", "batch_size", "limit"))
-    check_lowest(args, 0, ("num_fewshot",))
+    check_ranges(args)
     needs = {"split": "data_path", "include_path": "tasks", "num_fewshot": "tasks", "limit": "tasks"}
     for name, other in needs.items():
         if getattr(args, name) is not None and getattr(args, other) is None:
-            raise ArgumentError(f"--{name.replace('_', '-')} goes with --{other.replace('_', '-')}: remove it")
+            raise ArgumentError(f"{flag_of(name)} goes with {flag_of(other)}: remove it")
     if args.include_path is not None and not Path(args.include_path).is_dir():
         raise ArgumentError(f"--include-path {args.include_path} is not a directory; give that of the task files")
     if args.output is not None:

@@ -26,7 +26,7 @@ from scmoe_ds.inference.model import calibrators
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.store import StoreCounts
 from scmoe_ds.programs.flags import model as arguments
-from scmoe_ds.programs.flags.checks import check_lowest, check_text
+from scmoe_ds.programs.flags.checks import check_ranges, check_text
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.run import run_program
 
@@ -78,9 +78,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
         SystemExit: argparse's own findings, and --help.
     """
     args = build_parser().parse_args(argv)
-    arguments.check_model_flags(args)
+    check_ranges(args)
     arguments.check_experts_flags(args)
-    check_lowest(args, 1, ("max_new_tokens", "batch_size"))
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     except ValueError as error:

@@ -9,7 +9,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from scmoe_ds import checkpoint
 from scmoe_ds.analysis.gating_monitor import GatingMonitor
 from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
 from scmoe_ds.config.deepspeed_settings import check_accelerator
+from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify_paths, validation_entropy
 from scmoe_ds.data.default_corpus import prepare_default_corpus
@@ -32,9 +33,10 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_on_rank_zero, run_together
+from scmoe_ds.parallel.agreement import require_agreement, run_on_rank_zero, run_together
+from scmoe_ds.programs.flags.checks import require_same_flags
 from scmoe_ds.programs.flags.data import SPLIT_FLAGS
-from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
+from scmoe_ds.programs.flags.gpt import gpt_settings
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
@@ -47,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program("pretrain_gpt_scmoe.py", argv, pretrain, stdout_is_log=True)
 
 
-def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
+def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     """One training job in a process group that exists."""
+    whole, config = loaded.whole, loaded.section
     ranks = dist.get_world_size()
-    require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
+    require_same_flags(args, whole)
     check_accelerator(whole)
     config.check_world(ranks, args.tensor_model_parallel_size)
     tensor.start_tensor_parallel(args.tensor_model_parallel_size)
@@ -81,7 +84,7 @@ def pretrain(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfi
     datasets = load_data(args, settings, data, replicas, source)
 
     model = build_model(shape, config, args)
-    engine, *_ = scmoe_ds.initialize(model=model, config=whole)
+    engine, *_ = scmoe_ds.initialize(model=model, config=loaded)
 
     iteration, consumed_samples = checkpoint.load(engine, source)
     if args.log_gating_interval:
@@ -152,7 +155,7 @@ def load_data(
     return datasets
 
 
-def report(summary: Summary, whole: dict[str, Any], datasets: Datasets, test_loss: float | None) -> None:
+def report(summary: Summary, whole: Mapping[str, Any], datasets: Datasets, test_loss: float | None) -> None:
     """The last lines of a run."""
     board = whole.get("tensorboard", {})
     loss = summary.validation_loss

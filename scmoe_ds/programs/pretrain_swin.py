@@ -8,19 +8,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch.distributed as dist
 
 import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.config.deepspeed_settings import check_accelerator
-from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.data.images import Epochs, ImageSets, Padded, load_images
 from scmoe_ds.data.splits import split_shares
 from scmoe_ds.models.swin import IGNORED, SwinMoE, initialize_swin
-from scmoe_ds.parallel.agreement import fingerprint, require_agreement
-from scmoe_ds.programs.flags.gpt import comparable
+from scmoe_ds.parallel.agreement import require_agreement
+from scmoe_ds.programs.flags.checks import require_same_flags
 from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
@@ -33,10 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program("scmoe pretrain-swin", argv, train, parse_image_arguments, stdout_is_log=True)
 
 
-def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) -> Summary:
+def train(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     """One training job in a process group that exists."""
+    whole, config = loaded.whole, loaded.section
     ranks = dist.get_world_size()
-    require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
+    require_same_flags(args, whole)
     check_accelerator(whole)
     config.check_world(ranks)
     shape = swin_settings(args)
@@ -69,7 +69,7 @@ def train(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig) 
 
     model = SwinMoE(shape, config)
     initialize_swin(model, args.seed)
-    engine, *_ = scmoe_ds.initialize(model=model, config=whole)
+    engine, *_ = scmoe_ds.initialize(model=model, config=loaded)
 
     iteration, consumed_samples = checkpoint.load(engine, source)
     trainer = ImageTrainer(engine, training, validation, settings, description, iteration, consumed_samples)

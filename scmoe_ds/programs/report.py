@@ -11,19 +11,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import scmoe_ds
 from scmoe_ds.config.batch_sizes import batch_sizes
-from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
+from scmoe_ds.config.loading import LoadedConfig
+from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
-from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 from scmoe_ds.parallel.process import device
-from scmoe_ds.programs.flags.gpt import comparable, gpt_settings
+from scmoe_ds.programs.flags.checks import require_same_flags
+from scmoe_ds.programs.flags.gpt import gpt_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.trace.recorder import Recorder
 from scmoe_ds.trace.spans import gather_spans, hidden_share_of_ranks
@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program("scmoe report", argv, _measure)
 
 
-def _measure(args: argparse.Namespace, whole: dict[str, Any], config: ScMoEConfig, rounds: int = 5) -> None:
+def _measure(args: argparse.Namespace, loaded: LoadedConfig, rounds: int = 5) -> None:
     """Calibrates (the engine logs the report as soon as times are known), then looks at the chosen schedule at work."""
-    require_agreement("the command line or the DeepSpeed JSON", fingerprint([whole, comparable(args)]))
+    whole, config = loaded.whole, loaded.section
+    require_same_flags(args, whole)
     config.check_world(dist.get_world_size())
     micro_batch_size, _ = batch_sizes(whole, dist.get_world_size())
     overlap = config.overlap

@@ -40,7 +40,7 @@ def run_program(
     Args:
         name: for the error message.
         argv: flags; default: the command line's.
-        job: gets what `parse` returns; of the default, the flags, the DeepSpeed JSON and its "scmoe" section.
+        job: gets what `parse` returns; of the default, the flags and the DeepSpeed JSON.
         parse: reads the flags; default: those of pretrain_gpt_scmoe.py.
         stdout_is_log: the job prints a log, not a result, and goes on when it cannot be written.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, Union, cast
+from typing import Any, Literal, Union
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.experts import reset_parameters
-from scmoe_ds.moe.merge import Merge
 from scmoe_ds.moe.placement import Placement
 from scmoe_ds.replace.layer import HookedScMoE
 
@@ -39,10 +38,10 @@ def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
         raise ScMoEConfigError(f"{name} has its process groups already: replace layers before deepspeed.initialize")
     if moe.deepspeed_moe.use_tutel:
         raise ScMoEConfigError(f"{name} is built with use_tutel=True; build it without, ScMoE brings its own dispatch")
-    own_merge = moe.use_residual and "merge" not in config.model_fields_set
+    merge = config.written.get("merge", "cg2") if moe.use_residual else config.merge  # cg2: DeepSpeed's own
     layer = HookedScMoE.adopt(
         moe,
-        merge="cg2" if own_merge else cast(Merge, config.merge),
+        merge=merge,
         shared=None if moe.use_residual else shared_expert(moe, config.shared_from),
         dispatch=config.dispatch,
         gate_softmax=config.gate_softmax,
@@ -59,10 +58,10 @@ def routed_experts_per_token(moe: MoE, config: ScMoEConfig) -> int:
     Raises:
         ScMoEConfigError: more than it has experts.
     """
-    if "top_k" in config.model_fields_set:
-        if int(config.top_k) > moe.num_experts:
+    if "top_k" in config.written:
+        if config.top_k > moe.num_experts:
             raise ScMoEConfigError(f"scmoe.top_k = {config.top_k}: exceeds the {moe.num_experts} experts of a layer")
-        return int(config.top_k)
+        return config.top_k
     return int(moe.deepspeed_moe.gate.k) if moe.use_residual else 1
 
 

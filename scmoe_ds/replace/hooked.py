@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.config.section import OverlapConfig
+from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap.executor import Operator

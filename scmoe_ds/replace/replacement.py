@@ -9,6 +9,7 @@ from typing import Any
 from deepspeed.moe.layer import MoE
 from torch import nn
 
+from scmoe_ds.config.loading import Source, section_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE
@@ -19,7 +20,7 @@ from scmoe_ds.replace.taps import Tap, find_tap
 from scmoe_ds.replace.token_mask import TokenMask
 
 
-def replace_moe_layers(model: nn.Module, config: ScMoEConfig) -> nn.Module:
+def replace_moe_layers(model: nn.Module, config: Source | ScMoEConfig) -> nn.Module:
     """Makes every `deepspeed.moe.layer.MoE` of a model a ScMoE that reads a preceding layer, in place.
 
     The layers keep their paths and parameters, so that checkpoints of the model still load; what a plain MoE lacks
@@ -31,7 +32,8 @@ def replace_moe_layers(model: nn.Module, config: ScMoEConfig) -> nn.Module:
 
     Args:
         model: any model whose blocks are members of an nn.ModuleList.
-        config: the "scmoe" section; sizes (experts, capacity) stay those of the layers.
+        config: the "scmoe" section, or a DeepSpeed JSON that has it (path or dict). Sizes (experts, capacity) stay
+            those of the layers.
 
     Returns:
         the same model.
@@ -39,6 +41,7 @@ def replace_moe_layers(model: nn.Module, config: ScMoEConfig) -> nn.Module:
     Raises:
         ScMoEConfigError: no MoE layer, or one that cannot be replaced; the model is then as it was.
     """
+    config = section_of(config)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     _check(model, found, config)
     taps = []
@@ -100,16 +103,17 @@ def _check(model: nn.Module, found: list[tuple[str, Any]], config: ScMoEConfig) 
             'scmoe.replace makes layers of architecture "scmoe" with shortcut_distance 1 and '
             "without post_norm; remove what says otherwise"
         )
-    for name, layer in found:
+    for index, (name, layer) in enumerate(found):
         if isinstance(layer, HookedScMoE):
             raise ScMoEConfigError(f"{name} has been replaced already")
         if isinstance(layer, StagedMoE):
             raise ScMoEConfigError(f"scmoe.replace: {name} is a {type(layer).__name__} already; remove the field")
+        asked = config.written | ({"num_experts": config.experts_of(index)} if "num_experts" in config.written else {})
         for field, value in (("num_experts", layer.num_experts), ("expert_parallel_size", layer.ep_size)):
-            wanted = getattr(config, field)
-            if field in config.model_fields_set and wanted != value:
+            if asked.get(field, value) != value:
                 raise ScMoEConfigError(
-                    f"scmoe.{field} = {wanted}: {name} has {value}; a replaced layer keeps its own, remove the field"
+                    f"scmoe.{field} = {asked[field]}: {name} has {value}; a replaced layer keeps its own, remove the "
+                    "field"
                 )
 
 

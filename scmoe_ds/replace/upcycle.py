@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from scmoe_ds.config.loading import Source, section_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.build import build_moe, experts_of_layers
@@ -71,7 +72,12 @@ class _Block:
 
 
 def moe_from_dense(
-    model: nn.Module, config: ScMoEConfig, layers: Sequence[int] | None = None, *, noise: float = 0.0, seed: int = 0
+    model: nn.Module,
+    config: Source | ScMoEConfig,
+    layers: Sequence[int] | None = None,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
 ) -> nn.Module:
     """Replaces MLPs of a dense model by MoE layers, in place. Every expert is a copy of the MLP.
 
@@ -83,7 +89,7 @@ def moe_from_dense(
     Args:
         model: its blocks are members of an nn.ModuleList and have an `mlp` behind a norm: GPT-2, LLaMA, Mistral, Qwen2,
             GPT-NeoX, ViT, Swin of transformers 5, and models with the same names.
-        config: the "scmoe" section; gives all sizes.
+        config: the "scmoe" section, or a DeepSpeed JSON that has it (path or dict); gives all sizes.
         layers: numbers of the blocks, counted through the model; None: the last of every `moe_every` of a ModuleList.
         noise: standard deviation of the noise on each expert's parameters, relative to their root mean square. With 0
             the experts start equal, and in training only the gate's weights make them differ.
@@ -95,6 +101,7 @@ def moe_from_dense(
     Raises:
         ScMoEConfigError: no such blocks, a number that does not exist, a MoE already; the model is then as it was.
     """
+    config = section_of(config)
     if config.architecture not in ("scmoe", "topk", "shared_expert"):
         raise ScMoEConfigError(
             f'scmoe.architecture = "{config.architecture}": moe_from_dense makes "scmoe", "topk" and "shared_expert"'
@@ -241,9 +248,7 @@ def _perturb(moe: MoE, noise: float, first_seed: int) -> None:
 def _shortcut(model: nn.Module, config: ScMoEConfig) -> None:
     """Makes ScMoE layers of DeepSpeed's Residual MoEs, with the merge of the section."""
     own: dict[str, Any] = {"merge": config.merge, "top_k": config.top_k}  # counts as chosen, also where it is a default
-    config = config.model_copy(update=own)
-    config.model_fields_set.discard("num_experts")  # the layers have it, one by one
-    replace_moe_layers(model, config)
+    replace_moe_layers(model, config.model_copy(update=own))
     for layer in model.modules():
         if isinstance(layer, HookedScMoE) and layer.shortcut_norm is not None:
             assert layer.pair is not None and layer.pair.tap.norm is not None

@@ -45,8 +45,8 @@ def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
     for command in commands:
         program, *arguments = command[1:] if command[0] == "-m" else command
         if program == "pretrain_gpt_scmoe.py":
-            args, _, config = parse_arguments(arguments)
-            trained[args.save] = config
+            args, config = parse_arguments(arguments)
+            trained[args.save] = config.section
             assert args.train_iters == 300 and args.save_interval == 50 and args.auto_resume
         elif program == "scmoe_ds.programs.analyze":
             args = build_parser().parse_args(arguments)
@@ -72,8 +72,10 @@ def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
     # The page reads what the commands before it write.
     *_, launch, _ = commands
     assert found[-1].similarity == found[0].output
-    _, _, config = parse_arguments(launch[launch.index("scmoe_ds.programs.report") + 1 :])
-    assert config.expert_parallel_size == 2 and Path(found[-1].calibration) == Path("out/of/analysis_times.json")
+    _, config = parse_arguments(launch[launch.index("scmoe_ds.programs.report") + 1 :])
+    assert config.section.expert_parallel_size == 2 and Path(found[-1].calibration) == Path(
+        "out/of/analysis_times.json"
+    )
     assert Path(found[-1].calibration).read_text(encoding="utf-8") == "[]"
 
 

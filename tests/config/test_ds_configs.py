@@ -18,7 +18,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.lr_schedules import WarmupCosineLR
 
 from scmoe_ds.config.batch_sizes import batch_sizes
-from scmoe_ds.config.section import OverlapConfig, ScMoEConfig
+from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.config.schema import json_schema
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models import swin
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
@@ -31,6 +33,7 @@ from scmoe_ds.programs.flags.to_json import SECTION_FLAGS
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path for path in (ROOT / "ds_configs").glob("*.json") if path.name != "scmoe.schema.json")
 ON_HARDWARE = [path for path in CONFIGS if re.search(r"_\d+xA\d+$", path.stem)]
+SCHEMA = json_schema()
 README = (ROOT / "ds_configs" / "README.md").read_text(encoding="utf-8")
 IMAGES = 1_281_167
 """In ImageNet-1K's training set."""
@@ -157,11 +160,11 @@ def test_one_line_switches_to_a_baseline(path: Path, architecture: str, tmp_path
     other.write_text(text.replace('"architecture": "scmoe"', f'"architecture": "{architecture}"'), encoding="utf-8")
     parse = parse_image_arguments if path in FOR_SWIN else parse_arguments
     flags = ["--preset", preset_name(path), "--train-iters", "20000", "--deepspeed_config", str(other)]
-    _, whole, config = parse(flags)
-    assert config.top_k == (2 if architecture == "topk" else 1)
-    assert whole["scheduler"]["params"]["total_num_steps"] == 20000
+    _, loaded = parse(flags)
+    assert loaded.section.top_k == (2 if architecture == "topk" else 1)
+    assert loaded.whole["scheduler"]["params"]["total_num_steps"] == 20000
     # "auto" values are left out of the files, so that flags can set them.
-    assert parse([*flags, "--scmoe-expert-slot", "1"])[2].overlap.expert_slot == 1
+    assert parse([*flags, "--scmoe-expert-slot", "1"])[1].section.overlap.expert_slot == 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -169,10 +172,10 @@ def test_small_gpu_config_runs_on_any_number_of_gpus(ranks: int) -> None:
     path = ROOT / "ds_configs" / "gpt_small_gpu.json"
     sizes = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "64"]
     flags = [*sizes, "--train-iters", "100", "--deepspeed_config", str(path), "--moe-expert-parallel-size", str(ranks)]
-    _, whole, config = parse_arguments(flags)
-    config.check_world(ranks)
-    assert batch_sizes(whole, ranks) == (8, 1)
-    assert config.expert_parallel_size == ranks
+    _, loaded = parse_arguments(flags)
+    loaded.section.check_world(ranks)
+    assert batch_sizes(loaded.whole, ranks) == (8, 1)
+    assert loaded.section.expert_parallel_size == ranks
 
 
 def settings_of(name: str) -> GPTSettings | SwinSettings:
@@ -308,8 +311,12 @@ def test_readme_names_every_file(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "default"),
-    [(name, field.get_default()) for name, field in ScMoEConfig.model_fields.items() if name != "overlap"]
-    + [(f"overlap.{name}", field.get_default()) for name, field in OverlapConfig.model_fields.items()],
+    [
+        (name, field["default"])
+        for name, field in SCHEMA["properties"]["scmoe"]["properties"].items()
+        if name != "overlap"
+    ]
+    + [(f"overlap.{name}", field["default"]) for name, field in SCHEMA["$defs"]["OverlapConfig"]["properties"].items()],
 )
 def test_readme_has_every_field_with_its_default(field: str, default: object) -> None:
     assert table_row(field)[0] == f"`{json.dumps(default)}`"

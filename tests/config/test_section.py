@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from scmoe_ds import ScMoEConfig, ScMoEConfigError
+from scmoe_ds.config.loading import load, section_of
+from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.config.schema import json_schema
-from scmoe_ds.config.section import OverlapConfig
 
 
 def section(**fields: object) -> ScMoEConfig:
@@ -43,7 +44,7 @@ def test_auto_merge_is_the_one_of_the_architecture_and_counts_as_not_given() -> 
     assert section(architecture="overlapped_shared_expert").merge == "cg2"
     assert section(architecture="overlapped_shared_expert", merge="auto").merge == "cg2"
     assert section(architecture="overlapped_shared_expert", merge="add").merge == "add"
-    assert section(merge="auto").merge == "cg1" and "merge" not in section(merge="auto").model_fields_set
+    assert section(merge="auto").merge == "cg1" and section(merge="auto").written == {}
     config = section(architecture="overlapped_shared_expert")
     assert section(**config.model_dump(mode="json")) == config
 
@@ -101,6 +102,13 @@ def test_reads_a_file_and_a_dict_alike(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(whole))
     assert ScMoEConfig.from_deepspeed(file) == ScMoEConfig.from_deepspeed(whole)
+
+
+def test_a_loaded_config_is_not_validated_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load({"train_batch_size": 1, "scmoe": {"merge": "add"}})
+    monkeypatch.setattr(ScMoEConfig, "from_deepspeed", lambda _: pytest.fail("validated twice"))
+    assert load(loaded) is loaded and section_of(loaded) is section_of(loaded.section) is loaded.section
+    assert loaded.whole["train_batch_size"] == 1 and loaded.section.written == {"merge": "add"}
 
 
 def test_frozen() -> None:

@@ -151,9 +151,9 @@ def test_every_row_of_the_table_is_a_command_line_that_parses() -> None:
     for variant in digits.VARIANTS:
         flags = digits.flags_of(variant, seed=1, iterations=5)
         flags[flags.index("--deepspeed_config") + 1] = CONFIG
-        args, _, config = parse_image_arguments(flags[2:])
+        args, config = parse_image_arguments(flags[2:])
         assert (args.seed, args.train_iters) == (1, 5)
-        found[variant] = (config.architecture, config.position)
+        found[variant] = (config.section.architecture, config.section.position)
     assert found["top-2"][0] == "topk" and found["shared expert"][0] == "shared_expert"
     assert [found[f"ScMoE Pos-{n}"] for n in (1, 2, 3)] == [("scmoe", f"pos{n}") for n in (1, 2, 3)]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import scmoe_ds
 from scmoe_ds import ScMoE, ScMoEConfigError
+from scmoe_ds.config.loading import load
 from scmoe_ds.replace.layer import HookedScMoE
 from tests.helpers.blocks import Block
 from tests.helpers.hugging_face import TEXT_SHAPE
@@ -73,11 +74,11 @@ def test_the_arguments_are_deepspeeds_in_its_order() -> None:
 
 
 @pytest.mark.parametrize("name", ["config", "config_params", "args"])
-@pytest.mark.parametrize("as_path", [False, True])
-def test_the_json_under_each_of_its_names(name: str, as_path: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["path", "dict", "loaded"])
+def test_the_json_under_each_of_its_names(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(whole()))
-    value: Any = str(path) if as_path else whole()
+    value: Any = {"path": str(path), "dict": whole(), "loaded": load(whole())}[kind]
     parser = deepspeed.add_config_arguments(argparse.ArgumentParser())
     args = parser.parse_args(["--deepspeed", "--deepspeed_config", str(path)])
     given = {"args": args} if name == "args" else {name: value}

@@ -97,8 +97,8 @@ def parse(tmp_path: Path) -> Callable[..., tuple[argparse.Namespace, dict[str, A
         sizes = ["--preset", "swin-digits"] if image else SIZES
         length = [] if "--train-samples" in flags or "--train-tokens" in flags else ["--train-iters", "10"]
         argv = [*sizes, *length, *flags, "--deepspeed_config", str(path)]
-        args, merged, _ = parse_image_arguments(argv) if image else parse_arguments(argv)
-        return args, merged
+        args, config = parse_image_arguments(argv) if image else parse_arguments(argv)
+        return args, dict(config.whole)
 
     return run
 

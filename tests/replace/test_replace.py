@@ -104,7 +104,7 @@ def require_equal(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: f
 def test_fed_with_its_own_input_a_residual_moe_is_what_it_was() -> None:
     model = make(use_residual=True)
     before, names = run(copy.deepcopy(model)), list(model.state_dict())
-    replace_moe_layers(model, section())
+    replace_moe_layers(model, {"scmoe": section().written})  # as `initialize`, it takes the JSON too
     for layer in replaced_layers(model):
         layer.pair = None
     require_equal(run(model), before, 1e-6)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from scmoe_ds.analysis.records import check_output
-from scmoe_ds.errors import AnalysisError, ArgumentError
+from scmoe_ds.errors import AnalysisError
 from scmoe_ds.inference.model import DTYPES
-from scmoe_ds.programs.flags.checks import check_lowest
+from scmoe_ds.programs.flags.checks import check_ranges, flag_of
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.flags.tokenizer import add_tokenizer
 
@@ -111,13 +111,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         AnalysisError, ArgumentError: a setting that its user can mend.
     """
-    check_lowest(
-        args,
-        1,
-        [name for name in ("seq_length", "batch_size", "max_tokens", "max_images", "moe_every") if hasattr(args, name)],
-    )
-    if args.analysis == "gradients" and args.micro_batches < 2:
-        raise ArgumentError(f"--micro-batches {args.micro_batches}: noise is between at least 2")
+    check_ranges(args)
     if args.from_json is not None:
         return
     is_similarity = args.analysis == "similarity"
@@ -134,7 +128,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _require_one(args: argparse.Namespace, names: Sequence[str]) -> None:
-    flags = " or ".join("--" + name.replace("_", "-") for name in names)
+    flags = " or ".join(map(flag_of, names))
     given = sum(bool(getattr(args, name)) for name in names)
     if given != 1:
         raise AnalysisError(f"{flags} is missing" if not given else f"{flags}: give one of them, not several")

@@ -1,21 +1,63 @@
-"""Rules for flags that several programs have, and the error that explains them."""
+"""Rules for flags that several programs have, and the errors that explain them."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 
-MOST_WORKERS = 1024
-"""Most data loader processes of a rank: each takes memory, and too many stop a machine."""
+_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        """num_layers hidden_size num_attention_heads seq_length make_vocab_size_divisible_by img_size patch_dim
+        window_size embed_dim num_classes num_channels depths num_heads tensor_model_parallel_size
+        moe_expert_parallel_size log_interval log_gating_interval eval_interval save_interval exit_interval scmoe_trace
+        keep_last train_samples train_tokens lr_decay_iters lr_decay_samples lr_decay_tokens batch_size max_new_tokens
+        stride limit max_tokens max_images moe_every""",
+        lambda value: value >= 1,
+        "must be at least 1",
+    ),
+    (
+        """ffn_hidden_size num_key_value_heads train_iters eval_iters num_workers num_fewshot lr_warmup_iters
+        lr_warmup_samples lr_warmup_tokens""",
+        lambda value: value >= 0,
+        "must be at least 0",
+    ),
+    # More samples than the index of a run can hold.
+    ("train_iters eval_iters", lambda value: value <= 10**9, "must be at most 1000000000"),
+    # Each data loader process takes memory, and too many stop a machine.
+    ("num_workers", lambda value: value <= 1024, "must be at most 1024"),
+    ("micro_batches", lambda value: value >= 2, "noise is between at least 2"),
+    (
+        "layernorm_epsilon rotary_base init_method_std exit_duration_in_mins",
+        lambda value: 0 < value < math.inf,
+        "must be a finite number above 0",
+    ),
+    # Clocks and timeouts of torch overflow long after two years.
+    ("distributed_timeout_minutes", lambda value: 0 < value <= 10**6, "must be above 0 and at most 1000000"),
+    ("attention_dropout hidden_dropout drop_path_rate", lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    ("lr_warmup_fraction", lambda value: 0 <= value <= 1, "must be in 0 … 1"),
+]
+"""Flags of all programs, whether a value is in their range, and the rule."""
 
-MOST_ITERATIONS = 10**9
-"""More samples than the index of a run can hold."""
 
-MOST_MINUTES = 10**6
-"""About two years; clocks and timeouts of torch overflow long after it."""
+def flag_of(name: str) -> str:
+    """A flag as it is written, from its name in argparse."""
+    return "--" + name.replace("_", "-")
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raises an ArgumentError for a number that is out of its flag's range; flags that are not set are left out."""
+    for names, holds, rule in _RANGES:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if isinstance(value, list) and not all(map(holds, value)):
+                raise ArgumentError(f"{flag_of(name)} {value}: each {rule}")
+            if value is not None and not isinstance(value, list) and not holds(value):
+                raise ArgumentError(f"{flag_of(name)} {value}: {rule}")
 
 
 def require_flags(args: argparse.Namespace, names: Sequence[str]) -> None:
@@ -23,30 +65,28 @@ def require_flags(args: argparse.Namespace, names: Sequence[str]) -> None:
     for name in names:
         if getattr(args, name) is None:
             hint = "" if name == "train_iters" else " (--preset sets the sizes of a known model)"
-            raise ArgumentError(f"--{name.replace('_', '-')} is missing{hint}")
+            raise ArgumentError(f"{flag_of(name)} is missing{hint}")
 
 
-def check_lowest(args: argparse.Namespace, lowest: int, names: Sequence[str]) -> None:
-    """Raises an ArgumentError for a number below `lowest`; flags that are not set are left out."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < lowest:
-            raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+def check_training(args: argparse.Namespace) -> None:
+    """Raises an ArgumentError for a flag of a training program that is out of range, or that needs --save."""
+    check_ranges(args)
+    if args.seed < 0:
+        raise ArgumentError(f"--seed {args.seed}: must be at least 0")
+    for name in ("save_interval", "keep_last", "auto_resume"):
+        if getattr(args, name) and not args.save:
+            raise ArgumentError(f"{flag_of(name)} needs --save, the directory of the checkpoints")
 
 
-def check_positive(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raises an ArgumentError for what is no finite number above 0."""
-    for name in names:
-        if not 0 < getattr(args, name) < math.inf:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a finite number above 0")
+def require_same_flags(args: argparse.Namespace, whole: Mapping[str, Any] | None = None) -> None:
+    """Compares the command line, and the DeepSpeed JSON that goes with it, between ranks. Collective.
 
-
-def check_minutes(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raises an ArgumentError for what is no span of time; flags that are not set are left out."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not 0 < value <= MOST_MINUTES:
-            raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be above 0 and at most {MOST_MINUTES}")
+    Raises:
+        RankDisagreementError: on every rank.
+    """
+    flags = {name: value for name, value in vars(args).items() if name != "local_rank"}
+    what = "the command line" if whole is None else "the command line or the DeepSpeed JSON"
+    require_agreement(what, fingerprint([whole, flags]))
 
 
 def check_text(flag: str, text: str) -> None:
@@ -56,42 +96,3 @@ def check_text(flag: str, text: str) -> None:
     except UnicodeEncodeError as error:
         shown = text.encode("utf-8", errors="backslashreplace").decode()[:60]
         raise ArgumentError(f"{flag} {shown!r}: is not UTF-8 text at character {error.start + 1}; convert it") from None
-
-
-def check_rates(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raises an ArgumentError for what is no probability of leaving something out."""
-    for name in names:
-        if not 0 <= getattr(args, name) < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be in [0, 1)")
-
-
-def check_training(args: argparse.Namespace) -> None:
-    """Raises an ArgumentError for a flag of the training loop that is out of range."""
-    check_lowest(
-        args,
-        1,
-        (
-            "log_interval",
-            "log_gating_interval",
-            "eval_interval",
-            "tensor_model_parallel_size",
-            "save_interval",
-            "exit_interval",
-            "scmoe_trace",
-            "keep_last",
-        ),
-    )
-    check_lowest(args, 0, ("train_iters", "eval_iters", "num_workers", "seed"))
-    for name, most in (
-        ("num_workers", MOST_WORKERS),
-        ("train_iters", MOST_ITERATIONS),
-        ("eval_iters", MOST_ITERATIONS),
-    ):
-        if getattr(args, name) > most:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at most {most}")
-    check_minutes(args, ("distributed_timeout_minutes",))
-    if args.exit_duration_in_mins is not None:
-        check_positive(args, ("exit_duration_in_mins",))
-    for name in ("save_interval", "keep_last", "auto_resume"):
-        if getattr(args, name) and not args.save:
-            raise ArgumentError(f"--{name.replace('_', '-')} needs --save, the directory of the checkpoints")

@@ -6,6 +6,7 @@ import argparse
 
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.errors import DataError
+from scmoe_ds.programs.flags.checks import flag_of
 from scmoe_ds.programs.flags.tokenizer import add_tokenizer
 
 DEFAULT_SPLIT = "969, 30, 1"
@@ -40,13 +41,12 @@ def resolve_data_flags(args: argparse.Namespace) -> None:
     Raises:
         DataError: flags that exclude each other, or a file that cannot be read or names nothing.
     """
-    given = [f"--{name.replace('_', '-')}" for name in SPLIT_FLAGS if getattr(args, name)]
+    given = [flag_of(name) for name in SPLIT_FLAGS if getattr(args, name)]
     if given:
         others = [name for name in ("data_path", "data_args_path", "split") if getattr(args, name)]
         if others:
             raise DataError(
-                f"{given[0]} names the data of one split, --{others[0].replace('_', '-')} the data of all: "
-                "give one or the other."
+                f"{given[0]} names the data of one split, {flag_of(others[0])} the data of all: give one or the other."
             )
         if not args.train_data_path:
             raise DataError(f"{given[0]} without --train-data-path: there is nothing to train on. Give it, too.")

@@ -10,11 +10,10 @@ from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.inference.offload import MODES, Offloading
-from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_together
+from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.parallel.process import device
-from scmoe_ds.programs.flags.checks import check_lowest, check_minutes
-from scmoe_ds.programs.flags.gpt import comparable
+from scmoe_ds.programs.flags.checks import flag_of, require_same_flags
 from scmoe_ds.programs.flags.tokenizer import add_tokenizer, named_tokenizer
 
 
@@ -59,19 +58,12 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--expert-tier", choices=["host", "disk"], help="where they come from; default: host for a GPU")
 
 
-def check_model_flags(args: argparse.Namespace) -> None:
-    """Raises an ArgumentError for a flag of `add_model` that is out of range."""
-    check_lowest(args, 1, ("moe_expert_parallel_size", "tensor_model_parallel_size"))
-    check_minutes(args, ("distributed_timeout_minutes",))
-
-
 def check_experts_flags(args: argparse.Namespace) -> None:
     """Raises an ArgumentError for flags of `add_experts` that do not go together or that this machine cannot serve."""
     for name in ("expert_cache", "expert_tier"):
         if args.experts == "resident" and getattr(args, name) is not None:
             raise ArgumentError(
-                f"--{name.replace('_', '-')} goes with --experts offload or offload-async: resident "
-                "experts are all on the device"
+                f"{flag_of(name)} goes with --experts offload or offload-async: resident experts are all on the device"
             )
     if args.expert_tier == "host" and device().type != "cuda":
         raise ArgumentError("--expert-tier host: is memory beside a GPU, and there is none here; leave the flag out")
@@ -83,7 +75,7 @@ def load(args: argparse.Namespace) -> Loaded:
     Raises:
         ArgumentError, CheckpointError, DataError, ScMoEConfigError: what a user can correct.
     """
-    require_agreement("the command line", fingerprint(comparable(args)))
+    require_same_flags(args)
     mode = getattr(args, "experts", "resident")
     return load_trained(
         args.load,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
-from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.models.swin_settings import STAGES, SWIN_PRESETS, SwinSettings
-from scmoe_ds.programs.flags.checks import check_lowest, check_positive, check_rates, check_training, require_flags
-from scmoe_ds.programs.flags.gpt import add_deepspeed, add_moe, add_training, parse_flags
+from scmoe_ds.programs.flags.checks import check_training, require_flags
 from scmoe_ds.programs.flags.megatron import add_json_flags
 from scmoe_ds.programs.flags.parser import FlagParser
-from scmoe_ds.programs.flags.to_json import read_json, read_section
+from scmoe_ds.programs.flags.to_json import load_merged, read_json
+from scmoe_ds.programs.flags.training import add_deepspeed, add_moe, add_training, parse_flags
 
 SIZES = ("img_size", "window_size", "embed_dim", "depths", "num_heads")
 
@@ -53,8 +52,8 @@ def build_image_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any], ScMoEConfig]:
-    """Flags, the DeepSpeed JSON with the flags merged into its "scmoe" section, and that section.
+def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, LoadedConfig]:
+    """Flags, and the DeepSpeed JSON with the flags merged into it.
 
     Raises:
         ArgumentError, ScMoEConfigError: a setting that its user can mend.
@@ -62,20 +61,13 @@ def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.N
     """
     args = parse_flags(build_image_parser(), SWIN_PRESETS, argv)
     require_flags(args, (*SIZES, "train_iters"))
-    check_lowest(args, 1, ("img_size", "patch_dim", "window_size", "embed_dim", "num_classes", "num_channels"))
-    for name in ("depths", "num_heads"):
-        if min(getattr(args, name)) < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: each must be at least 1")
-    check_rates(args, ("drop_path_rate", "hidden_dropout", "attention_dropout"))
-    check_positive(args, ("init_method_std",))
     check_training(args)
     if args.tensor_model_parallel_size > 1 or args.recompute_granularity or args.log_gating_interval:
         raise ArgumentError(
             "--tensor-model-parallel-size, --recompute-granularity and --log-gating-interval are for "
             "the GPT; leave them out"
         )
-    whole = read_json(args)
-    return args, whole, read_section(args, whole)
+    return args, load_merged(args, read_json(args))
 
 
 def swin_settings(args: argparse.Namespace) -> SwinSettings:

@@ -13,9 +13,9 @@ from typing import Any
 
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_program
-from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.config.loading import LoadedConfig, load
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.programs.flags.checks import check_lowest
+from scmoe_ds.programs.flags.checks import flag_of
 from scmoe_ds.programs.flags.megatron import JSON_FLAGS, LENGTH_FLAGS, SCHEDULE_FLAGS, dest_of
 
 MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}
@@ -53,57 +53,35 @@ def read_json(args: argparse.Namespace) -> dict[str, Any]:
     return merge_json_flags(whole, args, args.deepspeed_config)
 
 
-def read_section(args: argparse.Namespace, whole: dict[str, Any]) -> ScMoEConfig:
-    """Merges the flags into the "scmoe" section of the DeepSpeed JSON, checks all of it, and returns the section.
+def load_merged(args: argparse.Namespace, whole: dict[str, Any]) -> LoadedConfig:
+    """Merges the flags into the "scmoe" section of the DeepSpeed JSON, and checks all of it.
 
     Raises:
         ArgumentError, ScMoEConfigError: a setting that its user can mend.
     """
-    if any(getattr(args, flag) is not None for flag in SECTION_FLAGS):
-        whole.setdefault("scmoe", {})
-    if "scmoe" in whole:
-        whole["scmoe"] = merge_flags(whole["scmoe"], args, args.deepspeed_config)
+    _merge_section_flags(whole, args)
     _fill_in_schedule(whole, args.train_iters)
-    config = ScMoEConfig.from_deepspeed(whole)
+    config = load(whole)
     check_program(whole)
     return config
 
 
-def merge_flags(section: Any, args: argparse.Namespace, source: str) -> Any:
-    """The section with the flags that were given.
-
-    Raises:
-        ArgumentError: a flag that contradicts the JSON; names both.
-    """
-    if not isinstance(section, dict):
-        return section  # the config's own validation explains it
-    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in section.items()}
-    for flag, path in SECTION_FLAGS.items():
-        value = getattr(args, flag)
+def _merge_section_flags(whole: dict[str, Any], args: argparse.Namespace) -> None:
+    for name, path in SECTION_FLAGS.items():
+        value = getattr(args, name)
         if value is None:
             continue
-        if flag == "mlp_type":
+        if name == "mlp_type":
             value = MLP_TYPES[value]
-        if flag == "num_experts":
+        if name == "num_experts":
             if 1 in value:
                 raise ArgumentError(
-                    "--num-experts 1: this is Megatron-DeepSpeed's word for a dense MLP, which this "
-                    "program does not train; use at least 2"
+                    "--num-experts 1: this is Megatron-DeepSpeed's word for a dense MLP, which this program does not "
+                    "train; use at least 2"
                 )
             value = value[0] if len(value) == 1 else value
-        *parents, key = path.split(".")
-        target = merged
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            return merged
-        if target.get(key, "auto") not in ("auto", value):
-            name = ("--disable-" if flag in _SWITCHED_OFF else "--") + flag.replace("_", "-")
-            raise ArgumentError(
-                f"{name} asks for {value!r} but scmoe.{path} = {target[key]!r} in {source}; remove one of them"
-            )
-        target[key] = value
-    return merged
+        flag = flag_of(f"disable_{name}" if name in _SWITCHED_OFF else name)
+        _set(whole, f"scmoe.{path}", value, flag, args.deepspeed_config)
 
 
 def merge_json_flags(whole: dict[str, Any], args: argparse.Namespace, source: str) -> dict[str, Any]:
@@ -147,7 +125,6 @@ def set_length(args: argparse.Namespace, whole: dict[str, Any]) -> None:
     Raises:
         ArgumentError: one of them without the batch size of all ranks.
     """
-    check_lowest(args, 1, [dest_of(flag) for flag in LENGTH_FLAGS])
     lengths = [_steps(args, flag, whole) for flag in LENGTH_FLAGS if getattr(args, dest_of(flag)) is not None]
     if lengths:
         args.train_iters = min([*lengths, *([] if args.train_iters is None else [args.train_iters])])
@@ -190,12 +167,8 @@ def merge_schedule(whole: dict[str, Any], args: argparse.Namespace, source: str)
 
 
 def _check_schedule_flags(args: argparse.Namespace, lr: float) -> None:
-    check_lowest(args, 1, ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens"))
-    check_lowest(args, 0, ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens"))
     if args.min_lr is not None and not 0 <= args.min_lr <= lr:
         raise ArgumentError(f"--min-lr {args.min_lr}: must be in 0 … {lr}, the learning rate")
-    if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction <= 1:
-        raise ArgumentError(f"--lr-warmup-fraction {args.lr_warmup_fraction}: must be in 0 … 1")
 
 
 def _steps(args: argparse.Namespace, flag: str, whole: dict[str, Any]) -> int:

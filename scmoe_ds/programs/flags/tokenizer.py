@@ -6,6 +6,7 @@ import argparse
 
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.programs.flags.checks import flag_of
 
 _FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
@@ -44,7 +45,7 @@ def named_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
     for name in _FILES:
         if getattr(args, name) is not None:
             raise ArgumentError(
-                f"--{name.replace('_', '-')} goes with a --tokenizer-type: name it, or leave both out for the "
+                f"{flag_of(name)} goes with a --tokenizer-type: name it, or leave both out for the "
                 "tokenizer that the checkpoint records"
             )
     return None

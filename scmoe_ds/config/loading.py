@@ -1,0 +1,49 @@
+"""A DeepSpeed JSON from its file to settings: read once, validated once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Union
+
+from scmoe_ds.config.deepspeed_json import load_deepspeed_json
+from scmoe_ds.config.section import ScMoEConfig
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A DeepSpeed JSON that is known to be valid.
+
+    Attributes:
+        whole: DeepSpeed's keys and the section, as they are in the JSON.
+        section: the "scmoe" section.
+    """
+
+    whole: Mapping[str, Any]
+    section: ScMoEConfig
+
+
+Source = Union[str, "os.PathLike[str]", Mapping[str, Any], LoadedConfig]
+"""A path, the parsed JSON, or what `load` has made of it."""
+
+
+def load(source: Source) -> LoadedConfig:
+    """Reads and validates a DeepSpeed JSON; what is validated already stays as it is.
+
+    Raises:
+        ScMoEConfigError: as `ScMoEConfig.from_deepspeed`.
+    """
+    if isinstance(source, LoadedConfig):
+        return source
+    whole = load_deepspeed_json(source)
+    return LoadedConfig(whole, ScMoEConfig.from_deepspeed(whole))
+
+
+def section_of(source: Source | ScMoEConfig) -> ScMoEConfig:
+    """The "scmoe" section of anything that holds one.
+
+    Raises:
+        ScMoEConfigError: as `load`.
+    """
+    return source if isinstance(source, ScMoEConfig) else load(source).section

@@ -1,0 +1,71 @@
+"""`scmoe.overlap`: when the routed experts are computed; and what all of our sections of the JSON have in common."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Union
+
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+
+from scmoe_ds.config.deepspeed_values import unquoted
+from scmoe_ds.config.limits import MOST_CHUNKS
+
+Auto = Literal["auto"]
+
+
+class Section(DeepSpeedConfigModel):
+    """DeepSpeed's config model without its "auto" filter: here "auto" is a value, valid only where declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    def __init__(self, **data: Any) -> None:
+        super().__init__(strict=True, **data)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_quiet_conversions(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read "8" and true as the integers 8 and 1; in a hand-written file they are mistakes.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("is true or false; write a number or a name")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("is too large")
+        if isinstance(value, str) and unquoted(value) is not None:
+            raise ValueError("is a string; write the number without quotes")
+        return value
+
+
+class OverlapConfig(Section):
+    """`scmoe.overlap`: when the routed experts are computed."""
+
+    enabled: bool = Field(True, strict=True, description="false: the same operators with blocking communication.")
+    expert_slot: Union[int, list[int], Auto] = Field(
+        "auto",
+        description="Before which backbone operator the experts run: 1 … number of operators + 1 (after the last); "
+        "a list gives each chunk its own, in ascending order.",
+    )
+    num_chunks: Union[int, Auto] = Field(
+        "auto", description="Pieces that the routed tokens are cut into, so that experts also hide communication."
+    )
+    calibration_steps: int = Field(
+        5, ge=0, strict=True, description='Micro-batches that are timed for "auto"; 0: the slot halves the FLOPs.'
+    )
+    calibration_file: Union[str, None] = Field(
+        None, description="JSON of measured times: read if it exists, otherwise written after the calibration."
+    )
+
+    @field_validator("expert_slot", "num_chunks")
+    @classmethod
+    def _positive_or_auto(cls, value: int | str | list[int]) -> int | str | list[int]:
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or any(isinstance(number, int) and number < 1 for number in numbers):
+            raise ValueError('must be at least 1, or "auto"')
+        if isinstance(value, list) and value != sorted(value):
+            raise ValueError("the chunks run in order: their slots must ascend")
+        return value
+
+    @field_validator("num_chunks")
+    @classmethod
+    def _few(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value > MOST_CHUNKS:
+            raise ValueError(f"more than {MOST_CHUNKS} chunks never paid; use fewer")
+        return value
