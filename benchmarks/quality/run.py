@@ -34,6 +34,7 @@ from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import Row
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.programs.flags.gpt import parse_arguments
 from scmoe_ds.programs.pretrain_gpt import pretrain
 from scmoe_ds.programs.run import run_program
 
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", type=Path, help="JSON that benchmarks.quality.compare has written")
     task = Task(**json.loads(parser.parse_args(argv).task.read_text(encoding="utf-8")))
-    return run_program("benchmarks.quality.run", task.flags, partial(train_and_evaluate, task))
+    return run_program("benchmarks.quality.run", task.flags, partial(train_and_evaluate, task), parse_arguments)
 
 
 if __name__ == "__main__":

@@ -69,12 +69,7 @@ def _is_key(section: Mapping[str, Any], location: tuple[int | str, ...], key: in
 
 def _unknown_key(path: str, keys: list[str], valid: Mapping[str, Collection[str]]) -> str:
     *parents, key = keys
-    fields = valid[".".join(parents)]
-    near = nearest(key, fields, cutoff=0.4)
-    elsewhere = [name for name, others in valid.items() if name and not parents and key in others]
-    hint = ""
-    if elsewhere:
-        hint = f' (did you mean "{elsewhere[0]}": {{"{key}"}}?)'
-    elif near:
-        hint = f' (did you mean "{near}"?)'
-    return f"{path}: unknown key{hint}; valid keys are {', '.join(fields)}"
+    for name, fields in valid.items():
+        if name and not parents and key in fields:
+            return f'{path}: unknown key (did you mean "{name}": {{"{key}"}}?)'
+    return unknown_key(path, key, valid[".".join(parents)])

@@ -135,7 +135,7 @@ class ScMoEConfig(Section):
     def _from_section(cls, whole: Mapping[str, Any]) -> ScMoEConfig:
         if "scmoe" not in whole:
             near = nearest("scmoe", map(str, whole))
-            hint = f' (is "{near}" a slip?)' if near else ""
+            hint = f', but "{near}"' if near else ""
             raise ScMoEConfigError(
                 f'no "scmoe" section in the DeepSpeed JSON{hint}: add "scmoe": {{}} to use the defaults'
             )

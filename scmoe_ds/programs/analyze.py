@@ -35,20 +35,20 @@ from scmoe_ds.checkpoint.files import iteration_of, newest_first
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.text_file import read_text
 from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.errors import ArgumentError, UserError
+from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.analysis import build_parser, check
 from scmoe_ds.programs.flags.checks import flag_of
 from scmoe_ds.programs.flags.tokenizer import named_tokenizer, tokenizer_of
-from scmoe_ds.programs.run import run_program
+from scmoe_ds.programs.run import run_alone, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Analyses; returns the exit code."""
     args = build_parser().parse_args(argv)
     if args.analysis == "feasibility":  # needs no process group
-        return _feasibility(args)
+        return run_alone("scmoe analyze", lambda: _feasibility(args))
 
     def parse(_: Sequence[str] | None) -> tuple[argparse.Namespace]:
         check(args)
@@ -57,21 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program("scmoe analyze", argv, analyze, parse)
 
 
-def _feasibility(args: argparse.Namespace) -> int:
-    try:
-        if missing := [name for name, value in vars(args).items() if value is None]:
-            raise ArgumentError(f"{flag_of(missing[0])} is missing")
-        record = feasibility.read_similarity(args.similarity)
-        kinds = [feasibility.study(*each) for each in feasibility.read_times(args.calibration)]
-        from scmoe_ds.analysis import feasibility_page  # matplotlib takes a second to import
+def _feasibility(args: argparse.Namespace) -> None:
+    if missing := [name for name, value in vars(args).items() if value is None]:
+        raise ArgumentError(f"{flag_of(missing[0])} is missing")
+    record = feasibility.read_similarity(args.similarity)
+    kinds = [feasibility.study(*each) for each in feasibility.read_times(args.calibration)]
+    from scmoe_ds.analysis import feasibility_page  # matplotlib takes a second to import
 
-        paths = feasibility_page.write(record, kinds, args.output_prefix)
-    except UserError as error:
-        print(f"scmoe analyze: error: {error}", file=sys.stderr)
-        return 2
+    paths = feasibility_page.write(record, kinds, args.output_prefix)
     lines = [f"ScMoE {feasibility.conclude(kind, record['verdict'])[0]}" for kind in kinds]
     print("\n".join([*lines, *(f"wrote {path}" for path in paths)]), flush=True)
-    return 0
 
 
 def analyze(args: argparse.Namespace) -> None:

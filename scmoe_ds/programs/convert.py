@@ -7,7 +7,6 @@ scmoe convert residual-to-scmoe checkpoints/residual_moe out --position pos2
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 
 from scmoe_ds.checkpoint.directories import locate
 from scmoe_ds.checkpoint.export import export, residual_to_scmoe
-from scmoe_ds.errors import CheckpointError, UserError
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.run import run_alone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,27 +45,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts; returns the exit code."""
     args = build_parser().parse_args(argv)
-    if not faulthandler.is_enabled():
-        faulthandler.enable(2)  # a file that becomes shorter while it is mapped ends the process by SIGBUS
-    try:
-        if args.shard_gb <= 0:
-            raise CheckpointError(f"--shard-gb {args.shard_gb}: must be above 0")
-        size = int(args.shard_gb * 10**9)
-        if args.command == "export":
-            shards = export(args.source, args.out, DTYPES[args.dtype], size)
-        else:
-            changes = {
-                "position": args.position,
-                "first_layer_position": args.first_layer_position,
-                "shortcut_norm": args.shortcut_norm,
-            }
-            shards = residual_to_scmoe(args.source, args.out, changes, DTYPES[args.dtype], size)
-    except UserError as error:
-        print(f"scmoe convert: error: {error}", file=sys.stderr)
-        return 2
+    return run_alone("scmoe convert", lambda: _convert(args))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if args.shard_gb <= 0:
+        raise CheckpointError(f"--shard-gb {args.shard_gb}: must be above 0")
+    size = int(args.shard_gb * 10**9)
+    if args.command == "export":
+        shards = export(args.source, args.out, DTYPES[args.dtype], size)
+    else:
+        names = ("position", "first_layer_position", "shortcut_norm")
+        changes = {name: getattr(args, name) for name in names}
+        shards = residual_to_scmoe(args.source, args.out, changes, DTYPES[args.dtype], size)
     source = locate(args.source)
     print(f"wrote {args.out} of {source} ({shards} file(s) of weights); start a run with them: --load {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

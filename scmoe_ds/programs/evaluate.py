@@ -23,9 +23,7 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.data.durable_files import write_whole
-from scmoe_ds.errors import (
-    ArgumentError,
-)
+from scmoe_ds.errors import ArgumentError
 from scmoe_ds.evaluation import tasks
 from scmoe_ds.evaluation.documents import open_documents
 from scmoe_ds.evaluation.perplexity import evaluate_documents
@@ -94,7 +92,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
     """The flags.
 
     Raises:
-        ArgumentError: a setting that its user can mend.
+        ArgumentError: a setting that its user can correct.
         SystemExit: argparse's own findings, and --help.
     """
     args = build_parser().parse_args(argv)

@@ -74,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
     """The flags, the prompts and how to sample.
 
     Raises:
-        ArgumentError: a setting that its user can mend.
+        ArgumentError: a setting that its user can correct.
         SystemExit: argparse's own findings, and --help.
     """
     args = build_parser().parse_args(argv)

@@ -36,7 +36,8 @@ from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import require_agreement, run_on_rank_zero, run_together
 from scmoe_ds.programs.flags.checks import require_same_flags
 from scmoe_ds.programs.flags.data import SPLIT_FLAGS
-from scmoe_ds.programs.flags.gpt import gpt_settings
+from scmoe_ds.programs.flags.gpt import gpt_settings, parse_arguments
+from scmoe_ds.programs.flags.parser import started_as
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
@@ -46,7 +47,7 @@ from scmoe_ds.training.settings import Summary, TrainingSettings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training job; returns the exit code."""
-    return run_program("pretrain_gpt_scmoe.py", argv, pretrain, stdout_is_log=True)
+    return run_program(started_as("pretrain_gpt_scmoe.py"), argv, pretrain, parse_arguments, stdout_is_log=True)
 
 
 def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:

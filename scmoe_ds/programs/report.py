@@ -23,7 +23,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.checks import require_same_flags
-from scmoe_ds.programs.flags.gpt import gpt_settings
+from scmoe_ds.programs.flags.gpt import gpt_settings, parse_arguments
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.trace.recorder import Recorder
 from scmoe_ds.trace.spans import gather_spans, hidden_share_of_ranks
@@ -31,7 +31,7 @@ from scmoe_ds.trace.spans import gather_spans, hidden_share_of_ranks
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds the model of a training command, times it, and prints the report; returns the exit code."""
-    return run_program("scmoe report", argv, _measure)
+    return run_program("scmoe report", argv, _measure, parse_arguments)
 
 
 def _measure(args: argparse.Namespace, loaded: LoadedConfig, rounds: int = 5) -> None:

@@ -19,7 +19,6 @@ from scmoe_ds.parallel.failures import FailureReporter, leave
 from scmoe_ds.parallel.output import show_log, steady_output
 from scmoe_ds.parallel.process import connect, prepare_environment
 from scmoe_ds.parallel.watch import Watch
-from scmoe_ds.programs.flags.gpt import parse_arguments
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell's."""
@@ -32,7 +31,7 @@ def run_program(
     name: str,
     argv: Sequence[str] | None,
     job: Job,
-    parse: Parse = parse_arguments,
+    parse: Parse,
     stdout_is_log: bool = False,
 ) -> int:
     """Runs a job in a process group; returns the exit code. A UserError ends in one sentence, not in a traceback.
@@ -40,8 +39,8 @@ def run_program(
     Args:
         name: for the error message.
         argv: flags; default: the command line's.
-        job: gets what `parse` returns; of the default, the flags and the DeepSpeed JSON.
-        parse: reads the flags; default: those of pretrain_gpt_scmoe.py.
+        job: gets what `parse` returns.
+        parse: reads the flags.
         stdout_is_log: the job prints a log, not a result, and goes on when it cannot be written.
     """
     if not faulthandler.is_enabled():
@@ -67,6 +66,18 @@ def run_program(
         timeout = timedelta(minutes=getattr(parsed[0], "distributed_timeout_minutes", 10.0))
         with Watch(name, timeout.total_seconds()) as watch:
             return _run(name, lambda: job(*parsed), timeout, watch)
+
+
+def run_alone(name: str, job: Callable[[], object]) -> int:
+    """Runs a job that needs no process group; returns the exit code."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # as in `run_program`
+    try:
+        job()
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
 
 
 def _run(name: str, job: Job, timeout: timedelta, watch: Watch) -> int:

@@ -41,7 +41,7 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
         r'overlap\.enable: unknown key \(did you mean "enabled"',
     ),
     "key of overlap outside": ({"scmoe.expert_slot": 2}, {}, r'did you mean "overlap": \{"expert_slot"\}'),
-    "no section": ({"scmoe": None, "scmeo": {}}, {}, r'no "scmoe" section .*is "scmeo" a slip'),
+    "no section": ({"scmoe": None, "scmeo": {}}, {}, r'no "scmoe" section .*, but "scmeo": add'),
     "section is a list": ({"scmoe": []}, {}, r"scmoe = \[\]: must be a JSON object"),
     "architecture": ({"scmoe.architecture": "moe"}, {}, r'scmoe\.architecture = "moe": .*dgmoe'),
     "position": ({"scmoe.position": "pos4"}, {}, r'scmoe\.position = "pos4"'),

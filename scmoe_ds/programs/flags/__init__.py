@@ -1,0 +1,6 @@
+"""Command lines of the programs.
+
+`gpt` and `swin` are those of training (`training` what they share, `data` and `tokenizer` the text), `to_json` merges
+them into the DeepSpeed JSON, and `megatron` knows Megatron-DeepSpeed's flags. `model` and `analysis` are for programs
+that load a trained model. `parser` and `checks` serve all of them.
+"""

@@ -109,7 +109,7 @@ def check(args: argparse.Namespace) -> None:
     """Checks the flags of an analysis of a model, and sets the tokenizer that they leave open.
 
     Raises:
-        AnalysisError, ArgumentError: a setting that its user can mend.
+        AnalysisError, ArgumentError: a setting that its user can correct.
     """
     check_ranges(args)
     if args.from_json is not None:

@@ -21,7 +21,7 @@ from scmoe_ds.programs.flags.checks import (
     require_flags,
 )
 from scmoe_ds.programs.flags.data import add_data, resolve_data_flags
-from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.flags.parser import FlagParser, started_as
 from scmoe_ds.programs.flags.to_json import load_merged, merge_schedule, read_json, set_length
 from scmoe_ds.programs.flags.tokenizer import set_tokenizer_type
 from scmoe_ds.programs.flags.training import add_deepspeed, add_moe, add_training, parse_flags
@@ -32,7 +32,7 @@ logger = logging.getLogger("scmoe_ds")
 def build_parser() -> argparse.ArgumentParser:
     """The parser of pretrain_gpt_scmoe.py; a preset, if one is named, has to be applied as defaults afterwards."""
     parser = FlagParser(
-        prog="pretrain_gpt_scmoe.py",
+        prog=started_as("pretrain_gpt_scmoe.py"),
         description="Pretrain a GPT with ScMoE layers under DeepSpeed.",
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON. "
         "Megatron-DeepSpeed's flags for them are taken too: docs/from_megatron_deepspeed.md lists all of its flags.",
@@ -91,7 +91,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     """Flags, and the DeepSpeed JSON with the flags merged into it.
 
     Raises:
-        ArgumentError, ScMoEConfigError: a setting that its user can mend.
+        ArgumentError, ScMoEConfigError: a setting that its user can correct.
         SystemExit: argparse's own findings (unknown flag, not a number), and --help.
     """
     args = parse_flags(build_parser(), {name: preset.arguments for name, preset in PRESETS.items()}, argv)

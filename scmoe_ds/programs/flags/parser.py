@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from scmoe_ds.config.messages import nearest
@@ -16,6 +17,13 @@ def _integer(text: str) -> int:
     if abs(number) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text} is too large")
     return number
+
+
+def started_as(otherwise: str) -> str:
+    """The command that the user typed: "scmoe PROGRAM", or another one where the `scmoe` command was not used."""
+    command = Path(sys.argv[0])
+    is_scmoe = command.name == "scmoe" or command.parts[-2:] == ("programs", "__main__.py")
+    return f"scmoe {sys.argv[1]}" if is_scmoe else otherwise
 
 
 class FlagParser(argparse.ArgumentParser):

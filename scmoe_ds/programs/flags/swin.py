@@ -56,7 +56,7 @@ def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.N
     """Flags, and the DeepSpeed JSON with the flags merged into it.
 
     Raises:
-        ArgumentError, ScMoEConfigError: a setting that its user can mend.
+        ArgumentError, ScMoEConfigError: a setting that its user can correct.
         SystemExit: argparse's own findings (unknown flag, not a number), and --help.
     """
     args = parse_flags(build_image_parser(), SWIN_PRESETS, argv)

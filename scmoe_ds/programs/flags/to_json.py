@@ -57,7 +57,7 @@ def load_merged(args: argparse.Namespace, whole: dict[str, Any]) -> LoadedConfig
     """Merges the flags into the "scmoe" section of the DeepSpeed JSON, and checks all of it.
 
     Raises:
-        ArgumentError, ScMoEConfigError: a setting that its user can mend.
+        ArgumentError, ScMoEConfigError: a setting that its user can correct.
     """
     _merge_section_flags(whole, args)
     _fill_in_schedule(whole, args.train_iters)
