@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scmoe_ds import engine
     from scmoe_ds.config.section import ScMoEConfig
     from scmoe_ds.engine import initialize
     from scmoe_ds.errors import ScMoEConfigError
@@ -34,7 +33,6 @@ __all__ = [
     "ScMoEConfig",
     "ScMoEConfigError",
     "Schedule",
-    "engine",
     "initialize",
     "load_balancing_loss",
     "moe_from_dense",
