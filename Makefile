@@ -35,7 +35,7 @@ test: $(STAMP)  ## all tests; those that need a GPU skip themselves
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 fast: $(STAMP)  ## the inner loop: tests that start no process and take no long computation
-	$(BIN)/python -m pytest -n 2 -m 'not spawns and not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not spawns and not slow'
 
 check: $(STAMP)  ## ruff, mypy, directions of imports, lengths of files and functions
 	$(BIN)/ruff check .

@@ -186,6 +186,7 @@ def test_swin(make: Callable[[], nn.Module]) -> None:
     assert [len(each["layers"]) for each in verdict(found, subject.moe_blocks)["positions"].values()] == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow() -> None:
     """100 000 tokens against 10 000: kept, their representations would take 9 * 64 * 4 bytes each, 200 MB more."""
     config = transformers.GPT2Config(vocab_size=32, n_positions=128, n_embd=64, n_layer=4, n_head=2)

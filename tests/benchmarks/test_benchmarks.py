@@ -339,6 +339,7 @@ def test_slots_draw_every_slot_and_the_choice():
 # --- the cost of hooks
 
 
+@pytest.mark.slow
 def test_the_models_that_the_cost_of_hooks_is_taken_from_compute_the_same():
     """`measure` raises otherwise; both sizes, both modes, and for each the replaced model and the A/A pair."""
     settings = {

@@ -43,6 +43,7 @@ def write_manifest(directory: Path, manifest: Any) -> None:
     (directory / files.MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [files.MANIFEST_FILE, files.DESCRIPTION_FILE, "rank_1.pt"])
 def test_a_flipped_bit_anywhere_is_passed_over(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The checkpoint before is used, and the log names the newer one; there is no flip without effect."""
@@ -78,6 +79,7 @@ def test_a_flipped_bit_in_latest(tmp_path: Path) -> None:
     assert found == {"global_step10"}, "the one other checkpoint that is a bit away from global_step12"
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # of the bits that are flipped
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 def test_a_flipped_bit_in_tensors_whose_checksum_nobody_compares(kind: str, tmp_path: Path) -> None:
     """`generate` with experts in files compares sizes only."""

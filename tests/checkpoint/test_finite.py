@@ -50,6 +50,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENGINES)
 def test_every_tensor_is_looked_at(kind: str) -> None:
     engine = trained(**ENGINES[kind])

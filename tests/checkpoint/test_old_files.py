@@ -94,6 +94,7 @@ def test_the_checkpoint_goes_on_in_another_layout(old: Path, capsys: pytest.Capt
     assert {float(state["step"]) for state in states} == {8.0}
 
 
+@pytest.mark.slow
 def test_the_swin_checkpoint_goes_on_in_its_layout(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Through DeepSpeed's own loader."""
     succeed(pretrain_swin.main, f"{SWIN_FLAGS} --load swin --save new")
@@ -146,6 +147,7 @@ def test_times_give_the_schedules_that_they_gave(name: str) -> None:
             assert found.predicted.total_ms == close(then[mode]["total ms"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("record", "flags"),
     [

@@ -285,6 +285,7 @@ def saved_bytes_of_gpt(style: str, architecture: str, layers: int) -> int:
     return saved_bytes(GPT(settings, config).bfloat16(), tokens, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("style", "architecture"), ACTIVATION_BYTES)
 def test_activation_bytes_of_the_estimate(style: str, architecture: str) -> None:
     torch.manual_seed(0)

@@ -312,6 +312,7 @@ def truncated_requests() -> int:
     return sum(len(f"{question} {choice}") > CONTEXT + 1 for question, choice in choices) + 1
 
 
+@pytest.mark.slow
 def test_tasks_of_lm_eval(export: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     first, rest = ALL_TASKS.split(",", 1)  # by spaces and by commas
     flags = ["--tasks", first, rest, "--include-path", write_tasks(tmp_path), "--batch-size", 2]

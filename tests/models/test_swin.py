@@ -176,6 +176,7 @@ def test_routed_experts_read_the_raw_stream_at_the_position(variant: str) -> Non
 # --- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_learns_and_every_parameter_gets_a_gradient(variant: str) -> None:
     model, data = make(**VARIANTS[variant]), Digits(16)
