@@ -16,6 +16,7 @@ PATTERNS = (
     "scmoe_ds/**/*.py",  # pages link to sources
     "tests/**/*.py",
     "pretrain_gpt_scmoe.py",
+    "requirements.txt",
 )
 
 
