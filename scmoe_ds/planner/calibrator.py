@@ -28,6 +28,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.executor import Backbone, backbone
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.parallel.agreement import from_rank_zero
 from scmoe_ds.planner.auto import chunk_counts, leaves_a_choice
 from scmoe_ds.planner.calibration import Recording, measure
 from scmoe_ds.planner.calibration_file import (
@@ -173,12 +174,11 @@ class Calibrator:
         """
         if not self.calibrating:
             return
-        holder = [saved]
-        dist.broadcast_object_list(holder)
-        if not holder[0]:
+        known = from_rank_zero(lambda: saved)
+        if not known:
             return
         try:
-            times = self._found_in(holder[0], "the checkpoint's calibration")
+            times = self._found_in(known, "the checkpoint's calibration")
         except ScMoEConfigError as error:
             _log(f"times are measured again: {error}")
             return
