@@ -135,7 +135,7 @@ def figure(kinds: list[KindStudy]) -> Figure:
     for (row, kind), (column, phase) in itertools.product(enumerate(kinds), enumerate(_PHASES)):
         axes, transfers = panels[row][column], [(n, getattr(kind.times.chunks[1], n)) for n in ("dispatch", "combine")]
         for place, position in enumerate(kind.positions.values()):
-            window = [(each.name.split(" ")[0], each) for each in position.backbone or ()]
+            window = [(each.kind, each) for each in position.backbone or ()]
             for shift, stack in ((-0.2, window), (0.2, transfers)):
                 times = [getattr(each, f"{phase}_ms") for _, each in stack]
                 bottoms = [sum(times[:n]) for n in range(len(times))]
