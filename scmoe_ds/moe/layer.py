@@ -26,7 +26,7 @@ from scmoe_ds.comm.wire import WIRE_DTYPES
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
-from scmoe_ds.moe.placement import Placement, mpu_tensor_parallel_size, own_first_expert, own_rank
+from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel_rank, own_first_expert
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.parallel.agreement import require_agreement, run_together
@@ -84,7 +84,7 @@ class StagedMoE(MoE):
         if self.deepspeed_moe.use_tutel:
             raise ValueError("use_tutel: this layer brings its own dispatch; leave it False")
         self._set_up(dispatch, gate_softmax, all_to_all, wire_dtype)
-        self._initialized_as = Placement.of(self).expert_parallel_rank(own_rank())
+        self._initialized_as = own_expert_parallel_rank(self)
         initialize_experts(self.deepspeed_moe.experts, own_first_expert(self))
 
     @classmethod
@@ -94,7 +94,7 @@ class StagedMoE(MoE):
         Both layers hold the same modules from then on. Nothing is initialised.
 
         Args:
-            moe: the layer to take over.
+            moe: a layer without a shared expert; `ScMoE` takes one with it, too.
             settings: `dispatch`, `gate_softmax`, `all_to_all` and `wire_dtype`, as for the class.
 
         Raises:
@@ -162,7 +162,7 @@ class StagedMoE(MoE):
             self.transport = Transport(group, self.transport.method)
 
     def _check_rank(self) -> None:
-        expected = Placement.of(self).expert_parallel_rank(own_rank())
+        expected = own_expert_parallel_rank(self)
         if dist.get_rank(self.deepspeed_moe.ep_group) != expected or self._initialized_as not in (None, expected):
             raise ValueError(
                 "ScMoE's experts are laid out over consecutive ranks (with expert tensor parallelism, over those of "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Merge = Literal["add", "cg1", "cg2"]
+from scmoe_ds.config.section import Merge
 
 OUTPUTS: dict[str, int] = {"add": 0, "cg1": 1, "cg2": 2}
 """Rows of the coefficient's weight, per merge."""

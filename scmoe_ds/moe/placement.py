@@ -53,14 +53,14 @@ class Placement:
         return range(first, first + self.expert_tensor_parallel_size)
 
 
+def own_expert_parallel_rank(moe: MoE) -> int:
+    """This process's rank within the expert-parallel group of a layer; 0 where there is no process group."""
+    return Placement.of(moe).expert_parallel_rank(dist.get_rank() if dist.is_initialized() else 0)
+
+
 def own_first_expert(moe: MoE) -> int:
-    """Global id of the first expert that this rank holds of a layer."""
-    return Placement.of(moe).first_expert(own_rank())
-
-
-def own_rank() -> int:
-    """This process's rank in the world; 0 where there is no process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Global id of the first expert that this process holds of a layer."""
+    return own_expert_parallel_rank(moe) * moe.num_local_experts
 
 
 def mpu_tensor_parallel_size() -> int:

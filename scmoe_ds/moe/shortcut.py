@@ -12,14 +12,15 @@ Shape suffixes: D hidden, E experts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from scmoe_ds.config.section import Merge
 from scmoe_ds.moe.layer import Layer, StagedMoE, check_choice
-from scmoe_ds.moe.merge import Merge, coefficient_network, merge_outputs
+from scmoe_ds.moe.merge import coefficient_network, merge_outputs
 from scmoe_ds.moe.routed import RoutedTokens
 
 
@@ -35,7 +36,7 @@ class ScMoE(StagedMoE):
     _needs_residual = True
 
     def __init__(self, hidden_size: int, expert: nn.Module, *args: Any, merge: Merge = "cg1", **kwargs: Any) -> None:
-        check_choice("merge", merge, ("add", "cg1", "cg2"))
+        check_choice("merge", merge, get_args(Merge))
         super().__init__(hidden_size, expert, *args, **kwargs)
         self.merge: Merge = merge
         self.coefficient = coefficient_network(merge, hidden_size)

@@ -85,10 +85,7 @@ def wait_for_all() -> None:
 
 
 def require_agreement(
-    name: str,
-    value: Any,
-    group: dist.ProcessGroup | None = None,
-    remedy: str = "start all of them from the same files",
+    name: str, value: Any, group: dist.ProcessGroup | None = None, remedy: str = "start all of them from the same files"
 ) -> None:
     """Compares a small picklable value over all ranks of a group, by default of the world. Raises a
     RankDisagreementError on every rank, with all values, if they differ"""

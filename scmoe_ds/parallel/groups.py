@@ -50,11 +50,8 @@ class Layout:
     @property
     def exchange(self) -> list[Sequence[int]]:
         """Groups in which tokens are sent to experts and back (see scmoe_ds.moe.slices)."""
-        return (
-            self.expert_parallel
-            if self.divided_experts or self.expert_size >= self.tensor_size
-            else self.tensor_parallel
-        )
+        tensor_is_larger = self.tensor_size > self.expert_size and not self.divided_experts
+        return self.tensor_parallel if tensor_is_larger else self.expert_parallel
 
     def _consecutive(self, size: int) -> list[Sequence[int]]:
         return [range(first, first + size) for first in range(0, self.ranks, size)]

@@ -13,6 +13,7 @@ from scmoe_ds.comm.wire import pack, unpack
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe.experts import grouped_experts, is_plain, run_experts
 from scmoe_ds.moe.gate import route
+from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.layout import ExactLayout, PaddedLayout, ReceivedRows
 from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.moe.slices import TokenSlices
@@ -50,6 +51,18 @@ def test_residual_moe_checkpoint_loads_and_computes_the_same(k: int, drop_tokens
     names = [name for name, _ in residual.named_parameters()]
     for name, a, b in zip(names, gradients(residual, x), gradients(layer, x), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dispatch", ["exact", "padded"])
+def test_an_adopted_layer_holds_the_same_parameters_and_computes_the_same(dispatch: str) -> None:
+    moe = make_layer(MoE, k=2).eval()
+    layer = StagedMoE.adopt(moe, dispatch=dispatch)
+    assert [(name, id(each)) for name, each in layer.named_parameters()] == [
+        (name, id(each)) for name, each in moe.named_parameters()
+    ]
+    torch.testing.assert_close(layer(tokens())[0], moe(tokens())[0], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="must be one of 'exact', 'padded'"):
+        StagedMoE.adopt(moe, dispatch="dense")
 
 
 def gradients(layer: MoE, x: Tensor) -> tuple[Tensor, ...]:
