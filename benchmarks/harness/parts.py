@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.harness.measure import over_ranks
 from scmoe_ds.models.pairs import PlainPair, StagedPair
 from scmoe_ds.overlap.executor import Activations
+from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.times import SHARED
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Phase, Recorder, Span
 
@@ -83,8 +84,7 @@ def mean_over_ranks(steps: list[list[Span]]) -> dict[str, float]:
     """The median step's parts, averaged over ranks: milliseconds by kind, the same on every rank. Collective."""
     parts = [parts_of(spans) for spans in steps]
     mine = {kind: statistics.median(each[kind] for each in parts) for kind in KINDS}
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
+    ranks = gather(mine)
     return {kind: statistics.mean(each[kind] for each in ranks) for kind in KINDS}
 
 

@@ -14,7 +14,7 @@ from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import CHUNK_COUNTS
 from scmoe_ds.planner.calibrator import Calibrator
-from scmoe_ds.planner.plan import Mode, plan, simulate
+from scmoe_ds.planner.plan import Mode, plan, simulate, total_ms
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
 from scmoe_ds.trace.recorder import PHASES
 
@@ -53,11 +53,6 @@ class Calibrated:
     def predicted_ms(self, schedule: Schedule, mode: Mode) -> float:
         """The planner's time from shortcut to join, and the operators before. Simulated, from measured parts."""
         return simulate(self.times, schedule, mode).total_ms + total_ms(self.before_tap, mode)
-
-
-def total_ms(times: PassTimes, mode: Mode) -> float:
-    """Of the passes that the mode has."""
-    return times.forward_ms + (times.backward_ms if mode == "train" else 0.0)
 
 
 def calibrate(run: StagedPair, step: Callable[[], None], several_chunks: bool) -> Calibrated:

@@ -17,7 +17,7 @@ from typing import Any
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.pairs import tap_of
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.plan import Mode, plan, simulate
+from scmoe_ds.planner.plan import Mode, plan, simulate, total_ms
 from scmoe_ds.planner.times import OperatorTime, OperatorTimes
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -102,4 +102,4 @@ def predict(measured: Measured, config: ScMoEConfig, mode: Mode) -> Prediction:
 
 
 def _sum(operators: Sequence[OperatorTime], mode: Mode) -> float:
-    return sum(each.forward_ms + (each.backward_ms if mode == "train" else 0.0) for each in operators)
+    return sum(total_ms(each, mode) for each in operators)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -27,13 +26,11 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
-from scmoe_ds.parallel.output import steady_monitors, without_full_disks
+from scmoe_ds.parallel.output import log, steady_monitors, without_full_disks
 from scmoe_ds.parallel.process import connect, device
 from scmoe_ds.planner.auto import choose_all_to_all
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers
-
-logger = logging.getLogger("scmoe_ds")
 
 UNKNOWN_SEQUENCE = 1024
 """Tokens of a sequence for the probe of the all-to-all, in a model that does not say how many it has."""
@@ -177,16 +174,11 @@ def overlap_of(
     pairs = pairs_of(model)
     sequence = getattr(model, "sequence", None)  # None in a model that others wrote
     nodes = nodes_of_ranks()
-    _log([applied, *describe_groups(layout, nodes)])
+    log(applied, *describe_groups(layout, nodes))
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
     own = [describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]
     choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))
     overlap = Calibrator(pairs, section.overlap, device(), "train", from_rank_zero(lambda: own))
     overlap.watch(model)
-    _log(describe_schedules(pairs, section, overlap))
+    log(*describe_schedules(pairs, section, overlap))
     return overlap
-
-
-def _log(lines: Sequence[str]) -> None:
-    for line in lines if dist.get_rank() == 0 else ():
-        logger.info(line)

@@ -11,14 +11,12 @@ those that it needs.
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.errors import ArgumentError
@@ -28,10 +26,9 @@ from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.experts import MovingExperts
 from scmoe_ds.moe.placement import global_names, layer_of
+from scmoe_ds.parallel.output import log
 
 MODES = ("resident", "offload", "offload-async")
-
-logger = logging.getLogger("scmoe_ds")
 
 
 @dataclass(frozen=True)
@@ -148,8 +145,8 @@ def places_on_device(cache: str | None, model: GPT, default: int, dtype: torch.d
     if cache is None:
         return min(default, experts)
     places = expert_places(cache, expert_bytes(model, dtype))
-    if places > experts and dist.get_rank() == 0:
-        logger.info(
+    if places > experts:
+        log(
             f"--expert-cache {cache}: has room for {places} experts, this rank has {experts}: all of them stay on the "
             "device"
         )

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 from deepspeed.monitor.monitor import Monitor
 
+from scmoe_ds.parallel.agreement import is_rank_zero
+
 _PROBE_BYTES = 1 << 16
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 logger = logging.getLogger("scmoe_ds")
@@ -56,6 +58,12 @@ class SteadyStream:
                         "its lines are lost as long as this lasts\n"
                     )
                     self._other.flush()
+
+
+def log(*lines: str) -> None:
+    """Writes lines to the package's log, on rank 0."""
+    for line in lines if is_rank_zero() else ():
+        logger.info(line)
 
 
 def show_log() -> None:

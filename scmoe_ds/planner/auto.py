@@ -6,10 +6,8 @@ Until the times of a model are known, `first_schedule` chooses slot and chunks. 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch import nn
 
 from scmoe_ds.comm.hierarchical import make_transports
@@ -19,9 +17,8 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.groups import Layout, nodes_of_ranks
+from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.plan import Mode, slot_that_halves
-
-logger = logging.getLogger("scmoe_ds")
 
 CHUNK_COUNTS = (1, 2, 4)
 """Numbers of chunks that "auto" chooses from. Each further one would cost timed steps. Beyond four chunks, launches and
@@ -90,6 +87,5 @@ def choose_all_to_all(
         )
     for each in layers:
         each.transport = transports[chosen]
-    if dist.get_rank() == 0:
-        logger.info("%sall-to-all: %s (%s)", "" if mode == "train" else f"{mode}: ", chosen, origin)
+    log(f"{'' if mode == 'train' else f'{mode}: '}all-to-all: {chosen} ({origin})")
     return transports[chosen]

@@ -12,14 +12,12 @@ and so plan alike. A rank with another schedule would launch its all-to-alls in 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from scmoe_ds.comm.transport import Transport
@@ -29,6 +27,7 @@ from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.executor import Backbone, backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.agreement import from_rank_zero
+from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.auto import chunk_counts, leaves_a_choice
 from scmoe_ds.planner.calibration import Recording, measure
 from scmoe_ds.planner.calibration_file import (
@@ -42,8 +41,6 @@ from scmoe_ds.planner.plan import Mode, Plan, plan
 from scmoe_ds.planner.plan_text import choice_line, layers_text, plan_lines
 from scmoe_ds.planner.times import OperatorTimes
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Recorder
-
-logger = logging.getLogger("scmoe_ds")
 
 
 class ScheduledPair(Backbone, Protocol):
@@ -180,9 +177,9 @@ class Calibrator:
         try:
             times = self._found_in(known, "the checkpoint's calibration")
         except ScMoEConfigError as error:
-            _log(f"times are measured again: {error}")
+            log(f"times are measured again: {error}")
             return
-        _log("times from the checkpoint, nothing is measured again:")
+        log("times from the checkpoint, nothing is measured again:")
         self._adopt(times)
 
     def watch(self, model: nn.Module) -> None:
@@ -247,8 +244,7 @@ class Calibrator:
         self.record(None)
         if self._hook is not None:
             self._hook.remove()
-        for line in self.report():
-            _log(line)
+        log(*self.report())
 
 
 @contextmanager
@@ -265,8 +261,3 @@ def one_pass(calibrators: Mapping[Mode, Calibrator], mode: Mode) -> Iterator[Non
     finally:
         if calibrator is not None:
             calibrator.record(None)
-
-
-def _log(line: str) -> None:
-    if dist.get_rank() == 0:
-        logger.info(line)

@@ -84,6 +84,11 @@ def _ms(times: PassTimes, phase: Phase) -> float:
     return times.forward_ms if phase == "forward" else times.backward_ms
 
 
+def total_ms(times: PassTimes, mode: Mode) -> float:
+    """Of the passes that the mode has."""
+    return sum(_ms(times, phase) for phase in _PHASES[mode])
+
+
 def _program(times: OperatorTimes, schedule: Schedule) -> list[_Event]:
     """What the executor does in a forward pass, in order. Transfers: dispatches 0 … n-1, combines n … 2n-1."""
     count, parts = schedule.num_chunks, times.chunks[schedule.num_chunks]
@@ -276,4 +281,4 @@ def break_even(times: OperatorTimes, mode: Mode) -> BreakEven:
     phases = _PHASES[mode]
     hidden = max(min(ms for phase in phases for ms in _windows(times, slot, phase)) for slot in _all_slots(times))
     shared = [operator for operator in times.backbone if operator.kind in SHARED]
-    return BreakEven(float(hidden), float(sum(_ms(operator, phase) for operator in shared for phase in phases)))
+    return BreakEven(float(hidden), float(sum(total_ms(operator, mode) for operator in shared)))
