@@ -158,7 +158,7 @@ def describe_schedules(pairs: Sequence[ModelPair], config: ScMoEConfig, overlap:
     A replaced layer's operators show in its first forward pass only. Its line says where its shortcut is taken.
     """
     if overlap.calibrating:
-        origin = f"until {overlap.timed_passes} micro-batches after the first have been timed, without overlap"
+        origin = f"until times decide: {overlap.timed_passes} micro-batches after the first run without overlap"
     elif overlap.times:
         origin = f"from the times in {config.overlap.calibration_file}"
     elif config.overlap.expert_slot == "auto":

@@ -90,7 +90,7 @@ def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: st
     assert final.search(whole.stdout)[1] == final.search(second.stdout)[1]  # type: ignore[index]
     check_report(whole, directories["whole"])
     check_trace(directories["whole"] / "traces")
-    assert "until 2 micro-batches after the first have been timed, without overlap" in first.stdout
+    assert "until times decide: 2 micro-batches after the first run without overlap" in first.stdout
     assert "nothing is measured again" in second.stdout and "nothing is measured again" not in first.stdout
     assert choices(second.stdout) == choices(first.stdout), "the times came with the checkpoint"
 
