@@ -62,13 +62,9 @@ def _features(whole: Mapping[str, Any]) -> Iterator[_Rule]:
     for path, rule in _ABOVE_ONE.items():
         value = at(whole, path)
         yield path, isinstance(value, int) and value > 1, rule
+    remedy = "remove the section and use --recompute-granularity selective or full (in your own program: recompute=…)"
     for key, value in section(whole, "activation_checkpointing").items():
-        remedy = "remove the section and use --recompute-granularity selective or full (in a program of your own: "
-        yield (
-            f"activation_checkpointing.{key}",
-            bool(value),
-            f"has no effect on these models; {remedy}GPT(…, recompute=…))",
-        )
+        yield f"activation_checkpointing.{key}", bool(value), f"has no effect on these models; {remedy}"
     for monitor, package in _MONITORS.items():
         missing = is_on(whole, f"{monitor}.enabled") and importlib.util.find_spec(package) is None
         yield f"{monitor}.enabled", missing, f"needs the package {package}; pip install {package}, or set it to false"
@@ -76,77 +72,53 @@ def _features(whole: Mapping[str, Any]) -> Iterator[_Rule]:
 
 def _zero(whole: Mapping[str, Any]) -> Iterator[_Rule]:
     zero, z = section(whole, "zero_optimization"), "zero_optimization."
-    stage, bucket = zero.get("stage"), zero.get("allgather_bucket_size")
+    off = {key for key, value in zero.items() if value is False}
+    stage, bucket, device = zero.get("stage"), zero.get("allgather_bucket_size"), at(zero, "offload_optimizer.device")
     divided = stage in (1, 2)
-    nvme = at(zero, "offload_optimizer.device") == "nvme"
-    yield z + "stage", stage == 3, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2"
-    yield (
-        z + "offload_param",
-        offloads(whole, "offload_param"),
-        "offloads parameters under ZeRO-3 only; remove it (offload_optimizer works)",
-    )
-    yield z + "offload_optimizer.device", nvme, 'works under ZeRO-3 only; use "cpu"'
-    yield (
-        z + "contiguous_gradients",
-        divided and zero.get("contiguous_gradients") is False,
-        "DeepSpeed then averages experts over the wrong ranks; remove it",
-    )
-    scatters = zero.get("reduce_scatter") is not False
-    yield z + "reduce_scatter", divided and not scatters, "DeepSpeed requires true with experts; remove it"
-    no_norm = zero.get("compute_grad_norm") is False
-    yield z + "compute_grad_norm", no_norm, "the gradient norm is logged and checked; remove it"
+    wrong_ranks = "DeepSpeed then averages experts over the wrong ranks; remove it"
     odd = isinstance(bucket, (int, float)) and bool(bucket % 2)
+    yield z + "stage", stage == 3, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2"
+    yield z + "offload_param", offloads(whole, "offload_param"), "works under ZeRO-3 only; remove it"
+    yield z + "offload_optimizer.device", device == "nvme", 'works under ZeRO-3 only; use "cpu"'
+    yield z + "contiguous_gradients", divided and "contiguous_gradients" in off, wrong_ranks
+    yield z + "reduce_scatter", divided and "reduce_scatter" in off, "DeepSpeed requires true with experts; remove it"
+    yield z + "compute_grad_norm", "compute_grad_norm" in off, "the gradient norm is logged and checked; remove it"
     yield z + "allgather_bucket_size", divided and odd, "must be even"
     yield z + "legacy_stage1", is_on(zero, "legacy_stage1"), "DeepSpeed has removed it; remove the key"
 
 
 def _precision(whole: Mapping[str, Any]) -> Iterator[_Rule]:
     """Combinations at which DeepSpeed stops when it builds the optimizer."""
-    bf16 = is_on(whole, "bf16.enabled") or is_on(whole, "bfloat16.enabled")
-    fp16 = is_on(whole, "fp16.enabled")
-    dtype = "bf16" if bf16 else "fp16" if fp16 else "fp32"
+    bf16, fp16 = (is_on(whole, f"{name}.enabled") for name in ("bf16", "fp16"))
+    bf16 = bf16 or is_on(whole, "bfloat16.enabled")
+    model = "bf16" if bf16 else "fp16" if fp16 else "fp32"
+    parameters, sums = (_dtype(whole, f"data_types.{name}_dtype") for name in ("param", "grad_accum"))
+    no_zero, on_cpu = not at(whole, "zero_optimization.stage"), offloads(whole)
+    remedy = f"the model is in {model}, as bf16.enabled and fp16.enabled say; remove it, or change these"
     yield "bf16.enabled", bf16 and fp16, "fp16.enabled is true as well; keep one of them"
-    yield (
-        "data_types.param_dtype",
-        _dtype(whole, "data_types.param_dtype") not in (None, dtype),
-        f"the model is in {dtype}, as bf16.enabled and fp16.enabled say; remove it, or change these",
-    )
-    yield (
-        "data_types.grad_accum_dtype",
-        not at(whole, "zero_optimization.stage") and _dtype(whole, "data_types.grad_accum_dtype") not in (None, dtype),
-        f"without ZeRO gradients are in the model's {dtype}; remove it, or set zero_optimization.stage to 1",
-    )
-    on_cpu = at(whole, "zero_optimization.offload_optimizer.device") == "cpu"
+    yield "data_types.param_dtype", parameters not in (None, model), remedy
+    remedy = f"without ZeRO gradients are in the model's {model}; remove it, or set zero_optimization.stage to 1"
+    yield "data_types.grad_accum_dtype", no_zero and sums not in (None, model), remedy
+    remedy = 'needs DeepSpeed\'s Adam on the CPU: remove it, or set offload_optimizer.device to "cpu" and no torch_adam'
     cpu_adam = on_cpu and not at(whole, "optimizer.params.torch_adam")
-    for name in ("bf16", "bfloat16", "fp16"):
-        path = f"{name}.{name.replace('bfloat', 'bf')}_master_weights_and_grads"
-        yield (
-            path,
-            is_on(whole, path) and not cpu_adam,
-            'needs DeepSpeed\'s Adam on the CPU: remove it, or set zero_optimization.offload_optimizer.device to "cpu" '
-            "and no torch_adam",
-        )
+    for name, short in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
+        path = f"{name}.{short}_master_weights_and_grads"
+        yield path, is_on(whole, path) and not cpu_adam, remedy
 
 
 def _gradients(whole: Mapping[str, Any]) -> Iterator[_Rule]:
     """Settings with which MoE layers get wrong gradients, or DeepSpeed reports and clips by a wrong norm."""
     stage = at(whole, "zero_optimization.stage") or 0
     for name in ("bf16", "bfloat16", "fp16"):
-        yield (
-            "zero_optimization.stage",
-            stage == 0 and is_on(whole, f"{name}.enabled"),
-            f"with {name}, DeepSpeed leaves experts out of the gradient norm and clips by the rest; set stage 1 or 2",
-        )
-    no_zero_2 = "DeepSpeed has it without ZeRO-2 only; remove it, or set zero_optimization.stage to 1"
-    yield "prescale_gradients", stage == 2 and is_on(whole, "prescale_gradients"), no_zero_2
+        remedy = f"with {name}, DeepSpeed leaves experts out of the norm by which it clips; set stage 1 or 2"
+        yield "zero_optimization.stage", stage == 0 and is_on(whole, f"{name}.enabled"), remedy
+    remedy = "DeepSpeed has it without ZeRO-2 only; remove it, or set zero_optimization.stage to 1"
     divided = at(whole, "gradient_predivide_factor") not in (None, 1.0)
-    yield "gradient_predivide_factor", stage == 2 and divided, no_zero_2
-    yield (
-        "torch_autocast.dtype",
-        is_on(whole, "torch_autocast.enabled") and _dtype(whole, "torch_autocast.dtype") == "fp16",
-        "DeepSpeed takes the norm and clips before it divides by the loss scale; "
-        'use "bfloat16", or "fp16": {"enabled": true}',
-    )
+    yield "prescale_gradients", stage == 2 and is_on(whole, "prescale_gradients"), remedy
+    yield "gradient_predivide_factor", stage == 2 and divided, remedy
+    half = is_on(whole, "torch_autocast.enabled") and _dtype(whole, "torch_autocast.dtype") == "fp16"
+    remedy = 'DeepSpeed clips before it divides by the loss scale; use "bfloat16", or "fp16": {"enabled": true}'
+    yield "torch_autocast.dtype", half, remedy
 
 
 def _dtype(whole: Mapping[str, Any], path: str) -> str | None:
