@@ -35,7 +35,7 @@ from scmoe_ds.planner.plan import Mode
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of every prompt.
+    """What to generate for every prompt.
 
     Attributes:
         max_new_tokens: most tokens of a completion.
@@ -109,6 +109,7 @@ class TextGenerator:
         self.times = GenerationTimes()
         self._cache: KeyValueCache | None = None
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._data_rank, self._data_ranks = (data_parallel_rank(), data_parallel_size()) if self._ranks > 1 else (0, 1)
 
     @torch.inference_mode()
     def generate(
@@ -118,7 +119,7 @@ class TextGenerator:
 
         Args:
             prompts: token ids, at least one each.
-            request: what is wanted of each.
+            request: what to generate for each.
             on_token: is called with the completion after each of its tokens, on the ranks that complete it.
 
         Raises:
@@ -251,14 +252,6 @@ class TextGenerator:
                     f"prompt {number} has a token outside of the model's vocabulary of "
                     f"{self.model.settings.vocab_size}: is this its tokenizer?"
                 )
-
-    @property
-    def _data_rank(self) -> int:
-        return data_parallel_rank() if self._ranks > 1 else 0
-
-    @property
-    def _data_ranks(self) -> int:
-        return data_parallel_size() if self._ranks > 1 else 1
 
     def _agreed(self, tokens_B: Tensor) -> Tensor:
         """The first tensor-parallel rank's choice: a last bit must not send the others along another text."""

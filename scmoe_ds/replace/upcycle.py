@@ -102,17 +102,7 @@ def moe_from_dense(
         ScMoEConfigError: no such blocks, a number that does not exist, a MoE already; the model is then as it was.
     """
     config = section_of(config)
-    if config.architecture not in ("scmoe", "topk", "shared_expert"):
-        raise ScMoEConfigError(
-            f'scmoe.architecture = "{config.architecture}": moe_from_dense makes "scmoe", "topk" and "shared_expert"'
-        )
-    if noise < 0:
-        raise ScMoEConfigError(f"noise = {noise}: must be at least 0")
-    if config.expert_parallel_size > 1 and not dist.is_initialized():
-        raise ScMoEConfigError(
-            f"scmoe.expert_parallel_size = {config.expert_parallel_size}: call moe_from_dense after "
-            "deepspeed.init_distributed(), which experts to make depends on the rank"
-        )
+    _check_config(config, noise)
     blocks = _chosen(_dense_blocks(model), config, layers)
     _require_dense(model, blocks)
     numbers = experts_of_layers(config, len(blocks))
@@ -153,6 +143,20 @@ def load_balancing_loss(model: nn.Module) -> Tensor:
     if not losses:
         raise RuntimeError("load_balancing_loss: call the model first, its layers keep the loss of the last forward")
     return torch.stack([loss.float() for loss in losses]).sum()
+
+
+def _check_config(config: ScMoEConfig, noise: float) -> None:
+    if config.architecture not in ("scmoe", "topk", "shared_expert"):
+        raise ScMoEConfigError(
+            f'scmoe.architecture = "{config.architecture}": moe_from_dense makes "scmoe", "topk" and "shared_expert"'
+        )
+    if noise < 0:
+        raise ScMoEConfigError(f"noise = {noise}: must be at least 0")
+    if config.expert_parallel_size > 1 and not dist.is_initialized():
+        raise ScMoEConfigError(
+            f"scmoe.expert_parallel_size = {config.expert_parallel_size}: call moe_from_dense after "
+            "deepspeed.init_distributed(), which experts to make depends on the rank"
+        )
 
 
 def _dense_blocks(model: nn.Module) -> list[_Block]:
