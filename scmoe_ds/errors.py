@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -68,6 +69,25 @@ class RankDisagreementError(UserError):
 
 class LauncherError(UserError):
     """A launcher did not set all variables that a rank needs."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """A package that one of the extras of pyproject.toml installs."""
+
+
+@contextmanager
+def imports_of(extra: str, purpose: str, otherwise: str = "") -> Iterator[None]:
+    """Around imports of packages that only one purpose needs: a missing one is named, and what installs it.
+
+    Raises:
+        MissingPackageError: an import in the block failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or str(error)).split(".")[0]
+        remedy = f'pip install "scmoe_ds[{extra}]"' + (f", or {otherwise}" if otherwise else "")
+        raise MissingPackageError(f"{purpose} needs {package}: {remedy}") from error
 
 
 class ExchangeError(RuntimeError):

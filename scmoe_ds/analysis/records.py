@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from scmoe_ds.data.durable_files import write_whole
-from scmoe_ds.errors import AnalysisError, one_line
+from scmoe_ds.errors import AnalysisError, imports_of, one_line
 
 KINDS = ("similarity", "gating", "gradients")
 
@@ -66,10 +66,11 @@ def save(record: dict[str, Any], path: str) -> list[Path]:
 
 def draw(record: dict[str, Any], json_path: Path) -> Path:
     """Writes a record's figure beside its JSON file."""
-    import matplotlib  # takes a second to import
-    from cycler import cycler
+    with imports_of("plots", f"the figure of {json_path}"):
+        import matplotlib  # takes a second to import
+        from cycler import cycler
 
-    from scmoe_ds.analysis import figures
+        from scmoe_ds.analysis import figures
 
     drawn = {"similarity": figures.similarity, "gating": figures.gating, "gradients": figures.gradients}
     picture = json_path.with_suffix(".png")

@@ -67,7 +67,8 @@ def _features(whole: Mapping[str, Any]) -> Iterator[_Rule]:
         yield f"activation_checkpointing.{key}", bool(value), f"has no effect on these models; {remedy}"
     for monitor, package in _MONITORS.items():
         missing = is_on(whole, f"{monitor}.enabled") and importlib.util.find_spec(package) is None
-        yield f"{monitor}.enabled", missing, f"needs the package {package}; pip install {package}, or set it to false"
+        install = '"scmoe_ds[plots]"' if package == "tensorboard" else package
+        yield f"{monitor}.enabled", missing, f"needs the package {package}; pip install {install}, or set it to false"
 
 
 def _zero(whole: Mapping[str, Any]) -> Iterator[_Rule]:

@@ -10,17 +10,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from scmoe_ds.data.splits import split_ranges, split_shares
-from scmoe_ds.errors import DataError
+from scmoe_ds.errors import DataError, imports_of
 from scmoe_ds.parallel.agreement import is_rank_zero
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -58,17 +61,15 @@ class Digits(Images):
     """1797 grey digits of 8 × 8 pixels, enlarged: {"images": [1, S, S] in -1 … 1, "labels": int64}.
 
     Raises:
-        DataError: scikit-learn is missing.
+        MissingPackageError: scikit-learn is missing.
     """
 
     classes = tuple("0123456789")
     fingerprint = "digits"
 
     def __init__(self, image_size: int) -> None:
-        try:
+        with imports_of("images", "--dataset digits"):
             from sklearn.datasets import load_digits
-        except ImportError:
-            raise DataError("--dataset digits needs scikit-learn: pip install scikit-learn, or --data-path") from None
         found = load_digits()
         pixels_N1SS = torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1  # its values are 0 … 16
         self.images = F.interpolate(pixels_N1SS, size=(image_size, image_size), mode="bilinear", align_corners=False)
@@ -92,11 +93,14 @@ class ImageFolder(Images):
 
     Raises:
         DataError: no such directory, no class, no image; when an image is read: not an image.
+        MissingPackageError: pillow is missing.
     """
 
     def __init__(
         self, directory: str | Path, image_size: int, num_channels: int = 3, classes: Sequence[str] | None = None
     ) -> None:
+        with imports_of("images", "a folder of images"):
+            import PIL.Image  # noqa: F401
         root = Path(directory)
         if not root.is_dir():
             raise DataError(f"--data-path {root}: no such directory; it holds one sub-directory of images per class")
@@ -131,6 +135,8 @@ class ImageFolder(Images):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
+        from PIL import Image
+
         path, label = self.files[index]
         try:
             with Image.open(path) as image:
@@ -140,13 +146,15 @@ class ImageFolder(Images):
         pixels = torch.from_numpy(np.array(square)).float().reshape(self.image_size, self.image_size, -1)
         return {"images": pixels.permute(2, 0, 1) / 127.5 - 1, "labels": torch.tensor(label)}
 
-    def _square(self, image: Image.Image) -> Image.Image:
+    def _square(self, image: Image) -> Image:
         if image.size == (self.image_size, self.image_size):
             return image
+        from PIL.Image import Resampling
+
         scale = self.image_size / min(image.size)
         width, height = (max(round(side * scale), self.image_size) for side in image.size)
         left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
-        scaled = image.resize((width, height), Image.Resampling.BICUBIC)
+        scaled = image.resize((width, height), Resampling.BICUBIC)
         return scaled.crop((left, top, left + self.image_size, top + self.image_size))
 
 

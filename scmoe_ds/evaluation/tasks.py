@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.errors import ArgumentError, EvaluationError
+from scmoe_ds.errors import ArgumentError, EvaluationError, imports_of
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import SlidingWindow
 from scmoe_ds.parallel.agreement import is_rank_zero, run_together
@@ -31,17 +31,15 @@ class TaskResults:
 
 
 def prepare() -> None:
-    """Keeps lm_eval and its imports off the network. Call it before anything imports `huggingface_hub`. Raises an
-    ArgumentError if lm_eval is not installed."""
+    """Keeps lm_eval and its imports off the network. Call it before anything imports `huggingface_hub`. Raises a
+    MissingPackageError if lm_eval is not installed."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     # Otherwise each rank would fork a process per core for the standard errors.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    try:
+    with imports_of("eval", "--tasks"):
         from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise _needed(f" ({error})") from None
     if not hasattr(TaskManager, "load"):
-        raise _needed(", and the installed one is older")
+        raise ArgumentError('--tasks: the installed lm_eval is older than 0.4.13; pip install "scmoe_ds[eval]"')
 
 
 def evaluate_tasks(
@@ -116,7 +114,3 @@ def _load(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any
         group = loaded.get("groups", {}).get(name)
         tasks += [group] if group is not None else list(loaded["tasks"].values())
     return manager, tasks
-
-
-def _needed(why: str) -> ArgumentError:
-    return ArgumentError(f'--tasks needs the package lm_eval{why}: pip install "lm_eval>=0.4.13,<0.5"')

@@ -35,7 +35,7 @@ from scmoe_ds.checkpoint.files import iteration_of, newest_first
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.text_file import read_text
 from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.errors import ArgumentError
+from scmoe_ds.errors import ArgumentError, imports_of
 from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.analysis import build_parser, check
@@ -62,7 +62,8 @@ def _feasibility(args: argparse.Namespace) -> None:
         raise ArgumentError(f"{flag_of(missing[0])} is missing")
     record = feasibility.read_similarity(args.similarity)
     kinds = [feasibility.study(*each) for each in feasibility.read_times(args.calibration)]
-    from scmoe_ds.analysis import feasibility_page  # matplotlib takes a second to import
+    with imports_of("plots", "the page's figure"):
+        from scmoe_ds.analysis import feasibility_page  # matplotlib takes a second to import
 
     paths = feasibility_page.write(record, kinds, args.output_prefix)
     lines = [f"ScMoE {feasibility.conclude(kind, record['verdict'])[0]}" for kind in kinds]

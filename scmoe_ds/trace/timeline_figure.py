@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scmoe_ds.errors import imports_of
 from scmoe_ds.trace.recorder import PHASES, Phase, Span
 from scmoe_ds.trace.spans import LANES, Spans, check_spans, hidden_share_of_ranks, rows_of_lane
 
@@ -56,11 +57,8 @@ def figure(spans_of_ranks: Sequence[Spans], title_prefix: str = "", layer: int |
     Raises:
         ValueError, ImportError: as `draw`.
     """
-    try:
+    with imports_of("plots", "the figure of a timeline", "open the trace in ui.perfetto.dev"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = "`pip install matplotlib`, or open the trace in ui.perfetto.dev, which needs no package"
-        raise ImportError(f"the figure of a timeline needs matplotlib: {remedy}") from error
     layer, shown = _of_layer(spans_of_ranks, layer)
     drawn = dict(itertools.islice(shown.items(), _MAX_RANKS_DRAWN))
     spans = list(itertools.chain(*drawn.values()))

@@ -333,12 +333,20 @@ def test_keys_are_those_of_the_installed_deepspeed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("monitor", "package"), [("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")]
+    ("monitor", "package", "install"),
+    [
+        ("wandb", "wandb", "wandb"),
+        ("comet", "comet_ml", "comet_ml"),
+        ("tensorboard", "tensorboard", '"scmoe_ds[plots]"'),
+    ],
 )
-def test_a_monitor_without_its_package(monitor: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_monitor_without_its_package(
+    monitor: str, package: str, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
-    with pytest.raises(ScMoEConfigError, match=rf"^{monitor}\.enabled = true: needs the package {package}; .*false$"):
+    message = f"{monitor}.enabled = true: needs the package {package}; pip install {install}, or set it to false"
+    with pytest.raises(ScMoEConfigError, match=f"^{re.escape(message)}$"):
         read({monitor: {"enabled": True}})
     read({monitor: {"enabled": False}})  # the remedy
 

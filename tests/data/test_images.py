@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.quality import digits
 from scmoe_ds.data.images import Digits, Epochs, ImageFolder, Padded, load_images, split_in_two
-from scmoe_ds.errors import ArgumentError, DataError
+from scmoe_ds.errors import ArgumentError, DataError, UserError
 from scmoe_ds.models.swin import IGNORED
 from scmoe_ds.models.swin_settings import SWIN_PRESETS
 from scmoe_ds.programs import pretrain_swin as pretrain_swin_program
@@ -130,7 +130,7 @@ def test_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             call()
         assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match="needs scikit-learn: pip install scikit-learn"):
+    with pytest.raises(UserError, match=r'digits needs sklearn: pip install "scmoe_ds\[images\]"'):
         Digits(8)
 
 

@@ -459,7 +459,7 @@ def test_an_unknown_task(bad_files: dict[str, str], capfd: pytest.CaptureFixture
 def test_without_lm_eval(export: str, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)  # an import of it fails
     assert evaluate_program.main(["--load", export, "--tasks", "hellaswag"]) == 2
-    assert re.search(r'--tasks needs the package lm_eval .*: pip install "lm_eval', capfd.readouterr().err)
+    assert re.search(r'--tasks needs lm_eval: pip install "scmoe_ds\[eval\]"', capfd.readouterr().err)
 
 
 def test_a_model_that_has_diverged(export: str, text_file: str, capfd: pytest.CaptureFixture, monkeypatch: Any) -> None:

@@ -277,7 +277,7 @@ def test_draw_writes_the_format_of_the_suffix(tmp_path: Path) -> None:
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"needs matplotlib: `pip install matplotlib`, or open the trace"):
+    with pytest.raises(ImportError, match=r'needs matplotlib: pip install "scmoe_ds\[plots\]", or open'):
         figure([RANK_0])
 
 
