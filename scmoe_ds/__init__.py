@@ -3,12 +3,13 @@
 Names are imported when they are first used: torch and DeepSpeed take seconds, and `scmoe --help` needs neither.
 """
 
-from importlib import import_module
+import re
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scmoe_ds.config.section import ScMoEConfig
-    from scmoe_ds.engine import initialize
+    from scmoe_ds.engine.initialize import initialize
     from scmoe_ds.errors import ScMoEConfigError
     from scmoe_ds.moe.shortcut import ScMoE
     from scmoe_ds.overlap.schedule import Schedule
@@ -27,6 +28,9 @@ _HOME = {
 }
 
 __version__ = "0.1.0"
+
+OLDEST_DEEPSPEED = "0.19.4"
+"""Its gate takes `sparse_routes` and returns the expert, place and weight of each choice (moe/deepspeed_gate.py)."""
 
 __all__ = [
     "ScMoE",
@@ -47,3 +51,19 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"scmoe_ds.{_HOME[name]}"), name)
+
+
+def _check_deepspeed() -> None:
+    try:
+        found = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        found = "none"
+    numbers, oldest = ([int(part) for part in re.findall(r"\d+", each)[:3]] for each in (found, OLDEST_DEEPSPEED))
+    if numbers < oldest:
+        raise ImportError(
+            f"scmoe_ds needs DeepSpeed >= {OLDEST_DEEPSPEED}, whose gate returns sparse routes; found {found}: "
+            f'pip install "deepspeed>={OLDEST_DEEPSPEED},<0.20"'
+        )
+
+
+_check_deepspeed()

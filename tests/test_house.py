@@ -108,3 +108,42 @@ def test_no_function_is_longer_than_a_screen() -> None:
 def test_isinstance_asks_no_protocol() -> None:
     """From Python 3.12 on it finds no submodule of a module, and says no to a protocol that has one."""
     assert [name for name, tree in TREES.items() if "runtime_checkable" in ast.dump(tree)] == []
+
+
+PYTHONS_OWN = {"_exit", "_current_frames", "_ArgumentGroup", "_subparsers", "_actions", "_option_string_actions"}
+OVERRIDES = {"data.megatron_classes": {"_build_megatron_dataset_splits"}}
+"""A subclass overrides private methods of megatron-core in its body, and calls one of its siblings."""
+
+
+def own_names() -> set[str]:
+    """What the package itself defines: functions, classes, variables and attributes of self."""
+    nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    return (
+        {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        | {node.attr for node in attributes if ast.unparse(node.value) in ("self", "ctx")}
+    )
+
+
+def test_private_names_of_others_stand_in_compat() -> None:
+    own = own_names() | PYTHONS_OWN
+
+    def private_names(node: ast.AST) -> list[str]:
+        if isinstance(node, ast.Attribute):
+            return [node.attr]
+        if isinstance(node, ast.ImportFrom):
+            return [each.name for each in node.names]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            return [each.value for each in node.args[1:2] if isinstance(each, ast.Constant)]
+        return []
+
+    found = [
+        f"{module}: {name}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        for name in private_names(node)
+        if name.startswith("_") and not name.endswith("__") and name not in own | OVERRIDES.get(module, set())
+    ]
+    assert [each for each in found if not each.startswith("compat: ")] == []
+    assert any(each.startswith("compat: ") for each in found)

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import AnalysisError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.pairs import tap_of
+from scmoe_ds.moe.gate import capacity
 
 SCALARS = (
     "same_expert_share",
@@ -179,10 +179,9 @@ class GatingSums:
         """The choices that DeepSpeed's gate would drop, because they exceed an expert's capacity."""
         if self.layer.capacity_factor is None:
             return 0
-        shape = torch.empty(len(chosen_TK), len(count_E), device="meta")
-        factor = torch.tensor(self.layer.capacity_factor * chosen_TK.shape[1])
-        capacity = sharded_moe._capacity(shape, factor, torch.tensor(self.layer.min_capacity))
-        return (count_E - int(capacity)).clamp(min=0).sum()
+        factor = self.layer.capacity_factor * chosen_TK.shape[1]
+        limit = capacity(len(chosen_TK), len(count_E), factor, self.layer.min_capacity)
+        return (count_E - limit).clamp(min=0).sum()
 
     def record(self) -> dict[str, Any]:
         """JSON values: "block", the ends' names, `SCALARS`, and "load", each expert's share of the choices.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe_ds.compat import high_precision_mapping
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.agreement import gather
 
@@ -99,7 +100,7 @@ def _tensors(engine: Any) -> Iterator[_Held]:
 def _parameter_at(engine: Any, group: int, place: int) -> str:
     """Names the parameter that has an element of a group's flat buffer."""
     for name, parameter in engine.module.named_parameters():
-        mapping = getattr(parameter, "_hp_mapping", None)
+        mapping = high_precision_mapping(parameter)
         if mapping is not None and mapping.param_group_index == group:
             address = mapping.hp_fragment_address
             if address.start <= place < address.start + address.numel:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint.saved_state import SavedState
+from scmoe_ds.compat import high_precision_mapping
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.moe.placement import global_names
 from scmoe_ds.parallel.tensor import shard, tensor_parallel_rank, tensor_parallel_rule, tensor_parallel_size
@@ -44,7 +45,7 @@ def put_weights(engine: Any, weights: Weights) -> None:
         for name, parameter in engine.module.named_parameters():
             value = own_part(weights.read(names[name]), parameter, names[name])
             parameter.data.copy_(value)
-            mapping = getattr(parameter, "_hp_mapping", None)
+            mapping = high_precision_mapping(parameter)
             if mapping is not None:
                 mapping.hp_fragment.data.copy_(_own_piece(value, mapping))
 
@@ -64,7 +65,7 @@ def put_state(engine: Any, saved: SavedState, schedule: bool = True) -> None:
     inner = engine.optimizer.optimizer
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
-            mapping = getattr(parameter, "_hp_mapping", None)
+            mapping = high_precision_mapping(parameter)
             if mapping is None:
                 continue
             group = inner.param_groups[mapping.param_group_index]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from scmoe_ds.checkpoint import files, finite, lock, rotation
 from scmoe_ds.checkpoint.description import BATCH, CONSUMED, ITERATION
+from scmoe_ds.compat import writes_by
 from scmoe_ds.data.durable_files import FileEntry, file_entry, flush, try_to_write
 from scmoe_ds.errors import CheckpointError, first_line
 from scmoe_ds.moe.placement import with_expert
@@ -176,14 +177,8 @@ def _collected_failures(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             failures.append(f"{os.path.basename(path)}: {_reason(error, os.path.dirname(path))}")
 
-    def no_script(path: str) -> None:
-        """DeepSpeed would add its zero_to_fp32.py, which cannot read checkpoints of MoE models."""
-
-    owner.save, engine._copy_recovery_script = guarded_write, no_script
-    try:
+    with writes_by(engine, guarded_write):
         yield written, failures
-    finally:
-        del owner.save, engine._copy_recovery_script  # the classes' own show again
 
 
 def _check_in(part: Path, written: list[Path]) -> dict[str, FileEntry]:

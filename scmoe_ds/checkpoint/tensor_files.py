@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from scmoe_ds.checkpoint import files
+from scmoe_ds.compat import reads_by
 from scmoe_ds.errors import CheckpointError, first_line
 from scmoe_ds.parallel.agreement import run_together
 
@@ -99,23 +100,13 @@ def as_expected(directory: Path, flag: str) -> Iterator[None]:
 
 @contextmanager
 def fed_by_us(engine: Any, directory: Path, tensor_ranks: int, flag: str) -> Iterator[None]:
-    """Inside the block, DeepSpeed's `load_checkpoint` reads only files that the manifest names, with `read`.
-
-    By itself it would search for the model's files with a pattern. When the directory's name has a "[", the pattern
-    could match another directory.
-    """
-    owner = engine.checkpoint_engine
+    """Inside the block, DeepSpeed's `load_checkpoint` reads only files that the manifest names, with `read`."""
     known = files.read_manifest(directory, flag)
 
     def load(path: str, map_location: Any = None) -> Any:
         files.require_named(Path(path).name, directory, known, flag)
         return read(directory / Path(path).name, flag, mapped=False)
 
-    def model_files(load_dir: str, tag: str) -> list[str]:
-        return [str(directory / f"mp_rank_{rank:02d}_model_states.pt") for rank in range(tensor_ranks)]
-
-    owner.load, engine._get_all_ckpt_names = load, model_files
-    try:
+    model_files = [str(directory / f"mp_rank_{rank:02d}_model_states.pt") for rank in range(tensor_ranks)]
+    with reads_by(engine, load, model_files):
         yield
-    finally:
-        del owner.load, engine._get_all_ckpt_names  # the classes' own show again

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scmoe_ds.compat import timeout_of
 from scmoe_ds.errors import ExchangeError
 
 Wait = Callable[[], object]
@@ -80,7 +80,7 @@ class Transport:
             works = dist.batch_isend_irecv(operations) if operations else []
         incoming[me].copy_(outgoing[me])  # while the others are on their way
         # gloo's sends and receives ignore their group's timeout. NCCL's obey it, and block the host if given one here.
-        limit = () if rows.is_cuda else (_timeout(group, rows.device),)
+        limit = () if rows.is_cuda else (timeout_of(group, rows.device),)
 
         # NCCL returns one work for all operations, gloo one for each.
         partners: list[int | None] = [operation.peer for operation in operations]
@@ -104,10 +104,6 @@ def _named(group: dist.ProcessGroup | None, peer: int | None = None) -> Iterator
         peers = [rank for rank in ranks if rank != me] if peer is None else [peer]
         part = "" if peer is None else f"the part with rank {peer} of "
         raise ExchangeError(f"{part}the all-to-all of expert-parallel ranks", ranks, peers, str(error)) from error
-
-
-def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
-    return group._get_backend(device).options._timeout
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, get_args
 import deepspeed.runtime.config as deepspeed_config
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from scmoe_ds.compat import removed_keys
 from scmoe_ds.config.batch_sizes import KEYS as BATCH_KEYS
 from scmoe_ds.config.deepspeed_keys import Keys, known_keys, quiet
 from scmoe_ds.config.messages import fail, unknown_key
@@ -30,18 +31,18 @@ def check_keys(whole: Mapping[str, Any]) -> list[str]:
     Top-level keys that begin with "_" are the user's own; DeepSpeed does not look at them either.
     """
     theirs = {key: value for key, value in whole.items() if key != "scmoe" and not str(key).startswith("_")}
-    removed = {**_removed("_REMOVED_TOP_LEVEL_CONFIG_KEYS", theirs, "")}
+    top, in_zero = removed_keys()
+    removed = _removed(top, theirs, "")
     zero = theirs.get("zero_optimization")
     if isinstance(zero, Mapping):
-        removed |= _removed("_REMOVED_ZERO_CONFIG_KEYS", zero, "zero_optimization.")
+        removed |= _removed(in_zero, zero, "zero_optimization.")
     lines = [f"{path}: {message}" for path, message in removed.items()]
     rest = {key: value for key, value in theirs.items() if key not in removed}
     lines += _check(rest, known_keys(), "", removed)
     return lines or _read_by_deepspeed(rest)
 
 
-def _removed(name: str, section: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    messages: dict[str, str] = getattr(deepspeed_config, name, {})
+def _removed(messages: Mapping[str, str], section: Mapping[str, Any], prefix: str) -> dict[str, str]:
     return {prefix + key: f"{messages[key].split('. ')[0]}; remove the key" for key in section if key in messages}
 
 

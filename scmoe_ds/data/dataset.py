@@ -15,6 +15,7 @@ import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
+from scmoe_ds.compat import sequences_of
 from scmoe_ds.data.indexed import IndexedLayout, check_token_range, content_digest, document_of, read_layout
 from scmoe_ds.data.megatron_classes import Builder, FingerprintedConfig, PretrainingDataset
 from scmoe_ds.data.sequences import unigram_entropy
@@ -166,7 +167,7 @@ def documents_of(data: Any, samples: Sequence[int], shown: int = 4) -> list[str]
             data[index]  # maps its index into memory
             source, position = data.datasets[data.dataset_index[index]], int(data.dataset_sample_index[index])
         if isinstance(source, GPTDataset):
-            _, sequences, *_ = source._query_document_sample_shuffle_indices(position)
+            sequences = sequences_of(source, position)
             documents = (document_of(source.dataset.document_indices, sequence) for sequence in sequences)
             found.setdefault(source.dataset_path, []).extend(documents)
     texts = []

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from scmoe_ds.compat import default_timeout
 from scmoe_ds.errors import DataError
 from scmoe_ds.parallel.launchers import end_with_parent
-from scmoe_ds.parallel.timeouts import limit_s
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "images")
 
@@ -92,7 +92,7 @@ def pretraining_batches(
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=torch.cuda.is_available(),
-        timeout=limit_s() if num_workers else 0,
+        timeout=default_timeout().total_seconds() if num_workers else 0,
         worker_init_fn=_end_with_the_rank,
     )
 

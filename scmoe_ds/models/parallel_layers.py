@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scmoe_ds.comm.gather import gather_last_dimension
+from scmoe_ds.compat import forget_load_hooks
 from scmoe_ds.parallel.tensor import Split, mark_tensor_parallel
 
 Group: TypeAlias = "dist.ProcessGroup | None"
@@ -171,7 +172,7 @@ def _classes() -> tuple[Any, Any]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._load_state_dict_pre_hooks.clear()  # type: ignore[attr-defined]
+            forget_load_hooks(self)  # type: ignore[arg-type]
 
         @property
         def tp_group(self) -> dist.ProcessGroup:

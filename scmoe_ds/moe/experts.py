@@ -12,6 +12,7 @@ from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scmoe_ds.compat import forward_hooks
 from scmoe_ds.moe.layout import to_device
 
 Project = Callable[[Tensor], Tensor]
@@ -72,7 +73,7 @@ def run_experts(experts: Experts | MovingExperts, rows_SD: Tensor, rows_per_expe
 
 def is_plain(expert: nn.Module) -> bool:
     """Whether an expert is of the form of `TwoProjections` with nothing hooked into its forward pass."""
-    hooked = expert._forward_hooks or expert._forward_pre_hooks
+    hooked = any(forward_hooks(expert))
     return not hooked and has_two_projections(expert)
 
 

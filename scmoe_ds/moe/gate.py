@@ -147,8 +147,12 @@ def _balancing_loss(k: int, probability_TE: Tensor, counted_TE: Tensor) -> Tenso
 def capacity_of(gate: TopKGate, tokens: int) -> int:
     """DeepSpeed's capacity for a number of tokens. It follows from shapes: no host waits for a GPU."""
     factor = gate.capacity_factor if gate.training else gate.eval_capacity_factor
-    shape = torch.empty(tokens, gate.wg.out_features, device="meta")
-    return int(sharded_moe._capacity(shape, torch.tensor(factor * gate.k), torch.tensor(gate.min_capacity)))
+    return capacity(tokens, gate.wg.out_features, factor * gate.k, gate.min_capacity)
+
+
+def capacity(tokens: int, experts: int, factor: float, least: int) -> int:
+    """Most tokens that an expert takes, of `factor` tokens per token; rounded in fp32, as DeepSpeed does."""
+    return max(int(torch.ceil(tokens / experts * torch.tensor(factor))), int(least))
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.moe.sharded_moe import _route_slots, _sparse_encode
 from torch import Tensor
 
 from scmoe_ds.moe.gate import Routing
@@ -84,8 +83,7 @@ class PaddedLayout:
         if num_chunks > 1:
             buffer_KT = location_KT.div(capacity, rounding_mode="floor") * buffers + buffer_KT
             location_KT = location_KT % capacity
-        buffer_KT = torch.where(kept_KT, buffer_KT, -1)
-        row_KT = _route_slots(buffer_KT, location_KT, num_chunks * buffers, capacity)
+        row_KT = torch.where(kept_KT, buffer_KT * capacity + location_KT, num_chunks * buffers * capacity)
         return cls(row_KT, buffers, capacity, num_chunks)
 
     @property
@@ -94,8 +92,12 @@ class PaddedLayout:
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [N * P * V * L * C, D], zeros in the empty rows."""
-        buffers = self.num_chunks * self.buffers
-        return _sparse_encode(tokens_TD, self.row_of_choice_KT, buffers, self.capacity).flatten(0, 1)
+        row_KT, rows = self.row_of_choice_KT, self.num_chunks * self.rows_per_chunk
+        T, D = tokens_TD.shape
+        # The token of every row. Empty rows read a row of zeros; dropped choices write behind the last row.
+        token_R = torch.full((rows + 1,), T, device=row_KT.device)
+        token_R.scatter_(0, row_KT.flatten(), torch.arange(T, device=row_KT.device).expand_as(row_KT).flatten())
+        return torch.cat([tokens_TD, tokens_TD.new_zeros(1, D)]).index_select(0, token_R[:-1])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 from deepspeed.ops.op_builder.builder import OpBuilder
-from torch.utils import cpp_extension
+
+from scmoe_ds.compat import build_directory
 
 logger = logging.getLogger("scmoe_ds")
 _QUIET_S = 600.0
@@ -33,7 +34,7 @@ def announce() -> None:
         return
 
     def jit_load(builder: Any, *args: Any, **kwargs: Any) -> Any:
-        directory = Path(cpp_extension._get_build_directory(builder.name, False))
+        directory = build_directory(builder.name)
         name = wait_for_lock(directory)
         try:
             if not (directory / f"{builder.name}.so").exists() and os.environ.get("LOCAL_RANK", "0") == "0":

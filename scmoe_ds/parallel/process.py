@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
+from scmoe_ds.compat import set_default_timeout, set_world_timeout
 from scmoe_ds.errors import LauncherError, first_line
 from scmoe_ds.parallel import compilation, watch
 from scmoe_ds.parallel.agreement import wait_for_all
 from scmoe_ds.parallel.launchers import adopt_launcher
 from scmoe_ds.parallel.shared_memory import forget_names, require_room
-from scmoe_ds.parallel.timeouts import limit_new_groups, limit_world
 
 _LATE_START_S = 10.0
 """Ranks do not start at the same moment. The first wait may take this much longer than a collective."""
@@ -47,7 +47,7 @@ def connect(timeout: timedelta | None = None) -> bool:
     accelerator = deepspeed.get_accelerator()
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if timeout is not None:
-        limit_new_groups(timeout)
+        set_default_timeout(timeout)
     timeout = timeout or default_pg_timeout
     meeting = timeout + timedelta(seconds=_LATE_START_S)
     # torch waits without a limit when another service answers at the address, or accepts and stays silent.
@@ -63,7 +63,7 @@ def connect(timeout: timedelta | None = None) -> bool:
                 deepspeed.init_distributed(auto_mpi_discovery=False, timeout=meeting)
     except dist.DistError as error:
         raise _cannot_meet(error, meeting) from error
-    limit_world(timeout)
+    set_world_timeout(timeout)
     if watch.active is not None:
         watch.active.join()
     deepspeed.init_distributed(auto_mpi_discovery=False)

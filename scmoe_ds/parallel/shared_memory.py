@@ -9,9 +9,10 @@ import logging
 import os
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+from scmoe_ds.compat import disable_shared_memory
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -29,7 +30,7 @@ def require_room() -> None:
     has_room = torch.tensor(int(room_bytes() >= ranks * _BUFFER_BYTES))
     dist.all_reduce(has_room, dist.ReduceOp.MIN)  # a late rank may already see other ranks' buffers
     if not has_room:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        disable_shared_memory()
         if dist.get_rank() == 0:
             logger.warning(
                 f"{DIRECTORY} has no room for DeepSpeed's shared memory ({ranks * _BUFFER_BYTES >> 20} MiB): "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, Union
+from typing import Literal, Union
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from scmoe_ds.compat import parameters_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.experts import reset_parameters
@@ -123,6 +124,5 @@ def _place_like(layer: nn.Module, moe: MoE) -> None:
     old = next(moe.deepspeed_moe.experts.parameters())
     kept = {id(parameter) for parameter in moe.parameters()}
     for module in layer.modules():
-        parts: dict[str, Any] = module._parameters
-        if any(part is not None and id(part) not in kept for part in parts.values()):
+        if any(part is not None and id(part) not in kept for part in parameters_of(module).values()):
             module.to(device=old.device, dtype=old.dtype)

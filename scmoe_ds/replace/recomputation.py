@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe_ds.compat import is_recomputation, saved_tensor_hook
 from scmoe_ds.replace.taps import Tap
 
 
 def checkpoint_region() -> object:
     """Identifies the activation checkpoint that surrounds the call; None outside of any."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
+    return saved_tensor_hook()
 
 
 def is_repeated() -> bool:
     """Whether torch's activation checkpointing repeats the forward pass that is going on."""
-    return getattr(checkpoint_region(), "__qualname__", "").startswith("_recomputation_hook")
+    return is_recomputation(checkpoint_region())
 
 
 class Recomputation:

@@ -9,6 +9,7 @@ from typing import Any
 from deepspeed.moe.layer import MoE
 from torch import nn
 
+from scmoe_ds.compat import children_of, forward_hooks
 from scmoe_ds.config.loading import Source, section_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
@@ -120,16 +121,16 @@ def _check(model: nn.Module, found: list[tuple[str, Any]], config: ScMoEConfig) 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Wherever a parent holds `old`, it holds `new` afterwards."""
     for parent in model.modules():
-        for name, child in parent._modules.items():
+        for name, child in children_of(parent).items():
             if child is old:
-                parent._modules[name] = new
+                children_of(parent)[name] = new
 
 
 def _shortcut_norm(layer: HookedScMoE, tap: Tap, config: ScMoEConfig) -> nn.Module | None:
     if tap.norm is None or config.shortcut_norm == "shared":
         return tap.norm
     norm = copy.deepcopy(tap.norm)
-    for hooks in (norm._forward_pre_hooks, norm._forward_hooks):
+    for hooks in forward_hooks(norm):
         hooks.clear()
     for name, parameter in norm.named_parameters():
         nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)

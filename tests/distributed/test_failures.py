@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lab.distributed import free_port, rank_environment, run_distributed
+from scmoe_ds import compat
 from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
@@ -32,7 +33,6 @@ from scmoe_ds.models.gpt import GPTOutput
 from scmoe_ds.parallel import process
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.failures import failed_collective
-from scmoe_ds.parallel.timeouts import limit_world
 from scmoe_ds.parallel.watch import Watch
 from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 from scmoe_ds.training.health import MOST_SKIPPED_STEPS, StepHealth, is_loss_scale_exhausted
@@ -233,7 +233,7 @@ def test_a_signal_in_a_validation_is_obeyed_in_it(tmp_path: Path) -> None:
 
 def long_step_under_a_short_limit() -> str:
     """The result of a step that takes twice the limit of collectives on rank 0."""
-    limit_world(timedelta(seconds=2))
+    compat.set_world_timeout(timedelta(seconds=2))
     with Watch("test", timeout_s=2.0) as watch:
         watch.join()
         return str(run_together(lambda: time.sleep(4.0 * (dist.get_rank() == 0)) or "done"))

@@ -1,0 +1,168 @@
+"""Every touch of a private name of torch, DeepSpeed and megatron-core: what it is for, and the version it was read in.
+
+No other module names one; tests/test_house.py says so. megatron-core's classes whose private methods are overridden
+stand in data/megatron_classes.py. docs/versions.md has the versions that were tested.
+
+DeepSpeed is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed import distributed_c10d
+
+# torch ----------------------------------------------------------------------------------------------------------------
+
+_entered = threading.local()
+_top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # from torch 2.8 on; read in 2.13
+
+if _top is None:  # torch 2.6 and 2.7: the contexts themselves remember which of them is the innermost
+    _enter, _leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+
+    def _remember(self: Any) -> None:
+        _enter(self)
+        _entered.__dict__.setdefault("hooks", []).append(self.pack_hook)
+
+    def _forget(self: Any, *error: object) -> None:
+        _entered.hooks.pop()
+        _leave(self, *error)
+
+    saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__ = _remember, _forget  # type: ignore[method-assign]
+
+
+def saved_tensor_hook() -> Any:
+    """The innermost hook that packs tensors for the backward pass; None outside of any. An activation checkpoint is
+    such a hook, and says by its identity which one surrounds a call. In torch 2.6 and 2.7 DeepSpeed's own activation
+    checkpointing is not seen."""
+    if _top is None:
+        stack = getattr(_entered, "hooks", None)
+        return stack[-1] if stack else None
+    hooks = _top(True)
+    return None if hooks is None else hooks[0]
+
+
+def is_recomputation(hook: Any) -> bool:
+    """Whether a hook is that of a checkpoint's second pass; by its name in torch.utils.checkpoint (read in 2.13)."""
+    return getattr(hook, "__qualname__", "").startswith("_recomputation_hook")
+
+
+def forward_hooks(module: nn.Module) -> tuple[MutableMapping[int, Any], MutableMapping[int, Any]]:
+    """The module's forward pre-hooks and forward hooks, which torch only lets one add (read in 2.13)."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module holds, each under every name; `named_children` gives one of them (read in 2.13)."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own parameters; `parameters(recurse=False)` leaves out None and repetitions (read in 2.13)."""
+    return module._parameters
+
+
+def forget_load_hooks(module: nn.Module) -> None:
+    """Removes what a class made to run before its state is loaded (read in 2.13)."""
+    module._load_state_dict_pre_hooks.clear()
+
+
+def build_directory(extension: str) -> Path:
+    """Where torch compiles an extension; creates nothing (read in 2.13)."""
+    from torch.utils import cpp_extension
+
+    return Path(cpp_extension._get_build_directory(extension, False))
+
+
+def set_default_timeout(timeout: timedelta) -> None:
+    """The timeout of process groups whose makers name none: DeepSpeed's `new_group` has no argument for it (2.13)."""
+    distributed_c10d.default_pg_timeout = timeout
+    if distributed_c10d.default_pg_nccl_timeout is not None:
+        distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+def default_timeout() -> timedelta:
+    """What `set_default_timeout` set, or torch's own."""
+    return distributed_c10d.default_pg_timeout
+
+
+def set_world_timeout(timeout: timedelta) -> None:
+    """The timeout of the world's group, which exists (read in 2.13)."""
+    distributed_c10d._set_pg_timeout(timeout)
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """A group's timeout, to hand to gloo's sends and receives, which ignore it (read in 2.13)."""
+    return group._get_backend(device).options._timeout
+
+
+# DeepSpeed ------------------------------------------------------------------------------------------------------------
+
+
+def high_precision_mapping(parameter: Tensor) -> Any:
+    """Where ZeRO keeps a parameter's fp32 copy and optimizer state: `hp_fragment`, `hp_fragment_address`,
+    `lp_fragment_address`, `param_group_index`. None without ZeRO, or if other ranks have it (read in 0.19.8)."""
+    return getattr(parameter, "_hp_mapping", None)
+
+
+@contextmanager
+def writes_by(engine: Any, write: Callable[[Any, str], None]) -> Iterator[None]:
+    """Inside the block, DeepSpeed's checkpoint files are written by `write`, and its zero_to_fp32.py, which cannot read
+    checkpoints of MoE models, is not added (read in 0.19.8)."""
+
+    def no_script(path: str) -> None: ...
+
+    owner = engine.checkpoint_engine
+    owner.save, engine._copy_recovery_script = write, no_script
+    try:
+        yield
+    finally:
+        del owner.save, engine._copy_recovery_script  # the classes' own show again
+
+
+@contextmanager
+def reads_by(engine: Any, read: Callable[..., Any], model_files: list[str]) -> Iterator[None]:
+    """Inside the block, DeepSpeed's checkpoint files are read by `read`, and the model's are these: DeepSpeed searches
+    for them by a pattern, in which a "[" of the directory's name has a meaning (read in 0.19.8)."""
+    owner = engine.checkpoint_engine
+    owner.load, engine._get_all_ckpt_names = read, lambda load_dir, tag: model_files
+    try:
+        yield
+    finally:
+        del owner.load, engine._get_all_ckpt_names  # the classes' own show again
+
+
+def disable_shared_memory() -> None:
+    """CPU ranks of one host reduce through torch instead of DeepSpeed's shared memory (read in 0.19.8)."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def removed_keys() -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Keys that DeepSpeed's JSON no longer has, at the top and in "zero_optimization", with what it says about them;
+    from 0.19.7 on, empty before (read in 0.19.8)."""
+    from deepspeed.runtime import config
+
+    names = ("_REMOVED_TOP_LEVEL_CONFIG_KEYS", "_REMOVED_ZERO_CONFIG_KEYS")
+    top, zero = (getattr(config, name, {}) for name in names)
+    return top, zero
+
+
+# megatron-core --------------------------------------------------------------------------------------------------------
+
+
+def sequences_of(dataset: Any, sample: int) -> Any:
+    """The sequences that a sample of a GPTDataset was cut from. 0.14–0.16 return two values, 0.19 three (read in
+    0.16.1 and 0.19.2)."""
+    _, sequences, *_ = dataset._query_document_sample_shuffle_indices(sample)
+    return sequences
