@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # What tests/cluster makes two machines of.
 CLUSTER_PACKAGES := iproute2 openssh-server pdsh openmpi-bin procps
 
-.PHONY: help setup fast test check format pretrain schema docs cluster-packages clean
+.PHONY: help setup fast test test-versions check format pretrain schema docs cluster-packages clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -33,6 +33,10 @@ setup: $(STAMP)  ## install everything into .venv, this package editable
 # Two files at a time: many tests wait for processes more than they compute.
 test: $(STAMP)  ## all tests; those that need a GPU skip themselves
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Not part of .ci/run: several GB per set. docs/versions.md has the table.
+test-versions:  ## the fast tests on the oldest and the newest packages allowed, each in an environment of its own
+	$(PYTHON) -m lab.versions
 
 fast: $(STAMP)  ## the inner loop: tests that start no process and take no long computation
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not spawns and not slow'
