@@ -51,6 +51,8 @@ def test_paths_and_modules_exist(name: str) -> None:
     modules = re.findall(r"(?:-m|--module) ((?:benchmarks|examples|lab|scmoe_ds)\.[\w.]*\w)", text)
     imported = re.findall(r"^from (scmoe_ds\.[\w.]+) import (.+)$", text, re.MULTILINE)
     missing = [path for path in paths if not (ROOT / path).exists()]
+    files = re.findall(r"`((?!megatron/)(?:\w+/)+\w+\.py)`", text)  # those of a room without the package
+    missing += [file for file in files if not ((ROOT / file).exists() or (ROOT / "scmoe_ds" / file).exists())]
     missing += [
         module
         for module in modules
