@@ -1,7 +1,7 @@
 """DeepSpeed's MoE layers in a small image classifier, in the manner of DeepSpeedExamples' CIFAR: `--deepspeed_config`
 on the command line, parameter groups and data set handed over, MoE layers in a list of their own.
 
-deepspeed --num_gpus 1 --module examples.digits_moe --deepspeed --deepspeed_config examples/digits_moe.json
+deepspeed --num_gpus 1 examples/digits_moe.py --deepspeed --deepspeed_config examples/digits_moe.json
 
 One line differs from a DeepSpeed program: `scmoe_ds.initialize` in the place of `deepspeed.initialize`. The layers are
 in no block, so the JSON names the tap by its path. Needs scikit-learn for the images.

@@ -1,7 +1,7 @@
 """Hugging Face's Trainer on a dense GPT-2 whose MLPs become ScMoE layers.
 
-python -m examples.hf_trainer
-deepspeed --num_gpus 2 --module examples.hf_trainer 2      # experts on two ranks
+python examples/hf_trainer.py
+deepspeed --num_gpus 2 examples/hf_trainer.py 2      # experts on two ranks
 
 Trainer calls deepspeed.initialize itself, so three things are done here that scmoe_ds.initialize would do: the layers
 are made before the Trainer, the experts get parameter groups of their own, and the schedule is set in the section

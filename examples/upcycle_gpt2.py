@@ -1,7 +1,7 @@
 """A dense Hugging Face GPT-2 whose MLPs become ScMoE layers, trained on the text of Python's own reference manual.
 
-    python -m examples.upcycle_gpt2
-    deepspeed --num_gpus 2 --module examples.upcycle_gpt2 2      # experts on two ranks
+    python examples/upcycle_gpt2.py
+    deepspeed --num_gpus 2 examples/upcycle_gpt2.py 2      # experts on two ranks
 
 With a trained model, take transformers.GPT2LMHeadModel.from_pretrained("gpt2") and its tokenizer instead of a model
 that is made here and trained on bytes for a few seconds.

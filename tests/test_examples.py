@@ -28,7 +28,7 @@ RUNNABLE = {
     "replace_moe": (),
     "upcycle_gpt2": (),
     "hf_trainer": (),
-    "digits_moe": ("--deepspeed", "--deepspeed_config", "examples/digits_moe.json"),
+    "digits_moe": ("--deepspeed", "--deepspeed_config", str(EXAMPLES / "digits_moe.json")),
 }
 QUOTED = ["replace_moe", "upcycle_gpt2"]
 PROGRAMS = {
@@ -40,11 +40,11 @@ SERVING = {"generate": generate_program.build_parser, "evaluate": evaluate_progr
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_an_example_runs_and_its_loss_falls(name: str) -> None:
+def test_an_example_runs_anywhere_and_its_loss_falls(name: str, tmp_path: Path) -> None:
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     run = subprocess.run(
-        [sys.executable, "-m", f"examples.{name}", *RUNNABLE[name]],
-        cwd=ROOT,
+        [sys.executable, EXAMPLES / f"{name}.py", *RUNNABLE[name]],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=600,
