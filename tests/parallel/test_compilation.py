@@ -87,7 +87,7 @@ def test_a_compilation_is_announced(
 
     seen: list[list[str]] = []
     monkeypatch.setattr(OpBuilder, "jit_load", lambda self: seen.append(sorted(p.name for p in tmp_path.iterdir())))
-    monkeypatch.setattr(compilation.cpp_extension, "_get_build_directory", lambda name, verbose: str(tmp_path))
+    monkeypatch.setattr(compilation, "build_directory", lambda name: tmp_path)
     compilation.announce()
     caplog.set_level(logging.WARNING, "scmoe_ds")
 

@@ -74,9 +74,8 @@ def test_program(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "Pos-2 (block 0 attention → block 1 attention, …): mean cosine" in out and "wrote" in out
     record = json.loads((directory / "a.json").read_text())
-    assert (
-        record["kind"] == "similarity" and record["tokens"] == 96 and record["versions"]["torch"] == torch.__version__
-    )
+    assert record["kind"] == "similarity" and record["tokens"] == 96
+    assert torch.__version__.startswith(record["versions"]["torch"].split("+")[0])
     tokens = torch.tensor(list(TEXT.encode()))[:96].view(6, 16)
     with torch.no_grad():
         kept = [value.flatten(0, 1).double() for value in gpt_by_hand(whole_model(GPT2, {"num_experts": 4}), tokens)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -65,7 +66,8 @@ def routed_by_megatron(pair: StagedPair, tokens_BSD: Tensor) -> Tensor:
         add_bias_linear=False,
         activation_func=F.gelu,
     )
-    submodules = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False).submodules
+    spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
+    submodules = spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules  # a partial from 0.17 on
     layer = MoELayer(settings, submodules, layer_number=1)
     ours = pair.layer.deepspeed_moe
     with torch.no_grad():
