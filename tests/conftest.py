@@ -41,6 +41,6 @@ def leaves_no_process_group() -> Iterator[None]:
         from deepspeed.utils import groups
 
         dist.destroy_process_group()
-        groups._release_process_group_references()
+        getattr(groups, "_release_process_group_references", lambda: None)()  # from DeepSpeed 0.19.8 on
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
