@@ -270,7 +270,7 @@ def _remove(instance: str) -> None:
 def _check(rates_mbit: Sequence[float | None] = (100, 500, 1000, None)) -> None:
     print("8 MiB each way and a barrier: median ms, and Mbit/s each way. all-to-all: dist.all_to_all_single\n")
     print("| Mbit/s | 0 → 1 | 1 → 0 | irecv + isend | all-to-all |\n|---|---|---|---|---|")
-    program = [sys.executable, "-c", "from benchmarks.cluster import nodes; nodes._check_rank()"]
+    program = [sys.executable, "-c", "from lab import nodes; nodes._check_rank()"]
     with TwoNodes(high_priority=True) as nodes:
         for rate in rates_mbit:
             nodes.set_rate(rate)

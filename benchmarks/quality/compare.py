@@ -297,7 +297,7 @@ def measure(benchmark: Benchmark, args: argparse.Namespace, command: str) -> int
     """Runs what the record lacks; 0 if all that was asked for is finished, otherwise 1.
 
     Raises:
-        QualityError, DataError: what a user can mend.
+        QualityError, DataError: what a user can correct.
         KeyboardInterrupt: stopped; the same command goes on.
     """
     plan = load_plan(args.settings, args.preset)

@@ -22,7 +22,7 @@ from scmoe_ds.planner.times import OperatorTime, OperatorTimes
 
 RESULTS = Path(__file__).parents[1] / "results"
 RECORDS = ("block_swin_60_padded", "block_swin_50_padded", "block_gpt2-medium_15_padded")
-"""Of benchmarks.speed.block, on two nodes of this project's cluster: 60, 50 and 15 % communication."""
+"""Of benchmarks.speed.block, on two shaped nodes in one machine: 60, 50 and 15 % communication."""
 
 
 @dataclass(frozen=True)
