@@ -145,7 +145,7 @@ def read_times(path: str) -> list[tuple[Description, OperatorTimes]]:
             '"scmoe": {"overlap": {"calibration_file": …}} names'
         )
     if not saved:
-        raise AnalysisError(f"{source} has no times; measure them with scmoe_ds.programs.report")
+        raise AnalysisError(f"{source} has no times; measure them with scmoe report")
     found = []
     for entry in saved:
         description = entry.get("description") if isinstance(entry.get("description"), dict) else {}

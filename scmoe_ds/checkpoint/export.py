@@ -90,8 +90,8 @@ def residual_to_scmoe(
     if config.shortcut_norm == "own":
         if settings.norm_placement != "pre":
             raise CheckpointError(
-                f"{source} is a post-norm model: it has no norm that a shortcut's own could start "
-                'from; give "shortcut_norm": "shared"'
+                f"{source} is a post-norm model: it has no norm that the shortcut's own norm "
+                'could copy; give "shortcut_norm": "shared"'
             )
         for pair in range(config.moe_layers(settings.num_layers)):
             for name, copied in _shortcut_norm(config, pair, readers).items():

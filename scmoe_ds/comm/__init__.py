@@ -5,5 +5,6 @@
 `hierarchical.py`     the primitive for groups that span nodes: inside the nodes, then across.
 `counts.py`           how many rows each rank sends and receives.
 `wire.py`             the number format of rows on the way.
+`gather.py`           a blocking gather for tensor parallelism.
 `side_stream.py`      a CUDA stream for work beside the computation.
 """

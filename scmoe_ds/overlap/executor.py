@@ -28,7 +28,7 @@ class Activations(NamedTuple):
 
     Attributes:
         hidden: the residual stream, [B, S, D].
-        moe_input: the current layer's normalised input of shared expert and merge, [B, S, D], once it exists.
+        moe_input: the current layer's normalised input, [B, S, D], which shared expert and merge read, once it exists.
         shared: the shared expert's output, [B, S, D], once it is computed.
         shared_inner: the shared expert's inner activation, [B, S, F], between its two halves, where it is split.
     """
@@ -151,7 +151,7 @@ def run(
     recorder: PairRecorder = SILENT,
     used_token: Tensor | None = None,
 ) -> PairOutput:
-    """One forward pass of a pair under any schedule; its backward mirrors it by itself (see all_to_all.py).
+    """One forward pass of a pair under any schedule; its backward mirrors it by itself (see comm/all_to_all.py).
 
     Args:
         hidden: [B, S, D].

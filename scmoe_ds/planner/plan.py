@@ -162,7 +162,7 @@ class Plan:
         schedule: the choice; its expert_slot is an int if all chunks share it.
         predicted: what it costs.
         serial: what the same costs in one chunk with blocking communication.
-        unchunked: one chunk at every slot, in order, whatever was asked for.
+        unchunked: every slot with one chunk, in order, whatever the caller asked for.
         best_per_chunks: the best of every number of chunks that was allowed, fewest first; the choice is one of them.
     """
 

@@ -73,7 +73,7 @@ def _feasibility(args: argparse.Namespace) -> None:
 def analyze(args: argparse.Namespace) -> None:
     """One job in a process group of one."""
     if dist.get_world_size() > 1:
-        raise ArgumentError("an analysis runs in one process: start it with python, not with a launcher")
+        raise ArgumentError("an analysis runs in one process: start it as scmoe analyze, without a launcher")
     if args.from_json is not None:
         print(f"wrote {records.redraw(args.from_json, args.analysis)}", flush=True)
         return

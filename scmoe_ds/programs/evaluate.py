@@ -64,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--split",
-        help="with --data-path: shares of train, valid and test as in pretraining, of which "
-        "the validation documents are evaluated; default: all documents",
+        help="with --data-path: the --split of the pretraining; its validation documents are evaluated. "
+        "Default: all documents",
     )
     group.add_argument("--include-path", help="with --tasks: a directory of task files")
     group.add_argument(
@@ -77,9 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--stride",
         type=int,
-        help="tokens by which a window moves on; all but the first score only "
-        "their last so many. Equal to --seq-length: disjoint windows. Default: half of it, with --tasks "
-        "all of it, as lm_eval does",
+        help="tokens by which the window moves. Every window but the first scores only its last --stride tokens. "
+        "When it equals --seq-length, windows are disjoint. Default: half of --seq-length; with --tasks "
+        "--seq-length, as in lm_eval",
     )
     group.add_argument(
         "--batch-size", type=int, default=8, help="windows, questions or prompts that a rank reads together"
@@ -102,7 +102,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
         if getattr(args, name) is not None and getattr(args, other) is None:
             raise ArgumentError(f"{flag_of(name)} goes with {flag_of(other)}: remove it")
     if args.include_path is not None and not Path(args.include_path).is_dir():
-        raise ArgumentError(f"--include-path {args.include_path} is not a directory; give that of the task files")
+        raise ArgumentError(
+            f"--include-path {args.include_path} is not a directory; name the directory of the task files"
+        )
     if args.output is not None:
         out = Path(args.output)
         if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):

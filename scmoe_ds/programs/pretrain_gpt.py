@@ -26,9 +26,7 @@ from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identi
 from scmoe_ds.data.default_corpus import prepare_default_corpus
 from scmoe_ds.data.splits import split_shares
 from scmoe_ds.data.tokenizer import Tokenizer, pad_vocab_size
-from scmoe_ds.errors import (
-    ArgumentError,
-)
+from scmoe_ds.errors import ArgumentError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings

@@ -2,7 +2,7 @@
 
 `replacement` is the entry, `upcycle` the one for dense models. `taps` finds the tap, `tap_check` checks it, `convert`
 makes the `layer`. `hooked` is the pair, `hooked_pass` one forward pass of it, `recomputation` what activation
-checkpointing repeats, `token_mask` the padding.
+checkpointing repeats, `token_mask` the padding. `calls` reads the arguments that a hook sees.
 """
 
 from scmoe_ds.replace.replacement import replace_moe_layers, undo_replacement

@@ -89,7 +89,7 @@ class TapCheck:
         if not right:
             raise ScMoEConfigError(
                 f"{self.layer_name}: its tap, the {self.tap.side} of {self.tap.module_name}, {what}, so that it is not "
-                "the residual stream that the position asks for; name the module whose input or output is, in "
+                "the residual stream that the position asks for; name a module whose input or output is this stream in "
                 'scmoe.tap, e.g. "{previous}.mlp:input"'
             )
 

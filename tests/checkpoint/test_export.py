@@ -158,7 +158,7 @@ def test_post_norm_has_no_norm_to_start_from(
     model = whole_model(replace(SETTINGS, norm_placement="post"), section)
     source, out = str(write_export(tmp_path / "residual", model)), str(tmp_path / "out")
     assert main(["residual-to-scmoe", source, out, "--position", "pos1", "--shortcut-norm", "own"]) == 2
-    assert "is a post-norm model: it has no norm that a shortcut's own could start from" in capsys.readouterr().err
+    assert "is a post-norm model: it has no norm that the shortcut's own norm could copy" in capsys.readouterr().err
     assert main(["residual-to-scmoe", source, out, "--position", "pos1", "--shortcut-norm", "shared"]) == 0
     weights = load_file(Path(out) / "model-00001-of-00001.safetensors")
     wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     similarity.add_argument(
         "--moe-every",
         type=int,
-        help="an MoE layer in the last of every so many blocks; default: the model's, or 2 for a dense --hf-model",
+        help="every how many blocks there is an MoE layer; default: as in the model, or 2 for a dense --hf-model",
     )
     similarity.add_argument("--images", help='for a SwinV2: directory of <class>/<image>, or "digits" of scikit-learn')
     similarity.add_argument("--max-images", type=int, help="most images to read; default: all")
@@ -51,14 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
         "gradients",
         "norm and signal-to-noise ratio of the gradients, by sub-layer and branch (paper appendix A.1)",
     )
-    gradients.add_argument("--load", action="append", help=_CHECKPOINT + "; several times: side by side")
+    gradients.add_argument("--load", action="append", help=_CHECKPOINT + "; give it several times to compare models")
     for command in (gating, gradients):
         command.add_argument(
             "--all-checkpoints",
             action="store_true",
-            help="every global_step* of each directory --load, with curves over iterations",
+            help="analyse every global_step* in the directory --load, and draw curves over iterations",
         )
-    gradients.add_argument("--micro-batches", type=int, default=16, help="between which the noise is taken")
+    gradients.add_argument(
+        "--micro-batches", type=int, default=16, help="number of micro-batches whose gradients are compared"
+    )
     feasibility = commands.add_parser(
         "feasibility",
         help="one page: would ScMoE pay for a model on a machine?",
@@ -81,13 +83,13 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("record")
     group.add_argument("--output", help="a .json file; the figure goes beside it, as .png")
-    group.add_argument("--from-json", help="make the figure of such a file anew, without a model")
+    group.add_argument("--from-json", help="draw the figure again from such a file; loads no model")
     group = parser.add_argument_group("what is read")
     group.add_argument("--data-path", help="prefix of a .bin and .idx of scmoe preprocess")
     group.add_argument(
         "--split",
-        help="with --data-path: shares of train, valid and test as in pretraining, of which "
-        "the validation documents are read; default: all documents",
+        help="with --data-path: the --split of the pretraining; its validation documents are read. "
+        "Default: all documents",
     )
     group.add_argument("--text-file", help="a UTF-8 text")
     group.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the model's context")
@@ -98,8 +100,8 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     group.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it was trained or exported")
     add_tokenizer(
         group,
-        "the one that the checkpoint records, ByteTokenizer where it records none; for --hf-model the "
-        "tokenizer in its directory",
+        "the one that the checkpoint records, or ByteTokenizer when it records none"
+        + ("; for --hf-model the tokenizer in its directory" if name == "similarity" else ""),
     )
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser

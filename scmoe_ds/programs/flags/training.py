@@ -43,7 +43,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--recompute-granularity",
         choices=GRANULARITIES,
         help="activation checkpointing: keep the "
-        "input of each run of blocks (full) or of each dense operator (selective)",
+        "input of each pair of blocks (full) or of each dense operator (selective)",
     )
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer")
 
