@@ -74,20 +74,20 @@ class Crew:
         self.threads = max(1, (os.cpu_count() or 1) // parallel)
         self._environment = {**environment(), "threads": str(self.threads), "runs at a time": str(parallel)}
 
-    def work(self, wanted: Sequence[tuple[str, int]]) -> None:
+    def work(self, unfinished: Sequence[tuple[str, int]]) -> None:
         """Runs (variant, seed) pairs in this order.
 
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM; the processes have saved a checkpoint by then.
         """
         with ThreadPoolExecutor(self.parallel) as pool:
-            futures = [pool.submit(self._run, variant, seed) for variant, seed in wanted]
+            futures = [pool.submit(self._run, variant, seed) for variant, seed in unfinished]
             try:
                 for number, future in enumerate(as_completed(futures), 1):
                     run = future.result()
                     if run is not None:
                         print(
-                            f"{number} of {len(wanted)}: {run['variant']}, seed {run['seed']}: {_outcome(run)}",
+                            f"{number} of {len(unfinished)}: {run['variant']}, seed {run['seed']}: {_outcome(run)}",
                             flush=True,
                         )
             finally:
@@ -311,7 +311,7 @@ def measure(benchmark: Benchmark, args: argparse.Namespace, command: str) -> int
         record = Record.open(Path(f"{output}.json"), plan, corpus.record, benchmark.name)
         record.want(args.seeds, command)
         record.save()  # claims may have been added since the last run
-        wanted = [
+        unfinished = [
             pair
             for pair in ((variant, seed) for seed in args.seeds for variant in variants)
             if record.lacks(*pair, args.retry_failed)
@@ -319,7 +319,7 @@ def measure(benchmark: Benchmark, args: argparse.Namespace, command: str) -> int
         crew = Crew(
             plan, corpus, record, work / plan.fingerprint(corpus.record), args.parallel, args.budget_minutes, inherited
         )
-        crew.work(wanted)
+        crew.work(unfinished)
     benchmark.save_tables(record, Path(f"{output}.json"))
     # A failure that was run again with success stays in the record, and is no reason to call it a failure.
     left = sum(record.lacks(variant, seed, retry_failed=True) for seed in args.seeds for variant in variants)

@@ -235,8 +235,8 @@ class Record:
         }
         if path.exists():
             content = cls.read(path, benchmark).content
-            for key, wanted in identity.items():
-                _require_same(path, key, content["identity"].get(key), wanted)
+            for key, expected in identity.items():
+                _require_same(path, key, content["identity"].get(key), expected)
             for name in variants.keys() & content["variants"].keys():
                 _require_same(path, f"variant {name}", content["variants"][name]["section"], plan.sections[name])
                 _require_same(path, f"variant {name}", content["variants"][name]["flags"], plan.flags[name])
@@ -281,13 +281,13 @@ def to_json(content: Mapping[str, Any]) -> str:
     return f'{head[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
 
 
-def _require_same(path: Path, name: str, found: Any, wanted: Any) -> None:
-    if found == wanted:
+def _require_same(path: Path, name: str, found: Any, expected: Any) -> None:
+    if found == expected:
         return
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in {**found, **wanted}:
-            _require_same(path, f"{name}.{key}", found.get(key), wanted.get(key))
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in {**found, **expected}:
+            _require_same(path, f"{name}.{key}", found.get(key), expected.get(key))
     raise QualityError(
         f"{path} is of another configuration: its {name} is {json.dumps(found)}, now it is "
-        f"{json.dumps(wanted)}; give another --output, or restore the setting"
+        f"{json.dumps(expected)}; give another --output, or restore the setting"
     )

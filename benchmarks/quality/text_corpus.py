@@ -182,9 +182,9 @@ def prepare_corpus(directory: Path, settings: CorpusSettings) -> Corpus:
     Raises:
         DataError: the directory cannot be written, or too little text is installed for both parts.
     """
-    wanted = {"format": FORMAT, **asdict(settings)}
+    expected = {"format": FORMAT, **asdict(settings)}
     marker = directory / MARKER
-    record = _whole_corpus(directory, wanted)
+    record = _whole_corpus(directory, expected)
     if record is not None:
         return Corpus(directory, record)
     try:
@@ -192,18 +192,18 @@ def prepare_corpus(directory: Path, settings: CorpusSettings) -> Corpus:
         marker.unlink(missing_ok=True)  # the corpus is whole only with it
         record = write_corpus(directory, choose(installed_documents(), 1e6 * settings.megabytes), settings)
         installed = {"python": sys.version.split()[0], "packages": _packages()}
-        record = {"settings": wanted, **record, **installed, "files": _files(directory)}
+        record = {"settings": expected, **record, **installed, "files": _files(directory)}
         write_whole(marker, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"cannot write the corpus in {directory}: {error.strerror}.") from error
     return Corpus(directory, record)
 
 
-def _whole_corpus(directory: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def _whole_corpus(directory: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a corpus with these settings whose files are as they were written; None if there is none."""
     try:
         record: dict[str, Any] = json.loads((directory / MARKER).read_text(encoding="utf-8"))
-        if record["settings"] != wanted:
+        if record["settings"] != expected:
             return None
         # Earlier versions recorded no checksums.
         if record.get("files", _files(directory)) == _files(directory):

@@ -142,10 +142,10 @@ def require_same(direct: Direct, replaced: Replaced, hidden: Tensor) -> None:
     Raises:
         RuntimeError: they do not.
     """
-    wanted = results(direct, hidden)
+    expected = results(direct, hidden)
     for _ in range(2):
         found = results(replaced, hidden)
-        for name, value in wanted.items():
+        for name, value in expected.items():
             difference = float((found[name] - value).abs().max())
             if difference > 1e-5 * max(1.0, float(value.abs().max())):
                 raise RuntimeError(f"{name} differs by {difference} between the models to be compared")

@@ -150,13 +150,13 @@ class DiskExperts:
             buffer = torch.frombuffer(mmap.mmap(-1, PIECE_BYTES + 2 * PAGE_BYTES), dtype=torch.uint8)
             self._own.buffer = buffer = buffer.pin_memory() if into.is_cuda else buffer
         skipped = (place.offset + start) % PAGE_BYTES
-        wanted = skipped + into.numel() * place.dtype.itemsize
-        self._files[place.file].read(place.offset + start - skipped, wanted, buffer.numpy().data)
+        needed = skipped + into.numel() * place.dtype.itemsize
+        self._files[place.file].read(place.offset + start - skipped, needed, buffer.numpy().data)
         with torch.inference_mode():
             if after is not None:
                 after.synchronize()
             # Blocks, also from pinned memory: the buffer is used again.
-            into.copy_(buffer[skipped:wanted].view(place.dtype))
+            into.copy_(buffer[skipped:needed].view(place.dtype))
 
 
 @dataclass(frozen=True)
@@ -186,11 +186,11 @@ class _File:
     def _open(self) -> int:
         return os.open(self._path, os.O_RDONLY | self._direct)
 
-    def read(self, offset: int, wanted: int, buffer: memoryview) -> None:
-        """Fills the first `wanted` bytes and perhaps more; offset and buffer begin at a page."""
-        whole, got = -(-wanted // PAGE_BYTES) * PAGE_BYTES, 0
+    def read(self, offset: int, needed: int, buffer: memoryview) -> None:
+        """Fills the first `needed` bytes and perhaps more; offset and buffer begin at a page."""
+        whole, got = -(-needed // PAGE_BYTES) * PAGE_BYTES, 0
         descriptor = self._descriptor
-        while got < wanted:
+        while got < needed:
             try:
                 count = os.preadv(descriptor, [buffer[got:whole]], offset + got)
             except OSError as error:
@@ -199,7 +199,7 @@ class _File:
                     continue
                 raise self._error(f"cannot be read at byte {offset + got} ({error.strerror})") from None
             if count == 0:
-                raise self._error(f"ends at byte {offset + got}, {wanted - got} bytes before the end of an expert")
+                raise self._error(f"ends at byte {offset + got}, {needed - got} bytes before the end of an expert")
             got += count
 
     def _without_direct_reads(self) -> int:
@@ -218,7 +218,7 @@ class _File:
 
 
 def _places(path: Path, names: Sequence[str]) -> dict[str, _Place]:
-    shards, found, wanted = shards_of(path), {}, set(names)
+    shards, found, sought = shards_of(path), {}, set(names)
     for file in sorted({shards[name] for name in names if name in shards}):
         try:
             with safe_open(file, framework="pt"):  # checks the header: sizes, types, and offsets that fill the file
@@ -230,7 +230,7 @@ def _places(path: Path, names: Sequence[str]) -> dict[str, _Place]:
             raise ExpertFileError(
                 f"{file} is no readable safetensors file ({error}). Export the checkpoint again, into another directory"
             ) from None
-        for name in wanted & header.keys():
+        for name in sought & header.keys():
             first, end = header[name]["data_offsets"]
             dtype = _DTYPES.get(header[name]["dtype"])
             if dtype is None:

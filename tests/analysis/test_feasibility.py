@@ -174,14 +174,20 @@ def test_several_kinds(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(files, *GOOD[:3], "DIR/kinds.json", *GOOD[4:]) == 0
     assert capsys.readouterr().out.count("ScMoE ") == 2
     text = (files / "out.md").read_text()
-    for wanted in ("Conclusion, kind 1 of 2", "Conclusion, kind 2 of 2", "7.25", "not timed: mlp", "Pos-2 is left out"):
-        assert wanted in text, wanted
+    for expected in (
+        "Conclusion, kind 1 of 2",
+        "Conclusion, kind 2 of 2",
+        "7.25",
+        "not timed: mlp",
+        "Pos-2 is left out",
+    ):
+        assert expected in text, expected
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     """The program's own help lists it, and its help has its flags."""
-    wanted = {("--help",): " feasibility one page: would ScMoE pay", ("feasibility", "--help"): "--output-prefix"}
-    for flags, text in wanted.items():
+    expected = {("--help",): " feasibility one page: would ScMoE pay", ("feasibility", "--help"): "--output-prefix"}
+    for flags, text in expected.items():
         with pytest.raises(SystemExit, match=r"^0$"):
             analyze_program.main(flags)
         assert text in " ".join(capsys.readouterr().out.split())

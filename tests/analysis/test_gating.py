@@ -149,10 +149,10 @@ def test_against_a_loop(fields: dict[str, Any], placement: str) -> None:
     assert [layer["block"] for layer in found] == ([1, 3] if trained.moe_every == 2 else [0, 1, 2, 3])
     for number, layer in enumerate(found):
         with torch.no_grad():
-            wanted = by_hand(model, trained, number, batches)
+            expected = by_hand(model, trained, number, batches)
         for name in SCALARS:
-            assert layer[name] == pytest.approx(wanted[name], abs=1e-6, rel=1e-6), name
-        assert layer["load"] == pytest.approx(wanted["load"], abs=1e-6)
+            assert layer[name] == pytest.approx(expected[name], abs=1e-6, rel=1e-6), name
+        assert layer["load"] == pytest.approx(expected["load"], abs=1e-6)
     assert any(layer["drop_rate"] for layer in found)
 
 

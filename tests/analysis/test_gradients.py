@@ -164,8 +164,8 @@ def test_program(files: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "shared expert" in first["branches"] and "shared expert" not in second["branches"]
     tokens = torch.tensor(list((Path(files) / "text.txt").read_bytes()))[:129]
     data = [(tokens[i : i + 32].view(2, 16), tokens[i + 1 : i + 33].view(2, 16)) for i in range(0, 128, 32)]
-    wanted = measure(whole_model(SETTINGS, {"num_experts": 4}, std=0.1), data)
-    assert first["branches"]["gate"]["snr"] == pytest.approx(wanted["branches"]["gate"]["snr"], rel=1e-4)
+    expected = measure(whole_model(SETTINGS, {"num_experts": 4}, std=0.1), data)
+    assert first["branches"]["gate"]["snr"] == pytest.approx(expected["branches"]["gate"]["snr"], rel=1e-4)
     picture = Path(files) / "a.png"
     before = picture.read_bytes()
     picture.unlink()

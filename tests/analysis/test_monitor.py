@@ -60,13 +60,15 @@ def test_monitor(architecture: str, tmp_path: Path) -> None:
     connect()
     engine, model, events = start(tmp_path, 2, architecture=architecture)
     monitor, trained = GatingMonitor(engine, 2), section(architecture=architecture)
-    wanted: list[dict[str, Any]] = []
+    expected: list[dict[str, Any]] = []
     for step in range(4):
         if step % 2:
             copy = serving(trained)
             copy.load_state_dict(model.state_dict())
             # Training drops tokens, which changes what later layers read: only the first one is the same without.
-            wanted.append(measure(copy, trained, copy.hidden_states, [tokens_of(2 * step), tokens_of(2 * step + 1)])[0])
+            expected.append(
+                measure(copy, trained, copy.hidden_states, [tokens_of(2 * step), tokens_of(2 * step + 1)])[0]
+            )
         for micro_step in range(2):
             train(engine, 2 * step + micro_step)
     found = [event for event in events if event[0].startswith("Gating/")]
@@ -74,7 +76,7 @@ def test_monitor(architecture: str, tmp_path: Path) -> None:
     for number, samples in enumerate((8, 16)):
         values = {name: value for name, value, at in found if at == samples}
         for name in SCALARS:
-            assert values[f"Gating/block_1/{name}"] == pytest.approx(wanted[number][name], abs=1e-5), name
+            assert values[f"Gating/block_1/{name}"] == pytest.approx(expected[number][name], abs=1e-5), name
             assert math.isfinite(values[f"Gating/block_3/{name}"])
     assert list(tmp_path.rglob("*Gating_block_1_l2*"))
     hooks = len(model._forward_hooks) + len(model._forward_pre_hooks)
@@ -96,8 +98,8 @@ def test_two_ranks(tmp_path: Path) -> None:
     connect()
     trained = section()
     model = serving(trained)
-    wanted = measure(model, trained, model.hidden_states, [tokens_of(0), tokens_of(1)])[0]
+    expected = measure(model, trained, model.hidden_states, [tokens_of(0), tokens_of(1)])[0]
     assert not second and len(first) == 2 * len(SCALARS)
     values = {name: value for name, value, samples in first if samples == 4}
     for name in SCALARS:
-        assert values[f"Gating/block_1/{name}"] == pytest.approx(wanted[name], abs=1e-6), name
+        assert values[f"Gating/block_1/{name}"] == pytest.approx(expected[name], abs=1e-6), name

@@ -158,10 +158,10 @@ def test_a_shortcut_connects_what_the_analysis_says(fields: dict, distance: int)
     judged = verdict(whole, subject.moe_blocks, distance)
     names = whole.record()["names"]
     for position in POSITIONS:
-        wanted = [
+        expected = [
             (names.index(layer["from"]), names.index(layer["to"])) for layer in judged["positions"][position]["layers"]
         ]
-        assert shortcuts(names, position, distance) == wanted
+        assert shortcuts(names, position, distance) == expected
 
 
 def test_a_small_run_and_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

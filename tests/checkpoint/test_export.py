@@ -161,8 +161,8 @@ def test_post_norm_has_no_norm_to_start_from(
     assert "is a post-norm model: it has no norm that the shortcut's own norm could copy" in capsys.readouterr().err
     assert main(["residual-to-scmoe", source, out, "--position", "pos1", "--shortcut-norm", "shared"]) == 0
     weights = load_file(Path(out) / "model-00001-of-00001.safetensors")
-    wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_a_description_from_before_norm_placement_is_of_a_pre_norm_model() -> None:

@@ -157,22 +157,22 @@ def test_generate_refuses_another_one(trained: Path, directory: Path, capsys: py
 def test_a_resume_with_another_tokenizer(trained: Path, directory: Path, caplog: Any) -> None:
     saved = open_weights(trained)[1]["tokenizer"]
     for name, same in (("one", True), ("other", False)):
-        wanted = tokenizer_files.record(tokenizer_files.describe(gpt2(directory, name)), {})
+        expected = tokenizer_files.record(tokenizer_files.describe(gpt2(directory, name)), {})
         if same:
-            loading._check_tokenizer(trained, "--load", saved, wanted, export=False)
+            loading._check_tokenizer(trained, "--load", saved, expected, export=False)
             continue
         with pytest.raises(
             CheckpointError, match=r"this run's tokenizer is GPT2BPETokenizer \(259.*trained with GPT2BPE"
         ):
-            loading._check_tokenizer(trained, "--load", saved, wanted, export=False)
+            loading._check_tokenizer(trained, "--load", saved, expected, export=False)
         with caplog.at_level("WARNING", logger="scmoe_ds"):  # new training with these weights: told, not refused
-            loading._check_tokenizer(trained, "--load", saved, wanted, export=True)
+            loading._check_tokenizer(trained, "--load", saved, expected, export=True)
         assert "was trained with" in caplog.text
-    loading._check_tokenizer(trained, "--load", None, wanted, export=False)  # of an earlier version
+    loading._check_tokenizer(trained, "--load", None, expected, export=False)  # of an earlier version
     caplog.clear()
     larger = describe_model(GPTSettings(2, 16, 2, 512, 32), ScMoEConfig(num_experts=2))
     with pytest.raises(CheckpointError, match="vocab_size: 384 in the checkpoint, 512"):
-        loading._check(trained, "--load", {**larger, "tokenizer": wanted})
+        loading._check(trained, "--load", {**larger, "tokenizer": expected})
     assert "was trained with" in caplog.text, "the reason is named before what follows from it"
 
 

@@ -384,8 +384,8 @@ def plain_samples(documents: list[list[int]], order: list[int]) -> list[list[int
 def test_samples_are_the_concatenated_documents(prefix: str, documents: list[list[int]]) -> None:
     datasets = build(settings_for(prefix), 500, 20, 20)
     ranges = split_ranges("8,1,1", len(documents))
-    wanted = (500, 20, 20)
-    for dataset, split, samples in zip((datasets.train, datasets.valid, datasets.test), ranges, wanted, strict=True):
+    requested = (500, 20, 20)
+    for dataset, split, samples in zip((datasets.train, datasets.valid, datasets.test), ranges, requested, strict=True):
         assert len(dataset) >= samples
         order = dataset.document_index.tolist()
         visits = collections.Counter(order)  # every document of the split, and no other, once an epoch

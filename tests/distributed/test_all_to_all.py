@@ -48,8 +48,8 @@ def arrivals(uneven: bool, method: str) -> bool:
     rows = torch.tensor([[100.0 * rank + 10 * to + i] for to, count in enumerate(send) for i in range(count)])
     received = exchange(rows.reshape(-1, 1), sizes, False, method)
     counts = sizes[1] or [2] * ranks
-    wanted = [[100.0 * source + 10 * rank + i] for source, count in enumerate(counts) for i in range(count)]
-    assert received.tolist() == wanted
+    expected = [[100.0 * source + 10 * rank + i] for source, count in enumerate(counts) for i in range(count)]
+    assert received.tolist() == expected
     assert start_counts(torch.tensor(send), transport_of(method)).wait() == (send, counts)
     return True
 
@@ -98,9 +98,9 @@ def hierarchical_case() -> list[float]:
     sizes = row_sizes(4, dist.get_rank())
     rows = [torch.full((sum(sizes[0]), 3), float(10 * n + dist.get_rank())) for n in range(5)]
     flights = [start(part, transport, SplitSizes.plain(*sizes)) for part in rows]
-    wanted = [float(source) for source, count in enumerate(sizes[1]) for _ in range(count)]
+    expected = [float(source) for source, count in enumerate(sizes[1]) for _ in range(count)]
     for n, flight in enumerate(flights):
-        assert flight.wait()[:, 0].tolist() == [10 * n + source for source in wanted]
+        assert flight.wait()[:, 0].tolist() == [10 * n + source for source in expected]
     return [
         gradients(uneven, blocking, "hierarchical")
         for uneven, blocking in ((False, False), (True, False), (True, True))

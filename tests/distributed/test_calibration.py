@@ -227,10 +227,10 @@ def planned_apart() -> Any:
 def test_training_and_a_forward_pass_alone_have_plans_of_their_own() -> None:
     # Forward, dispatch and combine fit beside attention and mlp together (slot 3) only; backward both want 40 ms,
     # which slots 2 and 3 give, and slot 2 leaves 1 ms of the dispatch exposed.
-    wanted = [(3,), (3,)]
+    expected = [(3,), (3,)]
     for used in run_distributed(planned_apart, 2):
-        assert used[:2] == wanted and len(used) == 4
-        assert used[2:] == wanted
+        assert used[:2] == expected and len(used) == 4
+        assert used[2:] == expected
 
 
 def several_kinds() -> Any:

@@ -40,7 +40,7 @@ def make_layer(
 
 
 def steer(layer: ScMoE, x: Tensor, routing: str) -> Tensor:
-    """Tokens that the gate sends where `routing` says: shifted along the weights of the wanted experts."""
+    """Tokens that the gate sends where `routing` says: shifted along the weights of the expected experts."""
     weight = layer.deepspeed_moe.gate.wg.weight.detach()
     pull = weight / weight.norm(dim=1, keepdim=True)
     if routing == "skewed":

@@ -103,8 +103,8 @@ def test_layout(models: str, alone: Found, ranks: int, tp_size: int, ep_size: in
         for name, (several, one, logits) in found.items():
             assert several == alone[name][0], name
             assert one == alone[name][1], name
-            wanted = alone[name][2]
-            assert (logits - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+            expected = alone[name][2]
+            assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max(), name
         if "offloaded" in found:
             assert torch.equal(found["offloaded"][2], found["scmoe"][2])
 

@@ -56,11 +56,11 @@ def compare(layer: MoE, alone: MoE, tokens: int, used: Tensor | None) -> None:
     first = dist.get_rank() * layer.num_local_experts
     for number, expert in enumerate(alone.deepspeed_moe.experts.deepspeed_experts):
         for name, parameter in expert.named_parameters():
-            wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(wanted)
+            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(expected)
             if first <= number < first + layer.num_local_experts:
                 local = layer.deepspeed_moe.experts.deepspeed_experts[number - first].get_parameter(name)
-                torch.testing.assert_close(local.grad, wanted, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(local.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def unequal_numbers_of_tokens() -> int:
@@ -97,11 +97,11 @@ def tensor_parallel() -> None:
     x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(3))
     masks = (None, torch.arange(7) % 2, torch.arange(7) == 3, torch.zeros(7))
     cases = list(product(("StagedMoE exact", "StagedMoE padded"), (1, 2), (True, False)))
-    wanted = {case: [make(case[0], 1, *case[1:])(x, used)[:2] for used in masks] for case in cases}
+    expected = {case: [make(case[0], 1, *case[1:])(x, used)[:2] for used in masks] for case in cases}
     tensor.start_tensor_parallel(2)
     for case in cases:
         layer = make(case[0], 2, *case[1:])
-        for used, (output, l_aux) in zip(masks, wanted[case], strict=True):
+        for used, (output, l_aux) in zip(masks, expected[case], strict=True):
             found = layer(x, used)
             torch.testing.assert_close(found[0], output, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found[1], l_aux)

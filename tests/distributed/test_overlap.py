@@ -56,8 +56,8 @@ def compare(position: str, dispatch: str) -> int:
     for slot in range(1, slots + 1):
         for overlap in (False, True):
             results = forward_and_backward(pair, Schedule(slot, overlap=overlap))
-            for found, wanted in zip(results, reference, strict=True):
-                assert torch.equal(found, wanted), (slot, overlap)
+            for found, expected in zip(results, reference, strict=True):
+                assert torch.equal(found, expected), (slot, overlap)
     return slots
 
 
@@ -71,10 +71,10 @@ def compare_chunks(position: str, dispatch: str) -> float:
     for chunks in (2, 3):
         for chosen in itertools.combinations_with_replacement(slots, chunks):
             for overlap in (False, True):
-                for found, wanted in zip(
+                for found, expected in zip(
                     forward_and_backward(pair, Schedule(chosen, chunks, overlap)), reference, strict=True
                 ):
-                    worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)))
+                    worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-3)))
     return worst
 
 
@@ -90,9 +90,9 @@ def compare_with_deepspeed(architecture: str, dispatch: str) -> float:
         pair.blocks[-1].moe.set_deepspeed_parallelism()
         results.append(forward_and_backward(pair, Schedule(slots, chunks)) if slots else plain(pair))
     return max(
-        float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3))
+        float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
         for result in results[1:]
-        for found, wanted in zip(result, results[0], strict=True)
+        for found, expected in zip(result, results[0], strict=True)
     )
 
 

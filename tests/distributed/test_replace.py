@@ -246,9 +246,9 @@ def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> 
         assert rank["replaced"].keys() == rank["direct"].keys()
         for name, value in rank["replaced"].items():
             both = alone[0][name] + alone[1][name] if name in experts else own[name]
-            for wanted in (rank["direct"][name], both):
-                assert wanted.any(), f"{name} would be equal to anything that is 0"
-                assert (value - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
+            for expected in (rank["direct"][name], both):
+                assert expected.any(), f"{name} would be equal to anything that is 0"
+                assert (value - expected).abs().max() <= 1e-6 * expected.abs().max(), name
 
 
 def train_with_tensor_parallelism(size: int, ep: int, fields: dict[str, Any]) -> tuple[list[float], Tensor, list[str]]:

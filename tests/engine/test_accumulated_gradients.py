@@ -116,13 +116,13 @@ def trained(
 def check(make: Callable[[], nn.Module], keys: dict[str, Any], steps: int, **how: bool) -> None:
     precise = not keys.get("bf16") and not keys.get("torch_autocast")
     tolerance = 1e-4 if precise and keys.get("data_types") != {"grad_accum_dtype": "bf16"} else 0.015
-    wanted, wanted_norm = summed(make, torch.bfloat16 if keys.get("bf16") else torch.float32, steps)
+    expected, expected_norm = summed(make, torch.bfloat16 if keys.get("bf16") else torch.float32, steps)
     found, norm = trained(make, keys, steps, **how)
     if norm is not None:
-        assert norm == pytest.approx(wanted_norm, rel=tolerance)
+        assert norm == pytest.approx(expected_norm, rel=tolerance)
     assert (norm is None) == (keys["zero_optimization"]["stage"] == 0)
-    wrong = {name: norm_of({name: found[name] - wanted[name]}) for name in wanted}
-    assert max(wrong.values()) < tolerance * wanted_norm, max(wrong, key=lambda name: wrong[name])
+    wrong = {name: norm_of({name: found[name] - expected[name]}) for name in expected}
+    assert max(wrong.values()) < tolerance * expected_norm, max(wrong, key=lambda name: wrong[name])
 
 
 def case(stage: int, **keys: Any) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def test_chunks_change_last_bits_only() -> None:
     whole = results(pair, hidden)
     for slots in ((1, 1), (2, 3), (1, 2, 4)):
         pair.schedule = Schedule(slots, len(slots))
-        for found, wanted in zip(results(pair, hidden), whole, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+        for found, expected in zip(results(pair, hidden), whole, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_spans_are_the_devices_own_times() -> None:

@@ -61,9 +61,9 @@ def test_offloaded_experts(export: tuple[GPT, Path], mode: str, tier: str) -> No
     resident, model = serve(path, "resident"), serve(path, mode, tier)
     text = generated(resident)
     with torch.inference_mode():
-        wanted = resident(tokens).logits
+        expected = resident(tokens).logits
         for _ in range(20):
-            assert torch.equal(model(tokens).logits, wanted)
+            assert torch.equal(model(tokens).logits, expected)
     for _ in range(3):
         assert generated(model) == text
 

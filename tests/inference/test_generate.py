@@ -81,8 +81,8 @@ def test_cached_logits_and_text(settings: GPTSettings, section: dict[str, Any], 
         close(torch.stack([each[row] for each in found]), logits, 1e-5)
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def texts(generator: TextGenerator, sampling: Sampling, length: int = 12) -> list[list[int]]:

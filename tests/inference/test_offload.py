@@ -64,12 +64,12 @@ def test_offloaded_equals_resident(architecture: str, tmp_path: Path) -> None:
     path = write_export(tmp_path / "export", whole_model(SETTINGS, section), shard_bytes=30_000)
     tokens = torch.randint(384, (3, 20), generator=torch.Generator().manual_seed(2))
     model, _ = serve(path, "resident")
-    text, wanted = generated(model), model(tokens).logits
+    text, expected = generated(model), model(tokens).logits
     for mode, places in (("offload", 1), ("offload", 3), ("offload-async", 2), ("offload-async", 5), ("offload", 8)):
         model, store = serve(path, mode, places)
         assert store is not None
         assert generated(model) == text, (mode, places)
-        assert torch.equal(model(tokens).logits, wanted)
+        assert torch.equal(model(tokens).logits, expected)
         assert store.counts.used == store.counts.hits + store.counts.migrations or places < 3
         if places == 8:
             assert store.counts.migrations == (4 if shared else 8)  # each once: all fit
@@ -87,8 +87,8 @@ def test_experts_larger_than_a_piece(tmp_path: Path) -> None:
     path = write_export(tmp_path / "export", whole_model(settings, {"num_experts": 2}, std=0.05))
     assert PIECE_BYTES < 520 * 4 * 520 * 4
     tokens = torch.randint(384, (2, 9), generator=torch.Generator().manual_seed(2))
-    wanted = serve(path, "resident")[0](tokens).logits
-    assert torch.equal(serve(path, "offload-async", 2)[0](tokens).logits, wanted)
+    expected = serve(path, "resident")[0](tokens).logits
+    assert torch.equal(serve(path, "offload-async", 2)[0](tokens).logits, expected)
 
 
 class _Events:
@@ -120,8 +120,8 @@ def keys(*names: str) -> list[ExpertKey]:
     return [ExpertKey(int(name[0]), int(name[1])) for name in names]
 
 
-def use(store: ExpertStore, wanted: Sequence[ExpertKey]) -> None:
-    for key in wanted:
+def use(store: ExpertStore, expected: Sequence[ExpertKey]) -> None:
+    for key in expected:
         module = store.take(key)
         assert float(next(module.parameters())) == 10 * key.layer + key.expert
         store.release(key)
@@ -139,10 +139,10 @@ def test_least_recently_used_goes() -> None:
 def test_more_experts_than_places_stream_through() -> None:
     """All are asked for at once; the next one starts as soon as one has been used, never before."""
     store, seen = store_of(2)
-    wanted = keys("10", "11", "12", "13")
-    store.fetch(wanted)
+    expected = keys("10", "11", "12", "13")
+    store.fetch(expected)
     assert seen == ["load e10", "load e11"]
-    use(store, wanted)
+    use(store, expected)
     assert seen == ["load e10", "load e11", "wait e10", "load e12", "wait e11", "load e13", "wait e12", "wait e13"]
 
 
@@ -246,7 +246,7 @@ def test_missing_and_short_files(export: Path, capsys: pytest.CaptureFixture[str
 def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that refuse to open so, and those that refuse to read so: the same experts."""
     tokens = torch.randint(384, (3, 20), generator=torch.Generator().manual_seed(2))
-    wanted, original_open, original_read = serve(export, "resident")[0](tokens).logits, os.open, os.preadv
+    expected, original_open, original_read = serve(export, "resident")[0](tokens).logits, os.open, os.preadv
     refused: list[str] = []
     direct: set[int] = set()
 
@@ -269,10 +269,10 @@ def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.Mon
         return original_read(descriptor, *rest)
 
     monkeypatch.setattr(os, "open", refuse_to_open)
-    assert torch.equal(serve(export, "offload", 2)[0](tokens).logits, wanted)
+    assert torch.equal(serve(export, "offload", 2)[0](tokens).logits, expected)
     monkeypatch.setattr(os, "open", note)
     monkeypatch.setattr(os, "preadv", refuse_to_read)
-    assert torch.equal(serve(export, "offload-async", 2)[0](tokens).logits, wanted)
+    assert torch.equal(serve(export, "offload-async", 2)[0](tokens).logits, expected)
     assert {"open", "read"} == set(refused)
 
 

@@ -30,8 +30,8 @@ def build_pair(position: str, sequence: int = SEQUENCE, **section: object) -> St
     return pair
 
 
-def largest_relative_error(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
+def largest_relative_error(found: Tensor, target: Tensor) -> float:
+    return ((found - target).abs().max() / target.abs().max().clamp(min=1e-6)).item()
 
 
 def check(pair: StagedPair, used_token: Tensor | None = None, **reference_arguments: object) -> None:
@@ -44,12 +44,12 @@ def check(pair: StagedPair, used_token: Tensor | None = None, **reference_argume
 
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in pair.named_parameters()}
     twin = hidden.detach().clone().requires_grad_()
-    wanted, l_aux = reference.pair(twin, weights, heads=HEADS, **reference_arguments)
+    target, l_aux = reference.pair(twin, weights, heads=HEADS, **reference_arguments)
     wanted_grads = torch.autograd.grad(
-        (wanted * direction).sum() + 0.7 * l_aux, [twin, *weights.values()], allow_unused=True, materialize_grads=True
+        (target * direction).sum() + 0.7 * l_aux, [twin, *weights.values()], allow_unused=True, materialize_grads=True
     )  # an expert without tokens takes no part in the reference; ours must then give it zeros
 
-    assert largest_relative_error(found.hidden, wanted) <= 1e-5
+    assert largest_relative_error(found.hidden, target) <= 1e-5
     assert abs(found.l_aux - l_aux) <= 1e-5
     largest = max(grad.abs().max() for grad in wanted_grads)
     for name, grad, wanted_grad in zip(["hidden", *names], grads, wanted_grads, strict=True):
@@ -113,11 +113,11 @@ def test_two_pairs_that_share_a_moe_equal_reference(position: str) -> None:
         values, one = reference.double_gated_pair(values, mine, heads=HEADS, position=position)
         l_aux = l_aux + one
     assert largest_relative_error(found.hidden, values) <= 1e-5
-    wanted = torch.autograd.grad(
+    target = torch.autograd.grad(
         values.square().sum() + 0.7 * l_aux, list(weights.values()), allow_unused=True, materialize_grads=True
     )
-    largest = max(grad.abs().max() for grad in wanted)
-    for name, grad, expected in zip(names, grads, wanted, strict=True):
+    largest = max(grad.abs().max() for grad in target)
+    for name, grad, expected in zip(names, grads, target, strict=True):
         assert ((grad - expected).abs().max() / expected.abs().max().clamp(min=1e-2 * largest)) <= 1e-5, name
 
 

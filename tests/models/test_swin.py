@@ -63,10 +63,10 @@ def test_images_that_fill_a_batch_change_nothing(variant: str) -> None:
     labels = torch.tensor([3, 1, 4, IGNORED, IGNORED])
     for _ in range(2):  # the first pass looks for operators
         with torch.no_grad():
-            wanted, found = alone(images[:3], labels[:3]), filled(images, labels)
-        torch.testing.assert_close(found.logits[:3], wanted.logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.loss, wanted.loss)
-        assert all(torch.equal(a, b) for a, b in zip(found.exp_counts, wanted.exp_counts, strict=True))
+            expected, found = alone(images[:3], labels[:3]), filled(images, labels)
+        torch.testing.assert_close(found.logits[:3], expected.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.loss, expected.loss)
+        assert all(torch.equal(a, b) for a, b in zip(found.exp_counts, expected.exp_counts, strict=True))
 
 
 # --- table 9

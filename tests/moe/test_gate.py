@@ -95,21 +95,23 @@ def test_masked_tokens_are_as_good_as_absent(name: str, k: int, drop: bool) -> N
     alone = x.detach()[used].requires_grad_()
     tap = torch.randn(3, 10, HIDDEN) if isinstance(layer, StagedMoE) else None
     output, l_aux, counts, after = results(layer, x, used, tap)
-    wanted, wanted_l_aux, wanted_counts, wanted_after = results(layer, alone, tap=None if tap is None else tap[used])
-    torch.testing.assert_close(output[used], wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(l_aux, wanted_l_aux)
-    assert torch.equal(counts, wanted_counts) and torch.equal(after, wanted_after)
+    expected, expected_l_aux, expected_counts, expected_after = results(
+        layer, alone, tap=None if tap is None else tap[used]
+    )
+    torch.testing.assert_close(output[used], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(l_aux, expected_l_aux)
+    assert torch.equal(counts, expected_counts) and torch.equal(after, expected_after)
     assert not drop or "DGMoE" in name or counts.max() > int(used.sum()) * 0.6 * k / EXPERTS, "nothing is dropped"
     shared = nothing_routed(layer, x)
     torch.testing.assert_close(output[~used], shared[~used], rtol=1e-5, atol=1e-6)
     sources = [x, *layer.parameters()]
     grad, *others = torch.autograd.grad((output[used] ** 2).sum() + l_aux, sources, materialize_grads=True)
-    wanted_grad, *wanted_others = torch.autograd.grad(
-        (wanted**2).sum() + wanted_l_aux, [alone, *sources[1:]], materialize_grads=True
+    expected_grad, *expected_others = torch.autograd.grad(
+        (expected**2).sum() + expected_l_aux, [alone, *sources[1:]], materialize_grads=True
     )
-    for one, other in zip(others, wanted_others, strict=True):
+    for one, other in zip(others, expected_others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(grad[used], wanted_grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad[used], expected_grad, rtol=1e-4, atol=1e-5)
     assert not grad[~used].any()
 
 
@@ -154,9 +156,9 @@ def test_padding_may_hold_anything() -> None:
     """Attention rows that are masked everywhere are NaN in some models."""
     layer, x = make("exact", 2), torch.randn(8, HIDDEN)
     used = torch.arange(8) < 5
-    wanted = results(layer, x, used)
+    expected = results(layer, x, used)
     x[5:] = float("nan")
-    for found, other in zip(results(layer, x, used), wanted, strict=True):
+    for found, other in zip(results(layer, x, used), expected, strict=True):
         assert torch.equal(found, other)
 
 
@@ -199,10 +201,10 @@ def test_weights_by_name_in_layers(name: str, k: int) -> None:
         else:
             layer.deepspeed_moe.gate.softmax = softmax
         one = softmax == "all" or (softmax == "deepspeed" and k == 1)
-        wanted = torch.zeros(10, HIDDEN).scatter(
+        expected = torch.zeros(10, HIDDEN).scatter(
             1, top.indices, top.values / (1 if one else top.values.sum(1, keepdim=True))
         )
-        torch.testing.assert_close(layer(x)[0], wanted)
+        torch.testing.assert_close(layer(x)[0], expected)
 
 
 def test_former_names_mean_what_they_did() -> None:

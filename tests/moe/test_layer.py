@@ -44,10 +44,10 @@ def test_residual_moe_checkpoint_loads_and_computes_the_same(k: int, drop_tokens
     layer = make_layer(k=k, drop_tokens=drop_tokens, merge="cg2", dispatch=dispatch)
     layer.load_state_dict(residual.state_dict(), strict=True)
     x = tokens()
-    wanted, found = residual(x), layer(x)
-    torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-6)
-    assert torch.equal(found[1], wanted[1]) and torch.equal(found[2], wanted[2])
-    torch.testing.assert_close(layer(x, shortcut=x)[0], wanted[0], rtol=1e-6, atol=1e-6)
+    target, found = residual(x), layer(x)
+    torch.testing.assert_close(found[0], target[0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[1], target[1]) and torch.equal(found[2], target[2])
+    torch.testing.assert_close(layer(x, shortcut=x)[0], target[0], rtol=1e-6, atol=1e-6)
     names = [name for name, _ in residual.named_parameters()]
     for name, a, b in zip(names, gradients(residual, x), gradients(layer, x), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=name)
@@ -149,7 +149,7 @@ def test_dgmoe_against_eq_23() -> None:
     current.view(-1, HIDDEN)[::2] = previous.view(-1, HIDDEN)[::2]  # every second token: the same first choice
     output, l_aux, counts = layer(current, shortcut=previous)
     experts, gate = layer.deepspeed_moe.experts.deepspeed_experts, layer.deepspeed_moe.gate
-    wanted, conflicts, shares = [], 0, torch.zeros(2, EXPERTS)
+    target, conflicts, shares = [], 0, torch.zeros(2, EXPERTS)
     for before, now in zip(previous.view(-1, HIDDEN), current.view(-1, HIDDEN), strict=True):
         p_before, p_now = torch.softmax(gate.wg(before), -1), torch.softmax(gate.wg(now), -1)
         first, ranking = int(p_before.argmax()), p_now.argsort(descending=True).tolist()
@@ -157,9 +157,9 @@ def test_dgmoe_against_eq_23() -> None:
         second = ranking[1] if ranking[0] == first else ranking[0]
         shares[0, first] += 1 / TOKENS
         shares[1, second] += 1 / TOKENS
-        wanted.append(p_before[first] * experts[first](before) + p_now[second] * experts[second](now))
+        target.append(p_before[first] * experts[first](before) + p_now[second] * experts[second](now))
     assert TOKENS // 2 <= conflicts < TOKENS
-    torch.testing.assert_close(output.view(-1, HIDDEN), torch.stack(wanted), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.view(-1, HIDDEN), torch.stack(target), rtol=1e-5, atol=1e-6)
     assert counts.sum() == 2 * TOKENS
     losses = [
         (torch.softmax(gate.wg(x.view(-1, HIDDEN)), -1).mean(0) * share).sum() * EXPERTS
@@ -168,7 +168,7 @@ def test_dgmoe_against_eq_23() -> None:
     torch.testing.assert_close(l_aux, (losses[0] + losses[1]) / 2)
     parameters = list(layer.parameters())
     found = torch.autograd.grad(output.square().sum() + l_aux, parameters, materialize_grads=True)
-    loss = torch.stack(wanted).square().sum() + (losses[0] + losses[1]) / 2
+    loss = torch.stack(target).square().sum() + (losses[0] + losses[1]) / 2
     expected = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

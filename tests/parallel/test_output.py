@@ -76,8 +76,8 @@ def test_a_monitor_that_cannot_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(csv_monitor.dist, "get_rank", lambda: 0)
-    wanted = SimpleNamespace(enabled=True, output_path=str(tmp_path), job_name="job")
-    monitor = csv_monitor.csvMonitor(wanted)
+    expected = SimpleNamespace(enabled=True, output_path=str(tmp_path), job_name="job")
+    monitor = csv_monitor.csvMonitor(expected)
     output.steady_monitors(SimpleNamespace(csv_monitor=monitor, tb_monitor=None, enabled=True))
     (tmp_path / "job" / "Train_loss.csv").symlink_to("/dev/full")
     caplog.set_level(logging.WARNING, "scmoe_ds")

@@ -113,8 +113,8 @@ def test_program_with_hugging_face(files: dict[str, str]) -> None:
     tokens = torch.tensor(list(TEXT.encode()))[: record["tokens"]].view(-1, 16)
     with torch.no_grad():
         values = [value.flatten(0, 1).double() for value in hugging_face_by_hand(model, "GPT-2", tokens)]
-    wanted = torch.nn.functional.cosine_similarity(values[1], values[3], dim=-1).mean()
-    assert abs(record["verdict"]["positions"]["pos2"]["layers"][0]["cosine"] - float(wanted)) <= 1e-6
+    expected = torch.nn.functional.cosine_similarity(values[1], values[3], dim=-1).mean()
+    assert abs(record["verdict"]["positions"]["pos2"]["layers"][0]["cosine"] - float(expected)) <= 1e-6
 
 
 def test_program_with_swin(files: dict[str, str]) -> None:
@@ -129,7 +129,7 @@ def test_program_with_swin(files: dict[str, str]) -> None:
     theirs: Any = plain_swin()
     digits = Digits(16).images[:6]
     for model, flags in ((ours, ("--load", "DIR/swin")), (theirs.eval(), ("--hf-model", "DIR/swinv2"))):
-        wanted = measure(swin_subject(model), digits.split(4)).record()
+        expected = measure(swin_subject(model), digits.split(4)).record()
         assert (
             run(
                 files,
@@ -146,8 +146,8 @@ def test_program_with_swin(files: dict[str, str]) -> None:
             == 0
         )
         record = json.loads((directory / "swin.json").read_text())
-        assert record["names"] == wanted["names"] and record["tokens"] == 6 * 256
-        assert record["cosine"][-1][:-1] == pytest.approx(wanted["cosine"][-1][:-1], abs=1e-6)
+        assert record["names"] == expected["names"] and record["tokens"] == 6 * 256
+        assert record["cosine"][-1][:-1] == pytest.approx(expected["cosine"][-1][:-1], abs=1e-6)
         assert len(record["verdict"]["positions"]["pos2"]["layers"]) == 3
 
 

@@ -121,10 +121,10 @@ def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> 
     model = make(use_residual=True)
     replace_moe_layers(model, config)
     direct = Direct(SETTINGS, config, EXPERTS, model)
-    wanted = results(direct, hidden())
-    del wanted["loss"]
+    expected = results(direct, hidden())
+    del expected["loss"]
     for _ in range(2):  # the first pass looks for operators and overlaps nothing
-        require_equal(run(model), wanted, 1e-6)
+        require_equal(run(model), expected, 1e-6)
     slots = [layer.pair.schedule.slots for layer in replaced_layers(model)]
     assert slots == [each.schedule.slots for each in direct.runs]
 

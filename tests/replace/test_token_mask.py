@@ -53,13 +53,15 @@ def counts(model: nn.Module) -> list[int]:
 def test_padding_changes_nothing(family: str, kind: str) -> None:
     alone, model = made(family, **SECTIONS[kind]), made(family, **SECTIONS[kind])
     for _ in range(2):  # the first pass looks for operators, and does all in the layer
-        wanted, found = alone(REAL).logits, model(PADDED, attention_mask=MASK).logits[:, :6]
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        expected, found = alone(REAL).logits, model(PADDED, attention_mask=MASK).logits[:, :6]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(load_balancing_loss(model), load_balancing_loss(alone))
         assert counts(model) == counts(alone)
     unmasked = model(PADDED, attention_mask=torch.ones_like(MASK))
     assert counts(model) != counts(alone)
-    assert not torch.allclose(unmasked.logits[:, :6], wanted, atol=1e-3), "capacity is not scarce enough to see padding"
+    assert not torch.allclose(unmasked.logits[:, :6], expected, atol=1e-3), (
+        "capacity is not scarce enough to see padding"
+    )
 
 
 @pytest.mark.parametrize("kind", ["scmoe", "topk", "shared_expert"])
@@ -201,10 +203,10 @@ def feeds(model: nn.Module) -> list[Feed]:
 def test_the_stack_that_holds_a_layer_decides() -> None:
     model, hidden = replaced(TwoStacks()), torch.randn(2, 8, 16)
     mask = (torch.arange(8) < torch.tensor([[8], [3]])).long()
-    for masks, wanted in (((mask, None), (11, 16)), ((None, mask), (16, 11)), ((None, None), (16, 16))):
+    for masks, expected in (((mask, None), (11, 16)), ((None, mask), (16, 11)), ((None, None), (16, 16))):
         for _ in range(2):
             model(hidden, *masks)
-        assert [feed.counts[-2:] for feed in feeds(model)] == [[each] * 2 for each in wanted]
+        assert [feed.counts[-2:] for feed in feeds(model)] == [[each] * 2 for each in expected]
 
 
 def test_a_mask_of_other_tokens_is_named_once(caplog: pytest.LogCaptureFixture) -> None:

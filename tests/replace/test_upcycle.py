@@ -65,16 +65,16 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 def test_copies_of_the_mlp_whose_weights_add_up_to_one_are_the_mlp(family: str) -> None:
     """DeepSpeed's top-2 gate divides by the sum of both weights: w1 MLP(x) + w2 MLP(x) = MLP(x)."""
     model = dense(family)
-    wanted, before = logits(model), mlps(model)
+    expected, before = logits(model), mlps(model)
     moe_from_dense(model, section(architecture="topk"))
     places = list(before)
     assert list(made(model)) == [places[1], places[3]], "the last of every two blocks"
     for name, moe in made(model).items():
         assert type(moe) is MoE and not moe.use_residual
         assert all(same(each, before[name]) for each in moe.deepspeed_moe.experts.deepspeed_experts)
-    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     before[places[1]].apply(lambda module: [each.data.zero_() for each in module.parameters()])
-    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5, msg="experts are copies")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5, msg="experts are copies")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,10 +108,10 @@ def add_shortcut(model: nn.Module, mlp_name: str, block_name: str, which: int) -
 def test_a_residual_moe_adds_up_to_the_mlp_as_well() -> None:
     """Two coefficients that add up to one, k = 2: (c1 + c2) MLP(x)."""
     model = dense()
-    wanted = logits(model)
+    expected = logits(model)
     moe_from_dense(model, section(architecture="shared_expert", top_k=2))
     assert all(type(moe) is MoE and moe.use_residual for moe in made(model).values())
-    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_tells_experts_apart_and_is_that_of_their_number() -> None:

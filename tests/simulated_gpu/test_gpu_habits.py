@@ -77,13 +77,13 @@ def test_bias_gradients_over_many_rows() -> None:
         output.backward(grad)
     assert not {"index_add", "index_add_"} & ran.names.keys(), "on a GPU, in bf16 and in any order"
     for expert, part in zip(local.deepspeed_experts, grad.split(counts), strict=True):
-        wanted = part.double().sum(0)
-        torch.testing.assert_close(expert.output.bias.grad.double(), wanted, rtol=0.01, atol=0)
+        expected = part.double().sum(0)
+        torch.testing.assert_close(expert.output.bias.grad.double(), expected, rtol=0.01, atol=0)
         if part.shape[0] == ROWS:
             scattered = torch.zeros(D, dtype=torch.bfloat16)
             for row in part:
                 scattered += row
-            assert ((scattered - wanted).abs() > 0.5 * wanted).all(), "the test would not see the fault"
+            assert ((scattered - expected).abs() > 0.5 * expected).all(), "the test would not see the fault"
 
 
 def test_recomputed_activations_end_before_the_product() -> None:
@@ -148,8 +148,8 @@ def test_gradients_of_tokens_with_many_choices() -> None:
     with Operators() as ran:
         rows.backward(grad)
     assert not {"index_add", "index_add_"} & ran.names.keys()
-    wanted = torch.zeros(T, D, dtype=torch.float64).index_add_(0, layout.token_R, grad.double())
-    assert tokens.grad is not None and torch.equal(tokens.grad, wanted.float().bfloat16())
+    expected = torch.zeros(T, D, dtype=torch.float64).index_add_(0, layout.token_R, grad.double())
+    assert tokens.grad is not None and torch.equal(tokens.grad, expected.float().bfloat16())
 
 
 @pytest.mark.parametrize(
