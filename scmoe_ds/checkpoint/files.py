@@ -212,6 +212,7 @@ def newest_first(root: Path) -> list[str]:
             root / name,
             (root / name).resolve(),
         )
+    # None is not among the keys: `found` leaves such names out.
     return sorted(set(found) - elsewhere, key=iteration_of, reverse=True)  # type: ignore[arg-type]
 
 

@@ -107,7 +107,7 @@ def _settings(kind: Callable[..., T], name: str, found: Any) -> T:
     """A dataclass from a JSON object, whose types pydantic checks strictly."""
     types = typing.get_type_hints(kind)
     declared: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # T has no bound that means a dataclass
         if field.init:
             default = ... if field.default is dataclasses.MISSING else field.default
             limits = Field(default, ge=0, le=_MOST) if types[field.name] is int else default

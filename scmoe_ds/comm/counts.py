@@ -39,6 +39,7 @@ class CountsInFlight:
         with torch.cuda.stream(side):
             if self._wait is not None:
                 self._wait()
+            # mypy does not see that the tuple keeps its length.
             self._tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in self._tensors)  # type: ignore[assignment]
             self._on_host = side.record_event()
         self._wait = None

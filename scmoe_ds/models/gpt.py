@@ -46,7 +46,7 @@ class GPTOutput(ModelOutput):
     loss: Tensor | None = None
     lm_loss: Tensor | None = None
     moe_loss: Tensor = None  # type: ignore[assignment]  # always given; a ModelOutput wants defaults
-    exp_counts: tuple[Tensor, ...] = None  # type: ignore[assignment]
+    exp_counts: tuple[Tensor, ...] = None  # type: ignore[assignment]  # the same
     logits: Tensor | None = None
 
     @property

@@ -172,7 +172,7 @@ def _classes() -> tuple[Any, Any]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            forget_load_hooks(self)  # type: ignore[arg-type]
+            forget_load_hooks(self)  # type: ignore[arg-type]  # a mixin of modules
 
         @property
         def tp_group(self) -> dist.ProcessGroup:

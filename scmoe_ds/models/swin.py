@@ -61,8 +61,8 @@ class SwinOutput(ModelOutput):
     loss: Tensor | None = None
     class_loss: Tensor | None = None
     moe_loss: Tensor = None  # type: ignore[assignment]  # always given; a ModelOutput wants defaults
-    exp_counts: tuple[Tensor, ...] = None  # type: ignore[assignment]
-    logits: Tensor = None  # type: ignore[assignment]
+    exp_counts: tuple[Tensor, ...] = None  # type: ignore[assignment]  # the same
+    logits: Tensor = None  # type: ignore[assignment]  # the same
 
     @property
     def task_loss(self) -> Tensor | None:

@@ -198,4 +198,4 @@ def count_on_all_ranks(experts: nn.Module) -> None:
     Otherwise DeepSpeed counts only the first tensor-parallel rank's experts in the gradient norm.
     """
     for parameter in experts.parameters():
-        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # Megatron's mark

@@ -45,7 +45,7 @@ def announce() -> None:
             with suppress(OSError):
                 name.unlink(missing_ok=True)
 
-    jit_load.announces = True  # type: ignore[attr-defined]
+    jit_load.announces = True  # type: ignore[attr-defined]  # a mark of ours
     OpBuilder.jit_load = jit_load
 
 

@@ -65,7 +65,7 @@ def failed_collective(error: BaseException) -> FailedCollective | None:
 
 def at_iteration(error: Exception, iteration: int) -> None:
     """Adds the iteration to an exception, for its message."""
-    error.scmoe_iteration = iteration  # type: ignore[attr-defined]
+    error.scmoe_iteration = iteration  # type: ignore[attr-defined]  # a mark of ours
 
 
 class FailureReporter:

@@ -39,9 +39,9 @@ def mark_tensor_parallel(parameter: Tensor, rule: Split | None, divided: bool) -
 
     DeepSpeed counts an undivided parameter only on the first tensor-parallel rank when it computes norms.
     """
-    parameter.parallel_split = rule  # type: ignore[attr-defined]
+    parameter.parallel_split = rule  # type: ignore[attr-defined]  # a mark of ours
     if divided:
-        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # Megatron's mark
 
 
 def shard(full: Tensor, rule: Split | None, rank: int, size: int) -> Tensor:
