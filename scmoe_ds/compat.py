@@ -148,13 +148,23 @@ def disable_shared_memory() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+_REMOVED = (
+    "nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention elasticity "
+    "graph_harvesting curriculum_learning progressive_layer_drop"
+)
+_REMOVED_ZERO = "mics_shard_size mics_hierarchical_params_gather zeropp_loco_param"
+
+
 def removed_keys() -> tuple[Mapping[str, str], Mapping[str, str]]:
     """Keys that DeepSpeed's JSON no longer has, at the top and in "zero_optimization", with what it says about them;
-    from 0.19.7 on, empty before (read in 0.19.8)."""
+    0.19.7 is the first to say it. Before, the same keys, so that a JSON holds for all versions (read in 0.19.8)."""
     from deepspeed.runtime import config
 
-    names = ("_REMOVED_TOP_LEVEL_CONFIG_KEYS", "_REMOVED_ZERO_CONFIG_KEYS")
-    top, zero = (getattr(config, name, {}) for name in names)
+    names = {"_REMOVED_TOP_LEVEL_CONFIG_KEYS": _REMOVED, "_REMOVED_ZERO_CONFIG_KEYS": _REMOVED_ZERO}
+    top, zero = (
+        getattr(config, name, dict.fromkeys(keys.split(), "DeepSpeed 0.19.7 has removed it"))
+        for name, keys in names.items()
+    )
     return top, zero
 
 

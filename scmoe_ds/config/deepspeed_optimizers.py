@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import deepspeed.runtime.config as deepspeed_config
 import torch
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -37,6 +36,9 @@ _OF_MUON = {
     "betas": (0.9, 0.999),
     "eps": 1e-8,
 }
+
+_OF_MUP = {"muadam": "MuAdam", "muadamw": "MuAdamW", "musgd": "MuSGD"}
+"""Optimizers that DeepSpeed takes from the package mup."""
 
 
 def check_optimizer(whole: Mapping[str, Any]) -> Iterator[object]:
@@ -108,12 +110,10 @@ def _optimizer_class(name: str, params: Mapping[str, Any], on_cpu: bool) -> Any:
         return FusedLamb
     if known == "muon":
         return torch.optim.AdamW  # its own class compiles kernels when it is imported
-    if known in deepspeed_config.DEEPSPEED_OPTIMIZERS:
+    if known in _OF_MUP:
         if importlib.util.find_spec("mup") is None:
             return 'needs the package mup; pip install mup, or use "AdamW"'
-        return getattr(
-            importlib.import_module("mup"), {"muadam": "MuAdam", "muadamw": "MuAdamW", "musgd": "MuSGD"}[known]
-        )
+        return getattr(importlib.import_module("mup"), _OF_MUP[known])
     return _classes(torch.optim, torch.optim.Optimizer).get(name)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from packaging.version import Version
 
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_keys import known_keys
@@ -20,6 +21,12 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 
 INFINITY = float("inf")
+FROM_0_19_6, FROM_0_19_8 = (
+    pytest.mark.skipif(
+        Version(deepspeed.__version__) < Version(first), reason=f"DeepSpeed {first} is the first with this key or rule"
+    )
+    for first in ("0.19.6", "0.19.8")
+)
 JSON: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
@@ -41,7 +48,7 @@ def zero(**fields: Any) -> dict[str, Any]:
 
 
 # (top-level keys, message): the message begins with the path.
-REFUSED: list[tuple[dict[str, Any], str]] = [
+REFUSED: list[Any] = [
     # unknown keys
     (
         {"gradient_acumulation_steps": 2},
@@ -110,13 +117,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gradient_predivide_factor": 0}, r"gradient_predivide_factor = 0: must be greater than 0"),
     ({"flops_profiler": {"profile_step": 0}}, r"flops_profiler\.profile_step = 0"),
     (zero(stage=7), r"zero_optimization\.stage = 7: must be 0, 1, 2 or 3$"),
-    (zero(reduce_bucket_size=0), r"zero_optimization\.reduce_bucket_size = 0"),
+    pytest.param(zero(reduce_bucket_size=0), r"zero_optimization\.reduce_bucket_size = 0", marks=FROM_0_19_6),
     (
         zero(offload_optimizer={"device": "gpu"}),
         r"zero_optimization\.offload_optimizer\.device = \"gpu\": must be .*'cpu'",
     ),
     ({"fp16": {"loss_scale": -1}}, r"fp16 = .*loss_scale must be >= 0"),
-    ({"gradient_allreduce_op": "max"}, r'gradient_allreduce_op = "max": .*mean'),
+    pytest.param({"gradient_allreduce_op": "max"}, r'gradient_allreduce_op = "max": .*mean', marks=FROM_0_19_6),
     ({"communication_data_type": "int8"}, r'communication_data_type = "int8": .*bf16'),
     ({"data_types": {"grad_accum_dtype": "fp64"}}, r'data_types\.grad_accum_dtype = "fp64": must be'),
     ({"torch_autocast": {"enabled": True, "dtype": "bloat16"}}, r"torch_autocast = .*bloat16"),
@@ -209,7 +216,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ],
 ]
 
-ACCEPTED: list[dict[str, Any]] = [
+ACCEPTED: list[Any] = [
     {},
     {"_comment": "mine"},
     {"train_batch_size": None, "gradient_accumulation_steps": 4},
@@ -221,7 +228,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"wall_clock_breakdown": True, "memory_breakdown": False, "dump_state": False, "disable_allgather": True},
     {"dataloader_drop_last": True, "vocabulary_size": 50304, "log_level": "WARNING"},
     {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32", "param_dtype": "bf16"}},
-    {"data_types": {"keep_in_fp32_modules": "auto"}},
+    pytest.param({"data_types": {"keep_in_fp32_modules": "auto"}}, marks=FROM_0_19_8),
     {
         "fp16": {
             "enabled": True,

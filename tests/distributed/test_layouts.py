@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
 from torch import Tensor
 
 import scmoe_ds
@@ -22,6 +21,7 @@ from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.parallel import tensor
 from scmoe_ds.training.loop import seed_micro_batch
+from tests.helpers.process_groups import forget_process_groups
 
 STEPS, VOCABULARY, SEQUENCE, MICRO_BATCHES = 20, 64, 32, 4
 
@@ -202,7 +202,7 @@ def forget_groups() -> None:
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     tensor._Groups.tensor_parallel = tensor._Groups.data_parallel = None
-    groups._release_process_group_references()
+    forget_process_groups()
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -156,7 +157,13 @@ def test_accumulation_for_images(stage: int) -> None:
         case(1, prescale_gradients=True, gradient_predivide_factor=2.0),
         {"zero_optimization": {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 500}},
         {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 500}},
-        {"zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False, "parameter_alignment": True}},
+        pytest.param(
+            {"zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False, "parameter_alignment": True}},
+            marks=pytest.mark.skipif(
+                "parameter_alignment" not in DeepSpeedZeroConfig.model_fields,
+                reason="DeepSpeed 0.19.7 is the first with parameter_alignment",
+            ),
+        ),
         {
             "zero_optimization": {"stage": 1},
             "bf16": {"enabled": True, "immediate_grad_update": True},

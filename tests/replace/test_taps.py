@@ -54,6 +54,8 @@ def config(**fields: Any) -> ScMoEConfig:
 
 def family(kind: str, **fields: Any) -> nn.Module:
     torch.manual_seed(0)
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     shape = transformers.AutoConfig.for_model(kind, **{**SIZES, **fields})
     return transformers.AutoModelForCausalLM.from_config(shape).float()
 

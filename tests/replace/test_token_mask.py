@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -113,7 +114,9 @@ class Wrapper(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
-        return self.model(batch["tokens"], None, batch["mask"])
+        parameters = list(inspect.signature(self.model.forward).parameters)  # transformers 4's order is another one
+        between = [None] * (parameters.index("attention_mask") - 1)
+        return self.model(batch["tokens"], *between, batch["mask"])
 
 
 def test_mask_that_is_handed_over_by_position_inside_a_wrapper() -> None:

@@ -10,6 +10,8 @@ import torch
 import transformers
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 import scmoe_ds
 from scmoe_ds import ScMoEConfig, ScMoEConfigError, load_balancing_loss, moe_from_dense
@@ -22,6 +24,8 @@ TOKENS = (2, 12)
 
 def dense(family: str = "GPT-2", seed: int = 0) -> nn.Module:
     """Without dropout, and with weights at which the MLPs matter: freshly made ones are near zero."""
+    if family in ("ViT", "Swin") and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("before transformers 5 their blocks have no MLP of its own")
     torch.manual_seed(seed)
     model = FAMILIES[family]().eval()
     for parameter in model.parameters():
@@ -166,10 +170,15 @@ def test_half_precision_and_mode_stay() -> None:
 
 @pytest.mark.parametrize(
     ("place", "is_cut"),
-    [({"position": "pos1"}, True), ({"position": "pos2"}, True), ({"tap": "{block}.ln_1:input"}, False)],
+    [
+        ({"position": "pos1"}, issubclass(GPT2Block, GradientCheckpointingLayer)),
+        ({"position": "pos2"}, True),
+        ({"tap": "{block}.ln_1:input"}, False),
+    ],
 )
 def test_gradient_checkpointing_of_hugging_face(place: dict[str, str], is_cut: bool) -> None:
-    """It wraps a block's forward, not the call with its hooks: the block's own input is outside of the region."""
+    """It wraps a block's forward, not the call with its hooks: the block's own input is outside of the region. In
+    transformers 4.52 it wraps GPT-2's call, and the input is inside."""
     found = []
     for checkpointed in (False, True):
         model = dense().eval()
