@@ -37,7 +37,8 @@ if _top is None:  # torch 2.6 and 2.7: the contexts themselves remember which of
         _entered.hooks.pop()
         _leave(self, *error)
 
-    saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__ = _remember, _forget  # type: ignore[method-assign]  # on purpose
+    # mypy: replaced on purpose.
+    saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__ = _remember, _forget  # type: ignore[method-assign]
 
 
 def saved_tensor_hook() -> Any:

@@ -189,7 +189,7 @@ class ScMoEConfig(Section):
         yield (
             "shortcut_distance",
             self.shortcut_distance > farthest,
-            f"the shortcut starts within the run of moe_every = {self.moe_every} blocks; use at most {farthest}",
+            f"the shortcut starts within the pair of moe_every = {self.moe_every} blocks; use at most {farthest}",
         )
         positions = {"position": self.position, "first_layer_position": self.first_layer_position or "pos1"}
         for field, position in positions.items():

@@ -1,4 +1,4 @@
-"""Model weights out of a checkpoint of pretrain_gpt_scmoe.py, as safetensors that --load takes to start a run with.
+"""Writes the model weights of a checkpoint of pretrain_gpt_scmoe.py as safetensors. --load starts a run with them.
 
 scmoe convert export checkpoints/run out --dtype bf16
 scmoe convert residual-to-scmoe checkpoints/residual_moe out --position pos2
@@ -36,9 +36,15 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("out", type=Path, help="an empty or new directory")
         command.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="fp32 loses nothing (default)")
         command.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, in 10^9 bytes (default: 5)")
-    command.add_argument("--position", choices=["pos1", "pos2", "pos3"], default="pos2", help="of the shortcut")
-    command.add_argument("--first-layer-position", choices=["pos1", "pos2", "pos3"], help="of the first MoE layer's")
-    command.add_argument("--shortcut-norm", choices=["own", "shared"], default="own", help="own: starts as a copy")
+    command.add_argument(
+        "--position", choices=["pos1", "pos2", "pos3"], default="pos2", help="position of the shortcut"
+    )
+    command.add_argument(
+        "--first-layer-position", choices=["pos1", "pos2", "pos3"], help="position of the first MoE layer's shortcut"
+    )
+    command.add_argument(
+        "--shortcut-norm", choices=["own", "shared"], default="own", help="own: starts as a copy of the backbone's"
+    )
     return parser
 
 

@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--num-fewshot", type=int, help="with --tasks: examples before each question; default: the task's"
     )
-    group.add_argument("--limit", type=int, help="with --tasks: questions of each; default: all")
+    group.add_argument("--limit", type=int, help="with --tasks: questions per task; default: all")
     group = parser.add_argument_group("how")
     group.add_argument("--seq-length", type=int, help="tokens of a window; default: the model's context")
     group.add_argument(

@@ -32,7 +32,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--corpus-dir", default="data", help="where the default corpus is written")
     add_tokenizer(group, "the type that the other flags name, or ByteTokenizer")
     group.add_argument("--num-workers", type=int, default=0, help="data loader processes per rank")
-    group.add_argument("--seed", type=int, default=1234, help="weights, data order, dropout, gate noise")
+    group.add_argument("--seed", type=int, default=1234, help="seed of weights, data order, dropout and gate noise")
 
 
 def resolve_data_flags(args: argparse.Namespace) -> None:

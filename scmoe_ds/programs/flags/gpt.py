@@ -62,8 +62,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--norm-placement",
         choices=["pre", "post"],
         default="pre",
-        help="norm before each sub-layer, "
-        "or behind its residual sum; post: to see what a shortcut makes of such a model",
+        help="pre: a norm before each sub-layer; post: a norm after its residual sum, to try a shortcut in such "
+        "a model",
     )
     group.add_argument(
         "--residual-scale",
@@ -74,7 +74,9 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--swiglu", action="store_true", help="SwiGLU instead of GELU")
     group.add_argument("--disable-bias-linear", action="store_true", help="no biases in linear layers")
-    group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="a head of its own")
+    group.add_argument(
+        "--untie-embeddings-and-output-weights", action="store_true", help="give the output head its own weights"
+    )
     group.add_argument("--make-vocab-size-divisible-by", type=int, default=128, help="padding of the vocabulary")
     group.add_argument("--attention-dropout", type=float, default=0.1, help="dropout of attention weights")
     group.add_argument("--hidden-dropout", type=float, default=0.1, help="dropout on the residual branches")

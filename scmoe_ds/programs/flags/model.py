@@ -30,7 +30,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ranks", "started with the deepspeed launcher; alone, a process is all ranks")
     group.add_argument("--moe-expert-parallel-size", type=int, default=1, help="ranks that share one set of experts")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer")
-    group.add_argument("--enable-expert-tensor-parallelism", action="store_true")
+    group.add_argument(
+        "--enable-expert-tensor-parallelism", action="store_true", help="divide each expert over these ranks"
+    )
     group.add_argument(
         "--distributed-timeout-minutes", type=float, default=10.0, help="end the job when a collective takes longer"
     )
@@ -55,7 +57,11 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
         "of all layers together; at most those that the model has on a rank. Default: twice the experts "
         "of a token",
     )
-    group.add_argument("--expert-tier", choices=["host", "disk"], help="where they come from; default: host for a GPU")
+    group.add_argument(
+        "--expert-tier",
+        choices=["host", "disk"],
+        help="where offloaded experts are kept; default: host beside a GPU, else disk",
+    )
 
 
 def check_experts_flags(args: argparse.Namespace) -> None:

@@ -46,7 +46,9 @@ def build_image_parser() -> argparse.ArgumentParser:
         "--split", default="80,20", help="training and validation shares, drawn by --seed; 100,0: no validation"
     )
     images.add_argument("--num-workers", type=int, default=0, help="data loader processes per rank")
-    images.add_argument("--seed", type=int, default=1234, help="split, weights, data order, dropout, gate noise")
+    images.add_argument(
+        "--seed", type=int, default=1234, help="seed of split, weights, data order, dropout and gate noise"
+    )
     for add in (add_training, add_moe, add_deepspeed, add_json_flags):
         add(parser)
     return parser

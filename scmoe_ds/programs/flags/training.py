@@ -18,12 +18,15 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training, validation and checkpoints")
     group.add_argument("--train-iters", type=int, help="optimizer steps of the whole run, over all resumes")
     group.add_argument("--exit-duration-in-mins", type=float, help="save and stop after this many minutes")
-    group.add_argument("--exit-interval", type=int, help="save and stop at an iteration that this divides")
+    group.add_argument(
+        "--exit-interval", type=int, help="save and stop at the next iteration that is a multiple of this"
+    )
     group.add_argument("--log-interval", type=int, default=100, help="iterations per log line")
     group.add_argument(
         "--log-gating-interval",
         type=int,
-        help="iterations between the gates' choices (paper figure 9) that go to DeepSpeed's monitors; default: never",
+        help="write the gates' choices (paper figure 9) to DeepSpeed's monitors every N iterations; default: never",
+        metavar="N",
     )
     group.add_argument("--eval-interval", type=int, default=1000, help="iterations per validation")
     group.add_argument("--eval-iters", type=int, default=100, help="batches per validation; 0: no validation")
@@ -74,13 +77,18 @@ def add_moe(parser: argparse.ArgumentParser) -> None:
         const=False,
         help="no random choice of the second expert",
     )
-    group.add_argument("--enable-expert-tensor-parallelism", action="store_const", const=True)
+    group.add_argument(
+        "--enable-expert-tensor-parallelism",
+        action="store_const",
+        const=True,
+        help="divide each expert over tensor-parallel ranks",
+    )
     group.add_argument("--scmoe-position", choices=["pos1", "pos2", "pos3"], help="where the shortcut is taken")
     group.add_argument("--scmoe-merge", choices=["add", "cg1", "cg2"], help="how shared and routed output meet")
     group.add_argument(
         "--scmoe-trace", type=int, metavar="N", help="draw iteration N: a trace for Perfetto and a figure"
     )
-    group.add_argument("--scmoe-trace-dir", default="traces", help="directory for them")
+    group.add_argument("--scmoe-trace-dir", default="traces", help="directory for trace and figure")
     group.add_argument("--scmoe-expert-slot", type=_slot, help='"auto" or the operator before which experts run')
 
 
@@ -93,7 +101,7 @@ def add_deepspeed(parser: argparse.ArgumentParser) -> None:
         default=10.0,
         help="end the job when a collective of any process group takes longer",
     )
-    group.add_argument("--deepspeed", action="store_true", help="accepted for habit; DeepSpeed is always on")
+    group.add_argument("--deepspeed", action="store_true", help="accepted without effect; DeepSpeed is always on")
     group.add_argument("--deepspeed_config", "--deepspeed-config", help="the DeepSpeed JSON")
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
 
