@@ -120,7 +120,10 @@ def _torch_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tens
 
 
 def _triton_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tensor:
-    from deepspeed.ops.triton_ops import group_gemm_triton
+    try:
+        from deepspeed.ops.triton_ops import group_gemm_triton
+    except ImportError:  # DeepSpeed 0.19.4 and 0.19.5
+        from deepspeed.moe.group_gemm_triton import group_gemm_triton
 
     return group_gemm_triton(rows_SI, weights_LOI, ends_L, trans_b=True)
 
