@@ -247,10 +247,12 @@ class ScMoEConfig(Section):
         """Number of MoE layers in a model of `num_layers` blocks."""
         return num_layers // self.moe_every
 
-    def experts_per_layer(self, num_layers: int) -> list[int]:
-        """Number of routed experts of each MoE layer."""
-        layers = self.moe_layers(num_layers)
-        return list(self.num_experts) if isinstance(self.num_experts, list) else [self.num_experts] * layers
+    def experts_of_layers(self, moe_layers: int) -> list[int]:
+        """Number of routed experts of each MoE layer. A pyramid of another length raises a ScMoEConfigError."""
+        counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts] * moe_layers
+        if len(counts) != moe_layers:
+            raise fail("scmoe.num_experts", counts, f"needs {moe_layers} numbers, one per MoE layer")
+        return list(counts)
 
     def experts_of(self, moe_layer: int) -> int:
         """Number of routed experts of an MoE layer, from 0."""

@@ -89,7 +89,7 @@ class GPT(nn.Module):
         learned = settings.position_embedding == "learned_absolute"
         self.positions = nn.Embedding(settings.max_position_embeddings, D) if learned else None
         pairs: list[PlainPair | StagedPair] = []
-        for layer, num_experts in enumerate(config.experts_per_layer(settings.num_layers)):
+        for layer, num_experts in enumerate(config.experts_of_layers(config.moe_layers(settings.num_layers))):
             position = (config.first_layer_position if layer == 0 else None) or config.position
             shared_moe = pairs[-1].last.moe if layer % config.pairs_per_moe else None
             pair = make_pair(settings, config, num_experts, position, sequence, group, shared_moe)

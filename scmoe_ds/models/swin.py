@@ -35,7 +35,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import apart
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
-from scmoe_ds.moe.build import build_moe, experts_of_layers
+from scmoe_ds.moe.build import build_moe
 from scmoe_ds.replace import load_balancing_loss, replace_moe_layers
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.token_mask import TokenMask
@@ -202,7 +202,7 @@ def _placement(settings: SwinSettings, config: ScMoEConfig) -> tuple[list[tuple[
             f"scmoe.moe_every = {config.moe_every}: stage 3 has {settings.depths[MOE_STAGES[0]]} "
             "block(s) and no MoE then; lower it, or raise --depths"
         )
-    return places, experts_of_layers(config, len(places))
+    return places, config.experts_of_layers(len(places))
 
 
 def _make_moe(swin: Swinv2Config, settings: SwinSettings, config: ScMoEConfig, stage: int, num_experts: int) -> MoE:

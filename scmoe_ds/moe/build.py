@@ -8,7 +8,6 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.shortcut import DGMoE, ScMoE
@@ -62,15 +61,3 @@ def build_moe(
     if architecture == "pipelined_topk":
         return StagedMoE(**arguments)
     return ScMoE(merge=config.merge, **arguments)
-
-
-def experts_of_layers(config: ScMoEConfig, layers: int) -> list[int]:
-    """Number of routed experts of each of a model's MoE layers.
-
-    Raises:
-        ScMoEConfigError: a pyramid of another length.
-    """
-    numbers = config.num_experts if isinstance(config.num_experts, list) else [config.num_experts] * layers
-    if len(numbers) != layers:
-        raise ScMoEConfigError(f"scmoe.num_experts = {numbers}: needs {layers} numbers, one per MoE layer")
-    return numbers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scmoe_ds.config.loading import Source, section_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.build import build_moe, experts_of_layers
+from scmoe_ds.moe.build import build_moe
 from scmoe_ds.moe.experts import has_two_projections
 from scmoe_ds.moe.placement import own_first_expert
 from scmoe_ds.replace.layer import HookedScMoE
@@ -105,7 +105,7 @@ def moe_from_dense(
     _check_config(config, noise)
     blocks = _chosen(_dense_blocks(model), config, layers)
     _require_dense(model, blocks)
-    numbers = experts_of_layers(config, len(blocks))
+    numbers = config.experts_of_layers(len(blocks))
     kept = [block.mlp for block in blocks]
     for number, (block, experts) in enumerate(zip(blocks, numbers, strict=True)):
         moe = _make_moe(block, experts, config)

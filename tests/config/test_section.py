@@ -92,7 +92,7 @@ def test_slot_of_a_first_layer_with_a_shorter_window() -> None:
 
 def test_pyramid() -> None:
     config = section(num_experts=[4, 8])
-    assert config.experts_per_layer(4) == [4, 8]
+    assert config.experts_of_layers(2) == [4, 8]
     with pytest.raises(ScMoEConfigError, match="needs 3 numbers"):
         config.check_model(6)
 
