@@ -114,7 +114,7 @@ def test_norms_behind_the_sums_are_refused_by_value(position: str) -> None:
     shape = transformers.OpenAIGPTConfig(vocab_size=48, n_positions=16, n_embd=16, n_layer=4, n_head=2)
     model = moe_from_dense(transformers.OpenAIGPTLMHeadModel(shape).eval(), config(position=position))
     with pytest.raises(
-        ScMoEConfigError, match=r"transformer\.h\.1\.mlp\.moe: its tap, .*; name the module .* scmoe\.tap"
+        ScMoEConfigError, match=r"transformer\.h\.1\.mlp\.moe: its tap, .*; name a module .* scmoe\.tap"
     ):
         model(torch.arange(3, 15).view(2, 6))
 
