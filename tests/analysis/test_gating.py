@@ -212,6 +212,7 @@ def run(files: str, *flags: str) -> int:
     return analyze_program.main(["gating", *(flag.replace("DIR", files) for flag in flags)])
 
 
+@pytest.mark.slow
 def test_program(files: str, capsys: pytest.CaptureFixture[str]) -> None:
     directory = Path(files)
     common = ("--text-file", "DIR/text.txt", "--seq-length", "16", "--batch-size", "4", "--max-tokens", "128")

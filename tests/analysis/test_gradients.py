@@ -154,6 +154,7 @@ def run(files: str, *flags: str) -> int:
 ON_TEXT = ("--text-file", "DIR/text.txt", "--seq-length", "16", "--batch-size", "2", "--micro-batches", "4")
 
 
+@pytest.mark.slow
 def test_program(files: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--load", "DIR/scmoe", "--load", "DIR/topk", "--output", "DIR/a.json")
     assert run(files, *ON_TEXT, *flags) == 0
@@ -173,6 +174,7 @@ def test_program(files: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert picture.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_signal_to_noise_over_steps(files: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--load", "DIR/scmoe_run", "--load", "DIR/topk_run", "--all-checkpoints", "--output", "DIR/steps.json")
     assert run(files, *ON_TEXT, *flags) == 0

@@ -102,6 +102,7 @@ def evaluate(directory: Path, *flags: object) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "stride", "batch"), [(32, None, 3), (32, 32, 1), (32, 5, 3), (7, 7, 3), (1, 1, 8)])
 def test_a_dataset_is_the_plain_computation(
     length: int, stride: int | None, batch: int, export: str, dataset: str, tmp_path: Path

@@ -56,6 +56,7 @@ def generated(model: GPT, batch_size: int = 3) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["scmoe", "topk", "shared_expert", "dgmoe", "dgmoe, shared"])
 def test_offloaded_equals_resident(architecture: str, tmp_path: Path) -> None:
     """Bitwise, for every mode and number of places, in small shards; an expert is never computed before it is there."""
