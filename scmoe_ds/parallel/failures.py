@@ -218,4 +218,6 @@ def _short(text: str) -> str:
     """A library's message without source lines and advice."""
     line = next(iter(text.strip().splitlines()), "")
     line = re.sub(r"^\[[^\]]*\.(cc|cpp|h|hpp):\d+\] ", "", line)
+    if "Application timeout caused pair closure" in line:  # gloo, of all but the first
+        return "timed out, as another exchange with the same rank did just before"
     return re.split(r"\. This is typically caused|, NCCL version", line)[0][:200]

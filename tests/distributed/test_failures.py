@@ -276,6 +276,9 @@ def test_words_and_peers_of_a_failure() -> None:
     found = failed_collective(wrapped)
     assert found is not None
     assert (found.ranks, found.peers, found.reason) == ([2, 3], [3], "Connection closed by peer [10.0.0.1]:5")
+    second = failed_collective(ExchangeError("an exchange", [0, 1], [1], "Application timeout caused pair closure"))
+    assert second is not None
+    assert second.reason == "timed out, as another exchange with the same rank did just before"
     assert failed_collective(RuntimeError("shape '[2]' is invalid")) is None
     assert failed_collective(ValueError("timed out")) is None
     assert failed_collective(RuntimeError("DataLoader timed out after 9 seconds")) is None, "its workers hang"
