@@ -12,7 +12,7 @@ and so plan alike. A rank with another schedule would launch its all-to-alls in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -38,7 +38,7 @@ from scmoe_ds.planner.calibration_file import (
     write_calibration,
 )
 from scmoe_ds.planner.plan import Mode, Plan, plan
-from scmoe_ds.planner.plan_text import choice_line, layers_text, plan_lines
+from scmoe_ds.planner.plan_text import choice_line, layers_text, plan_lines, summary_line
 from scmoe_ds.planner.times import OperatorTimes
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Recorder
 
@@ -142,13 +142,20 @@ class Calibrator:
         """Measured times of each kind of pair; empty before they are known."""
         return [kind.times for kind in self.kinds if kind.times is not None]
 
+    def summary(self) -> list[str]:
+        """What follows from the measured times, a line for each kind of pair; empty without times."""
+        return self._lines(lambda *of_kind: [summary_line(*of_kind)])
+
     def report(self) -> list[str]:
-        """The measured times and what follows from them, as lines of text; empty without times."""
+        """The measured times, the cost of every slot and the choice, as lines of text; empty without times."""
+        return self._lines(plan_lines)
+
+    def _lines(self, of_training: Callable[[str, OperatorTimes, Plan, Plan], list[str]]) -> list[str]:
         lines: list[str] = []
         for kind in self.kinds:
             name = f"MoE layer {layers_text(kind.layers)}"
             if kind.times is not None and self.mode == "train":
-                lines += plan_lines(name, kind.times, kind.plans["train"], kind.plans["forward"])
+                lines += of_training(name, kind.times, kind.plans["train"], kind.plans["forward"])
             elif kind.times is not None:
                 names = [operator.name for operator in kind.times.backbone]
                 lines.append(choice_line(f"{self.mode} of {name}", kind.plans[self.mode], names))
@@ -244,7 +251,7 @@ class Calibrator:
         self.record(None)
         if self._hook is not None:
             self._hook.remove()
-        log(*self.report())
+        log(*self.summary())
 
 
 @contextmanager

@@ -24,6 +24,27 @@ def plan_lines(name: str, times: OperatorTimes, train: Plan, forward: Plan) -> l
     return [*lines, _verdict(times, train)]
 
 
+def summary_line(name: str, times: OperatorTimes, train: Plan, forward: Plan) -> str:
+    """The choice for one kind of pair in a line, for the log of a training run.
+
+    Args:
+        name, times, train, forward: as for `plan_lines`.
+    """
+    names = [f"before {operator.name}" for operator in times.backbone] + ["after all operators"]
+
+    def placed(schedule: Schedule) -> str:
+        chunks = "" if schedule.num_chunks == 1 else f" in {schedule.num_chunks} chunks"
+        places = ", ".join(dict.fromkeys(names[slot - 1] for slot in schedule.slots))
+        return f"experts{chunks} {places} ({slots_text(schedule)})"
+
+    alone = "" if forward.schedule == train.schedule else f" | forward alone: {placed(forward.schedule)}"
+    return (
+        f"schedule of {name}, by measured times: {placed(train.schedule)} | "
+        f"{100 * train.predicted.hidden_share:.0f} % of the communication hidden | "
+        f"{_ms(train.predicted.total_ms)} from shortcut to join, without overlap {_ms(train.serial.total_ms)}{alone}"
+    )
+
+
 def choice_line(title: str, plan: Plan, backbone: Sequence[str] = ()) -> str:
     """What was chosen for a kind of pass.
 

@@ -3,7 +3,7 @@
     deepspeed --module scmoe_ds.programs.report --deepspeed_config X.json --num-layers 4 …
     scmoe report --deepspeed_config X.json …          (one process, nothing to communicate)
 
-The flags are those of pretrain_gpt_scmoe.py; tokens are random. The tables are those that training logs.
+The flags are those of pretrain_gpt_scmoe.py; tokens are random. Training logs the choice, and not the tables.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.parallel.output import log
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.checks import require_same_flags
 from scmoe_ds.programs.flags.gpt import gpt_settings, parse_arguments
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(args: argparse.Namespace, loaded: LoadedConfig, rounds: int = 5) -> None:
-    """Calibrates (the engine logs the report as soon as times are known), then looks at the chosen schedule at work."""
+    """Calibrates and prints the times, then looks at the chosen schedule at work."""
     whole, config = loaded.whole, loaded.section
     require_same_flags(args, whole)
     config.check_world(dist.get_world_size())
@@ -61,6 +62,7 @@ def _measure(args: argparse.Namespace, loaded: LoadedConfig, rounds: int = 5) ->
 
     while engine.overlap.calibrating:
         micro_batch()
+    log(*engine.overlap.report())
     recorder = Recorder(device())
     engine.overlap.record(recorder)
     for _ in range(rounds):

@@ -19,6 +19,7 @@ from scmoe_ds.parallel.failures import FailureReporter, leave
 from scmoe_ds.parallel.output import show_log, steady_output
 from scmoe_ds.parallel.process import connect, prepare_environment
 from scmoe_ds.parallel.watch import Watch
+from scmoe_ds.programs.quiet import leave_out_useless_lines
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell's."""
@@ -52,6 +53,7 @@ def run_program(
                 stream.reconfigure(errors="backslashreplace")
     with steady_output(stdout=stdout_is_log):
         show_log()
+        leave_out_useless_lines()
         try:
             parsed = parse(argv)
             if not dist.is_initialized():
