@@ -24,7 +24,7 @@ class ImageLog(TrainingLog):
         """The line of a validation; loss in nats per image."""
         assert self.accuracy is not None
         say(f"validation at iteration {iteration} | class loss: {loss:.8E} | accuracy: {100 * self.accuracy:.2f} %")
-        self._monitor("Validation", consumed_samples, {"class_loss": loss, "accuracy": self.accuracy})
+        self._validation(iteration, consumed_samples, {"class_loss": loss, "accuracy": self.accuracy})
 
 
 class ImageTrainer(Trainer):

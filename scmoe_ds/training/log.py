@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.parallel.process import device
+from scmoe_ds.training.record import RecordWriter
 
 
 class TrainingOutput(Protocol):
@@ -56,6 +57,7 @@ class TrainingLog:
         engine: DeepSpeed's, for the gradient norm, the learning rate and the monitors.
         train_iters: iterations of the whole run.
         tokens_per_iteration: of all ranks.
+        save: directory of the run's record; None: there is none.
 
     Attributes:
         loss_name, unit: the log's names of the loss without the balancing term, and of tokens.
@@ -65,10 +67,16 @@ class TrainingLog:
     loss_name, unit = "lm loss", "tokens"
     learning_rate = math.nan
 
-    def __init__(self, engine: Any, train_iters: int, tokens_per_iteration: int) -> None:
+    def __init__(self, engine: Any, train_iters: int, tokens_per_iteration: int, save: str | None = None) -> None:
         self.engine, self.train_iters, self.tokens_per_iteration = engine, train_iters, tokens_per_iteration
+        self.record = RecordWriter(save if dist.get_rank() == 0 else None)
         self._sums = _Sums()
         self._timed_steps, self._timed_seconds = 0, 0.0
+
+    def start(self, iteration: int, **facts: Any) -> None:
+        """Notes in the record that a run starts, or goes on from an iteration, and what is trained."""
+        names = {"loss_name": self.loss_name.replace(" ", "_"), "unit": self.unit, "train_iters": self.train_iters}
+        self.record.write("start", iteration, **names, **facts)
 
     def add_micro_batch(self, output: TrainingOutput, share: float) -> None:
         """Adds the result of a forward pass, which is a share of its iteration."""
@@ -96,7 +104,8 @@ class TrainingLog:
         norm = self.engine.get_global_grad_norm()
         norm = float(norm) if norm is not None else math.nan
         tokens_per_second = self._speed(sums.steps, sums.seconds)
-        low, high = _load_shares(sums.exp_counts)
+        load = _load_shares(sums.exp_counts)
+        low, high = min(map(min, load)), max(map(max, load))
         left = (self.train_iters - iteration) * seconds
         say(
             f"iteration {iteration:7d}/{self.train_iters} | consumed samples: {consumed_samples} | "
@@ -116,12 +125,26 @@ class TrainingLog:
             "grad_norm": norm,
         }
         self._monitor("Train", consumed_samples, values)
+        self.record.write(
+            "step",
+            iteration,
+            consumed_samples=consumed_samples,
+            learning_rate=self.learning_rate,
+            expert_load=load,
+            skipped=self.engine.skipped_steps,
+            seconds_left=left,
+            **values,
+        )
 
     def write_validation(self, iteration: int, consumed_samples: int, loss: float) -> None:
         """Prints the line of a validation; the loss is in nats per token."""
         perplexity = math.exp(loss) if loss < 700 else math.inf
         say(f"validation at iteration {iteration} | lm loss: {loss:.8E} | perplexity: {perplexity:.4f}")
-        self._monitor("Validation", consumed_samples, {"lm_loss": loss, "perplexity": perplexity})
+        self._validation(iteration, consumed_samples, {"lm_loss": loss, "perplexity": perplexity})
+
+    def _validation(self, iteration: int, consumed_samples: int, values: dict[str, float]) -> None:
+        self._monitor("Validation", consumed_samples, values)
+        self.record.write("validation", iteration, consumed_samples=consumed_samples, **values)
 
     def _speed(self, steps: int, seconds: float) -> float:
         return steps * self.tokens_per_iteration / seconds if seconds else 0.0
@@ -144,11 +167,11 @@ def mean_over_ranks(value: Tensor | float) -> float:
     return float(mean) / dist.get_world_size()
 
 
-def _load_shares(exp_counts: list[Tensor]) -> tuple[float, float]:
-    """Least and largest share of a layer's routed tokens on one expert, over all experts, layers and ranks."""
+def _load_shares(exp_counts: list[Tensor]) -> list[list[float]]:
+    """For every MoE layer, the share of its routed tokens that each expert got, on all ranks. Collective."""
     shares = []
     for counts in exp_counts:
         total = counts.to(device=device(), dtype=torch.float64)
         dist.all_reduce(total)
-        shares.append(total / total.sum().clamp(min=1))
-    return min(float(share.min()) for share in shares), max(float(share.max()) for share in shares)
+        shares.append((total / total.sum().clamp(min=1)).tolist())
+    return shares

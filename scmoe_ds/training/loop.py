@@ -63,7 +63,7 @@ class Trainer:
         # Tensor-parallel ranks of a group read the same data and draw the same random numbers.
         self.data_rank, self.data_ranks = data_parallel_rank(), data_parallel_size()
         batch_size = settings.rank_batch_size * self.data_ranks
-        self.log = self.log_class(engine, settings.train_iters, batch_size * settings.seq_length)
+        self.log = self.log_class(engine, settings.train_iters, batch_size * settings.seq_length, settings.save)
         self.health = StepHealth(engine, settings.accumulation_steps * self.data_ranks)
         self._stop: StopRequest | None = None
         self._told_to_stop = False  # in the middle of a validation
@@ -90,6 +90,7 @@ class Trainer:
         is_over = self.iteration >= settings.train_iters
         batches = None if is_over else self._batches(self.train_set, self.consumed_samples)
         # Until the end of the save, which a second signal must not interrupt.
+        self.log.start(self.iteration)
         with StopRequest(settings.exit_duration_min) as self._stop:
             stopped = batches is not None and self._train(batches, self._stop)
             # A scheduler that needs the machine does not wait for a validation.
