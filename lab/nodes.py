@@ -283,7 +283,7 @@ def _check_rank(sent_bytes: int = 8 << 20) -> None:
     import torch
     import torch.distributed as dist
 
-    from benchmarks.harness.measure import interleave
+    from scmoe_ds.planner.rounds import interleave
 
     dist.init_process_group("gloo")
     rank, other = dist.get_rank(), 1 - dist.get_rank()

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.harness.measure import environment, interleave
+from benchmarks.harness.measure import environment
 from benchmarks.harness.variants import SHAPES, STOCK, ablation_table, build
 from lab.distributed import run_distributed
 from scmoe_ds import ScMoE
+from scmoe_ds.planner.rounds import interleave
 
 TOKENS = [256, 512, 1024, 2048, 4096, 8192, 16384]
 EXPERTS = [4, 8, 16, 32, 64, 128]

@@ -6,12 +6,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from torch import nn
 
-from benchmarks.harness.measure import over_ranks
 from benchmarks.harness.parts import layer_ms, record_steps, sum_ms
 from lab.nodes import shape_own_end
+from scmoe_ds.planner.rounds import over_ranks
 
 LOWEST_MBIT, HIGHEST_MBIT = 5.0, 8000.0
 REPEATS = 5
@@ -55,7 +54,7 @@ def find_rate(run: nn.Module, step: Callable[[], None], share: float, searches: 
     for search in range(searches):
         shape_own_end(rate)
         steps = record_steps(run, step, REPEATS + 1)[1:]  # the first pays for connections and allocations
-        sent = sum_ms(steps, dist.ReduceOp.MIN, lambda span: span.lane == "communication")
+        sent = sum_ms(steps, min, lambda span: span.lane == "communication")
         (layer,) = over_ranks([statistics.median(layer_ms(spans) for spans in steps)])
         found = Link(rate, sent / layer, sent, layer)
         if abs(found.share - share) < 0.015 or search == searches - 1:

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.harness.measure import over_ranks
 from scmoe_ds.models.pairs import PlainPair, StagedPair
 from scmoe_ds.overlap.executor import Activations
 from scmoe_ds.parallel.agreement import gather
+from scmoe_ds.planner.rounds import Reduction, over_ranks
 from scmoe_ds.planner.times import SHARED
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Phase, Recorder, Span
 
@@ -59,12 +59,12 @@ def layer_ms(spans: list[Span]) -> float:
     return parts[REST_OF_LAYER] + parts["experts"] + parts[EXPOSED]
 
 
-def sum_ms(steps: Sequence[list[Span]], op: Any, counts: Callable[[Span], bool]) -> float:
-    """The median step's sum of all spans that count. `op` picks the rank of each. Collective."""
+def sum_ms(steps: Sequence[list[Span]], reduce: Reduction, counts: Callable[[Span], bool]) -> float:
+    """The median step's sum of all spans that count. `reduce` picks the rank of each. Collective."""
     sums = []
     for spans in steps:
         found = [span.duration_ms for span in spans if counts(span)]
-        sums.append(sum(over_ranks(found, op)) if found else 0.0)
+        sums.append(sum(over_ranks(found, reduce)) if found else 0.0)
     return statistics.median(sums)
 
 

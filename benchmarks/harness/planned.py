@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from benchmarks.harness.parts import CPU, record_steps, sum_ms
 from benchmarks.harness.variants import Table, Variant
 from scmoe_ds.config.overlap_section import OverlapConfig
@@ -72,7 +70,7 @@ def calibrate(run: StagedPair, step: Callable[[], None], several_chunks: bool) -
     steps = record_steps(run, step, SAMPLES)
     labels = {operator.label for operator in run.operators() if operator.before_tap}
     before = {
-        f"{phase}_ms": sum_ms(steps, dist.ReduceOp.MAX, lambda span: span.phase == phase and span.name in labels)  # noqa: B023
+        f"{phase}_ms": sum_ms(steps, max, lambda span: span.phase == phase and span.name in labels)  # noqa: B023
         for phase in PHASES
     }
     return Calibrated(calibrator.times[0], PassTimes(**before))

@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.harness.measure import Spread
 from benchmarks.harness.planned import Calibrated
 from benchmarks.harness.variants import Table, limit_of
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import Mode
 from scmoe_ds.planner.plan_text import schedule_text
+from scmoe_ds.planner.rounds import Spread
 
 Times = Mapping[str, Sequence[float]]
 Row = dict[str, Any]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import scmoe_ds.analysis.markdown
-from benchmarks.harness.measure import Spread
 from scmoe_ds.analysis.markdown import code, escape
+from scmoe_ds.planner.rounds import Spread
 
 Row = dict[str, Any]
 _TITLES = {"forward": "forward", "train": "training"}

@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
-from benchmarks.harness.measure import Spread, interleave, over_ranks
 from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import AGAIN, SHAPES, LocalCopy, Shape, baseline, one_primitive
 from benchmarks.serving.figures import speedups
@@ -39,6 +38,7 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.plan import Mode
+from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
 
 PHASES: tuple[Mode, ...] = ("prefill", "decode")
 LAYERS, VOCABULARY, PROMPT = 4, 1024, 144

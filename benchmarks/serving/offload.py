@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.measure import Spread, environment
+from benchmarks.harness.measure import environment
 from benchmarks.harness.two_nodes import write
 from benchmarks.serving.figures import latencies
 from scmoe_ds.analysis.markdown import code, escape
@@ -51,6 +51,7 @@ from scmoe_ds.inference.store import ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import backbone
+from scmoe_ds.planner.rounds import Spread
 from scmoe_ds.trace.recorder import SILENT, Recorder
 
 SHAPES = {

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from benchmarks.harness import rows, tables
 from benchmarks.harness.link import Link, find_rate
-from benchmarks.harness.measure import EVICTED_BYTES, cold, interleave, over_ranks
+from benchmarks.harness.measure import EVICTED_BYTES, cold
 from benchmarks.harness.parts import hidden_by_waits, mean_over_ranks, record_steps
 from benchmarks.harness.planned import Calibrated, calibrate_kinds, schedule_of
 from benchmarks.harness.two_nodes import on_two_nodes, parse, write
@@ -48,6 +48,7 @@ from benchmarks.speed import bars
 from lab.nodes import shape_own_end
 from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.planner.plan import Mode
+from scmoe_ds.planner.rounds import interleave, over_ranks
 from scmoe_ds.trace.recorder import Phase
 
 CROSSING_RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0)

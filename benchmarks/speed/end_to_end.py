@@ -27,11 +27,11 @@ import torch.distributed as dist
 
 from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
-from benchmarks.harness.measure import Spread, over_ranks
 from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import AGAIN, BASELINES, Shape, baseline, one_primitive
 from benchmarks.speed.block import Bench
 from scmoe_ds.comm.transport import METHODS
+from scmoe_ds.planner.rounds import Spread, over_ranks
 
 LAYERS, VOCABULARY = 4, 1024
 SHAPE = Shape("GPT, 4 layers, 384 wide, 2 experts, 2 × 144 tokens per rank", 384, 12, 2, 144, 2, 2.0)

@@ -27,13 +27,14 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from benchmarks.harness.measure import Spread, environment, interleave
+from benchmarks.harness.measure import environment
 from lab.distributed import run_distributed
 from scmoe_ds import ScMoE
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.pairs import StagedPair, make_pair
 from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.planner.rounds import Spread, interleave
 
 BASELINES = ("Residual MoE", "MoE")
 Computation = Callable[[], tuple[Tensor, Tensor]]

@@ -7,7 +7,6 @@ import torch
 
 from benchmarks.harness import rows, tables
 from benchmarks.harness.link import HIGHEST_MBIT, LOWEST_MBIT, next_rate
-from benchmarks.harness.measure import Spread, interleave
 from benchmarks.harness.parts import EXPOSED, KINDS, REST_OF_LAYER, layer_ms, parts_of
 from benchmarks.harness.planned import Calibrated, schedule_of
 from benchmarks.harness.variants import (
@@ -25,6 +24,7 @@ from benchmarks.speed import bars, end_to_end, replace
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.rounds import Spread, interleave
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 from scmoe_ds.trace.recorder import Lane, Span
 
