@@ -2,7 +2,8 @@
 
     python -m benchmarks.speed.timeline --share 0.6 --output benchmarks/results
 
-Measured spans of one step each, at the rate that benchmarks.speed.block finds for that share, as figures.
+Measured spans of one step each, at the rate that benchmarks.speed.block finds for that share, as a record and figures
+with one scale.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from benchmarks.harness.parts import record_steps
 from benchmarks.harness.two_nodes import on_two_nodes, parse
 from benchmarks.harness.variants import SHAPES, main_table, one_primitive
 from benchmarks.speed.block import Bench, link
+from scmoe_ds.figure_style import save
 from scmoe_ds.trace.recorder import Span
 from scmoe_ds.trace.spans import gather_spans
-from scmoe_ds.trace.timeline_figure import draw
+from scmoe_ds.trace.timeline_figure import figure, phases_ms
 
 DRAWN = ("serial", "overlapped", "chunked")
 
@@ -48,6 +50,15 @@ def rank_main(settings: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
+def draw(record: dict[str, Any], stem: Path) -> None:
+    """A figure for each schedule of a record."""
+    spans = {kind: [[Span(**span) for span in rank] for rank in ranks] for kind, ranks in record["spans"].items()}
+    until_ms = max(map(phases_ms, spans.values()))
+    for kind, ranks in spans.items():
+        title = f"ScMoE Pos-{record['settings']['position']}, {kind}, {record['link']['rate_mbit']:.0f} Mbit/s: "
+        save(figure(ranks, title, until_ms=until_ms), stem.with_name(f"{stem.name}_{kind}.png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="swin")
@@ -55,15 +66,14 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.6)
     parser.add_argument("--dispatch", choices=["padded", "exact"], default="padded")
     parser.add_argument("--method", choices=["collective", "send_receive"], default="send_receive")
-    parser.add_argument("--output", type=Path, default=Path("."), help="directory for the figures")
+    parser.add_argument("--output", type=Path, default=Path("."), help="directory for the record and the figures")
     args, settings = parse(parser, rank_main)
     record = on_two_nodes("benchmarks.speed.timeline", settings | {"rounds": 1, "skew": 0.0})
     args.output.mkdir(parents=True, exist_ok=True)
-    for kind, ranks in record["spans"].items():
-        spans = [[Span(**span) for span in rank] for rank in ranks]
-        file = args.output / f"timeline_{args.shape}_{round(100 * args.share)}_{kind}.png"
-        draw(spans, file, title_prefix=f"ScMoE Pos-{args.position}, {kind}, {record['link']['rate_mbit']:.0f} Mbit/s: ")
-        print(file)
+    stem = args.output / f"timeline_{args.shape}_{round(100 * args.share)}"
+    stem.with_suffix(".json").write_text(json.dumps(record) + "\n")
+    draw(record, stem)
+    print(f"{stem}.json", *(f"{stem}_{kind}.png" for kind in record["spans"]))
 
 
 if __name__ == "__main__":

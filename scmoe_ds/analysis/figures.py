@@ -1,33 +1,47 @@
-"""Figures of the records: heat maps of similarity, curves of gating, bars of gradients."""
+"""Figures of the records: heat maps of similarity, curves of gating, curves and dots of gradients."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import textwrap
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-# Okabe and Ito's colours, which colour-blind people can distinguish; as in the other figures.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
+from scmoe_ds.figure_style import GREY, INK, LINES, MARKERS, WIDTH, plain_log_axis, short_names, styled
+
 _MAX_TICKS = 60
 """More names cannot be read beside a heat map."""
+_MAX_VALUES = 9
+"""A longer row of values cannot be read in the cells of a heat map."""
+_LINE = 0.17  # inches of height of a line of small text
 
 
+@styled
 def similarity(record: dict[str, Any]) -> Figure:
     """Two heat maps, cosine similarity (paper figure 10) and L2 distance, with the verdict below."""
-    names = record["names"]
-    side = min(3.5 + 0.22 * len(names), 14)
-    figure = Figure(figsize=(2 * side + 2, side + 1), layout="constrained")
-    panels = figure.subplots(1, 2)
-    _heat_map(panels[0], record["cosine"], names, "cosine similarity", {"vmin": min(0.0, _least(record)), "vmax": 1})
-    _heat_map(panels[1], record["l2"], names, "L2 distance", {"vmin": 0})
-    figure.suptitle(f"{record['model']}, {record['tokens']} tokens", fontsize=11)
+    names, matrices = record["names"], [record["cosine"], record["l2"]]
     folded = (textwrap.wrap(line, 150, subsequent_indent="    ")[:6] for line in record["verdict"]["text"])
-    figure.supxlabel("\n".join(itertools.chain(*folded)), fontsize=8, x=0.01, ha="left")
+    lines = list(itertools.chain(*folded))
+    beside = len(names) <= _MAX_VALUES
+    height, below = (5.9 if beside else 16.0), 0.2 + _LINE * len(lines)
+    layout = ConstrainedLayoutEngine(rect=(0, below / (height + below), 1, height / (height + below)))
+    figure = Figure(figsize=(WIDTH, height + below), layout=layout)
+    panels = figure.subplots(1, 2) if beside else figure.subplots(2, 1)
+    _heat_map(panels[0], matrices[0], names, "cosine similarity", {"vmin": min(0.0, _least(record)), "vmax": 1})
+    _heat_map(panels[1], matrices[1], names, "L2 distance", {"vmin": 0})
+    if beside:
+        panels[1].set_yticklabels([])  # as on the left
+    figure.suptitle(f"{_name(record['model'])}: representations on {record['tokens']:,} tokens")
+    figure.text(0.01, below / (height + below), "\n".join(lines), va="top", fontsize=8.5, in_layout=False)
     return figure
+
+
+def _name(model: str) -> str:
+    return short_names([model])[model]
 
 
 def _least(record: dict[str, Any]) -> float:
@@ -36,105 +50,169 @@ def _least(record: dict[str, Any]) -> float:
 
 def _heat_map(axes: Axes, matrix: list[list[float | None]], names: list[str], title: str, limits: Any) -> None:
     values = [[math.nan if value is None else value for value in row] for row in matrix]
-    image = axes.imshow(values, cmap="viridis", **limits)
+    image = axes.imshow(values, aspect="auto", **limits)
     axes.set_title(title)
+    axes.spines[:].set_visible(False)
     places = range(0, len(names), -(-len(names) // _MAX_TICKS))
     shown = [names[place] for place in places]
-    axes.set_xticks(list(places), shown, rotation=90, fontsize=7)
-    axes.set_yticks(list(places), shown, fontsize=7)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+    size = 9 if len(names) <= 25 else 7
+    axes.set_xticks(list(places), shown, rotation=90, fontsize=size)
+    axes.set_yticks(list(places), shown, fontsize=size)
+    if len(names) > _MAX_VALUES:
+        axes.figure.colorbar(image, ax=axes, shrink=0.8)
+        return
+    middle = sum(image.get_clim()) / 2
+    for (row, line), column in itertools.product(enumerate(values), range(len(names))):
+        if not math.isnan(line[column]):
+            colour = INK if line[column] > middle else "white"
+            axes.text(column, row, f"{line[column]:.2f}", ha="center", va="center", fontsize=7.5, color=colour)
 
 
 _GATING_PANELS = {
-    "share of tokens with the same expert for both representations": ("same_expert_share",),
+    "same expert for both representations, share of tokens": ("same_expert_share",),
     "L2 distance of the two representations": ("l2",),
     "cosine similarity of the two representations": ("cosine",),
-    "mean gate score (solid: preceding, dashed: current)": ("preceding_score", "current_score"),
+    "mean gate score": ("preceding_score", "current_score"),
     "load: busiest expert over mean": ("load_max_over_mean",),
     "share of choices dropped in training": ("drop_rate",),
 }
-_STYLES = ("-", "--")
+_STYLES: tuple[Literal["-", "--"], ...] = ("-", "--")
 
 
+@styled
 def gating(record: dict[str, Any]) -> Figure:
     """Six panels like paper figure 9: over layers for one checkpoint; over iterations, a line a layer, for several."""
     checkpoints = record["checkpoints"]
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, _GATING_PANELS.items(), strict=True):
+    figure = Figure(figsize=(WIDTH, 9))
+    for axes, (title, names) in zip(figure.subplots(3, 2).flat, _GATING_PANELS.items(), strict=True):
         for name, style in zip(names, _STYLES, strict=False):
             _draw_gating(axes, checkpoints, name, style)
-        axes.set_title(title, fontsize=9)
-        if name != "cosine":
-            axes.set_ylim(bottom=0)
-    blocks = [layer["block"] for layer in checkpoints[0]["layers"]]
-    if len(checkpoints) > 1:
-        figure.axes[0].legend([f"block {block}" for block in blocks], fontsize=7)
+        axes.set_title(title)
+        axes.grid(True)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, -0.04 * high) if name == "cosine" else -0.04 * high, high)  # zero is seen whole
+    handles = [*_layer_handles(checkpoints), *_style_handles()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=7)
     named = checkpoints[0]["model"] if len(checkpoints) == 1 else record["model"]
-    figure.suptitle(f"{named}: {checkpoints[0]['architecture']}, {checkpoints[0]['tokens']} tokens", fontsize=11)
+    figure.suptitle(f"{_name(named)}: gates of {checkpoints[0]['architecture']}, {checkpoints[0]['tokens']:,} tokens")
     return figure
+
+
+def _layer_handles(checkpoints: list[dict[str, Any]]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    if len(checkpoints) == 1:
+        return []
+    layers = checkpoints[0]["layers"]
+    if len(layers) > _MAX_NAMED_LAYERS:
+        colour_map, last = _layer_colours(len(layers)), len(layers) - 1
+        return [Line2D([], [], color=colour_map[n], label=f"block {layers[n]['block']}") for n in (0, last // 2, last)]
+    colours = _layer_colours(len(layers))
+    return [
+        Line2D([], [], color=c, marker="o", label=f"block {of['block']}") for c, of in zip(colours, layers, strict=True)
+    ]
+
+
+def _style_handles() -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    words = ("preceding layer (gate score)", "current layer (gate score)")
+    return [Line2D([], [], color=GREY, linestyle=style, label=word) for style, word in zip(_STYLES, words, strict=True)]
+
+
+_MAX_NAMED_LAYERS = len(LINES)
+
+
+def _layer_colours(layers: int) -> list[Any]:
+    """A colour for each layer; of many layers a scale from dark to light, whose order says which is which."""
+    if layers <= _MAX_NAMED_LAYERS:
+        return list(LINES[:layers])
+    import matplotlib
+
+    return [matplotlib.colormaps["viridis"](0.85 * place / (layers - 1)) for place in range(layers)]
 
 
 def _draw_gating(axes: Axes, checkpoints: list[dict[str, Any]], name: str, style: str) -> None:
     if len(checkpoints) == 1:
         layers = checkpoints[0]["layers"]
         blocks = [layer["block"] for layer in layers]
-        axes.plot(blocks, [layer[name] for layer in layers], style, marker="o", color="C0")
-        axes.set(xlabel="block", xticks=blocks)
+        axes.plot(blocks, [layer[name] for layer in layers], style, marker="o", color=LINES[0])
+        axes.set(xlabel="block", xticks=blocks if len(blocks) <= _MAX_TICKS // 4 else blocks[:: len(blocks) // 12 + 1])
         return
     iterations = [checkpoint["iteration"] for checkpoint in checkpoints]
-    for place in range(len(checkpoints[0]["layers"])):
+    for place, colour in enumerate(_layer_colours(len(checkpoints[0]["layers"]))):
         values = [checkpoint["layers"][place][name] for checkpoint in checkpoints]
-        axes.plot(iterations, values, style, marker="o", markersize=3, color=f"C{place}")
+        axes.plot(iterations, values, style, marker="o", markersize=4, color=colour)
     axes.set(xlabel="iteration")
 
 
 _GRADIENT_PANELS = (("norm", "gradient norm"), ("snr", "signal-to-noise ratio"))
 
 
+@styled
 def gradients(record: dict[str, Any]) -> Figure:
-    """Gradient norm and signal-to-noise ratio, the latter with that of pure noise.
+    """Gradient norm and signal-to-noise ratio on logarithmic axes, the latter with that of pure noise.
 
     Several checkpoints of a run give curves over iterations, a column for each run. Otherwise each checkpoint gives a
-    bar per branch.
+    dot per branch.
     """
     checkpoints = record["checkpoints"]
     labels = list(dict.fromkeys(checkpoint["label"] for checkpoint in checkpoints))
     over_time = len(labels) < len(checkpoints) and all(each["iteration"] is not None for each in checkpoints)
     names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint["branches"]))
-    return _gradient_curves(checkpoints, names, labels) if over_time else _gradient_bars(checkpoints, names)
+    return (_gradient_curves if over_time else _gradient_dots)(checkpoints, names, short_names(labels))
 
 
-def _gradient_curves(checkpoints: list[dict[str, Any]], names: list[str], labels: list[str]) -> Figure:
-    figure = Figure(figsize=(5 * len(labels) + 2, 8), layout="constrained")
-    panels = figure.subplots(2, len(labels), squeeze=False, sharex=True, sharey="row")
-    for column, label in enumerate(labels):
+def _gradient_curves(checkpoints: list[dict[str, Any]], names: list[str], labels: dict[str, str]) -> Figure:
+    columns = min(len(labels), 4)
+    bands = -(-len(labels) // columns)
+    figure = Figure(figsize=(WIDTH, 0.9 + 5.2 * bands))
+    panels = figure.subplots(2 * bands, columns, squeeze=False, sharex=True)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for place, (label, shown) in enumerate(labels.items()):
+        band, column = divmod(place, columns)
         run = [checkpoint for checkpoint in checkpoints if checkpoint["label"] == label]
         iterations = [checkpoint["iteration"] for checkpoint in run]
         for row, (key, title) in enumerate(_GRADIENT_PANELS):
-            axes = panels[row][column]
-            for number, name in enumerate(names):
-                values = [_value(checkpoint, name, key) for checkpoint in run]
-                axes.plot(iterations, values, marker="o", markersize=3, label=name, color=f"C{number}")
-            axes.set(yscale="log", ylabel=title if column == 0 else "", xlabel="iteration" if row else "")
-        panels[1][column].axhline(run[0]["noise_floor"], color="#333333", linestyle=":", label="noise alone")
-        panels[0][column].set_title(label, fontsize=9)
-    panels[1][-1].legend(fontsize=7)
+            axes = panels[2 * band + row][column]
+            axes.set_axis_on()
+            axes.sharey(panels[row][0]) if axes is not panels[row][0] else None
+            for name in names:
+                axes.plot(iterations, [_value(checkpoint, name, key) for checkpoint in run], label=name)
+            axes.set(ylabel=title if column == 0 else "", xlabel="iteration" if row else "")
+            axes.tick_params(which="both", labelleft=column == 0, labelbottom=row == 1)
+            plain_log_axis(axes, "y")
+        axes.axhline(run[0]["noise_floor"], color=INK, linestyle=":", marker="", label="noise alone")
+        panels[2 * band][column].set_title(_folded(shown, 104 // columns), fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
-def _gradient_bars(checkpoints: list[dict[str, Any]], names: list[str]) -> Figure:
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    width = 0.8 / len(checkpoints)
-    for axes, (key, title) in zip(figure.subplots(1, 2), _GRADIENT_PANELS, strict=True):
+def _folded(label: str, width: int) -> str:
+    """A checkpoint's name above its architecture."""
+    return "\n".join(itertools.chain(*(textwrap.wrap(line, width) for line in label.replace(" (", "\n(").split("\n"))))
+
+
+def _gradient_dots(checkpoints: list[dict[str, Any]], names: list[str], labels: dict[str, str]) -> Figure:
+    """Dots, since a bar would need a zero, which a logarithmic axis does not have."""
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.45 * len(names) + 0.22 * len(labels)))
+    panels = figure.subplots(1, 2, sharey=True)
+    step = min(0.7 / len(checkpoints), 0.15)
+    for axes, (key, title) in zip(panels, _GRADIENT_PANELS, strict=True):
         for number, checkpoint in enumerate(checkpoints):
-            places = [place + (number + 0.5) * width - 0.4 for place in range(len(names))]
+            shift = (number - (len(checkpoints) - 1) / 2) * step
             values = [_value(checkpoint, name, key) for name in names]
-            axes.bar(places, values, width, label=checkpoint["label"], color=f"C{number}")
-        axes.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
-        axes.set(title=title, yscale="log" if key == "norm" else "linear")
+            label, marker = labels[checkpoint["label"]], MARKERS[number // len(LINES) % len(MARKERS)]
+            places = [place + shift for place in range(len(names))]
+            axes.plot(values, places, linestyle="", marker=marker, color=LINES[number % len(LINES)], label=label)
+        axes.set(title=title)
+        plain_log_axis(axes, "x")
     floor = checkpoints[0]["noise_floor"]
-    axes.axhline(floor, color="#333333", linestyle=":", label=f"noise alone: {floor:.3g}")
-    axes.legend(fontsize=7)
+    axes.axvline(floor, color=INK, linestyle=":", marker="", label=f"noise alone: {floor:.3g}")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left")
     return figure
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from scmoe_ds import figure_style
 from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.errors import AnalysisError, imports_of, one_line
 
@@ -67,18 +68,12 @@ def save(record: dict[str, Any], path: str) -> list[Path]:
 def draw(record: dict[str, Any], json_path: Path) -> Path:
     """Writes a record's figure beside its JSON file."""
     with imports_of("plots", f"the figure of {json_path}"):
-        import matplotlib  # takes a second to import
-        from cycler import cycler
-
-        from scmoe_ds.analysis import figures
+        from scmoe_ds.analysis import figures  # matplotlib takes a second to import
 
     drawn = {"similarity": figures.similarity, "gating": figures.gating, "gradients": figures.gradients}
     picture = json_path.with_suffix(".png")
-    # A "$" in a path is no formula.
-    style: Any = {"text.parse_math": False, "axes.prop_cycle": cycler(color=figures.COLOURS)}
     try:
-        with matplotlib.rc_context(style):
-            drawn[record["kind"]](record).savefig(picture, dpi=150)
+        figure_style.save(drawn[record["kind"]](record), picture)
     except OSError as error:
         raise AnalysisError(f"{picture} cannot be written ({error})") from None
     return picture

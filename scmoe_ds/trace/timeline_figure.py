@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmoe_ds.errors import imports_of
+from scmoe_ds.figure_style import INK, OPERATORS, WIDTH, save, styled
 from scmoe_ds.trace.recorder import PHASES, Phase, Span
 from scmoe_ds.trace.spans import LANES, Spans, check_spans, hidden_share_of_ranks, rows_of_lane
 
@@ -15,24 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MAX_RANKS_DRAWN = 8  # beyond that a figure is too high to read; the trace and the title's share have them all
-
-# The seven colours that Okabe and Ito chose to be told apart by colour-blind people as well.
-_COLOURS = {
-    "attention": "#0072B2",
-    "mlp": "#56B4E9",
-    "shared": "#009E73",
-    "experts": "#D55E00",
-    "gate, encode, decode": "#F0E442",
-    "dispatch": "#E69F00",
-    "combine": "#CC79A7",
-    "other": "#999999",
-    "wait": "#EEEEEE",
-}
-_KINDS = {"shared in": "shared", "shared out": "shared"} | dict.fromkeys(
-    ("gate", "encode", "decode", "merge", "norm", "shortcut norm"), "gate, encode, decode"
+_MAX_RANKS_DRAWN = 8  # beyond that a figure is too high to read; the trace and the titles' shares have them all
+_COLOURED_LIKE = {"shared in": "shared", "shared out": "shared"} | dict.fromkeys(
+    ("encode", "decode", "merge", "norm", "shortcut norm"), "gate"
 )
-"""Kinds of spans that share a colour with others."""
+"""Kinds of spans that have the colour of another kind."""
+_SHOWN = {"mlp": "MLP", "shared": "shared expert"}
+"""Words for kinds of spans, in boxes and in the legend alike."""
+_AXIS = "ms since the start of the phase"
+_NUMBER = "; a number in a box is its chunk's"
+_GAP = "\nA gap: nothing was recorded. The process launched an operator or communication, or had not begun."
 
 
 def draw(spans_of_ranks: Sequence[Spans], path: str | Path, title_prefix: str = "", layer: int | None = None) -> None:
@@ -42,43 +36,63 @@ def draw(spans_of_ranks: Sequence[Spans], path: str | Path, title_prefix: str = 
         ValueError: no rank has a span, or none of that layer; times out of order; an unknown suffix.
         OSError, ImportError: the file cannot be written; matplotlib is missing.
     """
-    figure(spans_of_ranks, title_prefix, layer).savefig(path, dpi="figure")
+    save(figure(spans_of_ranks, title_prefix, layer), path)
 
 
-def figure(spans_of_ranks: Sequence[Spans], title_prefix: str = "", layer: int | None = None) -> Figure:
+def figure(
+    spans_of_ranks: Sequence[Spans],
+    title_prefix: str = "",
+    layer: int | None = None,
+    until_ms: float | None = None,
+) -> Figure:
     """One MoE layer in the manner of the paper's figure 7: for each rank its computation above its communication.
 
-    Forward and backward have a panel each, because a layer's are far apart in a model of several. The title holds
-    that layer's hidden share over all ranks, also of those beyond the first eight, which are not drawn.
+    Forward and backward have a panel each, because a layer's are far apart in a model of several. Both have the same
+    scale, and start at 0. The panels' titles hold that layer's hidden share over all ranks, also of those beyond the
+    first eight, which are not drawn.
 
     Args:
         layer: which MoE layer; by default the last one.
+        until_ms: the end of the scale, for figures to compare; by default that of the longer phase.
 
     Raises:
         ValueError, ImportError: as `draw`.
     """
     with imports_of("plots", "the figure of a timeline", "open the trace in ui.perfetto.dev"):
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
+    return _figure(spans_of_ranks, title_prefix, layer, until_ms)
+
+
+@styled
+def _figure(spans_of_ranks: Sequence[Spans], title_prefix: str, layer: int | None, until_ms: float | None) -> Figure:
+    from matplotlib.figure import Figure
+
     layer, shown = _of_layer(spans_of_ranks, layer)
     drawn = dict(itertools.islice(shown.items(), _MAX_RANKS_DRAWN))
-    spans = list(itertools.chain(*drawn.values()))
-    phases = [phase for phase in PHASES if any(span.phase == phase for span in spans)]
-    limits = [_limits(span for span in spans if span.phase == phase) for phase in phases]
-    # The same scale in both panels, unless one would get too narrow to read.
-    widths = [max(right - left, 0.3 * sum(end - start for start, end in limits)) for left, right in limits]
+    phases = {phase: parts for phase in PHASES if any((parts := _from_zero(drawn, phase)).values())}
+    spans = list(itertools.chain.from_iterable(of for parts in phases.values() for of in parts.values()))
+    until_ms = until_ms or max(span.end_ms for span in spans) or 1.0
 
-    result = Figure(figsize=(11, 1.7 + 1.15 * len(drawn)), dpi=150, layout="constrained")
-    panels = result.subplots(1, len(phases), sharey=True, squeeze=False, width_ratios=widths)[0]
-    for axes, phase, limit in zip(panels, phases, limits, strict=True):
-        axes.set(title=phase, xlabel="ms since the start of the recording", xlim=limit)
-        _draw_phase(axes, {rank: [span for span in drawn[rank] if span.phase == phase] for rank in drawn})
+    result = Figure(figsize=(WIDTH, 1.2 + len(phases) * (0.7 + 0.95 * len(drawn))))
+    panels = result.subplots(len(phases), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (phase, parts) in zip(panels, phases.items(), strict=True):
+        axes.set(title=f"{phase}: {_share(list(shown.values()), phase)}", xlim=(-0.005 * until_ms, 1.005 * until_ms))
+        _draw_phase(axes, parts)
+    panels[-1].set_xlabel(_AXIS + _NUMBER * any(span.chunk > 0 for span in spans) + _GAP)
     part = f" ({len(drawn)} of {len(shown)} ranks drawn)" if len(drawn) < len(shown) else ""
-    result.suptitle(f"{title_prefix}MoE layer {layer}{part} – {_shares(list(shown.values()), phases)}", fontsize=12)
-    _add_legend(result, {_kind(span) for span in spans})
+    result.suptitle(f"{title_prefix}MoE layer {layer}{part}")
+    _add_legend(result, spans)
     result.draw_without_rendering()  # the layout, and so the size of a box, is known only then
     for axes in panels:
         _write_labels(axes)
     return result
+
+
+def phases_ms(spans_of_ranks: Sequence[Spans], layer: int | None = None) -> float:
+    """Length of the longer phase of a layer, in ms: `until_ms` for it alone."""
+    shown = _of_layer(spans_of_ranks, layer)[1]
+    parts = [_from_zero(shown, phase) for phase in PHASES]
+    return max(span.end_ms for part in parts for spans in part.values() for span in spans)
 
 
 def _of_layer(spans_of_ranks: Sequence[Spans], layer: int | None) -> tuple[int, dict[int, Spans]]:
@@ -92,30 +106,37 @@ def _of_layer(spans_of_ranks: Sequence[Spans], layer: int | None) -> tuple[int, 
     return chosen, {rank: spans for rank, spans in enumerate(of_layer) if spans}
 
 
-def _limits(spans: Iterable[Span]) -> tuple[float, float]:
-    starts, ends = zip(*((span.start_ms, span.end_ms) for span in spans), strict=True)
-    margin_ms = 0.01 * (max(ends) - min(starts)) or 1.0
-    return min(starts) - margin_ms, max(ends) + margin_ms
+def _from_zero(spans_of_ranks: Mapping[int, Spans], phase: Phase) -> dict[int, list[Span]]:
+    """The spans of a phase, in ms since the first one of any rank."""
+    of_phase = {rank: [span for span in spans if span.phase == phase] for rank, spans in spans_of_ranks.items()}
+    start_ms = min((span.start_ms for spans in of_phase.values() for span in spans), default=0.0)
+    return {
+        rank: [replace(span, start_ms=span.start_ms - start_ms, end_ms=span.end_ms - start_ms) for span in spans]
+        for rank, spans in of_phase.items()
+    }
 
 
-def _shares(spans_of_ranks: Sequence[Spans], phases: Sequence[Phase]) -> str:
-    shares = {phase: hidden_share_of_ranks(spans_of_ranks, phase) for phase in phases}
-    texts = [f"{phase} {one.share:.1%}" for phase, one in shares.items() if one.communication_ms]
-    return "communication hidden, measured: " + ", ".join(texts) if texts else "no communication"
+def _share(spans_of_ranks: Sequence[Spans], phase: Phase) -> str:
+    found = hidden_share_of_ranks(spans_of_ranks, phase)
+    return f"{found.share:.1%} of the communication is hidden" if found.communication_ms else "no communication"
 
 
-def _kind(span: Span) -> str:
-    if span.lane == "wait":
-        return "wait"
-    return _KINDS.get(span.kind, span.kind if span.kind in _COLOURS else "other")
+def _word(span: Span) -> str:
+    return "wait" if span.lane == "wait" else _SHOWN.get(span.kind, span.kind)
+
+
+def _colour(span: Span) -> str:
+    """The kind whose colour a span has."""
+    kind = "wait" if span.lane == "wait" else _COLOURED_LIKE.get(span.kind, span.kind)
+    return kind if kind in OPERATORS else "other"
 
 
 def _style(kind: str) -> dict[str, Any]:
-    edge, hatch = ("#9A9A9A", "////") if kind == "wait" else ("#333333", None)
-    return {"facecolor": _COLOURS[kind], "edgecolor": edge, "hatch": hatch, "linewidth": 0.5}
+    edge, hatch = ("#9A9A9A", "////") if kind == "wait" else (INK, None)
+    return {"facecolor": OPERATORS[kind], "edgecolor": edge, "hatch": hatch, "linewidth": 0.5}
 
 
-def _draw_phase(axes: Axes, spans_of_ranks: dict[int, Spans]) -> None:
+def _draw_phase(axes: Axes, spans_of_ranks: dict[int, list[Span]]) -> None:
     from matplotlib.patches import Rectangle
 
     cut = {(span.lane, span.name) for spans in spans_of_ranks.values() for span in spans if span.chunk > 0}
@@ -127,19 +148,24 @@ def _draw_phase(axes: Axes, spans_of_ranks: dict[int, Spans]) -> None:
         for number, row in enumerate(rows, start=1):
             size = 1 / len(rows)  # chunks in flight at once share their lane's height
             for span in row:
-                name = "wait" if span.lane == "wait" else span.kind
-                label = f"{name} {span.chunk}" if (span.lane, span.name) in cut else name
+                label = f"{_word(span)} {span.chunk}" if (span.lane, span.name) in cut else _word(span)
                 corner = (span.start_ms, top - number * size)
-                axes.add_patch(Rectangle(corner, span.duration_ms, size, label=label, **_style(_kind(span))))
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
+                axes.add_patch(Rectangle(corner, span.duration_ms, size, label=label, **_style(_colour(span))))
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.tick_params(left=False)
+    axes.spines["left"].set_visible(False)
     axes.set_ylim(min(ticks) - 0.7, 0.2)
 
 
-def _add_legend(whole: Figure, kinds: set[str]) -> None:
+def _add_legend(whole: Figure, spans: Iterable[Span]) -> None:
+    """The words of the boxes."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(label=kind, **_style(kind)) for kind in _COLOURS if kind in kinds]
-    whole.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    words: dict[str, dict[str, None]] = {kind: {} for kind in OPERATORS}
+    for span in spans:
+        words[_colour(span)][_word(span)] = None
+    handles = [Patch(label=", ".join(of), **_style(kind)) for kind, of in words.items() if of]
+    whole.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
 
 
 def _write_labels(axes: Axes) -> None:
@@ -147,14 +173,19 @@ def _write_labels(axes: Axes) -> None:
     for box in axes.patches:
         room, label = box.get_window_extent(), str(box.get_label())
         colour = "white" if label.startswith("attention") else "black"  # attention has the only dark box
-        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "color": colour, "in_layout": False}
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": colour, "in_layout": False}
         text = axes.annotate(label, (0.5, 0.5), xycoords=box, **style)
         if box.get_hatch():
             text.set_bbox({"facecolor": box.get_facecolor(), "edgecolor": "none", "pad": 0.5})
-        for content, rotation in ((label, 0), (label, 90), (label.split()[-1], 0)):
-            text.set(text=content, rotation=rotation)
+        chunk = label.rsplit(" ", 1)[-1]
+        for content, rotation, size in [(label, *how) for how in _WRITINGS] + [(chunk, 0, 9)] * chunk.isdigit():
+            text.set(text=content, rotation=rotation, fontsize=size)
             extent = text.get_window_extent()
-            if extent.width < 0.95 * room.width and extent.height < 0.95 * room.height:
+            if extent.width < 0.96 * room.width and extent.height < 0.95 * room.height:
                 break
         else:
             text.remove()
+
+
+_WRITINGS = ((0, 9), (0, 7.5), (90, 9), (90, 7.5))
+"""Rotation and size of a label, best first."""

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -20,7 +21,7 @@ from lab.distributed import run_distributed
 from scmoe_ds.trace.recorder import Lane, Phase, Span
 from scmoe_ds.trace.spans import HiddenShare, gather_spans, hidden_share, hidden_share_of_ranks
 from scmoe_ds.trace.timeline import save_timeline, write_trace
-from scmoe_ds.trace.timeline_figure import draw, figure
+from scmoe_ds.trace.timeline_figure import draw, figure, phases_ms
 
 BLUE, SKY, ORANGE, PINK = "#0072b2", "#56b4e9", "#e69f00", "#cc79a7"
 VERMILLION, YELLOW, GREY = "#d55e00", "#f0e442", "#eeeeee"
@@ -180,34 +181,45 @@ def _lanes(drawn: Figure, label: str) -> list[tuple[float, float]]:
     return [(box.get_y() + box.get_height(), box.get_height()) for box in boxes]
 
 
+def _legend(drawn: Figure) -> list[str]:
+    return [text.get_text() for text in drawn.legends[0].get_texts()]
+
+
 def test_figure_shows_the_spans() -> None:
     drawn = figure([RANK_0])
-    assert [axes.get_title() for axes in drawn.axes] == ["forward", "backward"]
+    shares = ["forward: 70.0% of the communication is hidden", "backward: 80.0% of the communication is hidden"]
+    assert [axes.get_title("left") for axes in drawn.axes] == shares
     assert _boxes(drawn, 0) == [
+        ("MLP", 7.0, 1.6, SKY),
         ("attention", 1.0, 2.0, BLUE),
         ("combine", 7.0, 3.0, PINK),
         ("dispatch 0", 1.0, 3.0, ORANGE),
         ("dispatch 1", 2.0, 4.0, ORANGE),
         ("experts", 4.0, 3.0, VERMILLION),
         ("gate", 0.0, 1.0, YELLOW),
-        ("mlp", 7.0, 1.6, SKY),
         ("wait", 3.0, 1.0, GREY),
         ("wait", 8.6, 1.4, GREY),
     ]
-    assert _boxes(drawn, 1) == [("combine", 20.0, 5.0, PINK), ("mlp", 20.0, 4.0, SKY), ("wait", 24.0, 1.0, GREY)]
+    assert _boxes(drawn, 1) == [("MLP", 0.0, 4.0, SKY), ("combine", 0.0, 5.0, PINK), ("wait", 4.0, 1.0, GREY)]
     assert all((box.get_hatch() is not None) == (box.get_label() == "wait") for box in drawn.axes[0].patches)
-    for axes, (start, end) in zip(drawn.axes, [(0, 10), (20, 25)], strict=True):
-        left, right = axes.get_xlim()
-        assert start - 0.5 < left < start and end < right < end + 0.5
-    assert [text.get_text() for text in drawn.legends[0].get_texts()] == [
-        "attention",
-        "mlp",
-        "experts",
-        "gate, encode, decode",
-        "dispatch",
-        "combine",
-        "wait",
-    ]
+    assert _legend(drawn) == ["attention", "MLP", "experts", "gate", "dispatch", "combine", "wait"]
+
+
+def test_legend_has_the_words_of_the_boxes() -> None:
+    kinds = ["attention", "shared in", "shared", "encode", "merge", "novel", "counts"]
+    drawn = figure([[span(kind, place, place + 1) for place, kind in enumerate(kinds)]])
+    assert _legend(drawn) == ["attention", "shared in, shared expert", "encode, merge", "novel, counts"]
+    assert {label for label, *_ in _boxes(drawn, 0)} == {word for each in _legend(drawn) for word in each.split(", ")}
+
+
+def test_both_phases_start_at_0_on_one_scale() -> None:
+    late = [replace(each, start_ms=each.start_ms + 1000, end_ms=each.end_ms + 1000) for each in RANK_0]
+    drawn = figure([late])
+    assert [min(start for _, start, *_ in _boxes(drawn, panel)) for panel in (0, 1)] == [0.0, 0.0]
+    left, right = drawn.axes[0].get_xlim()
+    assert drawn.axes[1].get_xlim() == (left, right) and -0.1 < left < 0 and 10 < right < 10.1
+    assert phases_ms([RANK_0, RANK_1]) == 10.0
+    assert figure([RANK_0], until_ms=40.0).axes[0].get_xlim()[1] == pytest.approx(40.2)
 
 
 def test_figure_puts_each_rank_below_the_last_and_communication_below_compute() -> None:
@@ -225,16 +237,23 @@ def test_figure_puts_each_rank_below_the_last_and_communication_below_compute() 
     assert axes.get_ylim()[0] < tops[-1][0] - 1 and axes.get_ylim()[1] > tops[0][0]
 
 
-def test_title_has_the_share_of_all_ranks() -> None:
-    def title(spans_of_ranks: list[list[Span]], prefix: str = "") -> str:
-        return figure(spans_of_ranks, prefix).get_suptitle().replace("communication hidden, measured:", "→")
+def _titles(drawn: Figure) -> list[str]:
+    """Of the figure and its panels."""
+    panels = [axes.get_title("left").replace(" of the communication is hidden", "") for axes in drawn.axes]
+    return [drawn.get_suptitle(), *panels]
 
-    assert title([RANK_0], "iteration 3, ") == "iteration 3, MoE layer 0 – → forward 70.0%, backward 80.0%"
-    assert title([RANK_0, RANK_1]) == "MoE layer 0 – → forward 76.0%, backward 80.0%"
-    assert title([FORWARD]) == "MoE layer 0 – → forward 70.0%"
-    assert title([[span("mlp", 0, 1)]]) == "MoE layer 0 – no communication"
+
+def test_titles_have_the_share_of_all_ranks() -> None:
+    assert _titles(figure([RANK_0], "iteration 3, ")) == [
+        "iteration 3, MoE layer 0",
+        "forward: 70.0%",
+        "backward: 80.0%",
+    ]
+    assert _titles(figure([RANK_0, RANK_1])) == ["MoE layer 0", "forward: 76.0%", "backward: 80.0%"]
+    assert _titles(figure([FORWARD])) == ["MoE layer 0", "forward: 70.0%"]
+    assert _titles(figure([[span("mlp", 0, 1)]])) == ["MoE layer 0", "forward: no communication"]
     # 8 ms and 9 · 2 ms of communication, 2.4 ms exposed: 90.8 %
-    assert title([FORWARD] + 9 * [RANK_1]) == "MoE layer 0 (8 of 10 ranks drawn) – → forward 90.8%"
+    assert _titles(figure([FORWARD] + 9 * [RANK_1])) == ["MoE layer 0 (8 of 10 ranks drawn)", "forward: 90.8%"]
     assert len(figure(10 * [RANK_1]).axes[0].get_yticks()) == 2 * 8
 
 
@@ -242,22 +261,21 @@ def test_figure_of_one_layer() -> None:
     early, late = [span("mlp", 0, 9), span("dispatch", 0, 9, "communication")], [span("mlp", 90, 94, layer=1)]
     late += [span("dispatch", 90, 92, "communication", layer=1), span("dispatch", 94, 95, "wait", layer=1)]
     drawn = figure([early + late])
-    assert {label for label, *_ in _boxes(drawn, 0)} == {"mlp", "dispatch", "wait"}
-    assert min(start for _, start, *_ in _boxes(drawn, 0)) == 90 and drawn.axes[0].get_xlim()[0] > 89
-    assert drawn.get_suptitle() == "MoE layer 1 – communication hidden, measured: forward 50.0%"
+    assert [(label, start) for label, start, *_ in _boxes(drawn, 0)] == [("MLP", 0), ("dispatch", 0), ("wait", 4)]
+    assert _titles(drawn) == ["MoE layer 1", "forward: 50.0%"]
     drawn = figure([early + late], layer=0)
-    assert _boxes(drawn, 0) == [("dispatch", 0, 9, ORANGE), ("mlp", 0, 9, SKY)]
-    assert drawn.get_suptitle() == "MoE layer 0 – communication hidden, measured: forward 100.0%"
+    assert _boxes(drawn, 0) == [("MLP", 0, 9, SKY), ("dispatch", 0, 9, ORANGE)]
+    assert _titles(drawn) == ["MoE layer 0", "forward: 100.0%"]
     with pytest.raises(ValueError, match=r"layer 7: there are spans of \[0, 1\] only"):
         figure([early + late], layer=7)
 
 
 def test_labels_stay_within_their_boxes() -> None:
-    narrow = [span("attention", 0, 100), span("shared", 100, 104), span("gate", 104, 104.3)]
+    narrow = [span("attention", 0, 100), span("encode", 100, 104), span("gate", 104, 104.3)]
     narrow += [span("experts", 104.3, 104.5), span("experts", 104.5, 107, chunk=1), span("novel", 107, 180)]
     axes = figure([narrow]).axes[0]
     texts = {(text.get_text(), text.get_rotation()) for text in axes.texts}
-    assert texts == {("attention", 0), ("shared", 90), ("1", 0), ("novel", 0)}, "flat, upright, the chunk only, none"
+    assert texts == {("attention", 0), ("encode", 90), ("1", 0), ("novel", 0)}, "flat, upright, the chunk only, none"
     boxes = [box.get_window_extent() for box in axes.patches]
     for text in axes.texts:
         words = text.get_window_extent()
@@ -267,7 +285,7 @@ def test_labels_stay_within_their_boxes() -> None:
 def test_draw_writes_the_format_of_the_suffix(tmp_path: Path) -> None:
     draw([RANK_0, RANK_1], tmp_path / "figure.png")
     pixels = matplotlib.image.imread(tmp_path / "figure.png")
-    assert pixels.shape[0] > 400 and pixels.shape[1] == 1650
+    assert pixels.shape[0] > 400 and pixels.shape[1] == 1080
     assert pixels.std() > 0.05, "more than an empty sheet"
     draw([RANK_1], tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
