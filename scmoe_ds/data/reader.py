@@ -45,14 +45,20 @@ class Found:
     left_out: list[str]
 
 
-def is_text(path: Path) -> bool:
-    """Whether a file is one document, by its name; others hold JSON lines."""
-    return _uncompressed(path).lower().endswith(TEXT_ENDING)
+def is_text(path: Path, endings: Sequence[str] = ()) -> bool:
+    """Whether a file is one document, by its name: .txt, or one of ``endings``. Others hold JSON lines."""
+    return _uncompressed(path).lower().endswith((TEXT_ENDING, *endings))
 
 
-def find_files(directory: Path) -> Found:
-    """All .jsonl, .json and .txt files at any depth, compressed or not, in lower or upper case. Raises a DataError if a
-    directory cannot be read."""
+def find_files(directory: Path, endings: Sequence[str] = ()) -> Found:
+    """All .jsonl, .json and .txt files, and those of ``endings``, at any depth, compressed or not, in any case.
+
+    Files and directories whose name begins with a dot are left out: editors and file managers leave copies there.
+
+    Raises:
+        DataError: a directory cannot be read.
+    """
+    endings = (*ENDINGS, *endings)
 
     def stop(error: OSError) -> None:
         raise DataError(f"cannot read {error.filename}: {error.strerror}.")
@@ -60,13 +66,17 @@ def find_files(directory: Path) -> Found:
     found = Found([], [])
     for parent, children, names in os.walk(directory, onerror=stop):
         links = [child for child in children if os.path.islink(os.path.join(parent, child))]
+        concealed = [child for child in children if child.startswith(".") and child not in links]
+        children[:] = [child for child in children if child not in concealed]
         present = set(names)
-        for name in [*names, *links]:
+        for name in [*names, *links, *concealed]:
             path = Path(parent, name)
             plain = _uncompressed(path)
             if name in links:
                 found.left_out.append(f"{path} (a link to a directory)")
-            elif not plain.lower().endswith(ENDINGS):
+            elif name.startswith("."):
+                found.left_out.append(f"{path} (hidden)")
+            elif not plain.lower().endswith(endings):
                 found.left_out.append(str(path))
             elif not path.is_file():
                 found.left_out.append(f"{path} (a link to nothing)")
@@ -132,7 +142,8 @@ def read_document(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line_number = octets.count(b"\n", 0, error.start) + 1
         raise BadDocumentError(
-            f"{path} is not UTF-8 (byte {error.start}) in line {line_number}. Convert it, e.g. with iconv."
+            f"{path} is not UTF-8 (byte {error.start}) in line {line_number}. "
+            f"Convert it, e.g. with iconv -f {_likely_encoding(octets)} -t UTF-8."
         ) from error
 
 
@@ -142,7 +153,8 @@ def parse_line(path: str | Path, number: int, line: bytes, keys: Sequence[str]) 
     where = f"{path}, line {number}"
     record = _parse_json(where, line)
     if not isinstance(record, dict):
-        raise BadDocumentError(f"{where}: a JSON {type(record).__name__}, but each line must be a JSON object.")
+        remedy = " Write one object a line, as jq -c '.[]' does." if isinstance(record, list) else ""
+        raise BadDocumentError(f"{where}: a JSON {type(record).__name__}, but each line must be a JSON object.{remedy}")
     texts = {}
     for key in keys:
         if key not in record:
@@ -169,6 +181,11 @@ def _parse_json(where: str, line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadDocumentError(f"{where}: not UTF-8 (byte {error.start} of the line). Convert the file.") from error
     except json.JSONDecodeError as error:
+        if (opened := line.strip()) in (b"[", b"{"):
+            raise BadDocumentError(
+                f"{where}: a JSON value over several lines, but each line must be one JSON object. "
+                f"Write one object a line, as jq -c '{'.[]' if opened == b'[' else '.'}' does."
+            ) from error
         raise BadDocumentError(
             f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one JSON object; "
             "name plain text files .txt."
@@ -177,6 +194,11 @@ def _parse_json(where: str, line: bytes) -> Any:
         raise BadDocumentError(f"{where}: a number is too long ({error}). Remove it, or make it a string.") from error
     except RecursionError as error:
         raise BadDocumentError(f"{where}: nested more deeply than can be read. Remove the value.") from error
+
+
+def _likely_encoding(octets: bytes) -> str:
+    """For the remedy: what writes text that is not UTF-8. Windows programs mark UTF-16; the rest is mostly Latin-1."""
+    return "UTF-16" if octets.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
 
 
 def _uncompressed(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import final
@@ -13,6 +14,8 @@ from scmoe_ds.errors import DataError
 TOKENIZER_TYPES = ("ByteTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer")
 
 _VOCAB_FILE, _MERGE_FILE = "vocab.json", "merges.txt"
+_WORD_END = re.compile(r"(?<=\w)(?=[ \t\r\n])")
+_PART_CHARACTERS = 1 << 16
 _GPT2_END_OF_DOCUMENT = "<|endoftext|>"
 
 
@@ -88,8 +91,19 @@ class GPT2BPETokenizer(Tokenizer):
         self._describe(path.read_bytes() for path in self._paths.values())
 
     def tokenize(self, text: str) -> list[int]:
-        """BPE ids of ``text``; a literal ``<|endoftext|>`` in it is ordinary text."""
-        return list(self._bpe.encode(text).ids)
+        """BPE ids of ``text``; a literal ``<|endoftext|>`` in it is ordinary text.
+
+        A long text is encoded in parts, because the library takes 150 bytes for each byte of a text. A part ends with
+        a letter or digit before white space. GPT-2's pattern begins a word there, so the ids are those of the whole.
+        """
+        ids: list[int] = []
+        begin = 0
+        while begin < len(text):
+            cut = _WORD_END.search(text, begin + _PART_CHARACTERS)
+            end = cut.start() if cut else len(text)
+            ids += self._bpe.encode(text[begin:end]).ids
+            begin = end
+        return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; end-of-document shows as ``<|endoftext|>``."""

@@ -1,10 +1,10 @@
-"""Turn text into Megatron's indexed datasets, with the flags of Megatron's tool of the same name.
+"""Turns text into the data sets that training reads: a .bin of token ids and an .idx of document lengths, as Megatron's
+tool of the same name writes them.
 
-    scmoe preprocess --input corpus.jsonl --output-prefix data/corpus --append-eod \\
-        --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --workers 8
+    scmoe preprocess --input texts/ --output-prefix data/corpus --append-eod
 
-writes data/corpus_text_document.bin and .idx; pass data/corpus_text_document to --data-path.
-The output does not depend on --workers.
+writes data/corpus_text_document.bin and .idx; training reads them with --data-path data/corpus_text_document.
+docs/data.md has the whole way, with a tokenizer of your own.
 """
 
 from __future__ import annotations
@@ -14,23 +14,28 @@ import glob
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scmoe_ds.data import reader
+from scmoe_ds.data.corpus import MOST_NAMED, Corpus, Item, first, open_corpus, progress
 from scmoe_ds.data.reader import BadDocumentError
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.data.worker_processes import SIGNALS, map_in_order
-from scmoe_ds.errors import DataError
+from scmoe_ds.errors import DataError, UserError
 from scmoe_ds.programs.flags.parser import FlagParser
-from scmoe_ds.programs.flags.tokenizer import add_tokenizer, tokenizer_of
+from scmoe_ds.programs.flags.tokenizer import add_tokenizer, set_tokenizer_type, tokenizer_of
+
+if TYPE_CHECKING:
+    from scmoe_ds.data.indexed_writer import IndexedDatasetWriter
 
 _TEXT_KEY = "text"
-_NAMED = 10  # of bad documents, and of files left out
+_SAMPLE_TOKENS = 40
 _PROGRAM = "scmoe preprocess"
 
 Encoded = dict[str, np.ndarray]
@@ -38,15 +43,6 @@ Encoded = dict[str, np.ndarray]
 
 class Ended(BaseException):
     """A signal asks for the end. No Exception: nothing may take it for an error of its own."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One document still to be read: a line of a JSON file, or a whole text file (line 0)."""
-
-    path: str
-    line_number: int
-    line: bytes
 
 
 class Encoder:
@@ -81,22 +77,24 @@ class Skipped:
 
     def add(self, error: BadDocumentError) -> None:
         self.count += 1
-        if len(self.first) < _NAMED:
+        if len(self.first) < MOST_NAMED:
             self.first.append(str(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 on success, 1 after an error, 128 + its number after a signal."""
+    """Runs the tool; 0 on success, 2 after an error that a user can correct, 1 after another, 128 + its number after a
+    signal."""
     args = parse_arguments(arguments)
     try:
         with _signals_end_the_run():
-            _check_output(args.output_prefix)
-            paths = list_inputs(args.input)
-            _check_keys(paths, args.json_keys)
-            convert(paths, args)
-    except (DataError, ImportError, OSError) as error:  # OSError: the disk is full, say
+            set_tokenizer_type(args)
+            corpus = open_corpus(args.input, args.text_endings, _say)
+            _check_keys(corpus, args.json_keys)
+            _prepare_output(args.output_prefix)
+            convert(corpus, args)
+    except (UserError, OSError) as error:  # OSError: the disk is full, say
         print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except Ended as ended:
         number = signal.Signals(ended.args[0])
         print(f"{_PROGRAM}: ended by {number.name}", file=sys.stderr)
@@ -106,73 +104,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Megatron's flags; exits with status 2 on an unknown one."""
-    parser = FlagParser(
-        prog="scmoe preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_argument_group("input")
+    parser = FlagParser(prog=_PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_argument_group("what to read")
     source.add_argument(
         "--input",
         nargs="+",
         required=True,
-        help="JSONL files, .txt files (one document each), or directories of .jsonl, .json and .txt files; "
-        "plain, or compressed with gzip, zstd, bzip2 or xz",
+        metavar="PATH",
+        help="files and directories. A .txt file is one document. Other files have one JSON object a line "
+        '({"text": "…"}). Of a directory all .txt, .jsonl and .json files are read, at any depth. '
+        "Files may be compressed (gzip, zstd, bzip2, xz)",
     )
-    source.add_argument("--json-keys", nargs="+", default=[_TEXT_KEY], help="one dataset is written per key")
+    source.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=[_TEXT_KEY],
+        metavar="KEY",
+        help="which key of the JSON objects holds the text (default: text); several keys make several data sets",
+    )
+    source.add_argument(
+        "--text-endings",
+        nargs="+",
+        default=[],
+        metavar="ENDING",
+        help="read files with these endings as text, too: .py .md for source code, say",
+    )
     source.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave out documents that cannot be read, count them and name the first ten; for crawled text where some "
-        "are known to be broken (default: stop at the first)",
+        help="leave out documents that cannot be read, and name the first ten (default: stop at the first)",
     )
-    tokenizer = parser.add_argument_group("tokenizer")
-    add_tokenizer(tokenizer)
-    tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the eod token")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-prefix", required=True, help="path without _<key>_document and extension")
-    output.add_argument("--dataset-impl", choices=["mmap"], default="mmap", help="accepted; the only format")
-    runtime = parser.add_argument_group("runtime")
-    runtime.add_argument("--workers", type=_positive, default=1, help="processes that tokenize")
-    runtime.add_argument("--log-interval", type=_positive, default=1000, help="documents between updates")
+    tokenizer = parser.add_argument_group("how to turn text into tokens; training needs the same flags")
+    add_tokenizer(tokenizer, "the type that the other flags name, or ByteTokenizer")
+    tokenizer.add_argument(
+        "--append-eod",
+        action="store_true",
+        help="put the end-of-document token behind each document, so that a model sees where one ends",
+    )
+    output = parser.add_argument_group("what to write")
+    output.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="the files are PREFIX_text_document.bin and .idx; directories are made",
+    )
+    output.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes; the output is the same")
+    output.add_argument("--dataset-impl", choices=["mmap"], default="mmap", help="Megatron's; the only format")
+    output.add_argument("--log-interval", type=_positive, metavar="N", help="Megatron's; without effect")
     return parser.parse_args(arguments)
 
 
-def list_inputs(inputs: Sequence[str]) -> list[Path]:
-    """The files of ``--input`` in the order given; those of a directory, at any depth, sorted by path."""
-    paths: list[Path] = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            found = reader.find_files(path)
-            if found.left_out:
-                _say(f"{len(found.left_out)} file(s) of --input {name} left out: {_first(found.left_out)}")
-            if not found.files:
-                raise DataError(f"--input {name} holds no {', '.join(reader.ENDINGS)} file.")
-            paths.extend(found.files)
-        elif path.exists():
-            paths.append(path)
-        else:
-            raise DataError(f"--input {name} does not exist. Check the path.")
-    return paths
-
-
-def convert(paths: Sequence[Path], args: argparse.Namespace) -> None:
-    """Tokenize ``paths`` and write one dataset per key, all of them or none."""
-    # Both take long to import, and the pool's processes need neither.
-    from tqdm import tqdm
-
-    from scmoe_ds.data.indexed_writer import IndexedDatasetWriter
+def convert(corpus: Corpus, args: argparse.Namespace) -> None:
+    """Tokenizes the corpus and writes one data set per key, all of them or none."""
+    from scmoe_ds.data.indexed_writer import IndexedDatasetWriter  # the pool's processes do not need its imports
 
     keys = list(dict.fromkeys(args.json_keys))
     tokenizer = tokenizer_of(args)
     encoder = Encoder(tokenizer, keys, args.append_eod)
-    num_empty, skipped = 0, Skipped()
+    num_empty, skipped, samples = 0, Skipped(), dict[str, np.ndarray]()
     with ExitStack() as stack:
         writers = {
             key: stack.enter_context(IndexedDatasetWriter(f"{args.output_prefix}_{key}_document", tokenizer.vocab_size))
             for key in keys
         }
-        documents = stack.enter_context(closing(encode_all(read_items(paths), encoder, args.workers)))
-        for encoded in tqdm(documents, unit=" documents", miniters=args.log_interval, mininterval=0.5):
+        items = corpus.items(stack.enter_context(progress(corpus)))
+        for encoded in stack.enter_context(closing(encode_all(items, encoder, args.workers))):
             if isinstance(encoded, BadDocumentError) and args.skip_bad:
                 skipped.add(encoded)
                 continue
@@ -181,34 +177,17 @@ def convert(paths: Sequence[Path], args: argparse.Namespace) -> None:
             for key, ids in encoded.items():
                 if ids.size:
                     writers[key].add(ids)
+                    samples.setdefault(key, ids[:_SAMPLE_TOKENS])
                 else:
                     num_empty += 1
         _report_skipped(skipped)
         for key, writer in writers.items():
             if writer.num_documents == 0:  # checked before any writer commits
                 raise DataError(f"the input holds no text under the key {key!r}: there is nothing to write.")
-    for writer in writers.values():
-        summary = writer.summary
-        assert summary is not None
-        size = f"{summary.num_documents} documents, {summary.num_tokens} {summary.dtype} tokens"
-        print(f"{summary.prefix}: {size}")
     if num_empty:
         print(f"{num_empty} empty texts left out")
-
-
-def read_items(paths: Iterable[Path]) -> Iterator[Item]:
-    """Every document of every file, in order. Text files are left to the workers to read."""
-    for path in paths:
-        if reader.is_text(path):
-            yield Item(str(path), 0, b"")
-            continue
-        has_lines = False
-        for number, line in reader.read_lines(path):
-            if line.strip():
-                has_lines = True
-                yield Item(str(path), number, line)
-        if not has_lines:  # a copy that never began, perhaps
-            _say(f"{path} is empty")
+    for key, writer in writers.items():
+        _report_written(writer, tokenizer, args.append_eod, samples[key])
 
 
 def encode_all(items: Iterator[Item], encoder: Encoder, workers: int) -> Generator[Encoded | Exception, None, None]:
@@ -244,16 +223,24 @@ def _report_skipped(skipped: Skipped) -> None:
             print(f"  {error}", file=sys.stderr)
 
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+def _report_written(writer: IndexedDatasetWriter, tokenizer: Tokenizer, append_eod: bool, sample: np.ndarray) -> None:
+    summary = writer.summary
+    assert summary is not None
+    print(
+        f"{summary.prefix}: {summary.num_documents} documents, {summary.num_tokens} {summary.dtype} tokens of "
+        f"{tokenizer.name} ({tokenizer.vocab_size} ids)"
+    )
+    if not append_eod and summary.num_documents > 1:
+        print("no token marks where a document ends: --append-eod adds it")
+    print(f"the first document begins: {tokenizer.detokenize(sample.tolist())!r}")
 
 
 def _say(text: str) -> None:
     print(f"{_PROGRAM}: {text}", file=sys.stderr)
 
 
-def _check_keys(paths: Sequence[Path], keys: Sequence[str]) -> None:
-    texts = [path for path in paths if reader.is_text(path)]
+def _check_keys(corpus: Corpus, keys: Sequence[str]) -> None:
+    texts = [path for path in corpus.paths if corpus.is_text(path)]
     if texts and set(keys) != {_TEXT_KEY}:
         raise DataError(
             f"{texts[0]} is plain text, whose only key is {_TEXT_KEY!r}, but --json-keys asks for "
@@ -261,13 +248,15 @@ def _check_keys(paths: Sequence[Path], keys: Sequence[str]) -> None:
         )
 
 
-def _check_output(prefix: str) -> None:
+def _prepare_output(prefix: str) -> None:
     directory = Path(prefix).resolve().parent
-    if not directory.is_dir():
-        raise DataError(f"--output-prefix {prefix}: directory {directory} does not exist. Create it first.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--output-prefix {prefix}: {directory} cannot be made ({error.strerror}).") from error
     left = sorted(map(str, directory.glob(f"{glob.escape(Path(prefix).name)}_*_document.*.tmp.*")))
     if left:  # of a run on another machine, perhaps: not for us to remove
-        _say(f"half-written files of a run that was killed, or is still at work: {_first(left)}")
+        _say(f"half-written files of a run that was killed, or is still at work: {first(left)}")
 
 
 def _positive(text: str) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from scmoe_ds.data import tokenizer as tokenizer_module
 from scmoe_ds.data.tokenizer import (
     TOKENIZER_TYPES,
     ByteTokenizer,
@@ -54,6 +55,22 @@ def test_byte_tokenizer_shows_what_is_not_text() -> None:
     # 0xC3 without its second byte, and an id of the padded vocabulary
     assert ByteTokenizer().detokenize([0x61, 0xC3, 0x62]) == "a\ufffdb"
     assert ByteTokenizer().detokenize([0x61, 300, 0x62]) == "a\ufffdb"
+
+
+def test_long_texts_are_encoded_in_parts_to_the_ids_of_the_whole(
+    gpt2_files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+
+    odd = "a  b\n\n\n c\t\td 12  345's don't!  ?\x1c!\u2028\u00a0x\u3000\u3000世界  end  \r\n\r\n  "
+    text = (TEXT + odd) * 20 + "x" * 300 + odd
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([text], vocab_size=400, special_tokens=["<|endoftext|>"])
+    trained.save_model(str(tmp_path))
+    ours = GPT2BPETokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    for size in (1, 2, 3, 50):
+        monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", size)
+        assert ours.tokenize(text) == trained.encode(text).ids
 
 
 def test_gpt2_bpe(gpt2_files: tuple[str, str]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from scmoe_ds.data import corpus
+
 ROOT = Path(__file__).resolve().parents[2]
 EOD = 256
 
@@ -100,10 +102,48 @@ def test_directory_of_text_and_json_files_in_sorted_order(tool: ModuleType, tmp_
     assert read_back(tmp_path / "out_text_document") == [[49], [50], [98, 13, 10], [99]]
 
 
+def test_text_files_of_other_endings_are_read_and_hidden_ones_are_not(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "code"
+    (source / ".git").mkdir(parents=True)
+    for name in ("a.py", "b.MD", "c.txt", "d.rst", ".git/e.py", ".f.py"):
+        (source / name).write_text(name.lstrip(".git/")[0])
+    prefix = tmp_path / "made" / "on the way" / "out"
+    assert tool.main(flags(source, prefix, "--text-endings", ".py", "md")) == 0
+    assert read_back(Path(f"{prefix}_text_document")) == [[ord(each)] for each in "abc"]
+    said = capsys.readouterr()
+    assert f"3 file(s) of --input {source} left out: {source}/.f.py (hidden), {source}/.git (hidden), " in said.err
+    assert "--append-eod" in said.out
+
+
+def test_the_tokenizer_follows_from_its_files(tool: ModuleType, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "ab"}])
+    assert tool.main(["--input", str(source), "--output-prefix", str(tmp_path / "out")]) == 0
+    assert read_back(tmp_path / "out_text_document") == [[97, 98]]
+    assert tool.main(["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-model", "x"]) == 2
+
+
+def test_progress_is_told_where_no_bar_can_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_LARGE_BYTES", 50)
+    for name, count in (("a.jsonl", 9), ("b.txt", 3), ("c.jsonl.gz", 8)):
+        content = b'{"text": 0}\n' * count
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    said: list[str] = []
+    found = corpus.open_corpus([str(tmp_path)], (), said.append)
+    with corpus.progress(found) as read:
+        assert len(list(found.items(read))) == 9 + 1 + 8
+    assert [int(line.split()[0]) for line in said] == sorted({int(line.split()[0]) for line in said})
+    assert len(said) > 5 and said[-1].startswith("100 %")
+
+
 BAD_LINES = [
     (b'{"text": "ok"}\n\n{"text": \n', "line 3: not JSON"),
     (b'{"text": "ok"}\n{"body": "x"}\n', "line 2: no key 'text'; the line has 'body'"),
     (b'{"text": "ok"}\n["x"]\n', "line 2: a JSON list"),
+    (b'[{"text": "x"}]\n', "jq -c '.[]'"),
+    (b'[\n{"text": "x"}\n]\n', "line 1: a JSON value over several lines"),
+    (b'{\n"text": "x"\n}\n', "jq -c '.'"),
     (b'{"text": 5}\n', "line 1: 'text' is of type int"),
     (b'{"text": "\xff"}\n', "line 1: not UTF-8"),
     (b'{"text": "\\ud800"}\n', "line 1: 'text' has half of a surrogate pair"),
@@ -123,7 +163,7 @@ def test_bad_line_leaves_nothing(
 ) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(content)
-    assert tool.main(flags(source, tmp_path / "out", "--workers", workers)) == 1
+    assert tool.main(flags(source, tmp_path / "out", "--workers", workers)) == 2
     assert expected in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
@@ -131,7 +171,7 @@ def test_bad_line_leaves_nothing(
 def test_one_bad_key_leaves_no_dataset_of_the_other(tool: ModuleType, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"a": "x", "b": ""}])
     for keys in (["a", "b"], ["b", "a"]):
-        assert tool.main(flags(source, tmp_path / "out", "--json-keys", *keys)) == 1
+        assert tool.main(flags(source, tmp_path / "out", "--json-keys", *keys)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -139,7 +179,7 @@ def test_an_error_keeps_the_previous_dataset(tool: ModuleType, tmp_path: Path) -
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "old"}])
     assert tool.main(flags(source, tmp_path / "out")) == 0
     source.write_text('{"text": "new"}\nbroken\n', encoding="utf-8")
-    assert tool.main(flags(source, tmp_path / "out")) == 1
+    assert tool.main(flags(source, tmp_path / "out")) == 2
     assert read_back(tmp_path / "out_text_document") == [list(b"old")]
 
 
@@ -149,18 +189,34 @@ def test_bad_paths(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtu
     empty.mkdir()
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9")
+    wide = tmp_path / "wide.txt"
+    wide.write_bytes("text".encode("utf-16"))
+    table, archive = tmp_path / "t.csv", tmp_path / "a.tar.gz"
+    table.touch()
+    archive.touch()
     cases = [
         (flags(tmp_path / "none.jsonl", tmp_path / "out"), "none.jsonl does not exist"),
         (flags(empty, tmp_path / "out"), "holds no .jsonl"),
-        (flags(source, tmp_path / "no" / "out"), "does not exist. Create it first"),
-        (flags(source, source / "out"), "does not exist. Create it first"),
-        (flags(latin, tmp_path / "out"), "latin.txt is not UTF-8 (byte 3)"),
+        (flags(source, source / "out"), "in.jsonl cannot be made (File exists)"),
+        (
+            flags(latin, tmp_path / "out"),
+            "latin.txt is not UTF-8 (byte 3) in line 1. Convert it, e.g. with iconv -f LATIN1",
+        ),
+        (
+            flags(wide, tmp_path / "out"),
+            "wide.txt is not UTF-8 (byte 0) in line 1. Convert it, e.g. with iconv -f UTF-16",
+        ),
+        (flags(table, tmp_path / "out"), "t.csv is a table. Write it as JSON lines"),
+        (flags(archive, tmp_path / "out"), "a.tar.gz is an archive. Unpack it"),
         (flags(latin, tmp_path / "out", "--json-keys", "body"), "whose only key is 'text'"),
     ]
     for arguments, expected in cases:
-        assert tool.main(arguments) == 1
-        assert expected in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in.jsonl", "latin.txt"]
+        assert tool.main(arguments) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert expected in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("a.tar.gz", "empty", "in.jsonl", "latin.txt", "t.csv", "wide.txt")
+    ]
 
 
 def test_an_unwritable_directory_is_named(
@@ -177,7 +233,7 @@ def test_an_unwritable_directory_is_named(
 
     monkeypatch.setattr(indexed_dataset, "IndexedDatasetBuilder", refuse)
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "x"}])
-    assert tool.main(flags(source, tmp_path / "out")) == 1
+    assert tool.main(flags(source, tmp_path / "out")) == 2
     message = capsys.readouterr().err
     assert "Permission denied" in message
     assert str(tmp_path) in message
@@ -231,7 +287,7 @@ def test_skip_bad_does_not_pass_over_a_damaged_stream(
 ) -> None:
     content = gzip.compress(b'{"text": "x"}\n' * 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(content[:-4])
-    assert tool.main(flags(tmp_path / "a.jsonl.gz", tmp_path / "out", "--skip-bad")) == 1
+    assert tool.main(flags(tmp_path / "a.jsonl.gz", tmp_path / "out", "--skip-bad")) == 2
     assert "a.jsonl.gz, line 1001: cannot be read" in capsys.readouterr().err
 
 
@@ -251,7 +307,7 @@ def signal_from_worker(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, number
 @pytest.mark.parametrize(
     ("number", "to_parent", "code", "said"),
     [
-        (signal.SIGKILL, False, 1, "error: a worker process was killed, most likely because memory ran out"),
+        (signal.SIGKILL, False, 2, "error: a worker process was killed, most likely because memory ran out"),
         (signal.SIGTERM, True, 128 + 15, "ended by SIGTERM"),
         (signal.SIGINT, True, 128 + 2, "ended by SIGINT"),
     ],
@@ -303,6 +359,6 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr("megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder", Full)
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "x"}])
-    assert tool.main(flags(source, tmp_path / "out")) == 1
+    assert tool.main(flags(source, tmp_path / "out")) == 2
     assert f"cannot write {tmp_path}/out_text_document.bin and .idx: No space left" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
