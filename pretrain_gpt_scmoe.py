@@ -2,7 +2,7 @@
 
 import sys
 
-from scmoe_ds.programs.pretrain_gpt import main
+from scmoe_ds.programs.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -11,7 +11,7 @@ warnings.simplefilter("ignore")
 
 sys.modules.update(dict.fromkeys(["matplotlib", "cycler", "PIL", "lm_eval", "sklearn", "accelerate", "zstandard"]))
 from scmoe_ds.programs.__main__ import PROGRAMS
-for module, _ in PROGRAMS.values():
+for module, *_ in PROGRAMS.values():
     importlib.import_module(f"scmoe_ds.programs.{module}")
 from pathlib import Path
 from scmoe_ds.analysis import records

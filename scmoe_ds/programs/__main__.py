@@ -11,24 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from scmoe_ds import __version__
-
-PROGRAMS = {
-    "pretrain": ("pretrain_gpt", "train a GPT with ScMoE layers"),
-    "pretrain-swin": ("pretrain_swin", "train a SwinV2-MoE with ScMoE layers"),
-    "generate": ("generate", "generate text with a trained GPT"),
-    "evaluate": ("evaluate", "loss, perplexity and lm_eval tasks of a trained GPT"),
-    "analyze": ("analyze", "similarity, gating and gradients of a trained model; would ScMoE pay for it?"),
-    "report": ("report", "does overlap pay on this machine? Times a model without training it"),
-    "preprocess": ("preprocess", "text to Megatron's indexed datasets"),
-    "convert": ("convert", "weights out of a checkpoint, as safetensors"),
-}
-"""Sub-command: its module in this package, and what it does."""
+from scmoe_ds.programs.flags.registry import PROGRAMS, parser_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a program; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in ("-h", "--help", "--help-all"):
         print(usage())
         return 0 if words else 2
     name, *flags = words
@@ -40,13 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f'did you mean "{near[0]}"?' if near else f"choose one of {', '.join(PROGRAMS)}"
         print(f"scmoe: error: {name}: no such program; {remedy}", file=sys.stderr)
         return 2
-    code: int = importlib.import_module(f"scmoe_ds.programs.{PROGRAMS[name][0]}").main(flags)
+    # --help and a wrong flag end here, before torch is imported.
+    parser_of(name).parse_args(flags)
+    code: int = importlib.import_module(f"scmoe_ds.programs.{PROGRAMS[name].module}").main(flags)
     return code
 
 
 def usage() -> str:
     """The help text: one line for each program."""
-    rows = [f"  {name:<15}{text}" for name, (_, text) in PROGRAMS.items()]
+    rows = [f"  {name:<15}{program.text}" for name, program in PROGRAMS.items()]
     return "\n".join(["usage: scmoe PROGRAM [flags]; scmoe PROGRAM --help lists the flags", "", *rows])
 
 

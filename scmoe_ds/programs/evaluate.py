@@ -32,9 +32,9 @@ from scmoe_ds.evaluation.windows import SlidingWindow
 from scmoe_ds.inference.load import Loaded
 from scmoe_ds.inference.model import calibrators
 from scmoe_ds.parallel.agreement import run_on_rank_zero
-from scmoe_ds.programs.flags import model as arguments
 from scmoe_ds.programs.flags.checks import check_ranges, flag_of
-from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.flags.evaluate import build_parser
+from scmoe_ds.programs.load import load
 from scmoe_ds.programs.run import run_program
 
 _LABELS = {"loss": "loss, nats per token"}
@@ -43,49 +43,6 @@ _LABELS = {"loss": "loss, nats per token"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates; returns the exit code."""
     return run_program("scmoe evaluate", argv, evaluate, parse)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of this program."""
-    parser = FlagParser(
-        prog="scmoe evaluate",
-        description="Loss and perplexity of a GPT that pretrain_gpt_scmoe.py has trained, on a text or data set, or "
-        "its results on tasks of lm_eval. No token is dropped here, while the validation of a training run applies "
-        "the section's eval_capacity_factor: the two losses may differ a little.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    arguments.add_model(parser)
-    group = parser.add_argument_group("what to evaluate on")
-    what = group.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data-path", help="prefix of a .bin and .idx of scmoe preprocess")
-    what.add_argument("--text-file", help="a UTF-8 text, evaluated as one document")
-    what.add_argument(
-        "--tasks", nargs="+", help="tasks of lm_eval, separated by spaces or commas; nothing is downloaded"
-    )
-    group.add_argument(
-        "--split",
-        help="with --data-path: the --split of the pretraining; its validation documents are evaluated. "
-        "Default: all documents",
-    )
-    group.add_argument("--include-path", help="with --tasks: a directory of task files")
-    group.add_argument(
-        "--num-fewshot", type=int, help="with --tasks: examples before each question; default: the task's"
-    )
-    group.add_argument("--limit", type=int, help="with --tasks: questions per task; default: all")
-    group = parser.add_argument_group("how")
-    group.add_argument("--seq-length", type=int, help="tokens of a window; default: the model's context")
-    group.add_argument(
-        "--stride",
-        type=int,
-        help="tokens by which the window moves. Every window but the first scores only its last --stride tokens. "
-        "When it equals --seq-length, windows are disjoint. Default: half of --seq-length; with --tasks "
-        "--seq-length, as in lm_eval",
-    )
-    group.add_argument(
-        "--batch-size", type=int, default=8, help="windows, questions or prompts that a rank reads together"
-    )
-    group.add_argument("--output", help="a JSON file for the results")
-    return parser
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
@@ -119,7 +76,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
 def evaluate(args: argparse.Namespace) -> None:
     """One job in a process group that exists."""
     started = time.monotonic()
-    loaded = arguments.load(args)
+    loaded = load(args)
     rule = _rule(args, loaded.trained.settings.max_position_embeddings)
     model, tokenizer = loaded.model, loaded.tokenizer
     documents = None

@@ -25,49 +25,15 @@ from scmoe_ds.inference.generate import Completion, GenerationTimes, Request, Te
 from scmoe_ds.inference.model import calibrators
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.inference.store import StoreCounts
-from scmoe_ds.programs.flags import model as arguments
 from scmoe_ds.programs.flags.checks import check_ranges, check_text
-from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.flags.generate import build_parser
+from scmoe_ds.programs.load import check_experts_flags, load
 from scmoe_ds.programs.run import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generates; returns the exit code."""
     return run_program("scmoe generate", argv, generate, parse)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of this program."""
-    parser = FlagParser(
-        prog="scmoe generate",
-        description="Generate text with a GPT that pretrain_gpt_scmoe.py has trained.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    arguments.add_model(parser)
-    arguments.add_experts(parser)
-    group = parser.add_argument_group("text")
-    group.add_argument("--prompt", action="append", default=[], help="text to go on from; may be given several times")
-    group.add_argument("--prompt-file", help="a text file with one prompt a line")
-    group.add_argument("--interactive", action="store_true", help="asks for prompts until the end of input (Ctrl-D)")
-    group.add_argument("--max-new-tokens", type=int, default=100, help="most tokens after each prompt")
-    group.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        help="text that ends a completion and is not printed; "
-        "may be given several times. The end-of-document token always ends it",
-    )
-    group.add_argument("--batch-size", type=int, default=8, help="prompts that a rank completes together")
-    group.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
-    group.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all")
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="choose among the most likely tokens that together have this probability",
-    )
-    group.add_argument("--seed", type=int, default=1234, help="random seed; each prompt gets its own generator")
-    return parser
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sampling]:
@@ -79,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
     """
     args = build_parser().parse_args(argv)
     check_ranges(args)
-    arguments.check_experts_flags(args)
+    check_experts_flags(args)
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     except ValueError as error:
@@ -107,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
 
 def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -> None:
     """One job in a process group that exists."""
-    loaded = arguments.load(args)
+    loaded = load(args)
     tokenizer = loaded.tokenizer
     request = Request(args.max_new_tokens, sampling, (tokenizer.eod,), tuple(args.stop), tokenizer.vocab_size)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]

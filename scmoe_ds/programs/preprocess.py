@@ -28,8 +28,8 @@ from scmoe_ds.data.reader import BadDocumentError
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.data.worker_processes import SIGNALS, map_in_order
 from scmoe_ds.errors import DataError, UserError
-from scmoe_ds.programs.flags.parser import FlagParser
-from scmoe_ds.programs.flags.tokenizer import add_tokenizer, set_tokenizer_type, tokenizer_of
+from scmoe_ds.programs.flags.preprocess import build_parser
+from scmoe_ds.programs.flags.tokenizer import set_tokenizer_type, tokenizer_of
 
 if TYPE_CHECKING:
     from scmoe_ds.data.indexed_writer import IndexedDatasetWriter
@@ -84,7 +84,7 @@ class Skipped:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; 0 on success, 2 after an error that a user can correct, 1 after another, 128 + its number after a
     signal."""
-    args = parse_arguments(arguments)
+    args = build_parser().parse_args(arguments)
     try:
         with _signals_end_the_run():
             set_tokenizer_type(args)
@@ -100,58 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{_PROGRAM}: ended by {number.name}", file=sys.stderr)
         return 128 + number
     return 0
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Megatron's flags; exits with status 2 on an unknown one."""
-    parser = FlagParser(prog=_PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_argument_group("what to read")
-    source.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="files and directories. A .txt file is one document. Other files have one JSON object a line "
-        '({"text": "…"}). Of a directory all .txt, .jsonl and .json files are read, at any depth. '
-        "Files may be compressed (gzip, zstd, bzip2, xz)",
-    )
-    source.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=[_TEXT_KEY],
-        metavar="KEY",
-        help="which key of the JSON objects holds the text (default: text); several keys make several data sets",
-    )
-    source.add_argument(
-        "--text-endings",
-        nargs="+",
-        default=[],
-        metavar="ENDING",
-        help="read files with these endings as text, too: .py .md for source code, say",
-    )
-    source.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out documents that cannot be read, and name the first ten (default: stop at the first)",
-    )
-    tokenizer = parser.add_argument_group("how to turn text into tokens; training needs the same flags")
-    add_tokenizer(tokenizer, "the type that the other flags name, or ByteTokenizer")
-    tokenizer.add_argument(
-        "--append-eod",
-        action="store_true",
-        help="put the end-of-document token behind each document, so that a model sees where one ends",
-    )
-    output = parser.add_argument_group("what to write")
-    output.add_argument(
-        "--output-prefix",
-        required=True,
-        metavar="PREFIX",
-        help="the files are PREFIX_text_document.bin and .idx; directories are made",
-    )
-    output.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes; the output is the same")
-    output.add_argument("--dataset-impl", choices=["mmap"], default="mmap", help="Megatron's; the only format")
-    output.add_argument("--log-interval", type=_positive, metavar="N", help="Megatron's; without effect")
-    return parser.parse_args(arguments)
 
 
 def convert(corpus: Corpus, args: argparse.Namespace) -> None:
@@ -257,13 +205,6 @@ def _prepare_output(prefix: str) -> None:
     left = sorted(map(str, directory.glob(f"{glob.escape(Path(prefix).name)}_*_document.*.tmp.*")))
     if left:  # of a run on another machine, perhaps: not for us to remove
         _say(f"half-written files of a run that was killed, or is still at work: {first(left)}")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

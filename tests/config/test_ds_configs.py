@@ -27,7 +27,8 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.models.swin_settings import STAGES, SWIN_PRESETS, SwinSettings
 from scmoe_ds.programs.flags.gpt import build_parser, gpt_settings, parse_arguments
-from scmoe_ds.programs.flags.swin import build_image_parser, parse_image_arguments, swin_settings
+from scmoe_ds.programs.flags.swin import build_parser as build_image_parser
+from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 from scmoe_ds.programs.flags.to_json import SECTION_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,17 +6,16 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from scmoe_ds.analysis.records import check_output
 from scmoe_ds.errors import AnalysisError
-from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.programs.flags.checks import check_ranges, flag_of
+from scmoe_ds.programs.flags.model import DTYPES
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.flags.tokenizer import add_tokenizer
 
 _CHECKPOINT = "a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """The parser, with one sub-command for each analysis."""
     parser = FlagParser(
         prog="scmoe analyze",
@@ -64,7 +63,6 @@ def build_parser() -> argparse.ArgumentParser:
     feasibility = commands.add_parser(
         "feasibility",
         help="one page: would ScMoE pay for a model on a machine?",
-        allow_abbrev=False,
         description="Would ScMoE pay for a model on a machine? Reads two JSON files. Loads no model and needs no GPU.",
     )
     feasibility.add_argument("--similarity", help='a record of the sub-command "similarity" of the model')
@@ -78,8 +76,6 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
         name,
         help=text,
         description=text[0].upper() + text[1:],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     group = parser.add_argument_group("record")
     group.add_argument("--output", help="a .json file; the figure goes beside it, as .png")
@@ -97,7 +93,7 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     if name != "gradients":
         group.add_argument("--max-tokens", type=int, help="most tokens to read; default: all")
     group = parser.add_argument_group("model and tokenizer")
-    group.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it was trained or exported")
+    group.add_argument("--dtype", choices=DTYPES, help="default: as it was trained or exported")
     add_tokenizer(
         group,
         "the one that the checkpoint records, or ByteTokenizer when it records none"
@@ -113,6 +109,8 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         AnalysisError, ArgumentError: a setting that its user can correct.
     """
+    from scmoe_ds.analysis.records import check_output  # imports torch
+
     check_ranges(args)
     if args.from_json is not None:
         return

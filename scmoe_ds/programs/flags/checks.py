@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 
 _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
@@ -84,6 +83,8 @@ def require_same_flags(args: argparse.Namespace, whole: Mapping[str, Any] | None
     Raises:
         RankDisagreementError: on every rank.
     """
+    from scmoe_ds.parallel.agreement import fingerprint, require_agreement  # imports torch
+
     flags = {name: value for name, value in vars(args).items() if name != "local_rank"}
     what = "the command line" if whole is None else "the command line or the DeepSpeed JSON"
     require_agreement(what, fingerprint([whole, flags]))

@@ -10,10 +10,9 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.programs.flags import megatron as megatron_flags
 from scmoe_ds.programs.flags.checks import (
@@ -22,22 +21,34 @@ from scmoe_ds.programs.flags.checks import (
 )
 from scmoe_ds.programs.flags.data import add_data, resolve_data_flags
 from scmoe_ds.programs.flags.parser import FlagParser, started_as
-from scmoe_ds.programs.flags.to_json import load_merged, merge_schedule, read_json, set_length
 from scmoe_ds.programs.flags.tokenizer import set_tokenizer_type
 from scmoe_ds.programs.flags.training import add_deepspeed, add_moe, add_training, parse_flags
 
+if TYPE_CHECKING:  # torch and DeepSpeed take seconds, and the parser needs neither
+    from scmoe_ds.config.loading import LoadedConfig
+    from scmoe_ds.models.layers import GPTSettings
+
 logger = logging.getLogger("scmoe_ds")
 
+OFTEN = """
+    --deepspeed_config --preset --num-layers --hidden-size --num-attention-heads --seq-length --num-experts --topk
+    --mlp-type --scmoe-position --moe-expert-parallel-size --tensor-model-parallel-size --data-path --split
+    --tokenizer-model --train-iters --save --save-interval --auto-resume --load --log-interval --eval-interval
+    --eval-iters --seed
+    """.split()
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser() -> FlagParser:
     """The parser of pretrain_gpt_scmoe.py; a preset, if one is named, has to be applied as defaults afterwards."""
     parser = FlagParser(
         prog=started_as("pretrain_gpt_scmoe.py"),
         description="Pretrain a GPT with ScMoE layers under DeepSpeed.",
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON. "
         "Megatron-DeepSpeed's flags for them are taken too: docs/from_megatron_deepspeed.md lists all of its flags.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         elsewhere=megatron_flags.REFUSED,
+        example="deepspeed --num_accelerators 2 pretrain_gpt_scmoe.py --deepspeed_config ds_configs/gpt_small_cpu.json"
+        " \\\n      --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256 --train-iters 200",
+        often=OFTEN,
     )
     for add in (_add_network, add_data, add_training, add_moe, add_deepspeed, megatron_flags.add_megatron_flags):
         add(parser)
@@ -96,6 +107,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         ArgumentError, ScMoEConfigError: a setting that its user can correct.
         SystemExit: argparse's own findings (unknown flag, not a number), and --help.
     """
+    from scmoe_ds.programs.flags.to_json import load_merged, merge_schedule, read_json, set_length
+
     args = parse_flags(build_parser(), {name: preset.arguments for name, preset in PRESETS.items()}, argv)
     whole = read_json(args)
     set_length(args, whole)
@@ -114,6 +127,8 @@ def gpt_settings(args: argparse.Namespace, padded_vocab_size: int) -> GPTSetting
     Raises:
         ArgumentError: sizes that do not divide.
     """
+    from scmoe_ds.models.layers import GPTSettings
+
     try:
         return GPTSettings(
             num_layers=args.num_layers,

@@ -16,16 +16,16 @@ from scmoe_ds.programs.flags.megatron_refused import REFUSED
 
 def exponent_of_two(text: str) -> int:
     """2**32, as Megatron writes a loss scale, to 32, as DeepSpeed does."""
-    exponent = math.log2(float(text))
-    if not exponent.is_integer():
-        raise ValueError("not a power of two")
-    return int(exponent)
+    number = float(text)
+    if not 0 < number < math.inf or not math.log2(number).is_integer():
+        raise argparse.ArgumentTypeError("must be a power of two")
+    return int(math.log2(number))
 
 
 def whole_number(text: str) -> int:
     """Megatron writes some whole numbers as 1000.0."""
     if not float(text).is_integer():
-        raise ValueError("not a whole number")
+        raise argparse.ArgumentTypeError("must be a whole number")
     return int(float(text))
 
 
@@ -61,6 +61,28 @@ JSON_FLAGS: dict[str, tuple[str, Any]] = {
     "--wandb-exp-name": ("wandb.group", str),
 }
 """Flag to key of the JSON, and its type; a flag without a value: what it sets."""
+
+MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}
+"""Megatron-DeepSpeed's --mlp-type, with ours added, to `scmoe.architecture`."""
+
+SECTION_FLAGS: dict[str, str] = {
+    "num_experts": "num_experts",
+    "topk": "top_k",
+    "mlp_type": "architecture",
+    "expert_interval": "moe_every",
+    "moe_expert_parallel_size": "expert_parallel_size",
+    "moe_train_capacity_factor": "capacity_factor",
+    "moe_eval_capacity_factor": "eval_capacity_factor",
+    "moe_min_capacity": "min_capacity",
+    "moe_loss_coeff": "aux_loss_coefficient",
+    "moe_token_dropping": "drop_tokens",
+    "moe_top2_2nd_expert_sampling": "top2_2nd_expert_sampling",
+    "enable_expert_tensor_parallelism": "expert_tensor_parallelism",
+    "scmoe_position": "position",
+    "scmoe_merge": "merge",
+    "scmoe_expert_slot": "overlap.expert_slot",
+}
+"""Flag (as argparse stores it) to field of the "scmoe" section."""
 
 SAME = """
     --num-layers --num-experts --mlp-type --topk --expert-interval --hidden-size --ffn-hidden-size
@@ -197,7 +219,7 @@ def _add_plain(parser: argparse.ArgumentParser, flag: str, count: int, kind: Cal
 def _one_of(values: tuple[str, ...] | None, reason: str) -> Callable[[str], str]:
     def check(text: str) -> str:
         if values is not None and text not in values:
-            raise argparse.ArgumentTypeError(f"{text} is refused: {reason}")
+            raise argparse.ArgumentTypeError(f"is refused: {reason}")
         return text
 
     return check

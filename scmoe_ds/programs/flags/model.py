@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import torch.distributed as dist
+from scmoe_ds.programs.flags.tokenizer import add_tokenizer
 
-from scmoe_ds.errors import ArgumentError
-from scmoe_ds.inference.load import Loaded, load_trained
-from scmoe_ds.inference.model import DTYPES
-from scmoe_ds.inference.offload import MODES, Offloading
-from scmoe_ds.parallel.agreement import run_together
-from scmoe_ds.parallel.groups import Layout
-from scmoe_ds.parallel.process import device
-from scmoe_ds.programs.flags.checks import flag_of, require_same_flags
-from scmoe_ds.programs.flags.tokenizer import add_tokenizer, named_tokenizer
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +17,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export of scmoe convert",
     )
-    group.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it was trained or exported")
+    group.add_argument("--dtype", choices=DTYPES, help="default: as it was trained or exported")
     add_tokenizer(group, "the one that the checkpoint records; ByteTokenizer where it records none")
     group = parser.add_argument_group("ranks", "started with the deepspeed launcher; alone, a process is all ranks")
     group.add_argument("--moe-expert-parallel-size", type=int, default=1, help="ranks that share one set of experts")
@@ -44,7 +36,7 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("experts", "where the routed experts live")
     group.add_argument(
         "--experts",
-        choices=MODES,
+        choices=["resident", "offload", "offload-async"],
         default="resident",
         help="resident: on the device; offload: fetched "
         "when they are computed; offload-async: fetched as soon as the gate has chosen, while the "
@@ -61,37 +53,4 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
         "--expert-tier",
         choices=["host", "disk"],
         help="where offloaded experts are kept; default: host beside a GPU, else disk",
-    )
-
-
-def check_experts_flags(args: argparse.Namespace) -> None:
-    """Raises an ArgumentError for flags of `add_experts` that do not go together or that this machine cannot serve."""
-    for name in ("expert_cache", "expert_tier"):
-        if args.experts == "resident" and getattr(args, name) is not None:
-            raise ArgumentError(
-                f"{flag_of(name)} goes with --experts offload or offload-async: resident experts are all on the device"
-            )
-    if args.expert_tier == "host" and device().type != "cuda":
-        raise ArgumentError("--expert-tier host: is memory beside a GPU, and there is none here; leave the flag out")
-
-
-def load(args: argparse.Namespace) -> Loaded:
-    """What the flags of `add_model`, and if there are any those of `add_experts`, name. Collective.
-
-    Raises:
-        ArgumentError, CheckpointError, DataError, ScMoEConfigError: what a user can correct.
-    """
-    require_same_flags(args)
-    mode = getattr(args, "experts", "resident")
-    return load_trained(
-        args.load,
-        dtype=args.dtype,
-        tokenizer=run_together(lambda: named_tokenizer(args)),
-        layout=Layout(
-            dist.get_world_size(),
-            args.tensor_model_parallel_size,
-            args.moe_expert_parallel_size,
-            args.enable_expert_tensor_parallelism,
-        ),
-        offloading=None if mode == "resident" else Offloading(mode, args.expert_cache, args.expert_tier),
     )

@@ -1,21 +1,32 @@
-"""argparse, with errors of one line: what is wrong, and the nearest flag."""
+"""argparse whose help fits a screen, and whose errors are one line that names every mistake."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scmoe_ds.config.messages import nearest
+from scmoe_ds.programs.flags.help import HelpAction, HelpFormatter, help_text, is_first_process
+from scmoe_ds.programs.flags.unknown import about_unknown, nearest_names, starts_like_a_flag
+
+_RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number"}
+_WORDS = {
+    r"argument (\S+): expected .*": r"\1: needs a value",
+    r"argument (\S+): ": r"\1: ",
+    r"the following arguments are required: (.*)": r"\1: missing; --help shows an example",
+    r"one of the arguments (.*) is required": r"one of \1 is missing",
+}
+"""argparse's own words, and ours."""
 
 
 def _integer(text: str) -> int:
     number = int(text)
     if abs(number) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is too large")
+        raise argparse.ArgumentTypeError("is too large")
     return number
 
 
@@ -26,47 +37,132 @@ def started_as(otherwise: str) -> str:
     return f"scmoe {sys.argv[1]}" if is_scmoe else otherwise
 
 
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviations and does not print its usage with every error.
+    """An ArgumentParser that takes no abbreviations and names all mistakes at once, without its usage.
 
     Args:
+        often: what --help lists, the most used first; --help-all lists everything. Default: both list everything.
+        example: a command for the help.
         elsewhere: flags of other programs that this one does not have, each with what serves instead.
     """
 
-    def __init__(self, *args: Any, elsewhere: Mapping[str, str] | None = None, **kwargs: Any) -> None:
-        kwargs["allow_abbrev"] = False
+    def __init__(
+        self,
+        *args: Any,
+        often: Sequence[str] = (),
+        example: str = "",
+        elsewhere: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs = {"formatter_class": HelpFormatter, **kwargs, "allow_abbrev": False, "add_help": False}
         super().__init__(*args, **kwargs)
-        self.elsewhere = dict(elsewhere or {})
+        self.often, self.example, self.elsewhere = often, example, dict(elsewhere or {})
+        self._found: list[str] = []
         self.register("type", int, _integer)
+        self.add_argument("-h", "--help", action=HelpAction, help="shows the flags that are used most")
+        self.add_argument("--help-all", action=HelpAction, help="shows all flags")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; but a flag that does not exist ends the program, with the nearest that does."""
+        """As argparse's; but all mistakes end the program together, each with what to write instead."""
         args = list(sys.argv[1:] if args is None else args)
-        if self._subparsers is None:
-            # Before argparse looks: it would miss a flag that is required and misspelt, and say no more.
-            flags = [
-                text.split("=", 1)[0] for text in args if text.startswith("--") and text != "--" and " " not in text
-            ]
-            if unknown := [self._unknown(flag) for flag in flags if flag not in {"--", *self._option_string_actions}]:
-                self.error("; ".join(dict.fromkeys(unknown)))
-        return super().parse_known_args(args, namespace)
+        self._found = []
+        if self._subparsers is not None and not args:
+            self.error(f"missing: one of {', '.join(self._subparsers._group_actions[0].choices or ())}")
+        if self._subparsers is None and not {"-h", "--help", "--help-all"} & set(args):
+            # Before argparse looks: it stops at the first mistake.
+            self._look_at_flags(args)
+        parsed = super().parse_known_args(args, namespace)
+        self._end_with_mistakes()
+        return parsed
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, with an error of one line."""
+        args = list(sys.argv[1:] if args is None else args)
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
-            self.error(f"{' '.join(rest)}: belongs to no flag; remove it")
+            flag, meant = args[args.index(rest[0]) - 1], f"--{rest[0]}"
+            takes = f"; {flag} takes no value" if flag in self._option_string_actions else ""
+            hint = f" (did you mean {meant}?)" if meant in self._option_string_actions else "; remove it"
+            self.error(f"{' '.join(rest)}: belongs to no flag{takes}{hint}")
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """One line, from one process of a node; exit code 2."""
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        """One line, from one process of a job; exit code 2."""
+        if not is_first_process():
             raise SystemExit(2)
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        for theirs, ours in _WORDS.items():
+            message = re.sub(f"^{theirs}", ours, message)
+        self.exit(2, f"{self.prog}: error: {'; '.join(dict.fromkeys([*self._found, message]))}\n")
 
-    def _unknown(self, flag: str) -> str:
-        if flag in self.elsewhere:
-            return f"{flag} is not taken here: {self.elsewhere[flag]}"
-        shown = [name for action in self._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
-        near = nearest(flag, shown) or nearest(flag, self.elsewhere)
-        return f"{flag}: unknown flag" + (f' (did you mean "{near}"?)' if near else "; --help lists them")
+    def format_help(self) -> str:
+        """What --help-all prints."""
+        return help_text(self, everything=True) + "\n"
+
+    def _look_at_flags(self, args: Sequence[str]) -> None:
+        """Finds flags that do not exist, that lack a value or have one too many, and that are required and missing."""
+        given: dict[str, list[str]] = {}
+        for flag, values in _by_flag(args):
+            action = self._option_string_actions.get(flag.partition("=")[0])
+            if action is None:
+                self._found.append(about_unknown(flag.partition("=")[0], self))
+                continue
+            name, shown = action.option_strings[0], " ".join([*flag.partition("=")[2:], *values]).strip()
+            if action.nargs == 0 and "=" in flag:
+                self._found.append(f"{flag}: takes no value; write {name}")
+            if action.nargs in (None, "+") and not values and "=" not in flag:
+                self._found.append(f"{flag}: needs a value")
+            if not isinstance(action, argparse._AppendAction):
+                given.setdefault(name, []).append(shown)
+        self._end_with_mistakes()
+        required = [action.option_strings[0] for action in self._actions if action.required and action.option_strings]
+        if missing := [name for name in required if name not in given]:
+            self.error(f"{', '.join(missing)}: missing; --help shows an example")
+        for name, texts in given.items():
+            if len(set(texts)) > 1 and is_first_process():
+                _say_once(f"{self.prog}: {name} is given {len(texts)} times; the last holds: {texts[-1]}")
+
+    def _end_with_mistakes(self) -> None:
+        if self._found:
+            *found, last = self._found
+            self._found = found
+            self.error(last)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            own = str(error.__context__) if isinstance(error.__context__, argparse.ArgumentTypeError) else ""
+            rule = own or _RULES.get(action.type, "is no such value")
+            self._found.append(f"{_name(action)} {arg_string or repr('')}: {rule}")
+            return None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if value is None or action.choices is None or value in action.choices:
+            return
+        near = nearest_names(str(value), map(str, action.choices))
+        hint = f' (did you mean "{near[0]}"?)' if near else ""
+        self._found.append(f"{_name(action)} {value}: must be one of {', '.join(map(str, action.choices))}{hint}")
+        if isinstance(action, argparse._SubParsersAction):
+            self._end_with_mistakes()
+
+
+def _name(action: argparse.Action) -> str:
+    return action.option_strings[0] if action.option_strings else action.dest
+
+
+def _by_flag(args: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The flags of a command line, each with the words behind it."""
+    found: list[tuple[str, list[str]]] = []
+    for text in args:
+        if text == "--":
+            break
+        if starts_like_a_flag(text):
+            found.append((text, []))
+        elif found:
+            found[-1][1].append(text)
+    return found

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.models.swin_settings import STAGES, SWIN_PRESETS, SwinSettings
 from scmoe_ds.programs.flags.checks import check_training, require_flags
 from scmoe_ds.programs.flags.megatron import add_json_flags
 from scmoe_ds.programs.flags.parser import FlagParser
-from scmoe_ds.programs.flags.to_json import load_merged, read_json
 from scmoe_ds.programs.flags.training import add_deepspeed, add_moe, add_training, parse_flags
+
+if TYPE_CHECKING:
+    from scmoe_ds.config.loading import LoadedConfig
 
 SIZES = ("img_size", "window_size", "embed_dim", "depths", "num_heads")
 
 
-def build_image_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """The parser; a preset, if one is named, has to be applied as defaults afterwards."""
     parser = FlagParser(
         prog="scmoe pretrain-swin",
         description="Train a SwinV2-MoE image classifier with ScMoE layers under DeepSpeed.",
+        example="deepspeed --num_accelerators 1 --module scmoe_ds.programs.pretrain_swin --preset swin-digits \\\n"
+        "      --deepspeed_config ds_configs/swin_digits_cpu.json --train-iters 200",
+        often="""--deepspeed_config --preset --dataset --data-path --split --num-classes --num-experts --topk --mlp-type
+            --scmoe-position --moe-expert-parallel-size --train-iters --save --save-interval --auto-resume --load
+            --log-interval --eval-interval --eval-iters --seed""".split(),
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     group = parser.add_argument_group("network size")
     group.add_argument("--preset", choices=sorted(SWIN_PRESETS), help="sizes of a known model; flags override")
@@ -61,7 +67,9 @@ def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.N
         ArgumentError, ScMoEConfigError: a setting that its user can correct.
         SystemExit: argparse's own findings (unknown flag, not a number), and --help.
     """
-    args = parse_flags(build_image_parser(), SWIN_PRESETS, argv)
+    from scmoe_ds.programs.flags.to_json import load_merged, read_json  # imports torch
+
+    args = parse_flags(build_parser(), SWIN_PRESETS, argv)
     require_flags(args, (*SIZES, "train_iters"))
     check_training(args)
     if args.tensor_model_parallel_size > 1 or args.recompute_granularity or args.log_gating_interval:

@@ -16,29 +16,14 @@ from scmoe_ds.config.deepspeed_settings import check_program
 from scmoe_ds.config.loading import LoadedConfig, load
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.programs.flags.checks import flag_of
-from scmoe_ds.programs.flags.megatron import JSON_FLAGS, LENGTH_FLAGS, SCHEDULE_FLAGS, dest_of
-
-MLP_TYPES = {"standard": "topk", "residual": "shared_expert", "scmoe": "scmoe", "dgmoe": "dgmoe"}
-"""Megatron-DeepSpeed's --mlp-type, with ours added, to `scmoe.architecture`."""
-
-SECTION_FLAGS: dict[str, str] = {
-    "num_experts": "num_experts",
-    "topk": "top_k",
-    "mlp_type": "architecture",
-    "expert_interval": "moe_every",
-    "moe_expert_parallel_size": "expert_parallel_size",
-    "moe_train_capacity_factor": "capacity_factor",
-    "moe_eval_capacity_factor": "eval_capacity_factor",
-    "moe_min_capacity": "min_capacity",
-    "moe_loss_coeff": "aux_loss_coefficient",
-    "moe_token_dropping": "drop_tokens",
-    "moe_top2_2nd_expert_sampling": "top2_2nd_expert_sampling",
-    "enable_expert_tensor_parallelism": "expert_tensor_parallelism",
-    "scmoe_position": "position",
-    "scmoe_merge": "merge",
-    "scmoe_expert_slot": "overlap.expert_slot",
-}
-"""Flag (as argparse stores it) to field of the "scmoe" section."""
+from scmoe_ds.programs.flags.megatron import (
+    JSON_FLAGS,
+    LENGTH_FLAGS,
+    MLP_TYPES,
+    SCHEDULE_FLAGS,
+    SECTION_FLAGS,
+    dest_of,
+)
 
 _SWITCHED_OFF = ("moe_token_dropping", "moe_top2_2nd_expert_sampling")
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.models.recompute import GRANULARITIES
-from scmoe_ds.programs.flags.to_json import MLP_TYPES
+from scmoe_ds.programs.flags.megatron import MLP_TYPES
 from scmoe_ds.training.settings import TrainingSettings
 
 
@@ -44,7 +43,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--recompute-granularity",
-        choices=GRANULARITIES,
+        choices=["full", "selective"],
         help="activation checkpointing: keep the "
         "input of each pair of blocks (full) or of each dense operator (selective)",
     )
@@ -108,7 +107,7 @@ def add_deepspeed(parser: argparse.ArgumentParser) -> None:
 
 def _slot(text: str) -> int | str:
     if text != "auto" and not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f'{text} must be a number or "auto"')
+        raise argparse.ArgumentTypeError('must be a number or "auto"')
     return text if text == "auto" else int(text)
 
 

@@ -1,0 +1,37 @@
+"""Flags of scmoe convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scmoe_ds.programs.flags.parser import FlagParser
+
+
+def build_parser() -> FlagParser:
+    """The command line."""
+    parser = FlagParser(
+        prog="scmoe convert",
+        description="Write the weights of a checkpoint as safetensors. --load starts a run with them.",
+        example="scmoe convert export checkpoints/gpt weights --dtype bf16",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = {
+        "export": "whole parameters, merged over expert- and tensor-parallel ranks",
+        "residual-to-scmoe": 'a model of architecture "shared_expert" as a ScMoE with merge "cg2"',
+    }
+    for name, text in add.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("source", type=Path, help="a checkpoint, a directory of them (the latest), or an export")
+        command.add_argument("out", type=Path, help="an empty or new directory")
+        command.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="fp32", help="fp32 loses nothing")
+        command.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, in 10^9 bytes")
+    command.add_argument(
+        "--position", choices=["pos1", "pos2", "pos3"], default="pos2", help="position of the shortcut"
+    )
+    command.add_argument(
+        "--first-layer-position", choices=["pos1", "pos2", "pos3"], help="position of the first MoE layer's shortcut"
+    )
+    command.add_argument(
+        "--shortcut-norm", choices=["own", "shared"], default="own", help="own: starts as a copy of the backbone's"
+    )
+    return parser

@@ -1,0 +1,34 @@
+"""The programs of the `scmoe` command. Their modules are imported when they are needed: torch takes seconds."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+class Program(NamedTuple):
+    """A program's module and that with the `build_parser` of its flags, both in scmoe_ds.programs; what it does."""
+
+    module: str
+    flags: str
+    text: str
+
+
+PROGRAMS = {
+    "pretrain": Program("pretrain_gpt", "flags.gpt", "train a GPT with ScMoE layers"),
+    "pretrain-swin": Program("pretrain_swin", "flags.swin", "train a SwinV2-MoE with ScMoE layers"),
+    "generate": Program("generate", "flags.generate", "generate text with a trained GPT"),
+    "evaluate": Program("evaluate", "flags.evaluate", "loss, perplexity and lm_eval tasks of a trained GPT"),
+    "analyze": Program(
+        "analyze", "flags.analysis", "similarity, gating and gradients of a trained model; would ScMoE pay for it?"
+    ),
+    "report": Program("report", "flags.gpt", "does overlap pay on this machine? Times a model without training it"),
+    "preprocess": Program("preprocess", "flags.preprocess", "text to Megatron's indexed datasets"),
+    "convert": Program("convert", "flags.convert", "weights out of a checkpoint, as safetensors"),
+}
+"""The word behind `scmoe`, in the order of the help."""
+
+
+def parser_of(program: str) -> Any:
+    """The FlagParser of a program. Imports no torch."""
+    return import_module(f"scmoe_ds.programs.{PROGRAMS[program].flags}").build_parser()
