@@ -3,6 +3,8 @@
 `times.py`            what is measured of a pair: one number per operator and pass.
 `plan.py`             the planner: times in, schedule out. It imports neither torch nor a process group.
 `plan_text.py`        times and plan as the log shows them.
+`speed_text.py`       two speeds compared in words.
+`rounds.py`           times whole steps of several variants, interleaved.
 `calibration.py`      recorded spans of all ranks to times.
 `calibration_file.py` times on disk and in checkpoints.
 `calibrator.py`       times the first passes, plans, sets the schedules: for training, serving and benchmarks.

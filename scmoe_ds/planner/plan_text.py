@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import Plan, break_even, idle_window_ms
+from scmoe_ds.planner.speed_text import change, compared
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
 
 
@@ -117,13 +118,21 @@ def _slot_table(times: OperatorTimes, train: Plan, forward: Plan) -> list[str]:
     return lines
 
 
+_WORTH = {"gain": "overlap pays", "loss": "overlap costs more than it hides", "none": "overlap gains nothing here"}
+
+
 def _verdict(times: OperatorTimes, train: Plan) -> str:
     limits = break_even(times, "train")
     one = times.chunks[1]
     each = max(one.dispatch.forward_ms, one.combine.forward_ms, one.dispatch.backward_ms, one.combine.backward_ms)
     gain = train.serial.total_ms / train.predicted.total_ms if train.predicted.total_ms else 1.0
-    pays = "overlap pays" if gain > 1.01 else "overlap gains next to nothing here"
-    text = f"{pays}: {gain:.2f} × as fast as the same without overlap"
+    found = change(gain)
+    text = f"{_WORTH[found]}: the pair {compared(gain, 'the same without overlap')}, predicted"
+    if found != "gain" and train.serial.total_ms:
+        text += (
+            f"; communication is {100 * train.serial.communication_ms / train.serial.total_ms:.0f} % of its time from "
+            "shortcut to join"
+        )
     if times.backbone:
         text += (
             f"; one chunk hides all-to-alls of up to {limits.largest_hidden_ms:.1f} ms completely "

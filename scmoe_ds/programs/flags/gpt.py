@@ -15,10 +15,7 @@ from typing import TYPE_CHECKING
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.programs.flags import megatron as megatron_flags
-from scmoe_ds.programs.flags.checks import (
-    check_training,
-    require_flags,
-)
+from scmoe_ds.programs.flags.checks import check_ranges, check_training, require_flags
 from scmoe_ds.programs.flags.data import add_data, resolve_data_flags
 from scmoe_ds.programs.flags.parser import FlagParser, started_as
 from scmoe_ds.programs.flags.tokenizer import set_tokenizer_type
@@ -156,11 +153,24 @@ def gpt_settings(args: argparse.Namespace, padded_vocab_size: int) -> GPTSetting
 
 
 def _check(args: argparse.Namespace) -> None:
-    require_flags(args, ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "train_iters"))
-    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    check_shape(args, ("train_iters",))
     check_training(args)
-    set_tokenizer_type(args)
     resolve_data_flags(args)
+
+
+def check_shape(args: argparse.Namespace, others: Sequence[str] = ()) -> None:
+    """Checks the flags that a model is built from, and sets those that they leave open.
+
+    Args:
+        others: flags that must be there as well.
+
+    Raises:
+        ArgumentError: a flag that is missing, or does not fit another one.
+    """
+    require_flags(args, ("num_layers", "hidden_size", "num_attention_heads", "seq_length", *others))
+    check_ranges(args)
+    set_tokenizer_type(args)
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     if args.seq_length > args.max_position_embeddings:
         raise ArgumentError(
             f"--seq-length {args.seq_length} exceeds --max-position-embeddings "
