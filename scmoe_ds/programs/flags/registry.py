@@ -22,6 +22,7 @@ PROGRAMS = {
     "analyze": Program(
         "analyze", "flags.analysis", "similarity, gating and gradients of a trained model; would ScMoE pay for it?"
     ),
+    "dashboard": Program("dashboard", "flags.dashboard", "a page that shows how training runs go or went"),
     "report": Program("report", "flags.gpt", "does overlap pay on this machine? Times a model without training it"),
     "preprocess": Program("preprocess", "flags.preprocess", "text to Megatron's indexed datasets"),
     "convert": Program("convert", "flags.convert", "weights out of a checkpoint, as safetensors"),
