@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "scmoe_ds"
@@ -103,6 +104,13 @@ def test_no_function_is_longer_than_a_screen() -> None:
         if isinstance(node, ast.FunctionDef)
     ]
     assert [f"{name}: {count}" for name, count in functions if count > LONGEST_FUNCTION] == []
+
+
+def test_files_that_are_no_modules_are_installed() -> None:
+    text = (PACKAGE.parent / "pyproject.toml").read_text("utf-8")
+    listed = ast.literal_eval(re.findall(r"^scmoe_ds = (\[.*\])$", text, re.MULTILINE)[0])
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")}
+    assert others == {PACKAGE / name for name in listed}
 
 
 def test_isinstance_asks_no_protocol() -> None:

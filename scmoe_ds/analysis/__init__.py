@@ -4,4 +4,5 @@
 of a shortcut (figure 9; `gating_monitor` during training), `gradients` norms and signal-to-noise ratios (appendix A.1).
 `feasibility` predicts whether ScMoE pays. `probes` captures representations, `tokens` and `swin` have the input,
 `subjects` loads models, and `records`, `figures`, `feasibility_page` and `markdown` write the results.
+`dashboard` draws the record of a training run.
 """

@@ -11,8 +11,8 @@ def build_parser() -> FlagParser:
     """The command line."""
     parser = FlagParser(
         prog="scmoe dashboard",
-        description="Draw what training runs have recorded as one HTML page, which opens without a server: loss, load of "
-        "the experts, drops, overlap, throughput. A run may still go on.",
+        description="Draw what training runs have recorded as one HTML page, which opens without a server: loss, load "
+        "of the experts, drops, overlap, throughput. A run may still go on.",
         example="scmoe dashboard checkpoints/scmoe checkpoints/top2 --output compare.html",
     )
     parser.add_argument(
