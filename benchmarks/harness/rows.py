@@ -10,8 +10,8 @@ from benchmarks.harness.planned import Calibrated
 from benchmarks.harness.variants import Table, limit_of
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import Mode
-from scmoe_ds.planner.plan_text import schedule_text
 from scmoe_ds.planner.rounds import Spread
+from scmoe_ds.planner.schedule_text import schedule_text
 
 Times = Mapping[str, Sequence[float]]
 Row = dict[str, Any]

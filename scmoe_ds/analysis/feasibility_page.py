@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from scmoe_ds.analysis import markdown
 from scmoe_ds.analysis.feasibility import MODES, KindStudy, conclude
 from scmoe_ds.errors import AnalysisError
-from scmoe_ds.planner.plan_text import schedule_text
+from scmoe_ds.planner.schedule_text import schedule_text
 
 Part = str | tuple[str, Any]
 """A paragraph, an HTML tag ("h1", "h2", "pre", "img") and its text, or "table" and its rows."""

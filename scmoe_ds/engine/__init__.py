@@ -6,7 +6,6 @@ model and says what the section applies to, `whole_experts` is for tensor parall
 
 from scmoe_ds.engine.client_optimizer import parameter_groups
 from scmoe_ds.engine.initialize import initialize
-from scmoe_ds.parallel.output import show_log
 from scmoe_ds.parallel.process import connect, device
 
-__all__ = ["connect", "device", "initialize", "parameter_groups", "show_log"]
+__all__ = ["connect", "device", "initialize", "parameter_groups"]

@@ -26,7 +26,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
-from scmoe_ds.parallel.output import log, steady_monitors, without_full_disks
+from scmoe_ds.parallel.output import log, show_by_default, steady_monitors, without_full_disks
 from scmoe_ds.parallel.process import connect, device
 from scmoe_ds.planner.auto import choose_all_to_all
 from scmoe_ds.planner.calibrator import Calibrator
@@ -70,6 +70,7 @@ def initialize(
         ScMoEConfigError: a setting that its user can correct, or a section that applies to nothing in the model.
         RankDisagreementError: the ranks hold different JSON files.
     """
+    show_by_default()
     model = _module(model)
     whole, section = _agreed(_json_of(args, config, config_params))
     check_filled_in(whole)
@@ -180,5 +181,5 @@ def overlap_of(
     choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))
     overlap = Calibrator(pairs, section.overlap, device(), "train", from_rank_zero(lambda: own))
     overlap.watch(model)
-    log(*describe_schedules(pairs, section, overlap))
+    log(*describe_schedules(pairs, model, overlap))
     return overlap

@@ -18,16 +18,14 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.overlap.executor import backbone
+from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.calibrator import Calibrator
-from scmoe_ds.planner.plan_text import layers_text
+from scmoe_ds.planner.schedule_text import names_text, schedule_lines
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.replacement import nothing_to_apply_to
 
 ModelPair = Union[StagedPair, HookedPair]
-
-logger = logging.getLogger("scmoe_ds")
 
 _OF_GATES = (
     "capacity_factor",
@@ -68,13 +66,12 @@ def applied_to(model: nn.Module, config: ScMoEConfig) -> tuple[str, ScMoEConfig]
     _check_sizes(layers, config)
     _warn_of_other_settings(layers, config)
     config = config.model_copy(update={"expert_parallel_size": sizes.pop()})
-    kinds = Counter(type(layer).__name__ for _, layer in layers)
+    kinds = Counter("ScMoE" if isinstance(layer, HookedScMoE) else type(layer).__name__ for _, layer in layers)
     kinds_text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-    (first, layer), (last, _) = layers[0], layers[-1]
-    where = first if len(layers) == 1 else f"{first} … {last}"
+    experts = "/".join(str(number) for number in sorted({layer.num_experts for _, layer in layers}))
     return (
-        f'the "scmoe" section applies to {kinds_text} ({where}): {layer.num_experts} experts, '
-        f"top-{layer.deepspeed_moe.gate.k}, expert-parallel size {layer.ep_size}"
+        f'the "scmoe" section applies to {kinds_text} ({names_text([name for name, _ in layers])}): {experts} experts, '
+        f"top-{layers[0][1].deepspeed_moe.gate.k}, expert-parallel size {layers[0][1].ep_size}"
     ), config
 
 
@@ -120,8 +117,9 @@ def _warn_of_other_settings(layers: list[tuple[str, Any]], config: ScMoEConfig) 
             has = getattr(gate if field in _OF_GATES else layer, field, asked)
             if asked != has:
                 differ.setdefault(field, f"scmoe.{field} = {asked!r}, {name} has {has!r}")
-    if differ and dist.get_rank() == 0:
-        logger.warning("not applied, the layers keep what they were built with: %s", "; ".join(differ.values()))
+    if differ:
+        text = f"not applied, the layers keep what they were built with: {'; '.join(differ.values())}"
+        log(text, level=logging.WARNING)
 
 
 def describe_pair(
@@ -152,28 +150,15 @@ def describe_pair(
     }
 
 
-def describe_schedules(pairs: Sequence[ModelPair], config: ScMoEConfig, overlap: Calibrator) -> list[str]:
-    """One line per distinct schedule: the backbone, the slot, and where the slot comes from.
+def describe_schedules(pairs: Sequence[ModelPair], model: nn.Module, overlap: Calibrator) -> list[str]:
+    """The schedules that training begins with, and where they come from.
 
-    A replaced layer's operators show in its first forward pass only. Its line says where its shortcut is taken.
+    A replaced layer's operators show in its first forward pass only, which is when they are logged.
     """
-    if overlap.calibrating:
-        origin = f"until times decide: {overlap.timed_passes} micro-batches after the first run without overlap"
-    elif overlap.times:
-        origin = f"from the times in {config.overlap.calibration_file}"
-    elif config.overlap.expert_slot == "auto":
-        origin = "auto: splits the backbone's FLOPs in half; nothing is timed"
-    else:
-        origin = "set by scmoe.overlap.expert_slot"
-    lines: dict[str, list[int]] = {}
-    replaced = []
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, HookedPair):
-            replaced.append(f"MoE layer {index}: {pair.name} reads the {pair.tap.side} of {pair.tap.module_name}")
-            continue
-        names = [operator.label for operator in backbone(pair)]
-        for chunk, slot in reversed(list(enumerate(pair.schedule.slots, start=1))):
-            names.insert(slot - 1, f"[experts {chunk}]" if pair.schedule.num_chunks > 1 else "[routed experts]")
-        mode = "overlapped" if pair.schedule.overlap else "without overlap"
-        lines.setdefault(f"dispatch ⇢ {' → '.join(names)} ⇢ combine ({mode}; {origin})", []).append(index)
-    return replaced + [f"schedule of MoE layer {layers_text(layers)}: {text}" for text, layers in lines.items()]
+    for pair in pairs:
+        if isinstance(pair, HookedPair) and pair.first_pass is not None:
+            pair.first_pass.origin = overlap.origin
+    own = [pair for pair in pairs if isinstance(pair, StagedPair)]
+    if not pairs and any(isinstance(module, StagedMoE) for module in model.modules()):
+        return ["no schedule: the experts run where your model calls run_experts, or without overlap in forward"]
+    return schedule_lines(own, overlap.origin)

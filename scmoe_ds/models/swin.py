@@ -36,8 +36,11 @@ from scmoe_ds.models.gpt import apart
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
 from scmoe_ds.moe.build import build_moe
-from scmoe_ds.replace import load_balancing_loss, replace_moe_layers
+from scmoe_ds.parallel.output import log
+from scmoe_ds.replace import load_balancing_loss
+from scmoe_ds.replace.description import describe_replacement
 from scmoe_ds.replace.layer import HookedScMoE
+from scmoe_ds.replace.replacement import replaced_layers
 from scmoe_ds.replace.token_mask import TokenMask
 from scmoe_ds.replace.upcycle import MoEFeedForward
 
@@ -143,14 +146,13 @@ class SwinMoE(nn.Module):
         fields = self.config.model_dump(exclude_unset=True)
         # The layers have their sizes already, and these fields are about all MoE layers of a model.
         section = {key: value for key, value in fields.items() if key not in ("num_experts", "replace")}
-        replace_moe_layers(stage, ScMoEConfig(**section))
-        if self.config.shortcut_norm == "shared" or self.config.tap is not None:
-            return
-        for layer in stage.modules():
-            if isinstance(layer, HookedScMoE):
+        layers = replaced_layers(stage, ScMoEConfig(**section))
+        if self.config.shortcut_norm == "own" and self.config.tap is None:
+            for layer in layers:
                 assert layer.pair is not None
                 width = self.settings.width_of(MOE_STAGES[0])
                 layer.shortcut_norm = layer.pair.norm = nn.LayerNorm(width, eps=self.settings.layernorm_epsilon)
+        log(*describe_replacement(stage, layers))
 
 
 class _ImageMask(TokenMask):

@@ -60,14 +60,37 @@ class SteadyStream:
                     self._other.flush()
 
 
-def log(*lines: str) -> None:
+class _DefaultHandler(logging.StreamHandler[TextIO]):
+    """Writes to stdout, as DeepSpeed's logger does, as long as nobody else has set up a handler."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.root.handlers and logger.handlers == [self]:
+            self.stream = sys.stdout  # which a program may have replaced since
+            super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        return f"[scmoe_ds] {level}{super().format(record)}"
+
+
+def log(*lines: str, level: int = logging.INFO) -> None:
     """Writes lines to the package's log, on rank 0."""
+    show_by_default()
     for line in lines if is_rank_zero() else ():
-        logger.info(line)
+        logger.log(level, "%s", line)
+
+
+def show_by_default() -> None:
+    """Shows the package's log to a user who has set up no logging. Handlers and levels of a user's own decide alone."""
+    if logger.hasHandlers():
+        return
+    logger.addHandler(_DefaultHandler(sys.stdout))
+    if logger.level == logging.NOTSET and logging.root.level == logging.WARNING:  # both as Python sets them
+        logger.setLevel(logging.INFO)
 
 
 def show_log() -> None:
-    """Lets the package's own log through; DeepSpeed sets the root logger to warnings only."""
+    """Shows the package's log in a program of this package: plain lines on stdout."""
     logger.setLevel(logging.INFO)
     logger.handlers = [logging.StreamHandler(sys.stdout)]
 

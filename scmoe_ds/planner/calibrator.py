@@ -38,7 +38,8 @@ from scmoe_ds.planner.calibration_file import (
     write_calibration,
 )
 from scmoe_ds.planner.plan import Mode, Plan, plan
-from scmoe_ds.planner.plan_text import choice_line, layers_text, plan_lines, summary_line
+from scmoe_ds.planner.plan_text import choice_line, plan_lines, summary_line
+from scmoe_ds.planner.schedule_text import layers_text, origin_of
 from scmoe_ds.planner.times import OperatorTimes
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Recorder
 
@@ -136,6 +137,16 @@ class Calibrator:
     def timed_passes(self) -> int:
         """How many are timed: at least one for each number of chunks in question."""
         return max(self.settings.calibration_steps, len(chunk_counts(self.settings)))
+
+    @property
+    def origin(self) -> str:
+        """Who chooses the schedules of training, in words."""
+        if self.calibrating:
+            return f"until times decide: {self.timed_passes} micro-batches after the first run without overlap"
+        if self.times:
+            file = self.settings.calibration_file
+            return f"from the times in {file}" if file else "from the measured times"
+        return origin_of(self.settings, any(pair.layer.transport.size > 1 for pair in self.pairs))
 
     @property
     def times(self) -> list[OperatorTimes]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import Plan, break_even, idle_window_ms
+from scmoe_ds.planner.schedule_text import schedule_text, slots_text
 from scmoe_ds.planner.speed_text import change, compared
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
 
@@ -66,27 +67,6 @@ def choice_line(title: str, plan: Plan, backbone: Sequence[str] = ()) -> str:
         + (f" (without overlap: {_ms(plan.serial.total_ms)})" if backbone else "")
         + (f" (others: {', '.join(others)})" if others else "")
     )
-
-
-def layers_text(layers: Sequence[int]) -> str:
-    """Numbers in words: "3", "0–5", "0, 2"."""
-    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}–{layers[-1]}"
-    return ", ".join(map(str, layers))
-
-
-def schedule_text(schedule: Schedule) -> str:
-    """A schedule in words."""
-    if schedule.num_chunks == 1:
-        return f"experts at {slots_text(schedule)}"
-    return f"{schedule.num_chunks} chunks of experts at {slots_text(schedule)}"
-
-
-def slots_text(schedule: Schedule) -> str:
-    """The slots of a schedule in words: "slot 2" or "slots 2, 3"."""
-    if len(set(schedule.slots)) == 1:
-        return f"slot {schedule.slots[0]}"
-    return "slots " + ", ".join(map(str, schedule.slots))
 
 
 def _ms(milliseconds: float) -> str:

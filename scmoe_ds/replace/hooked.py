@@ -28,6 +28,7 @@ from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import first_schedule
 from scmoe_ds.planner.plan import slot_that_halves
 from scmoe_ds.replace.calls import Call, first_hidden, operators_in
+from scmoe_ds.replace.first_pass import FirstPass
 from scmoe_ds.replace.hooked_pass import HookedPass, hooked_operators
 from scmoe_ds.replace.recomputation import Recomputation, checkpoint_region, is_repeated
 from scmoe_ds.replace.tap_check import TapCheck
@@ -65,9 +66,11 @@ class HookedPair:
     Attributes:
         schedule, forward_schedule, recorder: as those of models.pairs.StagedPair.
         token_mask: knows which tokens are padding; None: there is no padding.
+        first_pass: says what the first pass has shown; None: nobody does.
     """
 
     token_mask: TokenMask | None = None
+    first_pass: FirstPass | None = None
 
     def __init__(self, name: str, layer: ScMoE, tap: Tap, norm: nn.Module | None, overlap: OverlapConfig) -> None:
         self.name, self.layer, self.tap, self.norm, self.overlap = name, layer, tap, norm, overlap
@@ -214,13 +217,6 @@ class HookedPair:
         if training in self._seen:
             return
         self._seen[training] = _Seen(tuple(current.kinds), not is_cut and not is_masked)
-        if is_cut:
-            logger.warning(
-                "%s: an activation checkpoint begins between it and its tap %s; it runs without overlap. "
-                "Put both into one checkpoint",
-                self.name,
-                self.tap.module_name,
-            )
         sizes = [*(self._sizes[kind] for kind in current.kinds), _size(self.layer.mlp)]
         if isinstance(self.overlap.expert_slot, str):
             self.schedule = replace(self.schedule, expert_slot=slot_that_halves(sizes))
@@ -230,6 +226,8 @@ class HookedPair:
                 f"scmoe.overlap.expert_slot = {self.overlap.expert_slot}: the backbone of {self.name} has {len(sizes)} "
                 f"operators ({names}); use 1 … {len(sizes) + 1}"
             )
+        if self.first_pass is not None:
+            self.first_pass.of(self, training, is_cut)
 
 
 def _size(module: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from scmoe_ds.moe.shortcut import ScMoE
@@ -13,9 +14,11 @@ class HookedScMoE(ScMoE):
 
     Attributes:
         pair: None: the routed experts read the layer's own input, as DeepSpeed's do.
+        replaced: the layer whose place it takes, and its number of experts per token.
     """
 
     pair: HookedPair | None = None
+    replaced: tuple[MoE, int]
     shortcut_norm: nn.Module | None  # a default here would hide the module of that name
 
     def forward(

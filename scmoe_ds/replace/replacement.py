@@ -14,7 +14,10 @@ from scmoe_ds.config.loading import Source, section_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.parallel.output import log
 from scmoe_ds.replace.convert import convert, routed_experts_per_token
+from scmoe_ds.replace.description import describe_replacement
+from scmoe_ds.replace.first_pass import FirstPass
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.taps import Tap, find_tap
@@ -42,7 +45,12 @@ def replace_moe_layers(model: nn.Module, config: Source | ScMoEConfig) -> nn.Mod
     Raises:
         ScMoEConfigError: no MoE layer, or one that cannot be replaced; the model is then as it was.
     """
-    config = section_of(config)
+    log(*describe_replacement(model, replaced_layers(model, section_of(config))))
+    return model
+
+
+def replaced_layers(model: nn.Module, config: ScMoEConfig) -> list[HookedScMoE]:
+    """As `replace_moe_layers`, without a word in the log; returns the layers that came into the model."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     _check(model, found, config)
     taps = []
@@ -51,14 +59,19 @@ def replace_moe_layers(model: nn.Module, config: Source | ScMoEConfig) -> nn.Mod
         taps.append(find_tap(model, name, position or config.position, config))
     layers = [(convert(name, moe, config), routed_experts_per_token(moe, config)) for name, moe in found]
     token_mask = TokenMask(model, [name for name, _ in found])
+    pairs = []
     for (name, moe), tap, (layer, top_k) in zip(found, taps, layers, strict=True):
         layer.replaced = (moe, moe.deepspeed_moe.gate.k)
         layer.deepspeed_moe.gate.k = top_k
         _put(model, moe, layer)
         layer.pair = HookedPair(name, layer, tap, _shortcut_norm(layer, tap, config), config.overlap)
         layer.pair.token_mask = token_mask
+        pairs.append(layer.pair)
         layer.register_load_state_dict_pre_hook(_keep_fresh_values)
-    return model
+    first_pass = FirstPass(pairs)
+    for pair in pairs:
+        pair.first_pass = first_pass
+    return [layer for layer, _ in layers]
 
 
 def undo_replacement(model: nn.Module) -> nn.Module:

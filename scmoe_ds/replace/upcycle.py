@@ -18,8 +18,11 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.build import build_moe
 from scmoe_ds.moe.experts import has_two_projections
 from scmoe_ds.moe.placement import own_first_expert
+from scmoe_ds.parallel.output import log
+from scmoe_ds.planner.schedule_text import names_text
+from scmoe_ds.replace.description import describe_replacement
 from scmoe_ds.replace.layer import HookedScMoE
-from scmoe_ds.replace.replacement import replace_moe_layers
+from scmoe_ds.replace.replacement import replaced_layers
 from scmoe_ds.replace.taps import MLP_NAMES, POST_ATTENTION_NORMS
 from scmoe_ds.replace.token_mask import TokenMask
 
@@ -103,7 +106,8 @@ def moe_from_dense(
     """
     config = section_of(config)
     _check_config(config, noise)
-    blocks = _chosen(_dense_blocks(model), config, layers)
+    all_blocks = _dense_blocks(model)
+    blocks = _chosen(all_blocks, config, layers)
     _require_dense(model, blocks)
     numbers = config.experts_of_layers(len(blocks))
     kept = [block.mlp for block in blocks]
@@ -112,9 +116,12 @@ def moe_from_dense(
         if noise:
             _perturb(moe, noise, (seed * 1_000_003 + number) * 1_000_003)
         setattr(block.module, block.mlp_name, MoEFeedForward(moe).train(block.mlp.training))
+    of_all = f"of {len(all_blocks)} MLPs"
     try:
         if config.architecture == "scmoe":
-            _shortcut(model, config)
+            said = describe_replacement(model, _shortcut(model, config), of_all)
+        else:
+            said = [f"replaced {len(blocks)} {of_all} of {type(model).__name__} by {_described(blocks, config)}"]
     except ScMoEConfigError:
         for block, mlp in zip(blocks, kept, strict=True):
             setattr(block.module, block.mlp_name, mlp)
@@ -123,6 +130,7 @@ def moe_from_dense(
     token_mask = TokenMask(model, list(feeds))
     for feed in feeds.values():
         feed.token_mask = token_mask
+    log(*said)
     return model
 
 
@@ -249,11 +257,18 @@ def _perturb(moe: MoE, noise: float, first_seed: int) -> None:
             held.add_(random, alpha=noise * float(held.float().square().mean().sqrt()))
 
 
-def _shortcut(model: nn.Module, config: ScMoEConfig) -> None:
+def _described(blocks: Sequence[_Block], config: ScMoEConfig) -> str:
+    kind = "MoE" if config.architecture == "topk" else "Residual MoE"
+    names = names_text([f"{block.name}.{block.mlp_name}" for block in blocks])
+    return f"DeepSpeed's {kind}: {names} (top-{config.top_k} of {config.num_experts} experts)"
+
+
+def _shortcut(model: nn.Module, config: ScMoEConfig) -> list[HookedScMoE]:
     """Makes ScMoE layers of DeepSpeed's Residual MoEs, with the merge of the section."""
     own: dict[str, Any] = {"merge": config.merge, "top_k": config.top_k}  # counts as chosen, also where it is a default
-    replace_moe_layers(model, config.model_copy(update=own))
-    for layer in model.modules():
-        if isinstance(layer, HookedScMoE) and layer.shortcut_norm is not None:
+    layers = replaced_layers(model, config.model_copy(update=own))
+    for layer in layers:
+        if layer.shortcut_norm is not None:
             assert layer.pair is not None and layer.pair.tap.norm is not None
             layer.shortcut_norm.load_state_dict(layer.pair.tap.norm.state_dict())
+    return layers

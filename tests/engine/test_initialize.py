@@ -163,7 +163,10 @@ def test_the_remedies_work() -> None:
 def test_the_log_says_what_the_section_applies_to(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="scmoe_ds")
     scmoe_ds.initialize(model=Model(), config=whole(replace=True))
-    assert 'the "scmoe" section applies to 1 HookedScMoE (blocks.1.mlp): 4 experts, top-1' in caplog.text
+    assert 'the "scmoe" section applies to 1 ScMoE (blocks.1.mlp): 4 experts, top-1' in caplog.text
+    caplog.clear()
+    scmoe_ds.initialize(model=WithScMoE(), config=whole())
+    assert "no schedule: the experts run where your model calls run_experts" in caplog.text
 
 
 def test_settings_that_layers_were_built_without_are_named(caplog: pytest.LogCaptureFixture) -> None:

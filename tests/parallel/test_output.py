@@ -1,4 +1,4 @@
-"""A full disk under the log or a monitor: the job goes on."""
+"""A full disk under the log or a monitor: the job goes on. The log shows by itself, and obeys logging that is set up."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from deepspeed.monitor import csv_monitor
 
 from scmoe_ds.parallel import output
+from scmoe_ds.parallel.output import log
 
 PROGRAM = """
 import sys
@@ -103,3 +104,49 @@ def test_a_monitor_whose_disk_is_full_from_the_start(
     caplog.set_level(logging.WARNING, "scmoe_ds")
     assert output.without_full_disks(whole) == {**whole, "tensorboard": {**section, "enabled": False}}
     assert f"tensorboard: {tmp_path}/job cannot be written: No space left on device" in caplog.text
+
+
+def as_python_sets_it_up(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
+    """The package's logger without what pytest and other tests have set."""
+    logger = logging.getLogger("scmoe_ds")
+    for each, level in ((logging.root, logging.WARNING), (logger, logging.NOTSET)):
+        monkeypatch.setattr(each, "handlers", [])
+        monkeypatch.setattr(each, "level", level)
+        monkeypatch.setattr(each, "_cache", {})
+    return logger
+
+
+def test_the_log_shows_without_any_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_python_sets_it_up(monkeypatch)
+    log("replaced 2 layers")
+    log("they run without overlap", level=logging.WARNING)
+    assert capsys.readouterr() == ("[scmoe_ds] replaced 2 layers\n[scmoe_ds] warning: they run without overlap\n", "")
+
+
+def test_a_level_of_the_users_silences_the_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_python_sets_it_up(monkeypatch).setLevel(logging.WARNING)
+    log("silent")
+    log("heard", level=logging.WARNING)
+    assert capsys.readouterr().out == "[scmoe_ds] warning: heard\n"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("level, shown", [(logging.INFO, "INFO scmoe_ds: said\n"), (logging.ERROR, "")])
+def test_logging_that_the_user_sets_up_is_the_only_one(
+    when: str, level: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_python_sets_it_up(monkeypatch)
+    if when == "after":
+        log("first")
+        capsys.readouterr()
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.root.addHandler(handler)
+    logging.root.setLevel(level)
+    log("said")
+    assert capsys.readouterr() == (shown, "")

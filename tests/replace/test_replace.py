@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -212,6 +213,27 @@ def test_several_forwards_before_a_backward() -> None:
         torch.testing.assert_close(value.grad, one["input"])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, apart[0][name] + apart[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_log_says_what_was_replaced_and_then_what_runs_between(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "scmoe_ds")
+    model = make(k=2)
+    replace_moe_layers(model, section(shortcut_norm="own", overlap={"expert_slot": 3}))
+    assert caplog.messages == [
+        "replaced 2 MoE layers of TheirModel by ScMoE: layers.{1,3}.mlp.moe (top-1 of 4 experts, was top-2; a new "
+        "shared expert; merge cg1)",
+        "  tap: the input of layers.{0,2}.post_attention_layernorm, through its own norm (LayerNorm); join: the "
+        "output of layers.{1,3}.mlp.moe",
+    ]
+    caplog.clear()
+    for _ in range(2):
+        run(model)
+    with torch.no_grad():
+        model(hidden())
+    assert caplog.messages == [
+        "schedule of MoE layer 0–1 (layers.{1,3}.mlp.moe): dispatch ⇢ mlp → self_attn → [routed experts] → shared ⇢ combine "
+        "(overlapped; set by scmoe.overlap.expert_slot)"
+    ]
 
 
 @pytest.mark.parametrize("where", ["block", "all"])
