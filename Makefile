@@ -20,12 +20,14 @@ help:  ## this list
 
 # Exact versions; they are those of Python 3.11, and some of them do not exist for 3.10.
 CONSTRAINTS = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
-INSTALL = DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+# Twice --quiet: errors are shown, and warnings about the machine's own settings of pip are not.
+INSTALL = DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(CONSTRAINTS)
 
 $(STAMP): pyproject.toml requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'scmoe_ds needs Python 3.10 or later' >&2; exit 1; }
-	test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && touch $(VENV)/.made-by-make; }
-	$(INSTALL) --editable '.[dev]'
+	@echo 'installing into $(VENV): about 2 minutes, and 2 GB without CUDA …'
+	@test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && touch $(VENV)/.made-by-make; }
+	@$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 setup: $(STAMP)  ## install everything into .venv, this package editable
@@ -52,14 +54,14 @@ format: $(STAMP)  ## what ruff can put in order by itself
 	$(BIN)/ruff format .
 
 pretrain: $(STAMP)  ## train a small ScMoE GPT for a few minutes, on the GPUs that are there or on two CPU processes
-	$(BIN)/python examples/quick_start.py
+	@$(BIN)/python examples/quick_start.py
 
 schema: $(STAMP)  ## write ds_configs/scmoe.schema.json
 	$(BIN)/python -m scmoe_ds.config.schema
 
 # Installing needs the index once; building loads nothing from the network.
 docs: $(STAMP)  ## the pages and the API as a site in build/site; warnings are errors
-	$(BIN)/python -c 'import mkdocstrings_handlers.python, material' 2>/dev/null || \
+	@$(BIN)/python -c 'import mkdocstrings_handlers.python, material' 2>/dev/null || \
 		$(INSTALL) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 

@@ -89,10 +89,10 @@ def show_by_default() -> None:
         logger.setLevel(logging.INFO)
 
 
-def show_log() -> None:
-    """Shows the package's log in a program of this package: plain lines on stdout."""
+def show_log(stream: TextIO) -> None:
+    """Shows the package's log in a program of this package: plain lines."""
     logger.setLevel(logging.INFO)
-    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logger.handlers = [logging.StreamHandler(stream)]
 
 
 @contextmanager

@@ -262,7 +262,8 @@ class Calibrator:
         self.record(None)
         if self._hook is not None:
             self._hook.remove()
-        log(*self.summary())
+        if self.mode == "train":  # while a prompt is completed, its text is on the screen
+            log(*self.summary())
 
 
 @contextmanager

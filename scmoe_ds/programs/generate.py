@@ -93,7 +93,8 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
     if args.interactive:
         _talk(generator, tokenizer, request)
     if dist.get_rank() == 0:
-        print(_speed(generator.times), file=sys.stderr)
+        chosen = [line for each in serving.values() for line in each.summary()]
+        print(*chosen, _speed(generator.times), sep="\n", file=sys.stderr)
         if loaded.store is not None:
             print(_migrations(loaded.store.counts), file=sys.stderr)
 

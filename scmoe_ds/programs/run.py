@@ -52,7 +52,7 @@ def run_program(
             with suppress(OSError):  # a descriptor that is closed
                 stream.reconfigure(errors="backslashreplace")
     with steady_output(stdout=stdout_is_log):
-        show_log()
+        show_log(sys.stdout if stdout_is_log else sys.stderr)
         leave_out_useless_lines()
         try:
             parsed = parse(argv)
