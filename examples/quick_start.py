@@ -24,7 +24,6 @@ from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.errors import MissingPackageError, imports_of
 from scmoe_ds.evaluation.documents import IndexedDocuments
 from scmoe_ds.figure_style import GREY, WIDTH, save, styled
-from scmoe_ds.programs.__main__ import PROGRAMS
 from scmoe_ds.training.record import RunRecord, read_record
 
 if TYPE_CHECKING:
@@ -151,8 +150,7 @@ def show_result() -> None:
     board = f"tensorboard --logdir {RUN}" if has("tensorboard") else 'pip install "scmoe_ds[plots]", and train again'
     print(f"\nNext, with the programs in {BIN}:")
     print(f"  loss curve   {curve}")
-    if "dashboard" in PROGRAMS:
-        print(f"  dashboard    scmoe dashboard {SAVE}")
+    print(f"  dashboard    scmoe dashboard {SAVE}")
     if (ROOT / f"{trace}.json").is_file():
         print(f"  trace        {trace}.png; {trace}.json opens in https://ui.perfetto.dev")
     print(f"  TensorBoard  {board}")
