@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """The help text: one line for each program."""
     rows = [f"  {name:<15}{program.text}" for name, program in PROGRAMS.items()]
-    return "\n".join(["usage: scmoe PROGRAM [flags]; scmoe PROGRAM --help lists the flags", "", *rows])
+    several = "On several ranks: deepspeed --module scmoe_ds.programs.MODULE, or deepspeed pretrain_gpt_scmoe.py"
+    return "\n".join(["usage: scmoe PROGRAM [flags]; scmoe PROGRAM --help lists the flags", "", *rows, "", several])
 
 
 if __name__ == "__main__":

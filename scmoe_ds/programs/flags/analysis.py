@@ -21,10 +21,10 @@ def build_parser() -> FlagParser:
         prog="scmoe analyze",
         description="Analyse a trained GPT: similarity of its representations, choices of its gates, norms and noise "
         "of its gradients. One process on one device; no token is dropped.",
+        example="scmoe analyze gating --load checkpoints/gpt --text-file book.txt --output gating.json",
+        epilog="scmoe analyze ANALYSIS --help lists its flags.",
     )
-    commands = parser.add_subparsers(
-        dest="analysis", required=True, metavar="{similarity,gating,gradients,feasibility}"
-    )
+    commands = parser.add_subparsers(dest="analysis", required=True, title="analyses")
     similarity = _add(
         commands,
         "similarity",
@@ -39,7 +39,7 @@ def build_parser() -> FlagParser:
     similarity.add_argument(
         "--moe-every",
         type=int,
-        help="every how many blocks there is an MoE layer; default: as in the model, or 2 for a dense --hf-model",
+        help="an MoE layer in every N-th block; default: as in the model, 2 if it is dense",
     )
     similarity.add_argument("--images", help='for a SwinV2: directory of <class>/<image>, or "digits" of scikit-learn')
     similarity.add_argument("--max-images", type=int, help="most images to read; default: all")
@@ -63,6 +63,7 @@ def build_parser() -> FlagParser:
     feasibility = commands.add_parser(
         "feasibility",
         help="one page: would ScMoE pay for a model on a machine?",
+        example="scmoe analyze feasibility --similarity gpt.json --calibration times.json --output-prefix report",
         description="Would ScMoE pay for a model on a machine? Reads two JSON files. Loads no model and needs no GPU.",
     )
     feasibility.add_argument("--similarity", help='a record of the sub-command "similarity" of the model')
@@ -76,6 +77,7 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
         name,
         help=text,
         description=text[0].upper() + text[1:],
+        example=f"scmoe analyze {name} --load checkpoints/gpt --text-file book.txt --output {name}.json",
     )
     group = parser.add_argument_group("record")
     group.add_argument("--output", help="a .json file; the figure goes beside it, as .png")
@@ -96,8 +98,8 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     group.add_argument("--dtype", choices=DTYPES, help="default: as it was trained or exported")
     add_tokenizer(
         group,
-        "the one that the checkpoint records, or ByteTokenizer when it records none"
-        + ("; for --hf-model the tokenizer in its directory" if name == "similarity" else ""),
+        "the one that the checkpoint records, or ByteTokenizer"
+        + ("; with --hf-model its own" if name == "similarity" else ""),
     )
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser

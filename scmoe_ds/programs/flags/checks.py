@@ -60,11 +60,10 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 
 def require_flags(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raises an ArgumentError for a flag that neither the command line nor a preset sets."""
-    for name in names:
-        if getattr(args, name) is None:
-            hint = "" if name == "train_iters" else " (--preset sets the sizes of a known model)"
-            raise ArgumentError(f"{flag_of(name)} is missing{hint}")
+    """Raises an ArgumentError for flags that neither the command line nor a preset sets."""
+    if missing := [flag_of(name) for name in names if getattr(args, name) is None]:
+        hint = " (--preset sets the sizes of a known model)" if missing[0] != "--train-iters" else ""
+        raise ArgumentError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{hint}")
 
 
 def check_training(args: argparse.Namespace) -> None:

@@ -19,13 +19,10 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-path",
         nargs="+",
-        help="prefix of a .bin/.idx set, or weight prefix weight prefix …; "
-        "default: the running Python's standard library as text",
+        help="prefix of .bin and .idx, or weight prefix …; default: Python code",
     )
     group.add_argument("--data-args-path", help="file that holds what --data-path would say; for long blends")
-    group.add_argument(
-        "--split", help=f"train, validation and test shares, default {DEFAULT_SPLIT}; 100,0,0: no validation"
-    )
+    group.add_argument("--split", help=f"shares of training, validation and test, default {DEFAULT_SPLIT}")
     for name, use in (("train", ""), ("valid", ", default: no validation"), ("test", ", evaluated once at the end")):
         group.add_argument(f"--{name}-data-path", nargs="+", help=f"as --data-path, for this split alone{use}")
     group.add_argument("--data-cache-path", help="where sample indices are kept; default: beside the data")

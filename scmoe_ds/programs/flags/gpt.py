@@ -31,7 +31,7 @@ OFTEN = """
     --deepspeed_config --preset --num-layers --hidden-size --num-attention-heads --seq-length --num-experts --topk
     --mlp-type --scmoe-position --moe-expert-parallel-size --tensor-model-parallel-size --data-path --split
     --tokenizer-model --train-iters --save --save-interval --auto-resume --load --log-interval --eval-interval
-    --eval-iters --seed
+    --eval-iters
     """.split()
 
 
@@ -43,11 +43,20 @@ def build_parser() -> FlagParser:
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON. "
         "Megatron-DeepSpeed's flags for them are taken too: docs/from_megatron_deepspeed.md lists all of its flags.",
         elsewhere=megatron_flags.REFUSED,
-        example="deepspeed --num_accelerators 2 pretrain_gpt_scmoe.py --deepspeed_config ds_configs/gpt_small_cpu.json"
-        " \\\n      --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256 --train-iters 200",
+        example="deepspeed --num_accelerators 2 pretrain_gpt_scmoe.py \\\n"
+        "      --deepspeed_config ds_configs/gpt_small_cpu.json --num-layers 4 --hidden-size 128 \\\n"
+        "      --num-attention-heads 4 --seq-length 256 --train-iters 200",
         often=OFTEN,
     )
-    for add in (_add_network, add_data, add_training, add_moe, add_deepspeed, megatron_flags.add_megatron_flags):
+    for add in (
+        _add_network,
+        add_data,
+        add_training,
+        _add_of_gpt,
+        add_moe,
+        add_deepspeed,
+        megatron_flags.add_megatron_flags,
+    ):
         add(parser)
     return parser
 
@@ -91,6 +100,22 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--init-method-std", type=float, default=0.02, help="standard deviation of initial weights")
 
 
+def _add_of_gpt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory, ranks and gates")
+    group.add_argument(
+        "--recompute-granularity",
+        choices=["full", "selective"],
+        help="activation checkpointing: keep the input of each pair of blocks (full) or of each dense operator "
+        "(selective)",
+    )
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer")
+    group.add_argument(
+        "--log-gating-interval",
+        type=int,
+        help="write the gates' choices (paper figure 9) to DeepSpeed's monitors every N iterations; default: never",
+    )
+
+
 def _norm(text: str) -> str:
     return {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(
         text.lower(), text
@@ -110,7 +135,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     whole = read_json(args)
     set_length(args, whole)
     _check(args)
-    merge_schedule(whole, args, args.deepspeed_config)
+    whole = merge_schedule(whole, args)
     config = load_merged(args, whole)
     config.section.check_model(args.num_layers)
     if (line := megatron_flags.without_effect(args)) and os.environ.get("RANK", "0") == "0":

@@ -61,9 +61,8 @@ class HelpAction(argparse.Action):
 
 def help_text(parser: Any, everything: bool) -> str:
     """The help of a FlagParser; without `everything` that of the flags in its `often`, if it has any."""
-    words = [str(action.metavar or action.dest).upper() for action in parser._get_positional_actions()]
-    paragraphs = [" ".join(["usage:", parser.prog, *words, "[flags]"]), parser.description]
-    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    words = [action.dest.upper() for action in parser._get_positional_actions()]
+    shown = [each for each in parser._actions if each.help != argparse.SUPPRESS]
     groups = [(group.title, group.description, group._group_actions) for group in parser._action_groups]
     closing = parser.epilog
     if parser.often and not everything:
@@ -75,7 +74,9 @@ def help_text(parser: Any, everything: bool) -> str:
         formatter.add_text(text)
         formatter.add_arguments(actions)
         formatter.end_section()
-    paragraphs += [
+    paragraphs = [
+        " ".join(["usage:", parser.prog, *words, "[flags]"]),
+        parser.description,
         f"example:\n  {parser.example}" if parser.example else None,
         formatter.format_help().strip(),
         closing,

@@ -64,8 +64,8 @@ class FlagParser(argparse.ArgumentParser):
         self.often, self.example, self.elsewhere = often, example, dict(elsewhere or {})
         self._found: list[str] = []
         self.register("type", int, _integer)
-        self.add_argument("-h", "--help", action=HelpAction, help="shows the flags that are used most")
-        self.add_argument("--help-all", action=HelpAction, help="shows all flags")
+        self.add_argument("-h", "--help", action=HelpAction, help=argparse.SUPPRESS)
+        self.add_argument("--help-all", action=HelpAction, help=argparse.SUPPRESS)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; but all mistakes end the program together, each with what to write instead."""

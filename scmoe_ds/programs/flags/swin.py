@@ -72,11 +72,6 @@ def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.N
     args = parse_flags(build_parser(), SWIN_PRESETS, argv)
     require_flags(args, (*SIZES, "train_iters"))
     check_training(args)
-    if args.tensor_model_parallel_size > 1 or args.recompute_granularity or args.log_gating_interval:
-        raise ArgumentError(
-            "--tensor-model-parallel-size, --recompute-granularity and --log-gating-interval are for "
-            "the GPT; leave them out"
-        )
     return args, load_merged(args, read_json(args))
 
 

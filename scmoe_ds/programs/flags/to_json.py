@@ -28,30 +28,71 @@ from scmoe_ds.programs.flags.megatron import (
 _SWITCHED_OFF = ("moe_token_dropping", "moe_top2_2nd_expert_sampling")
 
 
+class _Merged:
+    """A DeepSpeed JSON with values of flags. A flag sets what the JSON leaves out, or calls "auto".
+
+    Attributes:
+        whole: the JSON so far.
+        source: its file, for the error.
+    """
+
+    def __init__(self, whole: dict[str, Any], source: str) -> None:
+        self.whole: dict[str, Any] = copy.deepcopy(whole)
+        self.source = source
+        self._conflicts: dict[str, str] = {}
+
+    def set(self, path: str, value: Any, flag: str) -> None:
+        """Sets a key; notes a flag that contradicts the JSON, once."""
+        *parents, key = path.split(".")
+        target = self.whole
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                return  # the check of the JSON explains it
+        before = target.get(key)
+        if before in (None, "auto"):
+            target[key] = value
+        elif not _same(before, value):
+            asked = f"{flag} asks for {path} = {json.dumps(value)}"
+            self._conflicts.setdefault(flag, f"{asked}, but {self.source} has {json.dumps(before)}")
+
+    def finish(self) -> dict[str, Any]:
+        """The whole JSON.
+
+        Raises:
+            ArgumentError: flags that contradict the JSON, all of them.
+        """
+        if self._conflicts:
+            remedy = "remove one of them" if len(self._conflicts) == 1 else "remove one of each"
+            raise ArgumentError("; ".join([*self._conflicts.values(), remedy]))
+        return self.whole
+
+
 def read_json(args: argparse.Namespace) -> dict[str, Any]:
-    """The DeepSpeed JSON that the flags name, with the keys that flags set.
+    """The DeepSpeed JSON that the flags name, with what flags set; those of the schedule are left to `merge_schedule`.
 
     Raises:
-        ArgumentError, ScMoEConfigError: no JSON, or a flag that contradicts it.
+        ArgumentError, ScMoEConfigError: no JSON, or flags that contradict it.
     """
-    whole = load_deepspeed_json(args.deepspeed_config)
-    return merge_json_flags(whole, args, args.deepspeed_config)
+    merged = _Merged(load_deepspeed_json(args.deepspeed_config), args.deepspeed_config)
+    _merge_json_flags(merged, args)
+    _merge_section_flags(merged, args)
+    return merged.finish()
 
 
 def load_merged(args: argparse.Namespace, whole: dict[str, Any]) -> LoadedConfig:
-    """Merges the flags into the "scmoe" section of the DeepSpeed JSON, and checks all of it.
+    """Checks all of the DeepSpeed JSON and its "scmoe" section.
 
     Raises:
-        ArgumentError, ScMoEConfigError: a setting that its user can correct.
+        ScMoEConfigError: a setting that its user can correct.
     """
-    _merge_section_flags(whole, args)
     _fill_in_schedule(whole, args.train_iters)
     config = load(whole)
     check_program(whole)
     return config
 
 
-def _merge_section_flags(whole: dict[str, Any], args: argparse.Namespace) -> None:
+def _merge_section_flags(merged: _Merged, args: argparse.Namespace) -> None:
     for name, path in SECTION_FLAGS.items():
         value = getattr(args, name)
         if value is None:
@@ -66,32 +107,26 @@ def _merge_section_flags(whole: dict[str, Any], args: argparse.Namespace) -> Non
                 )
             value = value[0] if len(value) == 1 else value
         flag = flag_of(f"disable_{name}" if name in _SWITCHED_OFF else name)
-        _set(whole, f"scmoe.{path}", value, flag, args.deepspeed_config)
+        merged.set(f"scmoe.{path}", value, flag)
 
 
-def merge_json_flags(whole: dict[str, Any], args: argparse.Namespace, source: str) -> dict[str, Any]:
-    """The JSON with the keys that the flags set. A flag sets what the JSON leaves out, or calls "auto".
-
-    Raises:
-        ArgumentError: a flag that contradicts the JSON; names both.
-    """
-    merged: dict[str, Any] = copy.deepcopy(whole)
+def _merge_json_flags(merged: _Merged, args: argparse.Namespace) -> None:
+    has_optimizer = "optimizer" in merged.whole
     given = {flag: value for flag in JSON_FLAGS if (value := getattr(args, dest_of(flag))) not in (None, "")}
     betas = [given.pop("--adam-beta1", None), given.pop("--adam-beta2", None)]
     for flag, value in given.items():
         path, kind = JSON_FLAGS[flag]
-        _set(merged, path, kind[value] if isinstance(kind, dict) else value, flag, source)
+        merged.set(path, kind[value] if isinstance(kind, dict) else value, flag)
     if betas != [None, None]:
         value = [default if beta is None else beta for beta, default in zip(betas, (0.9, 0.999), strict=True)]
-        _set(merged, "optimizer.params.betas", value, "--adam-beta1 and --adam-beta2", source)
+        merged.set("optimizer.params.betas", value, "--adam-beta1 and --adam-beta2")
     if "--tensorboard-dir" in given:
-        _set(merged, "tensorboard.enabled", True, "--tensorboard-dir", source)
-        merged["tensorboard"].setdefault("job_name", "")
+        merged.set("tensorboard.enabled", True, "--tensorboard-dir")
+        merged.whole["tensorboard"].setdefault("job_name", "")
     if "--wandb-project" in given:
-        _set(merged, "wandb.enabled", True, "--wandb-project", source)
-    if "optimizer" not in whole and "optimizer" in merged:
-        _complete_optimizer(merged["optimizer"])
-    return merged
+        merged.set("wandb.enabled", True, "--wandb-project")
+    if not has_optimizer and "optimizer" in merged.whole:
+        _complete_optimizer(merged.whole["optimizer"])
 
 
 def _complete_optimizer(section: dict[str, Any]) -> None:
@@ -115,20 +150,21 @@ def set_length(args: argparse.Namespace, whole: dict[str, Any]) -> None:
         args.train_iters = min([*lengths, *([] if args.train_iters is None else [args.train_iters])])
 
 
-def merge_schedule(whole: dict[str, Any], args: argparse.Namespace, source: str) -> None:
-    """Sets the "scheduler" section that Megatron's flags for the learning rate describe.
+def merge_schedule(whole: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON with the "scheduler" section that Megatron's flags for the learning rate describe.
 
     Raises:
         ArgumentError: a style that DeepSpeed lacks, no learning rate, or a JSON that has another schedule.
     """
     given = [flag for flag in SCHEDULE_FLAGS if getattr(args, dest_of(flag)) is not None]
     if not given:
-        return
+        return whole
+    merged = _Merged(whole, args.deepspeed_config)
     section = whole.get("optimizer")
     params = section.get("params") if isinstance(section, dict) else None
     lr = params.get("lr") if isinstance(params, dict) else None
     if not isinstance(lr, (int, float)) or not lr:
-        raise ArgumentError(f"{given[0]}: needs a learning rate; give --lr, or optimizer.params.lr in {source}")
+        raise ArgumentError(f"{given[0]}: needs a learning rate; give --lr, or optimizer.params.lr in {merged.source}")
     _check_schedule_flags(args, lr)
     lengths = {flag: _steps(args, flag, whole) for flag in given if flag.endswith(("-iters", "-samples", "-tokens"))}
     total = next((steps for flag, steps in lengths.items() if "decay" in flag), args.train_iters)
@@ -146,9 +182,10 @@ def merge_schedule(whole: dict[str, Any], args: argparse.Namespace, source: str)
     else:
         raise ArgumentError(f"--lr-decay-style {style}: DeepSpeed has no such schedule; use cosine, linear or constant")
     flags = ", ".join(given)
-    _set(whole, "scheduler.type", kind, flags, source)
+    merged.set("scheduler.type", kind, flags)
     for key, value in own.items():
-        _set(whole, f"scheduler.params.{key}", value, flags, source)
+        merged.set(f"scheduler.params.{key}", value, flags)
+    return merged.finish()
 
 
 def _check_schedule_flags(args: argparse.Namespace, lr: float) -> None:
@@ -170,21 +207,6 @@ def _steps(args: argparse.Namespace, flag: str, whole: dict[str, Any]) -> int:
     if flag.endswith("-samples"):
         return int(value // batch)
     return math.ceil(value / (batch * (args.seq_length or 1)))
-
-
-def _set(whole: dict[str, Any], path: str, value: Any, flag: str, source: str) -> None:
-    *parents, key = path.split(".")
-    target = whole
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            return  # the check of the JSON explains it
-    before = target.get(key)
-    if before not in (None, "auto") and not _same(before, value):
-        raise ArgumentError(
-            f"{flag} asks for {path} = {json.dumps(value)}, but {source} has {json.dumps(before)}; remove one of them"
-        )
-    target[key] = before if before not in (None, "auto") else value
 
 
 def _same(before: Any, value: Any) -> bool:

@@ -21,12 +21,6 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--exit-interval", type=int, help="save and stop at the next iteration that is a multiple of this"
     )
     group.add_argument("--log-interval", type=int, default=100, help="iterations per log line")
-    group.add_argument(
-        "--log-gating-interval",
-        type=int,
-        help="write the gates' choices (paper figure 9) to DeepSpeed's monitors every N iterations; default: never",
-        metavar="N",
-    )
     group.add_argument("--eval-interval", type=int, default=1000, help="iterations per validation")
     group.add_argument("--eval-iters", type=int, default=100, help="batches per validation; 0: no validation")
     group.add_argument("--save", help="directory of checkpoints; default: none are written")
@@ -34,20 +28,13 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep-last", type=int, help="checkpoints that --save keeps; default: all")
     group.add_argument(
         "--load",
-        help="directory of checkpoints to resume from (its latest), one checkpoint, or exported weights to start with",
+        help="a checkpoint, a directory of them, or exported weights",
     )
     group.add_argument(
         "--auto-resume",
         action="store_true",
-        help="resume from the newest whole checkpoint in --save; if none, from --load",
+        help="go on from the newest checkpoint in --save, else from --load",
     )
-    group.add_argument(
-        "--recompute-granularity",
-        choices=["full", "selective"],
-        help="activation checkpointing: keep the "
-        "input of each pair of blocks (full) or of each dense operator (selective)",
-    )
-    group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer")
 
 
 def add_moe(parser: argparse.ArgumentParser) -> None:
