@@ -1,12 +1,10 @@
-"""What a reader copies: the examples of docs/replace.md run and are quoted as they are, the files of examples/ are
-valid, and every command line of a page is one that the launcher and the program accept."""
+"""The files of examples/ run or are valid, and docs/replace.md quotes them as they are."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +14,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import fetch_hostfile
 from deepspeed.launcher.runner import parse_args as launcher_arguments
 
-from scmoe_ds.config.batch_sizes import batch_sizes
-from scmoe_ds.programs import evaluate as evaluate_program
-from scmoe_ds.programs import generate as generate_program
 from scmoe_ds.programs.flags.gpt import parse_arguments
-from scmoe_ds.programs.flags.swin import parse_image_arguments, swin_settings
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -31,12 +25,6 @@ RUNNABLE = {
     "digits_moe": ("--deepspeed", "--deepspeed_config", str(EXAMPLES / "digits_moe.json")),
 }
 QUOTED = ["replace_moe", "upcycle_gpt2"]
-PROGRAMS = {
-    "pretrain_gpt_scmoe.py": parse_arguments,
-    "scmoe_ds.programs.pretrain_swin": parse_image_arguments,
-}
-PAGES = ["README.md", "docs/replace.md", "ds_configs/README.md"]
-SERVING = {"generate": generate_program.build_parser, "evaluate": evaluate_program.build_parser}
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -69,55 +57,6 @@ def test_the_page_has_what_the_example_has(name: str) -> None:
     assert block is not None
     for line in block[1].splitlines():
         assert line.strip() in {*source, "", "..."}, line
-
-
-def commands(page: str) -> list[str]:
-    """The command lines of a page that start one of the two programs."""
-    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))  # lines that a backslash continues
-    return re.findall(r"^(?:\w+=\S+ )*deepspeed .*\bpretrain_\w+(?:\.py)? .*$", text, re.MULTILINE)
-
-
-LINES = {f"{page} {number}": line for page in PAGES for number, line in enumerate(commands(page), 1)}
-
-
-@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
-def test_a_command_line_of_a_page_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flags, presets, files and batch sizes; data and tokenizers are the reader's own."""
-    monkeypatch.chdir(ROOT)
-    words = shlex.split(line)
-    launcher = launcher_arguments(words[words.index("deepspeed") + 1 :])
-    args, config = PROGRAMS[launcher.user_script](launcher.user_args)
-    ranks = launcher.num_gpus if launcher.num_gpus > 0 else sum(fetch_hostfile(launcher.hostfile).values())
-    config.section.check_world(ranks)
-    batch_sizes(config.whole, ranks)
-    if launcher.user_script == "scmoe_ds.programs.pretrain_swin":
-        swin_settings(args)
-
-
-def serving(page: str) -> list[list[str]]:
-    """Program and flags of a page's command lines that serve a trained model."""
-    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))
-    lines = re.findall(
-        r"^(?:\S*scmoe |deepspeed .*--module scmoe_ds\.programs\.)((?:generate|evaluate) --.*)$", text, re.MULTILINE
-    )
-    return [shlex.split(line, comments=True) for line in lines]
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/inference.md", "docs/evaluation.md"])
-def test_serving_command_lines_are_accepted(page: str) -> None:
-    assert serving(page)
-    for program, *flags in serving(page):
-        SERVING[program]().parse_args(flags)
-
-
-def test_commands_are_found_where_the_pages_have_them() -> None:
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        assert (
-            len(commands(page)) + len(serving(page))
-            == len(re.findall(r"(?:\.py|generate|evaluate|_swin) --", text))
-            >= 1
-        )
 
 
 @pytest.mark.parametrize(("name", "slots"), [("hostfile_1x8", [8]), ("hostfile_2x8", [8, 8])])

@@ -1,7 +1,7 @@
 """Writes the model weights of a checkpoint of pretrain_gpt_scmoe.py as safetensors. --load starts a run with them.
 
 scmoe convert export checkpoints/run out --dtype bf16
-scmoe convert residual-to-scmoe checkpoints/residual_moe out --position pos2
+scmoe convert residual-to-scmoe checkpoints/residual_moe out_scmoe --position pos2
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Trains a SwinV2-MoE with ScMoE layers: arguments → images → model → engine → loop.
 
-deepspeed --module scmoe_ds.programs.pretrain_swin --deepspeed_config ds_configs/swin_digits_cpu.json …
+deepspeed --module scmoe_ds.programs.pretrain_swin --preset swin-digits \\
+    --deepspeed_config ds_configs/swin_digits_cpu.json --train-iters 300
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Is a step faster with ScMoE on this machine, and why? Times whole training steps, and says what they mean.
 
     deepspeed --module scmoe_ds.programs.report --deepspeed_config X.json --num-layers 4 …
-    scmoe report --deepspeed_config X.json …          (one process, nothing to communicate)
+    scmoe report --deepspeed_config X.json …          # one process, nothing to communicate
 
 The flags are those of pretrain_gpt_scmoe.py; tokens are random. Three variants take turns: the model of the JSON, the
 same without overlap, and the same model with DeepSpeed's own top-k layer, as DeepSpeed runs it.
