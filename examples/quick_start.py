@@ -38,7 +38,7 @@ MODEL = (
     f"--hidden-dropout 0 --attention-dropout 0 --split {SPLIT}"
 ).split()
 LOOP = (
-    f"--train-iters {ITERATIONS} --log-interval 30 --eval-interval 150 --eval-iters 10 --save {SAVE} "
+    f"--train-iters {ITERATIONS} --log-interval 50 --eval-interval 150 --eval-iters 10 --save {SAVE} "
     f"--scmoe-trace {TRACED} --scmoe-trace-dir {RUN}"
 ).split()
 PROMPT = "def main("
@@ -83,6 +83,12 @@ def run(line: list[str], environment: dict[str, str] | None = None) -> int:
             return process.wait()
         except KeyboardInterrupt:
             continue
+
+
+def output_of(line: list[str]) -> str:
+    """What a command prints to stdout; to stderr, if it fails."""
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    return (done.stderr if done.returncode else done.stdout).rstrip()
 
 
 def held_out_text() -> bytes:
@@ -140,7 +146,7 @@ def show_result() -> None:
     generate = ["scmoe", "generate", "--load", SAVE]
     prompt = ["--prompt", PROMPT, "--max-new-tokens", "80", "--temperature", "0.8"]
     print(f"\n{shlex.join([*generate, *prompt])}", flush=True)
-    run([str(BIN / "scmoe"), *generate[1:], *prompt])
+    print(output_of([str(BIN / "scmoe"), *generate[1:], *prompt]))
     curve, trace = f"{RUN}/loss.png", f"{RUN}/scmoe_trace_iteration_{TRACED}"
     try:
         with imports_of("plots", "the loss curve"):
@@ -148,7 +154,7 @@ def show_result() -> None:
     except MissingPackageError as error:
         curve = str(error)
     board = f"tensorboard --logdir {RUN}" if has("tensorboard") else 'pip install "scmoe_ds[plots]", and train again'
-    print(f"\nNext, with the programs in {BIN}:")
+    print(f"\nnext, with the programs in {BIN}:")
     print(f"  loss curve   {curve}")
     print(f"  dashboard    scmoe dashboard {SAVE}")
     if (ROOT / f"{trace}.json").is_file():

@@ -27,7 +27,7 @@ def quick_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "run", lambda line, environment=None: print("run:", *line[1:]) or 0)
+    monkeypatch.setattr(module, "output_of", lambda line: " ".join(["run:", *line[1:]]))
     (tmp_path / "data").mkdir()
     (tmp_path / module.RUN).mkdir(parents=True)
     write_indexed_dataset(str(tmp_path / module.CORPUS), ([*TEXT[:500], 256] for _ in range(20)), 257)

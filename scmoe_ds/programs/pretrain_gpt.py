@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -103,7 +101,7 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     if datasets.test is not None and summary.iteration >= args.train_iters:
         test_loss = trainer.evaluate(datasets.test)
     if dist.get_rank() == 0:
-        report(summary, whole, datasets, test_loss)
+        report(summary, datasets, test_loss)
     return summary
 
 
@@ -154,27 +152,18 @@ def load_data(
     return datasets
 
 
-def report(summary: Summary, whole: Mapping[str, Any], datasets: Datasets, test_loss: float | None) -> None:
+def report(summary: Summary, datasets: Datasets, test_loss: float | None) -> None:
     """The last lines of a run."""
-    board = whole.get("tensorboard", {})
     loss = summary.validation_loss
-    print(f"\nfinished at iteration {summary.iteration}")
+    print(f"finished at iteration {summary.iteration}: {summary.tokens_per_second:.0f} tokens per second")
     if loss is not None:
-        print(f"  validation loss        {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}")
         entropy = validation_entropy(datasets.valid)
-        if entropy is not None:
-            print(
-                f"  its unigram entropy    {entropy:.4f} nats per token (what a model that knows token frequencies "
-                "only could reach)"
-            )
+        alone = "" if entropy is None else f"; unigram entropy {entropy:.4f} (from how often each token occurs)"
+        print(f"  validation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}{alone}")
     if test_loss is not None:
-        print(f"  test loss              {test_loss:.4f} nats per token")
-    print(f"  speed                  {summary.tokens_per_second:.0f} tokens per second")
-    print(
-        f"  checkpoint             {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}"
-    )
-    if board.get("enabled"):
-        print(f"  TensorBoard log        {os.path.join(board.get('output_path', ''), board.get('job_name', ''))}")
+        print(f"  test loss {test_loss:.4f} nats per token")
+    if summary.checkpoint is None:
+        print("  no checkpoint: --save was not given, or nothing was left to train")
 
 
 if __name__ == "__main__":

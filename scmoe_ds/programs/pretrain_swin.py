@@ -88,14 +88,14 @@ def check_agreement(sets: ImageSets) -> None:
 
 def report(summary: Summary, trainer: ImageTrainer) -> None:
     """The last lines of a run."""
-    print(f"\nfinished at iteration {summary.iteration}")
+    print(f"finished at iteration {summary.iteration}: {summary.tokens_per_second:.0f} images per second")
     if summary.validation_loss is not None and trainer.log.accuracy is not None:
         print(
-            f"  accuracy      {100 * trainer.log.accuracy:.2f} % of the validation images, loss "
+            f"  accuracy {100 * trainer.log.accuracy:.2f} % of the validation images, loss "
             f"{summary.validation_loss:.4f} nats"
         )
-    print(f"  speed         {summary.tokens_per_second:.0f} images per second")
-    print(f"  checkpoint    {summary.checkpoint or 'none (--save was not given, or nothing was left to train)'}")
+    if summary.checkpoint is None:
+        print("  no checkpoint: --save was not given, or nothing was left to train")
 
 
 if __name__ == "__main__":

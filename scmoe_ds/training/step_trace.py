@@ -45,8 +45,7 @@ class StepTrace:
             say("--scmoe-trace: nothing to draw; DeepSpeed's own layers are not recorded")
             return
         try:
-            for path in save_timeline(spans, self.directory, iteration):
-                say(f"wrote {path}")
+            say(f"wrote {' and '.join(map(str, save_timeline(spans, self.directory, iteration)))}")
         except Exception as error:  # on rank 0 alone; a picture is no reason to stop
             say(f"--scmoe-trace: not written: {error}")
 

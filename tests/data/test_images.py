@@ -160,7 +160,9 @@ def test_every_row_of_the_table_is_a_command_line_that_parses() -> None:
 
 
 def test_the_table_has_mean_and_range() -> None:
-    text = "\nfinished at iteration 5\n  accuracy      96.10 % of the validation images, loss 0.2000 nats\n"
+    text = (
+        "finished at iteration 5: 9 images per second\n  accuracy 96.10 % of the validation images, loss 0.2000 nats\n"
+    )
     runs = [digits.last_lines(text), digits.last_lines(text.replace("96.10", "97.10").replace("0.2", "0.4"))]
     record = {
         "command": "c",
