@@ -7,6 +7,8 @@ import re
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from scmoe_ds.config.unread_section import watch_engines
+
 if TYPE_CHECKING:
     from scmoe_ds.config.section import ScMoEConfig
     from scmoe_ds.engine.initialize import initialize
@@ -67,3 +69,4 @@ def _check_deepspeed() -> None:
 
 
 _check_deepspeed()
+watch_engines()
