@@ -154,8 +154,6 @@ def judge(plan: Plan, directory: Path, output: Path) -> None:
         "--deepspeed_config",
         str(config),
         *plan.model_flags(),
-        "--save",
-        str(directory),
     )
     shutil.copy(fresh, times)
     _call(

@@ -1,5 +1,7 @@
-"""Predicts whether ScMoE pays for a model on a machine. Reads a similarity record and a calibration's times; needs
-neither model nor machine.
+"""Predicts whether ScMoE pays for a model on a machine. Reads a similarity record and a calibration's times of that
+model; needs neither model nor machine.
+
+Times decide. Similarity is a hint: it decides nothing, because in our own runs it foretold nothing (QUALITY_RUNS).
 
 A calibration is for one position. The backbone of Pos-1 is the end of Pos-2's, which is the end of Pos-3's. Therefore
 the timed operators also give other positions; a position with an operator that was not timed is left out.
@@ -7,22 +9,36 @@ the timed operators also give other positions; a position with an operator that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from scmoe_ds.analysis.records import read_json
 from scmoe_ds.analysis.similarity import POSITIONS
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import AnalysisError, ScMoEConfigError
+from scmoe_ds.models.identity import Identity, differences
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration_file import Description, find_times
 from scmoe_ds.planner.plan import BreakEven, Mode, Plan, break_even, plan, simulate
+from scmoe_ds.planner.speed_text import NOTICEABLE, change, compared
 from scmoe_ds.planner.times import SHARED, ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
+_OLD = "an earlier version of scmoe_ds wrote it; "
 MODES: tuple[Mode, ...] = ("forward", "train")
-MIN_SPEEDUP = 1.01  # less is "next to nothing", as in the log of a calibration
+DEFAULT: str = ScMoEConfig.model_fields["position"].default
+QUALITY_RUNS = (
+    ("Pos-1", "0.995, 0.999", "−0.020 ± 0.006"),
+    ("Pos-2", "0.13, 0.99", "−0.046 ± 0.004"),
+    ("Pos-2, in the first MoE layer Pos-1", "0.995, 0.99", "−0.020 ± 0.005"),
+    ("Pos-3", "0.08, 0.99", "−0.045 ± 0.005"),
+)
+"""Position, similarity in both MoE layers, loss less that of top-2 (CG-1, three seeds, nats per token) of
+benchmarks/results/quality.md and analyses.md."""
 BACKBONES = {
     "pos1": ("attention", "shared"),
     "pos2": ("mlp", "attention", "shared"),
@@ -44,6 +60,11 @@ class Prediction:
         """Against the same layer without overlap, and against the standard MoE."""
         fast = self.plan.predicted.total_ms
         return (self.plan.serial.total_ms / fast, self.standard_ms / fast) if fast else (1.0, 1.0)
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is noticeably faster than both."""
+        return all(change(speedup) == "gain" for speedup in self.speedups)
 
     @property
     def saved_ms(self) -> float:
@@ -118,6 +139,7 @@ class _Record(_Part):
     """The part of a similarity record that the page shows."""
 
     model: str
+    identity: dict[str, Any]
     verdict: _Verdict
 
 
@@ -126,6 +148,8 @@ def read_similarity(path: str) -> dict[str, Any]:
     record = read_json("--similarity", path)
     if not isinstance(record, dict) or record.get("kind") != "similarity":
         raise AnalysisError(f'--similarity {path} is no record of "similarity", which scmoe analyze writes')
+    if "verdict" in record and "identity" not in record:
+        raise AnalysisError(f"--similarity {path} does not say which model it is of: {_OLD}run the analysis again")
     try:
         return _Record.model_validate(record).model_dump()
     except ValidationError as error:
@@ -136,8 +160,16 @@ def read_similarity(path: str) -> dict[str, Any]:
         ) from None
 
 
-def read_times(path: str) -> list[tuple[Description, OperatorTimes]]:
-    """Description and times of every kind of layers in a "calibration_file"; an AnalysisError if it has none."""
+@dataclass(frozen=True)
+class Times:
+    """A "calibration_file": which model it is of; description and times of every kind of layers."""
+
+    identity: Identity
+    kinds: Sequence[tuple[Description, OperatorTimes]]
+
+
+def read_times(path: str) -> Times:
+    """Raises an AnalysisError if the file has no times, or does not say of which model."""
     saved, source = read_json("--calibration", path), f"--calibration {path}"
     if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):
         raise AnalysisError(
@@ -146,16 +178,33 @@ def read_times(path: str) -> list[tuple[Description, OperatorTimes]]:
         )
     if not saved:
         raise AnalysisError(f"{source} has no times; measure them with scmoe report")
-    found = []
+    kinds = []
     for entry in saved:
         description = entry.get("description") if isinstance(entry.get("description"), dict) else {}
         try:
-            found += [(description, times) for times in find_times([entry], [description], (1,), source)]
+            kinds += [(description, times) for times in find_times([entry], [description], (1,), source)]
         except ScMoEConfigError as error:
             raise AnalysisError(str(error)) from None
         if type(top_k := description.get("top_k", 1)) is not int or not 1 <= top_k <= 10**6:
             raise AnalysisError(f"{source} is damaged: top_k {str(top_k)[:40]!r} is no number of experts")
-    return found
+    identity = saved[0].get("identity")
+    if not isinstance(identity, dict):
+        raise AnalysisError(
+            f"{source} does not say which model it is of: {_OLD}remove it, and measure again with scmoe report"
+        )
+    if any(entry.get("identity") != identity for entry in saved):
+        raise AnalysisError(f"{source} has times of several models; measure again with scmoe report")
+    return Times(identity, kinds)
+
+
+def check_one_model(similarity: str, of_similarity: Identity, calibration: str, of_times: Identity) -> None:
+    """Raises an AnalysisError if the files of these names are of models of other sizes, or have no size in common."""
+    files = f"--similarity {similarity} and --calibration {calibration}"
+    if found := differences(of_similarity, of_times):
+        listed = "; ".join(found)[:300]
+        raise AnalysisError(f"{files} are of two models ({listed}): measure both of one model")
+    if not of_similarity.keys() & of_times.keys():
+        raise AnalysisError(f"{files} do not say whether they are of one model: no size stands in both; measure again")
 
 
 def study(description: Description, times: OperatorTimes) -> KindStudy:
@@ -194,41 +243,37 @@ def _predict(times: OperatorTimes, top_k: int, mode: Mode) -> Prediction:
     return Prediction(plan(times, mode), standard_ms, break_even(times, mode))
 
 
-def settings(position: str, verdict: Mapping[str, Any]) -> dict[str, str | None] | None:
-    """The JSON settings for a position that the similarity allows in all MoE layers, or in all but the first."""
-    layers = verdict["positions"][position]["layers"]
-    below = [layer for layer in layers if layer["cosine"] < verdict["threshold"]]
-    if layers and not below:
-        return {"position": position, "first_layer_position": None}
-    if len(layers) < 2 or below != layers[:1]:
-        return None
-    others = {
-        name: layer["cosine"]
-        for name in POSITIONS
-        for layer in verdict["positions"][name]["layers"]
-        if all(layer[key] == below[0][key] for key in ("stage", "block"))
-    }
-    first = max(others, key=lambda name: others[name])
-    return {"position": position, "first_layer_position": first} if others[first] >= verdict["threshold"] else None
+def conclude(kinds: Sequence[KindStudy]) -> tuple[str, str | None]:
+    """ "pays …", "does not pay …" or "cannot be said …", and the best position by times.
 
-
-def conclude(kind: KindStudy, verdict: Mapping[str, Any]) -> tuple[str, str | None, dict[str, str | None] | None]:
-    """ "pays", "pays if …", "does not pay" or "cannot be said", with the position and its settings."""
-    known = {name: each.predictions["train"] for name, each in kind.positions.items() if each.predictions}
-    if not kind.communication_ms("forward") + kind.communication_ms("backward"):
-        return "does not pay: nothing travels between the ranks, there is no communication to hide", None, None
+    One position has to pay for all kinds of layers, because a JSON has one. Similarity does not choose. Among positions
+    that save about the same, the default is taken: it did best in our quality runs.
+    """
+    known: dict[str, list[Prediction]] = {}
+    for name, kind in itertools.product(POSITIONS, kinds):
+        if found := kind.positions[name].predictions:
+            known.setdefault(name, []).append(found["train"])
+    if not any(kind.communication_ms(phase) for kind in kinds for phase in ("forward", "backward")):
+        return "does not pay: nothing travels between the ranks, there is no communication to hide", None
     if not known:
-        return "cannot be said from this calibration: no position has all of its operators timed", None, None
-    fast = {name: each for name, each in known.items() if min(each.speedups) >= MIN_SPEEDUP}
-    if not fast:
-        best = max(known, key=lambda name: known[name].saved_ms)
-        return "does not pay: it is predicted to gain next to nothing", best, None
-    found = {name: chosen for name in fast if (chosen := settings(name, verdict))}
-    if found:
-        # A tap closer to the MoE is at least as similar, so a farther one must save more.
-        best = max(found, key=lambda name: (round(fast[name].saved_ms, 3), -POSITIONS.index(name)))
-        return "pays", best, found[best]
-    least = {name: verdict["positions"][name]["least"] for name in fast}
-    best = max(fast, key=lambda name: -2.0 if least[name] is None else least[name])
-    word = "pays if training with this shortcut keeps the quality, which the similarity does not promise"
-    return word, best, {"position": best, "first_layer_position": None}
+        return "cannot be said from this calibration: no position has all of its operators timed", None
+    pays = [name for name, of_kinds in known.items() if all(each.pays for each in of_kinds)]
+    saved = {name: fmean(each.saved_ms for each in of_kinds) for name, of_kinds in known.items()}
+    best = max(pays or known, key=lambda name: saved[name])
+    if DEFAULT in (pays or known):
+        about_the_same_ms = (NOTICEABLE - 1) * fmean(each.plan.serial.total_ms for each in known[DEFAULT])
+        best = DEFAULT if saved[best] - saved[DEFAULT] <= about_the_same_ms else best
+    title = f"Pos-{best[-1]}"
+    if not pays:
+        slowest = min(known[best], key=lambda each: min(each.speedups))
+        overlap, standard = slowest.speedups
+        return (
+            f"does not pay: at {title}, the best position, a pair {compared(standard, _standard(kinds))} and "
+            f"{compared(overlap, 'the same without overlap')}, predicted",
+            best,
+        )
+    return f"pays at {title}, by these times; what it does to the quality, only training says", best
+
+
+def _standard(kinds: Sequence[KindStudy]) -> str:
+    return f"top-{kinds[0].top_k + 1} MoE"

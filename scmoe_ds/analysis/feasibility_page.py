@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from scmoe_ds.analysis import markdown
-from scmoe_ds.analysis.feasibility import MODES, KindStudy, conclude
+from scmoe_ds.analysis.feasibility import MODES, QUALITY_RUNS, KindStudy, Prediction, conclude
+from scmoe_ds.analysis.similarity import POSITIONS
 from scmoe_ds.errors import AnalysisError
 from scmoe_ds.planner.schedule_text import schedule_text
+from scmoe_ds.planner.speed_text import compared
 
 Part = str | tuple[str, Any]
 """A paragraph, an HTML tag ("h1", "h2", "pre", "img") and its text, or "table" and its rows."""
@@ -40,47 +42,78 @@ def _ms(*values: float | None) -> list[str]:
 
 def parts(record: dict[str, Any], kinds: list[KindStudy]) -> list[Part]:
     """The page from top to bottom."""
-    verdict = record["verdict"]
     named = [f", kind {n} of {len(kinds)} of MoE layers" if len(kinds) > 1 else "" for n in range(1, len(kinds) + 1)]
+    sizes = ", ".join(f"{name}: {value}" for name, value in record["identity"].items())
     page: list[Part] = [
         ("h1", "Would ScMoE pay?"),
-        f"Similarity was measured in {record['model']}. The files do not tell whether the times are of that model. "
-        "A JSON has one position for all kinds of MoE layers.",
+        f"Similarity was measured in {record['model']}, times in a model of the same sizes ({sizes}). A JSON has one "
+        "position for all kinds of MoE layers.",
+        ("h2", "Conclusion"),
+        *_conclusion(kinds, record["verdict"], named),
     ]
-    for name, kind in zip(named, kinds, strict=True):
-        page += [("h2", f"Conclusion{name}"), *_conclusion(kind, verdict)]
-    rows = [["position", "mean cosine (measured)", "least (measured)", f"at the threshold {verdict['threshold']}"]]
-    for position, found in verdict["positions"].items():
-        cosines = ["" if found[key] is None else f"{found[key]:.3f}" for key in ("mean", "least")]
-        rows.append([_title(position), *cosines, "passes" if found["passes"] else "does not pass"])
-    page += [("h2", "Similarity"), ("table", rows), *verdict["text"]]
+    page += [("h2", "Similarity, a hint"), *_similarity(record["verdict"])]
     for name, kind in zip(named, kinds, strict=True):
         page += [("h2", f"Times{name}"), *_times(kind), ("h2", f"Predictions{name}"), *_predictions(kind)]
     return [*page, ("h2", "Windows and communication"), ("img", "window against communication by position, measured")]
 
 
-def _conclusion(kind: KindStudy, verdict: dict[str, Any]) -> list[Part]:
-    word, position, settings = conclude(kind, verdict)
-    found: list[Part] = [f"ScMoE {word}."]
-    if position is not None:
-        each, least = kind.positions[position].predictions["train"], verdict["positions"][position]["least"]
-        faster = "faster" if each.hidden_ms > each.limits.shared_ms else "not faster"
-        similar = "no MoE layer has such a tap" if least is None else f"the least similar MoE layer has {least:.3f}"
-        if settings and settings["first_layer_position"]:
-            similar += f"; it is the first one, which {_title(settings['first_layer_position'])} suits"
-        found.append(
-            f"{_title(position)}, predicted for training: {each.plan.predicted.hidden_share:.0%} of the "
-            f"communication hidden, {each.speedups[0]:.2f} × as fast as without overlap, "
-            f"{each.speedups[1]:.2f} × as fast as top-{kind.top_k + 1} MoE without a shared expert; {faster} "
-            f"than top-{kind.top_k} without one: {each.hidden_ms:.2f} ms are hidden, the shared expert takes "
-            f"{each.limits.shared_ms:.2f} ms. Similarity: {similar}."
-        )
-    found += [
-        f'{_title(name)} is left out, {each.source}; a "scmoe" calibration at "position": "{name}" has it.'
-        for name, each in kind.positions.items()
-        if not each.predictions
+def _conclusion(kinds: list[KindStudy], verdict: dict[str, Any], named: list[str]) -> list[Part]:
+    word, best = conclude(kinds)
+    rows = [["position", "training, predicted from shortcut to join", "by time", "similarity, a hint"]]
+    for position, (kind, name) in itertools.product(POSITIONS, zip(kinds, named, strict=True)):
+        study, hint = kind.positions[position], _hint(verdict, position)
+        if each := study.predictions.get("train"):
+            row = [_speeds(kind, each), "pays" if each.pays else "does not pay", hint]
+        else:
+            row = [f'{study.source}; a calibration at "position": "{position}" has it', "", hint]
+        rows.append([_title(position) + name, *row])
+    found: list[Part] = [f"ScMoE {word}.", ("table", rows)]
+    if best is not None and word.startswith("pays"):
+        found.append(("pre", json.dumps({"scmoe": {"position": best}}, indent=2)))
+    return found
+
+
+def _speeds(kind: KindStudy, each: Prediction) -> str:
+    overlap, standard = each.speedups
+    text = (
+        f"{each.plan.predicted.hidden_share:.0%} of the communication hidden; "
+        f"{compared(overlap, 'without overlap')}; {compared(standard, f'top-{kind.top_k + 1}')}"
+    )
+    than = f"top-{kind.top_k} without a shared expert"
+    faster = "faster" if each.hidden_ms > each.limits.shared_ms else "not faster"
+    return (
+        f"{text}; {faster} than {than} ({each.hidden_ms:.2f} ms hidden, shared expert {each.limits.shared_ms:.2f} ms)"
+    )
+
+
+def _hint(verdict: dict[str, Any], position: str) -> str:
+    layers = verdict["positions"][position]["layers"]
+    if not layers:
+        return "no MoE layer has such a tap"
+    unlike = [layer for layer in layers if layer["cosine"] < verdict["threshold"]]
+    least = f"least {min(layer['cosine'] for layer in layers):.3f}"
+    return f"unlike in {len(unlike)} of {len(layers)} MoE layers ({least})" if unlike else f"alike ({least})"
+
+
+def _similarity(verdict: dict[str, Any]) -> list[Part]:
+    rows = [["position", "mean cosine (measured)", "least (measured)", f"alike: at least {verdict['threshold']}"]]
+    for position, found in verdict["positions"].items():
+        cosines = ["" if found[key] is None else f"{found[key]:.3f}" for key in ("mean", "least")]
+        rows.append([_title(position), *cosines, _hint(verdict, position)])
+    runs = [
+        ["our runs", "cosine in both MoE layers of top-2", "loss less that of top-2, nats"],
+        *map(list, QUALITY_RUNS),
     ]
-    return [*found, ("pre", json.dumps({"scmoe": settings}, indent=2))] if settings else found
+    return [
+        "How alike the two ends of a shortcut are does not say how well a model learns with it. In our own small "
+        "models, trained from scratch, shortcuts of low similarity had the lowest loss "
+        "(benchmarks/results/quality.md):",
+        ("table", runs),
+        "In a model whose experts are trained already, an unlike tap feeds them another input than they know; what "
+        "that costs, and how soon training makes up for it, only a training says. Measured here:",
+        ("table", rows),
+        *verdict["text"],
+    ]
 
 
 def _times(kind: KindStudy) -> list[Part]:
@@ -102,12 +135,16 @@ def _times(kind: KindStudy) -> list[Part]:
 
 def _predictions(kind: KindStudy) -> list[Part]:
     top, standard = f"top-{kind.top_k}", f"top-{kind.top_k + 1} without shared expert"
-    rows = [f"position|mode|schedule|hidden|ScMoE ms|without overlap ms|speed-up|{standard} ms|speed-up".split("|")]
+    rows = [
+        f"position|mode|schedule|hidden|ScMoE ms|without overlap ms|times as fast|{standard} ms|times as fast".split(
+            "|"
+        )
+    ]
     limits = [f"position|mode|hidden ms|to beat {top}: above, ms|longest all-to-all hidden completely, ms".split("|")]
     for (name, position), mode in itertools.product(kind.positions.items(), MODES):
         first, totals, limit = [_title(name), "training" if mode == "train" else mode], [""] * 7, [""] * 3
         if each := position.predictions.get(mode):
-            overlap, gain = (f"{speedup:.2f} ×" for speedup in each.speedups)
+            overlap, gain = (f"{speedup:.2f} ×" for speedup in each.speedups)  # below 1: slower
             costs = each.plan.predicted
             fast, serial, other = _ms(costs.total_ms, each.plan.serial.total_ms, each.standard_ms)
             chosen, hidden = schedule_text(each.plan.schedule), f"{costs.hidden_share:.0%}"

@@ -20,8 +20,9 @@ from scmoe_ds.analysis.subjects import Subject
 from scmoe_ds.errors import AnalysisError
 
 THRESHOLD = 0.8
-"""Least cosine similarity between the two ends of a shortcut. Below it the shortcut feeds the experts something else
-than the layer they were trained for: expect loss of quality."""
+"""Cosine similarity from which on the two ends of a shortcut are called alike. A hint, no limit: below it, experts that
+are trained already get another input than they know; but models that were trained from scratch with such a shortcut
+learnt better (benchmarks/results/quality.md)."""
 POSITIONS = ("pos1", "pos2", "pos3")
 _ELEMENTS_AT_ONCE = 1 << 23
 """N * T * D that are converted to float64 together: 64 MiB."""
@@ -229,14 +230,15 @@ def _sentence(position: str, found: dict[str, Any], is_own: bool) -> str:
     ends = f"{title} ({found['layers'][0]['from']} → {found['layers'][0]['to']}, …)"
     numbers = f"mean cosine similarity {found['mean']:.3f}, least {found['least']:.3f}"
     if not below:
-        return f"{ends}: {numbers}; passes the threshold of {THRESHOLD} in all {len(found['layers'])} MoE layers"
+        return f"{ends}: {numbers}; alike (at least {THRESHOLD}) in all {len(found['layers'])} MoE layers"
     where = ", ".join(f"{layer['from']} → {layer['to']} ({layer['cosine']:.3f})" for layer in below)
     consequence = (
-        "there the shortcut feeds the experts another input than they were trained for; expect loss of quality"
+        "there a shortcut feeds experts that are trained already another input than they know; a hint only, since "
+        "models trained from scratch with such a shortcut did better (benchmarks/results/quality.md)"
     )
     if is_own:
         consequence = "the experts of this model were trained with this shortcut, and on what it feeds them there"
     return (
-        f"{ends}: {numbers}; below the threshold of {THRESHOLD} in {len(below)} of {len(found['layers'])} MoE "
+        f"{ends}: {numbers}; unlike (below {THRESHOLD}) in {len(below)} of {len(found['layers'])} MoE "
         f"layers ({where}): {consequence}"
     )

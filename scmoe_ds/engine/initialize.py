@@ -24,6 +24,7 @@ from scmoe_ds.engine.client_optimizer import add_new_parameters, in_groups, list
 from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.models.identity import identity
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
@@ -181,7 +182,9 @@ def overlap_of(
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
     own = [describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]
     choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))
-    overlap = Calibrator(pairs, section.overlap, device(), "train", from_rank_zero(lambda: own))
+    overlap = Calibrator(
+        pairs, section.overlap, device(), "train", from_rank_zero(lambda: own), identity=identity(model)
+    )
     overlap.watch(model)
     log(*describe_schedules(pairs, model, overlap))
     return overlap

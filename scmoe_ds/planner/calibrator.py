@@ -95,6 +95,7 @@ class Calibrator:
         mode: which passes are timed.
         descriptions: for each pair, all that its times depend on, the same on every rank; None: the pairs' own facts.
         transport: the all-to-all of this mode's passes; None: as the layers have it.
+        identity: sizes of the model, for files: whoever reads one wants to know which model it is of.
 
     Attributes:
         schedules: of each pair.
@@ -113,11 +114,12 @@ class Calibrator:
         mode: Mode = "train",
         descriptions: Sequence[Description] | None = None,
         transport: Transport | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         if mode != "train":
             settings = settings.model_copy(update={"num_chunks": 1, "calibration_file": None})
         self.pairs, self.settings, self.device = list(pairs), settings, device
-        self.mode, self.transport = mode, transport
+        self.mode, self.transport, self.identity = mode, transport, dict(identity or {})
         self.schedules = [pair.schedule for pair in pairs]
         self.kinds = _kinds([pair.facts() for pair in pairs] if descriptions is None else descriptions)
         self.calibrating = False
@@ -180,7 +182,10 @@ class Calibrator:
     def state(self) -> list[dict[str, Any]] | None:
         """The measured times for a checkpoint or a file; None before they are known."""
         known = [(kind.description, kind.times) for kind in self.kinds if kind.times is not None]
-        return [{"description": dict(each), "times": times.model_dump(mode="json")} for each, times in known] or None
+        return [
+            {"identity": self.identity, "description": dict(each), "times": times.model_dump(mode="json")}
+            for each, times in known
+        ] or None
 
     def resume(self, saved: list[dict[str, Any]] | None) -> None:
         """Takes the times of a checkpoint instead of measuring again, if they are of this model on this hardware.

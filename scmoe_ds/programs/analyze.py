@@ -37,6 +37,7 @@ from scmoe_ds.data.text_file import read_text
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import ArgumentError, imports_of
 from scmoe_ds.inference.load import Loaded, load_trained
+from scmoe_ds.models.identity import identity
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.analysis import build_parser, check
 from scmoe_ds.programs.flags.checks import flag_of
@@ -61,13 +62,14 @@ def _feasibility(args: argparse.Namespace) -> None:
     if missing := [name for name, value in vars(args).items() if value is None]:
         raise ArgumentError(f"{flag_of(missing[0])} is missing")
     record = feasibility.read_similarity(args.similarity)
-    kinds = [feasibility.study(*each) for each in feasibility.read_times(args.calibration)]
+    times = feasibility.read_times(args.calibration)
+    feasibility.check_one_model(args.similarity, record["identity"], args.calibration, times.identity)
+    kinds = [feasibility.study(*each) for each in times.kinds]
     with imports_of("plots", "the page's figure"):
         from scmoe_ds.analysis import feasibility_page  # matplotlib takes a second to import
 
     paths = feasibility_page.write(record, kinds, args.output_prefix)
-    lines = [f"ScMoE {feasibility.conclude(kind, record['verdict'])[0]}" for kind in kinds]
-    print("\n".join([*lines, *(f"wrote {path}" for path in paths)]), flush=True)
+    print(f"ScMoE {feasibility.conclude(kinds)[0]}", *(f"wrote {path}" for path in paths), sep="\n", flush=True)
 
 
 def analyze(args: argparse.Namespace) -> None:
@@ -92,15 +94,26 @@ def _similarity(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if args.images is not None:
         return _similarity_of_images(args)
     if args.hf_model is not None:
-        subject = hugging_face_subject(open_hugging_face(args.hf_model, args.dtype, device()), args.moe_every)
-        name, tokenizer = args.hf_model, None
+        model = open_hugging_face(args.hf_model, args.dtype, device())
+        subject, name, tokenizer = hugging_face_subject(model, args.moe_every), args.hf_model, None
     else:
         loaded = _open(args, args.load)
-        subject, name, tokenizer = gpt_subject(loaded.model, args.moe_every), str(loaded.trained.path), loaded.tokenizer
+        model, name, tokenizer = loaded.model, str(loaded.trained.path), loaded.tokenizer
+        subject = gpt_subject(model, args.moe_every)
     sequences = _sequences(args, subject, tokenizer)
     found = similarity.measure(subject, sequences.batches(args.batch_size))
     verdict = similarity.verdict(found, subject.moe_blocks, subject.distance, subject.trained)
-    return {"model": name, "seq_length": sequences.seq_length, **found.record(), "verdict": verdict}, verdict["text"]
+    record = {"model": name, "identity": _identity(model, subject), "seq_length": sequences.seq_length}
+    return {**record, **found.record(), "verdict": verdict}, verdict["text"]
+
+
+def _identity(model: Any, subject: Subject) -> dict[str, Any]:
+    """Of the model with an MoE where the analysis supposes one."""
+    blocks = [block for _, block in subject.moe_blocks]
+    found = identity(model)
+    if found.get("moe_blocks", blocks) != blocks:  # --moe-every: it says nothing of the experts there
+        found.pop("num_experts", None)
+    return {**found, "moe_blocks": blocks}
 
 
 def _similarity_of_images(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -111,7 +124,7 @@ def _similarity_of_images(args: argparse.Namespace) -> tuple[dict[str, Any], lis
     subject = swin_subject(model)
     found = similarity.measure(subject, swin.image_batches(args.images, model, args.batch_size, args.max_images))
     verdict = similarity.verdict(found, subject.moe_blocks)
-    return {"model": name, **found.record(), "verdict": verdict}, verdict["text"]
+    return {"model": name, "identity": identity(model), **found.record(), "verdict": verdict}, verdict["text"]
 
 
 def _gating(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

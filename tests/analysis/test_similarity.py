@@ -219,11 +219,11 @@ def test_verdict() -> None:
         assert [layer["cosine"] for layer in layers] == [float(cosine[a, b]) for a, b in pairs]
         assert result["positions"][position]["passes"] is False
     assert result["text"][0].startswith("Pos-1 (block 0 MLP → block 1 attention, …)")
-    assert "expect loss of quality" in result["text"][0] and "in 2 of 2 MoE layers" in result["text"][0]
+    assert "a hint only" in result["text"][0] and "in 2 of 2 MoE layers" in result["text"][0]
     own = verdict(found, [(0, 1), (0, 3)], trained="pos1")["text"]
     assert "experts of this model were trained with this shortcut" in own[0] and own[1:] == result["text"][1:]
     good = verdict(Similarity(tuple(each), cosine * 0 + 0.9, cosine, torch.ones(9), 7), [(0, 1), (0, 3)])
-    assert good["positions"]["pos3"]["passes"] and "passes the threshold of 0.8 in all 2" in good["text"][2]
+    assert good["positions"]["pos3"]["passes"] and "alike (at least 0.8) in all 2" in good["text"][2]
     every = verdict(found, [(0, 0), (0, 1), (0, 2), (0, 3)])["positions"]
     assert [len(every[position]["layers"]) for position in ("pos1", "pos2", "pos3")] == [4, 3, 3]
     assert every["pos1"]["layers"][0]["from"] == "input" and every["pos3"]["layers"][0]["from"] == "input"

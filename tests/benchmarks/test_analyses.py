@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.quality import analyses
 from benchmarks.quality.text_corpus import Corpus
+from scmoe_ds.programs.flags import report
 from scmoe_ds.programs.flags.analysis import build_parser, check
 from scmoe_ds.programs.flags.gpt import parse_arguments
 
@@ -72,7 +73,7 @@ def test_commands(commands: list[list[str]], tmp_path: Path) -> None:
     # The page reads what the commands before it write.
     *_, launch, _ = commands
     assert found[-1].similarity == found[0].output
-    _, config = parse_arguments(launch[launch.index("scmoe_ds.programs.report") + 1 :])
+    _, config = report.parse_arguments(launch[launch.index("scmoe_ds.programs.report") + 1 :])
     assert config.section.expert_parallel_size == 2 and Path(found[-1].calibration) == Path(
         "out/of/analysis_times.json"
     )

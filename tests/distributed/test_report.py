@@ -53,7 +53,8 @@ def test_report_says_what_overlap_is_worth(tmp_path: Path) -> None:
     # Which number of chunks is chosen is a matter of the measured times: the others are told in any case.
     assert len(re.findall(r"^choice for .*\(others: .*[24] chunks of experts at", done.stdout, re.MULTILINE)) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ds.json", "times.json"], "it keeps the times alone"
-    assert json.loads(file.read_text())[0]["times"]
+    identity = json.loads(file.read_text())[0]["identity"]
+    assert identity["hidden_size"] == 32 and identity["moe_blocks"] == [1] and identity["num_experts"] == [4]
 
 
 def test_a_bad_setting_is_one_message(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_program(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> N
     assert "Pos-2 (block 0 attention → block 1 attention, …): mean cosine" in out and "wrote" in out
     record = json.loads((directory / "a.json").read_text())
     assert record["kind"] == "similarity" and record["tokens"] == 96
+    assert record["identity"]["moe_blocks"] == [1, 3] and record["identity"]["num_layers"] == 4
     assert torch.__version__.startswith(record["versions"]["torch"].split("+")[0])
     tokens = torch.tensor(list(TEXT.encode()))[:96].view(6, 16)
     with torch.no_grad():
