@@ -14,16 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.harness.measure import environment
 from benchmarks.harness.variants import SHAPES, STOCK, ablation_table, build
 from lab.distributed import run_distributed
 from scmoe_ds import ScMoE
+from scmoe_ds.figure_style import WIDTH, plain_log_axis, save, styled
 from scmoe_ds.planner.rounds import interleave
 
 TOKENS = [256, 512, 1024, 2048, 4096, 8192, 16384]
@@ -90,25 +91,24 @@ def measure_memory(variants: list[str], sequences: list[int]) -> dict[str, dict[
     return record
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for panel, key, label in zip(
-        panels, ("tokens", "experts", "ep"), ("tokens per rank", "experts", "expert-parallel size"), strict=True
-    ):
+@styled
+def figure(record: dict[str, Any]) -> Figure:
+    """Time against tokens, experts and expert-parallel size on logarithmic axes."""
+    drawn = Figure(figsize=(WIDTH, 3.6))
+    panels = drawn.subplots(1, 3, sharey=True)
+    labels = {"tokens": "tokens per rank", "experts": "experts", "ep": "expert-parallel size"}
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
         part = record[key]
-        panel.plot(part["sizes"], part["ms"], marker="o")
-        panel.set(
-            xscale="log",
-            yscale="log",
-            xlabel=label,
-            ylabel="ms per training step of the layer",
-            title=f"slope {part['slope']:.2f}" if "slope" in part else "two cores only",
-        )
-        panel.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=110)
+        axes.plot(part["sizes"], part["ms"])
+        slope = f"time ∝ {key}^{part['slope']:.2f}" if "slope" in part else "all ranks on two cores"
+        axes.set(xlabel=label, title=slope)
+        plain_log_axis(axes, "y")
+        axes.set_xscale("log")
+        rare = part["sizes"][:: -(-len(part["sizes"]) // 4)]
+        axes.set_xticks(rare, [f"{size:g}" for size in rare])
+        axes.set_xticks([], minor=True)
+    panels[0].set_ylabel("ms per training step of the layer")
+    return drawn
 
 
 def main() -> None:
@@ -137,7 +137,7 @@ def main() -> None:
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
-        draw(record, args.output / "scaling.png")
+        save(figure(record), args.output / "scaling.png")
 
 
 if __name__ == "__main__":

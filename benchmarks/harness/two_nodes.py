@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.measure import environment
 from lab.nodes import TwoNodes, available
+from scmoe_ds.figure_style import save
 
 
 def parse(
@@ -46,4 +47,4 @@ def write(directory: Path, name: str, record: dict[str, Any], text: str, figure:
     (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (directory / f"{name}.md").write_text(text)
     if figure is not None:
-        figure.savefig(directory / f"{name}.png", dpi=120)
+        save(figure, directory / f"{name}.png")

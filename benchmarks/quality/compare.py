@@ -39,6 +39,7 @@ from benchmarks.quality.run import Task, read_log
 from benchmarks.quality.table import figure, markdown
 from benchmarks.quality.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
 from scmoe_ds.errors import DataError
+from scmoe_ds.figure_style import save
 
 ROOT = Path(__file__).resolve().parents[2]
 _OF_A_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -239,7 +240,7 @@ class Benchmark:
         text = self.markdown(record.content)
         print(text)
         output.with_suffix(".md").write_text(text, encoding="utf-8")
-        self.figure(record.content).savefig(output.with_suffix(".png"), dpi=110)
+        save(self.figure(record.content), output.with_suffix(".png"))
 
 
 def _tables_of(benchmark: Benchmark, path: Path) -> None:

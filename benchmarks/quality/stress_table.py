@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from benchmarks.harness.tables import table
 from benchmarks.quality.table import (
@@ -25,8 +25,7 @@ from benchmarks.quality.table import (
 from benchmarks.speed.frequency import RECORDS, RESULTS, Measured, predict, read_measured
 from scmoe_ds.analysis.similarity import POSITIONS, THRESHOLD
 from scmoe_ds.config.section import ScMoEConfig
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73")
+from scmoe_ds.figure_style import BLUE, INK, LINES, MARKERS, VERMILLION, WIDTH, styled
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -187,69 +186,72 @@ def _speedup_cell(measured: Measured, config: ScMoEConfig) -> str:
     return f"{found.blocking_ms / found.scmoe_ms:.2f} / {found.pipelined_ms / found.scmoe_ms:.2f} ({found.hidden:.0%})"
 
 
+@styled
 def figure(record: dict[str, Any]) -> Figure:
     """Difference of the losses and similarity per position under each change; below, heat maps of the top-2 models."""
     claims = [claim for claim in record["claims"] if finished(record, claim[0]) and finished(record, claim[2])]
-    whole = Figure(figsize=(15, 13), layout="constrained")
-    upper, lower = whole.subfigures(2, 1, height_ratios=(1.1, 1))
-    left, right = upper.subplots(1, 2)
+    shown = list(dict.fromkeys(claim[2] for claim in claims))
+    maps = -(-len(shown) // 5)
+    above, below = 1.4 + 0.38 * len(claims), 0.6 + 1.9 * maps
+    whole = Figure(figsize=(WIDTH, above + below))
+    upper, lower = whole.subfigures(2, 1, height_ratios=(above, below))
+    left, right = upper.subplots(1, 2, sharey=True)
     _draw_differences(left, record, claims)
     _draw_similarities(right, record, claims)
-    shown = list(dict.fromkeys(claim[2] for claim in claims))
-    panels = list(lower.subplots(2, max(-(-len(shown) // 2), 1), squeeze=False).flat)
+    _draw_maps(lower, record, shown, maps)
+    return whole
+
+
+def _draw_maps(lower: SubFigure, record: dict[str, Any], shown: list[str], rows: int) -> None:
+    panels = list(lower.subplots(max(rows, 1), 5, squeeze=False).flat)
     matrices = {
         name: np.mean([run["similarity"]["cosine"] for run in finished(record, name).values()], axis=0)
         for name in shown
     }
     image = None
     for axes, name in zip(panels, shown, strict=False):
-        image = axes.imshow(matrices[name], vmin=min(0.0, *map(np.min, matrices.values())), vmax=1, cmap="viridis")
-        axes.set_title(name, fontsize=8)
+        image = axes.imshow(matrices[name], vmin=min(0.0, *map(np.min, matrices.values())), vmax=1)
+        axes.set_title(condition(name).replace("MoE in every ", "MoE in every\n"), fontsize=9)
         axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
     if image is not None:
-        lower.colorbar(image, ax=list(lower.axes), shrink=0.8, label="cosine similarity")
+        lower.colorbar(image, ax=panels, shrink=0.8, label="cosine similarity")
     lower.suptitle(
-        "all representations of the top-2 models, from the input to the last block, mean over the seeds", fontsize=10
+        "top-2 models: all representations, from the input to the last block, mean over the seeds", fontsize=11
     )
-    return whole
 
 
 def _draw_differences(axes: Axes, record: dict[str, Any], claims: list[list[str]]) -> None:
-    names = [condition(claim[0]) for claim in claims]
     for place, (scmoe, _, top2, *_) in enumerate(claims):
         found: Difference | None = paired(record, scmoe, top2)
         assert found is not None
-        axes.plot(found.by_seed, [place] * len(found.by_seed), "x", color=_COLOURS[1], markersize=5)
-        axes.errorbar([found.mean], [place], xerr=[found.error or 0.0], fmt="o", color=_COLOURS[0], capsize=4)
-    axes.axvline(0, color="#333333", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="nats per token; below 0 ScMoE is better")
-    axes.set_title("loss of ScMoE minus loss of top-2: mean ± standard error; crosses: seeds", fontsize=9)
-    axes.grid(axis="x", linewidth=0.3)
+        axes.plot(found.by_seed, [place] * len(found.by_seed), "x", color=VERMILLION)
+        axes.errorbar([found.mean], [place], xerr=[found.error or 0.0], fmt="o", color=BLUE, capsize=4)
+    axes.axvline(0, color=INK, linewidth=0.8, marker="")
+    axes.set_yticks(range(len(claims)), [_folded(condition(claim[0])) for claim in claims])
+    axes.set_ylim(len(claims) - 0.4, -0.6)
+    axes.set(xlabel="nats per token; below 0 ScMoE is better\nmean ± standard error; crosses: seeds")
+    axes.set_title("loss of ScMoE − loss of top-2")
+    axes.grid(True)
+
+
+def _folded(text: str) -> str:
+    return text.replace("block, distance", "block,\ndistance")
 
 
 def _draw_similarities(axes: Axes, record: dict[str, Any], claims: list[list[str]]) -> None:
-    names = [condition(claim[0]) for claim in claims]
     for number, position in enumerate(POSITIONS):
         for place, (scmoe, _, top2, *_) in enumerate(claims):
             layers = similarity_of(record, top2, position, _distance(record, scmoe))
             height = place + 0.22 * (number - 1)
-            axes.plot(
-                layers,
-                [height] * len(layers),
-                "o",
-                color=_COLOURS[number],
-                markersize=4,
-                label=f"Pos-{position[-1]}" if place == 0 else None,
-            )
-    axes.axvline(THRESHOLD, color="#333333", linestyle=":", linewidth=1)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel=f"cosine similarity; dotted: {THRESHOLD}")
-    axes.set_title("what a shortcut would connect, in the top-2 model: a dot for each MoE layer", fontsize=9)
-    if names:
-        axes.legend(fontsize=8)
-    axes.grid(axis="x", linewidth=0.3)
+            label = f"Pos-{position[-1]}" if place == 0 else None
+            style: dict[str, Any] = {"marker": MARKERS[number], "color": LINES[number], "linestyle": ""}
+            axes.plot(layers, [height] * len(layers), label=label, **style)
+    axes.axvline(THRESHOLD, color=INK, linestyle=":", linewidth=1, marker="")
+    axes.set(xlabel=f"cosine similarity; dotted: {THRESHOLD}\na mark for each MoE layer")
+    axes.set_title("top-2: what a shortcut would connect")
+    if claims:
+        axes.legend(loc="center", bbox_to_anchor=(0.5, 0.5))
+    axes.grid(True)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.tables import table
 from scmoe_ds.analysis.markdown import code, escape
+from scmoe_ds.figure_style import BLUE, GREY, VERMILLION, WIDTH, styled
 
 # Two-sided 95 % quantiles of Student's t with 1, 2, … degrees of freedom: with three seeds, two standard errors would
 # call one in five differences significant that are none.
@@ -254,39 +255,82 @@ def _verdicts(record: dict[str, Any]) -> list[str]:
     return ["## Verdict", "", RULE.format(margin=margin), "", *table(header, rows)]
 
 
+@styled
 def figure(record: dict[str, Any]) -> Figure:
-    """Loss of each variant with its standard deviation, and the validation losses on the way, mean over the seeds."""
-    whole = Figure(figsize=(12, 11), layout="constrained")
-    upper, lower = whole.subplots(2, 1)
+    """Above, the loss of each variant with its standard deviation. Below, learning curves as differences from the first
+    reference, a panel for each family of variants, with all others in grey: the curves themselves lie on each other.
+    """
     names = [name for name in record["variants"] if finished(record, name)]
-    _draw_losses(upper, record, names)
-    for number, name in enumerate(names):
-        points: dict[int, list[float]] = {}
-        for run in finished(record, name).values():
-            for tokens, loss in run["validation"]:
-                points.setdefault(tokens, []).append(loss)
-        means = [statistics.fmean(points[tokens]) for tokens in sorted(points)]
-        style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colours
-        lower.plot([tokens / 1e6 for tokens in sorted(points)], means, style, label=name, linewidth=1)
-    lower.set(
-        xlabel="training tokens, millions",
-        ylabel="validation loss, nats per token",
-        title="learning curves: validation batches of each seed, with drops",
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(_family(name), []).append(name)
+    families = dict(sorted(families.items(), key=lambda each: each[0] == _OTHERS))
+    rows = max(-(-len(families) // 3), 1)
+    whole = Figure(figsize=(WIDTH, 1.3 + 0.26 * len(names) + 2.9 * rows))
+    panels = whole.subplot_mosaic(
+        [["losses"] * 3, *([f"family {3 * row + column}" for column in range(3)] for row in range(rows))],
+        height_ratios=[1 + 0.26 * len(names), *[2.9] * rows],
     )
-    if names:
-        lower.legend(fontsize=7, ncols=2)
+    _draw_losses(panels.pop("losses"), record, names)
+    curves = {name: _curve(record, name) for name in names}
+    below = list(panels.values())
+    for axes in below[len(families) :]:
+        axes.set_axis_off()
+    for axes, (family, members) in zip(below, families.items(), strict=False):
+        axes.sharey(below[0]) if axes is not below[0] else None
+        axes.grid(True)
+        _draw_family(axes, record["references"][0], curves, members)
+        axes.set(title=family, xlabel="training tokens, millions")
+        axes.legend(loc="lower right", fontsize=7.5)
+    low, high = below[0].get_ylim()
+    below[0].set_ylim(low - 0.5 * (high - low), high)  # room for the legends
+    for axes in below[::3]:
+        axes.set_ylabel(f"validation loss − {record['references'][0]}'s, nats")
     return whole
+
+
+_OTHERS = "others with a shortcut"
+
+
+def _family(name: str) -> str:
+    """Variants that a reader compares: "ScMoE Pos-1" for "ScMoE Pos-1 add"."""
+    words = name.split()
+    if words[0] == "ScMoE" and len(words) == 3:
+        return " ".join(words[:2])
+    return _OTHERS if words[0].startswith(("ScMoE", "DGMoE")) else "without a shortcut"
+
+
+def _curve(record: dict[str, Any], name: str) -> dict[int, float]:
+    """Validation loss by tokens, mean over the seeds."""
+    points: dict[int, list[float]] = {}
+    for run in finished(record, name).values():
+        for tokens, loss in run["validation"]:
+            points.setdefault(tokens, []).append(loss)
+    return {tokens: statistics.fmean(points[tokens]) for tokens in sorted(points)}
+
+
+def _draw_family(axes: Axes, reference: str, curves: dict[str, dict[int, float]], members: Sequence[str]) -> None:
+    base = curves.get(reference) or {}
+    for name, curve in sorted(curves.items(), key=lambda each: each[0] in members):
+        tokens = [each for each in curve if each in base]
+        values = [curve[each] - base[each] for each in tokens]
+        style: dict[str, Any] = {"label": name} if name in members else {"color": "#DDDDDD", "marker": "", "zorder": 1}
+        style |= {"linestyle": "-"} if name not in members else {}
+        axes.plot([each / 1e6 for each in tokens], values, **style)
 
 
 def _draw_losses(axes: Axes, record: dict[str, Any], names: Sequence[str]) -> None:
     for place, name in enumerate(names):
         losses = [run["loss"] for run in finished(record, name).values()]
         deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        axes.errorbar([place], [statistics.fmean(losses)], yerr=[deviation], fmt="o", color="#0072B2", capsize=4)
-        axes.plot([place] * len(losses), losses, "x", color="#D55E00", markersize=5)
-    axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
-    axes.set(
-        ylabel="loss, nats per token",
-        title="held-out sequences: mean ± standard deviation over the seeds; crosses: seeds",
-    )
-    axes.grid(axis="y", linewidth=0.3)
+        axes.errorbar([statistics.fmean(losses)], [place], xerr=[deviation], fmt="o", color=BLUE, capsize=4)
+        axes.plot(losses, [place] * len(losses), "x", color=VERMILLION, markersize=5)
+    if (reference := record["references"][0]) in names:
+        mean = statistics.fmean(run["loss"] for run in finished(record, reference).values())
+        axes.axvline(mean, color=GREY, linewidth=1, linestyle="--", marker="")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel="loss on held-out sequences, nats per token")
+    axes.set_title(f"mean ± standard deviation over the seeds (crosses); dashed: {record['references'][0]}")
+    axes.grid(True)

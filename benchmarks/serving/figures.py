@@ -1,74 +1,73 @@
-"""Figures of the serving benchmarks, in the manner of the paper's tables 1 and 2 and figure 13, from their records.
-
-python -m benchmarks.serving.figures benchmarks/results/inference_60.json benchmarks/results/offload_medium.json
-"""
+"""Figures of the serving benchmarks, in the manner of the paper's tables 1 and 2 and figure 13, from their records."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-WIDTH = 9.0
-ROW = 0.32
+from scmoe_ds.figure_style import BLUE, GREEN, GREY, INK, VERMILLION, WIDTH, styled
+
+ROW = 0.3
+_SPREAD = "bars: median, lines: 10th to 90th percentile"
 
 
+@styled
 def speedups(record: dict[str, Any]) -> Figure:
     """Bars of each row's speed-up over DeepSpeed's top-2, with the 10th to 90th percentile; a panel for each phase."""
     phases = record["phases"]
     rows = max(len(found["rows"]) for found in phases.values())
-    figure = Figure((WIDTH, 1.2 + ROW * rows), layout="constrained")
+    figure = Figure((WIDTH, 1.5 + ROW * rows))
     panels = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
     for panel, (phase, found) in zip(panels, phases.items(), strict=True):
         names = [row["row"] for row in found["rows"]]
-        spreads = [row["speedup"] for row in found["rows"]]
-        medians = [spread["median"] for spread in spreads]
-        errors = [
-            [spread["median"] - spread["p10"] for spread in spreads],
-            [spread["p90"] - spread["median"] for spread in spreads],
-        ]
-        colors = ["tab:orange" if name.startswith("ScMoE") else "tab:gray" for name in names]
-        panel.barh(names, medians, xerr=errors, color=colors, ecolor="black", capsize=2)
-        panel.axvline(1.0, color="black", linewidth=0.8)
-        share = 100 * found["link"]["share"]
-        panel.set_title(f"{phase}, all-to-all {share:.0f} % of the baseline's layer", fontsize=10)
+        colours = [VERMILLION if name.startswith("ScMoE") else GREY for name in names]
+        _bars(panel, names, [row["speedup"] for row in found["rows"]], colours, "{:.2f} ×")
+        panel.axvline(1.0, color=INK, linewidth=0.8, marker="", linestyle="-")
+        panel.set_title(f"{phase}\nall-to-all: {found['link']['share']:.0%} of the baseline's layer")
         panel.set_xlabel("speed-up over DeepSpeed top-2")
-    panels[0].invert_yaxis()  # of all panels: they share it
+    figure.supxlabel(f"{_SPREAD}; orange: ScMoE", fontsize=9)
     return figure
 
 
+@styled
 def latencies(record: dict[str, Any]) -> Figure:
     """Bars of the time per pair of blocks and of the peak memory, for each mode."""
     rows = record["rows"]
-    figure = Figure((WIDTH, 1.2 + ROW * len(rows)), layout="constrained")
+    figure = Figure((WIDTH, 1.5 + ROW * len(rows)))
     left, right = figure.subplots(1, 2, sharey=True)
     names = [row["row"] for row in rows]
-    spreads = [row["pair_ms"] for row in rows]
+    _bars(left, names, [row["pair_ms"] for row in rows], BLUE, "{:.3g} ms")
+    left.set_xlabel("ms per pair of blocks, one token")
+    memory = [row["peak_bytes"] / 1e9 for row in rows]
+    _bars(right, names, [{"median": each, "p10": each, "p90": each} for each in memory], GREEN, "{:.3g} GB")
+    right.set_xlabel("peak memory, GB")
+    figure.supxlabel(_SPREAD, fontsize=9)
+    figure.suptitle(f"{record['model']}: experts from {record['tier']}")
+    return figure
+
+
+def _bars(axes: Axes, names: list[str], spreads: list[dict[str, float]], colours: str | list[str], words: str) -> None:
+    """Horizontal bars of medians with their spread and value, from the top."""
+    medians, tops = ([spread[key] for spread in spreads] for key in ("median", "p90"))
     errors = [
         [spread["median"] - spread["p10"] for spread in spreads],
         [spread["p90"] - spread["median"] for spread in spreads],
     ]
-    left.barh(names, [spread["median"] for spread in spreads], xerr=errors, color="tab:blue", capsize=2)
-    left.invert_yaxis()
-    left.set_xlabel("ms per pair of blocks, one token")
-    right.barh(names, [row["peak_bytes"] / 1e9 for row in rows], color="tab:green")
-    right.set_xlabel("peak memory, GB")
-    figure.suptitle(f"{record['model']}: experts from {record['tier']}", fontsize=10)
-    return figure
-
-
-def draw(path: Path) -> Path:
-    """The figure of a record, beside it."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    figure = speedups(record) if "phases" in record else latencies(record)
-    out = path.with_suffix(".png")
-    figure.savefig(out, dpi=120)
-    return out
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(draw(Path(name)))
+    lines = None if medians == tops else errors
+    axes.barh(
+        range(len(names)),
+        medians,
+        0.7,
+        xerr=lines,
+        color=colours,
+        error_kw={"capsize": 2, "ecolor": INK, "elinewidth": 1},
+    )
+    for place, (value, top) in enumerate(zip(medians, tops, strict=True)):
+        style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+        axes.annotate(words.format(value), (top, place), (5, 0), **style)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, 1.22 * max(tops))

@@ -50,13 +50,15 @@ def rank_main(settings: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def draw(record: dict[str, Any], stem: Path) -> None:
-    """A figure for each schedule of a record."""
+def draw(record: dict[str, Any], stem: Path) -> list[Path]:
+    """Writes a figure for each schedule of a record; returns their paths."""
     spans = {kind: [[Span(**span) for span in rank] for rank in ranks] for kind, ranks in record["spans"].items()}
     until_ms = max(map(phases_ms, spans.values()))
+    paths = {kind: stem.with_name(f"{stem.name}_{kind}.png") for kind in spans}
     for kind, ranks in spans.items():
         title = f"ScMoE Pos-{record['settings']['position']}, {kind}, {record['link']['rate_mbit']:.0f} Mbit/s: "
-        save(figure(ranks, title, until_ms=until_ms), stem.with_name(f"{stem.name}_{kind}.png"))
+        save(figure(ranks, title, until_ms=until_ms), paths[kind])
+    return list(paths.values())
 
 
 def main() -> None:
@@ -72,8 +74,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"timeline_{args.shape}_{round(100 * args.share)}"
     stem.with_suffix(".json").write_text(json.dumps(record) + "\n")
-    draw(record, stem)
-    print(f"{stem}.json", *(f"{stem}_{kind}.png" for kind in record["spans"]))
+    print(f"{stem}.json", *draw(record, stem))
 
 
 if __name__ == "__main__":

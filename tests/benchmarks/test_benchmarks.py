@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from benchmarks import redraw
 from benchmarks.harness import rows, tables
 from benchmarks.harness.link import HIGHEST_MBIT, LOWEST_MBIT, next_rate
 from benchmarks.harness.parts import EXPOSED, KINDS, REST_OF_LAYER, layer_ms, parts_of
@@ -305,14 +309,14 @@ def test_markdown_tables_are_rectangular():
             assert {line.count("|") for line in lines[begin - 1 : end]} == {lines[begin].count("|")}
 
 
-def test_bars_are_as_high_as_the_step():
+def test_bars_are_as_long_as_the_step():
     figure = bars.stacked(RECORD)
     (axes,) = figure.axes
-    of_row = [[patch.get_height() for patch in container] for container in axes.containers]
+    of_row = [[patch.get_width() for patch in container] for container in axes.containers]
     # The parts cover 80 ms; the rest is "other".
-    assert [heights[0] for heights in of_row] == [10, 20, 0, 5, 30, 15, 20]
-    assert [sum(heights) for heights in zip(*of_row, strict=True)] == [100, 90]
-    assert [text.get_text() for text in axes.get_xticklabels()] == [STOCK, "ScMoE"]
+    assert [widths[0] for widths in of_row] == [10, 20, 0, 5, 30, 15, 20]
+    assert [sum(widths) for widths in zip(*of_row, strict=True)] == [100, 90]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [STOCK, "ScMoE"]
 
 
 def test_parts_longer_than_the_median_step_leave_no_other():
@@ -320,9 +324,9 @@ def test_parts_longer_than_the_median_step_leave_no_other():
 
 
 def test_crossing_draws_a_line_per_way_to_cut():
-    (axes,) = bars.crossing(crossing_record()).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["unchunked", "2 chunks", "4 chunks", "auto"]
-    assert axes.get_title() == "Pos-1, training step"
+    drawn = bars.crossing(crossing_record())
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["unchunked", "2 chunks", "4 chunks", "auto"]
+    assert [axes.get_title("left") for axes in drawn.axes] == ["Pos-1, training step"]
 
 
 def test_slots_draw_every_slot_and_the_choice():
@@ -331,9 +335,29 @@ def test_slots_draw_every_slot_and_the_choice():
         *(bar(f"ScMoE Pos-1, {name}", 90.0) | {"position": "pos1"} for name in ("slot 1", "slot 2", "slot 3", "auto")),
     ]
     record = RECORD | {"table": "slots", "modes": {"forward": {"rows": found, "load_max_over_mean": 1.0}}}
-    (axes,) = bars.slots(record).axes
-    assert list(axes.get_xticks()) == [1, 2, 3]
-    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"auto", "one chunk"}
+    drawn = bars.slots(record)
+    assert [list(axes.get_xticks()) for axes in drawn.axes] == [[1, 2, 3]]
+    assert {text.get_text() for text in drawn.legends[0].get_texts()} == {"auto", "one chunk"}
+
+
+def test_every_figure_of_the_results_has_a_record_that_draws_it():
+    results = Path(redraw.__file__).parent / "results"
+    drawn = {"analysis_feasibility.png"}  # from two records, by scmoe analyze feasibility
+    for path in results.glob("*.json"):
+        record = json.loads(path.read_text())
+        if isinstance(record, dict) and "spans" in record:
+            drawn |= {f"{path.stem}_{kind}.png" for kind in record["spans"]}
+        elif redraw.drawing(record) is not None and path.with_suffix(".png").exists():
+            drawn.add(f"{path.stem}.png")
+    assert {path.name for path in results.glob("*.png")} == drawn
+
+
+def test_redraw(tmp_path):
+    (tmp_path / "bars.json").write_text(json.dumps(RECORD | {"table": "main"}))
+    assert redraw.redraw(tmp_path / "bars.json") == [tmp_path / "bars.png"]
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "times.json").write_text("[]")
+    assert redraw.redraw(tmp_path / "times.json") == []
 
 
 # --- the cost of hooks

@@ -287,7 +287,31 @@ def test_table_marks_other_compute_missing_seeds_and_failures():
     text = markdown(record)
     assert "| ours | 3.1500 ± 0.0707 | 23.336 | -0.2000 (0.0000) | 1.50 (-25%) |" in text
     assert "| 1 of 3, 1 failed |" in text and "- top, seed 2, after 2 s: no" in text
-    assert len(figure(record).axes) == 2
+
+
+def test_figure_has_learning_curves_as_differences_and_a_panel_per_family():
+    runs = {
+        "ScMoE Pos-1 add": {1: [3.0]},
+        "ScMoE Pos-1 CG-1": {1: [3.0]},
+        "ScMoE-2 Pos-2 CG-1": {1: [3.0]},
+        "top": {1: [3.2]},
+    }
+    record = record_of(runs)
+    for number, run in enumerate(record["runs"]):
+        run["validation"] = [[1_000_000, 3.0 + number], [2_000_000, 2.0 + number]]
+    losses, *families = [axes for axes in figure(record).axes if axes.axison]
+    assert {text.get_text() for text in losses.get_yticklabels()} == set(runs)
+    assert [axes.get_title("left") for axes in families] == [
+        "ScMoE Pos-1",
+        "without a shortcut",
+        "others with a shortcut",
+    ]
+    for axes in families:
+        named = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+        assert len(axes.lines) == 4 and len({line.get_color() for line in named.values()}) == len(named)
+        for name, line in named.items():
+            assert list(line.get_xdata()) == [1, 2]
+            assert list(line.get_ydata()) == pytest.approx(2 * [list(runs).index(name) - list(runs).index("top")])
 
 
 # --- runs
