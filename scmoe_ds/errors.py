@@ -10,7 +10,14 @@ class UserError(ValueError):
     """What a user can correct. The message is one sentence that names the setting, the rule and the remedy.
 
     Programs print it without a traceback and end with exit code 2.
+
+    Attributes:
+        alike: the part of the message that ranks which make the same mistake have in common; one of them prints it.
     """
+
+    @property
+    def alike(self) -> str:
+        return str(self)
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
@@ -49,6 +56,23 @@ class TrainingError(UserError):
     def __init__(self, message: str, since: int | None = None) -> None:
         super().__init__(message)
         self.since = since
+
+
+class OutOfMemoryError(UserError):
+    """The device's or the host's memory does not suffice.
+
+    Args:
+        where: "" or the iteration.
+        reason: the library's message.
+    """
+
+    alike = "out of memory"
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(
+            f"{where}out of memory ({reason or 'of the host'}): lower train_micro_batch_size_per_gpu (in other "
+            "programs --batch-size) or the model's sizes, set --recompute-granularity full, or use more ranks"
+        )
 
 
 class GenerationError(UserError):

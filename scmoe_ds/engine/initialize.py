@@ -21,6 +21,7 @@ from scmoe_ds.config.loading import LoadedConfig, Source, section_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.config.unread_section import section_is_read
 from scmoe_ds.engine.client_optimizer import add_new_parameters, in_groups, listed
+from scmoe_ds.engine.deepspeed_errors import errors_name_the_section
 from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules, pairs_of
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import ScMoEConfigError
@@ -90,7 +91,8 @@ def initialize(
         prepare_whole_experts(model, section)
     handed_on = (training_data, lr_scheduler, distributed_port, mpu, dist_init_required, collate_fn)
     sources = (_on_this_rank(whole), mesh_param)
-    with section_is_read():
+    own = [name for name, each in (("optimizer", optimizer), ("scheduler", lr_scheduler)) if each is not None]
+    with section_is_read(), errors_name_the_section(whole, own):
         result = deepspeed.initialize(_without_json(args), model, optimizer, model_parameters, *handed_on, *sources)
     result[0].module.register_forward_hook(check_output)
     steady_monitors(result[0].monitor)

@@ -7,6 +7,7 @@ message also names the ranks at fault.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -18,9 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
-from scmoe_ds.errors import ExchangeError
+from scmoe_ds.errors import ExchangeError, OutOfMemoryError, UserError
 from scmoe_ds.parallel import watch
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.parallel.watch import NOTE_LENGTH
@@ -31,6 +33,13 @@ _SIGNS = re.compile(
     r"connection (closed|reset|refused|abort)|timed out|timeout|broken pipe|no route to host|"
     r"network is unreachable|nccl|socket|remote process exited",
     re.IGNORECASE,
+)
+_OF_FILES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+_OF_FILES |= {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CPP_FRAMES = re.compile(
+    r"^(Exception raised from .*\(most recent call first\):?|C\+\+ CapturedTraceback:|frame #\d+: .*|"
+    r"#\d+ .* from \S+:\d+|<omitting python frames>)\n",
+    re.MULTILINE,
 )
 
 
@@ -63,6 +72,20 @@ def failed_collective(error: BaseException) -> FailedCollective | None:
     return FailedCollective(name, ranks, [rank for rank in ranks if rank != dist.get_rank()], _short(str(error)))
 
 
+def mistake_of(error: BaseException) -> UserError | None:
+    """The error as one that a user can correct; None for a fault of a program or library."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in _OF_FILES:
+        name = "" if error.filename is None else f"{error.filename}: "
+        return UserError(f"{name}{error.strerror}; correct the path or its permissions, or make room")
+    exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if not exhausted:
+        return None
+    iteration = getattr(error, "scmoe_iteration", None)
+    return OutOfMemoryError("" if iteration is None else f"iteration {iteration}: ", _short(str(error)))
+
+
 def at_iteration(error: Exception, iteration: int) -> None:
     """Adds the iteration to an exception, for its message."""
     error.scmoe_iteration = iteration  # type: ignore[attr-defined]  # a mark of ours
@@ -71,49 +94,84 @@ def at_iteration(error: Exception, iteration: int) -> None:
 class FailureReporter:
     """Ends a process that failed in the middle of a job. Made by all ranks together.
 
+    One rank speaks: the one that is at fault, or the first of each host where it died without a word.
+
     Args:
         program: for the message.
+        debug: every rank speaks, with its stack.
     """
 
-    def __init__(self, program: str) -> None:
-        self.program, self.rank = program, dist.get_rank()
+    def __init__(self, program: str, debug: bool = False) -> None:
+        self.program, self.debug, self.rank = program, debug, dist.get_rank()
         self.hosts = gather(socket.gethostname())
 
-    def note(self, text: str, is_cause: bool = True) -> None:
-        """Tells the other ranks why this one ends."""
-        if watch.active is not None:
-            watch.active.note(text, is_cause)
+    def note(self, text: str, is_cause: bool = True, code: int | None = None) -> None:
+        """Tells the other ranks why this one ends.
 
-    def speaks(self, text: str) -> bool:
+        Args:
+            code: this rank's exit code, when it prints its reason by itself.
+        """
+        if watch.active is not None:
+            watch.active.note(text, is_cause, code)
+
+    def speaks(self, text: str, code: int) -> bool:
         """Whether this rank prints an error that is usually the same on all ranks: it is rank 0 or failed alone."""
-        self.note(text)
-        if self.rank == 0:
+        self.note(text, code=code)
+        if self.rank == 0 or self.debug:
             return True
         found = self._board(until=lambda board: "note" in board.get(0, {}))
         return found.get(0, {}).get("note") != text[:NOTE_LENGTH]
 
     def end(self, error: Exception | SystemExit) -> NoReturn:
-        """Prints the traceback and then a sentence, and ends the process with exit code 1.
+        """Says on one rank what has failed, and ends this process, with exit code 1 when no other rank has another.
+
+        A failure of this rank is told with its traceback. A failed exchange is mostly another rank's fault, which that
+        rank tells.
 
         Does not destroy process groups: other ranks may hang in a collective, and this rank would wait for them.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it as soon as any rank has ended
-        traceback.print_exception(error)
         collective = failed_collective(error)
         if collective is None:
-            self.note(_words(error))
-        else:
-            self.note(_describe(collective), is_cause=False)
-        told = self._tell(error, collective)
-        print(f"{self.program}: error: {told}", file=sys.stderr, flush=True)
-        leave(1)
+            if self.speaks(in_words(error), code=1):
+                print_stack(error, self.debug)
+                self._print(error, f"{in_words(error)} (see the traceback above)")
+            leave(1)
+        self.note(_describe(collective), is_cause=False)
+        cause = self._cause()
+        if self.debug or ((cause is None or self.hosts[cause] != self._host) and self._is_first_of_host()):
+            if self.debug or cause is None:
+                print_stack(error, self.debug)
+            self._print(error, f"{_describe(collective)}. {self._who()}. {_remedy(collective.reason)}")
+        leave(1 if cause is None else self._others()[cause]["code"])
 
-    def _tell(self, error: BaseException, collective: FailedCollective | None) -> str:
+    def _print(self, error: BaseException, told: str) -> None:
         iteration = getattr(error, "scmoe_iteration", None)
         where = f"{self._named(self.rank)}{'' if iteration is None else f', iteration {iteration}'}"
-        if collective is None:
-            return f"{where}: {_words(error)} (see the traceback above)"
-        return f"{where}: {_describe(collective)}. {self._who()}. {_remedy(collective.reason)}"
+        print(f"{self.program}: error: {where}: {told}", file=sys.stderr, flush=True)
+
+    def _cause(self) -> int | None:
+        """The rank that is at fault and says so by itself."""
+
+        def is_known(board: dict[int, dict[str, Any]]) -> bool:
+            return any(entry.get("code") is not None or _died(entry) for entry in board.values())
+
+        board = self._board(until=is_known)
+        return next((rank for rank, entry in board.items() if entry.get("code") is not None), None)
+
+    @property
+    def _host(self) -> str:
+        return self.hosts[self.rank]
+
+    def _is_first_of_host(self) -> bool:
+        """Whether no lower rank of this host has failed in an exchange, too, and speaks."""
+        lower = [rank for rank in range(self.rank) if self.hosts[rank] == self._host]
+
+        def is_known(board: dict[int, dict[str, Any]]) -> bool:
+            return all("note" in (entry := board.get(rank, {})) or _is_culprit(entry) for rank in lower)
+
+        board = self._board(until=is_known)
+        return not any(board.get(rank, {}).get("is_cause") is False for rank in lower)
 
     def _who(self) -> str:
         """Names the ranks at fault, which may be in another group: a failure spreads from group to group."""
@@ -152,10 +210,20 @@ def _standing(entry: dict[str, Any]) -> str:
     return f"still in {entry['stands']}" if entry.get("stands") else "no sign of life"
 
 
+def _died(entry: dict[str, Any]) -> bool:
+    return "gone" in entry and "note" not in entry
+
+
 def _is_culprit(entry: dict[str, Any]) -> bool:
     """Whether a rank's entry on the board shows a cause: its own failure, or silence before it said anything."""
     troubled = entry.get("silent") or entry.get("unheard") or entry.get("stands") or "gone" in entry
     return bool(entry.get("is_cause") or (troubled and "note" not in entry))
+
+
+def print_stack(error: BaseException, with_cpp: bool = False) -> None:
+    """Prints an error's traceback; C++ frames, which a library has put into a message, only if asked for."""
+    text = "".join(traceback.format_exception(error))
+    print(text if with_cpp else _CPP_FRAMES.sub("", text), end="", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:
@@ -209,7 +277,8 @@ def _remedy(reason: str) -> str:
     return resume[0].upper() + resume[1:]
 
 
-def _words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """An error's class and the first line of its message."""
     text = _short(str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -44,8 +44,9 @@ class Watch:
         timeout_s: the guardian ends a rank after this long without a sign of life.
 
     Attributes:
-        board: other ranks in trouble: rank to "host", "note", "is_cause", "silent" (no sign of life), "unheard" (no
-            sign of its host either), "stands" (where its main thread has been for seconds), "gone".
+        board: other ranks in trouble: rank to "host", "note", "is_cause", "code" (of its exit, when it prints its
+            note), "silent" (no sign of life), "unheard" (no sign of its host either), "stands" (where its main thread
+            has been for seconds), "gone".
     """
 
     def __init__(self, program: str, timeout_s: float) -> None:
@@ -128,9 +129,9 @@ class Watch:
             self._news.wait(1.0)
             self._news.clear()
 
-    def note(self, text: str, is_cause: bool) -> None:
-        """Tells the other ranks why this one ends."""
-        self._send({"note": text[:NOTE_LENGTH], "is_cause": is_cause})
+    def note(self, text: str, is_cause: bool, code: int | None = None) -> None:
+        """Tells the other ranks why this one ends, and with which exit code, when it prints the reason by itself."""
+        self._send({"note": text[:NOTE_LENGTH], "is_cause": is_cause, "code": code})
 
     def done(self) -> None:
         """Tells the other ranks that this one ends as it should."""

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Analyses; returns the exit code."""
     args = build_parser().parse_args(argv)
     if args.analysis == "feasibility":  # needs no process group
-        return run_alone("scmoe analyze", lambda: _feasibility(args))
+        return run_alone("scmoe analyze", lambda: _feasibility(args), argv)
 
     def parse(_: Sequence[str] | None) -> tuple[argparse.Namespace]:
         check(args)

@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts; returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_alone("scmoe convert", lambda: _convert(args))
+    return run_alone("scmoe convert", lambda: _convert(args), argv)
 
 
 def _convert(args: argparse.Namespace) -> None:

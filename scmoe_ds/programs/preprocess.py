@@ -14,6 +14,7 @@ import glob
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _prepare_output(args.output_prefix)
             convert(corpus, args)
     except (UserError, OSError) as error:  # OSError: the disk is full, say
+        if args.debug:
+            traceback.print_exc()
         print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except Ended as ended:

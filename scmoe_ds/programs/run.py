@@ -9,16 +9,16 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from scmoe_ds import checkpoint
-from scmoe_ds.errors import UserError
-from scmoe_ds.parallel.failures import FailureReporter, leave
+from scmoe_ds.parallel.failures import FailureReporter, in_words, leave, mistake_of, print_stack
 from scmoe_ds.parallel.output import show_log, steady_output
 from scmoe_ds.parallel.process import connect, prepare_environment
 from scmoe_ds.parallel.watch import Watch
+from scmoe_ds.programs import debug_is_asked
 from scmoe_ds.programs.quiet import leave_out_useless_lines
 
 INTERRUPTED = 130
@@ -35,7 +35,7 @@ def run_program(
     parse: Parse,
     stdout_is_log: bool = False,
 ) -> int:
-    """Runs a job in a process group; returns the exit code. A UserError ends in one sentence, not in a traceback.
+    """Runs a job in a process group; returns the exit code. A user's mistake ends in one sentence, without a traceback.
 
     Args:
         name: for the error message.
@@ -51,6 +51,7 @@ def run_program(
         if isinstance(stream, io.TextIOWrapper):  # a path or a text that the terminal cannot show is no reason to end
             with suppress(OSError):  # a descriptor that is closed
                 stream.reconfigure(errors="backslashreplace")
+    debug = debug_is_asked(argv)
     with steady_output(stdout=stdout_is_log):
         show_log(sys.stdout if stdout_is_log else sys.stderr)
         leave_out_useless_lines()
@@ -58,48 +59,38 @@ def run_program(
             parsed = parse(argv)
             if not dist.is_initialized():
                 prepare_environment()
-        except UserError as error:
-            # Before the ranks have met, each node speaks for itself.
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"{name}: error: {error}", file=sys.stderr, flush=True)
-            return 2
         except KeyboardInterrupt:
             return INTERRUPTED
+        except Exception as error:
+            # Before the ranks have met, each node speaks for itself.
+            return _tell(name, error, debug, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
         timeout = timedelta(minutes=getattr(parsed[0], "distributed_timeout_minutes", 10.0))
         with Watch(name, timeout.total_seconds()) as watch:
-            return _run(name, lambda: job(*parsed), timeout, watch)
+            return _run(name, lambda: job(*parsed), timeout, watch, debug)
 
 
-def run_alone(name: str, job: Callable[[], object]) -> int:
-    """Runs a job that needs no process group; returns the exit code."""
+def run_alone(name: str, job: Callable[[], object], argv: Sequence[str] | None = None) -> int:
+    """Runs a job that needs no process group; returns the exit code. `name` and `argv` as for `run_program`."""
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # as in `run_program`
     try:
         job()
-    except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except Exception as error:
+        return _tell(name, error, debug_is_asked(argv))
     return 0
 
 
-def _run(name: str, job: Job, timeout: timedelta, watch: Watch) -> int:
+def _run(name: str, job: Callable[[], object], timeout: timedelta, watch: Watch, debug: bool) -> int:
     reporter: FailureReporter | None = None
     connected, code = False, 0
     try:
         connected = connect(timeout)
         if connected and dist.get_world_size() > 1:
-            reporter = FailureReporter(name)
+            reporter = FailureReporter(name, debug)
         try:
             job()
         finally:
             checkpoint.release()  # every way out below may end the process at once
-    except UserError as error:
-        code = 2
-        alone = os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0"
-        if alone if reporter is None else reporter.speaks(str(error)):
-            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
-        if reporter is not None:
-            leave(code)  # a rank that failed alone leaves others inside a collective
     except KeyboardInterrupt:
         if not connected:
             return INTERRUPTED
@@ -109,9 +100,11 @@ def _run(name: str, job: Job, timeout: timedelta, watch: Watch) -> int:
             print(f"{name}: interrupted", file=sys.stderr, flush=True)
         leave(INTERRUPTED)  # the others may be inside a collective
     except (Exception, SystemExit) as error:  # a library that calls sys.exit on one rank leaves the others, too
-        if reporter is None:
+        if reporter is not None:
+            _end_rank(name, error, reporter)
+        if isinstance(error, SystemExit):
             raise
-        reporter.end(error)
+        code = _tell(name, error, debug, speaks=os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0")
     watch.done()
     if connected:
         dist.destroy_process_group()
@@ -119,3 +112,24 @@ def _run(name: str, job: Job, timeout: timedelta, watch: Watch) -> int:
         # Threads of a process group whose peers ended at another moment can abort an interpreter that is shutting down.
         leave(code)
     return code
+
+
+def _end_rank(name: str, error: Exception | SystemExit, reporter: FailureReporter) -> NoReturn:
+    """Ends this rank. If it failed alone, it leaves others inside a collective."""
+    mistake = mistake_of(error)
+    if mistake is None:
+        reporter.end(error)
+    if reporter.speaks(mistake.alike, code=2):
+        _tell(name, error, reporter.debug)
+    leave(2)
+
+
+def _tell(name: str, error: Exception | SystemExit, debug: bool, speaks: bool = True) -> int:
+    """Prints an error, and returns the exit code. Only a fault of the program has its traceback, unless asked for."""
+    mistake = mistake_of(error)
+    if speaks:
+        if debug or mistake is None:
+            print_stack(error, debug)
+        told = mistake or f"{in_words(error)} (see the traceback above)"
+        print(f"{name}: error: {told}", file=sys.stderr, flush=True)
+    return 1 if mistake is None else 2

@@ -82,7 +82,7 @@ class Guardian:
             if "stands" in message:
                 self.others.report({"stands": message["stands"]})
             if "note" in message:
-                self.others.report({"note": message["note"], "is_cause": message["is_cause"]})
+                self.others.report({key: message.get(key) for key in ("note", "is_cause", "code")})
 
     def _watch_rank(self) -> None:
         state = self.process.state

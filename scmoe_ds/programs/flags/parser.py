@@ -66,6 +66,7 @@ class FlagParser(argparse.ArgumentParser):
         self.register("type", int, _integer)
         self.add_argument("-h", "--help", action=HelpAction, help=argparse.SUPPRESS)
         self.add_argument("--help-all", action=HelpAction, help=argparse.SUPPRESS)
+        self.add_argument("--debug", action="store_true", help="show the whole stack of an error, C++ too")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; but all mistakes end the program together, each with what to write instead."""
