@@ -40,6 +40,10 @@ OPERATORS = {
     "wait": "#EEEEEE",
 }
 """For areas with a dark edge: Okabe and Ito's palette. An operator has the same colour in each figure."""
+LIKE = {"shared in": "shared", "shared out": "shared"} | dict.fromkeys(
+    ("encode", "decode", "merge", "norm", "shortcut norm"), "gate"
+)
+"""Operators that have the colour of another one."""
 INK = "#222222"
 HEAT = "cividis"
 """Reads the same to colour-blind people, and in grey."""
@@ -125,6 +129,12 @@ def png(figure: Figure) -> bytes:
     picture = Image.open(whole).convert("RGB")
     picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
+
+
+def coloured_as(operator: str) -> str:
+    """The name in `OPERATORS` whose colour an operator has."""
+    name = LIKE.get(operator, operator)
+    return name if name in OPERATORS else "other"
 
 
 def plain_log_axis(axes: Axes, which: Literal["x", "y"]) -> None:

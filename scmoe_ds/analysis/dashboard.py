@@ -13,7 +13,7 @@ from importlib import resources
 from itertools import takewhile
 from typing import Any
 
-from scmoe_ds.figure_style import LINES, OPERATORS
+from scmoe_ds.figure_style import LIKE, LINES, OPERATORS
 from scmoe_ds.training.record import Entry, RunRecord
 
 MOST_POINTS = 400
@@ -53,7 +53,7 @@ def page(runs: Mapping[str, RunRecord]) -> str:
         "unit": unit,
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "colours": LINES,
-        "operators": OPERATORS,
+        "operators": OPERATORS | {name: OPERATORS[other] for name, other in LIKE.items()},
         "charts": charts,
         "runs": [_run(name, record) for name, record in runs.items()],
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import itertools
 import json
 from pathlib import Path
@@ -18,14 +17,20 @@ from scmoe_ds.analysis import markdown
 from scmoe_ds.analysis.feasibility import MODES, QUALITY_RUNS, KindStudy, Prediction, conclude
 from scmoe_ds.analysis.similarity import POSITIONS
 from scmoe_ds.errors import AnalysisError
+from scmoe_ds.figure_style import OPERATORS, WIDTH, coloured_as, png, styled
 from scmoe_ds.planner.schedule_text import schedule_text
 from scmoe_ds.planner.speed_text import compared
 
 Part = str | tuple[str, Any]
 """A paragraph, an HTML tag ("h1", "h2", "pre", "img") and its text, or "table" and its rows."""
 _PHASES = ("forward", "backward")
-# Okabe and Ito's colours, as in the other figures.
-_COLOURS = {"attention": "#0072B2", "mlp": "#56B4E9", "shared": "#009E73", "dispatch": "#E69F00", "combine": "#CC79A7"}
+_DRAWN = {
+    "attention": "attention",
+    "mlp": "MLP",
+    "shared": "shared expert",
+    "dispatch": "dispatch",
+    "combine": "combine",
+}
 _STYLE = (
     "body{font:15px sans-serif;max-width:70em;margin:auto}table{border-collapse:collapse}img{max-width:100%}"
     "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}"
@@ -165,9 +170,10 @@ def _predictions(kind: KindStudy) -> list[Part]:
     ]
 
 
+@styled
 def figure(kinds: list[KindStudy]) -> Figure:
     """A row per kind of layers, with panels for forward and backward: each position's window and communication."""
-    drawn = Figure(figsize=(11, 3.6 * len(kinds)), layout="constrained")
+    drawn = Figure(figsize=(WIDTH, 0.5 + 3.2 * len(kinds)))
     panels = drawn.subplots(len(kinds), 2, squeeze=False)
     for (row, kind), (column, phase) in itertools.product(enumerate(kinds), enumerate(_PHASES)):
         axes, transfers = panels[row][column], [(n, getattr(kind.times.chunks[1], n)) for n in ("dispatch", "combine")]
@@ -176,13 +182,14 @@ def figure(kinds: list[KindStudy]) -> Figure:
             for shift, stack in ((-0.2, window), (0.2, transfers)):
                 times = [getattr(each, f"{phase}_ms") for _, each in stack]
                 bottoms = [sum(times[:n]) for n in range(len(times))]
-                colours = [_COLOURS[name] for name, _ in stack]
-                axes.bar([place + shift] * len(stack), times, 0.36, bottoms, color=colours, edgecolor="white")
+                colours = [OPERATORS[coloured_as(name)] for name, _ in stack]
+                axes.bar([place + shift] * len(stack), times, 0.36, bottoms, color=colours)
             if not window:
                 axes.text(place - 0.2, 0, " " + position.source, rotation=90, ha="center", va="bottom", fontsize=8)
         axes.set_xticks(range(len(kind.positions)), map(_title, kind.positions))
-        axes.set(title=f"{phase}: window (left), communication (right), measured", ylabel="ms")
-    drawn.legend([Patch(color=colour) for colour in _COLOURS.values()], _COLOURS, loc="outside lower center", ncols=5)
+        axes.set(title=f"{phase}, measured", xlabel="left: window, right: communication", ylabel="ms")
+    handles = [Patch(facecolor=OPERATORS[name], label=word) for name, word in _DRAWN.items()]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=5)
     return drawn
 
 
@@ -198,27 +205,26 @@ def _markdown(part: Part, picture: str) -> str:
     return {"h1": "# ", "h2": "## "}.get(tag, "") + markdown.paragraph(value)
 
 
-def _html(part: Part, png: bytes) -> str:
+def _html(part: Part, picture: bytes) -> str:
     tag, value = ("p", part) if isinstance(part, str) else part
     if tag == "table":
         rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in value]
         return "<table><tr>" + "</tr>\n<tr>".join([rows[0].replace("td>", "th>"), *rows[1:]]) + "</tr></table>"
     if tag == "img":
-        return f'<img alt="{html.escape(value)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        return f'<img alt="{html.escape(value)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
     return f"<{tag}>{html.escape(value)}</{tag}>"
 
 
 def write(record: dict[str, Any], kinds: list[KindStudy], prefix: str) -> list[Path]:
     """Writes <prefix>.md, .html and .png. Raises an AnalysisError if they cannot be written."""
-    picture, page = io.BytesIO(), parts(record, kinds)
-    figure(kinds).savefig(picture, format="png", dpi=120)
-    text, web, png = (Path(prefix + suffix) for suffix in (".md", ".html", ".png"))
+    picture, page = png(figure(kinds)), parts(record, kinds)
+    text, web, beside = (Path(prefix + suffix) for suffix in (".md", ".html", ".png"))
     head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ScMoE</title><style>{_STYLE}</style>'
-    body = "\n".join(_html(part, picture.getvalue()) for part in page)
+    body = "\n".join(_html(part, picture) for part in page)
     try:
-        text.write_text("\n\n".join(_markdown(part, png.name) for part in page) + "\n", encoding="utf-8")
+        text.write_text("\n\n".join(_markdown(part, beside.name) for part in page) + "\n", encoding="utf-8")
         web.write_text(f"{head}</head><body>\n{body}\n</body></html>\n", encoding="utf-8")
-        png.write_bytes(picture.getvalue())
+        beside.write_bytes(picture)
     except OSError as error:
         raise AnalysisError(f"--output-prefix {prefix} cannot be written ({error})") from None
-    return [text, web, png]
+    return [text, web, beside]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmoe_ds.errors import imports_of
-from scmoe_ds.figure_style import INK, OPERATORS, WIDTH, save, styled
+from scmoe_ds.figure_style import INK, OPERATORS, WIDTH, coloured_as, save, styled
 from scmoe_ds.trace.recorder import PHASES, Phase, Span
 from scmoe_ds.trace.spans import LANES, Spans, check_spans, hidden_share_of_ranks, rows_of_lane
 
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_RANKS_DRAWN = 8  # beyond that a figure is too high to read; the trace and the titles' shares have them all
-_COLOURED_LIKE = {"shared in": "shared", "shared out": "shared"} | dict.fromkeys(
-    ("encode", "decode", "merge", "norm", "shortcut norm"), "gate"
-)
-"""Kinds of spans that have the colour of another kind."""
 _SHOWN = {"mlp": "MLP", "shared": "shared expert"}
 """Words for kinds of spans, in boxes and in the legend alike."""
 _AXIS = "ms since the start of the phase"
@@ -126,9 +122,8 @@ def _word(span: Span) -> str:
 
 
 def _colour(span: Span) -> str:
-    """The kind whose colour a span has."""
-    kind = "wait" if span.lane == "wait" else _COLOURED_LIKE.get(span.kind, span.kind)
-    return kind if kind in OPERATORS else "other"
+    """The name in `OPERATORS` whose colour a span has."""
+    return "wait" if span.lane == "wait" else coloured_as(span.kind)
 
 
 def _style(kind: str) -> dict[str, Any]:
