@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Union
 
 from scmoe_ds.errors import ScMoEConfigError
 
@@ -18,14 +18,29 @@ class _Repeating(dict[str, Any]):
     repeated: list[str]
 
 
-def load_deepspeed_json(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+class HoldsSection(Protocol):
+    """A LoadedConfig of config/loading.py."""
+
+    @property
+    def section(self) -> Any:
+        """The validated "scmoe" section."""
+
+
+AnyConfig = Union[str, "os.PathLike[str]", Mapping[str, Any], HoldsSection]
+
+
+def load_deepspeed_json(config: Any) -> dict[str, Any]:
     """The whole DeepSpeed JSON as a dict; refuses duplicate keys, as DeepSpeed does, and names where they are.
 
     Raises:
-        ScMoEConfigError: the file is missing, unreadable, or not a JSON object.
+        ScMoEConfigError: the file is missing, unreadable, or not a JSON object; or `config` is something else.
     """
     if isinstance(config, Mapping):
         return dict(config)
+    if not isinstance(config, (str, os.PathLike)):
+        raise ScMoEConfigError(
+            f"config is a {type(config).__name__}: hand over the whole DeepSpeed JSON, as a path or as a dict"
+        )
     path = Path(config)
     try:
         whole = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)

@@ -38,12 +38,3 @@ def load(source: Source) -> LoadedConfig:
         return source
     whole = load_deepspeed_json(source)
     return LoadedConfig(whole, ScMoEConfig.from_deepspeed(whole))
-
-
-def section_of(source: Source | ScMoEConfig) -> ScMoEConfig:
-    """The "scmoe" section of anything that holds one.
-
-    Raises:
-        ScMoEConfigError: as `load`.
-    """
-    return source if isinstance(source, ScMoEConfig) else load(source).section

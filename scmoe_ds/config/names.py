@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import WithJsonSchema
 
 Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
 Position = Literal["pos1", "pos2", "pos3"]
 Merge = Literal["add", "cg1", "cg2"]
+_AUTO = {"const": "auto", "type": "string"}
+TopK = Annotated[int, WithJsonSchema({"anyOf": [{"type": "integer"}, _AUTO]})]
+MergeOrAuto = Annotated[Merge, WithJsonSchema({"anyOf": [{"enum": list(get_args(Merge)), "type": "string"}, _AUTO]})]
+"""The file may have "auto", which is the same as no field."""
 Dispatch = Literal["exact", "padded"]
 GateSoftmax = Literal["deepspeed", "all", "chosen", "kept"]
 FORMER_GATE_SOFTMAX: dict[str, GateSoftmax] = {"before_topk": "deepspeed", "after_topk": "kept"}

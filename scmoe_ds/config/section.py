@@ -6,16 +6,15 @@ ZeRO. What the file alone shows to be wrong is found before a process group exis
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Any, Literal, Union
 
-from pydantic import Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from scmoe_ds.config.deepspeed_json import load_deepspeed_json
+from scmoe_ds.config.deepspeed_json import AnyConfig, load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_settings
 from scmoe_ds.config.messages import explain, fail, nearest
-from scmoe_ds.config.names import Architecture, Dispatch, GateSoftmax, Merge, Position, in_present_words
+from scmoe_ds.config.names import Architecture, Dispatch, GateSoftmax, MergeOrAuto, Position, TopK, in_present_words
 from scmoe_ds.config.overlap_section import OverlapConfig, Section
 from scmoe_ds.errors import ScMoEConfigError
 
@@ -23,17 +22,15 @@ _Rule = tuple[str, bool, str]
 """A field, whether its value breaks the rule, and the rule with the remedy."""
 
 
-_AUTO = {"const": "auto", "type": "string"}
-_TopK = Annotated[int, WithJsonSchema({"anyOf": [{"type": "integer"}, _AUTO]})]
-_Merge = Annotated[Merge, WithJsonSchema({"anyOf": [{"enum": list(get_args(Merge)), "type": "string"}, _AUTO]})]
-"""The file may have "auto", which is the same as no field."""
-
-
 class ScMoEConfig(Section):
     """The validated `"scmoe"` section. Frozen; one instance describes all MoE layers of a model.
 
+    Example:
+        config = scmoe_ds.ScMoEConfig(num_experts=8, expert_parallel_size=2)
+        config = scmoe_ds.ScMoEConfig.from_deepspeed("ds.json")
+
     Raises:
-        ScMoEConfigError: through `from_deepspeed`, `check_model` and `check_world`.
+        ScMoEConfigError: an unknown field (with the nearest valid one), or a value that breaks a rule.
     """
 
     architecture: Architecture = Field(
@@ -51,12 +48,12 @@ class ScMoEConfig(Section):
         1, ge=1, strict=True, description="Consecutive pairs of blocks that share one MoE; dgmoe only (DGMoE-Share: 2)."
     )
     num_experts: Union[int, list[int]] = Field(8, description="Routed experts, or one number per MoE layer (pyramid).")
-    top_k: _TopK = Field(
+    top_k: TopK = Field(
         default_factory=lambda given: 2 if given.get("architecture") in ("topk", "pipelined_topk") else 1,
         json_schema_extra={"default": "auto"},
         description="Routed experts per token. auto: 2 for top-k architectures, else 1: as much computation in all.",
     )
-    merge: _Merge = Field(
+    merge: MergeOrAuto = Field(
         default_factory=lambda given: "cg2" if given.get("architecture") == "overlapped_shared_expert" else "cg1",
         json_schema_extra={"default": "auto"},
         description="How shared and routed outputs are added (paper eq. 6-7, 14-17); "
@@ -111,16 +108,18 @@ class ScMoEConfig(Section):
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
 
     @classmethod
-    def from_deepspeed(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> ScMoEConfig:
-        """Reads and validates the section of a DeepSpeed JSON.
+    def from_deepspeed(cls, config: AnyConfig | ScMoEConfig) -> ScMoEConfig:
+        """Reads and validates the section of a DeepSpeed JSON; what is validated already is returned as it is.
 
         Args:
-            config: a path, or the parsed JSON.
+            config: a path, the parsed JSON, a ScMoEConfig, or what `scmoe_ds.config.loading.load` returned.
 
         Raises:
             ScMoEConfigError: an unreadable file, no section, an unknown key (with the nearest valid one), a value
                 that breaks a rule, or a DeepSpeed setting outside of the section that ScMoE cannot run with.
         """
+        if isinstance(section := getattr(config, "section", config), ScMoEConfig):
+            return section
         whole = load_deepspeed_json(config)
         lines = check_settings(whole)
         try:
@@ -142,12 +141,14 @@ class ScMoEConfig(Section):
         section = whole["scmoe"]
         if not isinstance(section, Mapping):
             raise fail("scmoe", section, "must be a JSON object")
+        return cls(**section)
+
+    def __init__(self, **section: Any) -> None:
         try:
-            return cls(**section)
+            super().__init__(**section)
         except ValidationError as error:
-            raise ScMoEConfigError(
-                explain(error, section, {"": cls.model_fields, "overlap": OverlapConfig.model_fields})
-            ) from None
+            fields = {"": type(self).model_fields, "overlap": OverlapConfig.model_fields}
+            raise ScMoEConfigError(explain(error, section, fields)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -248,7 +249,7 @@ class ScMoEConfig(Section):
         return num_layers // self.moe_every
 
     def experts_of_layers(self, moe_layers: int) -> list[int]:
-        """Number of routed experts of each MoE layer. A pyramid of another length raises a ScMoEConfigError."""
+        """Routed experts of each MoE layer. A pyramid of another length raises a ScMoEConfigError."""
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts] * moe_layers
         if len(counts) != moe_layers:
             raise fail("scmoe.num_experts", counts, f"needs {moe_layers} numbers, one per MoE layer")
@@ -265,8 +266,7 @@ class ScMoEConfig(Section):
         Raises:
             ScMoEConfigError: a depth that moe_every does not divide, or a pyramid of another length.
         """
-        layers, counts = self.moe_layers(num_layers), self.num_experts
-        other_length = isinstance(counts, list) and len(counts) != layers
+        layers = self.moe_layers(num_layers)
         self._require(
             [
                 ("moe_every", num_layers % self.moe_every > 0, f"must divide --num-layers {num_layers}"),
@@ -275,9 +275,9 @@ class ScMoEConfig(Section):
                     layers % self.pairs_per_moe > 0,
                     f"must divide the {layers} pairs of --num-layers {num_layers}",
                 ),
-                ("num_experts", other_length, f"needs {layers} numbers, one per MoE layer of {num_layers} layers"),
             ]
         )
+        self.experts_of_layers(layers)
 
     def check_world(self, world_size: int, tensor_parallel_size: int = 1) -> None:
         """Rules that need the number of ranks.

@@ -17,7 +17,7 @@ from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
-from scmoe_ds.config.loading import LoadedConfig, Source, section_of
+from scmoe_ds.config.loading import LoadedConfig, Source
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.config.unread_section import section_is_read
 from scmoe_ds.engine.client_optimizer import add_new_parameters, in_groups, listed
@@ -114,7 +114,7 @@ def _agreed(source: Source) -> tuple[Mapping[str, Any], ScMoEConfig]:
     whole = source.whole if isinstance(source, LoadedConfig) else load_deepspeed_json(source)
     connect()
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
-    return whole, section_of(source if isinstance(source, LoadedConfig) else whole)
+    return whole, ScMoEConfig.from_deepspeed(source if isinstance(source, LoadedConfig) else whole)
 
 
 def _model_parallel_unit(mpu: Any) -> Any:

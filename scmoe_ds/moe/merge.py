@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scmoe_ds.config.section import Merge
+from scmoe_ds.config.names import Merge
 
 OUTPUTS: dict[str, int] = {"add": 0, "cg1": 1, "cg2": 2}
 """Rows of the coefficient's weight, per merge."""

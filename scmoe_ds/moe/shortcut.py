@@ -18,7 +18,7 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from scmoe_ds.config.section import Merge
+from scmoe_ds.config.names import Merge
 from scmoe_ds.moe.layer import Layer, StagedMoE, check_choice
 from scmoe_ds.moe.merge import coefficient_network, merge_outputs
 from scmoe_ds.moe.routed import RoutedTokens

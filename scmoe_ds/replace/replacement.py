@@ -10,7 +10,7 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from scmoe_ds.compat import children_of, forward_hooks
-from scmoe_ds.config.loading import Source, section_of
+from scmoe_ds.config.loading import Source
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.layer import StagedMoE
@@ -45,7 +45,7 @@ def replace_moe_layers(model: nn.Module, config: Source | ScMoEConfig) -> nn.Mod
     Raises:
         ScMoEConfigError: no MoE layer, or one that cannot be replaced; the model is then as it was.
     """
-    log(*describe_replacement(model, replaced_layers(model, section_of(config))))
+    log(*describe_replacement(model, replaced_layers(model, ScMoEConfig.from_deepspeed(config))))
     return model
 
 

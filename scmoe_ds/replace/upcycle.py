@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from scmoe_ds.config.loading import Source, section_of
+from scmoe_ds.config.loading import Source
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.build import build_moe
@@ -104,7 +104,7 @@ def moe_from_dense(
     Raises:
         ScMoEConfigError: no such blocks, a number that does not exist, a MoE already; the model is then as it was.
     """
-    config = section_of(config)
+    config = ScMoEConfig.from_deepspeed(config)
     _check_config(config, noise)
     all_blocks = _dense_blocks(model)
     blocks = _chosen(all_blocks, config, layers)

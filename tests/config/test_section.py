@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scmoe_ds import ScMoEConfig, ScMoEConfigError
-from scmoe_ds.config.loading import load, section_of
+from scmoe_ds.config.loading import load
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.config.schema import json_schema
 
@@ -106,9 +107,23 @@ def test_reads_a_file_and_a_dict_alike(tmp_path: Path) -> None:
 
 def test_a_loaded_config_is_not_validated_again(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load({"train_batch_size": 1, "scmoe": {"merge": "add"}})
-    monkeypatch.setattr(ScMoEConfig, "from_deepspeed", lambda _: pytest.fail("validated twice"))
-    assert load(loaded) is loaded and section_of(loaded) is section_of(loaded.section) is loaded.section
+    monkeypatch.setattr(ScMoEConfig, "_from_section", lambda _: pytest.fail("validated twice"))
+    read = ScMoEConfig.from_deepspeed
+    assert load(loaded) is loaded and read(loaded) is read(loaded.section) is loaded.section
     assert loaded.whole["train_batch_size"] == 1 and loaded.section.written == {"merge": "add"}
+
+
+@pytest.mark.parametrize("config", [None, 3, b"ds.json", ["ds.json"]])
+def test_what_is_no_config_is_named(config: Any) -> None:
+    with pytest.raises(ScMoEConfigError, match=rf"config is a {type(config).__name__}: .* as a path or as a dict"):
+        ScMoEConfig.from_deepspeed(config)
+
+
+def test_a_section_written_in_python_has_the_same_errors() -> None:
+    with pytest.raises(ScMoEConfigError, match=r'scmoe\.num_expert: unknown key \(did you mean "num_experts"\?\)'):
+        ScMoEConfig(num_expert=4)
+    with pytest.raises(ScMoEConfigError, match=r"^scmoe\.top_k = 9: cannot exceed the number of experts \(8\)$"):
+        ScMoEConfig(top_k=9)
 
 
 def test_frozen() -> None:

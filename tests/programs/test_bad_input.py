@@ -61,7 +61,7 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "experts as text": ({"scmoe.num_experts": "4"}, {}, r"scmoe\.num_experts = \"4\": is a string"),
     "no experts": ({"scmoe.num_experts": 0}, {}, r"scmoe\.num_experts = 0: .*at least 1"),
     "empty pyramid": ({"scmoe.num_experts": []}, {}, r"scmoe\.num_experts = \[\]"),
-    "pyramid of another length": ({"scmoe.num_experts": [4, 4]}, {}, r"needs 1 numbers, one per MoE layer of 2 layers"),
+    "pyramid of another length": ({"scmoe.num_experts": [4, 4]}, {}, r"needs 1 numbers, one per MoE layer"),
     "top_k too large": ({"scmoe.top_k": 5}, {}, r"scmoe\.top_k = 5: cannot exceed the number of experts \(4\)"),
     "top_k zero": ({"scmoe.top_k": 0}, {}, r"scmoe\.top_k = 0: must be at least 1"),
     "top_k true": ({"scmoe.top_k": True}, {}, r"scmoe\.top_k = true: is true or false"),
