@@ -23,7 +23,7 @@ PROGRAMS = {
         "analyze", "flags.analysis", "similarity, gating and gradients of a trained model; would ScMoE pay for it?"
     ),
     "dashboard": Program("dashboard", "flags.dashboard", "a page that shows how training runs go or went"),
-    "report": Program("report", "flags.gpt", "does overlap pay on this machine? Times a model without training it"),
+    "report": Program("report", "flags.report", "is a step faster with ScMoE on this machine, and why? Times steps"),
     "preprocess": Program("preprocess", "flags.preprocess", "text to Megatron's indexed datasets"),
     "convert": Program("convert", "flags.convert", "weights out of a checkpoint, as safetensors"),
 }
