@@ -158,7 +158,7 @@ def report(summary: Summary, datasets: Datasets, test_loss: float | None) -> Non
     print(f"finished at iteration {summary.iteration}: {summary.tokens_per_second:.0f} tokens per second")
     if loss is not None:
         entropy = validation_entropy(datasets.valid)
-        alone = "" if entropy is None else f"; unigram entropy {entropy:.4f} (from how often each token occurs)"
+        alone = "" if entropy is None else f"; unigram entropy {entropy:.4f} nats (from how often each token occurs)"
         print(f"  validation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}{alone}")
     if test_loss is not None:
         print(f"  test loss {test_loss:.4f} nats per token")
