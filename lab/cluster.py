@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
 
+from lab import training_log
 from lab.machines import TwoMachines
 from lab.nodes import ADDRESSES
 
@@ -21,7 +22,7 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 # --train-iters shapes the shuffle: the same for all jobs that are compared, and far away for those that a fault ends.
 FLAGS = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64 --hidden-dropout 0.1 "
-    "--split 90,5,5 --log-interval 1 --eval-iters 2 --train-iters 1000"
+    "--split 90,5,5 --log-interval 1 --log-precise --eval-iters 2 --train-iters 1000"
 ).split()
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
@@ -69,11 +70,6 @@ def remove_buffers(port: int) -> None:
         buffer.unlink(missing_ok=True)
 
 
-def losses(text: str) -> dict[int, str]:
-    """Iteration to its loss as printed, with all digits of an fp32 number."""
-    return {int(i): loss for i, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", text)}
-
-
 @dataclass
 class Job:
     """A launcher that runs on a machine, and what it has written so far."""
@@ -99,7 +95,7 @@ class Job:
     def wait_for_steps(self, count: int) -> None:
         """Returns when the job has done that many steps since its start."""
         first = int(self.wait_for(r"training scmoe from iteration (\d+) to")[1])
-        self.wait_for(rf"iteration +{first + count}/")
+        self.wait_for(training_log.step_line(first + count))
 
     def end(self, deadline: float) -> int:
         """Exit code, once the launcher has ended and nothing of the job is left on either machine.

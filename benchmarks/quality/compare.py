@@ -35,11 +35,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.measure import environment
 from benchmarks.quality.record import Plan, QualityError, Record, load_plan
-from benchmarks.quality.run import Task, read_log
+from benchmarks.quality.run import Task, curves
 from benchmarks.quality.table import figure, markdown
 from benchmarks.quality.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
 from scmoe_ds.errors import DataError
 from scmoe_ds.figure_style import save
+from scmoe_ds.training.record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 _OF_A_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -121,7 +122,7 @@ class Crew:
                 "status": "finished",
                 "loss": statistics.fmean(found["sequence_losses"]),
                 **found,
-                **read_log(text, self.plan.tokens_per_iteration),
+                **curves(read_record(directory / "checkpoints"), self.plan.tokens_per_iteration),
             }
         elif self.stopping.is_set():
             return None

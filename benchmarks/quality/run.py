@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.programs.flags.gpt import parse_arguments
 from scmoe_ds.programs.pretrain_gpt import pretrain
 from scmoe_ds.programs.run import run_program
+from scmoe_ds.training.record import RunRecord
 
 _DECIMALS = 6
 _SIMILARITY_DECIMALS = 4
@@ -118,31 +118,21 @@ def similarity_of(model: GPT, rows: Sequence[Row], batch_size: int) -> dict[str,
     }
 
 
-def read_log(text: str, tokens_per_iteration: int) -> dict[str, Any]:
-    """What training has printed, over all its sessions.
+def curves(run: RunRecord, tokens_per_iteration: int) -> dict[str, Any]:
+    """What training has recorded, over all its sessions.
 
     Returns:
-        "train", "validation": [[tokens so far, nats per token], …], by tokens; "tokens_per_second": median of the log
-        lines but the first of each session, which pays for lazy set-up; "sessions": starts of the process.
+        "train", "validation": [[tokens so far, nats per token], …], by tokens; "tokens_per_second": median of the steps
+        but the first of each session, which pays for lazy set-up; "sessions": starts of the process.
     """
-    points: dict[str, dict[int, float]] = {"train": {}, "validation": {}}
-    speeds, first = [], True
-    for line in text.splitlines():
-        if "from iteration" in line and line.startswith("training "):
-            first = True
-        if found := re.match(r"iteration +(\d+)/.*lm loss: ([\d.E+-]+).*tokens per second: (\d+)", line):
-            points["train"][int(found[1])] = float(found[2])  # what was trained again after a resume replaces it
-            if not first:
-                speeds.append(int(found[3]))
-            first = False
-        elif found := re.match(r"validation at iteration (\d+) .*lm loss: ([\d.E+-]+)", line):
-            points["validation"][int(found[1])] = float(found[2])
-    curves = {
-        name: [[iteration * tokens_per_iteration, round(loss, _DECIMALS)] for iteration, loss in sorted(values.items())]
-        for name, values in points.items()
-    }
-    sessions = len(re.findall(r"^training .* from iteration \d+ to ", text, re.MULTILINE))
-    return {**curves, "tokens_per_second": statistics.median(speeds) if speeds else None, "sessions": sessions}
+    found: dict[str, Any] = {}
+    for name, kind in (("train", "steps"), ("validation", "validations")):
+        points = zip(*run.curve("lm_loss", kind), strict=True)
+        found[name] = [[iteration * tokens_per_iteration, round(loss, _DECIMALS)] for iteration, loss in points]
+    firsts = {next((step for step in run.steps if step > start["iteration"]), None) for start in run.starts}
+    speeds = [entry["tokens_per_second"] for step, entry in run.steps.items() if step not in firsts]
+    speed = round(statistics.median(speeds)) if speeds else None
+    return {**found, "tokens_per_second": speed, "sessions": len(run.starts)}
 
 
 def active_parameters(model: GPT) -> float:

@@ -122,6 +122,17 @@ def build_datasets(settings: DataSettings, train_samples: int, valid_samples: in
     return Datasets(*run_together(lambda: first or build()))
 
 
+def training_sizes(train: PretrainingDataset | BlendedDataset | None) -> list[tuple[float, int]]:
+    """Weight in the blend, and tokens of one epoch, of each data set."""
+    if train is None:
+        return []
+    parts, weights = (train.datasets, train.weights) if isinstance(train, BlendedDataset) else ([train], [1.0])
+    return [
+        (float(weight), int(part.dataset.sequence_lengths[part.indices].sum(dtype=np.int64)))
+        for weight, part in zip(weights, parts, strict=True)
+    ]
+
+
 def validation_entropy(valid: Any) -> float | None:
     """`unigram_entropy` of the sequences of a validation set; None for a blend, or without a set."""
     return unigram_entropy(valid.dataset, valid.indices) if isinstance(valid, PretrainingDataset) else None

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -163,6 +164,10 @@ class GPT(nn.Module):
     def _own_logits(self, hidden: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight
         return vocabulary_logits(self.final_norm(hidden), weight, self.group)
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE layer behind each element of an output's `exp_counts`."""
+        return [pair.last.moe for pair in self.runs]
 
     def scheduled_pairs(self) -> Sequence[StagedPair]:
         """The pairs that a schedule drives; empty for the baselines."""

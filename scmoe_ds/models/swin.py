@@ -141,6 +141,10 @@ class SwinMoE(nn.Module):
         """The blocks' MoE, in order; each stands where Swinv2 has its `intermediate`."""
         return [module for module in self.modules() if isinstance(module, MoEFeedForward)]
 
+    def moe_layers(self) -> list[MoE]:
+        """The MoE layer behind each element of an output's `exp_counts`."""
+        return [feed.moe for feed in self.feeds()]
+
     def _connect_shortcuts(self) -> None:
         stage = self.swin.encoder.layers[MOE_STAGES[0]]
         fields = self.config.model_dump(exclude_unset=True)
@@ -211,10 +215,20 @@ def _make_moe(swin: Swinv2Config, settings: SwinSettings, config: ScMoEConfig, s
     """DeepSpeed's own layer with experts of the form of Swinv2's MLP."""
     width = settings.width_of(stage)
     expert = nn.Sequential(Swinv2Intermediate(swin, width), Swinv2Output(swin, width))
-    # Without a shared expert a token needs a second routed one; what a ScMoE routes, the replacement decides.
-    standard = config.architecture == "scmoe" and stage != MOE_STAGES[0]
-    own = "shared_expert" if config.architecture == "shared_expert" else "topk"
-    return build_moe(config, width, expert, num_experts, architecture=own, top_k=2 if standard else None)
+    architecture, top_k = routing_of_stage(config, stage)
+    # What a ScMoE routes, the replacement decides.
+    own = "shared_expert" if architecture == "shared_expert" else "topk"
+    return build_moe(config, width, expert, num_experts, architecture=own, top_k=top_k)
+
+
+def routing_of_stage(config: ScMoEConfig, stage: int) -> tuple[str, int]:
+    """Architecture and top-k of the MoE layers of a stage, counted from 0: stage 4 keeps its standard MoE.
+
+    Without a shared expert a token needs a second routed one.
+    """
+    if config.architecture == "scmoe" and stage != MOE_STAGES[0]:
+        return "topk", 2
+    return config.architecture, config.top_k
 
 
 def _transformers_config(settings: SwinSettings) -> Swinv2Config:

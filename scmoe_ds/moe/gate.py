@@ -156,6 +156,21 @@ def capacity(tokens: int, experts: int, factor: float, least: int) -> int:
 
 
 @torch.no_grad()
+def dropped_choices(gate: TopKGate, exp_counts: Tensor) -> Tensor:
+    """How many choices the capacity limit dropped in a training pass of this rank (int64 scalar on its device).
+
+    Args:
+        exp_counts: [E] int64 tokens per expert before drops.
+    """
+    if not gate.drop_tokens:
+        return exp_counts.new_zeros(())
+    # As `capacity`, from the counts: the host does not wait for them.
+    per_expert = (exp_counts.sum().double() / (gate.k * len(exp_counts))).float()
+    limit = (per_expert * (gate.capacity_factor * gate.k)).ceil().clamp(min=int(gate.min_capacity)).long()
+    return (exp_counts - limit).clamp(min=0).sum()
+
+
+@torch.no_grad()
 def _keep(
     gate: TopKGate, probability_TE: Tensor, chosen_KT: Tensor, chosen_TE: Tensor, limit: int | None
 ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 
 import scmoe_ds
@@ -20,7 +19,14 @@ from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
 from scmoe_ds.config.deepspeed_settings import check_accelerator
 from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.dataset import Datasets, DataSettings, build_datasets, identify_paths, validation_entropy
+from scmoe_ds.data.dataset import (
+    Datasets,
+    DataSettings,
+    build_datasets,
+    identify_paths,
+    training_sizes,
+    validation_entropy,
+)
 from scmoe_ds.data.default_corpus import prepare_default_corpus
 from scmoe_ds.data.splits import split_shares
 from scmoe_ds.data.tokenizer import Tokenizer, pad_vocab_size
@@ -39,6 +45,7 @@ from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.settings import Summary, TrainingSettings
+from scmoe_ds.training.start_text import TrainingData, announce
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,16 +93,10 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     iteration, consumed_samples = checkpoint.load(engine, source)
     if args.log_gating_interval:
         GatingMonitor(engine, args.log_gating_interval)
-    if dist.get_rank() == 0:
-        print(
-            f"training {config.architecture} from iteration {iteration} to {args.train_iters} on {ranks} "
-            f"{'GPU' if torch.cuda.is_available() else 'CPU'} process(es), expert-parallel size "
-            f"{config.expert_parallel_size}",
-            flush=True,
-        )
     trainer = Trainer(
         engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples, carried
     )
+    announce(trainer, loaded, TrainingData(train_data["shown"], training_sizes(datasets.train)))
     summary = trainer.run()
     test_loss = None
     if datasets.test is not None and summary.iteration >= args.train_iters:

@@ -26,6 +26,7 @@ from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.images import ImageTrainer
 from scmoe_ds.training.settings import Summary
+from scmoe_ds.training.start_text import TrainingData, announce
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +75,7 @@ def train(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
 
     iteration, consumed_samples = checkpoint.load(engine, source)
     trainer = ImageTrainer(engine, training, validation, settings, description, iteration, consumed_samples)
+    announce(trainer, loaded, TrainingData(args.data_path or args.dataset, [(1.0, len(sets.train))]))
     summary = trainer.run()
     if dist.get_rank() == 0:
         report(summary, trainer)

@@ -125,10 +125,11 @@ class Recorder:
 
     Args:
         device: where the pairs compute.
+        regions: False: only all-to-alls and waits for them. Then nothing is added to autograd's graph.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, regions: bool = True) -> None:
+        self.device, self.regions = device, regions
         self._stamps: list[tuple[_Key, Stamp, Stamp]] = []
         self._open: dict[_Key, Stamp] = {}
         self._watching = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -213,12 +214,16 @@ class _LayerRecorder:
     prefix: str = ""
 
     def open(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        if not self.recorder.regions:
+            return tensors
         forward, backward = (self._key(what, "compute", phase, chunk) for phase in PHASES)
         marked = _mark(tensors, lambda: self.recorder.end(backward))
         self.recorder.start(forward)
         return marked
 
     def close(self, what: What, *tensors: Tensor | None, chunk: int = 0) -> tuple[Any, ...]:
+        if not self.recorder.regions:
+            return tensors
         forward, backward = (self._key(what, "compute", phase, chunk) for phase in PHASES)
         self.recorder.end(forward)
         return _mark(tensors, lambda: self.recorder.start(backward))

@@ -10,21 +10,20 @@ from torch import Tensor
 
 from scmoe_ds.models.swin import IGNORED, SwinOutput
 from scmoe_ds.parallel.process import device
-from scmoe_ds.training.log import TrainingLog, say
+from scmoe_ds.training.log import TrainingLog
 from scmoe_ds.training.loop import Trainer
 
 
 class ImageLog(TrainingLog):
     """As for text, with `accuracy`, the share of images that the last validation classified correctly."""
 
-    loss_name, unit = "class loss", "images"
+    loss_name, unit = "class_loss", "images"
     accuracy: float | None = None
 
     def write_validation(self, iteration: int, consumed_samples: int, loss: float) -> None:
-        """The line of a validation; loss in nats per image."""
+        """Writes the result of a validation; loss in nats per image."""
         assert self.accuracy is not None
-        say(f"validation at iteration {iteration} | class loss: {loss:.8E} | accuracy: {100 * self.accuracy:.2f} %")
-        self._validation(iteration, consumed_samples, {"class_loss": loss, "accuracy": self.accuracy})
+        self._validation(iteration, consumed_samples, {"accuracy": self.accuracy}, loss)
 
 
 class ImageTrainer(Trainer):

@@ -1,4 +1,4 @@
-"""The log of a training run: sums between two log lines, the line itself, and DeepSpeed's monitors."""
+"""The log of a training run: sums between two log lines, the line itself, its record, and DeepSpeed's monitors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scmoe_ds.models.flops import forward_flops
+from scmoe_ds.moe.gate import dropped_choices
+from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.parallel.process import device
+from scmoe_ds.trace.spans import HiddenShare
+from scmoe_ds.training.communication import CommunicationSample, schedule_entries
 from scmoe_ds.training.record import RecordWriter
+from scmoe_ds.training.settings import TrainingSettings
+from scmoe_ds.training.step_text import step_line, validation_line
+from scmoe_ds.training.utilization import Utilization, peak_memory_gib
 
 
 class TrainingOutput(Protocol):
@@ -32,51 +40,70 @@ class TrainingOutput(Protocol):
 
 @dataclass
 class _Sums:
-    """Sums since the last log line. Tensors stay on the device, so that the host does not wait for a step."""
+    """Sums since the last log line. Tensors stay on the device, so that the host does not wait for a step.
 
+    Attributes:
+        gates: of the MoE layers, in the order of `exp_counts`; None where a layer's counts are those of two gates.
+    """
+
+    gates: list[Any]
     steps: int = 0
     seconds: float = 0.0
     task_loss: Tensor | float = 0.0
     moe_loss: Tensor | float = 0.0
+    dropped: Tensor | int = 0
     exp_counts: list[Tensor] = field(default_factory=list)
 
     def add(self, output: TrainingOutput, share: float) -> None:
         assert output.task_loss is not None
         self.task_loss = self.task_loss + output.task_loss.detach() * share
         self.moe_loss = self.moe_loss + output.moe_loss.detach() * share
-        counts = [count.detach().clone() for count in output.exp_counts]
+        counts = [count.detach().to(device()).clone() for count in output.exp_counts]
+        for gate, of_layer in zip(self.gates, counts, strict=True):
+            self.dropped = self.dropped + (0 if gate is None else dropped_choices(gate, of_layer))
         if self.exp_counts:
             counts = [old + new for old, new in zip(self.exp_counts, counts, strict=True)]
         self.exp_counts = counts
 
 
 class TrainingLog:
-    """Collects losses, expert counts and times of the steps, and prints them on rank 0.
+    """Collects losses, expert counts and times of the steps, and writes them: rank 0's lines, record and monitors.
 
     Args:
-        engine: DeepSpeed's, for the gradient norm, the learning rate and the monitors.
-        train_iters: iterations of the whole run.
-        tokens_per_iteration: of all ranks.
-        save: directory of the run's record; None: there is none.
+        engine: of `scmoe_ds.initialize`; its module is a GPT or a SwinMoE.
+        settings: of the run.
+        units_per_iteration: tokens (or images) of all ranks.
 
     Attributes:
-        loss_name, unit: the log's names of the loss without the balancing term, and of tokens.
+        loss_name, unit: the record's names of the loss without the balancing term, and of tokens.
         learning_rate: of the last step.
+        communication: the trainer has it watch the last micro-batch before a log line.
     """
 
-    loss_name, unit = "lm loss", "tokens"
+    loss_name, unit = "lm_loss", "tokens"
     learning_rate = math.nan
 
-    def __init__(self, engine: Any, train_iters: int, tokens_per_iteration: int, save: str | None = None) -> None:
-        self.engine, self.train_iters, self.tokens_per_iteration = engine, train_iters, tokens_per_iteration
-        self.record = RecordWriter(save if dist.get_rank() == 0 else None)
-        self._sums = _Sums()
+    def __init__(self, engine: Any, settings: TrainingSettings, units_per_iteration: int) -> None:
+        self.engine, self.settings, self.units_per_iteration = engine, settings, units_per_iteration
+        self.record = RecordWriter(settings.save if dist.get_rank() == 0 else None)
+        self.communication = CommunicationSample(engine)
+        # A backward pass takes twice the operations of a forward pass.
+        flops = 3 * forward_flops(engine.module) * units_per_iteration / dist.get_world_size()
+        self._utilization = Utilization(engine, flops)
+        layers = engine.module.moe_layers()
+        self._gates = [None if isinstance(layer, DGMoE) else layer.deepspeed_moe.gate for layer in layers]
+        self._sums = _Sums(self._gates)
         self._timed_steps, self._timed_seconds = 0, 0.0
+        self._schedules: list[Any] = []
 
-    def start(self, iteration: int, **facts: Any) -> None:
-        """Notes in the record that a run starts, or goes on from an iteration, and what is trained."""
-        names = {"loss_name": self.loss_name.replace(" ", "_"), "unit": self.unit, "train_iters": self.train_iters}
-        self.record.write("start", iteration, **names, **facts)
+    def start(self, facts: dict[str, Any]) -> None:
+        """Notes in the record that a run starts, or goes on from facts["iteration"], and what is trained."""
+        self.record.write("start", loss_name=self.loss_name, unit=self.unit, **facts)
+
+    @property
+    def peak_tflops(self) -> float | None:
+        """What the card can do; the denominator of MFU. None: not known."""
+        return self._utilization.peak
 
     def add_micro_batch(self, output: TrainingOutput, share: float) -> None:
         """Adds the result of a forward pass, which is a share of its iteration."""
@@ -93,65 +120,81 @@ class TrainingLog:
         return self._speed(self._timed_steps, self._timed_seconds)
 
     def write(self, iteration: int, consumed_samples: int) -> None:
-        """Prints the log line of an iteration and hands its numbers to the monitors. Collective."""
-        sums, self._sums = self._sums, _Sums()
-        task_loss = mean_over_ranks(sums.task_loss / sums.steps)
-        moe_loss = mean_over_ranks(sums.moe_loss / sums.steps)
+        """Writes the numbers of an iteration, means since the last log line. Collective."""
+        sums, self._sums = self._sums, _Sums(self._gates)
         if iteration > 1:  # the first step pays for allocations and lazy set-up
             self._timed_steps += sums.steps
             self._timed_seconds += sums.seconds
         seconds = sums.seconds / sums.steps
         norm = self.engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else math.nan
-        tokens_per_second = self._speed(sums.steps, sums.seconds)
+        norm = None if norm is None or not math.isfinite(norm) else float(norm)
         load = _load_shares(sums.exp_counts)
-        low, high = min(map(min, load)), max(map(max, load))
-        left = (self.train_iters - iteration) * seconds
-        say(
-            f"iteration {iteration:7d}/{self.train_iters} | consumed samples: {consumed_samples} | "
-            f"{self.loss_name}: {task_loss:.8E} | moe loss: {moe_loss:.6E} | "
-            f"learning rate: {self.learning_rate:.3E} | grad norm: {norm:.6f} | "
-            f"{self.unit} per second: {tokens_per_second:.0f} | seconds per iteration: {seconds:.3f} | "
-            f"expert load min/max: {low:.3f}/{high:.3f} | skipped: {self.engine.skipped_steps} | "
-            f"left: {int(left) // 60}:{int(left) % 60:02d}"
-        )
-        values = {
-            self.loss_name.replace(" ", "_"): task_loss,
-            "moe_loss": moe_loss,
-            f"{self.unit}_per_second": tokens_per_second,
-            "seconds_per_iteration": seconds,
-            "expert_load_min": low,
-            "expert_load_max": high,
+        scalars = {
+            self.loss_name: mean_over_ranks(sums.task_loss / sums.steps),
+            "moe_loss": mean_over_ranks(sums.moe_loss / sums.steps),
+            "learning_rate": self.learning_rate,
             "grad_norm": norm,
+            f"{self.unit}_per_second": self._speed(sums.steps, sums.seconds),
+            "seconds_per_iteration": seconds,
+            **self._utilization.of_steps(seconds),
+            "memory_gib": _largest_of_ranks(peak_memory_gib()),
+            **self._communication(),
+            "drop_rate": self._drop_rate(sums),
+            "expert_load_min": min(map(min, load)),
+            "expert_load_max": max(map(max, load)),
+            "skipped": self.engine.skipped_steps,
+            "seconds_left": (self.settings.train_iters - iteration) * seconds,
         }
-        self._monitor("Train", consumed_samples, values)
-        self.record.write(
-            "step",
-            iteration,
-            consumed_samples=consumed_samples,
-            learning_rate=self.learning_rate,
-            expert_load=load,
-            skipped=self.engine.skipped_steps,
-            seconds_left=left,
-            **values,
-        )
+        say(step_line(iteration, self.settings.train_iters, self.unit, scalars, self.settings.log_precise))
+        self._note_schedules(iteration)
+        self.record.write("step", iteration, consumed_samples=consumed_samples, **scalars, expert_load=load)
+        self._monitor("Train", consumed_samples, scalars)
 
     def write_validation(self, iteration: int, consumed_samples: int, loss: float) -> None:
-        """Prints the line of a validation; the loss is in nats per token."""
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        say(f"validation at iteration {iteration} | lm loss: {loss:.8E} | perplexity: {perplexity:.4f}")
-        self._validation(iteration, consumed_samples, {"lm_loss": loss, "perplexity": perplexity})
+        """Writes the result of a validation; the loss is in nats per token."""
+        self._validation(iteration, consumed_samples, {"perplexity": math.exp(loss) if loss < 700 else math.inf}, loss)
 
-    def _validation(self, iteration: int, consumed_samples: int, values: dict[str, float]) -> None:
-        self._monitor("Validation", consumed_samples, values)
+    def _validation(self, iteration: int, consumed_samples: int, values: dict[str, float], loss: float) -> None:
+        values = {self.loss_name: loss, **values}
+        say(validation_line(iteration, values, self.settings.log_precise))
         self.record.write("validation", iteration, consumed_samples=consumed_samples, **values)
+        self._monitor("Validation", consumed_samples, values)
 
     def _speed(self, steps: int, seconds: float) -> float:
-        return steps * self.tokens_per_iteration / seconds if seconds else 0.0
+        return steps * self.units_per_iteration / seconds if seconds else 0.0
 
-    def _monitor(self, prefix: str, consumed_samples: int, values: dict[str, float]) -> None:
+    def _communication(self) -> dict[str, float | None]:
+        """The hidden share, and the milliseconds of a step in which a rank stood still for all-to-alls; mean of the
+        ranks. Nothing where no tokens are exchanged. Collective."""
+        if not self.communication.exists:
+            return {}
+        measured = self.communication.take()
+        if measured is None:  # on no rank
+            return {"hidden": None, "exposed_ms": None}
+        communication_ms = mean_over_ranks(measured.communication_ms)
+        exposed_ms = mean_over_ranks(measured.exposed_ms)
+        share = HiddenShare(communication_ms, exposed_ms).share
+        return {"hidden": share, "exposed_ms": exposed_ms * self.settings.accumulation_steps}
+
+    def _drop_rate(self, sums: _Sums) -> float | None:
+        """Share of the choices of experts that the capacity limit dropped; None for DGMoE. Collective."""
+        if None in self._gates:
+            return None
+        dropped = mean_over_ranks(sums.dropped)
+        return dropped / max(mean_over_ranks(torch.stack([counts.sum() for counts in sums.exp_counts]).sum()), 1.0)
+
+    def _note_schedules(self, iteration: int) -> None:
+        """Writes the schedules to the record when they have changed."""
+        overlap = self.engine.overlap
+        if not overlap.calibrating and overlap.schedules != self._schedules:
+            self._schedules = list(overlap.schedules)
+            for entry in schedule_entries(overlap):
+                self.record.write("schedule", iteration, **entry)
+
+    def _monitor(self, prefix: str, consumed_samples: int, values: dict[str, Any]) -> None:
         if self.engine.monitor.enabled and dist.get_rank() == 0:
-            self.engine.monitor.write_events([(f"{prefix}/{k}", v, consumed_samples) for k, v in values.items()])
+            known = [(f"{prefix}/{name}", value) for name, value in values.items() if value is not None]
+            self.engine.monitor.write_events([(name, value, consumed_samples) for name, value in known])
 
 
 def say(line: str) -> None:
@@ -165,6 +208,13 @@ def mean_over_ranks(value: Tensor | float) -> float:
     mean = torch.as_tensor(value, dtype=torch.float64, device=device()).clone()
     dist.all_reduce(mean)
     return float(mean) / dist.get_world_size()
+
+
+def _largest_of_ranks(value: float) -> float:
+    """Collective."""
+    largest = torch.tensor(value, dtype=torch.float64, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
 
 
 def _load_shares(exp_counts: list[Tensor]) -> list[list[float]]:

@@ -28,6 +28,7 @@ from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
 from scmoe_ds.training.health import StepHealth, is_loss_scale_exhausted, not_finite, overflows_at_any_scale
 from scmoe_ds.training.log import TrainingLog, TrainingOutput, mean_over_ranks, say
+from scmoe_ds.training.progress import Progress
 from scmoe_ds.training.settings import Summary, TrainingSettings
 from scmoe_ds.training.step_trace import StepTrace
 
@@ -63,7 +64,7 @@ class Trainer:
         # Tensor-parallel ranks of a group read the same data and draw the same random numbers.
         self.data_rank, self.data_ranks = data_parallel_rank(), data_parallel_size()
         batch_size = settings.rank_batch_size * self.data_ranks
-        self.log = self.log_class(engine, settings.train_iters, batch_size * settings.seq_length, settings.save)
+        self.log = self.log_class(engine, settings, batch_size * settings.seq_length)
         self.health = StepHealth(engine, settings.accumulation_steps * self.data_ranks)
         self._stop: StopRequest | None = None
         self._told_to_stop = False  # in the middle of a validation
@@ -90,9 +91,9 @@ class Trainer:
         is_over = self.iteration >= settings.train_iters
         batches = None if is_over else self._batches(self.train_set, self.consumed_samples)
         # Until the end of the save, which a second signal must not interrupt.
-        self.log.start(self.iteration)
         with StopRequest(settings.exit_duration_min) as self._stop:
-            stopped = batches is not None and self._train(batches, self._stop)
+            with Progress(self.iteration, settings.train_iters) as progress:
+                stopped = batches is not None and self._train(batches, self._stop, progress)
             # A scheduler that needs the machine does not wait for a validation.
             if not stopped and (self._validation is None or self._validation[0] != self.iteration):
                 self._validate()
@@ -103,7 +104,7 @@ class Trainer:
         loss = self._validation[1] if self._validation else None
         return Summary(self.iteration, loss, self.log.tokens_per_second, self._saved)
 
-    def _train(self, batches: Iterator[dict[str, Tensor]], stop: StopRequest) -> bool:
+    def _train(self, batches: Iterator[dict[str, Tensor]], stop: StopRequest, progress: Progress) -> bool:
         """Trains until the last iteration. Returns whether a signal or the time limit ended it earlier."""
         settings = self.settings
         while self.iteration < settings.train_iters:
@@ -115,8 +116,9 @@ class Trainer:
                 at_iteration(error, iteration)
                 raise
             self.log.add_step(time.perf_counter() - started)
+            progress.update()
             self._require_health(agreement.finding)
-            if self._due(settings.log_interval) or self.iteration in (1, settings.train_iters):
+            if self._is_logged(self.iteration):
                 self.log.write(self.iteration, self.consumed_samples)
             if self._due(settings.eval_interval):
                 self._validate()
@@ -146,7 +148,7 @@ class Trainer:
         settings = self.settings
         for micro_step in range(settings.accumulation_steps):
             if micro_step == settings.accumulation_steps - 1:
-                self._trace.begin(self.iteration + 1)
+                self._watch(self.iteration + 1)
             number = micro_step * self.data_ranks + self.data_rank
             seed_micro_batch(settings.seed, self.iteration, number)
             output = self._forward(next(batches))
@@ -158,6 +160,16 @@ class Trainer:
         self.iteration += 1
         self.consumed_samples += settings.rank_batch_size * self.data_ranks
         self._trace.end(self.iteration)
+        self.log.communication.end()
+
+    def _watch(self, iteration: int) -> None:
+        """Records the last micro-batch of an iteration, if its trace or its log line wants that."""
+        self._trace.begin(iteration)
+        if self._is_logged(iteration) and not self._trace.is_recording:
+            self.log.communication.begin()
+
+    def _is_logged(self, iteration: int) -> bool:
+        return iteration % self.settings.log_interval == 0 or iteration in (1, self.settings.train_iters)
 
     def _engine_step(self) -> None:
         rates = self.engine.get_lr()

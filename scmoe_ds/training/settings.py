@@ -26,6 +26,7 @@ class TrainingSettings:
     trace_dir: str = "traces"
     exit_duration_min: float | None = None
     keep_last: int | None = None
+    log_precise: bool = False
 
     @property
     def rank_batch_size(self) -> int:

@@ -26,6 +26,11 @@ class StepTrace:
         self._done = iteration is None
         self._recorder: Recorder | None = None
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether the micro-batch under way is recorded."""
+        return self._recorder is not None
+
     def begin(self, iteration: int) -> None:
         """Records what follows, if that is due in this iteration. Collective."""
         if self._done or iteration < (self.iteration or 0) or self.engine.overlap.calibrating:

@@ -18,7 +18,7 @@ from benchmarks.quality import compare as quality
 from benchmarks.quality import text_corpus
 from benchmarks.quality.compare import Crew, locked
 from benchmarks.quality.record import QualityError, Record, load_plan
-from benchmarks.quality.run import Task, held_out_rows, read_log
+from benchmarks.quality.run import Task, curves, held_out_rows
 from benchmarks.quality.table import figure, markdown, paired, verdict
 from benchmarks.quality.text_corpus import (
     CorpusSettings,
@@ -30,6 +30,7 @@ from benchmarks.quality.text_corpus import (
 )
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import DataError
+from scmoe_ds.training.record import RecordWriter, read_record
 from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, some_documents, tiny_settings
 
 SETTINGS = Path(quality.__file__).with_name("quality.json")
@@ -168,23 +169,17 @@ def test_corpus_is_the_same_bytes_each_time_and_validation_comes_last(tmp_path: 
 # --- log, statistics, verdicts
 
 
-def test_log_of_two_sessions_is_one_curve():
-    line = (
-        "iteration       {}/4 | consumed samples: 8 | lm loss: {:.8E} | moe loss: 1.0E+00 | tokens per second: {} | x"
-    )
-    first = [
-        "training scmoe from iteration 0 to 4 on 1 CPU process(es)",
-        line.format(1, 5, 9),
-        line.format(2, 4, 100),
-        line.format(3, 3.9, 120),
-    ]
-    second = [
-        "training scmoe from iteration 2 to 4 on 1 CPU process(es)",
-        line.format(3, 3.5, 9),
-        line.format(4, 3, 140),
-        "validation at iteration 4 | lm loss: 3.25000000E+00 | perplexity: 25.8",
-    ]
-    assert read_log("\n".join(first + second), 10) == {
+def test_record_of_two_sessions_is_one_curve(tmp_path: Path) -> None:
+    def session(start: int, *steps: tuple[int, float, float]) -> None:
+        writer = RecordWriter(tmp_path)
+        writer.write("start", start)
+        for iteration, loss, speed in steps:
+            writer.write("step", iteration, lm_loss=loss, tokens_per_second=speed)
+
+    session(0, (1, 5.0, 9.0), (2, 4.0, 100.0), (3, 3.9, 120.0))
+    session(2, (3, 3.5, 9.0), (4, 3.0, 140.0))
+    RecordWriter(tmp_path).write("validation", 4, lm_loss=3.25)
+    assert curves(read_record(tmp_path), 10) == {
         "train": [[10, 5], [20, 4], [30, 3.5], [40, 3]],
         "validation": [[40, 3.25]],
         "tokens_per_second": 120,

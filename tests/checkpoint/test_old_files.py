@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickletools
-import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from scmoe_ds.engine import connect
 from scmoe_ds.planner.calibration_file import find_times
 from scmoe_ds.planner.plan import plan
 from scmoe_ds.programs import analyze, convert, evaluate, generate, preprocess, pretrain_gpt, pretrain_swin
+from scmoe_ds.training.record import RunRecord, read_record
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "before_0_1"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
@@ -58,33 +58,29 @@ def succeed(main: Callable[[list[str]], int], command: str) -> None:
     assert main(command.split()) == 0, command
 
 
-def check_log(log: str, expected: dict[str, list[float]]) -> None:
-    """What a training log says of its two steps and of the validation."""
-    found = numbers(log)
-    assert len(found["loss"]) == 2, log
+def check_record(directory: Path, expected: dict[str, list[float]]) -> None:
+    """What a run's record says of its two steps and of the validation."""
+    found = numbers(read_record(directory))
+    assert len(found["loss"]) == 2, found
     for name, values in expected.items():
         assert found[name] == close(values), name
 
 
-def numbers(log: str) -> dict[str, list[float]]:
-    names = {"loss": r"(?:lm|class) loss", "moe loss": "moe loss", "rate": "learning rate", "norm": "grad norm"}
-    steps = [line for line in log.splitlines() if line.startswith("iteration ")]
-    found = {
-        name: [float(re.search(rf"\| {label}: (\S+)", line)[1]) for line in steps]  # type: ignore[index]
-        for name, label in names.items()
-    }
-    return {**found, "validation": [float(loss) for loss in re.findall(r"^validation at .*? loss: (\S+)", log, re.M)]}
+def numbers(run: RunRecord) -> dict[str, list[float]]:
+    names = {"loss": run.loss_name, "moe loss": "moe_loss", "rate": "learning_rate", "norm": "grad_norm"}
+    found = {name: run.curve(column)[1] for name, column in names.items()}
+    return {**found, "validation": run.curve(run.loss_name, "validations")[1]}
 
 
 def close(expected: Any) -> Any:
     return pytest.approx(expected, rel=1e-5)
 
 
-def test_the_checkpoint_goes_on_in_another_layout(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_checkpoint_goes_on_in_another_layout(old: Path) -> None:
     """From two ranks to one, whose two micro-batches are the two ranks'. The sample index is that of the old files."""
     index = {file.name: file.stat().st_mtime_ns for file in (old / "cache").iterdir()}
     succeed(pretrain_gpt.main, f"{GPT_FLAGS} --eval-iters 4 --load gpt --save new")
-    check_log(capsys.readouterr().out, EXPECTED["resumed gpt"])
+    check_record(old / "new", EXPECTED["resumed gpt"])
     assert {file.name: file.stat().st_mtime_ns for file in (old / "cache").iterdir()} == index
     check_pickles(old / "new")
     files = old / "new" / "global_step8" / "scmoe.json", old / "gpt" / "global_step6" / "scmoe.json"
@@ -95,10 +91,10 @@ def test_the_checkpoint_goes_on_in_another_layout(old: Path, capsys: pytest.Capt
 
 
 @pytest.mark.slow
-def test_the_swin_checkpoint_goes_on_in_its_layout(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_swin_checkpoint_goes_on_in_its_layout(old: Path) -> None:
     """Through DeepSpeed's own loader."""
     succeed(pretrain_swin.main, f"{SWIN_FLAGS} --load swin --save new")
-    check_log(capsys.readouterr().out, EXPECTED["resumed swin"])
+    check_record(old / "new", EXPECTED["resumed swin"])
     check_pickles(old / "new")
     files = old / "new" / "global_step5" / "scmoe.json", old / "swin" / "global_step3" / "scmoe.json"
     check_description(*files, *PROGRESS)

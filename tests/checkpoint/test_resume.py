@@ -530,7 +530,7 @@ def test_a_diverged_run_goes_on_further_back_and_its_remedies_work(pretrain: Pro
         "passed over: --auto-resume run/global_step5: a run that went on from it ended at once (iteration 6: " in text
     )
     assert "from iteration 4" in text and "finished at iteration 8" in text
-    assert "learning rate: 1.000E-05" in text, "the lower learning rate has an effect"
+    assert "lr 1e-05" in text, "the lower learning rate has an effect"
     assert failure_notes.read(tmp_path / "run/global_step5") is None, "the new checkpoint of that name is another one"
 
 

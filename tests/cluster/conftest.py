@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import cluster
+from lab import cluster, training_log
 from lab.distributed import free_port
 
 
@@ -28,7 +28,7 @@ def reference(files: Path) -> dict[int, str]:
     environment = {**os.environ, **cluster.ENVIRONMENT}
     done = subprocess.run(line, cwd=files, env=environment, capture_output=True, text=True, timeout=300, check=False)
     cluster.remove_buffers(port)
-    losses = cluster.losses(done.stdout)
+    losses = training_log.losses(done.stdout)
     assert done.returncode == 0 and list(losses) == [*range(1, cluster.REFERENCE_ITERATIONS + 1)], done.stderr
     assert len(set(losses.values())) == len(losses), "each iteration has its own loss"
     return losses

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import cluster
+from lab import cluster, training_log
 from lab.cluster import Job
 from lab.machines import TwoMachines, machines_available
 
@@ -65,7 +65,7 @@ class Training:
 
     def check(self, job: Job) -> None:
         """The job went on at the right step with the right losses; notes the step at which the next one starts."""
-        found = cluster.losses(job.text)
+        found = training_log.losses(job.text)
         assert list(found) == list(range(self.step + 1, self.step + 1 + len(found))), job.text
         assert found == {i: self.reference[i] for i in found}, job.text
         self.step, self.checked = self.latest(), True
@@ -194,11 +194,11 @@ def test_a_short_cut_of_the_link_and_a_signal_to_one_rank(training: Training) ->
     job = training.start(timeout_s=60)  # TCP tries again at growing intervals
     job.wait_for_steps(2)
     job.machines.link(False)
-    before = max(cluster.losses(job.text))
+    before = max(training_log.losses(job.text))
     time.sleep(5)
-    stalled_at = max(cluster.losses(job.text))
+    stalled_at = max(training_log.losses(job.text))
     job.machines.link(True)
-    job.wait_for(rf"iteration +{stalled_at + 3}/")
+    job.wait_for(training_log.step_line(stalled_at + 3))
     assert stalled_at <= before + 1, "the link was not down"
     (rank,) = job.machines.pids(1, RANK)
     assert training.end_after(lambda: os.kill(rank, signal.SIGTERM), job) == 0, job.text

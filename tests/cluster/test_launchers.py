@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import cluster
+from lab import cluster, training_log
 from lab.distributed import free_port
 from lab.machines import TwoMachines, machines_available
 from lab.nodes import ADDRESSES
@@ -35,7 +35,7 @@ def machines() -> Iterator[TwoMachines]:
 
 
 def check(text: str, reference: dict[int, str]) -> None:
-    assert cluster.losses(text) == {i: reference[i] for i in range(1, STEPS + 1)}, text
+    assert training_log.losses(text) == {i: reference[i] for i in range(1, STEPS + 1)}, text
     assert "on 2 CPU process(es), expert-parallel size 2" in text
 
 
@@ -66,7 +66,7 @@ def test_one_command_per_machine(machines: TwoMachines, files: Path, reference: 
     jobs[0].wait_for("finished at iteration")
     assert [job.end(time.monotonic() + 60) for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
     check(jobs[0].text, reference)
-    assert cluster.losses(jobs[1].text) == {}, "one machine reports"
+    assert training_log.losses(jobs[1].text) == {}, "one machine reports"
 
 
 def test_two_launchers_on_one_machine(files: Path, reference: dict[int, str]) -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lab.distributed import free_port, rank_environment, run_distributed
+from lab.training_log import step_line
 from scmoe_ds import compat
 from scmoe_ds.data.dataset import DataSettings, build_datasets
 from scmoe_ds.data.indexed_writer import write_indexed_dataset
@@ -172,7 +173,7 @@ def ranks_of_a_job(arguments: Sequence[str], directory: Path) -> Iterator[list[s
             )
     try:
         assert processes[0].stdout is not None
-        assert any(line.startswith("iteration       3/") for line in processes[0].stdout)
+        assert any(re.match(step_line(3), line) for line in processes[0].stdout)
         yield processes
     finally:
         for process in processes:

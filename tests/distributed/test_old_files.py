@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -15,21 +13,20 @@ from lab.distributed import run_distributed
 from scmoe_ds import checkpoint
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.programs import pretrain_gpt, pretrain_swin
-from tests.checkpoint.test_old_files import EXPECTED, FIXTURES, GPT_FLAGS, SWIN_FLAGS, check_log, succeed
+from tests.checkpoint.test_old_files import EXPECTED, FIXTURES, GPT_FLAGS, SWIN_FLAGS, check_record, succeed
 
 
-def on_a_rank(directory: str) -> tuple[str, dict[str, Any]]:
-    """The log of the run that goes on; the slots of each pair by the times of checkpoint and file."""
+def on_a_rank(directory: str) -> dict[str, Any]:
+    """The slots of each pair by the times of checkpoint and file; the run that goes on leaves its record in "new"."""
     os.chdir(directory)
     ranks = "--moe-expert-parallel-size 2"
-    with contextlib.redirect_stdout(io.StringIO()) as log:
-        succeed(pretrain_gpt.main, f"{GPT_FLAGS} {ranks} --eval-iters 2 --load gpt")
-        by = {"checkpoint": slots(None, "gpt"), "times.json": slots("times.json", None)}
+    succeed(pretrain_gpt.main, f"{GPT_FLAGS} {ranks} --eval-iters 2 --load gpt --save new")
+    by = {"checkpoint": slots(None, "gpt"), "times.json": slots("times.json", None)}
     # A file whose description is not the run's would be refused.
     flags = f"{ranks} --train-iters 2 --eval-iters 0"
     succeed(pretrain_gpt.main, f"{GPT_FLAGS} --num-layers 6 --deepspeed_config far.json {flags}")
     succeed(pretrain_swin.main, f"{SWIN_FLAGS} --deepspeed_config hooked.json {flags}")
-    return log.getvalue(), by
+    return by
 
 
 def write_json(directory: Path, source: str, name: str, **section: Any) -> None:
@@ -64,8 +61,8 @@ def test_old_files_on_the_ranks_that_wrote_them(tmp_path: Path) -> None:
     write_json(old, "gpt.json", "far.json", **far, overlap={"calibration_file": "times_far.json"})
     write_json(old, "swin.json", "hooked.json", overlap={"calibration_file": "times_swin.json"})
     results = run_distributed(on_a_rank, 2, str(old))
-    check_log(results[0][0], EXPECTED["resumed gpt"])
-    for _, by in results:
+    check_record(old / "new", EXPECTED["resumed gpt"])
+    for by in results:
         for source, pairs in by.items():
             assert pairs == [
                 {mode: each["slots"] for mode, each in plans.items()} for plans in EXPECTED["planned"][source]

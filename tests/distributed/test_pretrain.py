@@ -15,12 +15,14 @@ import psutil
 import pytest
 
 from lab.distributed import free_port
+from lab.training_log import losses, step_line, steps, validations
+from scmoe_ds.training.record import read_record
 
 ROOT = Path(__file__).parents[2]
 CONFIG = json.loads((ROOT / "ds_configs" / "gpt_small_cpu.json").read_text())
 FLAGS = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64 --hidden-dropout 0.1 "
-    "--split 90,5,5 --log-interval 1 --eval-iters 2"
+    "--split 90,5,5 --log-interval 1 --log-precise --eval-iters 2"
 ).split()
 
 
@@ -62,11 +64,6 @@ def job(
     return command, {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def losses(output: str) -> dict[int, str]:
-    """Iteration to its loss as printed, with all digits of an fp32 number."""
-    return {int(i): loss for i, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", output)}
-
-
 def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: str) -> None:
     directories = {name: tmp_path / name for name in ("whole", "first", "second")}
     for directory in directories.values():
@@ -86,8 +83,10 @@ def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: st
     assert list(losses(first.stdout)) == [1, 2, 3, 4] and list(losses(second.stdout)) == [5, 6, 7, 8]
     assert losses(first.stdout) | losses(second.stdout) == losses(whole.stdout)
     assert len(set(losses(whole.stdout).values())) == 8
-    final = re.compile(r"validation at iteration 8 \| lm loss: (\S+)")
-    assert final.search(whole.stdout)[1] == final.search(second.stdout)[1]  # type: ignore[index]
+    assert validations(whole.stdout)[8] == validations(second.stdout)[8]
+    record = read_record(save)
+    assert [entry["iteration"] for entry in record.starts] == [0, 4] and list(record.steps) == [*range(1, 9)]
+    assert [repr(loss) for loss in record.curve("lm_loss")[1]] == list(losses(whole.stdout).values())
     check_report(whole, directories["whole"])
     check_trace(directories["whole"] / "traces")
     assert "until times decide: 2 micro-batches after the first run without overlap" in first.stdout
@@ -121,19 +120,9 @@ def check_trace(directory: Path) -> None:
 
 def check_report(done: subprocess.CompletedProcess, directory: Path) -> None:
     """The log names what a user looks for, and the files it names exist."""
-    line = next(line for line in done.stdout.splitlines() if line.startswith("iteration       2/8"))
-    for part in (
-        "lm loss",
-        "moe loss",
-        "learning rate",
-        "grad norm",
-        "tokens per second",
-        "seconds per iteration",
-        "expert load min/max",
-    ):
-        assert part in line
-    low, high = map(float, re.search(r"expert load min/max: (\S+)/(\S+)", line).groups())  # type: ignore[union-attr]
-    assert 0 <= low <= 1 / 4 <= high <= 1
+    last = steps(done.stdout)[8]
+    assert last.keys() == {"loss", "lr", "grad", "tok/s", "TFLOP/s", "GiB", "hidden", "left"}
+    assert 0 < float(last["TFLOP/s"]) < 10 and 0.05 < float(last["GiB"]) < 50 and 0 <= int(last["hidden"]) <= 100
     assert "schedule of MoE layer 0: dispatch ⇢ mlp → [routed experts] → attention → shared ⇢ combine" in done.stdout
     assert re.search(r"times: experts [\w ]+ \(slot [1-4]\) \| \d+ % of the communication hidden \| ", done.stdout)
     assert re.search(r"validation loss +\d+\.\d+ nats per token, perplexity", done.stdout)
@@ -144,19 +133,21 @@ def check_report(done: subprocess.CompletedProcess, directory: Path) -> None:
 
 def test_one_process_that_accumulates_prints_what_two_processes_print(tmp_path: Path, corpus: str) -> None:
     """The loop's own sums, means over ranks, random numbers and data order."""
-    columns = r"lm loss: (\S+) \| moe loss: (\S+).*?grad norm: (\S+).*?load min/max: (\S+)/(\S+)"
-    printed = []
+    columns = ("lm_loss", "moe_loss", "grad_norm", "expert_load_min", "expert_load_max", "drop_rate")
+    noted: list[list[float]] = []
+    validated: list[float] = []
     for ranks in (1, 2):
         directory = tmp_path / str(ranks)
         directory.mkdir()
-        flags = ("--train-iters", "6", "--log-interval", "2")
+        flags = ("--train-iters", "6", "--log-interval", "2", "--save", str(directory / "saved"))
         done = launch(directory, corpus, *flags, ranks=ranks, accumulation=4 // ranks, expert_parallel_size=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
-        rows = re.findall(columns, done.stdout) + re.findall(r"validation at .*?lm loss: (\S+)", done.stdout)
-        printed.append([float(value) for row in rows for value in ([row] if isinstance(row, str) else row)])
-    assert len(printed[0]) == 4 * 5 + 1
-    assert printed[1][:-1] == pytest.approx(printed[0][:-1], rel=2e-4, abs=1e-3)
-    assert printed[1][-1] == pytest.approx(printed[0][-1], rel=0.1), "validation reads other batches on two ranks"
+        record = read_record(directory / "saved")
+        noted.append([entry[name] for entry in record.steps.values() for name in columns])
+        validated.append(record.validations[6]["lm_loss"])
+    assert len(noted[0]) == 4 * 6
+    assert noted[1] == pytest.approx(noted[0], rel=2e-4, abs=1e-3)
+    assert validated[1] == pytest.approx(validated[0], rel=0.1), "validation reads other batches on two ranks"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -166,7 +157,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(number: signal.Signals, tmp_pa
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         lines = iter(launcher.stdout.readline, "")
-        assert any(line.startswith("iteration       3/") for line in lines)
+        assert any(re.match(step_line(3), line) for line in lines)
         ranks = [
             child
             for child in psutil.Process(launcher.pid).children(recursive=True)

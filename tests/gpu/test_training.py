@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.training_log import losses
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --hidden-dropout 0.1 "
-    "--split 90,5,5 --log-interval 1 --eval-iters 2 --train-iters 8"
+    "--split 90,5,5 --log-interval 1 --log-precise --eval-iters 2 --train-iters 8"
 ).split()
 
 
@@ -44,7 +45,7 @@ def train(directory: Path, stage: int, *flags: str) -> tuple[str, dict[int, str]
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, {int(i): loss for i, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)}
+    return done.stdout, losses(done.stdout)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

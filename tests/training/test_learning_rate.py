@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from lab.training_log import steps
 from scmoe_ds.config.deepspeed_settings import steps_without_rate, warn
 from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 from tests.programs.test_bad_input import FLAGS, JSON
@@ -63,7 +63,7 @@ def test_log_and_monitors_show_the_steps_own_rate(
         == 0
     )
     output = capfd.readouterr()
-    logged = [float(rate) for rate in re.findall(r"^iteration .*learning rate: (\S+)", output.out, re.MULTILINE)]
+    logged = [float(values["lr"]) for values in steps(output.out).values()]
     assert len(used) == 6 and used[:2] == [0, 0] and max(used) > used[-1] > 0
     assert logged == pytest.approx(used, rel=1e-3)
     (file,) = (tmp_path / "csv").rglob("Train_Samples_lr.csv")

@@ -21,6 +21,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--exit-interval", type=int, help="save and stop at the next iteration that is a multiple of this"
     )
     group.add_argument("--log-interval", type=int, default=100, help="iterations per log line")
+    group.add_argument(
+        "--log-precise", action="store_true", help="log lines with all digits, to compare two runs number by number"
+    )
     group.add_argument("--eval-interval", type=int, default=1000, help="iterations per validation")
     group.add_argument("--eval-iters", type=int, default=100, help="batches per validation; 0: no validation")
     group.add_argument("--save", help="directory of checkpoints; default: none are written")
@@ -144,4 +147,5 @@ def training_settings(
         trace_dir=args.scmoe_trace_dir,
         exit_duration_min=args.exit_duration_in_mins,
         keep_last=args.keep_last,
+        log_precise=args.log_precise,
     )

@@ -1,0 +1,78 @@
+"""What the run's log says of communication: the schedules, and how much was hidden.
+
+The hidden share is measured in the last micro-batch before a log line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scmoe_ds.overlap.executor import backbone
+from scmoe_ds.parallel.process import device
+from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.planner.plan_text import schedule_text
+from scmoe_ds.trace.recorder import Recorder
+from scmoe_ds.trace.spans import HiddenShare, hidden_share
+
+
+class CommunicationSample:
+    """Watches the all-to-alls of single micro-batches: a thread or a stream notes when each is complete.
+
+    Nothing is watched while the schedules are still being chosen, and nothing is there to watch in DeepSpeed's own
+    layers or when one rank holds all experts. Gradients' all-reduces are no part of it.
+
+    Args:
+        engine: of `scmoe_ds.initialize`.
+
+    Attributes:
+        exists: whether the model's pairs exchange tokens at all.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.overlap = engine.overlap
+        self.exists = any(pair.layer.transport.size > 1 for pair in self.overlap.pairs)
+        self._recorder: Recorder | None = None
+        self._measured: HiddenShare | None = None
+
+    def begin(self) -> None:
+        """Watches the micro-batch that follows."""
+        if self.exists and not self.overlap.calibrating:
+            self._recorder = Recorder(device(), regions=False)
+            self.overlap.record(self._recorder)
+
+    def end(self) -> None:
+        """The micro-batch is over. On a GPU the host waits for it."""
+        if self._recorder is not None:
+            self.overlap.record(None)
+            self._measured, self._recorder = hidden_share(self._recorder.spans()), None
+
+    def take(self) -> HiddenShare | None:
+        """What was measured on this rank since the last call; None: nothing, on any rank."""
+        measured, self._measured = self._measured, None
+        return measured
+
+
+def schedule_entries(overlap: Calibrator) -> list[dict[str, Any]]:
+    """For each distinct schedule the "layers" that have it, its "text", "operators", "slot" of every chunk, number of
+    "chunks" and "overlap"; with measured times also what they predict: "hidden" share, "exposed_ms", "total_ms"."""
+    entries = []
+    for schedule in dict.fromkeys(overlap.schedules):
+        layers = [layer for layer, each in enumerate(overlap.schedules) if each == schedule]
+        entry: dict[str, Any] = {
+            "layers": layers,
+            "text": schedule_text(schedule),
+            "operators": [operator.label for operator in backbone(overlap.pairs[layers[0]])],
+            "slot": list(schedule.slots),
+            "chunks": schedule.num_chunks,
+            "overlap": schedule.overlap,
+        }
+        for kind in overlap.kinds:
+            if layers[0] in kind.layers and "train" in kind.plans:
+                predicted = kind.plans["train"].predicted
+                entry |= {
+                    "hidden": predicted.hidden_share,
+                    "exposed_ms": predicted.exposed_ms,
+                    "total_ms": predicted.total_ms,
+                }
+        entries.append(entry)
+    return entries
