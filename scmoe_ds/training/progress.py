@@ -45,8 +45,10 @@ class Progress:
         loggers = [logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))]
         for handler in {handler for logger in loggers for handler in logger.handlers}:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                self._handlers.append((handler, handler.stream))
-                handler.setStream(self._above(handler.stream))
+                before = handler.stream
+                with suppress(AttributeError):  # a handler that always takes sys.stderr as it is
+                    handler.setStream(self._above(before))
+                    self._handlers.append((handler, before))
         return self
 
     def update(self) -> None:
