@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 import torch
 
+import scmoe_ds
 from lab import training_log
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.engine import connect
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.build import build_moe
 from scmoe_ds.moe.gate import dropped_choices, route
 from scmoe_ds.programs import pretrain_gpt, pretrain_swin
 from scmoe_ds.training.progress import Progress
 from scmoe_ds.training.record import read_record
+from scmoe_ds.training.start_text import parameters_of, state_bytes
 from scmoe_ds.training.step_text import duration, number, rounded, step_line
 from scmoe_ds.training.utilization import peak_tflops
 
@@ -237,3 +241,30 @@ def test_no_bar_where_nobody_looks(capfd: pytest.CaptureFixture[str]) -> None:
         progress.update()
         print("iter 1")
     assert capfd.readouterr() == ("iter 1\n", "")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_and_optimizer_states_take_what_the_start_says(precision: str, stage: int) -> None:
+    whole = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": precision == "bf16"},
+        "scmoe": {"num_experts": 4},
+    }
+    config = ScMoEConfig.from_deepspeed(whole)
+    engine = scmoe_ds.initialize(model=GPT(GPTSettings(2, 32, 2, 64, 16), config), config=whole)[0]
+    tokens = torch.randint(0, 64, (1, 16))
+    engine.backward(engine(tokens, labels=tokens).loss)
+    engine.step()
+    weights = list(engine.module.parameters())
+    adam = engine.optimizer.optimizer
+    held = weights + [each for group in adam.param_groups for each in group["params"]]
+    held += [each for state in adam.state.values() for each in state.values() if each.ndim]
+    total, _, own, experts = parameters_of(engine.module, 1)
+    gradients = own * weights[0].element_size()
+    expected = state_bytes(own - experts, experts, whole, 1, 1) - gradients
+    assert total == own and sum(each.numel() * each.element_size() for each in held) == pytest.approx(
+        expected, rel=0.02
+    )

@@ -122,6 +122,7 @@ IN_FORCE: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "--exit-signal-handler": (None, "SIGTERM always saves and stops"),
     "--no-query-key-layer-scaling": (None, "attention is scaled by the head's size alone"),
     "--log-validation-ppl-to-tensorboard": (None, "perplexities are written"),
+    "--log-memory-to-tensorboard": (None, "the peak is written"),
     "--attention-softmax-in-fp32": (None, "torch's attention does so"),
     "--exit-on-missing-checkpoint": (None, "a --load that is not there is an error"),
 }
@@ -151,7 +152,6 @@ NO_EFFECT: dict[str, tuple[int, str]] = {
     "--distributed-backend": (1, "DeepSpeed's accelerator chooses it (DS_ACCELERATOR)"),
     "--log-batch-size-to-tensorboard": (0, "the batch size is constant"),
     "--log-timers-to-tensorboard": (0, '"wall_clock_breakdown" writes them'),
-    "--log-memory-to-tensorboard": (0, '"memory_breakdown" prints it'),
     "--log-world-size-to-tensorboard": (0, "it is in the log"),
     "--log-optimizer-states-to-tensorboard": (0, "scmoe analyze gradients looks at them"),
     "--no-log-loss-scale-to-tensorboard": (0, "DeepSpeed's monitors write what they write"),
