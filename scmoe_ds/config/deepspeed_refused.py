@@ -27,6 +27,8 @@ _FEATURES = {
     "use_data_before_expert_parallelism": "experts are laid out over consecutive ranks; remove it",
     "checkpoint.writer": "writes checkpoints in a way that their checksums do not cover; remove it",
     "checkpoint.load_universal": "cannot hold experts; remove it, --load resumes in any layout",
+    "zero_optimization.elastic_checkpoint": "saves no step of torch's optimizers, so that no run can go on from the "
+    "checkpoint; remove it, --load resumes in any layout",
     "checkpoint.use_node_local_storage": "checkpoints are read and checked as one directory; remove it, and give "
     "--save a directory that all nodes share",
     "pipeline": "a shortcut may not cross a pipeline stage: remove the section, and use expert and tensor parallelism",

@@ -199,6 +199,10 @@ REFUSED: list[Any] = [
     ({"datastates_ckpt": {}}, r"datastates_ckpt = "),
     ({"checkpoint": {"writer": {"type": "FAST"}}}, r"checkpoint\.writer = "),
     ({"checkpoint": {"load_universal": True}}, r"checkpoint\.load_universal = true: .*--load"),
+    (
+        {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}},
+        r"zero_optimization\.elastic_checkpoint = true: .*no run can go on",
+    ),
     ({"checkpoint": {"use_node_local_storage": True}}, r"checkpoint\.use_node_local_storage = true"),
     *[
         ({name: {"enabled": True}}, rf"{name}\b.*remove the key")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 
 from scmoe_ds.errors import ArgumentError, ScMoEConfigError
 from scmoe_ds.programs.flags import megatron as megatron_flags
+from scmoe_ds.programs.flags import table
 from scmoe_ds.programs.flags.analysis import build_parser as build_analysis_parser
 from scmoe_ds.programs.flags.evaluate import build_parser as build_evaluate_parser
 from scmoe_ds.programs.flags.generate import build_parser as build_generate_parser
 from scmoe_ds.programs.flags.gpt import build_parser, parse_arguments
+from scmoe_ds.programs.flags.megatron_refused import REFUSED
 from scmoe_ds.programs.flags.swin import build_parser as build_image_parser
 from scmoe_ds.programs.flags.swin import parse_image_arguments
+from tests.programs.test_megatron_scripts import OPTIONS, PAGE
 
 SIZES = ["--num-layers", "2", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"]
 JSON: dict[str, Any] = {
@@ -31,42 +35,6 @@ JSON: dict[str, Any] = {
     "scmoe": {"num_experts": 4},
 }
 
-# Megatron-DeepSpeed's scripts for MoE models write such a JSON: neither optimizer nor schedule, those are flags.
-MEGATRONS_JSON: dict[str, Any] = {
-    "train_batch_size": 512,
-    "train_micro_batch_size_per_gpu": 16,
-    "steps_per_print": 10,
-    "zero_optimization": {"stage": 1, "elastic_checkpoint": True},
-    "gradient_clipping": 1.0,
-    "prescale_gradients": False,
-    "fp16": {
-        "enabled": False,
-        "loss_scale": 0,
-        "loss_scale_window": 500,
-        "hysteresis": 2,
-        "min_loss_scale": 1,
-        "initial_scale_power": 11,
-    },
-    "bf16": {"enabled": True},
-    "wall_clock_breakdown": False,
-}
-
-# The flags of its scripts for MoE models, with values of a small run. --fp16 is theirs too, and their JSON says bf16.
-MEGATRONS_COMMAND = """
-    --override-opt_param-scheduler --adam-beta1 0.9 --adam-beta2 0.95 --tensor-model-parallel-size 1
-    --moe-expert-parallel-size 8 --num-experts 16 --moe-loss-coeff 0.01 --moe-train-capacity-factor 1.0
-    --moe-eval-capacity-factor 1.0 --moe-min-capacity 4 --init-method-std 0.014 --lr-decay-tokens 300000000000
-    --lr-warmup-tokens 375000000 --micro-batch-size 16 --exit-duration-in-mins 30000000 --global-batch-size 512
-    --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --seq-length 2048 --max-position-embeddings 2048
-    --train-tokens 300000000000 --train-iters 858306 --lr 1.2e-4 --min-lr 1.0e-6 --lr-decay-style cosine --split 98,2,0
-    --log-interval 10 --eval-interval 100 --eval-iters 10 --save-interval 10000 --weight-decay 0.1 --clip-grad 1.0
-    --hysteresis 2 --num-workers 0 --load checkpoint --save checkpoint --tensorboard-queue-size 1
-    --log-timers-to-tensorboard --log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard --tensorboard-dir board
-    --checkpoint-activations --create-moe-param-group --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt
-    --data-path data_text_document --data-impl mmap --deepspeed --pipeline-model-parallel-size 1 --no-pipeline-parallel
-    --deepspeed-activation-checkpointing --zero-stage 1 --log-optimizer-states-to-tensorboard --log-memory-to-tensorboard
-    --mlp-type residual --topk 1 --expert-interval 2 --disable-moe-token-dropping --seed 1234 --bf16
-    """.split()
 REFUSED_IN_SCRIPTS = [
     "--skip-train",
     "--inference",
@@ -104,40 +72,6 @@ def parse(tmp_path: Path) -> Callable[..., tuple[argparse.Namespace, dict[str, A
     return run
 
 
-def test_the_command_line_of_megatrons_moe_scripts(parse: Any) -> None:
-    args, whole = parse(*MEGATRONS_COMMAND, whole=MEGATRONS_JSON)
-    assert whole["optimizer"] == {
-        "type": "AdamW",
-        "params": {"lr": 1.2e-4, "weight_decay": 0.1, "betas": [0.9, 0.95], "torch_adam": True},
-    }
-    tokens_per_step = 512 * 2048
-    assert whole["scheduler"] == {
-        "type": "WarmupCosineLR",
-        "params": {
-            "warmup_num_steps": -(-375_000_000 // tokens_per_step),
-            "warmup_type": "linear",
-            "total_num_steps": -(-300_000_000_000 // tokens_per_step),
-            "cos_min_ratio": pytest.approx(1e-6 / 1.2e-4),
-        },
-    }
-    assert args.train_iters == -(-300_000_000_000 // tokens_per_step)
-    assert whole["tensorboard"] == {"enabled": True, "output_path": "board", "job_name": ""}
-    assert whole["scmoe"] == {
-        "num_experts": 16,
-        "top_k": 1,
-        "architecture": "shared_expert",
-        "moe_every": 2,
-        "expert_parallel_size": 8,
-        "capacity_factor": 1.0,
-        "eval_capacity_factor": 1.0,
-        "min_capacity": 4,
-        "aux_loss_coefficient": 0.01,
-        "drop_tokens": False,
-    }
-    assert {key: whole[key] for key in MEGATRONS_JSON} == MEGATRONS_JSON  # what was there is as it was
-    assert (args.tokenizer_type, args.recompute_granularity) == ("GPT2BPETokenizer", "full")
-
-
 def test_flags_without_effect_are_named_in_one_line(parse: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "scmoe_ds"):
         parse("--tensorboard-queue-size", "1", "--use-flash-attn-v2", "--no-pipeline-parallel")
@@ -147,7 +81,7 @@ def test_flags_without_effect_are_named_in_one_line(parse: Any, caplog: pytest.L
 
 def test_no_flag_of_the_scripts_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     parser = build_parser()
-    given = {text for text in MEGATRONS_COMMAND if text.startswith("--")} | {"--fp16", "--deepspeed_config"}
+    given = set(re.findall(r"--\S+", OPTIONS))
     assert given <= parser._option_string_actions.keys()
     for flag in REFUSED_IN_SCRIPTS:
         with pytest.raises(SystemExit) as error:
@@ -171,9 +105,10 @@ def test_the_tables_are_those_of_the_parser() -> None:
     )
     hidden = options.keys() - shown - {"-h", "--help", "--help-all"}
     assert set().union(*taken) == hidden
-    assert not megatron_flags.REFUSED.keys() & options.keys()
-    page = Path(megatron_flags.__file__).parents[3] / "docs" / "from_megatron_deepspeed.md"
-    assert megatron_flags.table() in page.read_text(), "python -m scmoe_ds.programs.flags.megatron writes the table"
+    assert not REFUSED.keys() & options.keys()
+    page = PAGE.read_text(encoding="utf-8")
+    for text in (table.megatron_table(), table.other_tables()):
+        assert text in page, "python -m scmoe_ds.programs.flags.table writes the tables"
 
 
 @pytest.mark.parametrize(
@@ -255,8 +190,6 @@ def test_a_flag_that_is_in_force_and_one_that_the_json_leaves_out(parse: Any) ->
 def test_two_precisions(parse: Any) -> None:
     with pytest.raises(ScMoEConfigError, match=r"^bf16\.enabled = true: fp16\.enabled is true as well; keep one"):
         parse("--fp16")
-    with pytest.raises(ArgumentError, match=r"--fp16 asks for fp16\.enabled = true, but .* has false"):
-        parse("--fp16", whole=MEGATRONS_JSON)
 
 
 def test_loss_scales(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.programs.flags import megatron as megatron_flags
 from scmoe_ds.programs.flags.checks import check_ranges, check_training, require_flags
 from scmoe_ds.programs.flags.data import add_data, resolve_data_flags
+from scmoe_ds.programs.flags.megatron_refused import REFUSED
 from scmoe_ds.programs.flags.parser import FlagParser, started_as
 from scmoe_ds.programs.flags.tokenizer import set_tokenizer_type
 from scmoe_ds.programs.flags.training import add_deepspeed, add_moe, add_training, parse_flags
@@ -42,7 +43,7 @@ def build_parser() -> FlagParser:
         description="Pretrain a GPT with ScMoE layers under DeepSpeed.",
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON. "
         "Megatron-DeepSpeed's flags for them are taken too: docs/from_megatron_deepspeed.md lists all of its flags.",
-        elsewhere=megatron_flags.REFUSED,
+        elsewhere=REFUSED,
         example="deepspeed --num_accelerators 2 pretrain_gpt_scmoe.py \\\n"
         "      --deepspeed_config ds_configs/gpt_small_cpu.json --num-layers 4 --hidden-size 128 \\\n"
         "      --num-attention-heads 4 --seq-length 256 --train-iters 200",

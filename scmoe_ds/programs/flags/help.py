@@ -61,7 +61,7 @@ class HelpAction(argparse.Action):
 
 def help_text(parser: Any, everything: bool) -> str:
     """The help of a FlagParser; without `everything` that of the flags in its `often`, if it has any."""
-    words = [action.dest.upper() for action in parser._get_positional_actions()]
+    words = [str(action.metavar or action.dest).upper() for action in parser._get_positional_actions()]
     shown = [each for each in parser._actions if each.help != argparse.SUPPRESS]
     groups = [(group.title, group.description, group._group_actions) for group in parser._action_groups]
     closing = parser.epilog

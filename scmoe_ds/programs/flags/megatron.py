@@ -1,17 +1,14 @@
 """Flags of Megatron-DeepSpeed's pretrain_gpt.py: the same here, keys of the JSON, without effect, or refused.
 
-No flag of it is ignored without a word. `table()` is the list in docs/from_megatron_deepspeed.md.
+No flag of it is ignored without a word. `table` writes the list in docs/from_megatron_deepspeed.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from typing import Any
-
-from scmoe_ds.programs.flags.megatron_refused import REFUSED
 
 
 def exponent_of_two(text: str) -> int:
@@ -180,7 +177,7 @@ LENGTH_FLAGS = {"--train-samples": int, "--train-tokens": int}
 
 
 def add_json_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that set keys of DeepSpeed's JSON; not in --help, which says where they are listed."""
+    """Flags that set keys of DeepSpeed's JSON, and a run's length; not in --help, which says where they are listed."""
     for flag, (_, kind) in JSON_FLAGS.items():
         if isinstance(kind, (bool, str)):
             parser.add_argument(flag, action="store_const", const=kind, help=argparse.SUPPRESS)
@@ -188,13 +185,13 @@ def add_json_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, choices=sorted(kind), help=argparse.SUPPRESS)
         else:
             parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    for flag, kind in (SCHEDULE_FLAGS | LENGTH_FLAGS).items():
+        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
 
 
 def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of Megatron-DeepSpeed that the GPT's program takes beside those of the same name."""
     add_json_flags(parser)
-    for flag, kind in (SCHEDULE_FLAGS | LENGTH_FLAGS).items():
-        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
     for flag, (other, kind) in SAME_AS.items():
         dest = dest_of(other)
         if callable(kind):
@@ -236,27 +233,3 @@ def without_effect(args: argparse.Namespace) -> str | None:
 def dest_of(flag: str) -> str:
     """Flag as argparse stores it."""
     return flag.lstrip("-").replace("-", "_")
-
-
-def table() -> str:
-    """All flags by what becomes of them, as a table in Markdown."""
-    becomes = dict.fromkeys(SAME, "the same")
-    for flag, (path, kind) in JSON_FLAGS.items():
-        becomes[flag] = f"`{path}`" + (f" = {json.dumps(kind)}" if isinstance(kind, (bool, str)) else "")
-    becomes |= dict.fromkeys(SCHEDULE_FLAGS, "`scheduler`, [above](#optimizer-and-schedule)")
-    becomes |= dict.fromkeys(LENGTH_FLAGS, "`--train-iters`, with the batch size; the shortest of the three holds")
-    becomes |= {flag: f"`{other}{'' if callable(kind) else ' ' + kind}`" for flag, (other, kind) in SAME_AS.items()}
-    for flag, (values, reason) in IN_FORCE.items():
-        as_it_is = f"{' or '.join(values)}: as it is here, else refused" if values else "as it is here"
-        becomes[flag] = f"{as_it_is}: {reason}"
-    becomes |= {flag: f"no effect, named in the log: {reason}" for flag, (_, reason) in NO_EFFECT.items()}
-    becomes |= {flag: f"refused: {reason}" for flag, reason in REFUSED.items()}
-    rows: dict[str, list[str]] = {}
-    for flag in sorted(becomes, key=str.lower):
-        rows.setdefault(becomes[flag], []).append(f"`{flag}`")
-    lines = [f"| {', '.join(flags)} | {text} |" for text, flags in rows.items()]
-    return "\n".join(["| Megatron-DeepSpeed | here |", "|---|---|", *lines])
-
-
-if __name__ == "__main__":
-    print(table())

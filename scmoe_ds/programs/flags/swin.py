@@ -67,12 +67,14 @@ def parse_image_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.N
         ArgumentError, ScMoEConfigError: a setting that its user can correct.
         SystemExit: argparse's own findings (unknown flag, not a number), and --help.
     """
-    from scmoe_ds.programs.flags.to_json import load_merged, read_json  # imports torch
+    from scmoe_ds.programs.flags.to_json import load_merged, merge_schedule, read_json, set_length
 
     args = parse_flags(build_parser(), SWIN_PRESETS, argv)
+    whole = read_json(args)
+    set_length(args, whole)
     require_flags(args, (*SIZES, "train_iters"))
     check_training(args)
-    return args, load_merged(args, read_json(args))
+    return args, load_merged(args, merge_schedule(whole, args))
 
 
 def swin_settings(args: argparse.Namespace) -> SwinSettings:

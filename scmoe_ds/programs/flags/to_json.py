@@ -206,7 +206,7 @@ def _steps(args: argparse.Namespace, flag: str, whole: dict[str, Any]) -> int:
         )
     if flag.endswith("-samples"):
         return int(value // batch)
-    return math.ceil(value / (batch * (args.seq_length or 1)))
+    return math.ceil(value / (batch * (getattr(args, "seq_length", None) or 1)))
 
 
 def _same(before: Any, value: Any) -> bool:
