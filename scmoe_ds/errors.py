@@ -30,6 +30,11 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in one line, without the path, which the sentence around it names."""
+    return getattr(error, "strerror", None) or one_line(error, 300).rstrip(". ")
+
+
 class ScMoEConfigError(UserError):
     """A setting that its user can correct: the message has the JSON path, the value, the rule and the remedy."""
 

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from scmoe_ds.analysis import markdown
 from scmoe_ds.analysis.feasibility import MODES, QUALITY_RUNS, KindStudy, Prediction, conclude
 from scmoe_ds.analysis.similarity import POSITIONS
-from scmoe_ds.errors import AnalysisError
+from scmoe_ds.errors import AnalysisError, reason_of
 from scmoe_ds.figure_style import OPERATORS, WIDTH, coloured_as, png, styled
 from scmoe_ds.planner.schedule_text import schedule_text
 from scmoe_ds.planner.speed_text import compared
@@ -226,5 +226,5 @@ def write(record: dict[str, Any], kinds: list[KindStudy], prefix: str) -> list[P
         web.write_text(f"{head}</head><body>\n{body}\n</body></html>\n", encoding="utf-8")
         beside.write_bytes(picture)
     except OSError as error:
-        raise AnalysisError(f"--output-prefix {prefix} cannot be written ({error})") from None
+        raise AnalysisError(f"--output-prefix {prefix} cannot be written ({reason_of(error)})") from None
     return [text, web, beside]

@@ -15,7 +15,7 @@ import torch
 
 from scmoe_ds import figure_style
 from scmoe_ds.data.durable_files import write_whole
-from scmoe_ds.errors import AnalysisError, imports_of, one_line
+from scmoe_ds.errors import AnalysisError, imports_of, one_line, reason_of
 
 KINDS = ("similarity", "gating", "gradients")
 
@@ -61,7 +61,7 @@ def save(record: dict[str, Any], path: str) -> list[Path]:
         # JSON has no NaN: a missing value is null.
         write_whole(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        raise AnalysisError(f"--output {out} cannot be written ({error})") from None
+        raise AnalysisError(f"--output {out} cannot be written ({reason_of(error)})") from None
     return [out, draw(record, out)]
 
 
@@ -75,7 +75,7 @@ def draw(record: dict[str, Any], json_path: Path) -> Path:
     try:
         figure_style.save(drawn[record["kind"]](record), picture)
     except OSError as error:
-        raise AnalysisError(f"{picture} cannot be written ({error})") from None
+        raise AnalysisError(f"{picture} cannot be written ({reason_of(error)})") from None
     return picture
 
 
@@ -84,7 +84,7 @@ def read_json(flag: str, path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AnalysisError(f"{flag} {path} cannot be read as JSON: {error}") from None
+        raise AnalysisError(f"{flag} {path} cannot be read as JSON: {reason_of(error)}") from None
 
 
 def redraw(path: str, kind: str) -> Path:

@@ -20,7 +20,7 @@ from scmoe_ds.checkpoint.parsing import parse, without_memory
 from scmoe_ds.checkpoint.reshard import check_parameters
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.images import Digits, ImageFolder
-from scmoe_ds.errors import AnalysisError, CheckpointError
+from scmoe_ds.errors import AnalysisError, CheckpointError, reason_of
 from scmoe_ds.models.swin import SwinMoE
 from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.moe.placement import global_names
@@ -59,7 +59,7 @@ def open_hugging_face_swin(directory: str, device: torch.device) -> nn.Module:
     try:
         config = json.loads((local_directory(directory) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AnalysisError(f"--hf-model {directory}: its config.json cannot be read ({error})") from None
+        raise AnalysisError(f"--hf-model {directory}: its config.json cannot be read ({reason_of(error)})") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "swinv2":
         raise AnalysisError(f'--images goes with a SwinV2; --hf-model {directory} is a "{kind}"')

@@ -39,8 +39,22 @@ def locate(path: Path, flag: str = "", remedy: str = "name one that a training r
         state = "has no file latest" if latest is None else f"latest names {latest}, but there is no such directory"
         others = f"; the others are {', '.join(tags[1:])}" if tags[1:] else ""
         raise CheckpointError(f"{name}: {state}; name one of its checkpoints, e.g. {flag}{path / tags[0]}{others}")
-    reason = " (no such directory)" if not path.exists() else "" if any(path.iterdir()) else " (it is empty)"
-    raise CheckpointError(f"{name} is neither a checkpoint nor a directory of them nor an export{reason}; {remedy}")
+    raise CheckpointError(
+        f"{name} is neither a checkpoint nor a directory of them nor an export{_looks(path)}; {remedy}"
+    )
+
+
+def _looks(path: Path) -> str:
+    """What a directory seems to be instead, in parentheses."""
+    if not path.exists():
+        return " (no such directory)"
+    if not any(path.iterdir()):
+        return " (it is empty)"
+    if (path / "latest_checkpointed_iteration.txt").exists():
+        return " (it looks like a checkpoint of Megatron, which is not read)"
+    if (path / "config.json").exists():
+        return " (it looks like a Hugging Face model: docs/from_hugging_face.md says how to use one)"
+    return ""
 
 
 def read_latest(root: Path, flag: str = "--load") -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from scmoe_ds.checkpoint import files
 from scmoe_ds.checkpoint.files import DamagedCheckpointError, inside
 from scmoe_ds.data.durable_files import file_entry, write_whole
-from scmoe_ds.errors import CheckpointError
+from scmoe_ds.errors import CheckpointError, reason_of
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,7 +53,7 @@ class SafetensorsWeights:
                 return read(file)
         except (OSError, SafetensorError) as error:
             raise DamagedCheckpointError(
-                f"--load {self.path}: {name} cannot be read from {shard.name} ({error}); export it again"
+                f"--load {self.path}: {name} cannot be read from {shard.name} ({reason_of(error)}); export it again"
             ) from None
 
 
@@ -115,7 +115,7 @@ def write_weights(
         write_whole(out / files.MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{out}: the export was not written ({error}); make room or choose another directory"
+            f"{out}: the export was not written ({reason_of(error)}); make room or choose another directory"
         ) from error
     return len(shards)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from scmoe_ds.checkpoint.files import DamagedCheckpointError, inside
 from scmoe_ds.data.tokenizer import TOKENIZER_TYPES, Tokenizer, tokenizer_in
-from scmoe_ds.errors import CheckpointError, DataError, one_line
+from scmoe_ds.errors import CheckpointError, DataError, one_line, reason_of
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -96,7 +96,7 @@ def recorded_tokenizer(directory: Path, found: Record, flag: str) -> Tokenizer:
         tokenizer = tokenizer_in(directory, checked["type"])
     except (DataError, OSError) as error:
         raise DamagedCheckpointError(
-            f"{flag} {directory}: its tokenizer does not load ({error}); name the same one "
+            f"{flag} {directory}: its tokenizer does not load ({reason_of(error)}); name the same one "
             "with --tokenizer-type and the flags of training"
         ) from None
     if describe(tokenizer)["identity"] != checked["identity"]:

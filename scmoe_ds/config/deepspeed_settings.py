@@ -42,6 +42,8 @@ def check_program(whole: Mapping[str, Any]) -> None:
         ScMoEConfigError: a setting that they would ignore or break, or a monitor that cannot write.
     """
     lines = []
+    if not whole.get("optimizer"):
+        lines.append(ScMoEConfigError('optimizer is missing: training needs one; add {"type": "AdamW", "params": {…}}'))
     if whole.get("managed_gradient_accumulation") is False:
         rule = "the training loop steps once per micro-batch, and leaves the accumulation to DeepSpeed; remove it"
         lines.append(fail("managed_gradient_accumulation", False, rule))

@@ -9,7 +9,7 @@ from typing import final
 
 from scmoe_ds.data.control_tokens import plain_encoder
 from scmoe_ds.data.tokenizer_base import Tokenizer, missing_package
-from scmoe_ds.errors import DataError
+from scmoe_ds.errors import DataError, reason_of
 
 
 @final
@@ -42,7 +42,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_model, **options)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by file
             raise DataError(
-                f"--tokenizer-model {tokenizer_model} does not load as a transformers tokenizer: {error}. "
+                f"--tokenizer-model {tokenizer_model} does not load as a transformers tokenizer: {reason_of(error)}. "
                 "The directory needs tokenizer_config.json and the vocabulary files next to it."
             ) from error
         if self._tokenizer.eos_token_id is None:

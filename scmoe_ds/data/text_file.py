@@ -13,7 +13,7 @@ import numpy as np
 
 from scmoe_ds.data.reader import STREAM_ERRORS, is_compressed, open_stream
 from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
-from scmoe_ds.errors import DataError
+from scmoe_ds.errors import DataError, reason_of
 
 _PIECE_BYTES = 1 << 20
 
@@ -67,7 +67,7 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
         elif is_bytes:
             tokens = np.frombuffer("".join(kept).encode(), dtype=np.uint8)
     except (*STREAM_ERRORS, UnicodeError) as error:
-        raise DataError(f"--text-file {path} cannot be read as UTF-8 text: {error}") from None
+        raise DataError(f"--text-file {path} cannot be read as UTF-8 text: {reason_of(error)}") from None
     if not is_bytes:
         tokens = np.array(tokenizer.tokenize("".join(kept)), dtype=np.int32)
     if num_bytes and not len(tokens):  # transformers makes an empty tokenizer of a directory without one

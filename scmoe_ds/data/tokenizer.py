@@ -9,7 +9,7 @@ from typing import final
 
 from scmoe_ds.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from scmoe_ds.data.tokenizer_base import Tokenizer, missing_package
-from scmoe_ds.errors import DataError
+from scmoe_ds.errors import DataError, reason_of
 
 TOKENIZER_TYPES = ("ByteTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer")
 
@@ -76,8 +76,8 @@ class GPT2BPETokenizer(Tokenizer):
             self._bpe = ByteLevelBPETokenizer.from_file(vocab_file, merge_file)
         except Exception as error:  # the Rust library raises bare Exception
             raise DataError(
-                f"--vocab-file {vocab_file} and --merge-file {merge_file} do not load as GPT-2 BPE: {error}. "
-                "Give the vocab.json and merges.txt that belong together."
+                f"--vocab-file {vocab_file} and --merge-file {merge_file} do not load as GPT-2 BPE: "
+                f"{reason_of(error)}. Give the vocab.json and merges.txt that belong together."
             ) from error
         vocabulary: dict[str, int] = self._bpe.get_vocab()
         if _GPT2_END_OF_DOCUMENT not in vocabulary:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from scmoe_ds.data.durable_files import try_to_write, write_whole
-from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.errors import ScMoEConfigError, reason_of
 from scmoe_ds.parallel.agreement import from_rank_zero, run_on_rank_zero
 from scmoe_ds.planner.times import KINDS, OperatorTimes, kind_of
 
@@ -39,7 +39,7 @@ def read_calibration(file: str | None) -> Saved | None:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            raise ScMoEConfigError(f"{_PATH} = {file}: cannot be read ({error}). {_REMEDY}") from None
+            raise ScMoEConfigError(f"{_PATH} = {file}: cannot be read ({reason_of(error)}). {_REMEDY}") from None
         if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):
             raise ScMoEConfigError(f"{_PATH} = {file}: is not a calibration (a JSON list of objects). {_REMEDY}")
         return saved

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.data.durable_files import write_whole
-from scmoe_ds.errors import ArgumentError
+from scmoe_ds.errors import ArgumentError, reason_of
 from scmoe_ds.evaluation import tasks
 from scmoe_ds.evaluation.documents import open_documents
 from scmoe_ds.evaluation.perplexity import evaluate_documents
@@ -138,7 +138,8 @@ def _write(args: argparse.Namespace, loaded: Loaded, rule: SlidingWindow, result
     try:
         write_whole(Path(args.output), json.dumps(record, indent=1, default=str) + "\n")
     except OSError as error:
-        raise ArgumentError(f"--output {args.output} cannot be written ({error}); the results are above") from None
+        told = f"--output {args.output} cannot be written ({reason_of(error)}); the results are above"
+        raise ArgumentError(told) from None
 
 
 def _version(package: str) -> str | None:

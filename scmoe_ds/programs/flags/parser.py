@@ -117,6 +117,8 @@ class FlagParser(argparse.ArgumentParser):
                 self._found.append(f"{flag}: takes no value; write {name}")
             if action.nargs in (None, "+") and not values and "=" not in flag:
                 self._found.append(f"{flag}: needs a value")
+            elif action.nargs is None and not shown and not isinstance(action, argparse._AppendAction):
+                self._found.append(f"{name}: its value is empty, as of a shell variable that is not set; leave it out")
             if not isinstance(action, argparse._AppendAction):
                 given.setdefault(name, []).append(shown)
         self._end_with_mistakes()
