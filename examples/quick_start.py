@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.errors import MissingPackageError, imports_of
@@ -61,7 +63,7 @@ def has(package: str) -> bool:
 
 def command(gpus: int) -> tuple[list[str], dict[str, str]]:
     """The launcher's command line and environment for a number of GPUs; 0 means two CPU processes."""
-    launcher = [str(BIN / "deepspeed"), "--quiet"]  # without the launcher's own log; its errors are shown
+    launcher = [str(BIN / "deepspeed"), "--quiet", *port()]  # without the launcher's own log; its errors are shown
     script = ["pretrain_gpt_scmoe.py", *MODEL, *LOOP]
     if gpus:
         ranks = ["--num_gpus", str(gpus)]
@@ -73,6 +75,18 @@ def command(gpus: int) -> tuple[list[str], dict[str, str]]:
     config = with_own_log("ds_configs/gpt_small_cpu.json")
     ranks = ["--num_accelerators", "2"]
     return [*launcher, *ranks, *script, "--deepspeed_config", config], {"DS_ACCELERATOR": "cpu"}
+
+
+def port() -> list[str]:
+    """The launcher's flag for another port, if a process on this machine listens on its default one."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", TORCH_DISTRIBUTED_DEFAULT_PORT))
+            return []
+        except OSError:
+            probe.bind(("", 0))
+            return ["--master_port", str(probe.getsockname()[1])]
 
 
 def run(line: list[str], environment: dict[str, str] | None = None) -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import socket
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -108,3 +109,14 @@ def test_what_it_leaves_is_removed_by_make_clean(quick_start: ModuleType, monkey
         assert board["enabled"] is monitored and f"{board['output_path']}/{board['job_name']}" == quick_start.RUN
         assert line[line.index("--save") + 1] == quick_start.SAVE
         assert line[line.index("--scmoe-trace-dir") + 1] == quick_start.RUN
+
+
+def test_a_port_that_is_free(quick_start: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(quick_start, "TORCH_DISTRIBUTED_DEFAULT_PORT", taken)
+        flag, found = quick_start.port()
+        assert flag == "--master_port" and int(found) not in (0, taken)
+    assert quick_start.port() == []
