@@ -12,7 +12,8 @@ from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import CHUNK_COUNTS
 from scmoe_ds.planner.calibrator import Calibrator
-from scmoe_ds.planner.plan import Mode, plan, simulate, total_ms
+from scmoe_ds.planner.plan import plan
+from scmoe_ds.planner.simulation import Mode, simulate, total_ms
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
 from scmoe_ds.trace.recorder import PHASES
 

@@ -9,9 +9,9 @@ from typing import Any
 from benchmarks.harness.planned import Calibrated
 from benchmarks.harness.variants import Table, limit_of
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.plan import Mode
 from scmoe_ds.planner.rounds import Spread
 from scmoe_ds.planner.schedule_text import schedule_text
+from scmoe_ds.planner.simulation import Mode
 
 Times = Mapping[str, Sequence[float]]
 Row = dict[str, Any]

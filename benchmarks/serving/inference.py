@@ -37,8 +37,8 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.planner.calibrator import Calibrator
-from scmoe_ds.planner.plan import Mode
 from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
+from scmoe_ds.planner.simulation import Mode
 
 PHASES: tuple[Mode, ...] = ("prefill", "decode")
 LAYERS, VOCABULARY, PROMPT = 4, 1024, 144

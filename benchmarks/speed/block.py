@@ -47,8 +47,8 @@ from benchmarks.harness.variants import (
 from benchmarks.speed import bars
 from lab.nodes import shape_own_end
 from scmoe_ds.comm.transport import METHODS
-from scmoe_ds.planner.plan import Mode
 from scmoe_ds.planner.rounds import interleave, over_ranks
+from scmoe_ds.planner.simulation import Mode
 from scmoe_ds.trace.recorder import Phase
 
 CROSSING_RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0)

@@ -17,7 +17,8 @@ from typing import Any
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.pairs import tap_of
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.plan import Mode, plan, simulate, total_ms
+from scmoe_ds.planner.plan import plan
+from scmoe_ds.planner.simulation import Mode, simulate, total_ms
 from scmoe_ds.planner.times import OperatorTime, OperatorTimes
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -24,7 +24,8 @@ from scmoe_ds.errors import AnalysisError, ScMoEConfigError
 from scmoe_ds.models.identity import Identity, differences
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration_file import Description, find_times
-from scmoe_ds.planner.plan import BreakEven, Mode, Plan, break_even, plan, simulate
+from scmoe_ds.planner.plan import BreakEven, Plan, break_even, plan
+from scmoe_ds.planner.simulation import Mode, simulate
 from scmoe_ds.planner.speed_text import NOTICEABLE, change, compared
 from scmoe_ds.planner.times import SHARED, ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 

@@ -20,7 +20,7 @@ from scmoe_ds.inference.generate import used_tokens
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel.tensor import ModelParallelUnit, data_parallel_rank, data_parallel_size
 from scmoe_ds.planner.calibrator import Calibrator, one_pass
-from scmoe_ds.planner.plan import Mode
+from scmoe_ds.planner.simulation import Mode
 
 T = TypeVar("T")
 

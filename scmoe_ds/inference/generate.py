@@ -30,7 +30,7 @@ from scmoe_ds.parallel.tensor import (
     tensor_parallel_size,
 )
 from scmoe_ds.planner.calibrator import Calibrator, one_pass
-from scmoe_ds.planner.plan import Mode
+from scmoe_ds.planner.simulation import Mode
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.planner.auto import choose_all_to_all
 from scmoe_ds.planner.calibrator import Calibrator
-from scmoe_ds.planner.plan import Mode
+from scmoe_ds.planner.simulation import Mode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAME_LAYER = {"topk": "pipelined_topk", "shared_expert": "overlapped_shared_expert"}

@@ -18,7 +18,8 @@ from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.groups import Layout, nodes_of_ranks
 from scmoe_ds.parallel.output import log
-from scmoe_ds.planner.plan import Mode, slot_that_halves
+from scmoe_ds.planner.plan import slot_that_halves
+from scmoe_ds.planner.simulation import Mode
 
 CHUNK_COUNTS = (1, 2, 4)
 """Numbers of chunks that "auto" chooses from. Each further one would cost timed steps. Beyond four chunks, launches and

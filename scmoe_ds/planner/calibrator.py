@@ -37,9 +37,10 @@ from scmoe_ds.planner.calibration_file import (
     read_calibration,
     write_calibration,
 )
-from scmoe_ds.planner.plan import Mode, Plan, plan
+from scmoe_ds.planner.plan import Plan, plan
 from scmoe_ds.planner.plan_text import choice_line, plan_lines, summary_line
 from scmoe_ds.planner.schedule_text import layers_text, origin_of
+from scmoe_ds.planner.simulation import Mode
 from scmoe_ds.planner.times import OperatorTimes
 from scmoe_ds.trace.recorder import SILENT, PairRecorder, Recorder
 

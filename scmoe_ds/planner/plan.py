@@ -11,17 +11,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Union
+from typing import Literal, Union
 
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.times import SHARED, OperatorTimes, PassTimes
+from scmoe_ds.planner.simulation import PHASES, Mode, Phase, Simulated, ms_of, simulate, total_ms
+from scmoe_ds.planner.times import SHARED, OperatorTimes
 
 Count = Union[Literal["auto"], int]
 Slots = Union[Literal["auto"], int, Sequence[int]]
-Phase = Literal["forward", "backward"]
-Mode = Literal["train", "forward", "prefill", "decode"]
-_FORWARD: tuple[Phase, ...] = ("forward",)
-_PHASES = {"train": (*_FORWARD, "backward"), "forward": _FORWARD, "prefill": _FORWARD, "decode": _FORWARD}
 
 # Schedules that differ by less are equally fast, and the more robust one is taken.
 TIE = 0.001
@@ -49,106 +46,6 @@ def slot_that_halves(costs: Sequence[float]) -> int:
     total = sum(costs)
     imbalance = [abs(total - 2 * sum(costs[:slot])) for slot in range(len(costs) + 1)]
     return imbalance.index(min(imbalance)) + 1
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """What a schedule costs from shortcut to join, in milliseconds, by `simulate`.
-
-    Attributes:
-        total_ms: until the computation has ended; of one pass, or of forward and backward together.
-        exposed_ms: the part of it in which the computation stood still for a transfer.
-        communication_ms: duration of all transfers together, hidden or not.
-        slack_ms: the least time between the end of a transfer and the wait for it; 0 if one was late.
-    """
-
-    total_ms: float
-    exposed_ms: float
-    communication_ms: float
-    slack_ms: float
-
-    @property
-    def hidden_share(self) -> float:
-        """Share of the communication that ran beside computation, 0 … 1; 1 if there is no communication."""
-        # Rounding of the clocks can make the exposed time of a serial schedule an ulp longer than its transfers.
-        return max(0.0, 1.0 - self.exposed_ms / self.communication_ms) if self.communication_ms else 1.0
-
-
-class _Event(NamedTuple):
-    does: Literal["compute", "launch", "wait"]
-    times: PassTimes
-    transfer: int = -1
-
-
-def _ms(times: PassTimes, phase: Phase) -> float:
-    return times.forward_ms if phase == "forward" else times.backward_ms
-
-
-def total_ms(times: PassTimes, mode: Mode) -> float:
-    """Of the passes that the mode has."""
-    return sum(_ms(times, phase) for phase in _PHASES[mode])
-
-
-def _program(times: OperatorTimes, schedule: Schedule) -> list[_Event]:
-    """What the executor does in a forward pass, in order. Transfers: dispatches 0 … n-1, combines n … 2n-1."""
-    count, parts = schedule.num_chunks, times.chunks[schedule.num_chunks]
-    program = [_Event("compute", times.gate), _Event("compute", times.encode)]
-    program += [_Event("launch", parts.dispatch, chunk) for chunk in range(count)]
-    operators = [_Event("compute", operator) for operator in times.backbone]
-    done = 0
-    for chunk, slot in enumerate(schedule.slots):
-        program += [*operators[done : slot - 1], _Event("wait", parts.dispatch, chunk)]
-        program += [_Event("compute", parts.experts), _Event("launch", parts.combine, count + chunk)]
-        done = slot - 1
-    program += operators[done:]
-    program += [_Event("wait", parts.combine, count + chunk) for chunk in range(count)]
-    return [*program, _Event("compute", times.decode)]
-
-
-def _one_pass(program: list[_Event], phase: Phase, overlap: bool) -> Simulated:
-    # Autograd runs the nodes in reverse; a wait's node launches the gradient's transfer, a launch's waits for it.
-    events, launch = (program, "launch") if phase == "forward" else (program[::-1], "wait")
-    clock = lane_free = exposed = communication = 0.0
-    slack, ready = math.inf, {}
-    for event in events:
-        ms = _ms(event.times, phase)
-        if event.does == "compute":
-            clock += ms
-            continue
-        if event.does == launch:
-            communication += ms
-            ready[event.transfer] = lane_free = max(clock, lane_free) + ms  # one at a time, in order of launch
-        if event.does != launch or not overlap:
-            early = clock - ready[event.transfer]
-            slack, exposed = min(slack, early), exposed + max(0.0, -early)
-            clock = max(clock, ready[event.transfer])
-    return Simulated(clock, exposed, communication, max(0.0, slack))
-
-
-def simulate(times: OperatorTimes, schedule: Schedule, mode: Mode) -> Simulated:
-    """Runs a pair on two lanes: computation in the order of the executor and of autograd, transfers one by one.
-
-    A transfer starts when it has been launched and its lane is free. With overlap=False the computation waits for it at
-    once. Nothing is in flight between the two passes, so their times add up.
-
-    Args:
-        mode: "train" is forward and backward; all others are a forward pass.
-
-    Raises:
-        ValueError: no times for this number of chunks; a slot beyond the backbone.
-    """
-    if schedule.num_chunks not in times.chunks:
-        raise ValueError(f"num_chunks {schedule.num_chunks}: there are times for {sorted(times.chunks)} chunks only")
-    if schedule.slots[-1] > len(times.backbone) + 1:
-        raise ValueError(f"expert_slot {schedule.slots[-1]}: the backbone has {len(times.backbone)} operators")
-    program = _program(times, schedule)
-    passes = [_one_pass(program, phase, schedule.overlap) for phase in _PHASES[mode]]
-    return Simulated(
-        sum(one.total_ms for one in passes),
-        sum(one.exposed_ms for one in passes),
-        sum(one.communication_ms for one in passes),
-        min(one.slack_ms for one in passes),
-    )
 
 
 Candidate = tuple[Schedule, Simulated]
@@ -242,7 +139,7 @@ def _best(candidates: Sequence[Candidate]) -> Candidate:
 def _windows(times: OperatorTimes, slot: int, phase: Phase) -> tuple[float, float]:
     if slot not in _all_slots(times):
         raise ValueError(f"expert_slot {slot}: the backbone has {len(times.backbone)} operators, slots count from 1")
-    costs = [_ms(operator, phase) for operator in times.backbone]
+    costs = [ms_of(operator, phase) for operator in times.backbone]
     return sum(costs[: slot - 1]), sum(costs[slot - 1 :])
 
 
@@ -258,7 +155,7 @@ def idle_window_ms(times: OperatorTimes, slot: int, phase: Phase) -> float:
         ValueError: a slot outside 1 … number of operators + 1.
     """
     (before, after), parts = _windows(times, slot, phase), times.chunks[1]
-    return abs(before - _ms(parts.dispatch, phase)) + abs(after - _ms(parts.combine, phase))
+    return abs(before - ms_of(parts.dispatch, phase)) + abs(after - ms_of(parts.combine, phase))
 
 
 @dataclass(frozen=True)
@@ -278,7 +175,7 @@ class BreakEven:
 
 def break_even(times: OperatorTimes, mode: Mode) -> BreakEven:
     """From the backbone's times alone; with mode="train" one slot has to serve both passes."""
-    phases = _PHASES[mode]
+    phases = PHASES[mode]
     hidden = max(min(ms for phase in phases for ms in _windows(times, slot, phase)) for slot in _all_slots(times))
     shared = [operator for operator in times.backbone if operator.kind in SHARED]
     return BreakEven(float(hidden), float(sum(total_ms(operator, mode) for operator in shared)))

@@ -11,7 +11,7 @@ from benchmarks.harness.variants import Shape
 from benchmarks.serving import figures as serving_figures
 from benchmarks.serving import inference, offload
 from scmoe_ds.engine import connect
-from scmoe_ds.planner.plan import Mode
+from scmoe_ds.planner.simulation import Mode
 
 
 @pytest.fixture(scope="module", autouse=True)

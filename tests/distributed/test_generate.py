@@ -21,7 +21,7 @@ from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.planner.calibrator import Calibrator
-from scmoe_ds.planner.plan import Mode
+from scmoe_ds.planner.simulation import Mode
 from tests.helpers.exports import whole_model, write_export
 from tests.helpers.settings import LLAMA
 

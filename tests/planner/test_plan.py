@@ -11,7 +11,8 @@ import pydantic
 import pytest
 
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.plan import MIN_GAIN, TIE, Mode, Phase, Simulated, break_even, idle_window_ms, plan, simulate
+from scmoe_ds.planner.plan import MIN_GAIN, TIE, break_even, idle_window_ms, plan
+from scmoe_ds.planner.simulation import Mode, Phase, Simulated, predicted_spans, simulate
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 
 Pair = tuple[float, float]
@@ -142,6 +143,46 @@ def test_every_schedule_costs_what_the_brute_force_says(mode: Mode) -> None:
                 assert simulated.slack_ms == pytest.approx(slack_ms, abs=1e-9), (times, slots)
                 assert simulated.exposed_ms == pytest.approx(simulated.total_ms - computation_ms, abs=1e-9)
                 assert simulated.communication_ms == pytest.approx(communication_ms)
+
+
+def test_predicted_spans_add_up_to_the_simulated_times() -> None:
+    for times in cases(10):
+        last = len(times.backbone) + 1
+        chunked = [Schedule((1, last), 2)] if 2 in times.chunks else []
+        for schedule in (Schedule(1, overlap=False), Schedule(last), *chunked):
+            spans, costs = predicted_spans(times, schedule, "train"), simulate(times, schedule, "train")
+            phases = [[span for span in spans if span.phase == phase] for phase in ("forward", "backward")]
+            assert sum(max(span.end_ms for span in of_phase) for of_phase in phases) <= costs.total_ms + 1e-9
+            lengths = {
+                lane: sum(span.end_ms - span.start_ms for span in spans if span.lane == lane)
+                for lane in ("compute", "communication", "wait")
+            }
+            assert lengths["compute"] + lengths["wait"] == pytest.approx(costs.total_ms)
+            assert lengths["communication"] == pytest.approx(costs.communication_ms)
+            assert lengths["wait"] == pytest.approx(costs.exposed_ms, abs=1e-9)
+            for of_phase in phases:
+                for lane in (("compute", "wait"), ("communication",)):
+                    of_lane = [(span.start_ms, span.end_ms) for span in of_phase if span.lane in lane]
+                    row = sorted(each for each in of_lane if each[1] - each[0] > 1e-9)
+                    assert all(before[1] <= after[0] + 1e-9 for before, after in itertools.pairwise(row))
+
+
+def test_predicted_spans_of_two_chunks_by_hand() -> None:
+    times = make([("mlp", both(3))], {1: chunk(both(4), both(2), both(4)), 2: chunk(both(2), both(1), both(2))})
+    spans = [
+        tuple(span) for span in predicted_spans(times, Schedule((2, 2), 2), "forward") if span.start_ms < span.end_ms
+    ]
+    assert spans == [
+        ("forward", "communication", "dispatch 0", 0, 2),
+        ("forward", "communication", "dispatch 1", 2, 4),
+        ("forward", "compute", "mlp", 0, 3),
+        ("forward", "compute", "experts 0", 3, 4),
+        ("forward", "communication", "combine 0", 4, 6),
+        ("forward", "compute", "experts 1", 4, 5),
+        ("forward", "communication", "combine 1", 6, 8),
+        ("forward", "wait", "combine 0", 5, 6),
+        ("forward", "wait", "combine 1", 6, 8),
+    ]
 
 
 @pytest.mark.parametrize("mode", MODES)

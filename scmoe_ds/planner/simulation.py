@@ -1,0 +1,158 @@
+"""Runs a pair on two simulated lanes, computation and communication, from measured times. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.times import OperatorTimes, PassTimes
+
+Phase = Literal["forward", "backward"]
+Mode = Literal["train", "forward", "prefill", "decode"]
+_FORWARD: tuple[Phase, ...] = ("forward",)
+PHASES = {"train": (*_FORWARD, "backward"), "forward": _FORWARD, "prefill": _FORWARD, "decode": _FORWARD}
+"""The passes that a mode has."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a schedule costs from shortcut to join, in milliseconds, by `simulate`.
+
+    Attributes:
+        total_ms: until the computation has ended; of one pass, or of forward and backward together.
+        exposed_ms: the part of it in which the computation stood still for a transfer.
+        communication_ms: duration of all transfers together, hidden or not.
+        slack_ms: the least time between the end of a transfer and the wait for it; 0 if one was late.
+    """
+
+    total_ms: float
+    exposed_ms: float
+    communication_ms: float
+    slack_ms: float
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of the communication that ran beside computation, 0 … 1; 1 if there is no communication."""
+        # Rounding of the clocks can make the exposed time of a serial schedule an ulp longer than its transfers.
+        return max(0.0, 1.0 - self.exposed_ms / self.communication_ms) if self.communication_ms else 1.0
+
+
+class PredictedSpan(NamedTuple):
+    """When something runs, in milliseconds since the start of its phase.
+
+    Attributes:
+        phase, lane, name: as of `trace.recorder.Span`; a chunk's name has its number, from 0.
+    """
+
+    phase: Phase
+    lane: Literal["compute", "communication", "wait"]
+    name: str
+    start_ms: float
+    end_ms: float
+
+
+class _Event(NamedTuple):
+    does: Literal["compute", "launch", "wait"]
+    name: str
+    times: PassTimes
+    transfer: int = -1
+
+
+def ms_of(times: PassTimes, phase: Phase) -> float:
+    """The time of a phase."""
+    return times.forward_ms if phase == "forward" else times.backward_ms
+
+
+def total_ms(times: PassTimes, mode: Mode) -> float:
+    """Of the passes that the mode has."""
+    return sum(ms_of(times, phase) for phase in PHASES[mode])
+
+
+def _program(times: OperatorTimes, schedule: Schedule) -> list[_Event]:
+    """What the executor does in a forward pass, in order. Transfers: dispatches 0 … n-1, combines n … 2n-1."""
+    count, parts = schedule.num_chunks, times.chunks[schedule.num_chunks]
+    numbers = [""] if count == 1 else [f" {chunk}" for chunk in range(count)]
+    program = [_Event("compute", "gate", times.gate), _Event("compute", "encode", times.encode)]
+    program += [_Event("launch", f"dispatch{number}", parts.dispatch, chunk) for chunk, number in enumerate(numbers)]
+    operators = [_Event("compute", operator.name, operator) for operator in times.backbone]
+    done = 0
+    for chunk, (slot, number) in enumerate(zip(schedule.slots, numbers, strict=True)):
+        program += [*operators[done : slot - 1], _Event("wait", f"dispatch{number}", parts.dispatch, chunk)]
+        program.append(_Event("compute", f"experts{number}", parts.experts))
+        program.append(_Event("launch", f"combine{number}", parts.combine, count + chunk))
+        done = slot - 1
+    program += operators[done:]
+    program += [
+        _Event("wait", f"combine{number}", parts.combine, count + chunk) for chunk, number in enumerate(numbers)
+    ]
+    return [*program, _Event("compute", "decode", times.decode)]
+
+
+def _one_pass(program: list[_Event], phase: Phase, overlap: bool, spans: list[PredictedSpan] | None) -> Simulated:
+    # Autograd runs the nodes in reverse; a wait's node launches the gradient's transfer, a launch's waits for it.
+    events, launch = (program, "launch") if phase == "forward" else (program[::-1], "wait")
+    clock = lane_free = exposed = communication = 0.0
+    slack, ready = math.inf, {}
+
+    def note(lane: Literal["compute", "communication", "wait"], name: str, start_ms: float, end_ms: float) -> None:
+        if spans is not None:
+            spans.append(PredictedSpan(phase, lane, name, start_ms, end_ms))
+
+    for event in events:
+        ms = ms_of(event.times, phase)
+        if event.does == "compute":
+            note("compute", event.name, clock, clock + ms)
+            clock += ms
+            continue
+        if event.does == launch:
+            communication += ms
+            ready[event.transfer] = lane_free = max(clock, lane_free) + ms  # one at a time, in order of launch
+            note("communication", event.name, lane_free - ms, lane_free)
+        if event.does != launch or not overlap:
+            early = clock - ready[event.transfer]
+            slack, exposed = min(slack, early), exposed + max(0.0, -early)
+            if early < 0:
+                note("wait", event.name, clock, ready[event.transfer])
+            clock = max(clock, ready[event.transfer])
+    return Simulated(clock, exposed, communication, max(0.0, slack))
+
+
+def simulate(times: OperatorTimes, schedule: Schedule, mode: Mode) -> Simulated:
+    """Runs a pair on two lanes: computation in the order of the executor and of autograd, transfers one by one.
+
+    A transfer starts when it has been launched and its lane is free. With overlap=False the computation waits for it at
+    once. Nothing is in flight between the two passes, so their times add up.
+
+    Args:
+        mode: "train" is forward and backward; all others are a forward pass.
+
+    Raises:
+        ValueError: no times for this number of chunks; a slot beyond the backbone.
+    """
+    passes = _passes(times, schedule, mode)
+    return Simulated(
+        sum(one.total_ms for one in passes),
+        sum(one.exposed_ms for one in passes),
+        sum(one.communication_ms for one in passes),
+        min(one.slack_ms for one in passes),
+    )
+
+
+def predicted_spans(times: OperatorTimes, schedule: Schedule, mode: Mode) -> list[PredictedSpan]:
+    """What `simulate` lets run when, on both lanes; phases start at 0. Raises ValueError as it does."""
+    spans: list[PredictedSpan] = []
+    _passes(times, schedule, mode, spans)
+    return spans
+
+
+def _passes(
+    times: OperatorTimes, schedule: Schedule, mode: Mode, spans: list[PredictedSpan] | None = None
+) -> list[Simulated]:
+    if schedule.num_chunks not in times.chunks:
+        raise ValueError(f"num_chunks {schedule.num_chunks}: there are times for {sorted(times.chunks)} chunks only")
+    if schedule.slots[-1] > len(times.backbone) + 1:
+        raise ValueError(f"expert_slot {schedule.slots[-1]}: the backbone has {len(times.backbone)} operators")
+    program = _program(times, schedule)
+    return [_one_pass(program, phase, schedule.overlap, spans) for phase in PHASES[mode]]
