@@ -16,7 +16,6 @@ import transformers
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 import scmoe_ds
-from scmoe_ds.engine import connect, parameter_groups
 
 LENGTH, SEQUENCES, STEPS = 32, 480, 60
 SECTION = {
@@ -39,7 +38,7 @@ class MoETrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, *_):
-        groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(self.model))
+        groups = split_params_into_different_moe_groups_for_optimizer(scmoe_ds.parameter_groups(self.model))
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.args.learning_rate)
         return self.optimizer
 
@@ -65,7 +64,7 @@ def sequence(number: int) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-connect()  # before the layers are made: which experts a rank makes depends on the rank
+scmoe_ds.connect()  # before the layers are made: which experts a rank makes depends on the rank
 model = scmoe_ds.moe_from_dense(dense_model(), scmoe_ds.ScMoEConfig.from_deepspeed({"scmoe": SECTION}), noise=0.01)
 with tempfile.TemporaryDirectory() as directory:
     arguments = transformers.TrainingArguments(

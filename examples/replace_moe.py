@@ -11,7 +11,6 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 import scmoe_ds
-from scmoe_ds.engine import connect
 
 WIDTH, WORDS, LENGTH = 64, 32, 24
 RANKS_PER_LAYER = next((int(each) for each in sys.argv[1:] if each.isdigit()), 1)
@@ -66,7 +65,7 @@ class Model(nn.Module):
         return loss + 0.01 * sum(block.feed.l_aux for block in self.blocks)
 
 
-connect()
+scmoe_ds.connect()
 torch.manual_seed(0)
 engine, *_ = scmoe_ds.initialize(model=Model(), config=CONFIG)
 torch.manual_seed(1 + torch.distributed.get_rank())

@@ -14,7 +14,6 @@ import torch
 import transformers
 
 import scmoe_ds
-from scmoe_ds.engine import connect
 
 BATCH, LENGTH, DENSE_STEPS, STEPS = 8, 64, 40, 80
 RANKS_PER_LAYER = next((int(each) for each in sys.argv[1:] if each.isdigit()), 1)
@@ -58,7 +57,7 @@ def dense_model() -> transformers.GPT2LMHeadModel:
     return model
 
 
-connect()  # before the layers are made: which experts a rank makes depends on the rank
+scmoe_ds.connect()  # before the layers are made: which experts a rank makes depends on the rank
 model = scmoe_ds.moe_from_dense(dense_model(), scmoe_ds.ScMoEConfig.from_deepspeed(CONFIG), noise=0.01)
 engine, *_ = scmoe_ds.initialize(model=model, config=CONFIG)
 rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()

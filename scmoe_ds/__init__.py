@@ -1,6 +1,19 @@
 """Shortcut-connected mixture-of-experts (ScMoE, arXiv 2404.05019) for DeepSpeed.
 
-Names are imported when they are first used: torch and DeepSpeed take seconds, and `scmoe --help` needs neither.
+A model of your own that holds DeepSpeed's MoE layers, with one word in its DeepSpeed JSON, "scmoe": {"replace": true}:
+
+    engine, optimizer, loader, scheduler = scmoe_ds.initialize(model=model, config="ds.json")
+
+initialize                     as deepspeed.initialize, for models with ScMoE layers
+ScMoE                          the layer: deepspeed.moe.layer.MoE whose routed experts read a preceding layer
+ScMoEConfig, Schedule          the "scmoe" section of the JSON; when the routed experts run
+replace_moe_layers             DeepSpeed's MoE layers of a model become ScMoE layers; undo_replacement puts them back
+moe_from_dense                 MLPs of a dense model become MoE layers; load_balancing_loss is their loss
+connect, parameter_groups      for loops of your own: join the process group; what weight decay applies to
+ScMoEConfigError               a setting to correct; all errors are in scmoe_ds.errors
+
+The log is logging.getLogger("scmoe_ds"). Names are imported when they are first used: torch and DeepSpeed take seconds,
+and `scmoe --help` needs neither.
 """
 
 import re
@@ -11,7 +24,7 @@ from scmoe_ds.config.unread_section import watch_engines
 
 if TYPE_CHECKING:
     from scmoe_ds.config.section import ScMoEConfig
-    from scmoe_ds.engine.initialize import initialize
+    from scmoe_ds.engine import connect, initialize, parameter_groups
     from scmoe_ds.errors import ScMoEConfigError
     from scmoe_ds.moe.shortcut import ScMoE
     from scmoe_ds.overlap.schedule import Schedule
@@ -22,9 +35,11 @@ _HOME = {
     "ScMoEConfig": "config.section",
     "ScMoEConfigError": "errors",
     "Schedule": "overlap.schedule",
+    "connect": "engine",
     "initialize": "engine",
     "load_balancing_loss": "replace",
     "moe_from_dense": "replace",
+    "parameter_groups": "engine",
     "replace_moe_layers": "replace",
     "undo_replacement": "replace",
 }
@@ -39,9 +54,11 @@ __all__ = [
     "ScMoEConfig",
     "ScMoEConfigError",
     "Schedule",
+    "connect",
     "initialize",
     "load_balancing_loss",
     "moe_from_dense",
+    "parameter_groups",
     "replace_moe_layers",
     "undo_replacement",
 ]
@@ -53,6 +70,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"scmoe_ds.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _check_deepspeed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, Union
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
@@ -17,6 +18,15 @@ class Section(DeepSpeedConfigModel):
     """DeepSpeed's config model without its "auto" filter: here "auto" is a value, valid only where declared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Adds the fields to the docstring, so that help() and editors show them."""
+        lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Args:"]
+        for name, field in cls.model_fields.items():
+            said = field.description or str(field.annotation.__doc__)
+            lines.append(f"    {name}: {said.splitlines()[0]}")
+        cls.__doc__ = "\n".join(lines)
 
     def __init__(self, **data: Any) -> None:
         super().__init__(strict=True, **data)

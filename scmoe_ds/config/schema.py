@@ -26,6 +26,8 @@ def json_schema() -> dict[str, Any]:
     section = ScMoEConfig.model_json_schema()
     section["description"] = "ScMoE layers: architecture, routing, expert parallelism and overlap."
     definitions = section.pop("$defs", {})
+    for each in definitions.values():
+        each["description"] = each["description"].splitlines()[0]  # what follows in the docstring are its fields
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "DeepSpeed JSON with a scmoe section",

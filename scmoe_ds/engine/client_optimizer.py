@@ -19,7 +19,15 @@ from scmoe_ds.replace.layer import HookedScMoE
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, with and without weight decay (biases and norms); DeepSpeed splits the experts off each."""
+    """Megatron's two groups of all parameters that require a gradient: biases and norms have no weight decay.
+
+    Args:
+        model: with its MoE layers.
+
+    Returns:
+        groups for a torch optimizer. `initialize` splits the experts off each; elsewhere
+        `deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer` does.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trainable if parameter.ndim > 1]
     plain = [parameter for parameter in trainable if parameter.ndim <= 1]

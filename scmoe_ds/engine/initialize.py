@@ -58,16 +58,17 @@ def initialize(
 
     Args:
         args: may name the JSON as `args.deepspeed_config`.
-        model: has its parameters; expert-parallel layers were built after `deepspeed.init_distributed()`.
-        optimizer, model_parameters: as for DeepSpeed. By default all parameters that require a gradient, in Megatron's
-            two groups: biases and norms have no weight decay. Experts get groups of their own. What `"replace": true`
-            adds to the model joins the groups of its like.
+        model: has its parameters; expert-parallel layers were built after `scmoe_ds.connect()`.
+        optimizer, model_parameters: as for DeepSpeed. By default all parameters that require a gradient, in
+            `parameter_groups`. Experts get groups of their own. What `"replace": true` adds joins its like's group.
+        training_data, lr_scheduler, distributed_port, dist_init_required, collate_fn, mesh_param: as for DeepSpeed.
         mpu: as for DeepSpeed; default: the groups of scmoe_ds.parallel.tensor, if it was started.
-        config, config_params: the DeepSpeed JSON: a path, a dict, or what `scmoe_ds.config.loading.load` has validated.
+        config, config_params: the DeepSpeed JSON with its "scmoe" section: a path, a dict, or what
+            `scmoe_ds.config.loading.load` has validated.
 
     Returns:
         engine, optimizer, data loader, learning-rate scheduler. `engine.overlap` (a Calibrator) times the first
-        micro-batches and sets the schedules; hand its `state()` and `resume()` to your checkpoints.
+        micro-batches and sets the schedules. Save its `state()` in your checkpoints, and give it to `resume()`.
 
     Raises:
         ScMoEConfigError: a setting that its user can correct, or a section that applies to nothing in the model.

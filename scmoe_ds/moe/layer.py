@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.comm.wire import WIRE_DTYPES
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
+from scmoe_ds.moe.checks import check_input
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel_rank, own_first_expert
@@ -48,7 +49,7 @@ class StagedMoE(MoE):
 
     Raises:
         ValueError: sizes that do not divide, an unknown choice, or a layer with `ep_size` > 1 that is built before
-            `deepspeed.init_distributed()` (its experts' initialisation depends on the rank).
+            `scmoe_ds.connect()` (its experts' initialisation depends on the rank).
     """
 
     _needs_residual = False
@@ -131,7 +132,7 @@ class StagedMoE(MoE):
         if not 1 <= k <= num_experts:
             raise ValueError(f"k = {k} must be between 1 and num_experts = {num_experts}")
         if ep_size > 1 and not dist.is_initialized():
-            raise ValueError(f"ep_size = {ep_size}: build the layer after deepspeed.init_distributed()")
+            raise ValueError(f"ep_size = {ep_size}: build the layer after scmoe_ds.connect()")
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Takes or creates DeepSpeed's expert-parallel groups. The engine calls it; a second call does nothing.
@@ -180,25 +181,27 @@ class StagedMoE(MoE):
         num_chunks: int = 1,
         recorder: PairRecorder = SILENT,
     ) -> RoutedTokens:
-        """Gates and encodes tokens and sends them to their experts.
+        """Gates and encodes tokens and sends them to their experts. Collective over the expert-parallel ranks.
 
         Args:
-            shortcut: [..., D] normalised input of the routed experts; may or may not require grad.
+            shortcut: [..., D] what the routed experts read, in the dtype of the layer's parameters or under autocast.
+                Hand it over normalised, e.g. `norm(tap)`: the layer holds no norm. It may or may not require grad.
             used_token: mask of T elements, zero for padding, which is routed to no expert (any k).
             exclude: [T] expert that a token may not choose, -1 for none (k = 1).
             blocking: communicate without overlap, forward and backward.
             num_chunks: pieces of the routed tokens; call `run_experts` once for each.
             recorder: is told what happens when.
 
+        Returns:
+            the tokens in flight. Call `run_experts` on them once per chunk, then this layer's `finish`.
+
         Raises:
-            ValueError: a last dimension other than the hidden size, a mask of other tokens, or fewer than one chunk.
+            ValueError: no floating-point tensor whose last dimension is the hidden size, a mask of other tokens, or
+                fewer than one chunk.
             RuntimeError: an expert-parallel layer without groups.
         """
         hidden_size = self.deepspeed_moe.gate.wg.in_features
-        if shortcut.shape[-1] != hidden_size:
-            raise ValueError(f"shortcut of shape {tuple(shortcut.shape)}: the last dimension must be {hidden_size}")
-        if not shortcut.is_floating_point():
-            raise ValueError(f"shortcut of dtype {shortcut.dtype}: must be floating point")
+        check_input("shortcut", shortcut, hidden_size)
         if self.deepspeed_moe.ep_group is None and (self.ep_size > 1 or mpu_tensor_parallel_size() > 1):
             raise RuntimeError("call layer.set_deepspeed_parallelism() (or initialize the engine) before the first use")
         if num_chunks < 1:
@@ -220,15 +223,31 @@ class StagedMoE(MoE):
         self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Waits for the combine and decodes; see `ScMoE.finish`."""
+        self._require_own(routed)
         return routed.collect(), routed.routing.l_aux, routed.routing.exp_counts
+
+    def _require_own(self, routed: RoutedTokens) -> None:
+        if not isinstance(routed, RoutedTokens):
+            raise ValueError(f"routed is a {type(routed).__name__}: finish takes what this layer's begin returned")
+        if routed.experts is not self.deepspeed_moe.experts:
+            raise ValueError("these routed tokens are another layer's: finish them with the layer that began them")
 
     def forward(
         self, hidden_states: Tensor, used_token: Tensor | None = None, shortcut: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """All stages in one go; DeepSpeed's signature and returns, plus `shortcut`.
+        """All stages in one go, without overlap; DeepSpeed's signature and returns, plus `shortcut`.
 
-        Without `shortcut` the routed experts read `hidden_states`. Then the layer is DeepSpeed's MoE, and ScMoE its
-        Residual MoE with the shared expert beside the combine.
+        Args:
+            hidden_states: [..., D] the current layer's normalised input.
+            used_token: mask of T elements, zero for padding; None: no padding.
+            shortcut: [..., D] what the routed experts read, normalised. None: they read `hidden_states`. Then the layer
+                is DeepSpeed's MoE, and ScMoE its Residual MoE with the shared expert beside the combine.
+
+        Returns:
+            output [..., D], load-balancing loss (scalar fp32), tokens per expert before drops [E].
+
+        Raises:
+            ValueError, RuntimeError: as `begin` and `finish`.
         """
         routed = self.begin(hidden_states if shortcut is None else shortcut, used_token)
         routed.run_experts()

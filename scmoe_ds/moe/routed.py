@@ -16,6 +16,7 @@ from torch import Tensor
 from scmoe_ds.comm.all_to_all import InFlight, SplitSizes, prepare, start
 from scmoe_ds.comm.counts import CountsInFlight, start_counts
 from scmoe_ds.comm.transport import Transport
+from scmoe_ds.moe.checks import explained
 from scmoe_ds.moe.experts import MovingExperts, run_experts
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.layout import ExactLayout, PaddedLayout, ReceivedRows, decode
@@ -48,7 +49,7 @@ class Exchange:
 
 
 class RoutedTokens:
-    """Routed tokens in flight. A layer's `begin` makes them, its `finish` uses them up.
+    """Routed tokens in flight. A layer's `begin` makes them, its `finish` uses them up, each once.
 
     Args:
         experts: this rank's experts.
@@ -67,7 +68,7 @@ class RoutedTokens:
         exchange: Exchange,
     ) -> None:
         self.routing, self.exchange, self.shape = routing, exchange, torch.Size(shape)
-        self._experts = experts
+        self.experts = experts
         self._received: list[ReceivedRows] = []
         self._sizes: list[SplitSizes] = []  # of the dispatch, per chunk
         self._combines: list[InFlight] = []
@@ -119,7 +120,7 @@ class RoutedTokens:
         counts, self._counts = self._counts, None
         if counts is None:
             return
-        slices, local_experts = self.exchange.slices, self._experts.num_local_experts
+        slices, local_experts = self.exchange.slices, self.experts.num_local_experts
         local, received = counts.wait()
         from_PX = torch.tensor(received).view(slices.group_size, -1)
         if slices.tensor_parallel_size > 1:
@@ -131,9 +132,9 @@ class RoutedTokens:
         self._send([slices.split_sizes(*rows) for rows in zip(to_NPV, from_NP, strict=True)])
         device = self._layout.row_of_choice_KT.device  # the rest is done while rows are on their way
         self._received = [ReceivedRows.of(rows_PL, device) for rows_PL in from_PNL.transpose(0, 1)]
-        if isinstance(self._experts, MovingExperts):
+        if isinstance(self.experts, MovingExperts):
             for rows in self._received:
-                self._experts.announce(rows.rows_per_expert)
+                self.experts.announce(rows.rows_per_expert)
 
     def _send(self, sizes: list[SplitSizes]) -> None:
         self._sizes, first_row = sizes, 0
@@ -155,17 +156,21 @@ class RoutedTokens:
                 "per chunk); begin again for another use"
             )
         (rows_SD,) = recorder.open("experts", self._dispatches[chunk].wait(), chunk=chunk)
-        (output_SD,) = recorder.close("experts", self._compute(rows_SD, chunk), chunk=chunk)
+        try:
+            output_SD = self._compute(rows_SD, chunk)
+        except RuntimeError as error:
+            raise explained(error, rows_SD, self.experts) from None
+        (output_SD,) = recorder.close("experts", output_SD, chunk=chunk)
         back, watch = self._sizes[chunk].reversed(), recorder.watch("combine", chunk)
         self._combines.append(start(output_SD, exchange.transport, back, exchange.blocking, exchange.wire_dtype, watch))
 
     def _compute(self, rows_SD: Tensor, chunk: int) -> Tensor:
         if not self._received:
-            ranks, local_experts = self.exchange.slices.expert_parallel_size, self._experts.num_local_experts
+            ranks, local_experts = self.exchange.slices.expert_parallel_size, self.experts.num_local_experts
             buffer_PLCD = rows_SD.view(ranks, local_experts, -1, rows_SD.shape[-1])
-            return cast(Experts, self._experts)(buffer_PLCD).reshape(rows_SD.shape)
+            return cast(Experts, self.experts)(buffer_PLCD).reshape(rows_SD.shape)
         received = self._received[chunk]
-        return received.ungroup(run_experts(self._experts, received.group(rows_SD), received.rows_per_expert))
+        return received.ungroup(run_experts(self.experts, received.group(rows_SD), received.rows_per_expert))
 
     def collect(self) -> Tensor:
         """Waits for the combine and decodes: Σ G·E of eq. 1, in the shape of the layer's input.

@@ -18,7 +18,8 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from scmoe_ds.config.names import Merge
+from scmoe_ds.config.names import Dispatch, GateSoftmax, Merge
+from scmoe_ds.moe.checks import check_input
 from scmoe_ds.moe.layer import Layer, StagedMoE, check_choice
 from scmoe_ds.moe.merge import coefficient_network, merge_outputs
 from scmoe_ds.moe.routed import RoutedTokens
@@ -27,17 +28,93 @@ from scmoe_ds.moe.routed import RoutedTokens
 class ScMoE(StagedMoE):
     """Shortcut-connected MoE: shared expert on the current layer, routed experts on a preceding one (paper eq. 7).
 
+    It is a `deepspeed.moe.layer.MoE` with `use_residual=True`: the shared expert is `mlp`, the coefficient network
+    `coefficient`. It holds no norm: both inputs come in normalised.
+
+    Example:
+        ```python
+        layer = scmoe_ds.ScMoE(hidden_size, expert, num_experts=8, ep_size=8)
+        routed = layer.begin(tap_norm(tap))  # tap: the preceding layer's residual stream, [B, S, D]
+        routed.run_experts()
+        output, l_aux, exp_counts = layer.finish(routed, norm(hidden))
+        ```
+
     Args:
-        hidden_size …: as `StagedMoE`. `use_residual` is on: the shared expert is `mlp`, the coefficient network
-            `coefficient`, as in DeepSpeed's Residual MoE.
+        hidden_size: D, the last dimension of both inputs and of the output.
+        expert: [rows, D] → [rows, D], or a tuple that begins with it. It is copied once per expert of this rank; the
+            shared expert is this very module.
+        num_experts: routed experts of all ranks together; divisible by `ep_size`.
+        ep_size: ranks that share one set of experts. More than 1 needs a process group before the layer is built.
+        k: routed experts per token.
+        capacity_factor: tokens per expert in training, relative to an even split.
+        eval_capacity_factor: the same in evaluation.
+        min_capacity: least number of tokens that each expert accepts.
+        use_residual: None or True; here for DeepSpeed's signature.
+        noisy_gate_policy: None, "Jitter", or "RSample" (k = 1).
+        drop_tokens: False: every token reaches its experts, however many an expert gets.
+        use_rts: k = 1: which tokens are dropped is random, not by their place.
+        use_tutel: False; the layer brings its own dispatch.
+        enable_expert_tensor_parallelism: each expert is divided between the tensor-parallel ranks.
+        top2_2nd_expert_sampling: k = 2: the second expert is sampled (Gumbel), in evaluation too.
         merge: "add" (eq. 7), "cg1" (eq. 14-15) or "cg2" (eq. 16-17; DeepSpeed's own merge and weight layout).
+        dispatch: "exact" sends and computes routed tokens only; "padded" uses DeepSpeed's capacity buffers.
+        gate_softmax: among which experts a token's weights add up to 1: "all", the "chosen" ones (eq. 2-3), or those
+            "kept" by the capacity; "deepspeed": all for k = 1, kept for more.
+        all_to_all: primitive of dispatch and combine: "collective" or "send_receive"; `initialize` sets the section's.
+        wire_dtype: None, "bf16" or "fp8": number format of rows and their gradients between ranks.
+
+    Raises:
+        ValueError: sizes that do not divide, an unknown choice, or `ep_size` > 1 before there is a process group.
     """
 
     _needs_residual = True
 
-    def __init__(self, hidden_size: int, expert: nn.Module, *args: Any, merge: Merge = "cg1", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        expert: nn.Module,
+        num_experts: int = 1,
+        ep_size: int = 1,
+        k: int = 1,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 4,
+        use_residual: bool | None = None,
+        noisy_gate_policy: str | None = None,
+        drop_tokens: bool = True,
+        use_rts: bool = True,
+        use_tutel: bool = False,
+        enable_expert_tensor_parallelism: bool = False,
+        top2_2nd_expert_sampling: bool = True,
+        *,
+        merge: Merge = "cg1",
+        dispatch: Dispatch = "exact",
+        gate_softmax: GateSoftmax = "deepspeed",
+        all_to_all: str = "collective",
+        wire_dtype: str | None = None,
+    ) -> None:
         check_choice("merge", merge, get_args(Merge))
-        super().__init__(hidden_size, expert, *args, **kwargs)
+        super().__init__(
+            hidden_size,
+            expert,
+            num_experts,
+            ep_size,
+            k,
+            capacity_factor,
+            eval_capacity_factor,
+            min_capacity,
+            use_residual,
+            noisy_gate_policy,
+            drop_tokens,
+            use_rts,
+            use_tutel,
+            enable_expert_tensor_parallelism,
+            top2_2nd_expert_sampling,
+            dispatch=dispatch,
+            gate_softmax=gate_softmax,
+            all_to_all=all_to_all,
+            wire_dtype=wire_dtype,
+        )
         self.merge: Merge = merge
         self.coefficient = coefficient_network(merge, hidden_size)
 
@@ -59,7 +136,14 @@ class ScMoE(StagedMoE):
         return layer
 
     def shared(self, hidden_states: Tensor) -> Tensor:
-        """The shared expert, SE of eq. 7: [..., D] → [..., D]."""
+        """The shared expert, SE of eq. 7; an operator like any other, so that a dispatch or combine can run beside it.
+
+        Args:
+            hidden_states: [..., D] the current layer's normalised input.
+
+        Returns:
+            [..., D]
+        """
         output = self.mlp(hidden_states)
         return output[0] if isinstance(output, tuple) else output
 
@@ -77,8 +161,11 @@ class ScMoE(StagedMoE):
             output [..., D], load-balancing loss (scalar), tokens per expert before drops [E]; as DeepSpeed's MoE.
 
         Raises:
+            ValueError: `routed` is another layer's, or `hidden_states` has another shape than the shortcut had.
             RuntimeError: `routed` was finished before, or its experts have not run.
         """
+        check_input("hidden_states", hidden_states, self.deepspeed_moe.gate.wg.in_features)
+        self._require_own(routed)
         if routed.shape != hidden_states.shape:
             raise ValueError(
                 f"shortcut {tuple(routed.shape)} and hidden_states {tuple(hidden_states.shape)}: "
@@ -113,6 +200,7 @@ class DGMoE(StagedMoE):
         Returns:
             output [..., D], mean of the two load-balancing losses, tokens per expert of both choices [E].
         """
+        self._require_own(routed)
         current = self.begin(
             hidden_states,
             routed.routing.used_T,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Schedule:
     """When a pair computes its routed experts.
 
-    Attributes:
+    Args:
         expert_slot: the experts run before backbone operator number `expert_slot` (from 1); one past the last
             operator means after all of them. A tuple has a slot for each chunk, in order.
         num_chunks: pieces that the routed tokens are cut into.

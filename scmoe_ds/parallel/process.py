@@ -26,7 +26,10 @@ _SLACK_S = 3.0
 
 
 def connect(timeout: timedelta | None = None) -> bool:
-    """Joins the process group. A process without a launcher becomes a world of one.
+    """Joins the process group, which expert-parallel layers need before they are built.
+
+    It reads what DeepSpeed's launcher, torchrun, Slurm or MPI have set. A process without a launcher becomes a world of
+    one.
 
     Args:
         timeout: of all collectives of all groups from here on; None leaves DeepSpeed's and torch's defaults.

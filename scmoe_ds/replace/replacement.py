@@ -36,8 +36,8 @@ def replace_moe_layers(model: nn.Module, config: Source | ScMoEConfig) -> nn.Mod
 
     Args:
         model: any model whose blocks are members of an nn.ModuleList.
-        config: the "scmoe" section, or a DeepSpeed JSON that has it (path or dict). Sizes (experts, capacity) stay
-            those of the layers.
+        config: a DeepSpeed JSON with a "scmoe" section (a path or a dict), or a ScMoEConfig. Sizes (experts, capacity)
+            stay those of the layers.
 
     Returns:
         the same model.
@@ -75,7 +75,14 @@ def replaced_layers(model: nn.Module, config: ScMoEConfig) -> list[HookedScMoE]:
 
 
 def undo_replacement(model: nn.Module) -> nn.Module:
-    """Puts the replaced layers back, with the weights that they have now, and removes all hooks."""
+    """Puts the replaced layers back, in place, with the weights that they have now, and removes all hooks.
+
+    Args:
+        model: what `replace_moe_layers` or `moe_from_dense` returned; any other model stays as it is.
+
+    Returns:
+        the same model.
+    """
     for layer in [module for module in model.modules() if isinstance(module, HookedScMoE)]:
         assert layer.pair is not None
         layer.pair.detach()

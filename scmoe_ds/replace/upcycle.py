@@ -92,7 +92,7 @@ def moe_from_dense(
     Args:
         model: its blocks are members of an nn.ModuleList and have an `mlp` behind a norm: GPT-2, LLaMA, Mistral, Qwen2,
             GPT-NeoX, ViT, Swin of transformers 5, and models with the same names.
-        config: the "scmoe" section, or a DeepSpeed JSON that has it (path or dict); gives all sizes.
+        config: a DeepSpeed JSON with a "scmoe" section (a path or a dict), or a ScMoEConfig; gives all sizes.
         layers: numbers of the blocks, counted through the model; None: the last of every `moe_every` of a ModuleList.
         noise: standard deviation of the noise on each expert's parameters, relative to their root mean square. With 0
             the experts start equal, and in training only the gate's weights make them differ.
@@ -135,10 +135,13 @@ def moe_from_dense(
 
 
 def load_balancing_loss(model: nn.Module) -> Tensor:
-    """Sum of the load-balancing losses of the last forward pass, a differentiable scalar, for you to weigh and add.
+    """Sum of the load-balancing losses of the last forward pass, for you to weigh and add to the model's loss.
 
     Args:
         model: what `moe_from_dense` returned, or an engine of it.
+
+    Returns:
+        a differentiable scalar, fp32.
 
     Raises:
         ScMoEConfigError: it holds no layer made by `moe_from_dense`.
@@ -162,8 +165,8 @@ def _check_config(config: ScMoEConfig, noise: float) -> None:
         raise ScMoEConfigError(f"noise = {noise}: must be at least 0")
     if config.expert_parallel_size > 1 and not dist.is_initialized():
         raise ScMoEConfigError(
-            f"scmoe.expert_parallel_size = {config.expert_parallel_size}: call moe_from_dense after "
-            "deepspeed.init_distributed(), which experts to make depends on the rank"
+            f"scmoe.expert_parallel_size = {config.expert_parallel_size}: call scmoe_ds.connect() before "
+            "moe_from_dense, because which experts to make depends on the rank"
         )
 
 

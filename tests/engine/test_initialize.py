@@ -152,6 +152,13 @@ def test_what_nothing_answers_to_is_an_error(case: str) -> None:
         attempt()
 
 
+def test_an_expert_parallel_layer_needs_its_groups() -> None:
+    scmoe_ds.connect()
+    layer = ScMoE(8, nn.Linear(8, 8), 4, ep_size=2)
+    with pytest.raises(RuntimeError, match=r"call layer\.set_deepspeed_parallelism\(\) \(or initialize the engine\)"):
+        layer.begin(torch.randn(2, 8))
+
+
 def test_the_remedies_work() -> None:
     for section in ({"replace": True}, {"architecture": "topk"}):
         engine, *_ = scmoe_ds.initialize(model=Model(), config=whole(**section))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,9 +106,57 @@ def test_misuse_of_routed_tokens_says_what_happened() -> None:
     routed.run_experts()
     with pytest.raises(RuntimeError, match="once too often"):
         routed.run_experts()
+    with pytest.raises(ValueError, match="another layer's: finish them with the layer that began them"):
+        make_layer().finish(routed, x)
     layer.finish(routed, x)
     with pytest.raises(RuntimeError, match="finished already"):
         layer.finish(routed, x)
+
+
+@pytest.mark.parametrize("cls", [ScMoE, DGMoE, StagedMoE])
+def test_finish_takes_what_begin_returned(cls: type[StagedMoE]) -> None:
+    with pytest.raises(ValueError, match="routed is a Tensor: finish takes what this layer's begin returned"):
+        make_layer(cls).finish(tokens(), tokens())
+
+
+@pytest.mark.parametrize(
+    "shortcut, message",
+    [
+        (torch.randn(2, 8), r"shortcut of shape \(2, 8\): the last dimension must be 16, the layer's hidden_size"),
+        (torch.tensor(1.0), r"shortcut of shape \(\): the last dimension must be 16"),
+        (torch.zeros(2, HIDDEN, dtype=torch.int64), r"shortcut of dtype torch\.int64: must be floating point"),
+        ((torch.randn(2, HIDDEN), None), r"shortcut is a tuple: must be a tensor .* take the tensor out of it"),
+        (None, r"shortcut is a NoneType: must be a tensor \[\.\.\., 16\], normalised$"),
+    ],
+)
+def test_a_shortcut_that_is_none(shortcut: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_layer().begin(shortcut)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_experts_of_another_dtype_are_named(dtype: torch.dtype) -> None:
+    x, layer = tokens().to(dtype), make_layer()
+    with pytest.raises(ValueError, match=rf"^shortcut of dtype {dtype}: the experts have torch\.float32; cast"):
+        layer.begin(x).run_experts()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(tokens().bfloat16())
+
+
+def test_an_error_of_an_expert_stays_as_it_is() -> None:
+    class Failing(nn.Linear):
+        def forward(self, rows: Tensor) -> Tensor:
+            raise RuntimeError("its own")
+
+    with pytest.raises(RuntimeError, match=r"^its own$"):
+        make_layer_of(Failing(HIDDEN, HIDDEN)).begin(tokens()).run_experts()
+
+
+def test_the_signature_begins_as_deepspeeds() -> None:
+    theirs = [(each.name, each.default) for each in inspect.signature(MoE).parameters.values()]
+    ours = [(each.name, each.default) for each in inspect.signature(ScMoE).parameters.values()]
+    residual = [(name, None if name == "use_residual" else default) for name, default in theirs]
+    assert ours[: len(theirs)] == residual
 
 
 @pytest.mark.parametrize(
@@ -118,17 +169,12 @@ def test_misuse_of_routed_tokens_says_what_happened() -> None:
         ({"all_to_all": "ring"}, "must be one of 'collective', 'send_receive'"),
         ({"wire_dtype": "int4"}, "must be one of None, 'bf16', 'fp8'"),
         ({"use_residual": False}, "use_residual=True only"),
-        ({"ep_size": 2}, "after deepspeed.init_distributed"),
+        ({"ep_size": 2}, "build the layer after scmoe_ds"),
     ],
 )
 def test_wrong_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScMoE(HIDDEN, make_expert(), **{"num_experts": EXPERTS, **arguments})
-
-
-def test_wrong_hidden_size_of_the_shortcut() -> None:
-    with pytest.raises(ValueError, match="last dimension must be 16"):
-        make_layer().begin(torch.randn(2, 8))
 
 
 def test_top1_weight_before_and_after_topk() -> None:
@@ -266,11 +312,6 @@ def test_no_tokens_at_all() -> None:
     (output.sum() + l_aux).backward()
     assert output.shape == (1, 0, HIDDEN) and l_aux == 0 and counts.tolist() == [0] * EXPERTS
     assert all(parameter.grad is not None for parameter in layer.parameters())
-
-
-def test_unsupported_dtype() -> None:
-    with pytest.raises(ValueError, match="must be floating point"):
-        make_layer().begin(torch.zeros(2, HIDDEN, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(("wire_dtype", "error"), [("bf16", 2**-8), ("fp8", 2**-4)])
