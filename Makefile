@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # What tests/cluster makes two machines of.
 CLUSTER_PACKAGES := iproute2 openssh-server pdsh openmpi-bin procps
 
-.PHONY: help setup fast test test-versions check format pretrain schema docs cluster-packages clean
+.PHONY: help setup fast test test-versions newcomer check format pretrain schema docs cluster-packages clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -39,6 +39,10 @@ test: $(STAMP)  ## all tests; those that need a GPU skip themselves
 # Not part of .ci/run: several GB per set. docs/versions.md has the table.
 test-versions:  ## the fast tests on the oldest and the newest packages allowed, each in an environment of its own
 	$(PYTHON) -m lab.versions
+
+# Not part of .ci/run: it needs the index, and minutes.
+newcomer: $(STAMP)  ## the newcomer's story in an environment that is installed anew
+	SCMOE_NEWCOMER=long $(BIN)/python -m pytest tests/newcomer
 
 fast: $(STAMP)  ## the inner loop: tests that start no process and take no long computation
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not spawns and not slow'
