@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from scmoe_ds.programs.flags.registry import PROGRAMS, parser_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -73,6 +76,46 @@ def test_lists_show_as_lists_on_the_site(name: str) -> None:
     text = re.sub(r"^```.*?^```$", "\n", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     before = r"^(?!- |\d+\. |\||#| ).+\n"
     assert re.findall(before + r"(?:- |\d+\. |\|).*", text, re.MULTILINE) == []
+
+
+OTHERS = {
+    *(
+        "--hostfile",
+        "--launcher_args",
+        "--master_addr",
+        "--master_port",
+        "--no_ssh",
+        "--node_rank",
+        "--num_gpus",
+        "--quiet",
+    ),
+    *("--mca", "--shm-size", "--split-sentences", "--standard"),
+}
+"""Flags of DeepSpeed's launcher; of mpirun, docker, Megatron's preprocess_data.py, and a benchmark."""
+
+
+def test_flags_and_programs_that_pages_name_exist() -> None:
+    """Within sentences and tables; tests/docs runs whole commands. One page is about flags that do not exist here."""
+    known = OTHERS.union(*map(flags_of, map(parser_of, PROGRAMS)))
+    missing = []
+    for name in NAMES:
+        if name.startswith("benchmarks/") or name in ("CHANGELOG.md", "docs/from_megatron_deepspeed.md"):
+            continue
+        for text in re.findall(r"`([^`\n]+)`", (ROOT / name).read_text(encoding="utf-8")):
+            missing += [f"{name}: {flag}" for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", text) if flag not in known]
+            program = re.match(r"scmoe ([a-z][\w-]*)", text)
+            missing += [f"{name}: {text}"] if program and program[1] not in PROGRAMS else []
+    assert missing == []
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The flags of a program and of its sub-commands."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found.update(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            found.update(*map(flags_of, action.choices.values()))
+    return found
 
 
 def test_pages_of_the_site_exist() -> None:
