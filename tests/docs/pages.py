@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.flags.registry import PROGRAMS, parser_of
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = (
@@ -27,9 +31,14 @@ class Step:
 
 
 def pages() -> dict[str, list[Step]]:
-    """The pages that ask for something to be run. Of a program it is the docstring, which --help shows."""
+    """The pages that ask for something to be run: of the documentation, docstrings of programs, examples in --help."""
     names = [path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
-    return {name: found for name in names if (found := list(steps(name)))}
+    found = {name: list(steps(name)) for name in names}
+    for program in PROGRAMS:
+        where = f"scmoe {program} --help"
+        lines = dict.fromkeys(_lines("\n".join(_examples(parser_of(program)))))
+        found[where] = [Step("command", line, where) for line in lines]
+    return {name: each for name, each in found.items() if each}
 
 
 def steps(page: str) -> Iterator[Step]:
@@ -54,6 +63,16 @@ def steps(page: str) -> Iterator[Step]:
                     yield Step("command", line, where)
                 else:
                     assert not language, f"{where}: {line.split()[0]} is none of STARTS"
+
+
+def _examples(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The commands that the help of a program and of its sub-commands shows."""
+    if isinstance(parser, FlagParser):
+        yield parser.example
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from _examples(each)
 
 
 def _starts_a_command(line: str) -> bool:

@@ -12,18 +12,19 @@ def build_parser() -> FlagParser:
     parser = FlagParser(
         prog="scmoe convert",
         description="Write the weights of a checkpoint as safetensors. --load starts a run with them.",
-        example="scmoe convert export checkpoints/gpt weights --dtype bf16",
+        example="scmoe convert export checkpoints/gpt weights",
         epilog="scmoe convert COMMAND --help lists its flags.",
     )
     commands = parser.add_subparsers(dest="command", required=True, title="commands")
     add = {
-        "export": "whole parameters, merged over expert- and tensor-parallel ranks",
-        "residual-to-scmoe": 'a model of architecture "shared_expert" as a ScMoE with merge "cg2"',
+        "export checkpoints/gpt weights": "whole parameters, merged over expert- and tensor-parallel ranks",
+        "residual-to-scmoe checkpoints/residual_moe out": (
+            'a model of architecture "shared_expert" as a ScMoE with merge "cg2"'
+        ),
     }
-    for name, text in add.items():
-        command = commands.add_parser(
-            name, help=text, description=text, example=f"scmoe convert {name} checkpoints/gpt out"
-        )
+    for example, text in add.items():
+        name = example.split()[0]
+        command = commands.add_parser(name, help=text, description=text, example=f"scmoe convert {example}")
         command.add_argument("source", type=Path, help="a checkpoint, a directory of them (the latest), or an export")
         command.add_argument("out", type=Path, help="an empty or new directory")
         command.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="fp32", help="fp32 loses nothing")
