@@ -13,6 +13,8 @@ import transformers
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 
+from scmoe_ds.inference.load import load_trained
+from scmoe_ds.models.identity import identity
 from tests.docs.pages import ROOT
 from tests.docs.smaller import GPT, SWIN, smaller_json
 from tests.helpers.shell import run
@@ -42,10 +44,8 @@ def make_readers_own() -> None:
     small = Path(smaller_json("ds_configs/gpt_small_cpu.json"))
     for name in ("ds.json", "X.json"):
         shutil.copy(small, name)
-    times = json.loads((ROOT / "tests/fixtures/before_0_1/times.json").read_text())
-    of_the_checkpoint = {"num_layers": 2, "hidden_size": 32}
-    Path("times.json").write_text(json.dumps([{**each, "identity": of_the_checkpoint} for each in times]))
     _checkpoints()
+    _times()
 
 
 def _texts_and_tokenizers() -> None:
@@ -104,6 +104,13 @@ def _tasks() -> None:
             f"include: {lm_eval.__path__[0]}/tasks/hellaswag/hellaswag.yaml\ntask: {name}\ndataset_path: json\n"
             f"dataset_kwargs:\n  data_files:\n    train: {data}\n    validation: {data}\n"
         )
+
+
+def _times() -> None:
+    """As `scmoe report` of two ranks leaves them for the model of checkpoints/gpt; one rank has nothing to time."""
+    times = json.loads((ROOT / "tests/fixtures/before_0_1/times.json").read_text())
+    of_the_model = identity(load_trained("checkpoints/gpt").model)
+    Path("times.json").write_text(json.dumps([{**each, "identity": of_the_model} for each in times]))
 
 
 def _checkpoints() -> None:
