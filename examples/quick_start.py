@@ -20,11 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
-from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.errors import MissingPackageError, imports_of
-from scmoe_ds.evaluation.documents import IndexedDocuments
 from scmoe_ds.figure_style import GREY, WIDTH, save, styled
 from scmoe_ds.training.record import RunRecord, read_record
 
@@ -43,6 +40,8 @@ LOOP = (
     f"--train-iters {ITERATIONS} --log-interval 50 --eval-interval 150 --eval-iters 10 --save {SAVE} "
     f"--scmoe-trace {TRACED} --scmoe-trace-dir {RUN}"
 ).split()
+DEFAULT_PORT = 29500
+"""Of the deepspeed launcher."""
 PROMPT = "def main("
 
 
@@ -82,16 +81,16 @@ def port() -> list[str]:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", TORCH_DISTRIBUTED_DEFAULT_PORT))
+            probe.bind(("", DEFAULT_PORT))
             return []
         except OSError:
             probe.bind(("", 0))
             return ["--master_port", str(probe.getsockname()[1])]
 
 
-def run(line: list[str], environment: dict[str, str] | None = None) -> int:
+def run(line: list[str]) -> int:
     """Runs a command and returns its exit code. Ctrl-C reaches the command, which says itself what comes of it."""
-    process = subprocess.Popen(line, cwd=ROOT, env={**os.environ, **(environment or {})})
+    process = subprocess.Popen(line, cwd=ROOT)
     while True:
         try:
             return process.wait()
@@ -107,6 +106,9 @@ def output_of(line: list[str]) -> str:
 
 def held_out_text() -> bytes:
     """The documents on which the run validates."""
+    from scmoe_ds.data.tokenizer import ByteTokenizer
+    from scmoe_ds.evaluation.documents import IndexedDocuments  # imports DeepSpeed, which looks for a card
+
     documents = IndexedDocuments(str(ROOT / CORPUS), SPLIT, ByteTokenizer())
     tokens = np.concatenate([documents.tokens(number) for number in range(len(documents.lengths))])
     return tokens[tokens < 256].astype(np.uint8).tobytes()
@@ -187,7 +189,8 @@ def main() -> int:
     if (ROOT / SAVE).is_dir():  # a run does not write over the checkpoints of another
         print(f"removing {SAVE}, which the last `make pretrain` left", flush=True)
         shutil.rmtree(ROOT / SAVE)
-    code = run(line, environment)
+    os.environ.update(environment)  # also for the programs that show the result
+    code = run(line)
     if code == 0:
         show_result()
     return code

@@ -116,7 +116,7 @@ def test_a_port_that_is_free(quick_start: ModuleType, monkeypatch: pytest.Monkey
         other.bind(("", 0))
         other.listen()
         taken = other.getsockname()[1]
-        monkeypatch.setattr(quick_start, "TORCH_DISTRIBUTED_DEFAULT_PORT", taken)
+        monkeypatch.setattr(quick_start, "DEFAULT_PORT", taken)
         flag, found = quick_start.port()
         assert flag == "--master_port" and int(found) not in (0, taken)
     assert quick_start.port() == []

@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from scmoe_ds.programs.quiet import filter_log
+
 
 def debug_is_asked(argv: Sequence[str] | None = None) -> bool:
     """Whether the flags (default: the command line's) have --debug, which is heeded before and after they are read."""
@@ -18,3 +20,5 @@ def debug_is_asked(argv: Sequence[str] | None = None) -> bool:
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "WARNING" if debug_is_asked() else "ERROR")
 if debug_is_asked():
     os.environ.setdefault("TORCH_SHOW_CPP_STACKTRACES", "1")
+else:
+    filter_log()

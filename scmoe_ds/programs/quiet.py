@@ -1,13 +1,14 @@
 """Lines of other packages that help nobody who runs one of our programs: which, why, and how they are left out.
 
-A line is left out by its whole text. All else passes, on every rank. The launcher is a process of its own, whose lines
-`deepspeed --quiet` leaves out.
+A line is left out by its whole text. All else passes, on every rank; with --debug, all does. The launcher is a process
+of its own, whose lines `deepspeed --quiet` leaves out.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 import warnings
 from typing import Any
@@ -22,6 +23,14 @@ LOGGED = {
     # A schedule asks itself for the rate while DeepSpeed makes it, before any step.
     ("deepspeed.runtime.lr_schedules", "Attempting to get learning rate from scheduler before it has started"),
 }
+if not any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd", "/dev/davinci0", "/dev/accel"))):
+    LOGGED.add(
+        # True and known to the user of a machine without a card. Beside a card it says that torch is not the right one.
+        (
+            "deepspeed.accelerator.real_accelerator",
+            "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",
+        )
+    )
 WARNINGS = {
     # DeepSpeed's ZeRO calls these. A newer DeepSpeed will call the new names.
     (
@@ -39,13 +48,17 @@ WARNINGS = {
 whether the installed packages still have these texts."""
 
 
-def leave_out_useless_lines() -> None:
-    """Leaves them out of this process's prints, of DeepSpeed's log and of Python's warnings, from here on."""
-    for module, _ in PRINTS:
-        vars(importlib.import_module(module))["print"] = _print
+def filter_log() -> None:
+    """Leaves useless lines out of DeepSpeed's log from here on, also while DeepSpeed is being imported."""
     log = logging.getLogger("DeepSpeed")
     if _is_useful not in log.filters:
         log.addFilter(_is_useful)
+
+
+def filter_prints_and_warnings() -> None:
+    """Leaves useless lines out of this process's prints and of Python's warnings from here on. Imports DeepSpeed."""
+    for module, _ in PRINTS:
+        vars(importlib.import_module(module))["print"] = _print
     for _, text in WARNINGS:
         warnings.filterwarnings("ignore", _pattern(text))
 

@@ -19,7 +19,7 @@ from scmoe_ds.parallel.output import show_log, steady_output
 from scmoe_ds.parallel.process import connect, prepare_environment
 from scmoe_ds.parallel.watch import Watch
 from scmoe_ds.programs import debug_is_asked
-from scmoe_ds.programs.quiet import leave_out_useless_lines
+from scmoe_ds.programs.quiet import filter_prints_and_warnings
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell's."""
@@ -54,7 +54,8 @@ def run_program(
     debug = debug_is_asked(argv)
     with steady_output(stdout=stdout_is_log):
         show_log(sys.stdout if stdout_is_log else sys.stderr)
-        leave_out_useless_lines()
+        if not debug:
+            filter_prints_and_warnings()
         try:
             parsed = parse(argv)
             if not dist.is_initialized():
