@@ -12,14 +12,19 @@ from typing import Any
 
 import pytest
 
+from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ArgumentError, ScMoEConfigError
 from scmoe_ds.programs.flags import megatron as megatron_flags
 from scmoe_ds.programs.flags import table
 from scmoe_ds.programs.flags.analysis import build_parser as build_analysis_parser
+from scmoe_ds.programs.flags.checks import require_flags
 from scmoe_ds.programs.flags.evaluate import build_parser as build_evaluate_parser
 from scmoe_ds.programs.flags.generate import build_parser as build_generate_parser
 from scmoe_ds.programs.flags.gpt import build_parser, parse_arguments
 from scmoe_ds.programs.flags.megatron_refused import REFUSED
+from scmoe_ds.programs.flags.other_names import OTHER_NAMES
+from scmoe_ds.programs.flags.registry import PROGRAMS, parser_of
 from scmoe_ds.programs.flags.swin import build_parser as build_image_parser
 from scmoe_ds.programs.flags.swin import parse_image_arguments
 from tests.programs.test_megatron_scripts import OPTIONS, PAGE
@@ -285,6 +290,48 @@ def test_the_files_name_the_tokenizer(files: list[str], kind: str, parse: Any) -
         (build_parser, ["--topk", "9" * 20], "--topk 99999999999999999999: is too large"),
         (build_parser, ["--scmoe-expert-slot", "1.5"], '--scmoe-expert-slot 1.5: must be a number or "auto"'),
         (build_parser, ["extra"], "extra: belongs to no flag; remove it"),
+        (build_parser, ["--topk", "two", "--mlp-type", "x", "--seed"], "--seed: needs a value"),
+        (
+            build_parser,
+            ["--topk", "two", "--mlp-type", "residal", "--lr=a"],
+            "--topk two: must be a whole number; --mlp-type residal: must be one of dgmoe, residual, scmoe, standard (did "
+            'you mean "residual"?); --lr a: must be a number',
+        ),
+        (build_parser, ["--num-layers", "--hidden-size", "3"], "--num-layers: needs a value"),
+        (build_parser, ["--num-experts="], "--num-experts '': must be a whole number"),
+        (build_parser, ["--bf16", "true"], "true: belongs to no flag; --bf16 takes no value; remove it"),
+        (build_parser, ["--bf16=1"], "--bf16=1: takes no value; write --bf16"),
+        (
+            build_parser,
+            ["--num", "2"],
+            "(did you mean --num-layers or --num-attention-heads or --num-key-value-heads?)",
+        ),
+        (build_parser, ["--num_layers", "2"], "--num_layers: unknown flag (did you mean --num-layers?)"),
+        (build_parser, ["-num-layers", "2"], "-num-layers: unknown flag (did you mean --num-layers?)"),
+        (build_parser, ["\u2014num-layers", "2"], "num-layers: unknown flag (did you mean --num-layers?)"),
+        (build_parser, ["num-layers", "2"], "num-layers 2: belongs to no flag (did you mean --num-layers?)"),
+        (build_parser, ["--top-k", "2"], "--top-k: unknown flag (did you mean --topk?)"),
+        (build_parser, ["--micro-batchsize", "2"], "(did you mean --micro-batch-size?)"),
+        (build_parser, ["--no-such"], "--no-such: unknown flag; --help-all shows all"),
+        (build_parser, ["--skip-trian"], "(nearest: --skip-train, which is not taken here: use scmoe evaluate"),
+        (build_parser, ["--prompt", "x"], "--prompt is a flag of scmoe generate"),
+        (build_parser, ["--hf-model", "x"], "--hf-model is a flag of scmoe analyze"),
+        (build_parser, ["--moe-router-topk", "2"], "--moe-router-topk is called --topk here"),
+        (build_parser, ["--expert-model-parallel-size", "2"], "is called --moe-expert-parallel-size here"),
+        (build_parser, ["--moe-shared-expert-overlap"], "is not taken here: overlap is on; "),
+        (
+            build_parser,
+            ["--per_device_train_batch_size", "2", "--learning_rate", "1", "--output_dir", "x"],
+            "--per_device_train_batch_size is called --micro-batch-size here; --learning_rate is called --lr here; "
+            "--output_dir is called --save here",
+        ),
+        (build_parser, ["--gradient_accumulation_steps", "2"], '"gradient_accumulation_steps" in the DeepSpeed JSON'),
+        (build_parser, ["--num-chunks", "2"], '"num_chunks" in the JSON\'s "scmoe" section'),
+        (build_image_parser, ["--tensor-model-parallel-size", "2"], "is a flag of scmoe pretrain and scmoe "),
+        (build_generate_parser, ["--load", "x", "--max_length", "2"], "--max_length is called --max-new-tokens here"),
+        (build_generate_parser, [], "--load: missing; --help shows an example"),
+        (build_evaluate_parser, ["--load", "x"], "one of --data-path --text-file --tasks is missing"),
+        (build_analysis_parser, [], "missing: one of similarity, gating, gradients, feasibility"),
         (build_image_parser, ["--img-sise", "2"], "did you mean --img-size?"),
         (build_generate_parser, ["--laod", "x"], "--laod: unknown flag (did you mean --load?)"),
         (build_evaluate_parser, ["--load", "x", "--task", "a"], "did you mean --tasks?"),
@@ -307,9 +354,42 @@ def test_a_wrong_flag_is_one_line(
     assert message in text
 
 
-def test_one_process_of_a_node_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as error:
-        build_parser().parse_args(["--num-layer", "2"])
-    assert error.value.code == 2
-    assert capsys.readouterr().err == ""
+def test_a_flag_that_is_given_twice(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last holds, so that a script can take further flags; once, although a preset makes the parser look twice."""
+    args, _ = parse("--train-iters", "7", "--preset", "gpt2-moe-small", "--seed", "3", "--seed=3")
+    assert (args.train_iters, args.seed) == (7, 3)
+    assert capsys.readouterr().err.splitlines() == [
+        "pretrain_gpt_scmoe.py: --train-iters is given 2 times; the last holds: 7"
+    ]
+
+
+def test_all_flags_that_contradict_the_json_are_named(parse: Any) -> None:
+    with pytest.raises(ArgumentError) as error:
+        parse("--lr", "1e-4", "--micro-batch-size", "8", "--num-experts", "8", "--bf16", "--zero-stage", "1")
+    path = str(error.value).split(" but ")[1].split(" has ")[0]
+    assert str(error.value) == (
+        f"--micro-batch-size asks for train_micro_batch_size_per_gpu = 8, but {path} has 4; --lr asks for "
+        f"optimizer.params.lr = 0.0001, but {path} has 0.001; --num-experts asks for scmoe.num_experts = 8, but {path} "
+        "has 4; remove one of each"
+    )
+
+
+def test_all_flags_that_are_missing_are_named() -> None:
+    with pytest.raises(ArgumentError, match=r"^--hidden-size, --seq-length are missing"):
+        require_flags(
+            argparse.Namespace(num_layers=2, hidden_size=None, seq_length=None),
+            ["num_layers", "hidden_size", "seq_length"],
+        )
+
+
+def test_answers_lead_somewhere() -> None:
+    """To a flag that some program has; and every field of the section has an answer."""
+    taken = set().union(*(parser_of(program)._option_string_actions for program in PROGRAMS))
+    for name, answer in OTHER_NAMES.items():
+        assert set(re.findall(r"--[\w-]+", answer)) <= taken, name
+        assert f"--{name}" not in build_parser()._option_string_actions
+    fields = {*ScMoEConfig.model_fields, *OverlapConfig.model_fields}
+    own = {name.lstrip("-").replace("-", "_") for name in build_parser()._option_string_actions}
+    assert fields - own <= {name.replace("-", "_") for name in OTHER_NAMES}
+    of_section = [answer for answer in OTHER_NAMES.values() if answer.endswith('in the JSON\'s "scmoe" section')]
+    assert {answer.split('"')[1] for answer in of_section} <= fields

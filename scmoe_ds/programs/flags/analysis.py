@@ -12,7 +12,7 @@ from scmoe_ds.programs.flags.model import DTYPES
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.flags.tokenizer import add_tokenizer
 
-_CHECKPOINT = "a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export"
+_CHECKPOINT = "a checkpoint, a directory of them (its latest), or an export"
 
 
 def build_parser() -> FlagParser:
@@ -63,7 +63,7 @@ def build_parser() -> FlagParser:
     feasibility = commands.add_parser(
         "feasibility",
         help="one page: would ScMoE pay for a model on a machine?",
-        example="scmoe analyze feasibility --similarity similarity.json --calibration times.json --output-prefix page",
+        example="scmoe analyze feasibility --similarity gpt.json --calibration times.json --output-prefix page",
         description="Would ScMoE pay for a model on a machine? Reads two JSON files. Loads no model and needs no GPU.",
     )
     feasibility.add_argument("--similarity", help='a record of the sub-command "similarity" of the model')
