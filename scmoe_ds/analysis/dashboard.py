@@ -14,6 +14,7 @@ from itertools import takewhile
 from typing import Any
 
 from scmoe_ds.figure_style import LIKE, LINES, OPERATORS
+from scmoe_ds.planner.schedule_text import layers_text
 from scmoe_ds.training.record import Entry, RunRecord
 
 MOST_POINTS = 400
@@ -39,7 +40,7 @@ _CHARTS = (
 )
 """Title, unit (one: token or image), curves, and their kind: a share is shown in %, and like an amount from 0 on."""
 _VALIDATIONS = ("validation", "accuracy")
-_NO_FACTS = ("kind", "iteration", "time", "loss_name", "unit")
+_NO_FACTS = ("kind", "iteration", "time", "loss_name", "unit", "summary")
 
 
 def page(runs: Mapping[str, RunRecord]) -> str:
@@ -82,6 +83,7 @@ def _run(name: str, record: RunRecord) -> dict[str, Any]:
         "seconds_left": last.get("seconds_left"),
         "time": max((each.get("time", 0) for each in [start, last]), default=0),
         "curves": curves,
+        "summary": [[key, str(value)] for key, value in start.get("summary", {}).items()],
         "facts": [[key, _words(value)] for key, value in start.items() if key not in _NO_FACTS and value is not None],
         "resumed": [each["iteration"] for each in record.starts[1:]],
         "schedules": [_schedule(each) for each in record.schedules],
@@ -136,7 +138,22 @@ def _dead(iterations: Sequence[int], lines: Sequence[Sequence[float]]) -> list[l
 
 
 def _schedule(entry: Entry) -> dict[str, Any]:
-    return {"iteration": entry["iteration"], "text": _words(entry.get("text")), "timeline": entry.get("timeline")}
+    """A schedule in words, and as the planner predicts it."""
+    layers, order = entry.get("layers") or [], list(entry.get("operators") or [])
+    slots = entry.get("slot") or []
+    for chunk, slot in reversed(list(enumerate(slots))):
+        order.insert(slot - 1, "[experts]" if len(slots) == 1 else f"[experts {chunk}]")
+    where = f"MoE layer{'s' if len(layers) > 1 else ''} {layers_text(layers)}, " if layers else ""
+    lines = [str(entry.get("text", "")), f"dispatch ⇢ {' → '.join(order)} ⇢ combine" if order else ""]
+    if entry.get("hidden") is not None:
+        total, exposed = (f"{entry[name]:.3g} ms" for name in ("total_ms", "exposed_ms"))
+        lines.append(
+            f"predicted: {entry['hidden']:.0%} of the communication hidden; {total} from shortcut to join per "
+            f"micro-batch, forward and backward, of them {exposed} waiting for communication"
+        )
+    text = "\n".join(filter(None, lines))
+    title = f"{where}from iteration {entry['iteration']} on"
+    return {"title": title, "text": text, "timeline": entry.get("timeline") or []}
 
 
 def _words(value: Any) -> str:

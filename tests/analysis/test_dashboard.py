@@ -29,8 +29,19 @@ def write_run(directory: Path, steps: int = 6, **start: Any) -> Path:
     """A run of two MoE layers; expert 1 of the second one gets nothing from iteration 8 on."""
     record = RecordWriter(directory)
     names = {"loss_name": "lm_loss", "unit": "tokens", "train_iters": 20}
-    record.write("start", 0, **names, parameters=1234567, layout={"expert": 2}, data=EVIL, **start)
-    record.write("schedule", 3, text=f"experts before attention {EVIL}", timeline=TIMELINE)
+    record.write(
+        "start",
+        0,
+        **names,
+        summary={"model": "GPT scmoe pos2"},
+        parameters=1234567,
+        layout={"expert": 2},
+        data=EVIL,
+        **start,
+    )
+    predicted = {"hidden": 0.97, "total_ms": 24.08, "exposed_ms": 0.5, "timeline": TIMELINE}
+    where = {"layers": [0, 1], "operators": ["mlp", "attention", "shared"], "slot": [2, 3]}
+    record.write("schedule", 3, text=f"experts before attention {EVIL}", **where, **predicted)
     for number in range(1, steps + 1):
         load = [[0.5, 0.5], [0.75, 0.25] if number < 4 else [1.0, 0.0]]
         record.write(
@@ -72,7 +83,14 @@ def test_the_page_has_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert first == {"rows": [[1.0] * 6, [1.0] * 6], "dead": []}
     assert second == {"rows": [[1.5] * 3 + [2.0] * 3, [0.5] * 3 + [0.0] * 3], "dead": [[1, 8]]}
     assert ["parameters", "1\u202f234\u202f567"] in found["facts"] and ["layout", "expert: 2"] in found["facts"]
-    assert found["schedules"] == [{"iteration": 3, "text": f"experts before attention {EVIL}", "timeline": TIMELINE}]
+    assert found["summary"] == [["model", "GPT scmoe pos2"]]
+    (schedule,) = found["schedules"]
+    assert schedule["title"] == "MoE layers 0–1, from iteration 3 on" and schedule["timeline"] == TIMELINE
+    assert schedule["text"].splitlines()[1:] == [
+        "dispatch ⇢ mlp → [experts 0] → attention → [experts 1] → shared ⇢ combine",
+        "predicted: 97% of the communication hidden; 24.1 ms from shortcut to join per micro-batch, forward and backward, "
+        "of them 0.5 ms waiting for communication",
+    ]
     assert {curve for chart in data["charts"] for curve in chart["curves"]} == found["curves"].keys()
 
 
@@ -94,7 +112,7 @@ def test_texts_of_a_record_are_no_markup_and_nothing_is_loaded(tmp_path: Path) -
     )
     assert "innerHTML" not in html and "@import" not in html and "url(" not in html
     assert set(re.findall(r"https?://[^\"' ]*", html)) == {"http://www.w3.org/2000/svg"}, "a name, not an address"
-    assert data_of(html)["runs"][0]["schedules"][0]["text"].endswith(EVIL)
+    assert data_of(html)["runs"][0]["schedules"][0]["text"].splitlines()[0].endswith(EVIL)
 
 
 def test_long_runs_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +175,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
         "Throughput, tokens/s",
         "MoE layer 0",
         "MoE layer 1",
-        "from iteration 3 on",
+        "MoE layers 0–1, from iteration 3 on",
     ]
     assert drawn.count("<polyline") == 4 and drawn.count("<canvas") == 2, "loss twice: training and validation"
     assert "expert 1 is dead since iteration 8" in drawn
