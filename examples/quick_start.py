@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 SAVE, RUN, CORPUS = "checkpoints/quick_start", "runs/quick_start", "data/python_stdlib"
-SPLIT, ITERATIONS, TRACED = "90,5,5", 300, 200
+SPLIT, ITERATIONS, TRACED = "90,5,5", 300, 225
 MODEL = (
     "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 "
     f"--hidden-dropout 0 --attention-dropout 0 --split {SPLIT}"
@@ -160,7 +160,7 @@ def show_result() -> None:
     for loss in record.curve("lm_loss", "validations")[1][-1:]:
         print(f"\n{meaning(loss, text)}")
     generate = ["scmoe", "generate", "--load", SAVE]
-    prompt = ["--prompt", PROMPT, "--max-new-tokens", "80", "--temperature", "0.8"]
+    prompt = ["--prompt", PROMPT, "--max-new-tokens", "80", "--temperature", "0.9"]
     print(f"\n{shlex.join([*generate, *prompt])}", flush=True)
     print(output_of([str(BIN / "scmoe"), *generate[1:], *prompt]))
     curve, trace = f"{RUN}/loss.png", f"{RUN}/scmoe_trace_iteration_{TRACED}"
