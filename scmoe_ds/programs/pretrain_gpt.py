@@ -156,7 +156,8 @@ def load_data(
 def report(summary: Summary, datasets: Datasets, test_loss: float | None) -> None:
     """The last lines of a run."""
     loss = summary.validation_loss
-    print(f"finished at iteration {summary.iteration}: {summary.tokens_per_second:.0f} tokens per second")
+    speed = f": {summary.tokens_per_second:.0f} tokens per second" if summary.tokens_per_second else ""
+    print(f"finished at iteration {summary.iteration}{speed}")
     if loss is not None:
         entropy = validation_entropy(datasets.valid)
         alone = "" if entropy is None else f"; unigram entropy {entropy:.4f} nats (from how often each token occurs)"

@@ -90,7 +90,8 @@ def check_agreement(sets: ImageSets) -> None:
 
 def report(summary: Summary, trainer: ImageTrainer) -> None:
     """The last lines of a run."""
-    print(f"finished at iteration {summary.iteration}: {summary.tokens_per_second:.0f} images per second")
+    speed = f": {summary.tokens_per_second:.0f} images per second" if summary.tokens_per_second else ""
+    print(f"finished at iteration {summary.iteration}{speed}")
     if summary.validation_loss is not None and trainer.log.accuracy is not None:
         print(
             f"  accuracy {100 * trainer.log.accuracy:.2f} % of the validation images, loss "
