@@ -43,8 +43,9 @@ from scmoe_ds.programs.run import run_program
 from scmoe_ds.trace.recorder import PHASES, Recorder
 from scmoe_ds.trace.spans import HiddenShare, gather_spans, hidden_share_of_ranks
 
-ROUNDS = (5, 20)
-"""Fewest and most; so many between them as last about SECONDS."""
+ROUNDS = (7, 20)
+"""Fewest and most; so many between them as last about SECONDS. Of seven, the spread leaves out the fastest and the
+slowest."""
 SECONDS = 20.0
 RECORDED = 4
 """Micro-batches in which communication is watched."""

@@ -70,7 +70,7 @@ def sentence(found: Measured) -> str:
     if SERIAL in found.seconds:
         overlap = f"overlap hides {found.hidden_share:.0%} of the communication".replace("%", " %")
     elif found.config.is_scheduled or found.config.expert_parallel_size == 1:
-        overlap = "nothing travels between ranks, so there is no communication to hide"
+        overlap = "no token travels between ranks, so there is no communication to hide"
     else:
         overlap = "DeepSpeed's own layers hide none of their communication"
     if DEEPSPEED not in found.seconds:

@@ -71,7 +71,7 @@ SENTENCES = [
     ),
     (
         measured(100, None, 120),
-        "nothing travels between ranks, so there is no communication to hide; a step is 1.20 × as fast as DeepSpeed's "
+        "no token travels between ranks, so there is no communication to hide; a step is 1.20 × as fast as DeepSpeed's "
         "top-2, measured",
     ),
     (
