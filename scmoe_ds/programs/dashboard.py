@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scmoe_ds.errors import AnalysisError
+from scmoe_ds.errors import AnalysisError, one_line
 from scmoe_ds.figure_style import short_names
 from scmoe_ds.programs.flags.dashboard import build_parser
 from scmoe_ds.programs.run import run_alone
@@ -28,7 +28,12 @@ def _write(args: argparse.Namespace) -> None:
     names = short_names(runs)
     out = args.output or _directory(args.runs[0]) / "dashboard.html"
     try:
-        out.write_text(page({names[path]: run for path, run in runs.items()}), encoding="utf-8")
+        text = page({names[path]: run for path, run in runs.items()})
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # a foreign record may hold anything
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise AnalysisError(f"{FILE_NAME} of {', '.join(runs)} is damaged or of another program ({what})") from None
+    try:
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise AnalysisError(f"{out} cannot be written ({error.strerror}): name another --output") from None
     print(f"wrote {out}: open it in a browser")

@@ -25,6 +25,15 @@ TIMELINE = [
 ]
 
 
+# A pointer in the middle of the first chart (of iterations 2 to 12), and in a corner of the last map.
+POINT_AT_EACH = """
+for (const [each, part] of [[document.querySelector("svg"), .5], [[...document.querySelectorAll("canvas")].at(-1), .99]]) {
+  const box = each.getBoundingClientRect();
+  each.dispatchEvent(new PointerEvent("pointermove", {clientX: box.x + part * box.width, clientY: box.y + part * box.height}));
+}
+"""
+
+
 def write_run(directory: Path, steps: int = 6, **start: Any) -> Path:
     """A run of two MoE layers; expert 1 of the second one gets nothing from iteration 8 on."""
     record = RecordWriter(directory)
@@ -155,6 +164,8 @@ def test_what_is_no_run_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.Cap
     )
     assert "DIR/none is not there: name" in error(tmp_path / "none")
     assert "DIR/empty has no entry of a training run in its log.jsonl" in error(tmp_path / "empty")
+    RecordWriter(tmp_path / "odd").write("step", 1, expert_load=[["a", None]], lm_loss="low")
+    assert "log.jsonl of DIR/odd is damaged or of another program (TypeError: " in error(tmp_path / "odd")
     assert "DIR/no/a.html cannot be written" in error(
         write_run(tmp_path / "run"), "--output", tmp_path / "no" / "a.html"
     )
@@ -165,6 +176,8 @@ def test_in_a_browser(tmp_path: Path) -> None:
     (tmp_path / "young").mkdir()
     RecordWriter(tmp_path / "young").write("start", 0)
     assert run(write_run(tmp_path / "run"), tmp_path / "young", "--output", tmp_path / "page.html") == 0
+    pages = tmp_path / "page.html"
+    pages.write_text(pages.read_text().replace("</body>", f"<script>{POINT_AT_EACH}</script></body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command = [str(BROWSER), *flags, "--virtual-time-budget=2000", "--dump-dom", (tmp_path / "page.html").as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -181,4 +194,6 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert "expert 1 is dead since iteration 8" in drawn
     assert "&lt;/script&gt;&lt;b onload" in drawn and "<b onload" not in drawn
     assert "<title>mlp: 3 ms</title>" in drawn and "<title>dispatch: 2 ms</title>" in drawn
+    assert "iteration 6: " in drawn and "run training 4.7" in drawn and "run validation 4.5" in drawn
+    assert "iteration 12, expert 1: 0 × the mean" in drawn
     assert "12 of 20" in drawn and "2 min" in drawn and "<td>young</td>" in drawn
