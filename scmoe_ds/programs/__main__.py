@@ -17,13 +17,16 @@ from scmoe_ds.programs.flags.registry import PROGRAMS, parser_of
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a program; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "--help-all"):
+    if not words or words[0] in ("-h", "--help", "--help-all", "help"):
         print(usage())
         return 0 if words else 2
     name, *flags = words
     if name == "--version":
         print(f"scmoe_ds {__version__}")
         return 0
+    if name.startswith("-"):
+        print(f"scmoe: error: {name}: name a program first, e.g. scmoe pretrain {name} ...", file=sys.stderr)
+        return 2
     if name not in PROGRAMS:
         near = difflib.get_close_matches(name, PROGRAMS, n=1)
         remedy = f'did you mean "{near[0]}"?' if near else f"choose one of {', '.join(PROGRAMS)}"

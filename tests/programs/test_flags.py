@@ -290,6 +290,12 @@ def test_the_files_name_the_tokenizer(files: list[str], kind: str, parse: Any) -
         (build_parser, ["--topk", "9" * 20], "--topk 99999999999999999999: is too large"),
         (build_parser, ["--scmoe-expert-slot", "1.5"], '--scmoe-expert-slot 1.5: must be a number or "auto"'),
         (build_parser, ["extra"], "extra: belongs to no flag; remove it"),
+        (
+            build_parser,
+            ["--topk", "two", "--hiden-size", "3"],
+            "(did you mean --hidden-size?); --topk two: must be a whole",
+        ),
+        (build_parser, ["--weight-decay", "-1e-3"], "begins with a dash is written --weight-decay=VALUE"),
         (build_parser, ["--topk", "two", "--mlp-type", "x", "--seed"], "--seed: needs a value"),
         (
             build_parser,
@@ -327,7 +333,7 @@ def test_the_files_name_the_tokenizer(files: list[str], kind: str, parse: Any) -
         ),
         (build_parser, ["--gradient_accumulation_steps", "2"], '"gradient_accumulation_steps" in the DeepSpeed JSON'),
         (build_parser, ["--num-chunks", "2"], '"num_chunks" in the JSON\'s "scmoe" section'),
-        (build_image_parser, ["--tensor-model-parallel-size", "2"], "is a flag of scmoe pretrain and scmoe "),
+        (build_image_parser, ["--tensor-model-parallel-size", "2"], "is a flag of scmoe pretrain, scmoe "),
         (build_generate_parser, ["--load", "x", "--max_length", "2"], "--max_length is called --max-new-tokens here"),
         (build_generate_parser, [], "--load: missing; --help shows an example"),
         (build_evaluate_parser, ["--load", "x"], "one of --data-path --text-file --tasks is missing"),

@@ -19,7 +19,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-path",
         nargs="+",
-        help="prefix of .bin and .idx, or weight prefix …; default: Python code",
+        help="prefix of .bin and .idx, or weight prefix …; default: a corpus",
     )
     group.add_argument("--data-args-path", help="file that holds what --data-path would say; for long blends")
     group.add_argument("--split", help=f"shares of training, validation and test, default {DEFAULT_SPLIT}")

@@ -31,8 +31,8 @@ logger = logging.getLogger("scmoe_ds")
 OFTEN = """
     --deepspeed_config --preset --num-layers --hidden-size --num-attention-heads --seq-length --num-experts --topk
     --mlp-type --scmoe-position --moe-expert-parallel-size --tensor-model-parallel-size --data-path --split
-    --tokenizer-model --train-iters --save --save-interval --auto-resume --load --log-interval --eval-interval
-    --eval-iters
+    --tokenizer-model --train-iters --save --save-interval --auto-resume --load --log-interval --log-precise
+    --eval-interval --eval-iters
     """.split()
 
 
@@ -40,9 +40,9 @@ def build_parser() -> FlagParser:
     """The parser of pretrain_gpt_scmoe.py; a preset, if one is named, has to be applied as defaults afterwards."""
     parser = FlagParser(
         prog=started_as("pretrain_gpt_scmoe.py"),
-        description="Pretrain a GPT with ScMoE layers under DeepSpeed.",
-        epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON. "
-        "Megatron-DeepSpeed's flags for them are taken too: docs/from_megatron_deepspeed.md lists all of its flags.",
+        description="Pretrain a GPT with ScMoE layers. The DeepSpeed JSON has batch size, optimizer, schedule, "
+        "precision and ZeRO, or Megatron's flags set them (--micro-batch-size, --lr, --bf16 …).",
+        epilog="docs/from_megatron_deepspeed.md lists all flags of Megatron-DeepSpeed, and what becomes of each.",
         elsewhere=REFUSED,
         example="deepspeed --num_accelerators 2 pretrain_gpt_scmoe.py \\\n"
         "      --deepspeed_config ds_configs/gpt_small_cpu.json --num-layers 4 --hidden-size 128 \\\n"

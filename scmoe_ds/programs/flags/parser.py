@@ -15,7 +15,7 @@ from scmoe_ds.programs.flags.unknown import about_unknown, nearest_names, starts
 
 _RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number"}
 _WORDS = {
-    r"argument (\S+): expected .*": r"\1: needs a value",
+    r"argument (\S+): expected .*": r"\1: needs a value; one that begins with a dash is written \1=VALUE",
     r"argument (\S+): ": r"\1: ",
     r"the following arguments are required: (.*)": r"\1: missing; --help shows an example",
     r"one of the arguments (.*) is required": r"one of \1 is missing",
@@ -76,7 +76,7 @@ class FlagParser(argparse.ArgumentParser):
             self.error(f"missing: one of {', '.join(self._subparsers._group_actions[0].choices or ())}")
         if self._subparsers is None and not {"-h", "--help", "--help-all"} & set(args):
             # Before argparse looks: it stops at the first mistake.
-            self._look_at_flags(args)
+            args = self._look_at_flags(args)
         parsed = super().parse_known_args(args, namespace)
         self._end_with_mistakes()
         return parsed
@@ -96,21 +96,30 @@ class FlagParser(argparse.ArgumentParser):
         """One line, from one process of a job; exit code 2."""
         if not is_first_process():
             raise SystemExit(2)
+        found = [*self._found, message]
+        if self._found and "required" in message:  # what is missing is what was misspelt
+            found.pop()
         for theirs, ours in _WORDS.items():
-            message = re.sub(f"^{theirs}", ours, message)
-        self.exit(2, f"{self.prog}: error: {'; '.join(dict.fromkeys([*self._found, message]))}\n")
+            found = [re.sub(f"^{theirs}", ours, each) for each in found]
+        self.exit(2, f"{self.prog}: error: {'; '.join(dict.fromkeys(found))}\n")
 
     def format_help(self) -> str:
         """What --help-all prints."""
         return help_text(self, everything=True) + "\n"
 
-    def _look_at_flags(self, args: Sequence[str]) -> None:
-        """Finds flags that do not exist, that lack a value or have one too many, and that are required and missing."""
-        given: dict[str, list[str]] = {}
+    def _look_at_flags(self, args: list[str]) -> list[str]:
+        """Finds flags that do not exist, that lack a value or have one too many, and that are required and missing.
+
+        Returns:
+            the command line without flags that do not exist.
+        """
+        known, given = list(args), dict[str, list[str]]()
         for flag, values in _by_flag(args):
             action = self._option_string_actions.get(flag.partition("=")[0])
             if action is None:
                 self._found.append(about_unknown(flag.partition("=")[0], self))
+                start = known.index(flag)
+                del known[start : start + 1 + len(values)]
                 continue
             name, shown = action.option_strings[0], " ".join([*flag.partition("=")[2:], *values]).strip()
             if action.nargs == 0 and "=" in flag:
@@ -121,13 +130,13 @@ class FlagParser(argparse.ArgumentParser):
                 self._found.append(f"{name}: its value is empty, as of a shell variable that is not set; leave it out")
             if not isinstance(action, argparse._AppendAction):
                 given.setdefault(name, []).append(shown)
-        self._end_with_mistakes()
         required = [action.option_strings[0] for action in self._actions if action.required and action.option_strings]
-        if missing := [name for name in required if name not in given]:
+        if not self._found and (missing := [name for name in required if name not in given]):
             self.error(f"{', '.join(missing)}: missing; --help shows an example")
         for name, texts in given.items():
             if len(set(texts)) > 1 and is_first_process():
                 _say_once(f"{self.prog}: {name} is given {len(texts)} times; the last holds: {texts[-1]}")
+        return known
 
     def _end_with_mistakes(self) -> None:
         if self._found:

@@ -28,7 +28,7 @@ def build_parser() -> FlagParser:
         "      --deepspeed_config ds_configs/swin_digits_cpu.json --train-iters 200",
         often="""--deepspeed_config --preset --dataset --data-path --split --num-classes --num-experts --topk --mlp-type
             --scmoe-position --moe-expert-parallel-size --train-iters --save --save-interval --auto-resume --load
-            --log-interval --eval-interval --eval-iters --seed""".split(),
+            --log-interval --log-precise --eval-interval --eval-iters --seed""".split(),
         epilog="Batch size, optimizer, learning-rate schedule, precision and ZeRO are set in the DeepSpeed JSON.",
     )
     group = parser.add_argument_group("network size")

@@ -43,7 +43,7 @@ def about_unknown(flag: str, parser: Any) -> str:
         if near := nearest_names(name, candidates, cutoff):
             return _did_you_mean(flag, [names[each] for each in near])
     if programs := _programs_with(name):
-        return f"{flag} is a flag of {' and '.join(programs)}"
+        return f"{flag} is a flag of {', '.join(programs)}"
     if close := nearest_names(name, refused, cutoff=0.85):
         return f"{flag}: unknown flag (nearest: --{close[0]}, which is not taken here: {refused[close[0]]})"
     return _did_you_mean(flag, [names[each] for each in nearest_names(name, shown)])
