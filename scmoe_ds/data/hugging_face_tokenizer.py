@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import final
 
 from scmoe_ds.data.control_tokens import plain_encoder
 from scmoe_ds.data.tokenizer_base import Tokenizer, missing_package
 from scmoe_ds.errors import DataError, reason_of
+
+_FILES = ("tokenizer*", "vocab*", "*.model", "*.vocab", "*.spm", "*.tiktoken", "merges.txt", "*.bpe")
 
 
 @final
@@ -27,11 +30,7 @@ class HuggingFaceTokenizer(Tokenizer):
     name = "HuggingFaceTokenizer"
 
     def __init__(self, tokenizer_model: str) -> None:
-        if not Path(tokenizer_model).is_dir():
-            raise DataError(
-                f"--tokenizer-model {tokenizer_model} is not a local directory. Save the tokenizer with "
-                "transformers' save_pretrained and give that directory; names on a hub are not downloaded."
-            )
+        _check_directory(Path(tokenizer_model))
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -82,3 +81,22 @@ class HuggingFaceTokenizer(Tokenizer):
         with tempfile.TemporaryDirectory() as directory:
             self._tokenizer.save_pretrained(directory)
             return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}
+
+
+def _check_directory(directory: Path) -> None:
+    """Before transformers looks: of a directory without a tokenizer it makes an empty one, or says much and little."""
+    if not directory.is_dir():
+        raise DataError(
+            f"--tokenizer-model {directory} is not a local directory. Save the tokenizer with "
+            "transformers' save_pretrained and give that directory; names on a hub are not downloaded."
+        )
+    names = {path.name for path in directory.iterdir()}
+    if {"vocab.json", "merges.txt"} <= names and not any(name.startswith("tokenizer") for name in names):
+        raise DataError(
+            f"--tokenizer-model {directory} has vocab.json and merges.txt alone: name these two with --vocab-file and "
+            "--merge-file."
+        )
+    if not any(fnmatch(name, pattern) for name in names for pattern in _FILES):
+        raise DataError(
+            f"--tokenizer-model {directory} holds no tokenizer. Save it there with transformers' save_pretrained."
+        )

@@ -141,8 +141,13 @@ def test_broken_tokenizer_files(gpt2_files: tuple[str, str], tmp_path: Path) -> 
         GPT2BPETokenizer(str(without_eod), merge_file)
     with pytest.raises(DataError, match="do not load"):
         GPT2BPETokenizer(str(no_json), merge_file)
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        HuggingFaceTokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="does not load"):
         HuggingFaceTokenizer(str(tmp_path))
+    with pytest.raises(DataError, match="name these two with --vocab-file and --merge-file"):
+        HuggingFaceTokenizer(str(Path(merge_file).parent))
 
 
 def test_hugging_face_without_end_of_sequence(gpt2_files: tuple[str, str], tmp_path: Path) -> None:
