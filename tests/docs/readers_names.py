@@ -51,31 +51,27 @@ def expert() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
 
-def replacing() -> str:
-    """A JSON whose section replaces the MoE layers of a model that is there."""
-    whole = json.loads(Path("ds.json").read_text())
+def change_section(section: dict[str, Any]) -> dict[str, Any]:
+    """Writes the page's ds.json with another section, for a run of ten steps that times nothing; returns it."""
+    whole: dict[str, Any] = json.loads(Path("ds.json").read_text())
     whole["scheduler"]["params"]["total_num_steps"] = 10
-    whole["scmoe"] = {"replace": True, "position": "pos2", "overlap": {"calibration_steps": 0}}
+    whole["scmoe"] = {**section, "overlap": {"calibration_steps": 0}}
     Path("ds.json").write_text(json.dumps(whole))
-    return "ds.json"
+    return whole
 
 
 def readme() -> dict[str, Any]:
-    replacing()
-    values = {"hidden_states": torch.randn(2, 4, WIDTH), "tap": torch.randn(2, 4, WIDTH)}
-    return {**values, "hidden_size": WIDTH, "expert": expert(), "model": WithMoE()}
+    change_section({"num_experts": 8})
+    return {}
 
 
 def from_megatron() -> dict[str, Any]:
-    args, model = Namespace(deepspeed_config=replacing()), WithMoE()
-    return {"args": args, "model": [model], "optimizer": None}
+    change_section({"replace": True, "position": "pos2"})
+    return {"args": Namespace(deepspeed_config="ds.json"), "model": [WithMoE()], "optimizer": None}
 
 
 def from_hugging_face() -> dict[str, Any]:
-    whole = json.loads(Path("ds.json").read_text())
-    whole["scheduler"]["params"]["total_num_steps"] = 10
-    whole["scmoe"] |= {"overlap": {"calibration_steps": 0}}
-    Path("ds.json").write_text(json.dumps(whole))
+    change_section({"num_experts": 4})
     tokens = torch.randint(384, (2, 16))
     model = transformers.GPT2LMHeadModel.from_pretrained("models/gpt2")
     batch = {"tokens": tokens, "labels": tokens, "mask": torch.ones_like(tokens)}
@@ -83,8 +79,7 @@ def from_hugging_face() -> dict[str, Any]:
 
 
 def analysis() -> dict[str, Any]:
-    whole = json.loads(Path("ds.json").read_text())
-    whole["scheduler"]["params"]["total_num_steps"] = 10
+    whole = change_section({"num_experts": 4})
     model = GPT(GPT2, ScMoEConfig.from_deepspeed(whole), 16)
     return {"engine": scmoe_ds.initialize(model=model, config=whole)[0]}
 

@@ -35,7 +35,7 @@ FLAGS = {
     "preprocess": "--workers 1",
 }
 """Program, perhaps with a word of its command: the flags that make it small."""
-PYTHON = {"ep_size=8": "ep_size=1", "lr_scheduler=…, mpu=…": "lr_scheduler=None, mpu=None"}
+PYTHON = {"lr_scheduler=…, mpu=…": "lr_scheduler=None, mpu=None"}
 """In a block of Python: what stands there, and what runs on one rank."""
 
 
