@@ -35,7 +35,17 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def in_groups(model: nn.Module, optimizer: Any, model_parameters: Any, scheduler: Any) -> tuple[Any, Any]:
-    """The optimizer and the parameters for DeepSpeed; without parameters of the user's, those of `parameter_groups`."""
+    """The optimizer and the parameters for DeepSpeed; without parameters of the user's, those of `parameter_groups`.
+
+    Raises:
+        ScMoEConfigError: an optimizer or a scheduler that is none, or a scheduler of other groups.
+    """
+    for name, given in (("optimizer", optimizer), ("lr_scheduler", scheduler)):
+        if given is not None and not callable(given) and not hasattr(given, "step"):
+            raise ScMoEConfigError(
+                f"{name} = {given!r}: must be an object of torch or a function that makes one; to name it, write the "
+                f'"{name.removeprefix("lr_")}" section of the DeepSpeed JSON'
+            )
     if optimizer is not None:
         return with_expert_groups(optimizer, scheduler), model_parameters or parameter_groups(model)
     return None, parameter_groups(model) if model_parameters is None else model_parameters

@@ -1,0 +1,182 @@
+"""Paths, data, tokenizers, checkpoints and values of all programs."""
+
+from __future__ import annotations
+
+import pytest
+
+from scmoe_ds.programs.__main__ import PROGRAMS
+from tests.programs.mistakes.workplace import DATA, TRAIN, expect
+
+_NEITHER = "is neither a checkpoint nor a directory of them nor an export"
+_BYTES = "--tokenizer-type ByteTokenizer"
+_HF = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model"
+_GPT2 = "--tokenizer-type GPT2BPETokenizer"
+_SIMILARITY = "analyze similarity --output record.json"
+
+DATA_ROWS: dict[str, tuple[str, str]] = {
+    "data: missing": ("--data-path absent --split 8,1,1", r"absent\.bin and absent\.idx not found\. Give the path"),
+    "data: with its extension": ("--data-path data.bin --split 8,1,1", r".* Give the path without extension: data"),
+    "data: no index": ("--data-path lone --split 8,1,1", r"lone\.idx not found"),
+    "data: plain text": ("--data-path text.txt --split 8,1,1", r"text\.txt\.bin .* not found.*scmoe preprocess"),
+    "data: a directory": ("--data-path nothing --split 8,1,1", r"nothing\.bin and nothing\.idx not found"),
+    "data: weight": (
+        "--data-path -1 data 2 data --split 8,1,1",
+        r"--data-path has weight -1: weights must be positive",
+    ),
+    "data: an empty variable": ('--data-path data --data-cache-path ""', r"--data-cache-path: its value is empty"),
+    "data: cache": (f"{DATA} --data-cache-path /proc/x", r"cannot write the index cache in /proc/x: No such file"),
+    "split: nothing to train on": ("--data-path data --split 0,1,0", r"data: the train split .* is 0 of 20 documents"),
+    "split: nothing to validate on": (
+        "--data-path data --split 999,1,0",
+        r".*valid split.* or --eval-iters 0 for a run",
+    ),
+    "split: all zero": ("--data-path data --split 0,0,0", r"--split '0,0,0' is not a split: give the shares"),
+    "split: four": ("--data-path data --split 1,1,1,1", r"--split '1,1,1,1' is not a split"),
+    "split: words": ("--data-path data --split most,some,rest", r"--split 'most,some,rest' is not a split"),
+    "sequence: longer than the data": (f"{DATA} --seq-length 99999", r"data: .* less than one sample: --seq-length"),
+    "tokenizer: a name of the hub": (f"{DATA} {_HF} gpt2", r"--tokenizer-model gpt2 is not a local directory"),
+    "tokenizer: an empty directory": (f"{DATA} {_HF} nothing", r"--tokenizer-model nothing does not load .*next to it"),
+    "tokenizer: no merges": (f"{DATA} {_GPT2} --vocab-file vocab.json", r".*needs --merge-file, and none was given"),
+    "tokenizer: files in each other's place": (
+        f"{DATA} {_GPT2} --vocab-file merges.txt --merge-file vocab.json",
+        r"--vocab-file merges\.txt and --merge-file vocab\.json do not load as GPT-2 BPE: .*belong together",
+    ),
+    "tokenizer: no end of a document": (
+        f"{DATA} {_GPT2} --vocab-file vocab.json --merge-file merges.txt",
+        r"--vocab-file vocab\.json has 1 tokens but no <\|endoftext\|>",
+    ),
+    "load: missing": (f"{DATA} --load absent", rf"--load absent {_NEITHER} \(no such directory\); correct the path"),
+    "load: empty": (f"{DATA} --load nothing", rf"--load nothing {_NEITHER} \(it is empty\)"),
+    "load: a Hugging Face model": (f"{DATA} --load hf", rf"--load hf {_NEITHER} \(it looks like a Hugging Face model"),
+    "load: Megatron's": (f"{DATA} --load megatron", rf"--load megatron {_NEITHER} \(it looks like .* of Megatron"),
+    "load: a file": (f"{DATA} --load saved/latest", r"--load saved/latest: is a file, not a directory"),
+    "load: an empty variable": (f"{DATA} --load ''", r"--load: its value is empty, as of a shell variable"),
+    "load: other heads": (
+        f"{DATA} --load export --num-attention-heads 4",
+        r".*num_attention_heads: 2 in the checkpoint",
+    ),
+    "load: another vocabulary": (
+        f"{DATA} --load export --make-vocab-size-divisible-by 100",
+        r".*vocab_size: 384 in the checkpoint, 300 in this run",
+    ),
+    "load: a longer sequence": (f"{DATA} --load saved --seq-length 32", r".*max_position_embeddings: 16 in the check"),
+    "save: another run's": (f"{DATA} --save saved", r"--save saved: holds checkpoints of another run .*--auto-resume"),
+    "save: no permission": (
+        f"{DATA} --save /proc/x",
+        r"--save /proc/x: cannot write there \(No such file or directory",
+    ),
+    "save: a file": (f"{DATA} --save data.bin", r"--save data\.bin: cannot write there"),
+    "save: an empty variable": (f"{DATA} --save ''", r"--save: its value is empty"),
+    "memory": (f"{DATA} --hidden-size 200000000", r"out of memory \(.*allocate.*\): lower train_micro_batch_size"),
+    "flag and JSON": (f"{DATA} --lr 1", r"--lr asks for optimizer\.params\.lr = 1.0, but ds\.json has 0\.001; remove"),
+}
+
+ROWS: dict[str, tuple[str, str]] = {
+    "preprocess: no file": (
+        f"preprocess {_BYTES} --output-prefix out --input absent",
+        r"--input absent does not exist",
+    ),
+    "preprocess: empty": (f"preprocess {_BYTES} --output-prefix out --input empty.txt", r"the input holds no text"),
+    "preprocess: Latin-1": (f"preprocess {_BYTES} --output-prefix out --input latin.txt", r"latin\.txt is not UTF-8"),
+    "preprocess: binary": (f"preprocess {_BYTES} --output-prefix out --input binary.txt", r"binary\.txt is not UTF-8"),
+    "preprocess: another key": (
+        f"preprocess {_BYTES} --output-prefix out --input other_key.jsonl",
+        r"other_key\.jsonl, line 1: no key 'text'; the line has 'content'\. .*--json-keys",
+    ),
+    "preprocess: no JSON": (
+        f"preprocess {_BYTES} --output-prefix out --input broken.jsonl",
+        r"broken\.jsonl, line 2: not JSON .*name plain text files \.txt",
+    ),
+    "preprocess: a list": (
+        f"preprocess {_BYTES} --output-prefix out --input list.jsonl",
+        r".*line 1: a JSON list, but",
+    ),
+    "preprocess: a number": (
+        f"preprocess {_BYTES} --output-prefix out --input number.jsonl",
+        r".*'text' is of type int",
+    ),
+    "preprocess: compressed nonsense": (f"preprocess {_BYTES} --output-prefix out --input no.json.gz", r".*: not JSON"),
+    "preprocess: cut": (f"preprocess {_BYTES} --output-prefix out --input cut.jsonl.gz", r".*cut\.jsonl\.gz"),
+    "preprocess: nothing in it": (f"preprocess {_BYTES} --output-prefix out --input nothing", r".*nothing holds no"),
+    "preprocess: unwritable": (f"preprocess {_BYTES} --output-prefix /proc/x/y --input text.txt", r".*/proc/x"),
+    "generate: no model": ("generate --prompt a", r"--load: missing; --help shows an example"),
+    "generate: nowhere": ("generate --load absent --prompt a", rf"absent {_NEITHER} \(no such directory\)"),
+    "generate: Hugging Face": ("generate --load hf --prompt a", rf"hf {_NEITHER} \(it looks like a Hugging Face model"),
+    "generate: nothing": ("generate --load saved", r"there is nothing to go on from: give --prompt"),
+    "generate: empty": ("generate --load saved --prompt ''", r"prompt 1 is empty"),
+    "generate: too long": (f"generate --load saved --prompt {'a' * 99}", r"prompt 1 has 99 tokens, but the model's"),
+    "generate: temperature": ("generate --load saved --prompt a --temperature -1", r"--temperature -1\.0: must be at"),
+    "generate: top-p": ("generate --load saved --prompt a --top-p 1.5", r"--top-p 1\.5: must be above 0 and at most 1"),
+    "generate: no prompts": ("generate --load saved --prompt-file absent", r"--prompt-file absent cannot be read"),
+    "generate: Latin-1": ("generate --load saved --prompt-file latin.txt", r"--prompt-file latin\.txt .*not UTF-8"),
+    "generate: ranks": (
+        "generate --load saved --prompt a --moe-expert-parallel-size 2",
+        r"scmoe\.expert_parallel_size = 2: must divide the world size 1",
+    ),
+    "generate: cache": (
+        "generate --load saved --prompt a --experts offload --expert-cache 0",
+        r"--expert-cache 0: has no room for one expert",
+    ),
+    "evaluate: nothing": ("evaluate --load saved", r"one of --data-path --text-file --tasks is missing"),
+    "evaluate: no text": ("evaluate --load saved --text-file absent", r"--text-file absent .*: No such file or dir"),
+    "evaluate: directory": ("evaluate --load saved --text-file nothing", r"--text-file nothing .*: Is a directory$"),
+    "evaluate: empty": ("evaluate --load saved --text-file empty.txt", r"--text-file empty\.txt has 0 token"),
+    "evaluate: Latin-1": ("evaluate --load saved --text-file latin.txt", r"--text-file latin\.txt cannot be read as"),
+    "evaluate: too long": (
+        "evaluate --load saved --text-file text.txt --seq-length 4096",
+        r"--seq-length 4096 exceeds the model's context of 16",
+    ),
+    "evaluate: another tokenizer": (
+        f"evaluate --load saved --text-file text.txt {_HF} nothing",
+        r"--tokenizer-model nothing does not load",
+    ),
+    "evaluate: unwritable": (
+        "evaluate --load saved --text-file text.txt --output /proc/x",
+        r"--output /proc/x cannot be written \(No such file or directory\); the results are above",
+    ),
+    "analyze: no kind": ("analyze", r"missing: one of similarity"),
+    "analyze: no model": (f"{_SIMILARITY} --text-file text.txt", r"--load or --hf-model is missing"),
+    "analyze: no text": (f"{_SIMILARITY} --load saved", r"--data-path or --text-file or --images is missing"),
+    "analyze: nowhere": (f"{_SIMILARITY} --load absent --text-file text.txt", rf"absent {_NEITHER}"),
+    "analyze: hub": (
+        f"{_SIMILARITY} --hf-model gpt2 --text-file text.txt",
+        r"--hf-model gpt2 is not a local directory",
+    ),
+    "analyze: short": (f"{_SIMILARITY} --load saved --text-file empty.txt", r".*has 0 tokens, less than one sequence"),
+    "analyze: a figure's name": (
+        "analyze similarity --load saved --text-file text.txt --output a.png",
+        r"--output a\.png: must end in \.json",
+    ),
+    "analyze: no record": (
+        "analyze feasibility --similarity absent --calibration absent --output-prefix page",
+        r"--similarity absent cannot be read as JSON: No such file or directory",
+    ),
+    "convert: no kind": ("convert", r"missing: one of export"),
+    "convert: misspelt": ("convert expotr saved out", r".*expotr"),
+    "convert: nowhere": ("convert export absent out", rf"absent {_NEITHER} \(no such directory\)"),
+    "convert: over a run": ("convert export saved saved", r"saved is not empty; name another directory"),
+    "convert: onto a file": ("convert export saved data.bin", r"data\.bin: the export was not written \(File exists\)"),
+    "convert: no Residual MoE": (
+        "convert residual-to-scmoe saved out",
+        r'.*of architecture "scmoe"; only a Residual MoE',
+    ),
+    "report: nothing": ("report", r"--deepspeed_config.* missing"),
+    "scmoe: misspelt": ("generat", r"generat: no such program; did you mean \"generate\"\?"),
+    "swin: nothing": ("pretrain-swin", r"--deepspeed_config.* missing"),
+}
+
+
+@pytest.mark.parametrize("case", DATA_ROWS)
+def test_a_run_that_does_not_start(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    flags, message = DATA_ROWS[case]
+    expect(f"{TRAIN} {flags}", message, capfd)
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_program_that_does_not_start(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    expect(*ROWS[case], capfd)
+
+
+def test_every_program_has_its_mistakes() -> None:
+    assert {command.split()[0] for command, _ in ROWS.values()} >= PROGRAMS.keys() - {"pretrain", "dashboard"}
+    assert len(DATA_ROWS) + len(ROWS) >= 66
