@@ -79,6 +79,6 @@ def test_a_fault_has_one_traceback(failing: str, speaker: int, tmp_path: Path) -
     assert silence == ""
     assert said.count("Traceback") == 1 and "frame #" not in said
     assert re.fullmatch(
-        rf"pretrain_gpt_scmoe.py: error: rank {speaker} \(host \S+\): LookupError: a bug of ours \(see the traceback .*",
+        rf"pretrain_gpt_scmoe.py: error: rank {speaker} \(host \S+\), iteration 3: LookupError: a bug of ours \(see the traceback .*",
         said.splitlines()[-1],
     ), said
