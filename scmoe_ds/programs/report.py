@@ -159,9 +159,10 @@ def _to_measure(loaded: LoadedConfig) -> tuple[dict[str, Any], ScMoEConfig]:
     if loaded.section.is_scheduled and (
         not overlap.enabled or (overlap.expert_slot, overlap.num_chunks) != ("auto", "auto")
     ):
-        logging.getLogger("scmoe_ds").warning(
-            'the JSON fixes the schedule; this report plans as if slot and number of chunks were "auto"'
-        )
+        if dist.get_rank() == 0:
+            logging.getLogger("scmoe_ds").warning(
+                'the JSON fixes the schedule; this report plans as if slot and number of chunks were "auto"'
+            )
         overlap = OverlapConfig(calibration_file=overlap.calibration_file, calibration_steps=overlap.calibration_steps)
     steps = overlap.calibration_steps or OverlapConfig().calibration_steps
     free = {**overlap.model_dump(), "calibration_steps": steps}
