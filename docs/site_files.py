@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 PATTERNS = (
     "*.md",
     "docs/*.md",
+    "docs/*.png",
     "ds_configs/*",
     "examples/*",
     "benchmarks/results/*",

@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from scmoe_ds.overlap.executor import backbone
+from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.process import device
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.plan_text import schedule_text
+from scmoe_ds.planner.simulation import predicted_spans
+from scmoe_ds.planner.times import OperatorTimes
 from scmoe_ds.trace.recorder import Recorder
 from scmoe_ds.trace.spans import HiddenShare, hidden_share
 
@@ -54,7 +57,8 @@ class CommunicationSample:
 
 def schedule_entries(overlap: Calibrator) -> list[dict[str, Any]]:
     """For each distinct schedule the "layers" that have it, its "text", "operators", "slot" of every chunk, number of
-    "chunks" and "overlap"; with measured times also what they predict: "hidden" share, "exposed_ms", "total_ms"."""
+    "chunks" and "overlap"; with measured times also what they predict: "hidden" share, "exposed_ms", "total_ms", and
+    the "timeline", a list of `PredictedSpan`s."""
     entries = []
     for schedule in dict.fromkeys(overlap.schedules):
         layers = [layer for layer, each in enumerate(overlap.schedules) if each == schedule]
@@ -73,6 +77,15 @@ def schedule_entries(overlap: Calibrator) -> list[dict[str, Any]]:
                     "hidden": predicted.hidden_share,
                     "exposed_ms": predicted.exposed_ms,
                     "total_ms": predicted.total_ms,
+                    "timeline": _timeline(kind.times, kind.plans["train"].schedule),
                 }
         entries.append(entry)
     return entries
+
+
+def _timeline(times: OperatorTimes | None, schedule: Schedule) -> list[dict[str, Any]]:
+    spans = [] if times is None else predicted_spans(times, schedule, "train")
+    return [
+        {"phase": phase, "lane": lane, "name": name, "start_ms": round(start_ms, 3), "end_ms": round(end_ms, 3)}
+        for phase, lane, name, start_ms, end_ms in spans
+    ]

@@ -45,7 +45,7 @@ def announce(trainer: Trainer, loaded: LoadedConfig, data: TrainingData) -> None
     """Says what will be trained, and notes it in the run's record. Collective."""
     facts = start_facts(trainer, loaded, data)
     say("\n".join(start_lines(facts)))
-    trainer.log.start(facts)
+    trainer.log.start(facts | {"summary": start_rows(facts)})
 
 
 def start_facts(trainer: Trainer, loaded: LoadedConfig, data: TrainingData) -> dict[str, Any]:
@@ -168,8 +168,14 @@ def _places(save: str | None, interval: int | None, whole: Mapping[str, Any]) ->
 
 def start_lines(facts: Mapping[str, Any]) -> list[str]:
     """The facts for people: a heading, then a line per subject."""
+    heading = f"training {facts['architecture']} from iteration {facts['iteration']} to {facts['train_iters']}"
+    return [heading, *(f"  {name:<11}{text}" for name, text in start_rows(facts).items())]
+
+
+def start_rows(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts for people, by subject."""
     unit = "images" if facts["seq_length"] == 1 else "tokens"
-    rows = {
+    return {
         "model": _model_text(facts),
         "parameters": f"{rounded(facts['parameters'])} in all, {rounded(facts['active_parameters'])} active per "
         f"token, {rounded(facts['rank_parameters'])} on a rank",
@@ -182,8 +188,6 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
         "memory": _memory_text(facts),
         "output": _output_text(facts),
     }
-    heading = f"training {facts['architecture']} from iteration {facts['iteration']} to {facts['train_iters']}"
-    return [heading, *(f"  {name:<11}{text}" for name, text in rows.items())]
 
 
 def _model_text(facts: Mapping[str, Any]) -> str:

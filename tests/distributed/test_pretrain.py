@@ -87,6 +87,8 @@ def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: st
     record = read_record(save)
     assert [entry["iteration"] for entry in record.starts] == [0, 4] and list(record.steps) == [*range(1, 9)]
     assert [repr(loss) for loss in record.curve("lm_loss")[1]] == list(losses(whole.stdout).values())
+    assert set(record.start["summary"]) >= {"model", "parameters", "batch", "data", "memory"}
+    assert {span["name"] for span in record.schedules[0]["timeline"]} >= {"gate", "mlp", "attention", "shared"}
     check_report(whole, directories["whole"])
     check_trace(directories["whole"] / "traces")
     assert "until times decide: 2 micro-batches after the first run without overlap" in first.stdout
