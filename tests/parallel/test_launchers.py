@@ -11,6 +11,7 @@ import pytest
 from scmoe_ds.errors import LauncherError
 from scmoe_ds.parallel import launchers
 from scmoe_ds.parallel.launchers import adopt_launcher
+from scmoe_ds.parallel.process import prepare_environment
 
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
 STEP = {
@@ -114,3 +115,23 @@ def test_the_launchers_of_a_process() -> None:
 def test_what_looks_like_a_launcher(words: list[str], is_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "_words", lambda _: words)
     assert launchers._is_launcher(None) == is_one  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set, but RANK is: set both, or neither for one process alone"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE = two: must be a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_PORT is not set, but RANK is"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set, but RANK is"),
+    ],
+)
+def test_variables_that_a_user_has_set_by_hand(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LauncherError, match=message):
+        prepare_environment()
