@@ -128,7 +128,7 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "evaluate: another tokenizer": (
         f"evaluate --load saved --text-file text.txt {_HF} nothing",
-        r"--tokenizer-model nothing does not load",
+        r"--tokenizer-model nothing holds no tokenizer",
     ),
     "evaluate: unwritable": (
         "evaluate --load saved --text-file text.txt --output /proc/x",
