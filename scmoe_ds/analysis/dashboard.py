@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import Any
 
 from scmoe_ds.figure_style import LIKE, LINES, OPERATORS
-from scmoe_ds.planner.schedule_text import layers_text
+from scmoe_ds.planner.schedule_text import layers_text, order_text
 from scmoe_ds.training.record import Entry, RunRecord
 
 MOST_POINTS = 400
@@ -139,16 +139,13 @@ def _dead(iterations: Sequence[int], lines: Sequence[Sequence[float]]) -> list[l
 
 def _schedule(entry: Entry) -> dict[str, Any]:
     """A schedule in words, and as the planner predicts it."""
-    layers, order = entry.get("layers") or [], list(entry.get("operators") or [])
-    slots = entry.get("slot") or []
-    for chunk, slot in reversed(list(enumerate(slots))):
-        order.insert(slot - 1, "[experts]" if len(slots) == 1 else f"[experts {chunk}]")
+    layers, operators = entry.get("layers") or [], entry.get("operators") or []
     where = f"MoE layer{'s' if len(layers) > 1 else ''} {layers_text(layers)}, " if layers else ""
-    lines = [str(entry.get("text", "")), f"dispatch ⇢ {' → '.join(order)} ⇢ combine" if order else ""]
+    lines = [str(entry.get("text", "")), order_text(operators, entry.get("slot") or []) if operators else ""]
     if entry.get("hidden") is not None:
         total, exposed = (f"{entry[name]:.3g} ms" for name in ("total_ms", "exposed_ms"))
         lines.append(
-            f"predicted: {entry['hidden']:.0%} of the communication hidden; {total} from shortcut to join per "
+            f"predicted: {100 * entry['hidden']:.0f} % of the communication hidden; {total} from shortcut to join per "
             f"micro-batch, forward and backward, of them {exposed} waiting for communication"
         )
     text = "\n".join(filter(None, lines))

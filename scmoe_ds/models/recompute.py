@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from scmoe_ds.overlap.executor import Activations, PairOutput, Step
 
 Recompute = Literal["full", "selective"]
-GRANULARITIES = ("full", "selective")
 
 
 def recompute_operator(run: Step, activations: Activations) -> Activations:

@@ -50,11 +50,21 @@ def origin_of(overlap: OverlapConfig, exchanges: bool) -> str:
 
 
 def _line(labels: Sequence[str], schedule: Schedule, origin: str) -> str:
-    names = list(labels)
-    for chunk, slot in reversed(list(enumerate(schedule.slots, start=1))):
-        names.insert(slot - 1, f"[experts {chunk}]" if schedule.num_chunks > 1 else "[routed experts]")
     mode = "overlapped" if schedule.overlap else "without overlap"
-    return f"dispatch ⇢ {' → '.join(names)} ⇢ combine ({mode}; {origin})"
+    return f"{order_text(labels, schedule.slots)} ({mode}; {origin})"
+
+
+def order_text(labels: Sequence[str], slots: Sequence[int]) -> str:
+    """What runs between tap and join, in order: "dispatch ⇢ mlp → [routed experts] → attention → shared ⇢ combine".
+
+    Args:
+        labels: of the backbone's operators.
+        slots: of the chunks; several are numbered from 0, as in a trace.
+    """
+    names = list(labels)
+    for chunk, slot in reversed(list(enumerate(slots))):
+        names.insert(slot - 1, "[routed experts]" if len(slots) == 1 else f"[experts {chunk}]")
+    return f"dispatch ⇢ {' → '.join(names)} ⇢ combine"
 
 
 def schedule_text(schedule: Schedule) -> str:

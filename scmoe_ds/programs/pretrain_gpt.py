@@ -46,6 +46,7 @@ from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.settings import Summary, TrainingSettings
 from scmoe_ds.training.start_text import TrainingData, announce
+from scmoe_ds.training.step_text import number, rounded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,14 +157,16 @@ def load_data(
 def report(summary: Summary, datasets: Datasets, test_loss: float | None) -> None:
     """The last lines of a run."""
     loss = summary.validation_loss
-    speed = f": {summary.tokens_per_second:.0f} tokens per second" if summary.tokens_per_second else ""
+    speed = f": {rounded(summary.tokens_per_second)} tokens per second" if summary.tokens_per_second else ""
     print(f"finished at iteration {summary.iteration}{speed}")
     if loss is not None:
         entropy = validation_entropy(datasets.valid)
-        alone = "" if entropy is None else f"; unigram entropy {entropy:.4f} nats (from how often each token occurs)"
-        print(f"  validation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}{alone}")
+        alone = (
+            "" if entropy is None else f"; unigram entropy {number(entropy)} nats (from how often each token occurs)"
+        )
+        print(f"  validation loss {number(loss)} nats per token, perplexity {number(math.exp(min(loss, 700)))}{alone}")
     if test_loss is not None:
-        print(f"  test loss {test_loss:.4f} nats per token")
+        print(f"  test loss {number(test_loss)} nats per token")
     if summary.checkpoint is None:
         print("  no checkpoint: --save was not given, or nothing was left to train")
 

@@ -27,6 +27,7 @@ from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.images import ImageTrainer
 from scmoe_ds.training.settings import Summary
 from scmoe_ds.training.start_text import TrainingData, announce
+from scmoe_ds.training.step_text import number, rounded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,12 +91,12 @@ def check_agreement(sets: ImageSets) -> None:
 
 def report(summary: Summary, trainer: ImageTrainer) -> None:
     """The last lines of a run."""
-    speed = f": {summary.tokens_per_second:.0f} images per second" if summary.tokens_per_second else ""
+    speed = f": {rounded(summary.tokens_per_second)} images per second" if summary.tokens_per_second else ""
     print(f"finished at iteration {summary.iteration}{speed}")
     if summary.validation_loss is not None and trainer.log.accuracy is not None:
         print(
             f"  accuracy {100 * trainer.log.accuracy:.2f} % of the validation images, loss "
-            f"{summary.validation_loss:.4f} nats"
+            f"{number(summary.validation_loss)} nats"
         )
     if summary.checkpoint is None:
         print("  no checkpoint: --save was not given, or nothing was left to train")

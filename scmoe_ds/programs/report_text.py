@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.planner.rounds import Spread
+from scmoe_ds.planner.simulation import total_ms
 from scmoe_ds.planner.speed_text import compared_as_measured, measured_change
-from scmoe_ds.planner.times import SHARED, OperatorTimes, PassTimes
+from scmoe_ds.planner.times import SHARED, OperatorTimes
 from scmoe_ds.trace.recorder import PHASES, Phase
 from scmoe_ds.trace.spans import HiddenShare
 
@@ -68,7 +69,7 @@ class Measured:
 def sentence(found: Measured) -> str:
     """The first line."""
     if SERIAL in found.seconds:
-        overlap = f"overlap hides {found.hidden_share:.0%} of the communication".replace("%", " %")
+        overlap = f"overlap hides {100 * found.hidden_share:.0f} % of the communication"
     elif found.config.is_scheduled or found.config.expert_parallel_size == 1:
         overlap = "no token travels between ranks, so there is no communication to hide"
     else:
@@ -163,10 +164,13 @@ def _exposed(found: Measured) -> Iterator[str]:
 def _slower_layer(found: Measured) -> str:
     """Why the layer itself is slower than DeepSpeed's: the timed parts say it."""
     names = ("gate", "encode", "decode")
-    fixed_ms = sum(layers * sum(_of(getattr(each, name)) for name in names) for each, layers in found.times)
+    fixed_ms = sum(
+        layers * sum(total_ms(getattr(each, name), "train") for name in names) for each, layers in found.times
+    )
     experts_ms = sum(layers * _total(each, "experts") for each, layers in found.times)
     shared_ms = sum(
-        layers * sum(_of(each) for each in times.backbone if each.kind in SHARED) for times, layers in found.times
+        layers * sum(total_ms(each, "train") for each in times.backbone if each.kind in SHARED)
+        for times, layers in found.times
     )
     parts = f"experts {experts_ms:.1f} ms, shared expert {shared_ms:.1f} ms, gate, encode and decode {fixed_ms:.1f} ms"
     if fixed_ms > LARGE_OVERHEAD * (fixed_ms + experts_ms + shared_ms):
@@ -197,16 +201,12 @@ def details(found: Measured) -> list[str]:
     return [*lines, f"communication, timed alone, is {100 * found.communication_share:.1f} % of a step without overlap"]
 
 
-def _of(part: PassTimes) -> float:
-    return float(part.forward_ms + part.backward_ms)
-
-
 def _total(times: OperatorTimes, *names: str) -> float:
-    return sum(_of(getattr(times.chunks[1], name)) for name in names)
+    return sum(total_ms(getattr(times.chunks[1], name), "train") for name in names)
 
 
 def _backbone_ms(times: OperatorTimes) -> float:
-    return sum(_of(operator) for operator in times.backbone)
+    return sum(total_ms(operator, "train") for operator in times.backbone)
 
 
 def _ms(seconds: Sequence[float]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,18 +130,22 @@ class TrainingLog:
         seconds = sums.seconds / sums.steps
         norm = self.engine.get_global_grad_norm()
         norm = None if norm is None or not math.isfinite(norm) else float(norm)
-        load = _load_shares(sums.exp_counts)
+        measured = self.communication.take() or HiddenShare(0.0, 0.0)
+        losses = [sums.task_loss / sums.steps, sums.moe_loss / sums.steps]
+        of_rank = [*losses, sums.dropped, measured.communication_ms, measured.exposed_ms, *sums.exp_counts]
+        task_loss, moe_loss, dropped, communication_ms, exposed_ms, *counts = means_over_ranks(of_rank)
+        load = _load_shares(counts, [len(of_layer) for of_layer in sums.exp_counts])
         scalars = {
-            self.loss_name: mean_over_ranks(sums.task_loss / sums.steps),
-            "moe_loss": mean_over_ranks(sums.moe_loss / sums.steps),
+            self.loss_name: task_loss,
+            "moe_loss": moe_loss,
             "learning_rate": self.learning_rate,
             "grad_norm": norm,
             f"{self.unit}_per_second": self._speed(sums.steps, sums.seconds),
             "seconds_per_iteration": seconds,
             **self._utilization.of_steps(seconds),
             "memory_gib": _largest_of_ranks(peak_memory_gib()),
-            **self._communication(),
-            "drop_rate": self._drop_rate(sums),
+            **self._communication(HiddenShare(communication_ms, exposed_ms)),
+            "drop_rate": None if None in self._gates else dropped / max(sum(counts), 1.0),
             "expert_load_min": min(map(min, load)),
             "expert_load_max": max(map(max, load)),
             "skipped": self.engine.skipped_steps,
@@ -163,25 +169,19 @@ class TrainingLog:
     def _speed(self, steps: int, seconds: float) -> float:
         return steps * self.units_per_iteration / seconds if seconds else 0.0
 
-    def _communication(self) -> dict[str, float | None]:
-        """The hidden share, and the milliseconds of a step in which a rank stood still for all-to-alls; mean of the
-        ranks. Nothing where no tokens are exchanged. Collective."""
+    def _communication(self, measured: HiddenShare) -> dict[str, float | None]:
+        """The hidden share, and the milliseconds of a step in which a rank stood still for all-to-alls.
+
+        Nothing where no tokens are exchanged.
+
+        Args:
+            measured: mean of the ranks; without communication if no micro-batch was watched.
+        """
         if not self.communication.exists:
             return {}
-        measured = self.communication.take()
-        if measured is None:  # on no rank
+        if not measured.communication_ms:
             return {"hidden": None, "exposed_ms": None}
-        communication_ms = mean_over_ranks(measured.communication_ms)
-        exposed_ms = mean_over_ranks(measured.exposed_ms)
-        share = HiddenShare(communication_ms, exposed_ms).share
-        return {"hidden": share, "exposed_ms": exposed_ms * self.settings.accumulation_steps}
-
-    def _drop_rate(self, sums: _Sums) -> float | None:
-        """Share of the choices of experts that the capacity limit dropped; None for DGMoE. Collective."""
-        if None in self._gates:
-            return None
-        dropped = mean_over_ranks(sums.dropped)
-        return dropped / max(mean_over_ranks(torch.stack([counts.sum() for counts in sums.exp_counts]).sum()), 1.0)
+        return {"hidden": measured.share, "exposed_ms": measured.exposed_ms * self.settings.accumulation_steps}
 
     def _note_schedules(self, iteration: int) -> None:
         """Writes the schedules to the record when they have changed."""
@@ -203,11 +203,16 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def mean_over_ranks(value: Tensor | float) -> float:
-    """Mean over all ranks. The ranks of a tensor-parallel group hold the same value. Collective."""
-    mean = torch.as_tensor(value, dtype=torch.float64, device=device()).clone()
-    dist.all_reduce(mean)
-    return float(mean) / dist.get_world_size()
+def means_over_ranks(values: Sequence[Tensor | float]) -> list[float]:
+    """Mean over all ranks of each number, in one exchange. Tensor-parallel ranks of a group hold the same. Collective.
+
+    Args:
+        values: numbers, and tensors of any shape, whose elements count one by one.
+    """
+    of_rank = [torch.as_tensor(value, dtype=torch.float64, device=device()).flatten() for value in values]
+    total = torch.cat(of_rank)
+    dist.all_reduce(total)
+    return [value / dist.get_world_size() for value in total.tolist()]
 
 
 def _largest_of_ranks(value: float) -> float:
@@ -217,11 +222,14 @@ def _largest_of_ranks(value: float) -> float:
     return float(largest)
 
 
-def _load_shares(exp_counts: list[Tensor]) -> list[list[float]]:
-    """For every MoE layer, the share of its routed tokens that each expert got, on all ranks. Collective."""
-    shares = []
-    for counts in exp_counts:
-        total = counts.to(device=device(), dtype=torch.float64)
-        dist.all_reduce(total)
-        shares.append((total / total.sum().clamp(min=1)).tolist())
-    return shares
+def _load_shares(counts: Sequence[float], sizes: Sequence[int]) -> list[list[float]]:
+    """For every MoE layer, the share of its routed tokens that each expert got.
+
+    Args:
+        counts: of the experts of all layers, one layer after the other.
+        sizes: experts of each layer.
+    """
+    rest = iter(counts)
+    layers = [list(itertools.islice(rest, size)) for size in sizes]
+    totals = [sum(layer) or 1.0 for layer in layers]
+    return [[count / total for count in layer] for layer, total in zip(layers, totals, strict=True)]

@@ -27,7 +27,7 @@ from scmoe_ds.parallel.process import device
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
 from scmoe_ds.training.health import StepHealth, is_loss_scale_exhausted, not_finite, overflows_at_any_scale
-from scmoe_ds.training.log import TrainingLog, TrainingOutput, mean_over_ranks, say
+from scmoe_ds.training.log import TrainingLog, TrainingOutput, means_over_ranks, say
 from scmoe_ds.training.progress import Progress
 from scmoe_ds.training.settings import Summary, TrainingSettings
 from scmoe_ds.training.step_trace import StepTrace
@@ -220,7 +220,7 @@ class Trainer:
                 assert loss is not None
                 total += loss.double()
         self.engine.train()
-        return None if self._told_to_stop else mean_over_ranks(total / batch_count)
+        return None if self._told_to_stop else means_over_ranks([total / batch_count])[0]
 
     def _until_stopped(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """Batches of a validation, until the ranks agree to stop."""
@@ -253,7 +253,7 @@ class Trainer:
             return
         loss = self.evaluate(self.valid_set)
         if loss is None:
-            say(f"validation at iteration {self.iteration} | given up: the job is to stop")
+            say(f"validation at iteration {self.iteration}  given up: the job is to stop")
             return
         if not math.isfinite(loss):
             raise not_finite(f"validation loss is {loss}", self.iteration, "", ())

@@ -97,7 +97,7 @@ def test_the_page_has_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert schedule["title"] == "MoE layers 0–1, from iteration 3 on" and schedule["timeline"] == TIMELINE
     assert schedule["text"].splitlines()[1:] == [
         "dispatch ⇢ mlp → [experts 0] → attention → [experts 1] → shared ⇢ combine",
-        "predicted: 97% of the communication hidden; 24.1 ms from shortcut to join per micro-batch, forward and backward, "
+        "predicted: 97 % of the communication hidden; 24.1 ms from shortcut to join per micro-batch, forward and backward, "
         "of them 0.5 ms waiting for communication",
     ]
     assert {curve for chart in data["charts"] for curve in chart["curves"]} == found["curves"].keys()

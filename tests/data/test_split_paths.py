@@ -123,7 +123,7 @@ def test_a_run(tmp_path: Path, paths: dict[str, str], capsys: pytest.CaptureFixt
     per_split = {"train_data_path": paths["one"], "data_path": None, "split": None}
     assert gpt(tmp_path, **per_split, valid_data_path=paths["two"], test_data_path=paths["three"]) == 0
     output = capsys.readouterr().out
-    assert "validation loss" in output and "unigram entropy 0.0000" in output and "test loss" in output
+    assert "validation loss" in output and "unigram entropy 0 nats" in output and "test loss" in output
     assert gpt(tmp_path, **per_split) == 0
     output = capsys.readouterr().out
     assert "no validation: --valid-data-path is not given\n" in output and "test loss" not in output
