@@ -71,7 +71,7 @@ def run_once(variant: str, seed: int, iterations: int) -> dict[str, Any]:
 
 def last_lines(text: str) -> dict[str, float]:
     """Accuracy and loss from what a run has printed at its end."""
-    found = re.findall(r"accuracy +([\d.]+) % of the validation images, loss ([\d.]+) nats", text)
+    found = re.findall(r"accuracy +([\d.]+) % of the validation images, loss (\S+) nats", text)
     if len(found) != 1:
         raise RuntimeError(f"no result in the output:\n{text[-3000:]}")
     return {"accuracy_percent": float(found[0][0]), "loss": float(found[0][1])}
