@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from scmoe_ds.programs.flags.checks import flag_of
+
 
 def exponent_of_two(text: str) -> int:
     """2**32, as Megatron writes a loss scale, to 32, as DeepSpeed does."""
@@ -80,6 +82,7 @@ SECTION_FLAGS: dict[str, str] = {
     "scmoe_expert_slot": "overlap.expert_slot",
 }
 """Flag (as argparse stores it) to field of the "scmoe" section."""
+_SWITCHED_OFF = ("moe_token_dropping", "moe_top2_2nd_expert_sampling")
 
 SAME = """
     --num-layers --num-experts --mlp-type --topk --expert-interval --hidden-size --ffn-hidden-size
@@ -228,6 +231,11 @@ def without_effect(args: argparse.Namespace) -> str | None:
         (flag, reason) for flag, (_, reason) in NO_EFFECT.items() if getattr(args, dest_of(flag), None) is not None
     ]
     return "no effect here: " + ", ".join(f"{flag} ({reason})" for flag, reason in given) if given else None
+
+
+def section_flag(dest: str) -> str:
+    """A flag of `SECTION_FLAGS` as it is written."""
+    return flag_of(f"disable_{dest}" if dest in _SWITCHED_OFF else dest)
 
 
 def dest_of(flag: str) -> str:

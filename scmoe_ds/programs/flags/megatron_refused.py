@@ -30,8 +30,8 @@ _REFUSED = {
         --inference-batch-times-seqlen-threshold""",
     "use scmoe evaluate, or scmoe generate": "--skip-train --inference --ds-inference",
     "a resumed run has the schedule of the JSON": "--use-checkpoint-opt_param-scheduler",
-    "--load and --auto-resume take all of a checkpoint, in any layout; to start from weights alone, --load an export": """
-        --finetune --no-load-optim --no-load-rng --no-load-lr-state""",
+    "--load and --auto-resume take all of a checkpoint, in any layout; to start from weights alone, "
+    "--load an export": "--finetune --no-load-optim --no-load-rng --no-load-lr-state",
     "checkpoints are whole; scmoe convert writes weights alone": "--no-save-optim --no-save-rng",
     "name the checkpoint itself: --load DIRECTORY/global_stepN": "--load-tag",
     "cannot hold experts; --load resumes in any layout": "--universal-checkpoint",

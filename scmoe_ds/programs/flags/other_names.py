@@ -5,6 +5,8 @@ Megatron-DeepSpeed's own flags are in `megatron` and `megatron_refused`.
 
 from __future__ import annotations
 
+from scmoe_ds.programs.flags.megatron import SECTION_FLAGS, section_flag
+
 _BY_TOOL = {
     "Megatron-core": """
         moe-router-topk: --topk
@@ -105,22 +107,6 @@ _BY_TOOL = {
         moe-param-group: experts always have groups of their own
         noisy-gate-policy: "noisy_gate_policy" in the JSON's "scmoe" section
         """,
-    'the "scmoe" section': """
-        architecture: --mlp-type
-        top-k: --topk
-        moe-every: --expert-interval
-        expert-parallel-size: --moe-expert-parallel-size
-        expert-tensor-parallelism: --enable-expert-tensor-parallelism
-        capacity-factor: --moe-train-capacity-factor
-        eval-capacity-factor: --moe-eval-capacity-factor
-        min-capacity: --moe-min-capacity
-        drop-tokens: --disable-moe-token-dropping
-        top2-2nd-expert-sampling: --disable-moe-top2-2nd-expert-sampling
-        aux-loss-coefficient: --moe-loss-coeff
-        position: --scmoe-position
-        merge: --scmoe-merge
-        expert-slot: --scmoe-expert-slot
-        """,
     "other spellings": """
         epochs: --train-iters or --train-tokens say how long a run is
         steps: --train-iters
@@ -176,9 +162,7 @@ def _rows(text: str) -> dict[str, str]:
 BY_TOOL = {tool: _rows(text) for tool, text in _BY_TOOL.items()}
 """Tool: name without dashes in front, and the flag here, or a sentence on what serves."""
 
-BY_TOOL['the "scmoe" section'] |= {
-    name.replace("_", "-"): f'"{name}" in the JSON\'s "scmoe" section' for name in _NO_FLAG.split()
-}
-
 OTHER_NAMES = {name: answer for rows in BY_TOOL.values() for name, answer in rows.items()}
-"""All of them."""
+OTHER_NAMES |= {path.rpartition(".")[2].replace("_", "-"): section_flag(dest) for dest, path in SECTION_FLAGS.items()}
+OTHER_NAMES |= {name.replace("_", "-"): f'"{name}" in the JSON\'s "scmoe" section' for name in _NO_FLAG.split()}
+"""All of them, and the fields of the "scmoe" section."""

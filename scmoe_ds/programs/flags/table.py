@@ -40,7 +40,8 @@ def other_tables() -> str:
     """Names of other tools, and what they are called here, in Markdown."""
     return "\n\n".join(
         _table(tool, {f"--{name}": answer if " " in answer else f"`{answer}`" for name, answer in rows.items()})
-        for tool, rows in list(BY_TOOL.items())[:3]  # not our own words, nor mere spellings
+        for tool, rows in BY_TOOL.items()
+        if tool != "other spellings"
     )
 
 

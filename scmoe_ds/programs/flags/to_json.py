@@ -15,7 +15,6 @@ from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_program
 from scmoe_ds.config.loading import LoadedConfig, load
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.programs.flags.checks import flag_of
 from scmoe_ds.programs.flags.megatron import (
     JSON_FLAGS,
     LENGTH_FLAGS,
@@ -23,9 +22,8 @@ from scmoe_ds.programs.flags.megatron import (
     SCHEDULE_FLAGS,
     SECTION_FLAGS,
     dest_of,
+    section_flag,
 )
-
-_SWITCHED_OFF = ("moe_token_dropping", "moe_top2_2nd_expert_sampling")
 
 
 class _Merged:
@@ -106,8 +104,7 @@ def _merge_section_flags(merged: _Merged, args: argparse.Namespace) -> None:
                     "train; use at least 2"
                 )
             value = value[0] if len(value) == 1 else value
-        flag = flag_of(f"disable_{name}" if name in _SWITCHED_OFF else name)
-        merged.set(f"scmoe.{path}", value, flag)
+        merged.set(f"scmoe.{path}", value, section_flag(name))
 
 
 def _merge_json_flags(merged: _Merged, args: argparse.Namespace) -> None:
