@@ -163,6 +163,10 @@ BY_TOOL = {tool: _rows(text) for tool, text in _BY_TOOL.items()}
 """Tool: name without dashes in front, and the flag here, or a sentence on what serves."""
 
 OTHER_NAMES = {name: answer for rows in BY_TOOL.values() for name, answer in rows.items()}
-OTHER_NAMES |= {path.rpartition(".")[2].replace("_", "-"): section_flag(dest) for dest, path in SECTION_FLAGS.items()}
+OTHER_NAMES |= {
+    path.rpartition(".")[2].replace("_", "-"): section_flag(dest)
+    for dest, path in SECTION_FLAGS.items()
+    if dest != path
+}
 OTHER_NAMES |= {name.replace("_", "-"): f'"{name}" in the JSON\'s "scmoe" section' for name in _NO_FLAG.split()}
 """All of them, and the fields of the "scmoe" section."""
