@@ -78,19 +78,10 @@ def test_lists_show_as_lists_on_the_site(name: str) -> None:
     assert re.findall(before + r"(?:- |\d+\. |\|).*", text, re.MULTILINE) == []
 
 
-OTHERS = {
-    *(
-        "--hostfile",
-        "--launcher_args",
-        "--master_addr",
-        "--master_port",
-        "--no_ssh",
-        "--node_rank",
-        "--num_gpus",
-        "--quiet",
-    ),
-    *("--mca", "--shm-size", "--split-sentences", "--standard"),
-}
+OTHERS = set(
+    "--hostfile --launcher_args --master_addr --master_port --no_ssh --node_rank --num_gpus --quiet --mca --shm-size "
+    "--split-sentences --standard".split()
+)
 """Flags of DeepSpeed's launcher; of mpirun, docker, Megatron's preprocess_data.py, and a benchmark."""
 
 

@@ -56,6 +56,7 @@ def page(runs: Mapping[str, RunRecord]) -> str:
         "colours": LINES,
         "operators": OPERATORS | {name: OPERATORS[other] for name, other in LIKE.items()},
         "charts": charts,
+        "dead": DEAD,
         "runs": [_run(name, record) for name, record in runs.items()],
     }
     # In a script element only "<" could end it; the script puts every text into the page as text, never as markup.

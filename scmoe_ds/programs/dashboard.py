@@ -18,7 +18,7 @@ from scmoe_ds.training.record import FILE_NAME, RunRecord, read_record
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page; returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_alone("scmoe dashboard", lambda: _write(args))
+    return run_alone("scmoe dashboard", lambda: _write(args), argv)
 
 
 def _write(args: argparse.Namespace) -> None:

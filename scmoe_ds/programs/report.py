@@ -49,10 +49,10 @@ slowest."""
 SECONDS = 20.0
 RECORDED = 4
 """Micro-batches in which communication is watched."""
-_OF_DEEPSPEED = (
-    *("moe_every", "num_experts", "expert_parallel_size", "expert_tensor_parallelism", "aux_loss_coefficient"),
-    *("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_tokens", "use_rts", "top2_2nd_expert_sampling"),
-)
+_OF_DEEPSPEED = """
+    moe_every num_experts expert_parallel_size expert_tensor_parallelism aux_loss_coefficient capacity_factor
+    eval_capacity_factor min_capacity drop_tokens use_rts top2_2nd_expert_sampling
+    """.split()
 """Fields of the section that DeepSpeed's own layer has, too."""
 
 

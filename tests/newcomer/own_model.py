@@ -5,7 +5,6 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 import scmoe_ds
-from scmoe_ds.engine import connect
 
 WIDTH, SIGNS, LENGTH = 32, 16, 12
 CONFIG = {
@@ -47,7 +46,7 @@ class Tower(nn.Module):
         return loss + 0.01 * sum(storey.balance for storey in self.storeys)
 
 
-connect()
+scmoe_ds.connect()
 torch.manual_seed(0)
 engine, *_ = scmoe_ds.initialize(model=Tower(), config=CONFIG)
 torch.manual_seed(1)

@@ -63,7 +63,8 @@ def build_parser() -> FlagParser:
     feasibility = commands.add_parser(
         "feasibility",
         help="one page: would ScMoE pay for a model on a machine?",
-        example="scmoe analyze feasibility --similarity similarity.json --calibration times.json --output-prefix page",
+        example="scmoe analyze feasibility --similarity similarity.json --calibration times.json \\\n"
+        "      --output-prefix page",
         description="Would ScMoE pay for a model on a machine? Reads two JSON files. Loads no model and needs no GPU.",
     )
     feasibility.add_argument("--similarity", help='a record of the sub-command "similarity" of the model')
