@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+_OF_FILES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+_OF_FILES |= {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(ValueError):
@@ -33,6 +37,14 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 def reason_of(error: BaseException) -> str:
     """Why something failed, in one line, without the path, which the sentence around it names."""
     return getattr(error, "strerror", None) or one_line(error, 300).rstrip(". ")
+
+
+def mistake_of_path(error: BaseException) -> UserError | None:
+    """An OSError whose cause a user can correct, as such an error; None for all others."""
+    if not isinstance(error, OSError) or error.errno not in _OF_FILES:
+        return None
+    name = "" if error.filename is None else f"{error.filename}: "
+    return UserError(f"{name}{error.strerror}; correct the path or its permissions, or make room")
 
 
 class ScMoEConfigError(UserError):

@@ -7,7 +7,6 @@ message also names the ranks at fault.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from scmoe_ds.errors import ExchangeError, OutOfMemoryError, UserError
+from scmoe_ds.errors import ExchangeError, OutOfMemoryError, UserError, mistake_of_path
 from scmoe_ds.parallel import watch
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.parallel.watch import NOTE_LENGTH
@@ -34,8 +33,6 @@ _SIGNS = re.compile(
     r"network is unreachable|nccl|socket|remote process exited",
     re.IGNORECASE,
 )
-_OF_FILES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
-_OF_FILES |= {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CPP_FRAMES = re.compile(
     r"^(Exception raised from .*\(most recent call first\):?|C\+\+ CapturedTraceback:|frame #\d+: .*|"
     r"#\d+ .* from \S+:\d+|<omitting python frames>)\n",
@@ -76,9 +73,8 @@ def mistake_of(error: BaseException) -> UserError | None:
     """The error as one that a user can correct; None for a fault of a program or library."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and error.errno in _OF_FILES:
-        name = "" if error.filename is None else f"{error.filename}: "
-        return UserError(f"{name}{error.strerror}; correct the path or its permissions, or make room")
+    if mistake := mistake_of_path(error):
+        return mistake
     exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     if not exhausted:
         return None

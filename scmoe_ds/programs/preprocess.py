@@ -28,7 +28,7 @@ from scmoe_ds.data.corpus import MOST_NAMED, Corpus, Item, first, open_corpus, p
 from scmoe_ds.data.reader import BadDocumentError
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.data.worker_processes import SIGNALS, map_in_order
-from scmoe_ds.errors import DataError, UserError
+from scmoe_ds.errors import DataError, UserError, mistake_of_path
 from scmoe_ds.programs.flags.preprocess import build_parser
 from scmoe_ds.programs.flags.tokenizer import set_tokenizer_type, tokenizer_of
 
@@ -93,11 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_keys(corpus, args.json_keys)
             _prepare_output(args.output_prefix)
             convert(corpus, args)
-    except (UserError, OSError) as error:  # OSError: the disk is full, say
+    except (UserError, OSError) as error:
         if args.debug:
             traceback.print_exc()
-        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        mistake = error if isinstance(error, UserError) else mistake_of_path(error)
+        print(f"{_PROGRAM}: error: {mistake or error}", file=sys.stderr)
+        return 1 if mistake is None else 2
     except Ended as ended:
         number = signal.Signals(ended.args[0])
         print(f"{_PROGRAM}: ended by {number.name}", file=sys.stderr)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -344,6 +345,26 @@ def test_files_of_a_killed_run_are_named(tool: ModuleType, tmp_path: Path, capsy
     said = capsys.readouterr().err.splitlines()[0]
     assert said.endswith(f"or is still at work: {tmp_path}/o[1]_text_document.0123.tmp.bin")
     assert read_back(tmp_path / "o[1]_text_document") == [[120]]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (PermissionError(13, "Permission denied", "in.jsonl"), 2, "in.jsonl: Permission denied; correct the path or"),
+        (OSError(5, "Input/output error", "in.jsonl"), 1, "Input/output error"),
+    ],
+)
+def test_a_file_that_cannot_be_read(
+    error: OSError,
+    code: int,
+    said: str,
+    tool: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tool, "open_corpus", mock.Mock(side_effect=error))
+    assert tool.main(["--input", "in.jsonl", "--output-prefix", "out"]) == code
+    assert said in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_nothing(
