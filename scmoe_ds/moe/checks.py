@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,13 +25,15 @@ def check_input(name: str, value: Tensor, hidden_size: int) -> None:
         raise ValueError(f"{name} of dtype {value.dtype}: must be floating point")
 
 
-def explained(error: RuntimeError, rows: Tensor, experts: nn.Module) -> Exception:
-    """The error of experts that do not compute in their input's dtype, if that is what failed; otherwise itself."""
+def check_dtype(rows: Tensor, experts: nn.Module) -> None:
+    """Raises a ValueError for rows of a dtype that no parameter of the experts has, where autocast does not cast them.
+
+    For experts that have failed: some compute in any dtype.
+    """
     dtypes = {parameter.dtype for parameter in experts.parameters()}
-    if not dtypes or rows.dtype in dtypes:
-        return error
-    has = ", ".join(sorted(map(str, dtypes)))
-    return ValueError(
-        f"shortcut of dtype {rows.dtype}: the experts have {has}; cast the shortcut, or call the layer under "
-        "torch.autocast"
-    )
+    if dtypes and rows.dtype not in dtypes and not torch.is_autocast_enabled(rows.device.type):
+        has = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"shortcut of dtype {rows.dtype}: the experts have {has}; cast the shortcut, or call the layer under "
+            "torch.autocast"
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 from scmoe_ds.comm.all_to_all import InFlight, SplitSizes, prepare, start
 from scmoe_ds.comm.counts import CountsInFlight, start_counts
 from scmoe_ds.comm.transport import Transport
-from scmoe_ds.moe.checks import explained
+from scmoe_ds.moe.checks import check_dtype
 from scmoe_ds.moe.experts import MovingExperts, run_experts
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.layout import ExactLayout, PaddedLayout, ReceivedRows, decode
@@ -158,8 +158,9 @@ class RoutedTokens:
         (rows_SD,) = recorder.open("experts", self._dispatches[chunk].wait(), chunk=chunk)
         try:
             output_SD = self._compute(rows_SD, chunk)
-        except RuntimeError as error:
-            raise explained(error, rows_SD, self.experts) from None
+        except RuntimeError:
+            check_dtype(rows_SD, self.experts)
+            raise
         (output_SD,) = recorder.close("experts", output_SD, chunk=chunk)
         back, watch = self._sizes[chunk].reversed(), recorder.watch("combine", chunk)
         self._combines.append(start(output_SD, exchange.transport, back, exchange.blocking, exchange.wire_dtype, watch))

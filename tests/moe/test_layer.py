@@ -146,10 +146,14 @@ def test_experts_of_another_dtype_are_named(dtype: torch.dtype) -> None:
 def test_an_error_of_an_expert_stays_as_it_is() -> None:
     class Failing(nn.Linear):
         def forward(self, rows: Tensor) -> Tensor:
-            raise RuntimeError("its own")
+            raise RuntimeError("its own") from KeyError("its cause")
 
-    with pytest.raises(RuntimeError, match=r"^its own$"):
-        make_layer_of(Failing(HIDDEN, HIDDEN)).begin(tokens()).run_experts()
+    layer = make_layer_of(Failing(HIDDEN, HIDDEN))
+    with pytest.raises(RuntimeError, match=r"^its own$") as found:
+        layer.begin(tokens()).run_experts()
+    assert isinstance(found.value.__cause__, KeyError)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"^its own$"):
+        layer.begin(tokens().bfloat16()).run_experts()
 
 
 def test_the_signature_begins_as_deepspeeds() -> None:
