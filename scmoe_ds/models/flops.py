@@ -27,7 +27,7 @@ _COEFFICIENTS = {"add": 0, "cg1": 1, "cg2": 2}
 
 
 def forward_flops(model: GPT | SwinMoE) -> float:
-    """Of the whole model on all ranks: per token of a GPT, per image of a SwinV2-MoE."""
+    """Operations of the whole model, on all ranks together: per token of a GPT, per image of a SwinV2-MoE."""
     if isinstance(model, GPT):
         return _gpt(model.settings, model.config, model.sequence)
     return _swin(model.settings, model.config)

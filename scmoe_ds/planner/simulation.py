@@ -66,7 +66,7 @@ def ms_of(times: PassTimes, phase: Phase) -> float:
 
 
 def total_ms(times: PassTimes, mode: Mode) -> float:
-    """Of the passes that the mode has."""
+    """The time of all passes that the mode has."""
     return sum(ms_of(times, phase) for phase in PHASES[mode])
 
 

@@ -25,7 +25,7 @@ def rounded(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units: 3d04h, 1h23m, 12m34s, 5s."""
+    """Seconds in their two largest units: 3d04h, 1h23m, 12m34s, 5s."""
     whole = int(seconds)
     for size, unit, part, of_part in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:

@@ -103,7 +103,7 @@ class Utilization:
 
 
 def compute_dtype(engine: Any) -> torch.dtype:
-    """In which the model's products run."""
+    """The dtype in which the model's products run."""
     autocast = getattr(engine, "torch_autocast_enabled", lambda: False)
     if autocast():
         return torch.bfloat16 if "bf" in str(engine.torch_autocast_dtype()) else torch.float16
@@ -119,12 +119,12 @@ def peak_memory_gib() -> float:
 
 
 def card_name() -> str:
-    """Of what this rank computes on: torch's name of its GPU, or "CPU"."""
+    """Torch's name of this rank's GPU, or "CPU"."""
     return torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
 
 
 def memory_there_gib() -> float:
-    """Of this rank's GPU, or of the machine."""
+    """Memory of this rank's GPU in GiB; without a GPU, of the machine."""
     import psutil
 
     if device().type == "cuda":
