@@ -204,5 +204,5 @@ def test_a_program(tmp_path: Path, data: str, capfd: pytest.CaptureFixture) -> N
         expect_refusal(tmp_path, data, {}, flags, rf"another job saves there \(host .*, process {pid}, started", capfd)
         os.kill(pid, signal.SIGKILL)
         assert run(tmp_path, data, {}, flags) == 0, "at once"
-    assert sorted(path.name for path in save.iterdir()) == ["global_step1", "latest"]
+    assert sorted(path.name for path in save.iterdir()) == ["global_step1", "latest", "log.jsonl"]
     assert run(tmp_path, data, {}, {**flags, "--train-iters": "2"}) == 0

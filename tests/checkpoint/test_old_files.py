@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickletools
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -162,9 +163,13 @@ def test_an_analysis_finds_what_it_found(record: str, flags: str, old: Path) -> 
     assert (old / f"{record}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_page_is_made_of_old_records(old: Path) -> None:
-    succeed(analyze.main, "feasibility --similarity similarity.json --calibration times.json --output-prefix page")
-    assert (old / "page.md").stat().st_size and (old / "page.png").stat().st_size
+def test_a_page_is_not_made_of_old_records(old: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """They do not say which model they are of."""
+    flags = "feasibility --similarity similarity.json --calibration times.json --output-prefix page".split()
+    assert analyze.main(flags) == 2
+    message = r"error: --similarity similarity\.json does not say which model it is of: .* run the analysis again$"
+    assert re.search(message, capfd.readouterr().err)
+    assert not (old / "page.md").exists()
 
 
 def test_no_pickle_names_a_module_of_this_package() -> None:
