@@ -81,7 +81,7 @@ def _conclusion(kinds: list[KindStudy], verdict: dict[str, Any], named: list[str
 def _speeds(kind: KindStudy, each: Prediction) -> str:
     overlap, standard = each.speedups
     text = (
-        f"{each.plan.predicted.hidden_share:.0%} of the communication hidden; "
+        f"{100 * each.plan.predicted.hidden_share:.0f} % of the communication hidden; "
         f"{compared(overlap, 'without overlap')}; {compared(standard, f'top-{kind.top_k + 1}')}"
     )
     than = f"top-{kind.top_k} without a shared expert"
@@ -152,7 +152,7 @@ def _predictions(kind: KindStudy) -> list[Part]:
             overlap, gain = (f"{speedup:.2f} ×" for speedup in each.speedups)  # below 1: slower
             costs = each.plan.predicted
             fast, serial, other = _ms(costs.total_ms, each.plan.serial.total_ms, each.standard_ms)
-            chosen, hidden = schedule_text(each.plan.schedule), f"{costs.hidden_share:.0%}"
+            chosen, hidden = schedule_text(each.plan.schedule), f"{100 * costs.hidden_share:.0f} %"
             totals = [chosen, hidden, fast, serial, overlap, other, gain]
             limit = _ms(each.hidden_ms, each.limits.shared_ms, each.limits.largest_hidden_ms)
         rows.append(first + totals)

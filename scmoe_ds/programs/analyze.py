@@ -162,9 +162,9 @@ def _gating_of(args: argparse.Namespace, path: str) -> dict[str, Any]:
 def _gating_line(name: str, layer: dict[str, Any]) -> str:
     return (
         f"{name}, MoE of block {layer['block']} ({layer['preceding']} / {layer['current']}): same expert "
-        f"{layer['same_expert_share']:.1%}, L2 distance {layer['l2']:.3f}, cosine {layer['cosine']:.3f}, scores "
-        f"{layer['preceding_score']:.3f} / {layer['current_score']:.3f}, busiest expert "
-        f"{layer['load_max_over_mean']:.2f} x the mean, dropped {layer['drop_rate']:.1%}"
+        f"{100 * layer['same_expert_share']:.1f} %, L2 distance {layer['l2']:.3f}, cosine {layer['cosine']:.3f}, "
+        f"scores {layer['preceding_score']:.3f} / {layer['current_score']:.3f}, busiest expert "
+        f"{layer['load_max_over_mean']:.2f} x the mean, dropped {100 * layer['drop_rate']:.1f} %"
     )
 
 

@@ -171,7 +171,7 @@ def test_pages(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "19.00",
         "28.00",
         "37.00",
-        "90%",
+        "90 %",
         "1.47 ×",
         "1.95 ×",
         "mlp",
