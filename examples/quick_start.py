@@ -191,7 +191,9 @@ def main() -> int:
         shutil.rmtree(ROOT / SAVE)
     os.environ.update(environment)  # also for the programs that show the result
     code = run(line)
-    if code == 0:
+    if code == 0 and (last := max(read_record(ROOT / SAVE).steps, default=0)) < ITERATIONS:
+        print(f"\nstopped at iteration {last} of {ITERATIONS}. To go on:\n{shlex.join([*shown, '--auto-resume'])}")
+    elif code == 0:
         show_result()
     return code
 

@@ -70,7 +70,7 @@ def choose(load: str | None, save: str | None, auto_resume: bool, description: M
         start = None if found is None else found.path
         run_on_rank_zero(lambda: check_save(Path(save), start, auto_resume))
     if found is None and auto_resume:
-        _log(f"no checkpoint is loaded, {save} has none to go on from: this run starts from scratch")
+        _log(f"{save} has no checkpoint to go on from: this run starts from scratch")
     return found
 
 

@@ -149,7 +149,7 @@ def warn(whole: Mapping[str, Any]) -> None:
     schedule, zero = section(whole, "scheduler"), section(whole, "zero_optimization")
     if steps := steps_without_rate(schedule):
         logger.info(
-            f'scheduler.type = "{schedule["type"]}": DeepSpeed makes the first {steps} of the training steps with a '
+            f'scheduler.type = "{schedule["type"]}": DeepSpeed gives the first {steps} step{"s" * (steps > 1)} a '
             "learning rate of 0"
         )
     if not zero.get("stage"):

@@ -73,3 +73,8 @@ def _unknown_key(path: str, keys: list[str], valid: Mapping[str, Collection[str]
         if name and not parents and key in fields:
             return f'{path}: unknown key (did you mean "{name}": {{"{key}"}}?)'
     return unknown_key(path, key, valid[".".join(parents)])
+
+
+def more_ranks(size: int) -> str:
+    """The remedy where ranks cannot be divided into groups of a size."""
+    return f"start {size} ranks (deepspeed --num_gpus {size} ...; on CPUs --num_accelerators {size}), or change it"

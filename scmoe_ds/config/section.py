@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from scmoe_ds.config.deepspeed_json import AnyConfig, load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_settings
-from scmoe_ds.config.messages import explain, fail, nearest
+from scmoe_ds.config.messages import explain, fail, more_ranks, nearest
 from scmoe_ds.config.names import Architecture, Dispatch, GateSoftmax, MergeOrAuto, Position, TopK, in_present_words
 from scmoe_ds.config.overlap_section import OverlapConfig, Section
 from scmoe_ds.errors import ScMoEConfigError
@@ -286,13 +286,12 @@ class ScMoEConfig(Section):
             ScMoEConfigError: an expert-parallel size that does not fit the world size or the tensor-parallel one.
         """
         ep, tp, divided = self.expert_parallel_size, tensor_parallel_size, self.expert_tensor_parallelism
-        remedy = "change it or the number of processes"
         if world_size % tp:
             raise ScMoEConfigError(
-                f"--tensor-model-parallel-size {tp}: must divide the world size {world_size}; {remedy}"
+                f"--tensor-model-parallel-size {tp}: must divide the world size {world_size}; {more_ranks(tp)}"
             )
         rules = {
-            f"must divide the world size {world_size}; {remedy}": world_size % ep > 0,
+            f"must divide the world size {world_size}; {more_ranks(ep)}": world_size % ep > 0,
             f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; change it, or "
             "set expert_tensor_parallelism to false": divided and world_size // tp % ep > 0,
             f"it or --tensor-model-parallel-size {tp} must divide the other": not divided and ep % tp > 0 < tp % ep,

@@ -181,7 +181,7 @@ def overlap_of(
     pairs = pairs_of(model)
     sequence = getattr(model, "sequence", None)  # None in a model that others wrote
     nodes = nodes_of_ranks()
-    log(applied, *(describe_groups(layout, nodes) if len(set(nodes)) > 1 else ()))
+    log(*filter(None, [applied]), *(describe_groups(layout, nodes) if len(set(nodes)) > 1 else ()))
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
     own = [describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]
     choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))

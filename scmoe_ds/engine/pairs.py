@@ -16,6 +16,7 @@ from torch import nn
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.parallel.output import log
@@ -53,6 +54,8 @@ def pairs_of(model: nn.Module) -> list[ModelPair]:
 def applied_to(model: nn.Module, config: ScMoEConfig) -> tuple[str, ScMoEConfig]:
     """What the section describes in a model, and the section with the expert-parallel size of its layers.
 
+    The text is empty where nothing is new: a GPT was built from the section, and of replaced layers the log has spoken.
+
     Raises:
         ScMoEConfigError: nothing, or layers that are not as the section says.
     """
@@ -69,10 +72,12 @@ def applied_to(model: nn.Module, config: ScMoEConfig) -> tuple[str, ScMoEConfig]
     kinds = Counter("ScMoE" if isinstance(layer, HookedScMoE) else type(layer).__name__ for _, layer in layers)
     kinds_text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     experts = "/".join(str(number) for number in sorted({layer.num_experts for _, layer in layers}))
-    return (
+    text = (
         f'the "scmoe" section applies to {kinds_text} ({names_text([name for name, _ in layers])}): {experts} experts, '
         f"top-{layers[0][1].deepspeed_moe.gate.k}, expert-parallel size {layers[0][1].ep_size}"
-    ), config
+    )
+    known = isinstance(model, GPT) or all(isinstance(layer, HookedScMoE) for _, layer in layers)
+    return "" if known else text, config
 
 
 def _plain_layers(model: nn.Module, config: ScMoEConfig, found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -161,4 +166,7 @@ def describe_schedules(pairs: Sequence[ModelPair], model: nn.Module, overlap: Ca
     own = [pair for pair in pairs if isinstance(pair, StagedPair)]
     if not pairs and any(isinstance(module, StagedMoE) for module in model.modules()):
         return ["no schedule: the experts run where your model calls run_experts, or without overlap in forward"]
+    if own and overlap.calibrating:
+        last = 1 + overlap.timed_passes
+        return [f"schedule: chosen by times, which micro-batches 2 to {last} measure without overlap"]
     return schedule_lines(own, overlap.origin)

@@ -6,6 +6,7 @@ Until the times of a model are known, `first_schedule` chooses slot and chunks. 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -88,5 +89,7 @@ def choose_all_to_all(
         )
     for each in layers:
         each.transport = transports[chosen]
-    log(f"{'' if mode == 'train' else f'{mode}: '}all-to-all: {chosen} ({origin})")
+    matters = setting != "auto" or len(set(nodes_of_ranks())) > 1
+    text = f"{'' if mode == 'train' else f'{mode}: '}all-to-all: {chosen} ({origin})"
+    log(text, level=logging.INFO if matters else logging.DEBUG)
     return transports[chosen]

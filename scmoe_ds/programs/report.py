@@ -78,6 +78,8 @@ def report(args: argparse.Namespace, loaded: LoadedConfig) -> None:
     if dist.get_rank() > 0:
         return
     print(sentence(found), *(f"  {line}" for line in reasons(found)), sep="\n")
+    if (file := loaded.section.overlap.calibration_file) and not found.times:
+        print(f"  {file} was not written: no rank exchanges tokens with another, so there are no times to keep")
     if args.details:
         print(_setting(args, loaded), *details(found), *log(), *found.tables, sep="\n")
     else:

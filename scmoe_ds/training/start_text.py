@@ -20,7 +20,7 @@ from scmoe_ds.parallel.tensor import data_parallel_size, tensor_parallel_size
 from scmoe_ds.training.log import say
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.record import FILE_NAME
-from scmoe_ds.training.step_text import rounded
+from scmoe_ds.training.step_text import rounded, three_digits
 from scmoe_ds.training.utilization import card_name, memory_there_gib
 
 _GIB = 2**30
@@ -219,7 +219,7 @@ def _memory_text(facts: Mapping[str, Any]) -> str:
 
 
 def _size_text(gib: float) -> str:
-    return f"{gib:.3g} GiB" if gib >= 1 else f"{1024 * gib:.3g} MiB"
+    return f"{three_digits(gib)} GiB" if gib >= 1 else f"{three_digits(1024 * gib)} MiB"
 
 
 def _batch_text(facts: Mapping[str, Any], unit: str) -> str:
@@ -239,7 +239,9 @@ def _data_text(facts: Mapping[str, Any], unit: str) -> str:
     if facts["epochs"] is None:
         return text
     most = " of the most repeated one" if sets else ""
-    return f"{text} an epoch; the run sees {rounded(facts['epochs'])} epochs{most}"
+    seen = facts["epochs"]
+    seen_text = f"{rounded(seen)} epochs" if seen > 1 else f"{100 * seen:.3g} % of an epoch"
+    return f"{text} an epoch; the run sees {seen_text}{most}"
 
 
 def _output_text(facts: Mapping[str, Any]) -> str:

@@ -15,13 +15,18 @@ def number(value: float) -> str:
 
 
 def rounded(value: float) -> str:
-    """At most four significant digits, with a prefix for large numbers: 0.0003, 12345, 123.5k, 1.5M."""
+    """At most four significant digits, with a prefix for large numbers: 0.0003, 37.5, 905, 12345, 123.5k, 1.5M."""
     for size, prefix in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= size:
             return f"{value / size:.4g}{prefix}"
     if abs(value) >= 1e5:
         return f"{value / 1e3:.4g}k"
-    return f"{value:.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, with zeros at the end, so that columns stay: 0.580, 1.05, 412."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -52,11 +57,11 @@ def step_line(iteration: int, train_iters: int, unit: str, values: Mapping[str, 
         f"lr {short(values['learning_rate'])}",
         f"grad {UNKNOWN if norm is None else long(norm)}",
         f"{short(values[f'{unit}_per_second'])} {'tok' if unit == 'tokens' else 'img'}/s",
-        f"{values['tflops']:.3g} TFLOP/s",
+        f"{three_digits(values['tflops'])} TFLOP/s",
     ]
     if values["mfu"] is not None:
         parts.append(f"MFU {100 * values['mfu']:.0f} %")
-    parts.append(f"{values['memory_gib']:.3g} GiB")
+    parts.append(f"{three_digits(values['memory_gib'])} GiB")
     if "hidden" in values:
         hidden = values["hidden"]
         parts.append(f"hidden {UNKNOWN if hidden is None else f'{100 * hidden:.0f} %'}")

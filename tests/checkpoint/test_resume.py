@@ -428,7 +428,7 @@ def test_load_of_nothing_is_an_error(pretrain: Program, tmp_path: Path) -> None:
     # The remedy: leave it out; or one command line for start and restart.
     pretrain("--save", "run", "--exit-interval", "1")
     start = ("--save", "other", "--auto-resume", "--exit-interval", "1")
-    assert "no checkpoint is loaded, other has none to go on from: this run starts from scratch" in pretrain(*start)
+    assert "other has no checkpoint to go on from: this run starts from scratch" in pretrain(*start)
     text = pretrain(*start)
     assert "--auto-resume other/global_step1: loaded, iteration 1, 4 samples read" in text
     assert "scratch" not in text and "differs" not in text and "of this run" not in text, "nothing differs"

@@ -170,9 +170,10 @@ def test_the_remedies_work() -> None:
 def test_the_log_says_what_the_section_applies_to(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="scmoe_ds")
     scmoe_ds.initialize(model=Model(), config=whole(replace=True))
-    assert 'the "scmoe" section applies to 1 ScMoE (blocks.1.mlp): 4 experts, top-1' in caplog.text
+    assert "replaced 1 MoE layer of Model by ScMoE: blocks.1.mlp" in caplog.text and "applies to" not in caplog.text
     caplog.clear()
     scmoe_ds.initialize(model=WithScMoE(), config=whole())
+    assert 'the "scmoe" section applies to 1 ScMoE (moe): 4 experts, top-1' in caplog.text
     assert "no schedule: the experts run where your model calls run_experts" in caplog.text
 
 

@@ -97,4 +97,4 @@ def test_steps_without_a_rate_are_counted_as_deepspeed_makes_them(
     assert steps_without_rate(schedule) == rates.count(0) and 0 not in rates[rates.count(0) :]
     with caplog.at_level(logging.INFO, "scmoe_ds"):
         warn({"scheduler": schedule})
-    assert (f"first {rates.count(0)} of the training steps" in caplog.text) == (0 in rates)
+    assert ("a learning rate of 0" in caplog.text) == (0 in rates)

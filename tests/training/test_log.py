@@ -101,7 +101,7 @@ def test_the_start_says_what_is_trained(work: Path, capfd: pytest.CaptureFixture
         "fp32, ZeRO stage 1, AdamW",
         "1 × CPU on 1 node: expert parallel 1 × expert data parallel 1; tensor parallel 1 × data parallel 1",
         "6 sequences, 48 tokens a step: 2 × 3 accumulated × 1 data-parallel ranks",
-        "data: 1800 tokens, 37.5 steps an epoch; the run sees 0.1067 epochs",
+        "data: 1800 tokens, 37.5 steps an epoch; the run sees 10.7 % of an epoch",
         "checkpoints at the end and log.jsonl in run; CSV in csv/job",
     ):
         assert part in text, part
