@@ -76,7 +76,9 @@ def sentence(found: Measured) -> str:
         overlap = "DeepSpeed's own layers hide none of their communication"
     if DEEPSPEED not in found.seconds:
         return f"{overlap}; a step takes {_ms(found.seconds[OURS])} with {found.baseline}, measured"
-    return f"{overlap}; a step {compared_as_measured(found.speedup(OURS, DEEPSPEED), found.baseline)}, measured"
+    speedup = found.speedup(OURS, DEEPSPEED)
+    measured = "" if measured_change(speedup) == "none" else ", measured"
+    return f"{overlap}; a step {compared_as_measured(speedup, found.baseline)}{measured}"
 
 
 def reasons(found: Measured) -> list[str]:
