@@ -26,7 +26,7 @@ def rounded(value: float) -> str:
 
 def three_digits(value: float) -> str:
     """Three significant digits, with zeros at the end, so that columns stay: 0.580, 1.05, 412."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def duration(seconds: float) -> str:
