@@ -27,7 +27,7 @@ def batch_sizes(whole: Mapping[str, Any], data_parallel_size: int) -> tuple[int,
         steps = steps or 1
         micro = max(total // (steps * data_parallel_size), 1)
     elif steps is None:
-        steps = total // (micro * data_parallel_size) if total else 1
+        steps = max(total // (micro * data_parallel_size), 1) if total else 1
     product = micro * steps * data_parallel_size
     if total is not None and total != product:
         raise ScMoEConfigError(

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ from scmoe_ds.errors import ScMoEConfigError
 logger = logging.getLogger("scmoe_ds")
 
 
-def check_settings(whole: Mapping[str, Any]) -> list[str]:
-    """What is wrong with DeepSpeed's part of the JSON, as far as the file alone decides, a line each."""
+def check_settings(whole: Mapping[str, Any], of_section: Collection[str]) -> list[str]:
+    """What is wrong with DeepSpeed's part of the JSON, as far as the file alone decides, a line each.
+
+    Args:
+        of_section: keys of the "scmoe" section, which some write beside it.
+    """
     if not whole.keys() - {"scmoe"}:
         return []
     lines: dict[str, str] = {}
-    for line in map(str, [*refusals(whole), *check_keys(whole), *check_optimizer(whole)]):
+    for line in map(str, [*refusals(whole), *check_keys(whole, of_section), *check_optimizer(whole)]):
         lines.setdefault(re.split(r"[ :]", line, maxsplit=1)[0], line)  # one for each key
     of_all = lines.pop("the", None)  # what DeepSpeed says of the whole JSON, if no key is to blame
     return list(lines.values()) or ([of_all] if of_all else [])

@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 from functools import cache
 from typing import Any, get_args
@@ -25,7 +25,7 @@ from scmoe_ds.config.messages import fail, unknown_key
 _KEEPS_AUTO = ("data_types.keep_in_fp32_modules", "pipeline")
 
 
-def check_keys(whole: Mapping[str, Any]) -> list[str]:
+def check_keys(whole: Mapping[str, Any], of_section: Collection[str] = ()) -> list[str]:
     """What is wrong with DeepSpeed's part of the JSON, a line each.
 
     Top-level keys that begin with "_" are the user's own; DeepSpeed does not look at them either.
@@ -38,7 +38,7 @@ def check_keys(whole: Mapping[str, Any]) -> list[str]:
         removed |= _removed(in_zero, zero, "zero_optimization.")
     lines = [f"{path}: {message}" for path, message in removed.items()]
     rest = {key: value for key, value in theirs.items() if key not in removed}
-    lines += _check(rest, known_keys(), "", removed)
+    lines += _check(rest, {**known_keys(), "scmoe": dict.fromkeys(of_section)}, "", removed)
     return lines or _read_by_deepspeed(rest)
 
 
@@ -53,10 +53,7 @@ def _check(section: Mapping[str, Any], keys: Keys, prefix: str, known_wrong: Map
         if path in known_wrong or (path == "steps_per_print" and value == math.inf):
             continue  # Accelerate writes infinity, for never
         if key not in keys:
-            # At the top level all keys would be too many to name.
-            unknown = unknown_key(path, key, keys if prefix else [*keys, "scmoe"])
-            far = not prefix and "valid keys" in unknown
-            lines.append(f'{path}: unknown key; remove it, or let a key of your own begin with "_"' if far else unknown)
+            lines.append(unknown_key(path, key, keys) if prefix else _unknown_at_the_top(key, keys))
         elif path not in _KEEPS_AUTO and not (value == "auto" and key.startswith("stage3_")):
             holds = keys[key]
             if not isinstance(holds, dict):
@@ -67,6 +64,16 @@ def _check(section: Mapping[str, Any], keys: Keys, prefix: str, known_wrong: Map
             elif value is not None or not prefix:
                 lines.append(str(fail(path, value, f'must be an object, such as {{"{next(iter(holds))}": …}}')))
     return lines
+
+
+def _unknown_at_the_top(key: str, keys: Keys) -> str:
+    homes = [name for name, inner in keys.items() if isinstance(inner, dict) and key in inner]
+    if len(homes) == 1:
+        return f'{key}: unknown key (did you mean "{homes[0]}": {{"{key}"}}?)'
+    unknown = unknown_key(key, key, keys)
+    if "valid keys" in unknown:  # too many to name
+        return f'{key}: unknown key; remove it, or let a key of your own begin with "_"'
+    return unknown
 
 
 def broken_rule(value: Any, holds: Any) -> str | None:

@@ -56,7 +56,7 @@ def explain(error: ValidationError, section: Mapping[str, Any], valid: Mapping[s
         elif found["type"] == "extra_forbidden":
             lines[path] = _unknown_key(path, keys, valid)
         else:
-            message = str(cause) if cause else found["msg"]
+            message = str(cause) if cause else found["msg"].replace("Input should be", "must be")
             line = str(fail(path, found["input"], message))
             lines[path] = f"{lines[path]}; or {message}" if path in lines and message not in lines[path] else line
     return "\n".join(lines.values())

@@ -36,7 +36,9 @@ class Section(DeepSpeedConfigModel):
     def _no_quiet_conversions(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic would read "8" and true as the integers 8 and 1; in a hand-written file they are mistakes.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("is true or false; write a number or a name")
+            is_object = info.field_name == "overlap"
+            remedy = 'an object, such as {"enabled": …}' if is_object else "a number or a name"
+            raise ValueError(f"is true or false; write {remedy}")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("is too large")
         if isinstance(value, str) and unquoted(value) is not None:

@@ -121,7 +121,7 @@ class ScMoEConfig(Section):
         if isinstance(section := getattr(config, "section", config), ScMoEConfig):
             return section
         whole = load_deepspeed_json(config)
-        lines = check_settings(whole)
+        lines = check_settings(whole, cls.model_fields)
         try:
             parsed = cls._from_section(whole)
         except ScMoEConfigError as error:

@@ -15,6 +15,7 @@ from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_gr
 from torch import nn
 
 from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.moe.checks import check_model
 from scmoe_ds.replace.layer import HookedScMoE
 
 
@@ -28,6 +29,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         groups for a torch optimizer. `initialize` splits the experts off each; elsewhere
         `deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer` does.
     """
+    check_model(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trainable if parameter.ndim > 1]
     plain = [parameter for parameter in trainable if parameter.ndim <= 1]

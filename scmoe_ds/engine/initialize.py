@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -91,8 +92,8 @@ def initialize(
     if layout.tensor_size > 1 and not layout.divided_experts:
         prepare_whole_experts(model, section)
     handed_on = (training_data, lr_scheduler, distributed_port, mpu, dist_init_required, collate_fn)
-    sources = (_on_this_rank(whole), mesh_param)
     own = [name for name, each in (("optimizer", optimizer), ("scheduler", lr_scheduler)) if each is not None]
+    sources = (_on_this_rank(whole, own), mesh_param)
     with section_is_read(), errors_name_the_section(whole, own):
         result = deepspeed.initialize(_without_json(args), model, optimizer, model_parameters, *handed_on, *sources)
     result[0].module.register_forward_hook(check_output)
@@ -102,6 +103,10 @@ def initialize(
 
 
 def _module(model: Any) -> nn.Module:
+    if isinstance(model, deepspeed.DeepSpeedEngine):
+        raise ScMoEConfigError(
+            "model is a DeepSpeed engine already: hand over engine.module, or use the engine as it is"
+        )
     if not isinstance(model, nn.Module):
         raise ScMoEConfigError(
             "scmoe_ds.initialize takes the arguments of deepspeed.initialize, in its order: hand over model=… and "
@@ -133,11 +138,20 @@ def _checked_layout(whole: Mapping[str, Any], section: ScMoEConfig, mpu: Any) ->
     return Layout(ranks, tp_size, section.expert_parallel_size, section.expert_tensor_parallelism)
 
 
-def _on_this_rank(whole: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON for DeepSpeed. Rank 0 alone warns, and writes to monitors."""
+def _on_this_rank(whole: Mapping[str, Any], own: Sequence[str]) -> dict[str, Any]:
+    """The JSON for DeepSpeed. Rank 0 alone warns, and writes to monitors.
+
+    Args:
+        own: sections in whose place something was handed over.
+    """
     if dist.get_rank() > 0:
         return dict(whole)
     warn(whole)
+    if twice := [name for name in own if whole.get(name)]:
+        log(
+            f"{', '.join(twice)} of the DeepSpeed JSON: not used, because initialize got its own; remove one of them",
+            level=logging.WARNING,
+        )
     return without_full_disks(whole)
 
 

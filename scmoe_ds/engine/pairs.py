@@ -24,7 +24,7 @@ from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.schedule_text import names_text, schedule_lines
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.layer import HookedScMoE
-from scmoe_ds.replace.replacement import nothing_to_apply_to
+from scmoe_ds.replace.replacement import is_replaced, nothing_to_apply_to
 
 ModelPair = Union[StagedPair, HookedPair]
 
@@ -68,6 +68,7 @@ def applied_to(model: nn.Module, config: ScMoEConfig) -> tuple[str, ScMoEConfig]
         raise ScMoEConfigError(f"the MoE layers have expert-parallel sizes {sorted(sizes)}; build them with one")
     _check_sizes(layers, config)
     _warn_of_other_settings(layers, config)
+    _warn_of_idle_settings(model, config)
     config = config.model_copy(update={"expert_parallel_size": sizes.pop()})
     kinds = Counter("ScMoE" if isinstance(layer, HookedScMoE) else type(layer).__name__ for _, layer in layers)
     kinds_text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
@@ -125,6 +126,25 @@ def _warn_of_other_settings(layers: list[tuple[str, Any]], config: ScMoEConfig) 
     if differ:
         text = f"not applied, the layers keep what they were built with: {'; '.join(differ.values())}"
         log(text, level=logging.WARNING)
+
+
+def _warn_of_idle_settings(model: nn.Module, config: ScMoEConfig) -> None:
+    """Warns of fields that mean nothing to the layers, as after the architecture alone was changed."""
+    architecture, idle = config.architecture, set[str]()
+    if not config.has_shortcut:
+        idle |= {"position", "first_layer_position", "shortcut_distance", "shortcut_norm"}
+    without_shared = architecture in ("topk", "pipelined_topk", "dgmoe")
+    if without_shared or (architecture == "shared_expert" and config.merge != "cg2"):  # DeepSpeed's own merge
+        idle.add("merge")
+    if not config.is_scheduled:
+        idle |= {"dispatch", "wire_dtype"}
+    if not is_replaced(model):
+        idle |= {"tap", "shared_from"}
+        if config.is_scheduled and not pairs_of(model):  # layers in a model that calls their stages itself
+            idle |= {"position", "first_layer_position", "shortcut_distance", "shortcut_norm", "post_norm"}
+    if idle := idle & config.written.keys():
+        names = ", ".join(f"scmoe.{field}" for field in sorted(idle))
+        log(f'no effect on these layers of architecture "{architecture}": {names}', level=logging.WARNING)
 
 
 def describe_pair(

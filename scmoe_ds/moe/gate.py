@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scmoe_ds.comm.counts import largest
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
+from scmoe_ds.moe.checks import check_tokens
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,15 @@ def route(
         group: agree on the largest capacity of these ranks (padded buffers need it; one blocking all-reduce).
 
     Raises:
-        ValueError: a mask of another number of tokens, or `exclude_T` with k > 1.
+        ValueError: a mask or choice that is none, or of another number of tokens; or `exclude_T` with k > 1.
     """
     if gate.k > 1 and exclude_T is not None:
         raise ValueError(f"exclude_T is defined for k = 1, not k = {gate.k}")
+    check_tokens("used_token", used_token, len(tokens_TD))
+    check_tokens("exclude", exclude_T, len(tokens_TD), integer=True)
     if used_token is None:
         routing = _route_all(gate, tokens_TD, exclude_T, softmax)
     else:
-        if used_token.numel() != tokens_TD.shape[0]:
-            raise ValueError(
-                f"used_token of shape {tuple(used_token.shape)}: must have one element for each of the "
-                f"{tokens_TD.shape[0]} tokens"
-            )
         used_T = used_token.reshape(-1) != 0
         index_U, used_T = used_T.nonzero().squeeze(1).to(tokens_TD.device), used_T.to(tokens_TD.device)
         exclude_U = None if exclude_T is None else exclude_T.index_select(0, index_U)

@@ -14,6 +14,7 @@ Shape suffixes: T tokens (B * S), D hidden, E experts.
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from typing import Any, Literal, TypeVar, get_args
 
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.comm.wire import WIRE_DTYPES
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
-from scmoe_ds.moe.checks import check_input
+from scmoe_ds.moe.checks import check_arguments, check_count, check_input
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel_rank, own_first_expert
@@ -34,6 +35,7 @@ from scmoe_ds.parallel.agreement import require_agreement, run_together
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 Layer = TypeVar("Layer", bound="StagedMoE")
+_SIGNATURE = signature(MoE.__init__)
 
 
 class StagedMoE(MoE):
@@ -74,16 +76,16 @@ class StagedMoE(MoE):
         wire_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self._check_sizes(num_experts, ep_size, k)
         capacity = capacity_factor, eval_capacity_factor, min_capacity
+        sizes = (hidden_size, expert, num_experts, ep_size, k, *capacity, bool(use_residual))
+        check_arguments(_SIGNATURE.bind(self, *sizes, *args, **kwargs).arguments)
+        self._check_sizes(num_experts, ep_size, k)
         super().__init__(hidden_size, expert, num_experts, ep_size, k, *capacity, self._needs_residual, *args, **kwargs)
         if use_residual not in (None, self._needs_residual):
             raise ValueError(
                 f"{type(self).__name__} is defined with use_residual={self._needs_residual} only; ScMoE has a shared "
                 "expert, StagedMoE and deepspeed.moe.layer.MoE do without"
             )
-        if self.deepspeed_moe.use_tutel:
-            raise ValueError("use_tutel: this layer brings its own dispatch; leave it False")
         self._set_up(dispatch, gate_softmax, all_to_all, wire_dtype)
         self._initialized_as = own_expert_parallel_rank(self)
         initialize_experts(self.deepspeed_moe.experts, own_first_expert(self))
@@ -204,8 +206,7 @@ class StagedMoE(MoE):
         check_input("shortcut", shortcut, hidden_size)
         if self.deepspeed_moe.ep_group is None and (self.ep_size > 1 or mpu_tensor_parallel_size() > 1):
             raise RuntimeError("call layer.set_deepspeed_parallelism() (or initialize the engine) before the first use")
-        if num_chunks < 1:
-            raise ValueError(f"num_chunks = {num_chunks}: must be at least 1")
+        check_count("num_chunks", num_chunks)
         tokens_TD = shortcut.reshape(-1, hidden_size)
         (gated_TD,) = recorder.open("gate", tokens_TD)
         # Padded buffers have the same size on all ranks, even if the numbers of tokens differ.

@@ -26,6 +26,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if isinstance(self.expert_slot, list):  # JSON has no tuples
             object.__setattr__(self, "expert_slot", tuple(self.expert_slot))
+        if not all(type(number) is int for number in (self.num_chunks, *self._given_slots)):
+            raise ValueError(f"{self}: expert_slot and num_chunks must be whole numbers")
         if self.num_chunks < 1:
             raise ValueError(f"{self}: num_chunks counts from 1")
         if len(self.slots) != self.num_chunks:
@@ -38,4 +40,8 @@ class Schedule:
     @property
     def slots(self) -> tuple[int, ...]:
         """The slot of every chunk, [num_chunks]."""
-        return self.expert_slot if isinstance(self.expert_slot, tuple) else (self.expert_slot,) * self.num_chunks
+        return self._given_slots if isinstance(self.expert_slot, tuple) else self._given_slots * self.num_chunks
+
+    @property
+    def _given_slots(self) -> tuple[int, ...]:
+        return self.expert_slot if isinstance(self.expert_slot, tuple) else (self.expert_slot,)

@@ -13,6 +13,7 @@ from scmoe_ds.compat import children_of, forward_hooks
 from scmoe_ds.config.loading import Source
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.moe.checks import check_model
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.parallel.output import log
 from scmoe_ds.replace.convert import convert, routed_experts_per_token
@@ -45,6 +46,7 @@ def replace_moe_layers(model: nn.Module, config: Source | ScMoEConfig) -> nn.Mod
     Raises:
         ScMoEConfigError: no MoE layer, or one that cannot be replaced; the model is then as it was.
     """
+    check_model(model)
     log(*describe_replacement(model, replaced_layers(model, ScMoEConfig.from_deepspeed(config))))
     return model
 
@@ -83,6 +85,7 @@ def undo_replacement(model: nn.Module) -> nn.Module:
     Returns:
         the same model.
     """
+    check_model(model)
     for layer in [module for module in model.modules() if isinstance(module, HookedScMoE)]:
         assert layer.pair is not None
         layer.pair.detach()

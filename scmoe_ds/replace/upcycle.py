@@ -16,6 +16,7 @@ from scmoe_ds.config.loading import Source
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.build import build_moe
+from scmoe_ds.moe.checks import check_model
 from scmoe_ds.moe.experts import has_two_projections
 from scmoe_ds.moe.placement import own_first_expert
 from scmoe_ds.parallel.output import log
@@ -104,6 +105,7 @@ def moe_from_dense(
     Raises:
         ScMoEConfigError: no such blocks, a number that does not exist, a MoE already; the model is then as it was.
     """
+    check_model(model)
     config = ScMoEConfig.from_deepspeed(config)
     _check_config(config, noise)
     all_blocks = _dense_blocks(model)
@@ -147,6 +149,7 @@ def load_balancing_loss(model: nn.Module) -> Tensor:
         ScMoEConfigError: it holds no layer made by `moe_from_dense`.
         RuntimeError: no forward pass has been run.
     """
+    check_model(model)
     layers = [module for module in model.modules() if isinstance(module, MoEFeedForward)]
     if not layers:
         raise ScMoEConfigError("the model holds no layer made by moe_from_dense")

@@ -111,23 +111,24 @@ class FlagParser(argparse.ArgumentParser):
         """Finds flags that do not exist, that lack a value or have one too many, and that are required and missing.
 
         Returns:
-            the command line without flags that do not exist.
+            the command line without those that are wrong.
         """
         known, given = list(args), dict[str, list[str]]()
         for flag, values in _by_flag(args):
-            action = self._option_string_actions.get(flag.partition("=")[0])
+            action, mistakes = self._option_string_actions.get(flag.partition("=")[0]), len(self._found)
             if action is None:
                 self._found.append(about_unknown(flag.partition("=")[0], self))
-                start = known.index(flag)
-                del known[start : start + 1 + len(values)]
+                _take_out(known, flag, values)
                 continue
             name, shown = action.option_strings[0], " ".join([*flag.partition("=")[2:], *values]).strip()
             if action.nargs == 0 and "=" in flag:
                 self._found.append(f"{flag}: takes no value; write {name}")
             if action.nargs in (None, "+") and not values and "=" not in flag:
-                self._found.append(f"{flag}: needs a value")
+                self._found.append(f"{flag}: needs a value; one that begins with a dash is written {flag}=VALUE")
             elif action.nargs is None and not shown and not isinstance(action, argparse._AppendAction):
                 self._found.append(f"{name}: its value is empty, as of a shell variable that is not set; leave it out")
+            if len(self._found) > mistakes:
+                _take_out(known, flag, values)  # argparse would say it again
             if not isinstance(action, argparse._AppendAction):
                 given.setdefault(name, []).append(shown)
         required = [action.option_strings[0] for action in self._actions if action.required and action.option_strings]
@@ -165,6 +166,11 @@ class FlagParser(argparse.ArgumentParser):
 
 def _name(action: argparse.Action) -> str:
     return action.option_strings[0] if action.option_strings else action.dest
+
+
+def _take_out(words: list[str], flag: str, values: Sequence[str]) -> None:
+    start = words.index(flag)
+    del words[start : start + 1 + len(values)]
 
 
 def _by_flag(args: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -77,6 +77,16 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         r'gradient_cliping: unknown key \(did you mean "gradient_clipping',
     ),
     "misspelt inside": ({"zero_optimization.stge": 2}, r'zero_optimization\.stge: unknown key \(did you mean "stage"'),
+    "a key of the section beside it": ({"num_experts": 4}, r'num_experts: .*did you mean "scmoe": \{"num_experts"\}'),
+    "a key of ZeRO beside it": (
+        {"overlap_comm": True},
+        r'overlap_comm: unknown key \(did you mean "zero_optimization": \{"overlap_comm"\}',
+    ),
+    "a key that pydantic refuses": ({"scmoe.min_capacity": -1}, r"scmoe\.min_capacity = -1: must be greater than or"),
+    "batches that do not fit": (
+        {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 4},
+        r"train_batch_size = 2: must equal train_micro_batch_size_per_gpu \(4\) \* gradient_accumulation_steps \(1\)",
+    ),
     "optimizer as text": ({"optimizer": "AdamW"}, r'optimizer = "AdamW": must be an object'),
 }
 

@@ -68,6 +68,12 @@ DATA_ROWS: dict[str, tuple[str, str]] = {
     "save: a file": (f"{DATA} --save data.bin", r"--save data\.bin: cannot write there"),
     "save: an empty variable": (f"{DATA} --save ''", r"--save: its value is empty"),
     "memory": (f"{DATA} --hidden-size 200000000", r"out of memory \(.*allocate.*\): lower train_micro_batch_size"),
+    "flag: a switch with a value": (f"{DATA} --debug=1", r"--debug=1: takes no value; write --debug$"),
+    "flag: an empty variable": (f"{DATA} --num-layers=", r"--num-layers: its value is empty.*; leave it out$"),
+    "flag: no value": (
+        f"{DATA} --save",
+        r"--save: needs a value; one that begins with a dash is written --save=VALUE$",
+    ),
     "flag and JSON": (f"{DATA} --lr 1", r"--lr asks for optimizer\.params\.lr = 1.0, but ds\.json has 0\.001; remove"),
 }
 
