@@ -111,13 +111,14 @@ class Model(nn.Module):
         self.moe = layer()
 
 
-def test_an_engine_is_no_model(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_is_no_model(caplog: pytest.LogCaptureFixture) -> None:
     model = Model()
     whole = {**JSON, "scmoe": {"tap": "{previous}:output", "position": "pos3"}}
     engine, *_ = scmoe_ds.initialize(model=model, config=whole, optimizer=torch.optim.AdamW(model.parameters()))
-    said = "".join(capfd.readouterr())
-    assert "optimizer of the DeepSpeed JSON: not used, because initialize got its own; remove one of them" in said
-    assert 'no effect on these layers of architecture "scmoe": scmoe.position, scmoe.tap' in said
+    assert (
+        "optimizer of the DeepSpeed JSON: not used, because initialize got its own; remove one of them" in caplog.text
+    )
+    assert 'no effect on these layers of architecture "scmoe": scmoe.position, scmoe.tap' in caplog.text
     with pytest.raises(ScMoEConfigError, match=r"^model is a DeepSpeed engine already: hand over engine\.module"):
         scmoe_ds.initialize(model=engine, config=JSON)
 
