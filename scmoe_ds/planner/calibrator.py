@@ -145,7 +145,7 @@ class Calibrator:
     def origin(self) -> str:
         """Who chooses the schedules of training, in words."""
         if self.calibrating:
-            return f"until times decide: {self.timed_passes} micro-batches after the first run without overlap"
+            return f"until times decide, which micro-batches 2 to {1 + self.timed_passes} measure"
         if self.times:
             file = self.settings.calibration_file
             return f"from the times in {file}" if file else "from the measured times"

@@ -204,8 +204,14 @@ def _first_of(block: nn.Module, names: Sequence[str], block_name: str, what: str
             return name
     raise ScMoEConfigError(
         f"{block_name} ({type(block).__name__}) has no {what} of a known name ({', '.join(names)}); "
-        'set scmoe.tap, e.g. "{previous}.<name of that norm>:input"'
+        f'set scmoe.tap, e.g. "{{previous}}.<name of that norm>:input"{_norms_text(block)}'
     )
+
+
+def _norms_text(block: nn.Module) -> str:
+    """The norms that a block has, by the names of their classes, for a message."""
+    found = [name for name, module in block.named_modules() if name and "norm" in type(module).__name__.lower()]
+    return f" (it has {', '.join(found[:6])})" if found else ""
 
 
 def _has(block: nn.Module, name: str) -> bool:

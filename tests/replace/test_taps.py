@@ -200,6 +200,20 @@ def test_layers_in_a_list_of_their_own_take_a_tap_by_its_path() -> None:
         replace_moe_layers(InAList(), config(position="pos1"))
 
 
+class Storey(nn.Module):
+    """A block whose names nobody knows."""
+
+    def __init__(self, think: nn.Module) -> None:
+        super().__init__()
+        self.quiet, self.calm, self.think = nn.LayerNorm(8), nn.LayerNorm(8), think
+
+
+def test_a_block_of_unknown_names_is_told_its_norms() -> None:
+    model = nn.Sequential(Storey(nn.Linear(8, 8)), Storey(MoE(8, nn.Linear(8, 8), num_experts=2)))
+    with pytest.raises(ScMoEConfigError, match=r"e\.g\. .*:input\" \(it has quiet, calm\)"):
+        replace_moe_layers(model, config())
+
+
 def test_an_mlp_that_wants_more_than_the_hidden_states_is_refused() -> None:
     shape = transformers.BloomConfig(vocab_size=48, hidden_size=16, n_layer=2, n_head=2)
     with pytest.raises(ScMoEConfigError, match=r"transformer\.h\.1\.mlp \(BloomMLP\) takes residual beside .*leave"):
