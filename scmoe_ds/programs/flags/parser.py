@@ -16,6 +16,7 @@ from scmoe_ds.programs.flags.unknown import about_unknown, nearest_names, starts
 _RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number"}
 _WORDS = {
     r"argument (\S+): expected .*": r"\1: needs a value; one that begins with a dash is written \1=VALUE",
+    r"argument (\S+): not allowed with argument (\S+)": r"\1 and \2: give one of them",
     r"argument (\S+): ": r"\1: ",
     r"the following arguments are required: (.*)": r"\1: missing; --help shows an example",
     r"one of the arguments (.*) is required": r"one of \1 is missing",

@@ -124,6 +124,14 @@ ROWS: dict[str, tuple[str, str]] = {
         r"--expert-cache 0: has no room for one expert",
     ),
     "evaluate: nothing": ("evaluate --load saved", r"one of --data-path --text-file --tasks is missing"),
+    "evaluate: two texts": (
+        "evaluate --load saved --text-file text.txt --data-path data",
+        r"--data-path and --text-file: give one of them$",
+    ),
+    "dashboard: someone else's": (
+        "dashboard hf",
+        r"hf has no log\.jsonl: name the --save directory of a training run$",
+    ),
     "evaluate: no text": ("evaluate --load saved --text-file absent", r"--text-file absent .*: No such file or dir"),
     "evaluate: directory": ("evaluate --load saved --text-file nothing", r"--text-file nothing .*: Is a directory$"),
     "evaluate: empty": ("evaluate --load saved --text-file empty.txt", r"--text-file empty\.txt has 0 token"),
