@@ -43,6 +43,7 @@ from scmoe_ds.programs.flags.analysis import build_parser, check
 from scmoe_ds.programs.flags.checks import flag_of
 from scmoe_ds.programs.flags.tokenizer import named_tokenizer, tokenizer_of
 from scmoe_ds.programs.run import run_alone, run_program
+from scmoe_ds.training.step_text import number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,7 +165,7 @@ def _gating_line(name: str, layer: dict[str, Any]) -> str:
         f"{name}, MoE of block {layer['block']} ({layer['preceding']} / {layer['current']}): same expert "
         f"{100 * layer['same_expert_share']:.1f} %, L2 distance {layer['l2']:.3f}, cosine {layer['cosine']:.3f}, "
         f"scores {layer['preceding_score']:.3f} / {layer['current_score']:.3f}, busiest expert "
-        f"{layer['load_max_over_mean']:.2f} x the mean, dropped {100 * layer['drop_rate']:.1f} %"
+        f"{layer['load_max_over_mean']:.2f} × the mean, dropped {100 * layer['drop_rate']:.1f} %"
     )
 
 
@@ -175,7 +176,7 @@ def _architecture(config: ScMoEConfig) -> dict[str, Any]:
 def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     checkpoints = [_gradients_of(args, load, path) for load in args.load for path in _checkpoints(args, load)]
     lines = [
-        f"{each['label']}{_at(each['iteration'])}: {name}: gradient norm {branch['norm']:.3e}, "
+        f"{each['label']}{_at(each['iteration'])}: {name}: gradient norm {number(branch['norm'])}, "
         "signal-to-noise ratio " + ("none" if branch["snr"] is None else f"{branch['snr']:.3g}")
         for each in checkpoints
         for name, branch in each["branches"].items()
