@@ -98,6 +98,28 @@ def test_the_end(
     assert "trace" not in said, "this run has drawn none"
 
 
+@pytest.mark.parametrize("last", [3, 300])
+def test_a_run_that_was_stopped_shows_how_to_go_on(
+    quick_start: ModuleType, last: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (quick_start.ROOT / "ds_configs").symlink_to(ROOT / "ds_configs")
+    monkeypatch.setattr(quick_start.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(quick_start, "show_result", lambda: print("the result"))
+
+    def run(line: list[str]) -> int:
+        writer = RecordWriter(quick_start.ROOT / quick_start.SAVE)
+        writer.write("start", 0)
+        writer.write("step", last, lm_loss=4.0)
+        return 0
+
+    monkeypatch.setattr(quick_start, "run", run)
+    assert quick_start.main() == 0
+    said = capsys.readouterr().out
+    assert ("the result" in said) == (last == 300)
+    assert ("stopped at iteration 3 of 300. To go on:" in said and "--auto-resume" in said) == (last == 3)
+
+
 def test_what_it_leaves_is_removed_by_make_clean(quick_start: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     clean = (ROOT / "Makefile").read_text().split("\nclean:")[1]
     assert {quick_start.SAVE, quick_start.RUN, quick_start.CORPUS} <= set(clean.split())
