@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -36,7 +37,7 @@ def machines() -> Iterator[TwoMachines]:
 
 def check(text: str, reference: dict[int, str]) -> None:
     assert training_log.losses(text) == {i: reference[i] for i in range(1, STEPS + 1)}, text
-    assert "on 2 CPU process(es), expert-parallel size 2" in text
+    assert re.search(r"ranks +2 × CPU.*expert parallel 2", text), text
 
 
 @needs_machines

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
+from lab.distributed import free_port
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
@@ -143,5 +144,5 @@ TWO_RANKS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [script for _, script in TWO_RANKS])
 def test_an_example_runs_on_two_ranks(script: str) -> None:
-    line = ["deepspeed", "--num_accelerators", "2", *script.split()]
+    line = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), *script.split()]
     assert subprocess.run(line, cwd=ROOT, capture_output=True, timeout=600, check=False).returncode == 0

@@ -15,6 +15,7 @@ import pytest
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.planner import plan as schedule
+from scmoe_ds.planner import simulation
 from scmoe_ds.planner.calibration_file import find_times, read_calibration, write_calibration
 from scmoe_ds.planner.plan import plan
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
@@ -182,9 +183,9 @@ def long_backbone(operators: int) -> OperatorTimes:
 
 def test_the_planner_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight chunks around a hundred operators have 3.5e11 schedules."""
-    simulated, original = [], schedule._one_pass
+    simulated, original = [], simulation._one_pass
     monkeypatch.setattr(
-        schedule, "_one_pass", lambda program, *rest: simulated.append(len(program)) or original(program, *rest)
+        simulation, "_one_pass", lambda program, *rest: simulated.append(len(program)) or original(program, *rest)
     )  # type: ignore[func-returns-value]
     times = long_backbone(100)
     found = plan(times)

@@ -241,7 +241,7 @@ BAD = {
     "another architecture": (dense, {"architecture": "dgmoe"}, None, 'architecture = "dgmoe"'),
     "a pyramid of another length": (dense, {"num_experts": [2, 4, 8]}, None, "needs 2 numbers"),
     "first block": (dense, {}, [0, 2], r"transformer\.h\.0\.mlp\.moe is in the first block"),
-    "ranks": (dense, {"expert_parallel_size": 2}, None, "after .*init_distributed"),
+    "ranks": (dense, {"expert_parallel_size": 2}, None, r"call scmoe_ds\.connect\(\) before moe_from_dense"),
 }
 
 
