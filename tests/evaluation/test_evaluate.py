@@ -368,7 +368,10 @@ def test_log_likelihoods_and_generation_of_the_adapter(export: str) -> None:
 
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing to evaluate on": (["--load", "EXPORT"], r"--data-path --text-file --tasks is missing"),
-    "two texts": (["--load", "EXPORT", "--data-path", "DATA", "--text-file", "TEXT"], r"--text-file and --data-path: give one of them"),
+    "two texts": (
+        ["--load", "EXPORT", "--data-path", "DATA", "--text-file", "TEXT"],
+        r"--text-file and --data-path: give one of them",
+    ),
     "model missing": (["--load", "absent", "--text-file", "TEXT"], r"absent is neither a checkpoint"),
     "data missing": (["--load", "EXPORT", "--data-path", "absent"], r"absent\.(bin|idx).* not found"),
     "text missing": (["--load", "EXPORT", "--text-file", "absent"], r"--text-file absent cannot be read"),
