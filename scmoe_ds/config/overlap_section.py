@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal, Union
+from typing import Any, Literal, Union, get_args
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
@@ -35,13 +35,14 @@ class Section(DeepSpeedConfigModel):
     @classmethod
     def _no_quiet_conversions(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic would read "8" and true as the integers 8 and 1; in a hand-written file they are mistakes.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool:
             is_object = info.field_name == "overlap"
             remedy = 'an object, such as {"enabled": …}' if is_object else "a number or a name"
             raise ValueError(f"is true or false; write {remedy}")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("is too large")
-        if isinstance(value, str) and unquoted(value) is not None:
+        if isinstance(value, str) and str not in get_args(kind) and unquoted(value) is not None:
             raise ValueError("is a string; write the number without quotes")
         return value
 

@@ -126,6 +126,10 @@ def test_a_section_written_in_python_has_the_same_errors() -> None:
         ScMoEConfig(top_k=9)
 
 
+def test_a_name_may_look_like_a_number() -> None:
+    assert section(replace=True, tap="2").tap == "2"
+
+
 def test_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         section().position = "pos1"
