@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
@@ -33,6 +32,7 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.programs import pretrain_gpt as pretrain_gpt_program
 from scmoe_ds.programs import pretrain_swin as pretrain_swin_program
+from tests.helpers.json_files import changed
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = GPTSettings(2, 16, 2, 32, 16, hidden_dropout=0.0, attention_dropout=0.0)
@@ -52,21 +52,6 @@ TOKENS = torch.randint(0, 32, (2, 16), generator=torch.Generator().manual_seed(0
 @pytest.fixture(scope="module", autouse=True)
 def world_of_one() -> None:
     connect()
-
-
-def changed(whole: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A copy with other values under dotted paths (dots as __); None removes."""
-    whole = copy.deepcopy(whole)
-    for path, value in changes.items():
-        *parents, key = path.split("__")
-        target = whole
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        if value is None:
-            target.pop(key)
-        else:
-            target[key] = value
-    return whole
 
 
 # --- the table

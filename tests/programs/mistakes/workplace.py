@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import re
@@ -16,6 +15,7 @@ from safetensors.numpy import save_file
 
 from scmoe_ds.data.indexed_writer import write_indexed_dataset
 from scmoe_ds.programs import __main__ as scmoe
+from tests.helpers.json_files import changed
 
 JSON: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -65,17 +65,7 @@ def furnish(place: Path) -> None:
 
 def write_json(name: str, changes: dict[str, Any]) -> None:
     """`JSON` with other values; None removes a key."""
-    whole = copy.deepcopy(JSON)
-    for path, value in changes.items():
-        *parents, key = path.split(".")
-        target = whole
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        if value is None:
-            target.pop(key)
-        else:
-            target[key] = value
-    Path(name).write_text(json.dumps(whole))
+    Path(name).write_text(json.dumps(changed(JSON, changes)))
 
 
 def run(command: str) -> int | str | None:
