@@ -38,8 +38,8 @@ def test_report_says_what_overlap_is_worth(tmp_path: Path) -> None:
     done = report(tmp_path, 2, "--details", overlap={"calibration_steps": 3, "calibration_file": str(file)})
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if not re.match(r"\[\d{4}-", line)]  # the launcher's
-    pattern = r"overlap hides \d+ % of the communication; a step .* DeepSpeed's top-2, measured"
-    assert re.fullmatch(pattern, lines[0]), done.stdout
+    pattern = r"overlap hides \d+ % of the communication; a step .* DeepSpeed's top-2(, measured)?"
+    assert re.fullmatch(pattern, lines[0]), done.stdout  # what it is worth is a matter of the measured times
     for part in (
         r"  in all a step .*DeepSpeed's top-2 \(\d\.\d+–\d\.\d+ × in \d+ rounds\)",
         r"  with overlap a step .* the same without overlap",

@@ -168,7 +168,7 @@ def test_one_process(
     monkeypatch.setattr(report, "ROUNDS", (2, 2))
     assert report.main([*write(tmp_path, architecture=architecture), "--details"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "a step" in out[0] and out[0].endswith("measured") and "DeepSpeed's top-2" in out[0], out
+    assert "a step" in out[0] and "DeepSpeed's top-2" in out[0], out
     assert any(line.startswith("whole steps, ms: median") for line in out)
     assert [path.name for path in tmp_path.iterdir()] == ["ds.json"], "it writes nothing"
 
