@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scmoe_ds.compat import forward_hooks
-from scmoe_ds.moe.layout import to_device
+from scmoe_ds.moe.received import to_device
 
 Project = Callable[[Tensor], Tensor]
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]

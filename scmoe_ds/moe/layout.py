@@ -1,4 +1,4 @@
-"""The two layouts of routed tokens as rows, and the way back. Permutations and sizes only; nothing is sent here.
+"""The two layouts of routed tokens as rows (decode.py: the way back). Permutations and sizes only; nothing is sent.
 
 Padded (DeepSpeed's): every expert has `capacity` rows. Empty ones are zeros. All ranks get equal pieces.
 Exact: rows of routed tokens only, sorted by expert. Each rank gets as many as there are.
@@ -7,12 +7,11 @@ Either can be cut into chunks, which are sent and computed one after another: th
 the exact one by tokens. All rows of a chunk then come before those of the next.
 
 Shape suffixes: T tokens, D hidden, K top-k, C capacity, L local experts, N chunks, P ranks, V senders (see slices.py),
-X any, R/S rows sent/received.
+X any, R rows sent.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,36 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe_ds.moe.decode import decode
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.slices import TokenSlices
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a host tensor to a device. From pageable memory the host would wait for all earlier work of the GPU."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-def decode(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tensor:
-    """Gathers each token's expert outputs and adds them up, weighted, in fp32 (paper eq. 1).
-
-    Args:
-        rows_RD: expert outputs, in the order in which the tokens were sent.
-        row_of_choice_KT: int64 row of each choice; R for a dropped one.
-        weight_KT: fp32 gate values.
-
-    Returns:
-        [T, D] in the dtype of `rows_RD`; zeros for a token whose choices were all dropped.
-    """
-    if rows_RD.shape[0] == 0:
-        # No choice was kept. The result depends on the rows all the same: the other ranks wait for their gradient.
-        return rows_RD.new_zeros(weight_KT.shape[1], rows_RD.shape[1]) + rows_RD.sum()
-    # A dropped choice has weight 0 and may name any row. A zero row for it would need a copy of all rows.
-    row_KT = row_of_choice_KT.clamp(max=rows_RD.shape[0] - 1)
-    parts = [
-        rows_RD.index_select(0, row_T) * weight_T.unsqueeze(1)
-        for row_T, weight_T in zip(row_KT, weight_KT, strict=True)
-    ]
-    return functools.reduce(torch.add, parts).to(rows_RD.dtype)  # fp32 up to here: the weights are
 
 
 @dataclass(frozen=True)
@@ -162,44 +134,3 @@ class _Encode(torch.autograd.Function):
         (grad_RD,), (row_of_choice_KT,) = grads, ctx.saved_tensors
         # A dropped choice has no row. On a GPU it may have one, whose gradient is zero.
         return decode(grad_RD, row_of_choice_KT, (row_of_choice_KT < grad_RD.shape[0]).float()), None, None
-
-
-@dataclass(frozen=True)
-class ReceivedRows:
-    """How rows that arrive from all ranks are divided among the local experts.
-
-    Rows arrive by rank and, within a rank, by local expert. An expert computes all of its rows together.
-
-    Attributes:
-        by_expert_S: int64 permutation that brings the rows of one expert together; None if they are already.
-        rows_per_expert: rows of each local expert.
-    """
-
-    by_expert_S: Tensor | None
-    rows_per_expert: tuple[int, ...]
-
-    @classmethod
-    def of(cls, rows: Tensor, device: torch.device) -> ReceivedRows:
-        """
-        Args:
-            rows: [P, L] int64 on the host: how many rows each rank sends to each local expert.
-            device: of the rows.
-        """
-        totals = tuple(rows.sum(0).tolist())
-        if rows.shape[0] == 1 or rows.shape[1] == 1:
-            return cls(None, totals)
-        local_expert = torch.arange(rows.shape[1]).repeat(rows.shape[0])
-        order = torch.sort(local_expert.repeat_interleave(rows.flatten()), stable=True).indices
-        return cls(to_device(order, device), totals)
-
-    def group(self, rows_SD: Tensor) -> Tensor:
-        """Arrival order → expert order."""
-        return rows_SD if self.by_expert_S is None else rows_SD.index_select(0, self.by_expert_S)
-
-    def ungroup(self, rows_SD: Tensor) -> Tensor:
-        """Expert order → arrival order."""
-        if self.by_expert_S is None:
-            return rows_SD
-        inverse = torch.empty_like(self.by_expert_S)
-        inverse[self.by_expert_S] = torch.arange(inverse.numel(), device=inverse.device)
-        return rows_SD.index_select(0, inverse)

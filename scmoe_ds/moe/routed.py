@@ -17,9 +17,11 @@ from scmoe_ds.comm.all_to_all import InFlight, SplitSizes, prepare, start
 from scmoe_ds.comm.counts import CountsInFlight, start_counts
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.moe.checks import check_dtype
+from scmoe_ds.moe.decode import decode
 from scmoe_ds.moe.experts import MovingExperts, run_experts
 from scmoe_ds.moe.gate import Routing
-from scmoe_ds.moe.layout import ExactLayout, PaddedLayout, ReceivedRows, decode
+from scmoe_ds.moe.layout import ExactLayout, PaddedLayout
+from scmoe_ds.moe.received import ReceivedRows
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 

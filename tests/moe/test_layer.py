@@ -18,7 +18,8 @@ from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe.experts import grouped_experts, is_plain, run_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.layout import ExactLayout, PaddedLayout, ReceivedRows
+from scmoe_ds.moe.layout import ExactLayout, PaddedLayout
+from scmoe_ds.moe.received import ReceivedRows
 from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.moe.slices import TokenSlices
 
