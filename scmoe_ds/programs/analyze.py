@@ -49,14 +49,21 @@ from scmoe_ds.training.step_text import number
 def main(argv: Sequence[str] | None = None) -> int:
     """Analyses; returns the exit code."""
     args = build_parser().parse_args(argv)
-    if args.analysis == "feasibility":  # needs no process group
-        return run_alone("scmoe analyze", lambda: _feasibility(args), argv)
+    # What reads records alone needs no process group, and DeepSpeed has nothing to compile for it.
+    alone = _feasibility if args.analysis == "feasibility" else _redraw if args.from_json is not None else None
+    if alone is not None:
+        return run_alone("scmoe analyze", lambda: alone(args), argv)
 
     def parse(_: Sequence[str] | None) -> tuple[argparse.Namespace]:
         check(args)
         return (args,)
 
     return run_program("scmoe analyze", argv, analyze, parse)
+
+
+def _redraw(args: argparse.Namespace) -> None:
+    check(args)
+    print(f"wrote {records.redraw(args.from_json, args.analysis)}", flush=True)
 
 
 def _feasibility(args: argparse.Namespace) -> None:
@@ -77,9 +84,6 @@ def analyze(args: argparse.Namespace) -> None:
     """One job in a process group of one."""
     if dist.get_world_size() > 1:
         raise ArgumentError("an analysis runs in one process: start it as scmoe analyze, without a launcher")
-    if args.from_json is not None:
-        print(f"wrote {records.redraw(args.from_json, args.analysis)}", flush=True)
-        return
     found, lines = _ANALYSES[args.analysis](args)
     for line in lines:
         print(line, flush=True)
