@@ -28,7 +28,7 @@ def test_padded_rows_are_deepspeeds(dtype: torch.dtype) -> None:
     buffer_KT = torch.arange(T).repeat(2, 1) % buffers - torch.tensor([[0], [1]])  # some are -1: dropped
     place_KT = torch.arange(T).repeat(2, 1) // buffers + torch.tensor([[0], [2]])
     slot_KT = sharded_moe._route_slots(buffer_KT, place_KT, buffers, rows)
-    layout = PaddedLayout(slot_KT, buffers, rows, 1)
+    layout = PaddedLayout.from_rows(slot_KT, buffers, rows)
     results = []
     for encode in (layout.encode, lambda x: sharded_moe._sparse_encode(x, slot_KT, buffers, rows).flatten(0, 1)):
         tokens_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()

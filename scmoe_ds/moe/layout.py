@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scmoe_ds.moe.decode import decode
+from scmoe_ds.moe.decode import add_choices, token_of
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.slices import TokenSlices
 
@@ -32,12 +32,14 @@ class PaddedLayout:
     smaller C.
 
     Attributes:
-        row_of_choice_KT: row bucket * C + location of each choice; the number of rows where dropped.
+        row_of_choice_KT: int64 row bucket * C + location of each choice; any row where dropped.
+        choice_of_row_R: int64 choice k * T + t of each row; K * T of an empty one.
         buffers: of one chunk.
         capacity: rows of a buffer.
     """
 
     row_of_choice_KT: Tensor
+    choice_of_row_R: Tensor
     buffers: int
     capacity: int
     num_chunks: int
@@ -56,7 +58,15 @@ class PaddedLayout:
             buffer_KT = location_KT.div(capacity, rounding_mode="floor") * buffers + buffer_KT
             location_KT = location_KT % capacity
         row_KT = torch.where(kept_KT, buffer_KT * capacity + location_KT, num_chunks * buffers * capacity)
-        return cls(row_KT, buffers, capacity, num_chunks)
+        return cls.from_rows(row_KT, buffers, capacity, num_chunks)
+
+    @classmethod
+    def from_rows(cls, row_KT: Tensor, buffers: int, capacity: int, num_chunks: int = 1) -> PaddedLayout:
+        """From the row of each choice, which for a dropped one is the number of rows: it writes behind the last."""
+        rows, choices = num_chunks * buffers * capacity, row_KT.numel()
+        choice_R = torch.full((rows + 1,), choices, device=row_KT.device)
+        choice_R.scatter_(0, row_KT.flatten(), torch.arange(choices, device=row_KT.device))
+        return cls(row_KT.clamp(max=rows - 1), choice_R[:-1], buffers, capacity, num_chunks)
 
     @property
     def rows_per_chunk(self) -> int:
@@ -64,12 +74,10 @@ class PaddedLayout:
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [N * P * V * L * C, D], zeros in the empty rows."""
-        row_KT, rows = self.row_of_choice_KT, self.num_chunks * self.rows_per_chunk
         T, D = tokens_TD.shape
-        # The token of every row. Empty rows read a row of zeros; dropped choices write behind the last row.
-        token_R = torch.full((rows + 1,), T, device=row_KT.device)
-        token_R.scatter_(0, row_KT.flatten(), torch.arange(T, device=row_KT.device).expand_as(row_KT).flatten())
-        return torch.cat([tokens_TD, tokens_TD.new_zeros(1, D)]).index_select(0, token_R[:-1])
+        # Empty rows read a row of zeros.
+        token_R = torch.where(self.choice_of_row_R < self.row_of_choice_KT.numel(), self.choice_of_row_R % max(T, 1), T)
+        return torch.cat([tokens_TD, tokens_TD.new_zeros(1, D)]).index_select(0, token_R)
 
 
 @dataclass(frozen=True)
@@ -77,14 +85,16 @@ class ExactLayout:
     """Rows of real tokens, sorted by chunk, within one by destination, sender and expert, and there by location.
 
     Attributes:
-        token_R: int64 source token of each row; on a GPU followed by those of the dropped choices.
-        row_of_choice_KT: row of each choice, R where dropped.
+        row_of_choice_KT: int64 row of each choice; 0 where dropped.
+        choice_of_row_R: int64 choice k * T + t of each row; on a GPU followed by the dropped choices.
+        kept_KT: bool, which choices have a row.
         rows_NPVL: int64 rows of each chunk for each rank, from each sender, for each of its experts.
         checksum: int64 scalar, equal on ranks that route the same tokens alike; zero if no other rank has them.
     """
 
-    token_R: Tensor
     row_of_choice_KT: Tensor
+    choice_of_row_R: Tensor
+    kept_KT: Tensor
     rows_NPVL: Tensor
     checksum: Tensor
 
@@ -104,20 +114,19 @@ class ExactLayout:
         # Not bincount: on a GPU it makes the host wait for the largest id.
         rows = torch.zeros(buckets + 1, dtype=torch.int64, device=bucket_X.device)
         rows = rows.scatter_add_(0, bucket_X, torch.ones_like(bucket_X))[:buckets]
-        total = rows.sum()
         order_X = torch.sort(bucket_X, stable=True).indices
         number_X = torch.arange(K * T, device=order_X.device)
         row_X = torch.empty_like(order_X).scatter_(0, order_X, number_X)
-        row_X = torch.minimum(row_X, total)
+        row_X = torch.where(kept_KT.flatten(), row_X, 0)
         alone = slices.tensor_parallel_size == 1
         checksum = torch.zeros((), dtype=torch.int64) if alone else (row_X * (number_X + 1)).sum()
         if not order_X.is_cuda:  # on a GPU the number of rows is not known on the host yet: cut them off when sending
-            order_X = order_X[: int(total)]
-        return cls(order_X % T, row_X.view(K, T), rows.view(shape), checksum)
+            order_X = order_X[: int(rows.sum())]
+        return cls(row_X.view(K, T), order_X, kept_KT, rows.view(shape), checksum)
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [R, D]."""
-        return _Encode.apply(tokens_TD, self.token_R, self.row_of_choice_KT)
+        return _Encode.apply(tokens_TD, self.choice_of_row_R, self.row_of_choice_KT, self.kept_KT)
 
 
 class _Encode(torch.autograd.Function):
@@ -125,12 +134,13 @@ class _Encode(torch.autograd.Function):
     own gradient is a scatter: in bf16 it rounds after each addition, and on a GPU it adds in any order."""
 
     @staticmethod
-    def forward(ctx: Any, tokens_TD: Tensor, token_R: Tensor, row_of_choice_KT: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_choice_KT)
-        return tokens_TD.index_select(0, token_R)
+    def forward(
+        ctx: Any, tokens_TD: Tensor, choice_of_row_R: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(row_of_choice_KT, kept_KT)
+        return tokens_TD.index_select(0, token_of(choice_of_row_R, kept_KT))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad_RD,), (row_of_choice_KT,) = grads, ctx.saved_tensors
-        # A dropped choice has no row. On a GPU it may have one, whose gradient is zero.
-        return decode(grad_RD, row_of_choice_KT, (row_of_choice_KT < grad_RD.shape[0]).float()), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        row_of_choice_KT, kept_KT = ctx.saved_tensors
+        return add_choices(grads[0], row_of_choice_KT, kept_KT.float()), None, None, None

@@ -149,18 +149,19 @@ def test_gradients_of_tokens_with_many_choices() -> None:
     torch.manual_seed(0)
     T, K = 50, 6
     row_KT = torch.randperm(K * T).view(K, T)
-    token_R = torch.empty(K * T, dtype=torch.int64).scatter_(0, row_KT.flatten(), torch.arange(T).repeat(K))
-    dropped = row_KT >= K * T - 20
-    row_KT[dropped] = K * T - 20
-    layout = ExactLayout(token_R[: K * T - 20], row_KT, torch.zeros(()), torch.zeros(()))
+    choice_R = torch.empty(K * T, dtype=torch.int64).scatter_(0, row_KT.flatten(), torch.arange(K * T))
+    kept_KT = row_KT < K * T - 20
+    row_KT[~kept_KT] = 0
+    choice_R = choice_R[: K * T - 20]
+    layout = ExactLayout(row_KT, choice_R, kept_KT, torch.zeros(()), torch.zeros(()))
     tokens = torch.randn(T, D).bfloat16().requires_grad_()
     rows = layout.encode(tokens)
-    assert torch.equal(rows, tokens[layout.token_R])
+    assert torch.equal(rows, tokens[choice_R % T])
     grad = torch.randn(rows.shape).bfloat16()
     with Operators() as ran:
         rows.backward(grad)
     assert not {"index_add", "index_add_"} & ran.names.keys()
-    expected = torch.zeros(T, D, dtype=torch.float64).index_add_(0, layout.token_R, grad.double())
+    expected = torch.zeros(T, D, dtype=torch.float64).index_add_(0, choice_R % T, grad.double())
     assert tokens.grad is not None and torch.equal(tokens.grad, expected.float().bfloat16())
 
 
