@@ -20,6 +20,7 @@ from scmoe_ds.config.deepspeed_refused import refusals
 from scmoe_ds.config.deepspeed_values import check_keys
 from scmoe_ds.config.messages import fail
 from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.parallel.nccl import allocator_advice
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -145,6 +146,8 @@ def warn(whole: Mapping[str, Any]) -> None:
             "gradient_clipping is not set: DeepSpeed clips gradients at a norm of 1.0, its default "
             '("gradient_clipping": 0 trains without)'
         )
+    if torch.cuda.is_available() and (advice := allocator_advice(os.environ)):
+        logger.info(advice)
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and torch.cuda.is_available():
         logger.warning(
             "CUDA_DEVICE_MAX_CONNECTIONS=1 puts all streams in one queue: communication and computation take turns. "

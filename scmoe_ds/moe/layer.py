@@ -32,6 +32,7 @@ from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.parallel.agreement import require_agreement, run_together
+from scmoe_ds.parallel.groups import travel_group
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 Layer = TypeVar("Layer", bound="StagedMoE")
@@ -162,6 +163,7 @@ class StagedMoE(MoE):
         group = bwc.bwc_tensor_model_parallel_group(groups.mpu) if tp_is_larger else ep_group
         self.slices = TokenSlices(dist.get_rank(group), tp_size, self.ep_size)
         if self.slices.group_size > 1:
+            group = travel_group(dist.get_process_group_ranks(group))
             self.transport = Transport(group, self.transport.method)
 
     def _check_rank(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Hashable, Sequence
@@ -9,12 +10,33 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from scmoe_ds.parallel.agreement import gather
+
 
 def nodes_of_ranks() -> list[Hashable]:
     """The node of every rank of the world: the launcher's node number, or the host name. Collective."""
     nodes: list[Hashable] = [None] * dist.get_world_size()
     dist.all_gather_object(nodes, os.environ.get("CROSS_RANK", socket.gethostname()))
     return nodes
+
+
+def travel_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A group of the same ranks for the exchange of rows and of nothing else; one for all layers. Collective.
+
+    Collectives of one group run one after another. On the tensor-parallel group rows would wait for the backbone's
+    all-reduces, and these for rows; on DeepSpeed's expert-parallel group, for its norms and overflow checks. The price
+    is one more NCCL communicator per rank.
+
+    Args:
+        ranks: this rank's group; every rank of the world is in one.
+    """
+    return _travel_group(dist.group.WORLD, tuple(ranks))
+
+
+@functools.cache
+def _travel_group(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    made = {each: dist.new_group(each) for each in dict.fromkeys(gather(ranks))}  # in the same order on every rank
+    return made[ranks]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from scmoe_ds.errors import LauncherError, first_line
 from scmoe_ds.parallel import compilation, watch
 from scmoe_ds.parallel.agreement import wait_for_all
 from scmoe_ds.parallel.launchers import adopt_launcher
+from scmoe_ds.parallel.nccl import PRIORITY, prefer_communication
+from scmoe_ds.parallel.output import log
 from scmoe_ds.parallel.shared_memory import forget_names, require_room
 
 _LATE_START_S = 10.0
@@ -41,7 +43,13 @@ def connect(timeout: timedelta | None = None) -> bool:
         LauncherError: the ranks cannot meet.
     """
     compilation.announce()
+    is_first = prefer_communication(os.environ)
     if dist.is_initialized():
+        if is_first and dist.get_backend() == "nccl":
+            log(
+                f"torch.distributed was initialised before scmoe_ds.connect: groups that have communicated stay at "
+                f"NCCL's normal priority; export {PRIORITY}=1"
+            )
         deepspeed.init_distributed(auto_mpi_discovery=False)  # joins what torch.distributed already is
         forget_names()
         return False
