@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scmoe_ds.compat import forward_hooks
-from scmoe_ds.moe.received import to_device
 
 Project = Callable[[Tensor], Tensor]
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -126,6 +125,11 @@ def _triton_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Ten
         from deepspeed.moe.group_gemm_triton import group_gemm_triton
 
     return group_gemm_triton(rows_SI, weights_LOI, ends_L, trans_b=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a host tensor to a device. From pageable memory the host would wait for all earlier work of the GPU."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:

@@ -5,53 +5,67 @@ Shape suffixes: D hidden, L local experts, P ranks, S rows received.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a host tensor to a device. From pageable memory the host would wait for all earlier work of the GPU."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+Counts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class ReceivedRows:
     """How rows that arrive from all ranks are divided among the local experts.
 
-    Rows arrive by rank and, within a rank, by local expert. An expert computes all of its rows together.
+    Rows arrive by rank and, within a rank, by local expert. An expert computes all of its rows together. The host knows
+    how many rows follow each other in both orders, so that blocks of rows are copied. There is no index, which the host
+    would have to make and a GPU to wait for.
 
     Attributes:
-        by_expert_S: int64 permutation that brings the rows of one expert together; None if they are already.
+        rows_PL: rows that each rank sends to each local expert.
         rows_per_expert: rows of each local expert.
     """
 
-    by_expert_S: Tensor | None
+    rows_PL: Counts
     rows_per_expert: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Tensor, device: torch.device) -> ReceivedRows:
-        """
-        Args:
-            rows: [P, L] int64 on the host: how many rows each rank sends to each local expert.
-            device: of the rows.
-        """
-        totals = tuple(rows.sum(0).tolist())
-        if rows.shape[0] == 1 or rows.shape[1] == 1:
-            return cls(None, totals)
-        local_expert = torch.arange(rows.shape[1]).repeat(rows.shape[0])
-        order = torch.sort(local_expert.repeat_interleave(rows.flatten()), stable=True).indices
-        return cls(to_device(order, device), totals)
+    def of(cls, rows: Tensor) -> ReceivedRows:
+        """From [P, L] int64 on the host."""
+        return cls(rows.tolist(), tuple(rows.sum(0).tolist()))
 
     def group(self, rows_SD: Tensor) -> Tensor:
         """Arrival order → expert order."""
-        return rows_SD if self.by_expert_S is None else rows_SD.index_select(0, self.by_expert_S)
+        return _Reorder.apply(rows_SD, self.rows_PL) if self._moves else rows_SD
 
     def ungroup(self, rows_SD: Tensor) -> Tensor:
         """Expert order → arrival order."""
-        if self.by_expert_S is None:
-            return rows_SD
-        inverse = torch.empty_like(self.by_expert_S)
-        inverse[self.by_expert_S] = torch.arange(inverse.numel(), device=inverse.device)
-        return rows_SD.index_select(0, inverse)
+        return _Reorder.apply(rows_SD, _transposed(self.rows_PL)) if self._moves else rows_SD
+
+    @property
+    def _moves(self) -> bool:
+        return len(self.rows_PL) > 1 and len(self.rows_per_expert) > 1
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows by A and within it by B → by B and within it by A; backward the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, rows_AB: Counts) -> Tensor:
+        ctx.rows_AB = rows_AB
+        return _reorder(rows_SD, rows_AB)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _reorder(grads[0], _transposed(ctx.rows_AB)), None
+
+
+def _reorder(rows_SD: Tensor, rows_AB: Counts) -> Tensor:
+    blocks, stride = rows_SD.split([rows for rows_B in rows_AB for rows in rows_B]), len(rows_AB[0])
+    return torch.cat([block for b in range(stride) for block in blocks[b::stride]])
+
+
+def _transposed(rows_AB: Counts) -> Counts:
+    return list(zip(*rows_AB, strict=True))

@@ -132,8 +132,7 @@ class RoutedTokens:
         to_NPV = torch.tensor(local).view(-1, slices.group_size, slices.senders).tolist()
         from_NP = from_PNL.sum(2).t().tolist()
         self._send([slices.split_sizes(*rows) for rows in zip(to_NPV, from_NP, strict=True)])
-        device = self._layout.row_of_choice_KT.device  # the rest is done while rows are on their way
-        self._received = [ReceivedRows.of(rows_PL, device) for rows_PL in from_PNL.transpose(0, 1)]
+        self._received = [ReceivedRows.of(rows_PL) for rows_PL in from_PNL.transpose(0, 1)]
         if isinstance(self.experts, MovingExperts):
             for rows in self._received:
                 self.experts.announce(rows.rows_per_expert)

@@ -271,12 +271,27 @@ def test_exact_layout_holds_the_rows_that_the_padded_one_holds(logits: str) -> N
 def test_received_rows_group_and_ungroup() -> None:
     rows_PL = [[2, 0, 1], [0, 3, 1]]
     labels = [label for rank in range(2) for label in range(3) for _ in range(rows_PL[rank][label])]
-    rows = torch.tensor(labels, dtype=torch.float32).unsqueeze(1)
-    received = ReceivedRows.of(torch.tensor(rows_PL), rows.device)
+    rows = torch.tensor(labels, dtype=torch.float32).unsqueeze(1).requires_grad_()
+    received = ReceivedRows.of(torch.tensor(rows_PL))
     grouped = received.group(rows)
     assert grouped.flatten().tolist() == sorted(labels)
     assert received.rows_per_expert == (2, 3, 2)
-    assert torch.equal(received.ungroup(grouped), rows)
+    ungrouped = received.ungroup(grouped)
+    assert torch.equal(ungrouped, rows)
+    weights = torch.randn(7, 1)
+    (through,) = torch.autograd.grad(ungrouped, grouped, weights, retain_graph=True)
+    order = sorted(range(7), key=labels.__getitem__)
+    assert torch.equal(through, weights[order])
+    assert torch.equal(torch.autograd.grad(ungrouped, rows, weights)[0], weights)
+
+
+@pytest.mark.parametrize("rows_PL", [[[2, 1, 4]], [[2], [3]], [[0, 0], [0, 0]], [[0, 5], [0, 0]]])
+def test_received_rows_of_one_rank_of_one_expert_and_none(rows_PL: list[list[int]]) -> None:
+    received, number = ReceivedRows.of(torch.tensor(rows_PL)), sum(map(sum, rows_PL))
+    rows = torch.arange(number * 2.0).view(number, 2).requires_grad_()
+    assert torch.equal(received.group(rows), rows) and torch.equal(received.ungroup(rows), rows)
+    received.ungroup(received.group(rows)).sum().backward()
+    assert rows.grad is not None and torch.equal(rows.grad, torch.ones_like(rows))
 
 
 def test_gradients_with_and_without_a_shortcut_that_needs_them() -> None:
