@@ -105,6 +105,7 @@ def prepare(
     blocking: bool = False,
     wire_dtype: str | None = None,
     watches: Sequence[Watch | None] = (None,),
+    deferred: bool = False,
 ) -> list[InFlight]:
     """Prepares an all-to-all for each of several consecutive chunks of rows. `InFlight.send` launches it.
 
@@ -117,10 +118,11 @@ def prepare(
         blocking: wait at once, forward and backward (the reference without overlap).
         wire_dtype: None, or a number format of scmoe_ds.comm.wire for rows and their gradients on the wire.
         watches: an observer or None for each chunk.
+        deferred: other work is enqueued before `send`, for which the launch on a GPU then does not wait.
     """
     if transport.size == 1:
         return [InFlight(None, rows) for _ in watches]
-    transfers = [_Transfer(transport, blocking, wire_dtype, watch) for watch in watches]
+    transfers = [_Transfer(transport, blocking, wire_dtype, watch, deferred) for watch in watches]
     tokens = _Start.apply(rows, transfers) if torch.is_grad_enabled() else _hold(rows, transfers)
     return [InFlight(transfer, token) for transfer, token in zip(transfers, tokens, strict=True)]
 
@@ -143,23 +145,26 @@ def start(
 class _Transfer:
     """What the start and the wait of one all-to-all share: the transport, the sizes, and the rows in flight."""
 
-    def __init__(self, transport: Transport, blocking: bool, wire_dtype: str | None, watch: Watch | None) -> None:
+    def __init__(
+        self, transport: Transport, blocking: bool, wire_dtype: str | None, watch: Watch | None, deferred: bool
+    ) -> None:
         self.transport, self.blocking, self.wire_dtype, self.watch = transport, blocking, wire_dtype, watch
-        self.sizes = SplitSizes.plain((), ())
+        self.deferred, self.sizes, self.first_row = deferred, SplitSizes.plain((), ()), 0
+        self.gradient: _Gradient | None = None
         self._held: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._in_flight: tuple[Wait | None, Tensor, Tensor, torch.dtype] | None = None
-        self._launched: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None  # that it was launched from
 
     def hold(self, rows: Tensor) -> None:
-        ready = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
+        ready = torch.cuda.current_stream(rows.device).record_event() if self.deferred and rows.is_cuda else None
         self._held = (rows.detach(), ready)
 
     def launch_held(self, sizes: SplitSizes, first_row: int) -> None:
         assert self._held is not None, "an all-to-all was sent twice"
         (rows, ready), self._held = self._held, None
-        self.sizes = sizes
+        self.sizes, self.first_row = sizes, first_row
         rows = rows[first_row : first_row + sizes.rows]
-        if ready is None or self.blocking:  # blocking: the main stream itself waits
+        if ready is None:
             self._launch(rows, sizes, "forward")
             return
         # The collective waits for the stream that it is launched from. Since `hold` the main stream has gone on with
@@ -171,14 +176,17 @@ class _Transfer:
             self._launch(rows, sizes, "forward")
 
     def launch_gradient(self, grad: Tensor) -> None:
-        self._launch(grad, self.sizes.reversed(), "backward")
+        assert self.gradient is not None
+        place = self.gradient.place(grad, self.first_row, self.sizes.rows) if self.wire_dtype is None else None
+        self._launch(grad, self.sizes.reversed(), "backward", place)
 
     @torch.no_grad()  # a deferred launch runs outside of autograd's functions
-    def _launch(self, rows: Tensor, sizes: SplitSizes, phase: Phase) -> None:
+    def _launch(self, rows: Tensor, sizes: SplitSizes, phase: Phase, received: Tensor | None = None) -> None:
         if sizes.picked is not None:
             rows = torch.cat([rows[piece] for piece in sizes.picked])
         packed = pack(rows, self.wire_dtype).contiguous()
-        received = packed.new_empty((sum(sizes.receive), *packed.shape[1:]))
+        if received is None:
+            received = packed.new_empty((sum(sizes.receive), *packed.shape[1:]))
         launch = partial(self.transport.launch, received, packed, sizes.receive, sizes.send)
         wait: Wait | None = launch() if self.watch is None else self.watch.launch(phase, launch)
         if self.blocking and wait is not None:
@@ -187,9 +195,7 @@ class _Transfer:
         # Both buffers are held until the wait. Otherwise the caching allocator could give their memory to work that is
         # enqueued on the compute stream before the transfer has read or written it.
         self._in_flight = (wait, packed, received, rows.dtype)
-        if received.is_cuda:
-            # The launch itself put work on its stream: a rank's rows to itself, and the wait of a blocking transfer.
-            self._launched = torch.cuda.current_stream(received.device).record_event()
+        self._stream = torch.cuda.current_stream(received.device) if received.is_cuda else None
 
     def finish(self) -> Tensor:
         assert self._in_flight is not None, "an all-to-all is waited for without having been sent"
@@ -197,13 +203,37 @@ class _Transfer:
         self._in_flight = None
         if wait is not None:
             wait()
-        if self._launched is not None:
-            torch.cuda.current_stream(received.device).wait_event(self._launched)
-            # Buffers of a deferred launch belong to the side stream. The host passes the wait long before the transfer
-            # ends. If they were freed now, the side stream could reuse them. The current stream waits for the transfer.
+        if self._stream is not None and self._stream != (current := torch.cuda.current_stream(received.device)):
+            current.wait_stream(self._stream)  # the launch put work there, too: a rank's rows to itself
+            # The buffers belong to that stream. The host passes the wait long before the transfer ends. If they were
+            # freed now, that stream could reuse them. The current stream waits for the transfer.
             for buffer in (packed, received):
-                buffer.record_stream(torch.cuda.current_stream(buffer.device))
+                buffer.record_stream(current)
         return unpack(received, self.wire_dtype, dtype)
+
+
+class _Gradient:
+    """The gradient of prepared rows. Each chunk's transfer receives its part in place, and nothing is put together."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._whole: Tensor | None = None
+
+    def place(self, like: Tensor, first_row: int, rows: int) -> Tensor:
+        if self._whole is None:
+            self._whole = like.new_empty(self.rows, *like.shape[1:])
+        return self._whole[first_row : first_row + rows]
+
+    def take(self, parts: Sequence[Tensor]) -> Tensor:
+        """Of all rows; zero for those that were not sent."""
+        whole, self._whole = self._whole, None
+        sent = sum(part.shape[0] for part in parts)
+        if whole is None:  # the wire has another number format
+            stayed = [parts[0].new_zeros(self.rows - sent, *parts[0].shape[1:])] * (sent < self.rows)
+            return torch.cat([*parts, *stayed]) if len(parts) > 1 or stayed else parts[0]
+        if sent < self.rows:
+            whole[sent:].zero_()
+        return whole
 
 
 def _hold(rows: Tensor, transfers: Sequence[_Transfer]) -> tuple[Tensor, ...]:
@@ -218,16 +248,14 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfers: Sequence[_Transfer]) -> tuple[Tensor, ...]:
-        ctx.transfers, ctx.rows = transfers, rows.shape[0]
+        ctx.transfers, ctx.gradient = transfers, _Gradient(rows.shape[0])
+        for transfer in transfers:
+            transfer.gradient = ctx.gradient
         return _hold(rows, transfers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        parts = [transfer.finish() for transfer in ctx.transfers]
-        stayed = ctx.rows - sum(part.shape[0] for part in parts)
-        if stayed:
-            parts.append(parts[0].new_zeros(stayed, *parts[0].shape[1:]))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)), None
+        return ctx.gradient.take([transfer.finish() for transfer in ctx.transfers]), None
 
 
 class _Wait(torch.autograd.Function):

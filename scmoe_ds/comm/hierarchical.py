@@ -6,6 +6,9 @@ of nodes exchanges G messages of G pieces each instead of G * G messages of one 
 
 The second step needs the result of the first one. So both run on a thread of their own, in the order of their launches.
 Nothing else uses their process groups. All ranks launch in the same order, so the steps of one exchange meet.
+
+Only on gloo. NCCL wants all collectives of a device in the same order on all ranks, whatever their group, and a thread
+launches at any moment. There it would also gain little: NCCL itself hands a node's messages over inside the node (PXN).
 """
 
 from __future__ import annotations
@@ -42,28 +45,15 @@ class HierarchicalTransport(Transport):
 
     def launch(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
         """See `Transport.launch`."""
-        if not rows.is_cuda:
-            step: Future[None] = self.worker.submit(self._exchange, received, rows, receive, send)
-            return step.result
-        ready = torch.cuda.current_stream(rows.device).record_event()
-        on_stream = self.worker.submit(self._exchange_on_stream, ready, received, rows, receive, send)
-        return lambda: torch.cuda.current_stream(rows.device).wait_event(on_stream.result())
-
-    def _exchange_on_stream(
-        self, ready: torch.cuda.Event, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]
-    ) -> torch.cuda.Event:
-        stream = torch.cuda.Stream(rows.device)
-        stream.wait_event(ready)
-        with torch.cuda.stream(stream):
-            self._exchange(received, rows, receive, send)
-        return stream.record_event()
+        step: Future[None] = self.worker.submit(self._exchange, received, rows, receive, send)
+        return step.result
 
     @torch.no_grad()
     def _exchange(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> None:
         per_node, nodes = dist.get_world_size(self.node_group), dist.get_world_size(self.local_rank_group)
         local_rank = dist.get_rank(self.node_group)
         # sends[h][n * per_node + g]: rows from local rank h of this node to local rank g of node n.
-        mine = torch.tensor(list(send), device=rows.device)
+        mine = torch.tensor(list(send))
         gathered = [torch.empty_like(mine) for _ in range(per_node)]
         dist.all_gather(gathered, mine, group=self.node_group)
         sends = [counts.tolist() for counts in gathered]
@@ -101,7 +91,10 @@ def ranks_by_node(ranks: Sequence[int], nodes: Sequence[Hashable]) -> list[list[
 
 
 def make_transports(
-    group: dist.ProcessGroup, all_groups: Sequence[Sequence[int]], nodes: Sequence[Hashable]
+    group: dist.ProcessGroup,
+    all_groups: Sequence[Sequence[int]],
+    nodes: Sequence[Hashable],
+    device: torch.device,
 ) -> dict[str, Transport]:
     """Every all-to-all primitive that a group can use. Collective over the world, since it may create groups.
 
@@ -109,8 +102,11 @@ def make_transports(
         group: this rank's expert-parallel group.
         all_groups: the global ranks of all expert-parallel groups, the same list on every rank.
         nodes: the node of every rank of the world.
+        device: of the rows.
     """
     transports = {method: Transport(group, method) for method in METHODS}
+    if device.type == "cuda":
+        return transports
     layouts = [ranks_by_node(ranks, nodes) for ranks in all_groups]
     if None in layouts:  # one choice for the whole world, so that its groups are alike
         return transports

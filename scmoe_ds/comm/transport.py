@@ -2,7 +2,9 @@
 
 "collective": `all_to_all_single`, NCCL's and gloo's own. gloo's runs half duplex when ranks enter at different times.
 "send_receive": all receives are posted, then all sends; full duplex on a link, one message per pair of ranks.
-"hierarchical": inside the nodes, then across; in scmoe_ds.comm.hierarchical, for groups that span nodes.
+"hierarchical": inside the nodes, then across; in scmoe_ds.comm.hierarchical, for groups that span nodes, on gloo.
+
+NCCL sends the same messages for "collective" and "send_receive", in one group call.
 
 Every primitive launches at once and takes uneven and zero sizes. All ranks must use the same one: otherwise they wait
 for each other forever.
@@ -114,10 +116,11 @@ class Probe:
     row_bytes: int
     rows_per_rank: int
 
-    @property
-    def fastest(self) -> str:
-        """The method with the least time."""
-        return min(self.milliseconds, key=lambda method: self.milliseconds[method])
+    def choice(self, margin: float = 0.0) -> str:
+        """The method with the least time. Not "collective" only if that takes longer by more than the margin."""
+        fastest = min(self.milliseconds, key=lambda method: self.milliseconds[method])
+        collective = self.milliseconds["collective"]
+        return fastest if collective > (1 + margin) * self.milliseconds[fastest] else "collective"
 
     def __str__(self) -> str:
         times = ", ".join(f"{method} {value:.2f} ms" for method, value in self.milliseconds.items())

@@ -87,7 +87,8 @@ class RoutedTokens:
             self._layout = PaddedLayout.of(routing, slices, exchange.num_chunks)
         (rows_RD,) = recorder.close("encode", self._layout.encode(tokens_TD))  # while the counts are on their way
         watches = [recorder.watch("dispatch", chunk) for chunk in range(exchange.num_chunks)]
-        self._dispatches = prepare(rows_RD, transport, exchange.blocking, exchange.wire_dtype, watches)
+        how = exchange.blocking, exchange.wire_dtype, watches, exchange.deferred and exchange.exact
+        self._dispatches = prepare(rows_RD, transport, *how)
         if isinstance(self._layout, PaddedLayout):
             per_sender = self._layout.rows_per_chunk // (slices.group_size * slices.senders)
             to_PV = [[per_sender] * slices.senders] * slices.group_size

@@ -25,6 +25,8 @@ from scmoe_ds.planner.simulation import Mode
 CHUNK_COUNTS = (1, 2, 4)
 """Numbers of chunks that "auto" chooses from. Each further one would cost timed steps. Beyond four chunks, launches and
 small matrix products eat the gain."""
+NCCL_MARGIN = 0.1
+"""On NCCL both primitives send the same messages; a smaller difference between them is noise."""
 
 
 def first_schedule(overlap: OverlapConfig, costs: Sequence[float]) -> Schedule:
@@ -57,7 +59,8 @@ def choose_all_to_all(
 ) -> Transport | None:
     """Gives every MoE layer whose rows travel the all-to-all of the section, and says so in the log.
 
-    "auto" is the fastest one in a probe with a layer's balanced message. Collective over the world.
+    "auto" is the fastest one in a probe with a layer's balanced message; on NCCL, another than "collective"
+    has to win by `NCCL_MARGIN`. Collective over the world.
 
     Args:
         setting: `scmoe.all_to_all`.
@@ -67,26 +70,26 @@ def choose_all_to_all(
         the all-to-all; None if the model has no such layer.
 
     Raises:
-        ScMoEConfigError: "hierarchical" for groups that do not span equally filled nodes.
+        ScMoEConfigError: "hierarchical" on GPUs, or for groups that do not span equally filled nodes.
     """
     layers = [module for module in model.modules() if isinstance(module, StagedMoE) and module.transport.size > 1]
     if not layers:
         return None
     layer, group = layers[0], layers[0].transport.group
     assert group is not None
-    transports = make_transports(group, layout.exchange, nodes_of_ranks())
+    weight, gate = next(layer.parameters()), layer.deepspeed_moe.gate
+    transports = make_transports(group, layout.exchange, nodes_of_ranks(), weight.device)
     if setting == "auto":
-        weight, gate = next(layer.parameters()), layer.deepspeed_moe.gate
         rows = max(tokens * gate.k // layer.transport.size, 1)
         times = probe(transports, rows, gate.wg.in_features, weight.dtype, weight.device)
-        chosen, origin = times.fastest, f"auto; {times}"
+        chosen, origin = times.choice(NCCL_MARGIN if weight.is_cuda else 0.0), f"auto; {times}"
     elif setting in transports:
         chosen, origin = setting, "set by scmoe.all_to_all"
     else:
-        raise ScMoEConfigError(
-            f'scmoe.all_to_all = "{setting}": needs expert-parallel groups over several nodes with the same '
-            f"number (at least 2) of ranks on each; use one of {', '.join(transports)} or auto"
-        )
+        needs = "needs expert-parallel groups over several nodes with the same number (at least 2) of ranks on each"
+        if weight.is_cuda:
+            needs = "is for CPUs; on GPUs NCCL itself combines the messages of a node (PXN)"
+        raise ScMoEConfigError(f'scmoe.all_to_all = "{setting}": {needs}; use one of {", ".join(transports)} or auto')
     for each in layers:
         each.transport = transports[chosen]
     matters = setting != "auto" or len(set(nodes_of_ranks())) > 1

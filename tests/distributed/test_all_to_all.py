@@ -88,7 +88,7 @@ def transport_of(method: str) -> Transport:
     world = dist.group.WORLD
     if method != "hierarchical":
         return Transport(world, method)
-    return make_transports(world, [list(range(4))], ["a", "a", "b", "b"])["hierarchical"]
+    return make_transports(world, [list(range(4))], ["a", "a", "b", "b"], torch.device("cpu"))["hierarchical"]
 
 
 def hierarchical_case() -> list[float]:
