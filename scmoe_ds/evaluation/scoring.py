@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scmoe_ds.evaluation.windows import Row
-from scmoe_ds.inference.generate import used_tokens
+from scmoe_ds.inference.passes import used_tokens
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel.tensor import ModelParallelUnit, data_parallel_rank, data_parallel_size
 from scmoe_ds.planner.calibrator import Calibrator, one_pass

@@ -1,8 +1,10 @@
 """Text from a trained model.
 
 `load` loads it (`model` its weights), `model` calibrates prefill and decode. `generate` has the loop: a prefill, then
-a decode pass per token. `kv_cache` keeps what was read, `sampling` chooses tokens, `growing_text` finds stop texts.
+a decode pass per token, which `passes` has. `kv_cache` keeps what was read, `sampling` chooses tokens, `growing_text`
+finds stop texts.
 
-`offload` keeps routed experts out of the device's memory: `sources` reads them, `store` has room for a few of them, and
-`pregate` guesses which ones a standard MoE will need.
+`offload` keeps routed experts out of the device's memory: `store` has room for a few of them, `sources` brings them
+there, from files (`expert_files`) or memory (`pinned`), on `readers`. `pregate` guesses which ones a standard MoE will
+need.
 """

@@ -18,7 +18,7 @@ from torch import Tensor
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import GenerationError
 from scmoe_ds.inference.growing_text import GrowingText
-from scmoe_ds.inference.kv_cache import KeyValueCache
+from scmoe_ds.inference.passes import Passes
 from scmoe_ds.inference.sampling import Sampling, choose
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.parallel.agreement import gather
@@ -29,7 +29,7 @@ from scmoe_ds.parallel.tensor import (
     tensor_parallel_rank,
     tensor_parallel_size,
 )
-from scmoe_ds.planner.calibrator import Calibrator, one_pass
+from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.simulation import Mode
 
 
@@ -91,9 +91,12 @@ class TextGenerator:
         calibrators: of "prefill" and "decode"; none: the model's own schedules for both.
         batch_size: prompts that this rank completes together.
         tokenizer: for the texts of completions; None: tokens alone.
+        trace: which forward pass is recorded, from 1: a prefill, the tokens of its batch, the next prefill; None: none.
+        trace_dir: where its timeline is written.
 
     Attributes:
         times: of everything that was generated so far.
+        passes: the model's forward passes.
     """
 
     def __init__(
@@ -102,12 +105,11 @@ class TextGenerator:
         calibrators: Mapping[Mode, Calibrator] | None = None,
         batch_size: int = 8,
         tokenizer: Tokenizer | None = None,
+        trace: int | None = None,
+        trace_dir: str = "traces",
     ) -> None:
         self.model, self.batch_size, self.tokenizer = model, batch_size, tokenizer
-        self.calibrators = calibrators or {}
-        self.device = model.embedding.weight.device
-        self.times = GenerationTimes()
-        self._cache: KeyValueCache | None = None
+        self.passes, self.times = Passes(model, calibrators or {}, trace, trace_dir), GenerationTimes()
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
         self._data_rank, self._data_ranks = (data_parallel_rank(), data_parallel_size()) if self._ranks > 1 else (0, 1)
 
@@ -147,22 +149,18 @@ class TextGenerator:
         prompts = [prompt for _, prompt in batch] or [[0]]  # a rank without prompts still serves the others
         generators = [request.sampling.generator(number) for number, _ in batch] or [torch.Generator()]
         longest = max(map(len, prompts))
-        cache = self._cache_for(len(prompts), min(longest + request.max_new_tokens, self.context))
+        cache = self.passes.cache_for(len(prompts), min(longest + request.max_new_tokens, self.context))
         cache.begin(len(prompts))
-        times, started = self.times, self._now()
+        if self.passes.device.type == "cuda":
+            torch.cuda.synchronize(self.passes.device)
+        times, started = self.times, time.perf_counter()
         with cache.attached():
-            logits_BV = self._prefill(prompts, cache, serves_only=not batch)
+            logits_BV = self.passes.prefill(prompts, cache, serves_only=not batch)
             while True:
-                if not bool(logits_BV.isfinite().all()):
-                    raise GenerationError(
-                        "the logits are not finite: the weights of --load are not, or --dtype cannot "
-                        "hold what the model computes; generate with --dtype fp32, or from another "
-                        "checkpoint"
-                    )
-                chosen_B = choose(logits_BV[:, : request.vocab_size], request.sampling, generators)
-                tokens_B = self._agreed(chosen_B)
-                added = self._note(tokens_B.tolist(), prompts, completions, texts, request, on_token)
-                now = self._now()
+                tokens_B = self._agreed(choose(logits_BV[:, : request.vocab_size], request.sampling, generators))
+                tokens = _to_host(tokens_B, logits_BV)
+                added = self._note(tokens, prompts, completions, texts, request, on_token)
+                now = time.perf_counter()
                 if cache.grown:
                     times.decode_s, times.decode_steps = times.decode_s + now - started, times.decode_steps + 1
                     times.decode_tokens += added
@@ -172,28 +170,8 @@ class TextGenerator:
                 started = now
                 if not self._any(any(completion.ended is None for completion in completions)):
                     return completions
-                logits_BV = self._decode(tokens_B, cache, completions)
-
-    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache, serves_only: bool) -> Tensor:
-        """[B, V] logits of the token after each prompt; with `serves_only` the prompt only fills the batch."""
-        lengths = [len(prompt) for prompt in prompts]
-        tokens_BS = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens_BS[row, : len(prompt)] = torch.tensor(prompt)
-        used_BS = used_tokens([0] if serves_only else lengths, max(lengths))
-        with one_pass(self.calibrators, "prefill"):
-            hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), cache.positions(max(lengths)), used_BS)
-        cache.advance(lengths)
-        rows_B = torch.arange(len(prompts), device=self.device)
-        return self.model.logits(hidden_BSD[rows_B, torch.tensor(lengths, device=self.device) - 1])
-
-    def _decode(self, tokens_B: Tensor, cache: KeyValueCache, completions: Sequence[Completion]) -> Tensor:
-        """[B, V] logits of the token after these."""
-        goes_on = [int(completion.ended is None) for completion in completions] or [0]
-        with one_pass(self.calibrators, "decode"):
-            hidden_BSD = self.model.hidden_states(tokens_B.unsqueeze(1), cache.positions(1), used_tokens(goes_on, 1))
-        cache.advance(goes_on)  # a row that has ended stays where it is: its place is written over and over
-        return self.model.logits(hidden_BSD[:, 0])
+                goes_on = [completion.ended is None for completion in completions] or [False]
+                logits_BV = self.passes.decode(tokens_B, cache, goes_on)
 
     def _note(
         self,
@@ -228,16 +206,6 @@ class TextGenerator:
         """Most tokens of prompt and completion together."""
         return self.model.settings.max_position_embeddings
 
-    def _cache_for(self, rows: int, capacity: int) -> KeyValueCache:
-        """One for all batches and calls, as long as it is large enough."""
-        if self._cache is None or self._cache.rows < rows or self._cache.capacity < capacity:
-            old = self._cache
-            self._cache = None  # first: both need not fit at once
-            rows, capacity = (max(rows, old.rows), max(capacity, old.capacity)) if old else (rows, capacity)
-            del old
-            self._cache = KeyValueCache(self.model, rows, capacity)
-        return self._cache
-
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         for number, prompt in enumerate(prompts, start=1):
             if not prompt:
@@ -263,21 +231,24 @@ class TextGenerator:
         """Whether it is true on any rank."""
         if self._ranks == 1:
             return value
-        flag = torch.tensor(int(value), device=self.device)
+        flag = torch.full((), int(value), device=self.passes.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
+def _to_host(tokens_B: Tensor, logits_BV: Tensor) -> list[int]:
+    """The tokens. On a GPU the host waits here, once per token, for these and for whether all logits are finite.
 
-def used_tokens(lengths: Sequence[int], sequence: int) -> Tensor | None:
-    """[B, S] bool on the host: the tokens of rows of these lengths; None where none is padding."""
-    if min(lengths) == sequence:
-        return None
-    return torch.arange(sequence) < torch.tensor(lengths).unsqueeze(1)
+    Raises:
+        GenerationError: not all are finite.
+    """
+    *tokens, finite = torch.cat([tokens_B, logits_BV.isfinite().all().view(1)]).tolist()
+    if not finite:
+        raise GenerationError(
+            "the logits are not finite: the weights of --load are not, or --dtype cannot hold what the model computes; "
+            "generate with --dtype fp32, or from another checkpoint"
+        )
+    return tokens
 
 
 def _ending(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import Attention
+from scmoe_ds.moe.layout import to_device
 
 
 class KeyValueCache:
@@ -60,7 +61,7 @@ class KeyValueCache:
     def advance(self, added: Sequence[int]) -> None:
         """How many of the tokens that were just read each row keeps; the others are written over by the next ones."""
         lengths_B = self._lengths_B[: self._used_rows]
-        lengths_B += torch.tensor(added, device=lengths_B.device)
+        lengths_B += to_device(torch.tensor(added), lengths_B.device)
         self._longest += max(added)
         self._passes += 1
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.experts import MovingExperts
 from scmoe_ds.moe.placement import global_names, layer_of
+from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.parallel.output import log
 
 MODES = ("resident", "offload", "offload-async")
@@ -102,6 +103,7 @@ def offload_experts(
 
     Raises:
         CheckpointError: a checkpoint from which the tier cannot be read.
+        ArgumentError: the system does not give enough pinned memory.
         ValueError: too few places, experts of different shapes, or divided ones.
     """
     least = min(2 if mode == "offload-async" else 1, num_experts(model))
@@ -122,12 +124,15 @@ def offload_experts(
     if (tier or ("host" if device.type == "cuda" else "disk")) == "host":
         source = HostExperts(trained.weights, parameters, dtype, device)
     else:
-        source = DiskExperts(trained.path, parameters)
+        source = DiskExperts(trained.path, parameters, device)
     pattern = layers[0].deepspeed_moe.experts.deepspeed_experts[0]
     slots = [copy.deepcopy(pattern).to(dtype).to_empty(device=device) for _ in range(places)]
     store = ExpertStore(source, named.__getitem__, slots)
     for index, layer in layers.items():
         layer.deepspeed_moe.experts = OffloadedExperts(store, index, layer.num_local_experts, mode == "offload-async")
+    for pair in model.scheduled_pairs() if mode == "offload-async" else ():
+        if pair.layer.transport.size == 1:  # no all-to-all needs the backbone, so that the migration gets all of it
+            pair.schedule = replace(pair.schedule, expert_slot=len(backbone(pair)) + 1)
     return store
 
 

@@ -53,5 +53,6 @@ def _guess(pair: StagedPair, experts: OffloadedExperts, module: nn.Module, input
     assert isinstance(block, Block)
     read = block.moe_input(inputs[0]).flatten(0, -2).float()
     logits_TE = read @ gate.wg.weight.float().t()
-    chosen = logits_TE.topk(gate.k, dim=1).indices.unique().tolist()
+    chosen_E = torch.zeros_like(logits_TE[0]).index_fill_(0, logits_TE.topk(gate.k, dim=1).indices.flatten(), 1)
+    chosen = [expert for expert, is_chosen in enumerate(chosen_E.tolist()) if is_chosen]  # the host waits for it
     experts.store.guess([ExpertKey(experts.layer, expert) for expert in chosen])

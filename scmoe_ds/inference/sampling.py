@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scmoe_ds.moe.layout import to_device
+
 _FLOAT = torch.finfo(torch.float32)
 
 
@@ -68,9 +70,11 @@ def choose(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Gen
     # One number per row travels to the device, whatever the size of the vocabulary.
     drawn = torch.cat([torch.rand(1, generator=each, dtype=torch.float64) for each in generators])
     reached_BV = chances_BV.double().cumsum(1)
-    place_B1 = torch.searchsorted(reached_BV, drawn.to(logits_BV.device).unsqueeze(1) * reached_BV[:, -1:], right=True)
+    sought_B1 = to_device(drawn, logits_BV.device).unsqueeze(1) * reached_BV[:, -1:]
+    place_B1 = torch.searchsorted(reached_BV, sought_B1, right=True)
     last_B1 = (chances_BV > 0).sum(1, keepdim=True) - 1  # rounding must not pick what is not allowed
-    return token_BV.gather(1, torch.minimum(place_B1, last_B1)).squeeze(1)
+    # None is allowed where logits are not finite, which is noticed later: when the tokens reach the host.
+    return token_BV.gather(1, torch.minimum(place_B1, last_B1).clamp(min=0)).squeeze(1)
 
 
 def allowed(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.inference.sources import Arrival, ExpertSource
+from scmoe_ds.inference.readers import Arrival
+from scmoe_ds.inference.sources import ExpertSource
+from scmoe_ds.trace.migrations import MigrationWatch
+from scmoe_ds.trace.recorder import Recorder
 
 
 class ExpertKey(NamedTuple):
@@ -51,14 +55,25 @@ class StoreCounts:
 
 
 class _Slot:
-    """One expert's room."""
+    """One expert's room: memory that is taken once and written over."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval().requires_grad_(False)
         self.tensors: dict[str, Tensor] = dict(module.named_parameters())
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        self.arrival: Arrival | None = None
-        self.last_use: torch.cuda.Event | None = None
+        self.coming: Arrival | None = None
+        self.watch: MigrationWatch | None = None
+        # What must be over before the memory is written. Kernels may still use what it was before it was a slot's.
+        self.occupied = self._so_far()
+
+    def _so_far(self) -> Arrival | None:
+        """The end of all work that has been enqueued on the current stream; None on a CPU, where it is over."""
+        parameter = next(iter(self.tensors.values()))
+        return torch.cuda.current_stream(parameter.device).record_event() if parameter.is_cuda else None
+
+    def used(self) -> None:
+        """Notes that kernels that read it have been enqueued on the current stream."""
+        self.occupied = self._so_far()
 
 
 class ExpertStore:
@@ -68,6 +83,10 @@ class ExpertStore:
         source: the slower tier.
         names: of every expert.
         slots: modules of one expert's shape, on the device; their weights are written over. At least one.
+
+    Attributes:
+        counts: what has been done.
+        recorder: is told of each migration; None: nobody is.
     """
 
     def __init__(self, source: ExpertSource, names: Names, slots: Sequence[nn.Module]) -> None:
@@ -79,6 +98,7 @@ class ExpertStore:
         self._waiting: deque[ExpertKey] = deque()  # asked for, without a place
         self._guessed: set[ExpertKey] = set()
         self.counts = StoreCounts()
+        self.recorder: Recorder | None = None
 
     @property
     def nbytes(self) -> int:
@@ -123,19 +143,17 @@ class ExpertStore:
             self._waiting.remove(key)
             self._start(key, self._room() or self._take_back())
         slot = self._held[key]
-        arrival, slot.arrival = slot.arrival, None
-        if arrival is not None:
+        coming, slot.coming = slot.coming, None
+        if coming is not None:
             started = time.perf_counter()
-            arrival.wait()
+            with slot.watch.waits() if slot.watch else nullcontext():
+                coming.wait()
             self.counts.waited_s += time.perf_counter() - started
         return slot.module
 
     def release(self, key: ExpertKey) -> None:
         """The computation with it has been enqueued."""
-        slot = self._held[key]
-        parameter = next(iter(slot.tensors.values()))
-        if parameter.is_cuda:
-            slot.last_use = torch.cuda.current_stream(parameter.device).record_event()
+        self._held[key].used()
         self._asked[key] -= 1
         if not self._asked[key]:
             del self._asked[key]
@@ -159,16 +177,14 @@ class ExpertStore:
         return self._forget(key)
 
     def _forget(self, key: ExpertKey) -> _Slot:
-        slot = self._held.pop(key)
         self._guessed.discard(key)
-        if slot.arrival is not None:  # still coming: what is written next must come after it
-            slot.arrival.wait()
-        slot.arrival = None
-        return slot
+        return self._held.pop(key)
 
     def _start(self, key: ExpertKey, slot: _Slot) -> None:
         into = {name: slot.tensors[part] for part, name in self._names(key).items()}
-        slot.arrival = self._source.load(into, slot.last_use)
+        slot.watch = None if self.recorder is None else MigrationWatch(self.recorder, *key, self._source.tier)
+        # Where an expert gives way that is still coming, the next one is written after it.
+        slot.coming = slot.occupied = self._source.load(into, slot.occupied, slot.watch)
         self._held[key] = slot
         self.counts.migrations += 1
         self.counts.migrated_bytes += slot.nbytes

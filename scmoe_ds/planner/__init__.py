@@ -10,5 +10,6 @@
 `calibration.py`      recorded spans of all ranks to times.
 `calibration_file.py` times on disk and in checkpoints.
 `calibrator.py`       times the first passes, plans, sets the schedules: for training, serving and benchmarks.
+`step_trace.py`       has one step recorded and drawn, of training or generation.
 `auto.py`             every "auto" of the section: first schedule, numbers of chunks, all-to-all.
 """

@@ -80,7 +80,8 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
     length = max(map(len, tokens), default=loaded.trained.settings.max_position_embeddings)
     rows = min(args.batch_size, max(len(prompts), 1))
     serving = calibrators(loaded.model, loaded.config, loaded.layout, rows, length)
-    generator = TextGenerator(loaded.model, serving, args.batch_size, tokenizer)
+    trace = (args.scmoe_trace, args.scmoe_trace_dir)
+    generator = TextGenerator(loaded.model, serving, args.batch_size, tokenizer, *trace)
     if prompts:
         # Several texts at once would mix on the terminal: those are printed when all are done.
         stream = _Stream(prompts[0]) if len(prompts) == 1 and dist.get_rank() == 0 else None
@@ -92,6 +93,7 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
                 _Stream(prompt).end(completion)
     if args.interactive:
         _talk(generator, tokenizer, request)
+    generator.passes.trace.close()
     if dist.get_rank() == 0:
         chosen = [line for each in serving.values() for line in each.summary()]
         print(*chosen, _speed(generator.times), sep="\n", file=sys.stderr)

@@ -21,10 +21,29 @@ from torch import Tensor
 
 Phase = Literal["forward", "backward"]
 PHASES: tuple[Phase, ...] = ("forward", "backward")
-Lane = Literal["compute", "communication", "wait"]
+Lane = Literal["compute", "communication", "wait", "migration"]
 Wait = Callable[[], object]
-Stamp = Any  # seconds on a CPU, an event on a GPU
-_Key = tuple[int, str, str, Lane, Phase, int]  # the fields of a span before its times
+Stamp = Any  # seconds of the host's clock, or an event of a GPU
+Key = tuple[int, str, str, Lane, Phase, int]  # the fields of a span before its times
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What a span of the lane "migration" moves.
+
+    Attributes:
+        expert: of this rank, from 0.
+        nbytes: of it, or of a part.
+        tier: where it comes from.
+        reader: that moves it, from 0.
+        queued_ms: when it was asked for, since the start of the recording.
+    """
+
+    expert: int
+    nbytes: int
+    tier: Literal["host", "disk"]
+    reader: int
+    queued_ms: float
 
 
 @dataclass(frozen=True)
@@ -35,11 +54,12 @@ class Span:
         layer: MoE layer (pair), from 0.
         name: tells it from all others of its layer, for people: "gate", "experts", "dispatch", "attention 2".
         kind: what it is one of: "attention" for "attention 2", "gate" for the "current gate" of DGMoE.
-        lane: "compute"; "communication" from the launch of an all-to-all to its completion; "wait" is the time that
-            the compute lane stood still for an all-to-all of that name.
+        lane: "compute"; "communication" from the launch of an all-to-all to its completion; "migration" of an expert;
+            "wait" is the time that the compute lane stood still for one of that name.
         phase: forward or backward.
         chunk: from 0; 0 for what is not cut into chunks.
         start_ms, end_ms: since the start of the recording.
+        migration: of the lane "migration" only.
     """
 
     layer: int
@@ -50,6 +70,7 @@ class Span:
     chunk: int
     start_ms: float
     end_ms: float
+    migration: Migration | None = None
 
     @property
     def duration_ms(self) -> float:
@@ -130,10 +151,10 @@ class Recorder:
 
     def __init__(self, device: torch.device, regions: bool = True) -> None:
         self.device, self.regions = device, regions
-        self._stamps: list[tuple[_Key, Stamp, Stamp]] = []
-        self._open: dict[_Key, Stamp] = {}
+        self._stamps: list[tuple[Key, Stamp, Stamp, Migration | None]] = []
+        self._open: dict[Key, Stamp] = {}
         self._watching = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._origin = self.stamp()
+        self._origin, self._origin_s = self.stamp(), time.perf_counter()
 
     def pair(self, layer: int) -> PairRecorder:
         """The recorder to hand to the pair of MoE layer number `layer`."""
@@ -146,7 +167,10 @@ class Recorder:
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        spans = [Span(*key, self._milliseconds(start), self._milliseconds(end)) for key, start, end in self._stamps]
+        spans = [
+            Span(*key, self.milliseconds(start), self.milliseconds(end), migration)
+            for key, start, end, migration in self._stamps
+        ]
         return sorted(spans, key=lambda span: (span.start_ms, span.end_ms))
 
     def stamp(self) -> Stamp:
@@ -157,24 +181,25 @@ class Recorder:
         event.record()
         return event
 
-    def _milliseconds(self, stamp: Stamp) -> float:
-        if self.device.type != "cuda":
-            return 1e3 * (stamp - self._origin)
+    def milliseconds(self, stamp: Stamp) -> float:
+        """Since the start of the recording. A time of the host's clock counts from there too, whatever the device."""
+        if isinstance(stamp, float):
+            return 1e3 * (stamp - self._origin_s)
         return float(self._origin.elapsed_time(stamp))
 
-    def start(self, key: _Key) -> None:
+    def start(self, key: Key) -> None:
         """A computation begins."""
         self._open[key] = self.stamp()
 
-    def end(self, key: _Key) -> None:
+    def end(self, key: Key) -> None:
         """A computation is over."""
         start = self._open.pop(key, None)
         if start is not None:
             self.add(key, start, self.stamp())
 
-    def add(self, key: _Key, start: Stamp, end: Stamp) -> None:
+    def add(self, key: Key, start: Stamp, end: Stamp, migration: Migration | None = None) -> None:
         """Notes a span; the key has all fields of `Span` before its times."""
-        self._stamps.append((key, start, end))
+        self._stamps.append((key, start, end, migration))
 
     def completion(self, wait: Wait, note: Callable[[Stamp], None]) -> Wait:
         """Has `note` called with the moment at which an exchange is complete; returns what waits for it.
@@ -234,7 +259,7 @@ class _LayerRecorder:
     def renamed(self, word: str) -> PairRecorder:
         return _LayerRecorder(self.recorder, self.layer, f"{word} ")
 
-    def _key(self, what: What, lane: Lane, phase: Phase, chunk: int) -> _Key:
+    def _key(self, what: What, lane: Lane, phase: Phase, chunk: int) -> Key:
         label, kind = (what, what) if isinstance(what, str) else (what.label, what.kind)
         return self.layer, self.prefix + label, kind, lane, phase, chunk
 
@@ -242,7 +267,7 @@ class _LayerRecorder:
 @dataclass(frozen=True)
 class _TransferWatch:
     recorder: Recorder
-    key: Callable[[Lane, Phase], _Key]
+    key: Callable[[Lane, Phase], Key]
 
     def launch(self, phase: Phase, launch: Callable[[], Wait]) -> Wait:
         recorder, start = self.recorder, self.recorder.stamp()

@@ -1,4 +1,4 @@
-"""What recorded spans say: the hidden share of the communication, and how to line them up.
+"""What recorded spans say: the hidden share of communication and migration, and how to line them up.
 
 Each rank's clock starts with its recording. So this file compares durations across ranks, never moments.
 """
@@ -8,20 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 from scmoe_ds.trace.recorder import Phase, Span
 
 Spans = Sequence[Span]
-LANES = ("compute", "communication")
-"""The lanes of a picture; waits belong to compute."""
+Hidden = Literal["communication", "migration"]
+"""What computation can hide, by its lane."""
+LANES = ("compute", "communication", "migration")
+"""The lanes of a picture, the last only where experts migrate; waits belong to compute."""
 
 
 @dataclass(frozen=True)
 class HiddenShare:
-    """How long all-to-alls were under way (communication_ms), and how long computation waited for them (exposed_ms)."""
+    """How long all-to-alls were under way (communication_ms), and how long computation waited for them (exposed_ms).
+
+    Or the same of experts that migrate.
+    """
 
     communication_ms: float
     exposed_ms: float
@@ -34,22 +39,25 @@ class HiddenShare:
         return min(1.0, max(0.0, 1.0 - self.exposed_ms / self.communication_ms))
 
 
-def hidden_share(spans: Spans, phase: Phase | None = None) -> HiddenShare:
+def hidden_share(spans: Spans, phase: Phase | None = None, of: Hidden = "communication") -> HiddenShare:
     """The hidden share of one rank, over all layers of the spans.
 
     Chunks in flight at the same time count once: the communication is as long as the union of its spans.
 
     Args:
         phase: None: both.
+        of: the lane in question.
     """
     of_phase = [span for span in spans if phase in (None, span.phase)]
-    communication_ms = _union_ms(span for span in of_phase if span.lane == "communication")
-    return HiddenShare(communication_ms, exposed_ms=_union_ms(span for span in of_phase if span.lane == "wait"))
+    waits = (span for span in of_phase if span.lane == "wait" and (span.kind == "migration") == (of == "migration"))
+    return HiddenShare(_union_ms(span for span in of_phase if span.lane == of), exposed_ms=_union_ms(waits))
 
 
-def hidden_share_of_ranks(spans_of_ranks: Sequence[Spans], phase: Phase | None = None) -> HiddenShare:
+def hidden_share_of_ranks(
+    spans_of_ranks: Sequence[Spans], phase: Phase | None = None, of: Hidden = "communication"
+) -> HiddenShare:
     """Both times summed over all ranks. `share` is then the mean share, weighted by communication."""
-    of_ranks = [hidden_share(spans, phase) for spans in spans_of_ranks]
+    of_ranks = [hidden_share(spans, phase, of) for spans in spans_of_ranks]
     return HiddenShare(sum(one.communication_ms for one in of_ranks), sum(one.exposed_ms for one in of_ranks))
 
 
@@ -73,9 +81,14 @@ def gather_spans(spans: Spans, group: dist.ProcessGroup | None = None) -> list[l
     return gathered if dist.get_rank(group) == 0 else None
 
 
+def lanes_of(spans: Spans) -> list[str]:
+    """The lanes of a picture of these spans."""
+    return [lane for lane in LANES if lane != "migration" or any(span.lane == lane for span in spans)]
+
+
 def rows_of_lane(spans: Iterable[Span], lane: str) -> list[list[Span]]:
     """The spans of a lane, in as few rows as hold them without overlap. Waits belong to the compute lane."""
-    of_lane = [span for span in spans if (span.lane == "communication") == (lane == "communication")]
+    of_lane = [span for span in spans if ("compute" if span.lane == "wait" else span.lane) == lane]
     rows: list[list[Span]] = []
     for span in sorted(of_lane, key=lambda span: (nanoseconds(span.start_ms), nanoseconds(span.end_ms))):
         free = next((row for row in rows if nanoseconds(row[-1].end_ms) <= nanoseconds(span.start_ms)), None)

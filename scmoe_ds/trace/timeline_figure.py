@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from scmoe_ds.errors import imports_of
 from scmoe_ds.figure_style import INK, OPERATORS, WIDTH, coloured_as, save, styled
 from scmoe_ds.trace.recorder import PHASES, Phase, Span
-from scmoe_ds.trace.spans import LANES, Spans, check_spans, hidden_share_of_ranks, rows_of_lane
+from scmoe_ds.trace.spans import Hidden, Spans, check_spans, hidden_share_of_ranks, lanes_of, rows_of_lane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ _SHOWN = {"mlp": "MLP", "shared": "shared expert"}
 """Words for kinds of spans, in boxes and in the legend alike."""
 _AXIS = "ms since the start of the phase"
 _NUMBER = "; a number in a box is its chunk's"
+_EXPERT = "; a number in a box is its expert's"
 _GAP = "\nA gap: nothing was recorded. The process launched an operator or communication, or had not begun."
 
 
@@ -69,12 +70,14 @@ def _figure(spans_of_ranks: Sequence[Spans], title_prefix: str, layer: int | Non
     spans = list(itertools.chain.from_iterable(of for parts in phases.values() for of in parts.values()))
     until_ms = until_ms or max(span.end_ms for span in spans) or 1.0
 
-    result = Figure(figsize=(WIDTH, 1.2 + len(phases) * (0.7 + 0.95 * len(drawn))))
+    height = 0.35 + 0.3 * len(lanes_of(spans))  # of a rank
+    result = Figure(figsize=(WIDTH, 1.2 + len(phases) * (0.7 + height * len(drawn))))
     panels = result.subplots(len(phases), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (phase, parts) in zip(panels, phases.items(), strict=True):
         axes.set(title=f"{phase}: {_share(list(shown.values()), phase)}", xlim=(-0.005 * until_ms, 1.005 * until_ms))
         _draw_phase(axes, parts)
-    panels[-1].set_xlabel(_AXIS + _NUMBER * any(span.chunk > 0 for span in spans) + _GAP)
+    numbers = _NUMBER * any(span.chunk > 0 for span in spans) or _EXPERT * any(span.migration for span in spans)
+    panels[-1].set_xlabel(_AXIS + numbers + _GAP)
     part = f" ({len(drawn)} of {len(shown)} ranks drawn)" if len(drawn) < len(shown) else ""
     result.suptitle(f"{title_prefix}MoE layer {layer}{part}")
     _add_legend(result, spans)
@@ -113,8 +116,10 @@ def _from_zero(spans_of_ranks: Mapping[int, Spans], phase: Phase) -> dict[int, l
 
 
 def _share(spans_of_ranks: Sequence[Spans], phase: Phase) -> str:
-    found = hidden_share_of_ranks(spans_of_ranks, phase)
-    return f"{found.share:.1%} of the communication is hidden" if found.communication_ms else "no communication"
+    lanes: tuple[Hidden, ...] = ("communication", "migration")
+    found = {lane: hidden_share_of_ranks(spans_of_ranks, phase, lane) for lane in lanes}
+    shares = [f"{each.share:.1%} of the {lane}" for lane, each in found.items() if each.communication_ms]
+    return f"{', '.join(shares)} is hidden" if shares else "no communication"
 
 
 def _word(span: Span) -> str:
@@ -123,6 +128,8 @@ def _word(span: Span) -> str:
 
 def _colour(span: Span) -> str:
     """The name in `OPERATORS` whose colour a span has."""
+    if span.lane == "migration":
+        return "dispatch" if span.kind == "read" else "combine"
     return "wait" if span.lane == "wait" else coloured_as(span.kind)
 
 
@@ -135,15 +142,16 @@ def _draw_phase(axes: Axes, spans_of_ranks: dict[int, list[Span]]) -> None:
     from matplotlib.patches import Rectangle
 
     cut = {(span.lane, span.name) for spans in spans_of_ranks.values() for span in spans if span.chunk > 0}
-    ticks: dict[float, str] = {}
-    for (place, (rank, spans)), lane in itertools.product(enumerate(spans_of_ranks.items()), LANES):
-        top = -2.6 * place - 1.1 * LANES.index(lane)  # of a lane of height 1
-        ticks[top - 0.5] = f"rank {rank}  {lane}" if lane == LANES[0] else lane
+    lanes, ticks = lanes_of(list(itertools.chain.from_iterable(spans_of_ranks.values()))), dict[float, str]()
+    for (place, (rank, spans)), lane in itertools.product(enumerate(spans_of_ranks.items()), lanes):
+        top = -(0.4 + 1.1 * len(lanes)) * place - 1.1 * lanes.index(lane)  # of a lane of height 1
+        ticks[top - 0.5] = f"rank {rank}  {lane}" if lane == lanes[0] else lane
         rows = rows_of_lane(spans, lane)
         for number, row in enumerate(rows, start=1):
             size = 1 / len(rows)  # chunks in flight at once share their lane's height
             for span in row:
-                label = f"{_word(span)} {span.chunk}" if (span.lane, span.name) in cut else _word(span)
+                which = span.migration.expert if span.migration else span.chunk
+                label = f"{_word(span)} {which}" if span.migration or (span.lane, span.name) in cut else _word(span)
                 corner = (span.start_ms, top - number * size)
                 axes.add_patch(Rectangle(corner, span.duration_ms, size, label=label, **_style(_colour(span))))
     axes.set_yticks(list(ticks), list(ticks.values()))

@@ -26,11 +26,11 @@ from scmoe_ds.parallel.failures import at_iteration
 from scmoe_ds.parallel.process import device
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
+from scmoe_ds.planner.step_trace import StepTrace
 from scmoe_ds.training.health import StepHealth, is_loss_scale_exhausted, not_finite, overflows_at_any_scale
 from scmoe_ds.training.log import TrainingLog, TrainingOutput, means_over_ranks, say
 from scmoe_ds.training.progress import Progress
 from scmoe_ds.training.settings import Summary, TrainingSettings
-from scmoe_ds.training.step_trace import StepTrace
 
 
 class Trainer:
@@ -70,7 +70,7 @@ class Trainer:
         self._told_to_stop = False  # in the middle of a validation
         self._saved: Path | None = None
         self._validation: tuple[int, float] | None = None
-        self._trace = StepTrace(engine, settings.trace, settings.trace_dir)
+        self._trace = StepTrace(engine.overlap, settings.trace, settings.trace_dir)
 
     def run(self) -> Summary:
         """Trains up to `train_iters` or until something else ends the run, then validates and saves.
@@ -160,6 +160,7 @@ class Trainer:
         self.iteration += 1
         self.consumed_samples += settings.rank_batch_size * self.data_ranks
         self._trace.end(self.iteration)
+        self._trace.draw()
         self.log.communication.end()
 
     def _watch(self, iteration: int) -> None:

@@ -200,7 +200,7 @@ def test_no_autograd_and_no_growth(tmp_path: Path) -> None:
 
     generator.generate([[1, 2]], Request(200, GREEDY), note)
     assert len(resident) == 200 and resident[-1] - resident[49] < 4 << 20
-    cached = generator._cache
+    cached = generator.passes._cache
     assert cached is not None and cached.nbytes == 2 * 2 * 202 * 64 * 4
     assert not any(parameter.requires_grad for parameter in generator.model.parameters())
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from lab.distributed import environment_of_one
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.inference.expert_files import ExpertFileError
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import expert_places, offload_experts
 from scmoe_ds.inference.pregate import guess_experts
 from scmoe_ds.inference.sampling import Sampling
-from scmoe_ds.inference.sources import PIECE_BYTES, DiskExperts, ExpertFileError
+from scmoe_ds.inference.sources import PIECE_BYTES, DiskExperts
 from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
@@ -98,7 +99,7 @@ class _Events:
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def load(self, into: Mapping[str, Tensor], after: object) -> Any:
+    def load(self, into: Mapping[str, Tensor], after: object, watch: object) -> Any:
         (name,) = into
         self.seen.append(f"load {name}")
         events, tensor = self.seen, into[name]
@@ -233,15 +234,15 @@ def test_missing_and_short_files(export: Path, capsys: pytest.CaptureFixture[str
             store.take(ExpertKey(layer, expert))
             store.release(ExpertKey(layer, expert))
     with pytest.raises(ExpertFileError, match="is no readable safetensors file"):
-        DiskExperts(export, names)
+        DiskExperts(export, names, CPU)
     file.unlink()
     with pytest.raises(ExpertFileError, match=r"Export the checkpoint again, into another dir"):
-        DiskExperts(export, names)
+        DiskExperts(export, names, CPU)
     flags = ["--load", str(export), "--prompt", "a", "--experts", "offload-async"]
     assert generate_program.main(flags) == 2
     assert f"{file.name} is missing" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"has no x\.weight"):
-        DiskExperts(export, ["x.weight"])
+        DiskExperts(export, ["x.weight"], CPU)
 
 
 def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +280,7 @@ def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.Mon
 
 def test_checkpoint_that_is_no_export(export: Path) -> None:
     with pytest.raises(CheckpointError, match=r"scmoe convert export"):
-        DiskExperts(export.parent, [])
+        DiskExperts(export.parent, [], CPU)
 
 
 def test_sizes_of_the_cache() -> None:

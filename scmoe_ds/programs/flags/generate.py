@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scmoe_ds.programs.flags.model import add_experts, add_model
 from scmoe_ds.programs.flags.parser import FlagParser
+from scmoe_ds.programs.flags.trace import add_trace
 
 
 def build_parser() -> FlagParser:
@@ -39,4 +40,8 @@ def build_parser() -> FlagParser:
         help="choose among the most likely tokens that together have this probability",
     )
     group.add_argument("--seed", type=int, default=1234, help="random seed; each prompt gets its own generator")
+    add_trace(
+        parser.add_argument_group("what happened"),
+        "forward pass N (1 reads the first batch of prompts, then each makes a token)",
+    )
     return parser

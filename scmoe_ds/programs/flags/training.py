@@ -9,6 +9,7 @@ from typing import Any
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.programs.flags.megatron import MLP_TYPES
+from scmoe_ds.programs.flags.trace import add_trace
 from scmoe_ds.training.settings import TrainingSettings
 
 
@@ -74,10 +75,7 @@ def add_moe(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scmoe-position", choices=["pos1", "pos2", "pos3"], help="where the shortcut is taken")
     group.add_argument("--scmoe-merge", choices=["add", "cg1", "cg2"], help="how shared and routed output meet")
-    group.add_argument(
-        "--scmoe-trace", type=int, metavar="N", help="draw iteration N: a trace for Perfetto and a figure"
-    )
-    group.add_argument("--scmoe-trace-dir", default="traces", help="directory for trace and figure")
+    add_trace(group, "iteration N")
     group.add_argument("--scmoe-expert-slot", type=_slot, help='"auto" or the operator before which experts run')
 
 
