@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import Attention
-from scmoe_ds.moe.layout import to_device
+from scmoe_ds.moe.experts import to_device
 
 
 class KeyValueCache:

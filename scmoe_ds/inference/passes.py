@@ -14,7 +14,7 @@ from torch import Tensor
 from scmoe_ds.inference.kv_cache import KeyValueCache
 from scmoe_ds.inference.offload import OffloadedExperts
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.moe.layout import to_device
+from scmoe_ds.moe.experts import to_device
 from scmoe_ds.planner.calibrator import Calibrator, one_pass
 from scmoe_ds.planner.simulation import Mode
 from scmoe_ds.planner.step_trace import StepTrace

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scmoe_ds.moe.layout import to_device
+from scmoe_ds.moe.experts import to_device
 
 _FLOAT = torch.finfo(torch.float32)
 
