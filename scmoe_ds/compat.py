@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,23 @@ def disable_shared_memory() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def weighted_restore() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """DeepSpeed's Triton kernel that weights the rows of a token and adds them up: (rows [R, D], row of each choice
+    [T, K] or -1, fp32 weights [T, K]) → [T, D]. Its gradient leaves out rows without a choice. None: there is none. The
+    public function around it does not know dropped choices (read in 0.19.8, the first with it)."""
+    try:
+        from deepspeed.ops.triton_ops import autoep_fused_token_ops
+    except ImportError:
+        return None
+    restore = getattr(autoep_fused_token_ops, "_FusedWeightedRestore", None)
+    known = ["ctx", "combined_rows", "top_scores", "inverse", "top_k"]
+    if restore is None or list(signature(restore.forward).parameters) != known:
+        return None
+    if not autoep_fused_token_ops.is_available():
+        return None
+    return lambda rows, row_TK, weight_TK: restore.apply(rows, weight_TK, row_TK.flatten(), row_TK.shape[1])
 
 
 _REMOVED = (

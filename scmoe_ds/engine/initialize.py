@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
@@ -27,6 +28,7 @@ from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules,
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.identity import identity
+from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, require_agreement
 from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
@@ -196,6 +198,8 @@ def overlap_of(
     sequence = getattr(model, "sequence", None)  # None in a model that others wrote
     nodes = nodes_of_ranks()
     log(*filter(None, [applied]), *(describe_groups(layout, nodes) if len(set(nodes)) > 1 else ()))
+    for parameter in filter(is_moe_param, model.parameters()):
+        kernels_of(parameter)  # chosen and logged at the start
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
     own = [describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]
     choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))

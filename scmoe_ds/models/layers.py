@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scmoe_ds.models.parallel_layers import Group, column_parallel, own_random_numbers, row_parallel, size_of
+from scmoe_ds.moe.kernels import kernels_of
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,7 @@ class MLP(nn.Module):
     def activate(self, inner: Tensor) -> Tensor:
         """GELU, or SiLU of the first half times the second."""
         if self.swiglu:
-            gate, up = inner.chunk(2, dim=-1)
-            return F.silu(gate) * up
+            return kernels_of(inner).swiglu(inner)
         return F.gelu(inner)
 
     def flops_per_token(self) -> int:

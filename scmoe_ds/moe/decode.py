@@ -11,10 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from scmoe_ds.moe.kernels import kernels_of
 
 
 def decode(
-    rows_RD: Tensor, row_of_choice_KT: Tensor, choice_of_row_R: Tensor, weight_KT: Tensor, padded: bool = False
+    rows_RD: Tensor, row_of_choice_KT: Tensor, choice_of_row_R: Tensor, weight_KT: Tensor, kept_KT: Tensor | None
 ) -> Tensor:
     """Gathers each token's expert outputs and adds them up, weighted, in fp32 (paper eq. 1).
 
@@ -23,14 +26,19 @@ def decode(
     Args:
         rows_RD: expert outputs, in the order in which the tokens were sent.
         row_of_choice_KT: int64 row of each choice; any row for a dropped one.
-        choice_of_row_R: int64 choice k * T + t of each row. Entries behind the last row are not read.
+        choice_of_row_R: int64 choice k * T + t of each row; K * T of an empty one. Entries behind the last row are not
+            read.
         weight_KT: fp32 gate values; 0 for a dropped choice.
-        padded: some rows are empty; their choice is K * T.
+        kept_KT: bool, which choices have a row. None: rows may be empty.
 
     Returns:
         [T, D] in the dtype of `rows_RD`; zeros for a token whose choices were all dropped.
     """
-    return _Decode.apply(rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT, padded)
+    restore = kernels_of(rows_RD).restore
+    if restore is None or kept_KT is None or min(rows_RD.shape[0], weight_KT.numel()) == 0:
+        return _Decode.apply(rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT, kept_KT is None)
+    row_TK = torch.where(kept_KT, row_of_choice_KT, -1).t().contiguous()
+    return restore(rows_RD, row_TK, weight_KT.t().contiguous())
 
 
 class _Decode(torch.autograd.Function):
@@ -48,6 +56,7 @@ class _Decode(torch.autograd.Function):
         return add_choices(rows_RD, row_of_choice_KT, weight_KT)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
         rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT = ctx.saved_tensors
         if rows_RD.shape[0] == 0 or weight_KT.numel() == 0:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scmoe_ds.compat import forward_hooks
+from scmoe_ds.moe.kernels import GroupedProduct, kernels_of
 
 Project = Callable[[Tensor], Tensor]
-GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows [S, I], weights [L, O, I], the row behind each expert's last [L] int32) → [S, O]."""
 
 
 class TwoProjections(Protocol):
@@ -61,8 +59,8 @@ def run_experts(experts: Experts | MovingExperts, rows_SD: Tensor, rows_per_expe
     """
     if isinstance(experts, MovingExperts):
         return experts.run(rows_SD, rows_per_expert)
-    if len(rows_per_expert) > 1 and can_group(experts, rows_SD):
-        return grouped_experts(experts, rows_SD, rows_per_expert)
+    if len(rows_per_expert) > 1 and (product := product_for(experts, rows_SD)):
+        return grouped_experts(experts, rows_SD, rows_per_expert, product)
     outputs = []
     for expert, part in zip(experts.deepspeed_experts, rows_SD.split(list(rows_per_expert)), strict=True):
         output = activate_and_project(expert, expert.input(part)) if is_plain(expert) else expert(part)
@@ -93,38 +91,11 @@ def activate_and_project(expert: TwoProjections, inner: Tensor, project: Project
     return checkpoint(lambda rows: project(expert.activate(rows)), inner, use_reentrant=False, preserve_rng_state=False)
 
 
-def can_group(experts: Experts, rows_SD: Tensor) -> bool:
-    """Whether a grouped matrix product can be used: bf16 on a GPU with a kernel, 16-byte rows, plain experts."""
-    if not (rows_SD.is_cuda and rows_SD.dtype == torch.bfloat16 and grouped_product(rows_SD.device) is not None):
-        return False
-    return all(is_plain(expert) for expert in experts.deepspeed_experts) and all(
-        parameter.shape[-1] % 8 == 0 for parameter in experts.parameters()
-    )
-
-
-def grouped_product(device: torch.device) -> GroupedProduct | None:
-    """The kernel of a device; None if it has none.
-
-    Before compute capability 9.0 torch's kernel is a loop in which the host waits for the GPU, twice per product. There
-    DeepSpeed's is used, if Triton is installed.
-    """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        on_ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return _triton_product if on_ampere and get_accelerator().prefer_triton_grouped_mm() else None
-    return _torch_product if hasattr(F, "grouped_mm") else None
-
-
-def _torch_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tensor:
-    return F.grouped_mm(rows_SI, weights_LOI.transpose(1, 2), offs=ends_L)
-
-
-def _triton_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tensor:
-    try:
-        from deepspeed.ops.triton_ops import group_gemm_triton
-    except ImportError:  # DeepSpeed 0.19.4 and 0.19.5
-        from deepspeed.moe.group_gemm_triton import group_gemm_triton
-
-    return group_gemm_triton(rows_SI, weights_LOI, ends_L, trans_b=True)
+def product_for(experts: Experts, rows_SD: Tensor) -> GroupedProduct | None:
+    """The grouped matrix product of a device, for plain experts whose rows have a multiple of 16 bytes."""
+    product = kernels_of(rows_SD).grouped_product
+    fits = product is not None and all(is_plain(expert) for expert in experts.deepspeed_experts)
+    return product if fits and all(parameter.shape[-1] % 8 == 0 for parameter in experts.parameters()) else None
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -132,7 +103,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+def grouped_experts(
+    experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int], product: GroupedProduct
+) -> Tensor:
     """All local experts with one grouped matrix product per projection.
 
     The weights stay separate parameters in DeepSpeed's layout. For the product they are stacked. This copies the local
@@ -142,38 +115,35 @@ def grouped_experts(experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence
         experts: of the form of `TwoProjections`.
         rows_SD, rows_per_expert: as for `run_experts`.
     """
-    members, product = list(experts.deepspeed_experts), grouped_product(rows_SD.device)
-    assert product is not None
-    counts_L = to_device(torch.tensor(rows_per_expert), rows_SD.device)
-    ends_L = counts_L.cumsum(0).to(torch.int32)
+    members = list(experts.deepspeed_experts)
+    ends_L = to_device(torch.tensor(list(accumulate(rows_per_expert)), dtype=torch.int32), rows_SD.device)
 
     def project(rows: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
         output = product(rows, torch.stack([layer.weight for layer in layers]), ends_L)
-        if layers[0].bias is None:
-            return output
-        biases_LO = torch.stack([layer.bias for layer in layers])
-        return _AddBias.apply(output, biases_LO, counts_L, rows_per_expert)
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return _AddBias.apply(output, rows_per_expert, *biases) if biases else output
 
     inner_SF = project(rows_SD, [expert.input for expert in members])
     return activate_and_project(members[0], inner_SF, lambda rows: project(rows, [e.output for e in members]))
 
 
 class _AddBias(torch.autograd.Function):
-    """Each row plus the bias of its expert. The gradient of a bias is summed in fp32. torch's own is a scatter of bf16
-    rows on a GPU. It rounds after each addition; over thousands of rows the sum is off by half. No tensor is kept for
-    the backward pass, since a recomputation of the rows may stop before the product."""
+    """Each row plus the bias of its expert, in place. The gradient of a bias is one sum over its rows, which torch adds
+    up in fp32. The gradient of a bias that is repeated for each row is a scatter of bf16 rows on a GPU. It rounds after
+    each addition; over thousands of rows the sum is off by half. No tensor is kept for the backward pass, since a
+    recomputation of the rows may stop before the product."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows_SO: Tensor, biases_LO: Tensor, counts_L: Tensor, rows_per_expert: Sequence[int]
-    ) -> Tensor:
-        ctx.rows_per_expert, ctx.dtype = list(rows_per_expert), biases_LO.dtype
-        return rows_SO + biases_LO.repeat_interleave(counts_L, dim=0, output_size=rows_SO.shape[0])
+    def forward(ctx: Any, rows_SO: Tensor, rows_per_expert: Sequence[int], *biases: Tensor) -> Tensor:
+        ctx.mark_dirty(rows_SO)
+        ctx.rows_per_expert = list(rows_per_expert)
+        for part, bias in zip(rows_SO.split(ctx.rows_per_expert), biases, strict=True):
+            part.add_(bias)
+        return rows_SO
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        sums = [part.sum(0, dtype=torch.float32) for part in grads[0].split(ctx.rows_per_expert)]
-        return grads[0], torch.stack(sums).to(ctx.dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, *(part.sum(0) for part in grads[0].split(ctx.rows_per_expert))
 
 
 def initialize_experts(experts: Experts, first_global_id: int) -> None:

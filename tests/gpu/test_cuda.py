@@ -11,7 +11,8 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.pairs import StagedPair, make_pair
-from scmoe_ds.moe.experts import can_group, grouped_product
+from scmoe_ds.moe.experts import product_for
+from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.trace.recorder import Recorder
 
@@ -78,13 +79,13 @@ def test_every_slot_with_and_without_overlap() -> None:
 def test_grouped_experts_in_bf16() -> None:
     pair, hidden = build_pair(drop_tokens=False).cuda().bfloat16(), torch.randn(2, 32, 64, device="cuda").bfloat16()
     experts = pair.blocks[-1].moe.deepspeed_moe.experts
-    if grouped_product(hidden.device) is None:
+    if kernels_of(hidden).grouped_product is None:
         pytest.skip("no grouped product for this GPU: before compute capability 9.0 it takes Triton")
-    assert can_group(experts, hidden.view(-1, 64))
+    assert product_for(experts, hidden.view(-1, 64)) is not None
     grouped = results(pair, hidden)
     for expert in experts.deepspeed_experts:
         expert.register_forward_hook(lambda *_: None)  # a hooked expert is called as a module of its own
-    assert not can_group(experts, hidden.view(-1, 64))
+    assert product_for(experts, hidden.view(-1, 64)) is None
     for a, b in zip(grouped, results(pair, hidden), strict=True):
         torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
 

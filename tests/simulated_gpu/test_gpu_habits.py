@@ -9,20 +9,18 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scmoe_ds
 from scmoe_ds.comm.counts import start_counts
 from scmoe_ds.models.layers import MLP, GPTSettings
-from scmoe_ds.moe.experts import can_group, grouped_experts, grouped_product, run_experts
+from scmoe_ds.moe.experts import grouped_experts
+from scmoe_ds.moe.kernels import torch_product
 from scmoe_ds.moe.layout import ExactLayout
 
 D, E, ROWS = 8, 4, 4096
@@ -79,7 +77,7 @@ def test_bias_gradients_over_many_rows() -> None:
     torch.manual_seed(0)
     local, counts = experts(), [ROWS, 0, 100, ROWS]
     rows, grad = torch.randn(sum(counts), D).bfloat16(), (1 + torch.rand(sum(counts), D)).bfloat16()
-    output = grouped_experts(local, rows, counts)
+    output = grouped_experts(local, rows, counts, torch_product)
     with Operators() as ran:
         output.backward(grad)
     assert not {"index_add", "index_add_"} & ran.names.keys(), "on a GPU, in bf16 and in any order"
@@ -96,52 +94,10 @@ def test_bias_gradients_over_many_rows() -> None:
 @NEEDS_GROUPED_MM
 def test_recomputed_activations_end_before_the_product() -> None:
     """Backward: two products for each of the two forward, and none again."""
-    output = grouped_experts(experts(), torch.randn(12, D).bfloat16().requires_grad_(), [3, 0, 4, 5])
+    output = grouped_experts(experts(), torch.randn(12, D).bfloat16().requires_grad_(), [3, 0, 4, 5], torch_product)
     with Operators() as ran:
         output.backward(torch.randn(12, D).bfloat16())
     assert ran.names["_grouped_mm"] == 4
-
-
-@pytest.mark.parametrize(
-    ("capability", "triton", "kernel"),
-    [
-        ((7, 5), True, None),
-        ((8, 0), False, None),
-        ((8, 0), True, "_triton_product"),
-        ((8, 9), False, None),
-        pytest.param((9, 0), False, "_torch_product", marks=NEEDS_GROUPED_MM),
-        pytest.param((10, 0), False, "_torch_product", marks=NEEDS_GROUPED_MM),
-    ],
-)
-def test_grouped_products_by_device(
-    capability: tuple[int, int], triton: bool, kernel: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(deepspeed.get_accelerator(), "prefer_triton_grouped_mm", lambda: triton)
-    device = torch.device("cuda")
-    assert getattr(grouped_product(device), "__name__", None) == kernel
-    rows = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=device)
-    assert can_group(experts(), rows) == (kernel is not None)  # type: ignore[arg-type]
-    assert not can_group(experts(), SimpleNamespace(is_cuda=True, dtype=torch.float32, device=device))  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(
-    Version(deepspeed.__version__) < Version("0.19.6"),
-    reason="DeepSpeed before 0.19.6 has its kernel in another module",
-)
-def test_deepspeeds_kernel_takes_what_it_is_handed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arguments, with the kernel's formula in plain PyTorch."""
-
-    def by_group(rows: Tensor, weights: Tensor, ends: Tensor, trans_b: bool) -> Tensor:
-        assert trans_b and weights.is_contiguous() and ends.dtype == torch.int32
-        parts = torch.tensor_split(rows, ends[:-1].tolist())
-        return torch.cat([part @ weight.t() for part, weight in zip(parts, weights, strict=True)])
-
-    monkeypatch.setattr("deepspeed.ops.triton_ops.group_gemm_triton", by_group)
-    local, rows, counts = experts(), torch.randn(12, D).bfloat16(), [3, 0, 4, 5]
-    separate = run_experts(local, rows, counts)
-    monkeypatch.setattr("scmoe_ds.moe.experts.grouped_product", lambda _: scmoe_ds.moe.experts._triton_product)
-    torch.testing.assert_close(grouped_experts(local, rows, counts), separate, rtol=2e-2, atol=2e-2)
 
 
 def test_gradients_of_tokens_with_many_choices() -> None:
@@ -169,6 +125,7 @@ def test_gradients_of_tokens_with_many_choices() -> None:
     "path",
     [
         "moe/experts.py",
+        "moe/kernels.py",
         "moe/gate.py",
         "moe/layer.py",
         "moe/layout.py",

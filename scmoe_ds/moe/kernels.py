@@ -1,0 +1,110 @@
+"""Which kernels compute on rows, chosen once per device and dtype.
+
+                      everywhere                  where the device and the installed packages have better
+    grouped product   none: expert after expert   torch's from compute capability 9.0 on, DeepSpeed's on 8.x; in bf16
+    restore           moe/decode.py               DeepSpeed's from 8.0 on (DeepSpeed 0.19.8)
+    SwiGLU            silu(gate) * up             DeepSpeed's from 8.0 on (DeepSpeed 0.19.8)
+
+DeepSpeed's kernels need Triton. Rows are permuted by torch everywhere: one exact copy per permutation.
+
+Shape suffixes: T tokens, D hidden, K top-k, L local experts, R/S rows sent/received, I/O in/out, F feed-forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from scmoe_ds.compat import weighted_restore
+from scmoe_ds.parallel.output import log
+
+GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [S, I], weights [L, O, I], the row behind each expert's last [L] int32) → [S, O]."""
+Restore = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [R, D], row of each choice [T, K] or -1, fp32 weights [T, K]) → [T, D]; every row belongs to one choice."""
+SwiGLU = Callable[[Tensor], Tensor]
+"""[..., 2F], the gate first → [..., F]."""
+
+
+def plain_swiglu(inner: Tensor) -> Tensor:
+    """SiLU of the first half times the second."""
+    gate, up = inner.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """All of them compute their gradients too. By default torch's operators, which run everywhere."""
+
+    grouped_product: GroupedProduct | None = None
+    restore: Restore | None = None
+    swiglu: SwiGLU = plain_swiglu
+
+    def __str__(self) -> str:
+        grouped = "none" if self.grouped_product is None else _author(self.grouped_product is torch_product)
+        restore, swiglu = _author(self.restore is None), _author(self.swiglu is plain_swiglu)
+        return f"grouped product {grouped}, weighted restore {restore}, SwiGLU {swiglu}"
+
+
+def _author(is_torch: bool) -> str:
+    return "torch's" if is_torch else "DeepSpeed's"
+
+
+PLAIN = Kernels()
+FUSED = (torch.bfloat16, torch.float16, torch.float32)
+"""What DeepSpeed's kernels compute, each in fp32 up to the rounding of its result."""
+
+
+def kernels_of(rows: Tensor) -> Kernels:
+    """The kernels for rows of this device and dtype."""
+    if not rows.is_cuda:
+        return PLAIN
+    return choose_kernels(torch.cuda.get_device_capability(rows.device), rows.dtype)
+
+
+@functools.cache
+def choose_kernels(capability: tuple[int, int], dtype: torch.dtype) -> Kernels:
+    """Chooses for a GPU of a compute capability, and says so in the log.
+
+    Before 9.0 torch's grouped product is a loop in which the host waits for the GPU, twice per product.
+    """
+    product: GroupedProduct | None = None
+    if dtype == torch.bfloat16 and capability >= (9, 0):
+        product = torch_product if hasattr(F, "grouped_mm") else None
+    elif dtype == torch.bfloat16 and capability >= (8, 0) and get_accelerator().prefer_triton_grouped_mm():
+        product = triton_product
+    fused = dtype in FUSED and capability >= (8, 0) and get_accelerator().is_triton_supported()
+    kernels = Kernels(product, weighted_restore() if fused else None, (fused and packed_swiglu()) or plain_swiglu)
+    log(f"kernels on compute capability {'.'.join(map(str, capability))} in {str(dtype)[6:]}: {kernels}")
+    return kernels
+
+
+def torch_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tensor:
+    """A `GroupedProduct`."""
+    return F.grouped_mm(rows_SI, weights_LOI.transpose(1, 2), offs=ends_L)
+
+
+def triton_product(rows_SI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tensor:
+    """A `GroupedProduct`."""
+    try:
+        from deepspeed.ops.triton_ops import group_gemm_triton
+    except ImportError:  # DeepSpeed 0.19.4 and 0.19.5
+        from deepspeed.moe.group_gemm_triton import group_gemm_triton
+
+    return group_gemm_triton(rows_SI, weights_LOI, ends_L, trans_b=True)
+
+
+def packed_swiglu() -> SwiGLU | None:
+    """DeepSpeed's, which reads both halves in place; None before 0.19.8 and without Triton."""
+    try:
+        from deepspeed.ops.triton_ops import is_triton_available
+        from deepspeed.ops.triton_ops.swiglu_triton import swiglu_packed
+    except ImportError:
+        return None
+    return swiglu_packed if is_triton_available() else None
