@@ -33,14 +33,19 @@ from tests.simulated_gpu import gpu as state
 from tests.simulated_gpu import nccl, streams
 from tests.simulated_gpu.gpu import Gpu
 from tests.simulated_gpu.operators import DeviceMode, fused, make_tensor, with_index
-from tests.simulated_gpu.tensors import is_pinned, pin
+from tests.simulated_gpu.tensors import engine, is_pinned, pin
 
 __all__ = ["NEEDS_SIMULATION", "fused", "simulated_gpu"]
 
 GIB = 1 << 30
 PRIVATE = {
-    torch._C: ("DisableTorchFunctionSubclass", "_current_autograd_node", "_current_graph_task_id"),
-    torch.autograd: ("_get_sequence_nr",),
+    torch._C: (
+        "DisableTorchFunctionSubclass",
+        "_EnableTorchFunction",
+        "_current_autograd_node",
+        "_current_graph_task_id",
+    ),
+    torch.autograd: ("_engine_run_backward", "_get_sequence_nr"),
     torch.cuda._sanitizer.StreamSynchronizations: ("all_streams_wait_for_event", "is_ordered_after", "record_state"),
 }
 """What the simulation touches of torch's private parts."""
@@ -90,6 +95,7 @@ def _replacements(gpu: Gpu) -> list[tuple[Any, dict[str, Any]]]:
         (torch.cuda, _cuda(gpu.capability)),
         (torch, {"tensor": make_tensor(torch.tensor), "as_tensor": make_tensor(torch.as_tensor)}),
         (Tensor, {**host_methods, **_host_methods()}),
+        (torch.autograd, {"_engine_run_backward": engine(torch.autograd._engine_run_backward)}),
         (dist.ProcessGroup, {**groups, "barrier": nccl.barrier(dist.ProcessGroup.barrier)}),
         (dist, {"batch_isend_irecv": nccl.batch_isend_irecv(dist.batch_isend_irecv), "get_backend": lambda *_: "nccl"}),
         (real_accelerator, {"ds_accelerator": CUDA_Accelerator()}),

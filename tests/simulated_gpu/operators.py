@@ -96,7 +96,8 @@ def _mixed(gpu: Gpu, name: str, hosts: list[Tensor]) -> None:
 def waits(gpu: Gpu, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the host waits in an operator for a value of the device."""
     if name in ("index", "index_put", "index_put_"):
-        return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+        filled = name != "index" and args[2].numel() == 1 and not isinstance(args[2], DeviceTensor)  # masked_fill
+        return not filled and any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
     if name == "_grouped_mm":
         return gpu.capability < (9, 0)
     return name in WAITING or (name == "repeat_interleave" and kwargs.get("output_size") is None)

@@ -52,7 +52,7 @@ class DeviceTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass(), device_call(func is not torch.autograd.grad):
+        with torch._C.DisableTorchFunctionSubclass(), device_call(True):
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -83,9 +83,6 @@ class DeviceTensor(Tensor):
     def new_tensor(self, data: Any, **options: Any) -> Tensor:
         return torch.tensor(data, **{"device": CUDA, "dtype": self.dtype, **options})
 
-    def backward(self, *args: Any, **kwargs: Any) -> None:
-        torch.autograd.backward(self, *args, **kwargs)
-
     def record_stream(self, stream: Any) -> None:
         active().memory.record(self.detach().elem, stream.known)
 
@@ -114,9 +111,9 @@ class DeviceTensor(Tensor):
 
 
 @contextmanager
-def device_call(counts: bool = True) -> Iterator[None]:
+def device_call(inside: bool) -> Iterator[None]:
     """While an operator in C++ runs on tensors of the device, it makes its own tensors there too."""
-    before, _in_call.on = getattr(_in_call, "on", False), counts
+    before, _in_call.on = getattr(_in_call, "on", False), inside
     try:
         yield
     finally:
@@ -125,6 +122,16 @@ def device_call(counts: bool = True) -> Iterator[None]:
 
 def in_device_call() -> bool:
     return getattr(_in_call, "on", False)
+
+
+def engine(original: Any) -> Any:
+    """A backward pass is no such operator. What runs in it, such as a recomputation, may again call some."""
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._EnableTorchFunction(), device_call(False):
+            return original(*args, **kwargs)
+
+    return run_backward
 
 
 def copied(original: Tensor, tensor: Tensor) -> Tensor:

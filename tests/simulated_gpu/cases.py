@@ -1,0 +1,237 @@
+"""Settings of a pair, so combined that every two settings of different kinds meet, and how one combination runs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe_ds.comm.transport import Transport
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.pairs import StagedPair, make_pair
+from scmoe_ds.overlap.executor import backbone
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.parallel import tensor
+from scmoe_ds.trace.recorder import SILENT, Recorder
+from tests.simulated_gpu.device import simulated_gpu
+from tests.simulated_gpu.gpu import Gpu, Launch
+
+BACKBONES = {
+    ("scmoe", "pos1"): 2,
+    ("scmoe", "pos2"): 3,
+    ("scmoe", "pos3"): 4,
+    ("dgmoe", "pos2"): 2,
+    ("pipelined_topk", "pos2"): 0,
+    ("overlapped_shared_expert", "pos2"): 2,
+}
+"""Operators behind the tap. The experts run before any of them or behind all."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination."""
+
+    architecture: str
+    position: str
+    slot: int
+    chunks: int
+    dispatch: str = "exact"
+    top_k: int = 1
+    drop_tokens: bool = True
+    wire_dtype: str | None = None
+    dtype: torch.dtype = torch.float32
+    swiglu: bool = False
+    masked: bool = False
+    recorded: bool = False
+    recompute: str | None = None
+    method: str = "collective"
+    tensor_parallel: int = 1
+    expert_parallel: int = 2
+    capability: tuple[int, int] = (8, 0)
+    spread: bool = False
+    dropout: float = 0.1
+
+    @property
+    def schedule(self) -> Schedule:
+        """All chunks in one slot, or each in a slot of its own while there are some left."""
+        last = BACKBONES[self.architecture, self.position] + 1
+        slots = tuple(min(self.slot + self.spread * chunk, last) for chunk in range(self.chunks))
+        return Schedule(slots, self.chunks)
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The "scmoe" section."""
+        chosen = "architecture position dispatch top_k drop_tokens wire_dtype".split()
+        section = {name: value for name, value in asdict(self).items() if name in chosen}
+        return {**section, "num_experts": 4, "expert_parallel_size": self.expert_parallel, "capacity_factor": 1.0}
+
+    @property
+    def shape(self) -> GPTSettings:
+        return GPTSettings(4, 16, 4, 64, 12, hidden_dropout=self.dropout, swiglu=self.swiglu)
+
+
+PLACES = [
+    dict(architecture=architecture, position=position, slot=slot, chunks=chunks)
+    for (architecture, position), operators in BACKBONES.items()
+    for slot in range(1, operators + 2)
+    for chunks in (1, 2, 3)
+]
+SETTINGS: dict[str, tuple[Any, ...]] = dict(
+    dispatch=("exact", "padded"),
+    top_k=(1, 2, 3),
+    drop_tokens=(True, False),
+    wire_dtype=(None, "bf16", "fp8"),
+    dtype=(torch.float32, torch.bfloat16),
+    swiglu=(False, True),
+    masked=(False, True),
+    recorded=(False, True),
+    recompute=(None, "selective", "full"),
+    method=("collective", "send_receive"),
+    tensor_parallel=(1, 2),
+    expert_parallel=(1, 2),
+    capability=((8, 0), (9, 0)),
+    spread=(False, True),
+)
+
+
+def allowed(settings: dict[str, Any]) -> bool:
+    return settings.get("architecture") != "dgmoe" or settings.get("top_k", 1) == 1
+
+
+def covering() -> list[Case]:
+    """Combinations in which every place of the experts stands, and every pair of values of two settings."""
+    values = {**{name: tuple({place[name]: None for place in PLACES}) for name in PLACES[0]}, **SETTINGS}
+    pairs = {
+        pair
+        for one, other in itertools.combinations(values, 2)
+        if not (one in PLACES[0] and other in PLACES[0])  # these stand together in the places
+        for pair in itertools.product(((one, each) for each in values[one]), ((other, each) for each in values[other]))
+        if allowed(dict(pair))
+    }
+    dice, cases, places = random.Random(0), [], list(PLACES)
+    while pairs or places:
+        place = places.pop(0) if places else None
+        candidates = [
+            settings
+            for _ in range(40)
+            if allowed(
+                settings := {**(place or dice.choice(PLACES)), **{k: dice.choice(v) for k, v in SETTINGS.items()}}
+            )
+        ]
+        best = max(candidates, key=lambda each: len(pairs & set(itertools.combinations(each.items(), 2))))
+        pairs -= set(itertools.combinations(best.items(), 2))
+        cases.append(Case(**best))
+    return cases
+
+
+def build(case: Case) -> StagedPair:
+    config = ScMoEConfig.from_deepspeed({"scmoe": case.section})
+    pair = make_pair(case.shape, config, 4, case.position, 12, tensor.tensor_parallel_group())
+    assert isinstance(pair, StagedPair)
+    initialize_parameters(pair, 3, 0.4, 1)
+    set_up(pair, case)
+    assert len(backbone(pair)) == BACKBONES[case.architecture, case.position]
+    return pair.to(case.dtype)
+
+
+def set_up(pair: StagedPair, case: Case) -> None:
+    layer = pair.layer
+    layer.set_deepspeed_parallelism()
+    layer.transport = Transport(layer.transport.group, case.method)
+    pair.schedule, pair.recompute = case.schedule, case.recompute  # type: ignore[assignment]
+
+
+def results(pair: StagedPair, hidden: Tensor, used_token: Tensor | None) -> Iterator[list[Tensor | None]]:
+    """Outputs, then gradients."""
+    torch.manual_seed(1 + dist.get_rank() // tensor.tensor_parallel_size())
+    output = pair(hidden, used_token)
+    yield list(output)
+    grads = [torch.ones_like(output.hidden), torch.ones_like(output.l_aux)]
+    inputs = [hidden, *pair.parameters()]
+    yield list(torch.autograd.grad([output.hidden, output.l_aux], inputs, grads, allow_unused=True))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulated run showed, against the same on the CPU.
+
+    Attributes:
+        differences: numbers of the results that differ in any bit.
+        waits: of the host, forward and backward; of a whole model together.
+    """
+
+    case: Case
+    differences: list[int]
+    findings: list[str]
+    waits: tuple[dict[str, int], dict[str, int]]
+    launches: Counter[Launch]
+    moe_layers: int = 1
+
+
+def different(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], gpu: Gpu) -> list[int]:
+    """Numbers of the tensors that differ in any bit from the CPU's."""
+    pairs = enumerate(zip(expected, found, strict=True))
+    return [i for i, (a, b) in pairs if not (a is b is None or (b is not None and torch.equal(a, gpu.peek(b))))]
+
+
+def run(case: Case) -> Outcome:
+    pair = build(case)
+    torch.manual_seed(5 + dist.get_rank() // case.tensor_parallel)
+    hidden = torch.randn(2, 12, 16, dtype=case.dtype)
+    used_token = (torch.rand(2, 12) > 0.3) if case.masked else None
+    outputs, gradients = results(pair, hidden.clone().requires_grad_(), used_token)
+    with simulated_gpu(case.capability) as gpu:
+        gpu.move(pair)
+        recorder = Recorder(torch.device("cuda", 0)) if case.recorded else None
+        pair.recorder = recorder.pair(0) if recorder else SILENT
+        moved, mask = gpu.move(hidden).requires_grad_(), None if used_token is None else gpu.move(used_token)
+        gpu.reset()
+        passes = results(pair, moved, mask)
+        differences = different(outputs, next(passes), gpu)
+        forward = dict(gpu.host_waits)
+        gpu.host_waits.clear()
+        differences += different(gradients, next(passes), gpu)
+        backward = dict(gpu.host_waits)
+        assert recorder is None or recorder.spans()
+        del passes, moved, mask
+        return Outcome(case, differences, list(gpu.findings), (forward, backward), gpu.launches)
+
+
+def run_gpt(case: Case) -> Outcome:
+    """Two pairs, their losses and the embedding."""
+    config = ScMoEConfig.from_deepspeed({"scmoe": case.section})
+    model = GPT(case.shape, config, 12, tensor.tensor_parallel_group())
+    initialize_parameters(model, 3, 0.4, 1)
+    for pair in model.scheduled_pairs():
+        set_up(pair, case)
+    model.to(case.dtype)
+
+    def step(tokens: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        loss = model(tokens[:, :-1], labels=tokens[:, 1:]).loss
+        return (loss.detach(), *torch.autograd.grad(loss, list(model.parameters())))
+
+    torch.manual_seed(5 + dist.get_rank() // case.tensor_parallel)
+    tokens = torch.randint(64, (2, 13))
+    expected = step(tokens)
+    with simulated_gpu(case.capability) as gpu:
+        gpu.move(model)
+        moved = gpu.move(tokens)
+        differences = different(expected, step(moved), gpu)
+        return Outcome(case, differences, list(gpu.findings), (dict(gpu.host_waits), {}), gpu.launches, 2)
+
+
+def run_all(cases: Sequence[Case], models: Sequence[Case], tensor_parallel: int) -> list[Outcome]:
+    """On every rank."""
+    tensor.start_tensor_parallel(tensor_parallel)
+    return [*map(run, cases), *map(run_gpt, models)]

@@ -1,0 +1,73 @@
+"""Every setting of a pair beside every other, forward and backward, on a simulated device: the CPU's bits and no finding.
+
+And what a pair costs the host: waits and launches, against lab/gpu_budgets.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+
+from lab import gpu_budgets
+from lab.distributed import run_distributed
+from tests.simulated_gpu.cases import PLACES, SETTINGS, Case, Outcome, covering, run_all
+from tests.simulated_gpu.device import NEEDS_SIMULATION
+
+pytestmark = NEEDS_SIMULATION
+COUNTED = Case("scmoe", "pos2", 2, 1, dtype=torch.bfloat16, capability=(9, 0), dropout=0.0)
+MODELS = [
+    Case("scmoe", "pos2", 2, 2, spread=True, dtype=torch.bfloat16),
+    Case("dgmoe", "pos2", 3, 1, recompute="full"),
+    Case("overlapped_shared_expert", "pos2", 2, 1, dispatch="padded", top_k=2),
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["data parallel", "tensor parallel"])
+def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
+    """Of both ranks."""
+    size = request.param
+    cases = [case for case in (COUNTED, *covering()) if case.tensor_parallel == size]
+    models = [Case(**{**vars(case), "tensor_parallel": size}) for case in MODELS]
+    return list(itertools.chain(*run_distributed(run_all, 2, cases, models, size)))
+
+
+def test_the_same_bits_and_no_finding(outcomes: list[Outcome]) -> None:
+    wrong = [each for each in outcomes if each.differences or each.findings]
+    assert not wrong, "\n".join(f"{each.case}\n  {each.differences} {each.findings}" for each in wrong)
+
+
+def test_waits_of_the_host(outcomes: list[Outcome]) -> None:
+    """DGMoE begins twice, a mask is a wait more, and what is computed again waits again."""
+    for outcome in outcomes:
+        case, whole = outcome.case, outcome.moe_layers > 1
+        forward, backward = (sum(waits.values()) for waits in outcome.waits)
+        begins = outcome.moe_layers * (2 if case.architecture == "dgmoe" else 1)
+        allowed = begins * (gpu_budgets.HOST_WAITS_FORWARD + case.masked)
+        again = allowed if case.recompute == "full" else 0
+        assert forward <= allowed + (again if whole else 0), outcome.waits
+        assert backward <= begins * gpu_budgets.HOST_WAITS_BACKWARD + again, outcome.waits
+
+
+def test_launches(outcomes: list[Outcome]) -> None:
+    counted = [each for each in outcomes if each.case == COUNTED]
+    for outcome in counted:
+        phases: Counter[str] = Counter()
+        gate = 0
+        for launch, count in outcome.launches.items():
+            phases[launch.phase] += count
+            gate += count * (launch.phase == "forward" and launch.part == "gate")
+        assert phases["forward"] <= gpu_budgets.LAUNCHES_FORWARD
+        assert phases["backward"] <= gpu_budgets.LAUNCHES_BACKWARD
+        assert gate <= gpu_budgets.GATE_LAUNCHES_FORWARD
+
+
+def test_every_two_settings_meet() -> None:
+    cases = covering()
+    places = [(each["architecture"], each["position"], each["slot"], each["chunks"]) for each in PLACES]
+    assert {(case.architecture, case.position, case.slot, case.chunks) for case in cases} == set(places)
+    for one, other in itertools.combinations(SETTINGS, 2):
+        met = {(getattr(case, one), getattr(case, other)) for case in cases}
+        assert met == set(itertools.product(SETTINGS[one], SETTINGS[other]))
