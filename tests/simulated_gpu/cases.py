@@ -156,8 +156,7 @@ def results(pair: StagedPair, hidden: Tensor, used_token: Tensor | None) -> Iter
     torch.manual_seed(1 + dist.get_rank() // tensor.tensor_parallel_size())
     output = pair(hidden, used_token)
     yield list(output)
-    grads = [torch.ones_like(output.hidden), torch.ones_like(output.l_aux)]
-    inputs = [hidden, *pair.parameters()]
+    inputs, grads = [hidden, *pair.parameters()], [output.hidden.detach(), output.l_aux.detach()]
     yield list(torch.autograd.grad([output.hidden, output.l_aux], inputs, grads, allow_unused=True))
 
 

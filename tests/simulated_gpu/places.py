@@ -29,6 +29,8 @@ PARTS = {
 }
 """The part that launches from a file of the package belong to; from all others they belong to the backbone."""
 
+_NO_OTHER = ("moe/routed.py", "counts")  # it calls all the others, too
+
 Place = tuple[tuple[str, int], ...]
 """File and line of the innermost callers, the innermost first."""
 
@@ -74,12 +76,14 @@ def _short(file: str) -> str:
 
 def part() -> str | None:
     """The part of a pair whose code is running: the outermost that PARTS knows; None: no such file is running."""
-    found = None
+    found, otherwise = None, None
     for frame in _frames():
-        found = _part_of(frame.f_code.co_filename) or found
-    return found
+        own, weak = _part_of(frame.f_code.co_filename)
+        found, otherwise = own or found, weak or otherwise
+    return found or otherwise
 
 
 @functools.cache
-def _part_of(file: str) -> str | None:
-    return next((part for end, part in PARTS.items() if file.endswith(f"scmoe_ds/{end}")), None)
+def _part_of(file: str) -> tuple[str | None, str | None]:
+    own = (part for end, part in PARTS.items() if file.endswith(f"scmoe_ds/{end}"))
+    return next(own, None), _NO_OTHER[1] if file.endswith(f"scmoe_ds/{_NO_OTHER[0]}") else None
