@@ -1,4 +1,4 @@
-"""The dense parts of a Transformer: norms, rotary positions, causal attention, MLP.
+"""The dense parts of a Transformer: norms, causal attention, MLP.
 
 Shape suffixes: B batch, S sequence, D hidden, N query heads, G key/value heads, H head size, F feed-forward.
 """
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scmoe_ds.models.parallel_layers import Group, column_parallel, own_random_numbers, row_parallel, size_of
+from scmoe_ds.models.rotary import RotaryEmbedding
 from scmoe_ds.moe.kernels import kernels_of
 
 
@@ -124,41 +125,6 @@ def fused_layer_norm_class() -> type[nn.Module]:
     return nn.LayerNorm
 
 
-class RotaryEmbedding(nn.Module):
-    """Rotary position embedding on the two halves of each head (the layout of LLaMA's Hugging Face weights).
-
-    The angles are no buffer: a bf16 engine would round them, and positions beyond 256 would become alike.
-    """
-
-    def __init__(self, settings: GPTSettings) -> None:
-        super().__init__()
-        self.base, self.head_size = settings.rotary_base, settings.head_size
-        self._table: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, heads_BNSH: Tensor, positions_BS: Tensor | None = None, capacity: int = 0) -> Tensor:
-        """
-        Args:
-            positions_BS: int64 place of each token in its sequence; None: 0, 1, … in all of them.
-            capacity: no position reaches it.
-        """
-        cosine, sine = self._angles(max(heads_BNSH.shape[2], capacity), heads_BNSH.device)
-        if positions_BS is None:
-            cosine, sine = cosine[: heads_BNSH.shape[2]], sine[: heads_BNSH.shape[2]]
-        else:
-            cosine, sine = cosine[positions_BS].unsqueeze(1), sine[positions_BS].unsqueeze(1)
-        first, second = heads_BNSH.float().chunk(2, dim=-1)
-        rotated = torch.cat([-second, first], dim=-1)
-        return (heads_BNSH.float() * cosine + rotated * sine).to(heads_BNSH.dtype)
-
-    def _angles(self, sequence: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._table is None or self._table[0].shape[0] < sequence or self._table[0].device != device:
-            exponent = torch.arange(0, self.head_size, 2, dtype=torch.float32, device=device) / self.head_size
-            positions = torch.arange(sequence, dtype=torch.float32, device=device)
-            angle_SH = torch.outer(positions, self.base**-exponent).repeat(1, 2)
-            self._table = (angle_SH.cos(), angle_SH.sin())
-        return self._table
-
-
 class AttentionCache(Protocol):
     """Keys and values of the tokens that an attention layer has seen; see scmoe_ds.inference.kv_cache.
 
@@ -200,17 +166,22 @@ class Attention(nn.Module):
         D, bias = settings.hidden_size, settings.add_bias_linear
         self.query_key_value = column_parallel(D, [number * self.head_size for number in heads], bias, group)
         self.output = row_parallel(heads[0] * self.head_size, D, bias, group)
-        self.rotary = RotaryEmbedding(settings) if settings.position_embedding == "rope" else None
+        rotary = settings.position_embedding == "rope"
+        self.rotary = RotaryEmbedding(settings.head_size, settings.rotary_base) if rotary else None
         self.cache: AttentionCache | None = None
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         B, S, _ = hidden_BSD.shape
         heads_BSNH = self.query_key_value(hidden_BSD).view(B, S, sum(self.heads), self.head_size)
-        query, key, value = (part.transpose(1, 2) for part in heads_BSNH.split(self.heads, dim=2))
         cache, mask = self.cache, None
-        if self.rotary is not None:
-            places = () if cache is None else (cache.positions(S), cache.capacity)
-            query, key = self.rotary(query, *places), self.rotary(key, *places)
+        if self.rotary is None:
+            parts = heads_BSNH.split(self.heads, dim=2)
+        else:
+            queries, keys, values = self.heads
+            turned, still = heads_BSNH.split([queries + keys, values], dim=2)
+            turned = self.rotary(turned, *(() if cache is None else (cache.positions(S), cache.capacity)))
+            parts = (*turned.split([queries, keys], dim=2), still)
+        query, key, value = (part.transpose(1, 2) for part in parts)
         if cache is not None:
             key, value, mask = cache.extend(key, value)
         dropout = self.dropout if self.training else 0.0

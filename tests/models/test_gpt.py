@@ -206,9 +206,9 @@ def test_grouped_heads_equal_repeated_ones() -> None:
 
 
 def test_rotary_scores_depend_on_distance_only() -> None:
-    rotary = RotaryEmbedding(GPTSettings(**SMALL))
+    rotary = RotaryEmbedding(8, 10000.0)
     query, key = torch.randn(8), torch.randn(8)
-    q, k = (rotary(x.repeat(1, 1, 16, 1))[0, 0] for x in (query, key))
+    q, k = rotary(torch.stack([query, key]).repeat(1, 16, 1, 1))[0].unbind(1)
     scores = q @ k.T
     for distance in range(1, 8):
         diagonal = scores.diagonal(-distance)
@@ -266,10 +266,27 @@ def test_apex_is_no_requirement() -> None:
 
 
 def test_rotary_angles_stay_fp32_in_a_bf16_model() -> None:
-    rotary = RotaryEmbedding(GPTSettings(**SMALL)).bfloat16()
-    heads = torch.ones(1, 1, 1000, 8, dtype=torch.bfloat16)
-    exact = RotaryEmbedding(GPTSettings(**SMALL))(heads.float())
+    rotary = RotaryEmbedding(8, 10000.0).bfloat16()
+    heads = torch.ones(1, 1000, 1, 8, dtype=torch.bfloat16)
+    exact = RotaryEmbedding(8, 10000.0)(heads.float())
     torch.testing.assert_close(rotary(heads).float(), exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_rotary_positions_are_rounded_once(dtype: torch.dtype) -> None:
+    rotary, places = RotaryEmbedding(8, 10000.0), torch.tensor([[4, 5, 9], [0, 1, 2]])
+    angle_BSX = places.unsqueeze(2) * 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    turn = torch.polar(torch.ones_like(angle_BSX), angle_BSX).to(torch.complex128).unsqueeze(2)
+    heads = torch.randn(2, 3, 2, 8, dtype=dtype, requires_grad=True)
+    pairs = torch.complex(*heads.detach().double().chunk(2, dim=3)).requires_grad_()
+    output, exact = rotary(heads, places, 16), pairs * turn
+    direction = torch.randn(2, 3, 2, 8, dtype=dtype)
+    (grad,) = torch.autograd.grad(output, heads, direction)
+    (expected,) = torch.autograd.grad(exact, pairs, torch.complex(*direction.double().chunk(2, dim=3)))
+    for found, pair in ((output, exact), (grad, expected)):
+        torch.testing.assert_close(
+            found.double(), torch.cat([pair.real, pair.imag], dim=3), rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-6
+        )
 
 
 def test_llama_attention_and_swiglu_against_plain_formulas() -> None:
