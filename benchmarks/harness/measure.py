@@ -28,9 +28,14 @@ def cold(step: Callable[[], object], other: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def environment() -> dict[str, str]:
-    """Hardware and versions, for the head of a record."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_model()
+def environment(device: str | None = None) -> dict[str, str]:
+    """Hardware and versions, for the head of a record.
+
+    Args:
+        device: its name; default: that of the GPU, if there is one, or of the processor.
+    """
+    if device is None:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
     packages = {name: version(name) for name in ("torch", "deepspeed")}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
@@ -43,7 +48,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name and its number of cores."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -206,25 +206,46 @@ class Process:
         self._process.wait()
 
 
+class SameProcess:
+    """A worker in this process: no import to wait for, and memory that says nothing."""
+
+    def __init__(self, flags: dict[str, Any]) -> None:
+        self._worker = Worker(flags)
+
+    def ask(self, order: dict[str, Any] | None) -> dict[str, Any]:
+        """As `Process.ask`."""
+        return self._worker.totals() if order is None else self._worker.turn(**order)
+
+    def close(self) -> None:
+        """As `Process.close`."""
+
+
 @contextlib.contextmanager
-def started(flags: dict[str, Any]) -> Iterator[dict[bool, Process]]:
+def started(flags: dict[str, Any], in_process: bool) -> Iterator[dict[bool, Process | SameProcess]]:
     """The resident and the offloaded process, one after the other loaded."""
-    running: dict[bool, Process] = {}
+    running: dict[bool, Process | SameProcess] = {}
     try:
         for offloaded in (False, True):
-            running[offloaded] = Process({**flags, "offloaded": offloaded})
+            kind = SameProcess if in_process else Process
+            running[offloaded] = kind({**flags, "offloaded": offloaded})
         yield running
     finally:
         for process in running.values():
             process.close()
 
 
-def measure(flags: dict[str, Any], modes: Sequence[str], rounds: int, tokens: int) -> dict[str, Any]:
-    """Milliseconds per pair of every mode in every round, its text and counts, and both processes' memory."""
+def measure(
+    flags: dict[str, Any], modes: Sequence[str], rounds: int, tokens: int, in_process: bool = False
+) -> dict[str, Any]:
+    """Milliseconds per pair of every mode in every round, its text and counts, and both processes' memory.
+
+    Args:
+        in_process: load both models into this process, to try the program.
+    """
     times: dict[str, list[float]] = {mode: [] for mode in modes}
     texts: dict[str, list[Any]] = {mode: [] for mode in modes}
     counts: dict[str, Counter[str]] = {mode: Counter() for mode in modes}
-    with started(flags) as running:
+    with started(flags, in_process) as running:
         for number in range(-1, rounds):
             shift = number % len(modes)
             for mode in [*modes[shift:], *modes[:shift]]:
