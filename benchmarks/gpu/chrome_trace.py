@@ -91,9 +91,16 @@ class ChromeTrace:
         return [each for each in self.events if each.kind == "user_annotation" and name in (None, each.name)]
 
     def launches(self, within: str = STEP) -> Counter[str]:
-        """Launches of kernels by part: the innermost range around the launch, on its own thread."""
-        inside = self._inside(self._launches(), within)
-        return Counter(self._part(launch, within) for launch in inside)
+        """Launches by part: the innermost range around the launch, on its own thread.
+
+        All kernels of one operator of torch are one launch, as in the budgets: a sort has several.
+        """
+        operators = [each for each in self.events if each.kind == "cpu_op" and each.name.startswith("aten::")]
+        by_operator: dict[int, Event] = {}
+        for launch in self._inside(self._launches(), within):
+            around = [each for each in operators if _encloses(each, launch)]
+            by_operator.setdefault(id(around[-1] if around else launch), launch)
+        return Counter(self._part(launch, within) for launch in by_operator.values())
 
     def host_waits(self, within: str = STEP) -> Counter[str]:
         """By name, how often the host waited for the device."""
@@ -166,11 +173,7 @@ class ChromeTrace:
         return [each for each in computing if each.name.startswith("aten::") and not has_children(each)]
 
     def _part(self, launch: Event, within: str) -> str:
-        around = [
-            each
-            for each in self.ranges()
-            if each.name != within and each.thread == launch.thread and each.start <= launch.start <= each.end
-        ]
+        around = [each for each in self.ranges() if each.name != within and _encloses(each, launch)]
         return around[-1].name if around else OUTSIDE  # sorted by start: the last one is the innermost
 
     def _waits(self, event: Event) -> bool:
@@ -179,6 +182,10 @@ class ChromeTrace:
                 event.name in _WAITS or event.name == _BLOCKING_COPY
             )
         return event.kind == "cpu_op" and event.name in _HOST_READS
+
+
+def _encloses(outer: Event, inner: Event) -> bool:
+    return outer.thread == inner.thread and outer.start <= inner.start <= outer.end
 
 
 def _union(intervals: Iterable[Interval]) -> list[Interval]:

@@ -7,7 +7,7 @@ at work, and TORCH_CUDA_SANITIZER=1 watches them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,20 +105,25 @@ def _problem(case: Case, device: torch.device) -> str | None:
     return None if worst <= tolerance else f"off by {worst:.1e} of the largest value"
 
 
-def results(case: Case, device: torch.device) -> list[Tensor]:
-    """Output and all gradients of one pass of the case's pair."""
+def results(case: Case, device: torch.device, move: Callable[[Any], Any] | None = None) -> list[Tensor]:
+    """Output and all gradients of one pass of the case's pair.
+
+    Args:
+        move: brings a module or tensor to the device; default: `to`. The simulated device has its own.
+    """
+    move = move or (lambda what: what.to(device))
     config = ScMoEConfig.from_deepspeed({"scmoe": {"num_experts": EXPERTS, "use_rts": False, **case.section}})
     pair = make_pair(SETTINGS, config, EXPERTS, config.position, SEQUENCE)
     assert isinstance(pair, StagedPair)
     initialize_parameters(pair, 3, 0.1, 1)
     pair.layer.set_deepspeed_parallelism()
-    pair.to(device)
+    move(pair)
     stand_in.use([pair.layer])
     pair.schedule, pair.recompute = case.schedule, case.recompute  # type: ignore[assignment]
     if case.recorded:
         pair.recorder = Recorder(device).pair(0)
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(2, SEQUENCE, SETTINGS.hidden_size, generator=generator).to(device).requires_grad_()
+    hidden = move(torch.randn(2, SEQUENCE, SETTINGS.hidden_size, generator=generator)).requires_grad_()
     output = pair(hidden)
     loss = output.hidden.float().square().mean() + output.l_aux
     return [output.hidden, *torch.autograd.grad(loss, [hidden, *pair.parameters()], materialize_grads=True)]

@@ -77,6 +77,7 @@ def _note_launches(notes: Notes, trace: ChromeTrace) -> None:
         notes.number(f"launches per pair, {phase}", found.total())
         if phase == "forward":
             notes.number("launches of the gate, forward", found["gate, forward"])
-        for part, count in found.most_common():
+        for part, count in [("all parts", found.total()), *found.most_common()]:
             name = part.removesuffix(f", {phase}")
             notes.row("Launches of one pair, by part", phase=phase, part=name, launches=count)
+        notes.number(f"kernels per pair, {phase}", len(trace.kernels(within=phase)))

@@ -45,6 +45,6 @@ TWO_GPUS = [
     Step("cases", "Are two ranks right, each case by itself?", "benchmarks.gpu.two_gpus:cases", 180),
     Step("order", "In which order do exchanges and kernels run?", "benchmarks.gpu.two_gpus:order", 90),
     Step("overlap", "How much of the all-to-all does the schedule hide?", "benchmarks.gpu.two_gpus:hidden", 90),
-    Step("killed", "What is said when a rank is killed?", "benchmarks.gpu.two_gpus:killed", 120),
+    Step("killed", "What is said when a rank is killed?", "benchmarks.gpu.killed:run", 120),
 ]
 STEPS = {1: ONE_GPU, 2: TWO_GPUS}
