@@ -13,10 +13,11 @@ export OMP_NUM_THREADS ?= 1
 # What tests/cluster makes two machines of.
 CLUSTER_PACKAGES := iproute2 openssh-server pdsh openmpi-bin procps
 
-.PHONY: help setup fast test test-versions newcomer check format pretrain schema docs cluster-packages clean
+.PHONY: help setup fast test test-versions newcomer check format pretrain schema docs gpu-acceptance gpu-acceptance-2 \
+	cluster-packages clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 # Exact versions; they are those of Python 3.11, and some of them do not exist for 3.10.
 CONSTRAINTS = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
@@ -68,6 +69,13 @@ docs: $(STAMP)  ## the pages and the API as a site in build/site; warnings are e
 	@$(BIN)/python -c 'import mkdocstrings_handlers.python, material' 2>/dev/null || \
 		$(INSTALL) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# On a machine that has the packages already: python -m benchmarks.gpu.acceptance. docs/gpu.md tells how to read the page.
+gpu-acceptance: $(STAMP)  ## on one GPU: what is right and how fast it is, in 8 minutes, as a page of benchmarks/results
+	$(BIN)/python -m benchmarks.gpu.acceptance
+
+gpu-acceptance-2: $(STAMP)  ## the same for what needs two GPUs with NCCL
+	$(BIN)/python -m benchmarks.gpu.acceptance --gpus 2
 
 # Where a service manager runs, openssh-server would start a system-wide sshd: not as a side effect of a test.
 cluster-packages:  ## Debian packages for the tests on two machines, as root in a container; without them those tests skip

@@ -1,4 +1,4 @@
-"""Which GPU and which software a record is of. Asks the driver's own program: this process leaves the GPU to the steps."""
+"""Which GPU and which software a record is of. The driver's own program says it: the GPU is left to the steps."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def measure(notes: Notes, setting: Setting, clock: ColdClock) -> Ceilings:
     what = {f"bf16 product, {side} × {side} × {side}": product, f"copy of {target.nbytes >> 20} MiB": copy}
     values = [f"{ceilings.flops / 1e12:.0f} TFLOP/s", f"{ceilings.bytes / 1e9:.0f} GB/s, read and written"]
     for (name, spread), value in zip(what.items(), values, strict=True):
-        notes.row("Ceilings", **{"measured": name, "ms": f"{spread.median:.3f}", "rate": value})
+        notes.row("Ceilings", measured=name, ms=f"{spread.median:.3f}", rate=value)
     return ceilings
 
 

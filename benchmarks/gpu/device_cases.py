@@ -1,7 +1,7 @@
 """Every slot, chunk count, dispatch, number of choices and kind of pair on the device: the CPU's numbers, and no race.
 
-The transfers are the stand-in's, on a stream of its own. So the streams, events and buffers of a run on several cards are
-at work, and TORCH_CUDA_SANITIZER=1 watches them.
+The transfers are the stand-in's, on a stream of its own. So the streams, events and buffers of a run on several cards
+are at work, and TORCH_CUDA_SANITIZER=1 watches them.
 """
 
 from __future__ import annotations

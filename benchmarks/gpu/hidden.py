@@ -1,8 +1,8 @@
 """How much of a transfer the schedule hides: a stand-in transfer on a stream of its own, in place of the all-to-all.
 
-Three times of a training step of one pair: blocking, overlapped, and without any transfer. Hidden is what blocking costs
-and overlapped does not. A transfer that is longer than the window cannot be hidden. So there is one that fits into the
-window, of which the target speaks, and one of all rows.
+Three times of a training step of one pair: blocking, overlapped, and without any transfer. Hidden is what blocking
+costs and overlapped does not. A transfer that is longer than the window cannot be hidden. So there is one that fits
+into the window, of which the target speaks, and one of all rows.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ SLACK_S = 15.0
 """The job ends within its timeout and this, as the package says of its failures."""
 SECTION = {"num_experts": 4, "expert_parallel_size": RANKS, "overlap": {"calibration_steps": 0}}
 FLAGS = (
-    f"--num-layers 2 --hidden-size 64 --num-attention-heads 2 --seq-length 64 --eval-iters 0 --split 8,1,1 --log-interval 1 "
-    f"--train-iters 99999 --distributed-timeout-minutes {TIMEOUT_MIN} --deepspeed_config ds.json --data-path data"
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --seq-length 64 --eval-iters 0 --split 8,1,1 "
+    f"--log-interval 1 --train-iters 99999 --distributed-timeout-minutes {TIMEOUT_MIN} "
+    "--deepspeed_config ds.json --data-path data"
 )
 
 
@@ -49,7 +50,9 @@ def run(notes: Notes, setting: Setting) -> None:
         lines = (directory / "0.log").read_text("utf-8", errors="replace").splitlines()
     said = [line for line in lines if re.search(r"error: rank 0\b.*\bRank 1\b", line)]
     in_time = code not in (None, 0) and seconds <= 60 * TIMEOUT_MIN + SLACK_S
-    notes.row("A killed rank", **{"exit code of the other": code, "after s": f"{seconds:.0f}", "says": (said or lines)[-1]})
+    notes.row(
+        "A killed rank", **{"exit code of the other": code, "after s": f"{seconds:.0f}", "says": (said or lines)[-1]}
+    )
     notes.number("killed rank: the other one ends in time and says why", float(in_time and bool(said)))
 
 
@@ -71,9 +74,7 @@ def _start(directory: Path) -> list[subprocess.Popen[bytes]]:
     for rank in range(RANKS):
         environment = environment_of_one() | rank_environment(rank, RANKS, port)
         with (directory / f"{rank}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, cwd=directory, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=subprocess.STDOUT)
         ranks.append(process)
     return ranks
 

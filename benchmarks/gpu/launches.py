@@ -39,7 +39,7 @@ def run(notes: Notes, setting: Setting) -> None:
                 waits[phase].append(found.total())
                 names = ", ".join(f"{name} {count}" for name, count in found.items()) or "none"
                 cells = {"dispatch": dispatch, "chunks": chunks, "phase": phase, "waits": found.total()}
-                notes.row("Host waits of one MoE layer", **cells, **{"where": names})
+                notes.row("Host waits of one MoE layer", **cells, where=names)
     for phase in PHASES:
         notes.number(f"host waits per MoE layer, {phase}", max(waits[phase]))
 
@@ -80,4 +80,5 @@ def _note_launches(notes: Notes, trace: ChromeTrace) -> None:
         for part, count in [("all parts", found.total()), *found.most_common()]:
             name = part.removesuffix(f", {phase}")
             notes.row("Launches of one pair, by part", phase=phase, part=name, launches=count)
-        notes.number(f"kernels per pair, {phase}", len(trace.kernels(within=phase)))
+        if trace.on_gpu:
+            notes.number(f"kernels per pair, {phase}", len(trace.kernels(within=phase)))

@@ -28,13 +28,23 @@ def make(kind: type[MoE], shape: LayerShape, device: torch.device, k: int = 1) -
     return layer.to(device, torch.bfloat16)
 
 
-def make_all(shape: LayerShape, device: torch.device) -> dict[str, nn.Module]:
-    """All that have this shape. AutoEP has experts with SwiGLU and without biases only."""
+def make_all(shape: LayerShape, device: torch.device) -> tuple[dict[str, nn.Module], str | None]:
+    """All layers of a shape, and why AutoEP's is not among them.
+
+    AutoEP has experts with SwiGLU and without biases only. Which kernels it has depends on the card and on the versions
+    of DeepSpeed, torch and Triton: it is tried out here, and left out where it fails.
+    """
     layers: dict[str, nn.Module] = {OURS: make(StagedMoE, shape, device), DEEPSPEED: make(MoE, shape, device)}
     layers[DEEPSPEED].load_state_dict(layers[OURS].state_dict())
-    if shape.settings.get("swiglu"):
-        layers[AUTOEP] = AutoEPLayer(shape, settings_of(shape, 64).ffn_hidden_size).to(device, torch.bfloat16)
-    return layers
+    if not shape.settings.get("swiglu"):
+        return layers, "its experts have SwiGLU"
+    try:
+        layer = AutoEPLayer(shape, settings_of(shape, 64).ffn_hidden_size).to(device, torch.bfloat16)
+        hidden = torch.randn(1, 64, shape.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+        layer(hidden)[0].sum().backward()
+    except Exception as error:
+        return layers, f"{type(error).__name__}: {error}"
+    return layers | {AUTOEP: layer}, None
 
 
 def expert_flops(shape: LayerShape, rows: int) -> float:

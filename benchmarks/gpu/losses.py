@@ -93,9 +93,7 @@ def bf16_curve(notes: Notes, setting: Setting) -> None:
     notes.number("bf16: last losses over the first", last["bf16"] / curves["bf16"][0])
 
 
-def engine_losses(
-    setting: Setting, steps: int, bf16: bool = False, zero_stage: int = 1, **section: Any
-) -> list[float]:
+def engine_losses(setting: Setting, steps: int, bf16: bool = False, zero_stage: int = 1, **section: Any) -> list[float]:
     """The losses of so many steps of an engine on this rank, which has a text of its own."""
     whole = {
         "train_micro_batch_size_per_gpu": setting.size(16, 2),

@@ -7,7 +7,9 @@ from typing import Any
 
 from scmoe_ds.analysis.markdown import code, escape, table
 
-REHEARSAL = "**CPU rehearsal: numbers mean nothing.** The steps ran with tiny sizes on a CPU, to test the steps themselves."
+REHEARSAL = (
+    "**CPU rehearsal: numbers mean nothing.** The steps ran with tiny sizes on a CPU, to test the steps themselves."
+)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -44,7 +46,14 @@ def _step(step: dict[str, Any]) -> Iterator[str]:
         yield from ("Files: " + ", ".join(map(code, step["files"])), "")
     if step["last_lines"]:
         fence = "`" * max(4, 1 + max(len(line) - len(line.lstrip("`")) for line in step["last_lines"]))
-        yield from (f"It ended with “{escape(step['result'])}”. Its last lines:", "", fence, *step["last_lines"], fence, "")
+        yield from (
+            f"It ended with “{escape(step['result'])}”. Its last lines:",
+            "",
+            fence,
+            *step["last_lines"],
+            fence,
+            "",
+        )
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,6 @@
 """A step in a process of its own, with a time limit. What happens to it is an outcome, not an end of the run.
 
-    python -m benchmarks.gpu.process MODULE:FUNCTION NOTES.json SETTING
+python -m benchmarks.gpu.process MODULE:FUNCTION NOTES.json SETTING
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ def run(notes: Notes, setting: Setting) -> None:
     ceilings = measure(notes, setting, clock)
     worst: dict[str, list[float]] = defaultdict(list)
     for shape in layer_shapes(setting):
-        layers = make_all(shape, setting.device)
+        layers, why_no_autoep = make_all(shape, setting.device)
+        if why_no_autoep:
+            notes.row("Left out", shape=shape.name, layer=AUTOEP, reason=why_no_autoep)
         for tokens in token_counts(setting):
             inputs = [_tokens(shape, tokens, setting) for _ in range(INPUTS)]
             times = our_times(layers[OURS], inputs, clock, setting.size(20, 2))

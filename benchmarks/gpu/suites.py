@@ -25,7 +25,7 @@ def run_tests(notes: Notes, paths: list[str], report: Path, workers: int) -> Non
     """Runs pytest in a process of its own and notes every test that did not pass."""
     command = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={report}", *paths]
     if workers > 1 and find_spec("xdist") is not None:
-        command += ["-n", str(workers), "--dist", "loadfile"]
+        command += ["-n", str(workers), "--dist", "load"]
     subprocess.run(command, cwd=ROOT, check=False)
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     report.unlink()

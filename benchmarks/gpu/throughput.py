@@ -80,7 +80,7 @@ def small_config(micro_batch: int) -> dict[str, Any]:
 
 
 def generate(notes: Notes, setting: Setting) -> None:
-    """The step: a GPT2-MoE-Medium of random weights in bf16, resident, completes prompts in batches of several sizes."""
+    """The step: a GPT2-MoE-Medium of random weights in bf16 completes prompts in batches of several sizes."""
     connect()
     settings = setting.size(GPTSettings(24, 1024, 16, VOCABULARY, 512), GPTSettings(2, 32, 4, 64, 32))
     trained = ScMoEConfig.from_deepspeed({"scmoe": {"num_experts": setting.size(16, 4)}})

@@ -20,6 +20,7 @@ from scmoe_ds.parallel.process import device
 from scmoe_ds.trace.recorder import SILENT, Recorder
 
 RANKS = 2
+CASE_LIMIT_S = 60.0
 ORDER = {
     "forward": [("encode", "dispatch"), ("dispatch", "experts"), ("experts", "combine"), ("combine", "decode")],
     "backward": [("decode", "combine"), ("combine", "experts"), ("experts", "dispatch"), ("dispatch", "encode")],
@@ -31,32 +32,27 @@ EXCHANGES = {"forward": ["counts", "dispatch", "combine"], "backward": ["combine
 
 def cases(notes: Notes, setting: Setting) -> None:
     """The step: every case in processes of its own, so that one that hangs or crashes is one that is wrong."""
-    right, problems = 0, 0
-    for case in CASES:
+    right = 0
+    for number, case in enumerate(CASES, start=1):
         problem = check(case, setting)
-        right, problems = right + (problem is None), problems + (problem is not None)
+        right += problem is None
         notes.row("Two ranks", case=case.name, result=problem or "right")
         notes.number("two ranks: right", right)
-        notes.number("two ranks: wrong", problems)
+        notes.number("two ranks: wrong", number - right)
 
 
 def check(case: Case, setting: Setting) -> str | None:
     """What is wrong with a case on two ranks; None if nothing is."""
     try:
-        return str_or_none(run_distributed(wrong, RANKS, case, setting, timeout_s=60)[0])
+        found: str | None = run_distributed(wrong, RANKS, case, setting, timeout_s=CASE_LIMIT_S)[0]
     except Exception as error:  # of a rank, with its traceback
         return str(error).strip().splitlines()[-1]
-
-
-def str_or_none(value: object) -> str | None:
-    """A result of a rank."""
-    return None if value is None else str(value)
+    return found
 
 
 def order(notes: Notes, setting: Setting) -> None:
     """The step: one pass forward and backward, from the profiler's kernels."""
-    run_distributed(order_on_rank, RANKS, notes, setting)
-    notes.__dict__.update(Notes.read(notes.path).content() if notes.path else {})
+    run_distributed(order_on_rank, RANKS, notes, setting)  # the first rank writes the notes
 
 
 def order_on_rank(notes: Notes, setting: Setting) -> None:
@@ -115,8 +111,7 @@ def out_of_order(found: dict[str, Interval], phase: str) -> Sequence[str]:
 
 def hidden(notes: Notes, setting: Setting) -> None:
     """The step: the same three times as with a stand-in transfer, with the all-to-all."""
-    run_distributed(hidden_on_rank, RANKS, notes, setting)
-    notes.__dict__.update(Notes.read(notes.path).content() if notes.path else {})
+    run_distributed(hidden_on_rank, RANKS, notes, setting)  # the first rank writes the notes
 
 
 def hidden_on_rank(notes: Notes, setting: Setting) -> None:

@@ -1,4 +1,4 @@
-"""What two ranks have to get right, each case as a function that both ranks run; also tests/gpu/test_two_gpus.py's cases.
+"""What two ranks have to get right, each case a function that both ranks run. tests/gpu/test_two_gpus.py has them too.
 
 A case returns how far it is off, the same on every rank.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import itertools
 import json
 import os
 import time
@@ -12,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.gpu import hidden, page, process, suites, targets
+from benchmarks.gpu import device_cases, hidden, page, process, suites, targets, two_gpus, two_ranks
 from benchmarks.gpu.acceptance import Acceptance, file_name
-from benchmarks.gpu.chrome_trace import OUTSIDE, ChromeTrace
+from benchmarks.gpu.chrome_trace import OUTSIDE, ChromeTrace, Event
 from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.steps import ONE_GPU, STEPS, Step
+from lab.distributed import run_distributed
+from scmoe_ds.engine import connect
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from tests.simulated_gpu.device import simulated_gpu
 
 BROKEN = "tests.benchmarks.broken_steps"
 
@@ -149,7 +154,9 @@ def test_targets() -> None:
 def test_what_is_not_finite_meets_no_target(tmp_path: Path) -> None:
     notes = Notes(tmp_path / "notes.json")
     notes.number("loss", float("nan"))
-    assert targets.Target("loss", "at most", 1).judge(Notes.read(tmp_path / "notes.json").numbers)["met"] == "not measured"
+    assert (
+        targets.Target("loss", "at most", 1).judge(Notes.read(tmp_path / "notes.json").numbers)["met"] == "not measured"
+    )
 
 
 def test_failed_tests_are_named(tmp_path: Path) -> None:
@@ -158,7 +165,9 @@ def test_failed_tests_are_named(tmp_path: Path) -> None:
         "@pytest.mark.skip(reason='no GPU')\ndef test_skipped(): pass\n"
     )
     notes = Notes()
-    suites.run_tests(notes, [str(tmp_path), "-p", "no:cacheprovider", "--rootdir", str(tmp_path)], tmp_path / "x.xml", 1)
+    suites.run_tests(
+        notes, [str(tmp_path), "-p", "no:cacheprovider", "--rootdir", str(tmp_path)], tmp_path / "x.xml", 1
+    )
     assert notes.numbers == {"tests/gpu: passed": 1, "tests/gpu: failed": 1}
     (failed,) = notes.tables["Tests that failed"]
     assert "test_bad" in failed["test"] and "no" in failed["message"]
@@ -169,7 +178,9 @@ def test_a_fitting_transfer_takes_part_of_the_window_on_both_sides_of_the_expert
     def both(ms: float) -> PassTimes:
         return PassTimes(forward_ms=ms, backward_ms=2 * ms)
 
-    backbone = [OperatorTime(name=name, forward_ms=ms, backward_ms=2 * ms) for name, ms in [("a", 3), ("b", 2), ("c", 4)]]
+    backbone = [
+        OperatorTime(name=name, forward_ms=ms, backward_ms=2 * ms) for name, ms in [("a", 3), ("b", 2), ("c", 4)]
+    ]
     chunk = ChunkTimes(dispatch=both(10), experts=both(5), combine=both(8))
     times = OperatorTimes(gate=both(1), encode=both(0), decode=both(1), backbone=tuple(backbone), chunks={1: chunk})
     assert hidden.fitting_share(times) == pytest.approx(0.6 * 4 / 10)  # 3 + 2 before the experts, 4 behind them
@@ -216,3 +227,104 @@ def test_steps_start_without_torch() -> None:
     """A step that hangs at the import of a broken torch is killed like any other."""
     code = "import sys, benchmarks.gpu.process, benchmarks.gpu.setting, benchmarks.gpu.notes; sys.exit('torch' in sys.modules)"
     assert os.spawnv(os.P_WAIT, process.sys.executable, [process.sys.executable, "-c", code]) == 0
+
+
+def test_a_sort_is_one_launch() -> None:
+    """Its kernels are launched by one operator; a Triton kernel has none around it."""
+    trace = [
+        entry("user_annotation", "measured step", 0, 100),
+        entry("cpu_op", "aten::argsort", 10, 30),
+        entry("cpu_op", "aten::sort", 11, 29),
+        *(entry("cuda_runtime", "cudaLaunchKernel", start, start + 1, correlation=start) for start in (12, 15, 18)),
+        entry("cpu_op", "_FusedRestore", 40, 60),
+        *(entry("cuda_driver", "cuLaunchKernel", start, start + 1, correlation=start) for start in (42, 45)),
+        *(entry("kernel", "k", start + 50, start + 51, correlation=start) for start in (12, 15, 18, 42, 45)),
+    ]
+    read = ChromeTrace([events_of(each) for each in trace])
+    assert read.launches() == {OUTSIDE: 3}
+    assert len(read.kernels(within="measured step")) == 5
+
+
+def events_of(each: dict[str, Any]) -> Event:
+    return Event(each["cat"], each["name"], each["ts"], each["ts"] + each["dur"], each["tid"], each["args"])
+
+
+def nccl_trace(starts: dict[str, tuple[float, float]]) -> ChromeTrace:
+    """A forward pass whose parts ran at these times."""
+    events, exchanges = [entry("user_annotation", "forward", 0, 50)], two_gpus.EXCHANGES["forward"]
+    for number, (name, (start, end)) in enumerate(starts.items(), start=1):
+        if name in exchanges:
+            kernel = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
+        else:
+            events.append(entry("user_annotation", f"{name}, forward", number, number + 0.5))
+            kernel = f"{name}_kernel"
+        events.append(entry("cuda_runtime", "cudaLaunchKernel", number + 0.1, number + 0.2, correlation=number))
+        events.append(entry("kernel", kernel, start, end, correlation=number))
+    return ChromeTrace([events_of(each) for each in events])
+
+
+IN_ORDER = {
+    "gate": (100, 110),
+    "counts": (110, 112),
+    "encode": (110, 120),
+    "dispatch": (121, 140),
+    "mlp": (122, 150),
+    "experts": (150, 160),
+    "combine": (161, 180),
+    "attention": (160, 185),
+    "decode": (185, 190),
+}
+
+
+def test_order_of_nccls_kernels() -> None:
+    found = two_gpus.from_trace(nccl_trace(IN_ORDER), "forward")
+    assert found == IN_ORDER
+    assert two_gpus.out_of_order(found, "forward") == []
+    early = two_gpus.from_trace(nccl_trace(IN_ORDER | {"experts": (139, 160)}), "forward")
+    assert two_gpus.out_of_order(early, "forward") == ["experts begins 1 µs before dispatch is over"]
+    lost = two_gpus.from_trace(nccl_trace({k: v for k, v in IN_ORDER.items() if k != "combine"}), "forward")
+    assert two_gpus.out_of_order(lost, "forward") == ["no dispatch seen", "no combine seen"]
+    trace = nccl_trace(IN_ORDER)
+    assert trace.beside_kernels(trace.kernels("nccl")) == pytest.approx((2 + 18 + 19) / (2 + 19 + 19))
+
+
+# --- two ranks, and the simulated device
+
+
+def rehearse(setting: Setting, notes: Notes) -> list[str | None]:
+    """All steps of two GPUs but the killed rank (tests/distributed has gloo's) and the case that needs a new process."""
+    found = [two_ranks.wrong(case, setting) for case in two_ranks.CASES if not case.alone]
+    two_gpus.order_on_rank(notes, setting)
+    two_gpus.hidden_on_rank(notes, setting)
+    return found
+
+
+def test_rehearsal_of_two_gpus(tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "notes.json")
+    found, _ = run_distributed(rehearse, 2, setting_in(tmp_path), notes)
+    assert found == [None] * (len(two_ranks.CASES) - 1)
+    written = Notes.read(tmp_path / "notes.json")
+    assert written.numbers["operations out of order"] == 0
+    assert "hidden share of the all-to-all" in written.numbers
+    parts = {(row["phase"], row["part"]) for row in written.tables["One pass of a pair on rank 0, one chunk"]}
+    assert {(phase, name) for phase, names in two_gpus.EXCHANGES.items() for name in names} <= parts
+
+
+def test_what_is_off_is_wrong() -> None:
+    connect()
+    case = two_ranks.Case("a half", lambda setting: 0.5, 0.4)
+    assert two_ranks.wrong(case, Setting(True, "", "")) == "off by 5.0e-01; at most 4e-01"
+    assert two_ranks._off([torch.ones(2)], [torch.tensor([1.0, float("nan")])]) == float("inf")
+    assert device_cases._difference(torch.ones(2), torch.tensor([1.0, float("nan")])) == float("inf")
+
+
+def test_cases_on_the_simulated_device() -> None:
+    """The stand-in transfer on its own stream: no race, no memory that is used too long, the CPU's bits."""
+    connect()
+    for case in itertools.islice(device_cases.cases(), 0, None, 12):
+        expected = device_cases.results(case, torch.device("cpu"))
+        with simulated_gpu() as gpu:
+            found = device_cases.results(case, torch.device("cuda", 0), gpu.move)
+            assert all(torch.equal(gpu.peek(there), here) for here, there in zip(expected, found, strict=True)), case
+            del found
+        assert gpu.findings == [], case

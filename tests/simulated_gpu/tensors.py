@@ -182,7 +182,8 @@ def copy_to_host(source: Tensor, target: Tensor | None, non_blocking: bool) -> T
     still_running = non_blocking and is_pinned(target)
     if still_running:
         gpu.memory.allocate(target, None)
-    gpu.memory.host_use(target, True)
+    else:
+        gpu.memory.host_use(target, True)
     gpu.kernel("copy to host", [source], [target], stream)
     with _disable_current_modes():
         target.copy_(source)
@@ -198,7 +199,8 @@ def copy_to_device(source: Tensor, non_blocking: bool, target: Tensor) -> None:
     still_running = non_blocking and is_pinned(source)
     if still_running:
         gpu.memory.allocate(source, None)
-    gpu.memory.host_use(source, False)
+    else:
+        gpu.memory.host_use(source, False)
     gpu.kernel("copy to the device", [source], [target], stream)
     if not still_running:
         gpu.host_wait("a copy from pageable memory" if non_blocking else "a blocking copy to the device", stream)
