@@ -36,6 +36,8 @@ NOT_RUN = {
     r"make \w+": "they install, run these tests, or train for minutes; CI runs them",
     r"python examples/\w+\.py": "tests/test_examples.py runs every example",
     ON_TWO_RANKS: "below, through the launcher",
+    r"(make gpu-acceptance(-2)?|python -m benchmarks\.gpu\.acceptance.*)": "tests/benchmarks/test_gpu_acceptance.py "
+    "rehearses its steps",
     r"python -m benchmarks\.serving\.offload .*": "several processes; tests/benchmarks/test_serving.py has its parts",
     r"(?s)(?=.*^\.\.\.$).*": "Python with lines left out; tests/test_examples.py compares it with a file that it runs",
 }
