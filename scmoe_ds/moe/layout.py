@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scmoe_ds.moe.decode import add_choices, token_of
+from scmoe_ds.moe.decode import token_of
 from scmoe_ds.moe.gate import Routing
+from scmoe_ds.moe.order import Order
 from scmoe_ds.moe.slices import TokenSlices
 
 
@@ -34,12 +35,14 @@ class PaddedLayout:
     Attributes:
         row_of_choice_KT: int64 row bucket * C + location of each choice; any row where dropped.
         choice_of_row_R: int64 choice k * T + t of each row; K * T of an empty one.
+        kept_KT: bool, which choices have a row.
         buffers: of one chunk.
         capacity: rows of a buffer.
     """
 
     row_of_choice_KT: Tensor
     choice_of_row_R: Tensor
+    kept_KT: Tensor
     buffers: int
     capacity: int
     num_chunks: int
@@ -50,14 +53,15 @@ class PaddedLayout:
         buffers = slices.group_size * slices.senders * local_experts
         # At least one row, even if no rank has a token: DeepSpeed's experts do not compute on none.
         capacity = -(-max(int(routing.capacity), 1) // (slices.tensor_parallel_size * num_chunks))
-        kept_KT, location_KT = routing.expert_KT >= 0, routing.location_KT
+        location_KT, kept_KT = routing.location_KT, routing.choices.kept_KT
         buffer_KT = slices.bucket(routing.expert_KT, location_KT, local_experts)
         if slices.tensor_parallel_size > 1:
             location_KT = location_KT.div(slices.tensor_parallel_size, rounding_mode="floor")
         if num_chunks > 1:
             buffer_KT = location_KT.div(capacity, rounding_mode="floor") * buffers + buffer_KT
             location_KT = location_KT % capacity
-        row_KT = torch.where(kept_KT, buffer_KT * capacity + location_KT, num_chunks * buffers * capacity)
+        row_KT, rows = buffer_KT * capacity + location_KT, num_chunks * buffers * capacity
+        row_KT = row_KT if kept_KT is None else torch.where(kept_KT, row_KT, rows)
         return cls.from_rows(row_KT, buffers, capacity, num_chunks)
 
     @classmethod
@@ -66,7 +70,7 @@ class PaddedLayout:
         rows, choices = num_chunks * buffers * capacity, row_KT.numel()
         choice_R = torch.full((rows + 1,), choices, device=row_KT.device)
         choice_R.scatter_(0, row_KT.flatten(), torch.arange(choices, device=row_KT.device))
-        return cls(row_KT.clamp(max=rows - 1), choice_R[:-1], buffers, capacity, num_chunks)
+        return cls(row_KT.clamp(max=rows - 1), choice_R[:-1], row_KT < rows, buffers, capacity, num_chunks)
 
     @property
     def rows_per_chunk(self) -> int:
@@ -74,10 +78,9 @@ class PaddedLayout:
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [N * P * V * L * C, D], zeros in the empty rows."""
-        T, D = tokens_TD.shape
-        # Empty rows read a row of zeros.
-        token_R = torch.where(self.choice_of_row_R < self.row_of_choice_KT.numel(), self.choice_of_row_R % max(T, 1), T)
-        return torch.cat([tokens_TD, tokens_TD.new_zeros(1, D)]).index_select(0, token_R)
+        return _Encode.apply(
+            tokens_TD, self.num_chunks * self.rows_per_chunk, None, self.row_of_choice_KT, self.kept_KT
+        )
 
 
 @dataclass(frozen=True)
@@ -87,46 +90,50 @@ class ExactLayout:
     Attributes:
         row_of_choice_KT: int64 row of each choice; 0 where dropped.
         choice_of_row_R: int64 choice k * T + t of each row; on a GPU followed by the dropped choices.
-        kept_KT: bool, which choices have a row.
+        kept_KT: bool, which choices have a row; None: all.
         rows_NPVL: int64 rows of each chunk for each rank, from each sender, for each of its experts.
         checksum: int64 scalar, equal on ranks that route the same tokens alike; zero if no other rank has them.
     """
 
     row_of_choice_KT: Tensor
     choice_of_row_R: Tensor
-    kept_KT: Tensor
+    kept_KT: Tensor | None
     rows_NPVL: Tensor
     checksum: Tensor
 
     @classmethod
     def of(cls, routing: Routing, slices: TokenSlices, num_chunks: int = 1) -> ExactLayout:
-        local_experts = routing.exp_counts.shape[0] // slices.expert_parallel_size
-        K, T = routing.expert_KT.shape
-        kept_KT = routing.expert_KT >= 0
-        bucket_KT = slices.bucket(routing.expert_KT, routing.location_KT, local_experts)
+        choices, local_experts = routing.choices, routing.exp_counts.shape[0] // slices.expert_parallel_size
         shape = (num_chunks, slices.group_size, slices.senders, local_experts)
-        buckets = math.prod(shape)
-        if num_chunks > 1:
-            chunk_T = torch.arange(T, device=kept_KT.device) * num_chunks // max(T, 1)
-            bucket_KT = bucket_KT + chunk_T * (buckets // num_chunks)
-        # Dropped choices count for a bucket that does not exist: they sort behind all others and are cut off.
-        bucket_X = torch.where(kept_KT, bucket_KT, buckets).flatten()
-        # Not bincount: on a GPU it makes the host wait for the largest id.
-        rows = torch.zeros(buckets + 1, dtype=torch.int64, device=bucket_X.device)
-        rows = rows.scatter_add_(0, bucket_X, torch.ones_like(bucket_X))[:buckets]
-        order_X = torch.sort(bucket_X, stable=True).indices
-        number_X = torch.arange(K * T, device=order_X.device)
-        row_X = torch.empty_like(order_X).scatter_(0, order_X, number_X)
-        row_X = torch.where(kept_KT.flatten(), row_X, 0)
-        alone = slices.tensor_parallel_size == 1
-        checksum = torch.zeros((), dtype=torch.int64) if alone else (row_X * (number_X + 1)).sum()
-        if not order_X.is_cuda:  # on a GPU the number of rows is not known on the host yet: cut them off when sending
-            order_X = order_X[: int(rows.sum())]
-        return cls(row_X.view(K, T), order_X, kept_KT, rows.view(shape), checksum)
+        order, rows, alone = choices.order, choices.rows_E, slices.tensor_parallel_size == 1
+        if num_chunks > 1 or not alone:
+            buckets = math.prod(shape)
+            order = Order.of(_bucket(routing, slices, local_experts, num_chunks, buckets))
+            rows = order.starts(buckets).diff()
+        row_KT, choice_R = order.place_KT, order.choice_X
+        if choices.kept_KT is not None:
+            row_KT = torch.where(choices.kept_KT, row_KT, 0)
+            if not choice_R.is_cuda:  # on a GPU the host does not know the number of rows yet: cut off when sending
+                choice_R = choice_R[: int(rows.sum())]
+        number_X = torch.arange(1, row_KT.numel() + 1, device=row_KT.device)
+        checksum = torch.zeros((), dtype=torch.int64) if alone else (row_KT.flatten() * number_X).sum()
+        return cls(row_KT, choice_R, choices.kept_KT, rows.view(shape), checksum)
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [R, D]."""
-        return _Encode.apply(tokens_TD, self.choice_of_row_R, self.row_of_choice_KT, self.kept_KT)
+        rows = self.choice_of_row_R.shape[0]
+        return _Encode.apply(tokens_TD, rows, self.choice_of_row_R, self.row_of_choice_KT, self.kept_KT)
+
+
+def _bucket(routing: Routing, slices: TokenSlices, local_experts: int, num_chunks: int, buckets: int) -> Tensor:
+    """[K, T] int64 in which order the choices' rows lie; `buckets`, behind all others, where there is none."""
+    bucket_KT = slices.bucket(routing.expert_KT, routing.location_KT, local_experts)
+    if num_chunks > 1:
+        T = bucket_KT.shape[1]
+        chunk_T = torch.arange(T, device=bucket_KT.device) * num_chunks // max(T, 1)
+        bucket_KT = bucket_KT + chunk_T * (buckets // num_chunks)
+    kept_KT = routing.choices.kept_KT
+    return bucket_KT if kept_KT is None else torch.where(kept_KT, bucket_KT, buckets)
 
 
 class _Encode(torch.autograd.Function):
@@ -135,12 +142,41 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens_TD: Tensor, choice_of_row_R: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor
+        ctx: Any,
+        tokens_TD: Tensor,
+        rows: int,
+        choice_of_row_R: Tensor | None,
+        row_of_choice_KT: Tensor,
+        kept_KT: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(row_of_choice_KT, kept_KT)
-        return tokens_TD.index_select(0, token_of(choice_of_row_R, kept_KT))
+        if choice_of_row_R is not None:
+            return tokens_TD.index_select(0, token_of(choice_of_row_R, row_of_choice_KT))
+        # Some rows stay empty. Dropped choices write behind the last row.
+        row_KT = row_of_choice_KT if kept_KT is None else torch.where(kept_KT, row_of_choice_KT, rows)
+        rows_RD = tokens_TD.new_zeros(rows + 1, tokens_TD.shape[1])
+        rows_RD[row_KT] = tokens_TD
+        return rows_RD[:-1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        row_of_choice_KT, kept_KT = ctx.saved_tensors
-        return add_choices(grads[0], row_of_choice_KT, kept_KT.float()), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_RD,), (row_of_choice_KT, kept_KT) = grads, ctx.saved_tensors
+        return _add_rows(grad_RD, row_of_choice_KT, kept_KT), None, None, None, None
+
+
+def _add_rows(rows_RD: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor | None) -> Tensor:
+    """[T, D] the sum of each token's rows, in fp32 and rounded once."""
+    (K, T), (R, D) = row_of_choice_KT.shape, rows_RD.shape
+    if R == 0:
+        return rows_RD.new_zeros(T, D)
+    total_TD = None
+    for k, row_T in enumerate(row_of_choice_KT):
+        part_TD = rows_RD.index_select(0, row_T)
+        if kept_KT is not None:
+            part_TD.mul_(kept_KT[k].to(part_TD.dtype).unsqueeze(1))
+        if total_TD is None:
+            total_TD = part_TD.float() if K > 1 else part_TD
+        else:
+            total_TD.add_(part_TD)
+    assert total_TD is not None
+    return total_TD.to(rows_RD.dtype)

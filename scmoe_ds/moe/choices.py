@@ -1,0 +1,132 @@
+"""Which expert takes which token: the gate's choices, its random numbers, and what the capacity limit drops.
+
+Shape suffixes: T tokens, E experts, K routed experts per token, C capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from deepspeed.moe import sharded_moe
+from deepspeed.moe.sharded_moe import TopKGate
+from torch import Tensor
+
+from scmoe_ds.moe.order import Order
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which choices are kept, and the rows that they make.
+
+    Attributes:
+        bucket_KT: int64 global expert id; E where the capacity limit dropped the choice or the token is masked.
+        kept_KT: bool; None: all.
+        order: by bucket, and there by location.
+        counts_E: int64 tokens per expert before drops.
+        rows_E: int64 tokens per expert after drops.
+    """
+
+    bucket_KT: Tensor
+    kept_KT: Tensor | None
+    order: Order
+    counts_E: Tensor
+    rows_E: Tensor
+
+
+def draw(noise: Callable[[int], Tensor], tokens: int, used_T: Tensor | None) -> Tensor:
+    """Random numbers, a row for each token. Masked tokens use none up, so that the others get the same without them.
+
+    On a GPU they do: the host would have to wait for the number of the others. These get the first rows all the same.
+    """
+    if used_T is None:
+        return noise(tokens)
+    rows = tokens if used_T.is_cuda else int(used_T.sum())
+    drawn = F.pad(noise(rows), (0, 0, 0, tokens - rows))
+    return drawn.index_select(0, (used_T.cumsum(0) - 1).clamp(min=0))
+
+
+@torch.no_grad()
+def choose(
+    gate: TopKGate, logits_TE: Tensor, probability_TE: Tensor, used_T: Tensor | None, exclude_T: Tensor | None
+) -> Tensor:
+    """[K, T] the experts that each token chooses, first choices first; any for a masked token."""
+    if gate.k > 2:
+        return probability_TE.topk(gate.k, dim=1).indices.t().contiguous()
+    T, E = logits_TE.shape
+
+    def gumbel_TE() -> Tensor:
+        return draw(lambda rows: sharded_moe.gumbel_rsample((rows, E), device=logits_TE.device), T, used_T)
+
+    experts_E = torch.arange(E, device=logits_TE.device)
+    score_TE = probability_TE
+    if gate.noisy_gate_policy == "RSample" and gate.training and gate.k == 1:
+        score_TE = logits_TE + gumbel_TE()
+    if exclude_T is not None:
+        # The excluded expert cannot be chosen, but stays in the softmax: G(H) is the same function for both layers.
+        score_TE = score_TE.masked_fill(exclude_T.unsqueeze(1) == experts_E, float("-inf"))
+    first_T = score_TE.argmax(1)
+    if gate.k == 1:
+        return first_T.unsqueeze(0)
+    score_TE = logits_TE + gumbel_TE() if gate.top2_2nd_expert_sampling else logits_TE
+    second_T = score_TE.masked_fill(first_T.unsqueeze(1) == experts_E, float("-inf")).argmax(1)
+    return torch.stack([first_T, second_T])
+
+
+@torch.no_grad()
+def keep(
+    gate: TopKGate, probability_TE: Tensor, chosen_KT: Tensor, used_T: Tensor | None, limit: int | Tensor | None
+) -> tuple[Choices, Tensor]:
+    """The choices, and [E] the tokens per expert that the balancing loss counts.
+
+    If an expert is chosen more often than `limit`, then k = 1 keeps random tokens (`use_rts`), and k > 2 the most
+    probable ones. k = 2 keeps first choices before second ones, each in the order of the tokens. None: no limit.
+    """
+    (K, T), E = chosen_KT.shape, probability_TE.shape[1]
+    priority_KT = None
+    if K == 1 and gate.use_rts:
+        # Drawn without a limit too, as in DeepSpeed: the next random numbers must not depend on `drop_tokens`.
+        random_TE = draw(lambda rows: torch.rand(rows, E, device=chosen_KT.device), T, used_T)
+        priority_KT = random_TE.gather(1, chosen_KT.t()).t()
+    elif K > 2:
+        priority_KT = probability_TE.gather(1, chosen_KT.t()).t().contiguous()
+    bucket_KT = chosen_KT if used_T is None else torch.where(used_T, chosen_KT, E)
+    kept_KT = None if used_T is None else used_T.expand(K, T)
+    limit = None if isinstance(limit, int) and limit >= T else limit
+    order = Order.of(bucket_KT, None if limit is None else priority_KT)
+    start_X = order.starts(E, parts=2 if K == 2 else 1)
+    start_E = start_X[::2] if K == 2 else start_X
+    counts_E = start_E[1:] - start_E[:-1]
+    # For k = 2 DeepSpeed balances the first choices alone.
+    balanced_E = start_X[1::2] - start_X[:-1:2] if K == 2 else counts_E
+    if limit is None:
+        return Choices(bucket_KT, kept_KT, order, counts_E, counts_E), balanced_E
+    below_KT = order.place_KT - start_E[bucket_KT] < limit
+    if K != 2 and isinstance(limit, int) and not below_KT.is_cuda and _equals_at(limit, order, start_E):
+        below_KT = _kept_by_topk(chosen_KT, priority_KT, used_T, limit, E)
+    kept_KT = below_KT if kept_KT is None else below_KT & kept_KT
+    bucket_KT = torch.where(kept_KT, bucket_KT, E)
+    return Choices(bucket_KT, kept_KT, Order.of(bucket_KT), counts_E, counts_E.clamp(max=limit)), balanced_E
+
+
+def _equals_at(limit: int, order: Order, start_E: Tensor) -> bool:
+    """Whether an expert keeps one of two choices of the same priority, and drops the other."""
+    dropped = start_E[:-1] + limit
+    dropped = dropped[dropped < start_E[1:]]
+    return bool((order.key_X[dropped - 1] == order.key_X[dropped]).any())
+
+
+def _kept_by_topk(
+    chosen_KT: Tensor, priority_KT: Tensor | None, used_T: Tensor | None, limit: int, experts: int
+) -> Tensor:
+    """[K, T] what DeepSpeed keeps on a CPU. Of equals, torch's topk keeps the first ones on a GPU, as a stable sort
+    does, but any on a CPU."""
+    used_T = torch.ones(chosen_KT.shape[1], dtype=torch.bool) if used_T is None else used_T
+    priority_KT = torch.ones(chosen_KT.shape) if priority_KT is None else priority_KT
+    priority_TE = torch.full((len(used_T), experts), -1.0).scatter_(1, chosen_KT.t(), priority_KT.t())
+    best_CE = priority_TE[used_T].topk(limit, dim=0, sorted=False).indices
+    kept_TE = torch.zeros_like(priority_TE, dtype=torch.bool)
+    kept_TE[used_T] = torch.zeros_like(kept_TE[used_T]).scatter_(0, best_CE, True)
+    return kept_TE.gather(1, chosen_KT.t()).t()

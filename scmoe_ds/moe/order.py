@@ -1,0 +1,68 @@
+"""Choices in the order of their experts, by one stable sort.
+
+A sort takes the same few kernels for any number of experts. To walk down the columns of a [T, E] mask, a GPU would use
+one thread per expert.
+
+Shape suffixes: T tokens, E experts, K routed experts per token, X all K * T choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SPAN = 2**32
+"""Between the keys of two experts where a priority, of 32 bits, lies in between."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """All choices, sorted by expert.
+
+    Attributes:
+        key_X: int64 sorted keys. Those of expert e start at first + e * step.
+        choice_X: int64 choice k * T + t at each place.
+        place_KT: int64 place of each choice.
+    """
+
+    key_X: Tensor
+    choice_X: Tensor
+    place_KT: Tensor
+    first: int
+    step: int
+
+    @classmethod
+    def of(cls, expert_KT: Tensor, priority_KT: Tensor | None = None) -> Order:
+        """
+        Args:
+            expert_KT: int64 expert of each choice, or any other number from 0.
+            priority_KT: fp32, not negative; an expert's choices are in descending order of it, equal ones by k, then
+                by token. None: as in DeepSpeed, for k = 2 first choices before second ones, otherwise by token.
+        """
+        K, T = expert_KT.shape
+        first, step = 0, {1: 1, 2: 2}.get(K, T)
+        if priority_KT is not None:
+            # The bits of floats that are not negative, read as integers, have the order of the floats.
+            first, step = -_SPAN // 2, _SPAN
+            key_KT = expert_KT * step - priority_KT.view(torch.int32)
+        elif K == 1:
+            key_KT = expert_KT
+        else:
+            minor = torch.arange(step, device=expert_KT.device)
+            key_KT = expert_KT * step + (minor.unsqueeze(1) if K == 2 else minor)
+        key_X, choice_X = torch.sort(key_KT.flatten(), stable=True)
+        number_X = torch.arange(K * T, device=choice_X.device)
+        place_X = torch.empty_like(choice_X).scatter_(0, choice_X, number_X)
+        return cls(key_X, choice_X, place_X.view(K, T), first, step)
+
+    def starts(self, experts: int, parts: int = 1) -> Tensor:
+        """[E * parts + 1] int64 the place where each expert's choices start, and one behind the last expert's.
+
+        Args:
+            parts: of an expert's keys; for k = 2 without priority, 2 parts are first and second choices.
+        """
+        end = self.first + self.step * experts
+        bounds = torch.arange(self.first, end + 1, self.step // parts, device=self.key_X.device)
+        return torch.searchsorted(self.key_X, bounds)
