@@ -22,18 +22,24 @@ class Choices:
     """Which choices are kept, and the rows that they make.
 
     Attributes:
-        bucket_KT: int64 global expert id; E where the capacity limit dropped the choice or the token is masked.
+        expert_KT: int64 global expert id, whether kept or not; any where the token is masked.
         kept_KT: bool; None: all.
-        order: by bucket, and there by location.
+        order: the kept ones by expert, and there by location; then the others.
         counts_E: int64 tokens per expert before drops.
         rows_E: int64 tokens per expert after drops.
     """
 
-    bucket_KT: Tensor
+    expert_KT: Tensor
     kept_KT: Tensor | None
     order: Order
     counts_E: Tensor
     rows_E: Tensor
+
+    @property
+    def location_KT(self) -> Tensor:
+        """int64 number of the token among its expert's tokens, from 0; any for a choice that is not kept."""
+        start_E = self.rows_E.cumsum(0) - self.rows_E
+        return self.order.place_KT - start_E.take(self.expert_KT)
 
 
 def draw(noise: Callable[[int], Tensor], tokens: int, used_T: Tensor | None) -> Tensor:
@@ -92,30 +98,31 @@ def keep(
         priority_KT = random_TE.gather(1, chosen_KT.t()).t()
     elif K > 2:
         priority_KT = probability_TE.gather(1, chosen_KT.t()).t().contiguous()
-    bucket_KT = chosen_KT if used_T is None else torch.where(used_T, chosen_KT, E)
-    kept_KT = None if used_T is None else used_T.expand(K, T)
+    # The keys of choices that are not kept are greater by E, so that they come behind all others.
+    key_KT, kept_KT = chosen_KT, None
+    if used_T is not None:
+        kept_KT = used_T.expand(K, T)
+        key_KT = torch.add(chosen_KT, ~kept_KT, alpha=E)
     limit = None if isinstance(limit, int) and limit >= T else limit
-    order = Order.of(bucket_KT, None if limit is None else priority_KT)
+    order = Order.of(key_KT, None if limit is None else priority_KT)
     start_X = order.starts(E, parts=2 if K == 2 else 1)
     start_E = start_X[::2] if K == 2 else start_X
     counts_E = start_E[1:] - start_E[:-1]
     # For k = 2 DeepSpeed balances the first choices alone.
     balanced_E = start_X[1::2] - start_X[:-1:2] if K == 2 else counts_E
     if limit is None:
-        return Choices(bucket_KT, kept_KT, order, counts_E, counts_E), balanced_E
-    below_KT = order.place_KT - start_E[bucket_KT] < limit
-    if K != 2 and isinstance(limit, int) and not below_KT.is_cuda and _equals_at(limit, order, start_E):
+        return Choices(chosen_KT, kept_KT, order, counts_E, counts_E), balanced_E
+    below_KT = order.place_KT - start_E.take(chosen_KT) < limit
+    if K != 2 and isinstance(limit, int) and not below_KT.is_cuda and _has_equals(order.key_X):
         below_KT = _kept_by_topk(chosen_KT, priority_KT, used_T, limit, E)
     kept_KT = below_KT if kept_KT is None else below_KT & kept_KT
-    bucket_KT = torch.where(kept_KT, bucket_KT, E)
-    return Choices(bucket_KT, kept_KT, Order.of(bucket_KT), counts_E, counts_E.clamp(max=limit)), balanced_E
+    order = Order.of(torch.add(chosen_KT, kept_KT, alpha=-E))
+    return Choices(chosen_KT, kept_KT, order, counts_E, counts_E.clamp(max=limit)), balanced_E
 
 
-def _equals_at(limit: int, order: Order, start_E: Tensor) -> bool:
-    """Whether an expert keeps one of two choices of the same priority, and drops the other."""
-    dropped = start_E[:-1] + limit
-    dropped = dropped[dropped < start_E[1:]]
-    return bool((order.key_X[dropped - 1] == order.key_X[dropped]).any())
+def _has_equals(key_X: Tensor) -> bool:
+    """Whether an expert may have to choose between two choices of the same priority."""
+    return bool((key_X[1:] == key_X[:-1]).any())
 
 
 def _kept_by_topk(

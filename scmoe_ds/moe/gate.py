@@ -57,16 +57,14 @@ class Routing:
     @cached_property
     def expert_KT(self) -> Tensor:
         """int64 global expert id, -1 where the capacity limit dropped the choice or the token is masked."""
-        kept_KT, bucket_KT = self.choices.kept_KT, self.choices.bucket_KT
-        return bucket_KT if kept_KT is None else torch.where(kept_KT, bucket_KT, -1)
+        kept_KT, expert_KT = self.choices.kept_KT, self.choices.expert_KT
+        return expert_KT if kept_KT is None else torch.where(kept_KT, expert_KT, -1)
 
     @cached_property
     def location_KT(self) -> Tensor:
         """int64 number of the token among its expert's tokens, from 0; 0 where dropped or masked."""
-        choices = self.choices
-        start_E = F.pad(choices.rows_E.cumsum(0), (1, 0))
-        location_KT = choices.order.place_KT - start_E[choices.bucket_KT]
-        return location_KT if choices.kept_KT is None else location_KT * choices.kept_KT
+        location_KT, kept_KT = self.choices.location_KT, self.choices.kept_KT
+        return location_KT if kept_KT is None else location_KT * kept_KT
 
 
 def route(
@@ -110,7 +108,8 @@ def route(
 def _route_none(gate: TopKGate, logits_TE: Tensor) -> Routing:
     """A rank without tokens still takes part in the exchange."""
     none_KT, counts_E = logits_TE.new_zeros(gate.k, 0), logits_TE.new_zeros(logits_TE.shape[1], dtype=torch.int64)
-    choices = Choices(none_KT.long(), None, Order.of(none_KT.long()), counts_E, counts_E)
+    expert_KT = none_KT.long()
+    choices = Choices(expert_KT, None, Order(expert_KT[0], expert_KT[0], expert_KT, 0, 1), counts_E, counts_E)
     return Routing(choices, none_KT, 0, logits_TE.sum())
 
 

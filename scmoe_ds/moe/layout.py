@@ -35,14 +35,14 @@ class PaddedLayout:
     Attributes:
         row_of_choice_KT: int64 row bucket * C + location of each choice; any row where dropped.
         choice_of_row_R: int64 choice k * T + t of each row; K * T of an empty one.
-        kept_KT: bool, which choices have a row.
+        written_KT: int64 row of each choice; one behind the last where dropped.
         buffers: of one chunk.
         capacity: rows of a buffer.
     """
 
     row_of_choice_KT: Tensor
     choice_of_row_R: Tensor
-    kept_KT: Tensor
+    written_KT: Tensor
     buffers: int
     capacity: int
     num_chunks: int
@@ -53,15 +53,17 @@ class PaddedLayout:
         buffers = slices.group_size * slices.senders * local_experts
         # At least one row, even if no rank has a token: DeepSpeed's experts do not compute on none.
         capacity = -(-max(int(routing.capacity), 1) // (slices.tensor_parallel_size * num_chunks))
-        location_KT, kept_KT = routing.location_KT, routing.choices.kept_KT
-        buffer_KT = slices.bucket(routing.expert_KT, location_KT, local_experts)
+        location_KT, kept_KT = routing.choices.location_KT, routing.choices.kept_KT
+        buffer_KT = slices.bucket(routing.choices.expert_KT, location_KT, local_experts)
         if slices.tensor_parallel_size > 1:
             location_KT = location_KT.div(slices.tensor_parallel_size, rounding_mode="floor")
         if num_chunks > 1:
             buffer_KT = location_KT.div(capacity, rounding_mode="floor") * buffers + buffer_KT
             location_KT = location_KT % capacity
-        row_KT, rows = buffer_KT * capacity + location_KT, num_chunks * buffers * capacity
-        row_KT = row_KT if kept_KT is None else torch.where(kept_KT, row_KT, rows)
+        row_KT = torch.add(location_KT, buffer_KT, alpha=capacity)
+        if kept_KT is not None:
+            rows = num_chunks * buffers * capacity
+            row_KT = torch.add(row_KT, ~kept_KT, alpha=rows).clamp(max=rows)
         return cls.from_rows(row_KT, buffers, capacity, num_chunks)
 
     @classmethod
@@ -70,7 +72,7 @@ class PaddedLayout:
         rows, choices = num_chunks * buffers * capacity, row_KT.numel()
         choice_R = torch.full((rows + 1,), choices, device=row_KT.device)
         choice_R.scatter_(0, row_KT.flatten(), torch.arange(choices, device=row_KT.device))
-        return cls(row_KT.clamp(max=rows - 1), choice_R[:-1], row_KT < rows, buffers, capacity, num_chunks)
+        return cls(row_KT.clamp(max=rows - 1), choice_R[:-1], row_KT, buffers, capacity, num_chunks)
 
     @property
     def rows_per_chunk(self) -> int:
@@ -78,9 +80,26 @@ class PaddedLayout:
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [N * P * V * L * C, D], zeros in the empty rows."""
-        return _Encode.apply(
-            tokens_TD, self.num_chunks * self.rows_per_chunk, None, self.row_of_choice_KT, self.kept_KT
-        )
+        return _EncodePadded.apply(tokens_TD, self.choice_of_row_R.shape[0], self.row_of_choice_KT, self.written_KT)
+
+
+class _EncodePadded(torch.autograd.Function):
+    """Buffers with a row for each choice of a token. An empty row is written once, and no copy of all tokens with a row
+    of zeros is made for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: Tensor, rows: int, row_of_choice_KT: Tensor, written_KT: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_choice_KT, written_KT)
+        ctx.rows = rows
+        rows_RD = tokens_TD.new_zeros(rows + 1, tokens_TD.shape[1])  # dropped choices write behind the last row
+        for row_T in written_KT:
+            rows_RD.index_copy_(0, row_T, tokens_TD)
+        return rows_RD[:-1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        row_of_choice_KT, written_KT = ctx.saved_tensors
+        return _add_rows(grads[0], row_of_choice_KT, written_KT < ctx.rows), None, None, None
 
 
 @dataclass(frozen=True)
@@ -112,22 +131,22 @@ class ExactLayout:
             rows = order.starts(buckets).diff()
         row_KT, choice_R = order.place_KT, order.choice_X
         if choices.kept_KT is not None:
-            row_KT = torch.where(choices.kept_KT, row_KT, 0)
+            row_KT = row_KT * choices.kept_KT
             if not choice_R.is_cuda:  # on a GPU the host does not know the number of rows yet: cut off when sending
                 choice_R = choice_R[: int(rows.sum())]
-        number_X = torch.arange(1, row_KT.numel() + 1, device=row_KT.device)
-        checksum = torch.zeros((), dtype=torch.int64) if alone else (row_KT.flatten() * number_X).sum()
+        checksum = torch.zeros((), dtype=torch.int64)
+        if not alone:
+            checksum = (row_KT.flatten() * torch.arange(1, row_KT.numel() + 1, device=row_KT.device)).sum()
         return cls(row_KT, choice_R, choices.kept_KT, rows.view(shape), checksum)
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [R, D]."""
-        rows = self.choice_of_row_R.shape[0]
-        return _Encode.apply(tokens_TD, rows, self.choice_of_row_R, self.row_of_choice_KT, self.kept_KT)
+        return _Encode.apply(tokens_TD, self.choice_of_row_R, self.row_of_choice_KT, self.kept_KT)
 
 
 def _bucket(routing: Routing, slices: TokenSlices, local_experts: int, num_chunks: int, buckets: int) -> Tensor:
     """[K, T] int64 in which order the choices' rows lie; `buckets`, behind all others, where there is none."""
-    bucket_KT = slices.bucket(routing.expert_KT, routing.location_KT, local_experts)
+    bucket_KT = slices.bucket(routing.choices.expert_KT, routing.choices.location_KT, local_experts)
     if num_chunks > 1:
         T = bucket_KT.shape[1]
         chunk_T = torch.arange(T, device=bucket_KT.device) * num_chunks // max(T, 1)
@@ -142,26 +161,14 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        tokens_TD: Tensor,
-        rows: int,
-        choice_of_row_R: Tensor | None,
-        row_of_choice_KT: Tensor,
-        kept_KT: Tensor | None,
+        ctx: Any, tokens_TD: Tensor, choice_of_row_R: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(row_of_choice_KT, kept_KT)
-        if choice_of_row_R is not None:
-            return tokens_TD.index_select(0, token_of(choice_of_row_R, row_of_choice_KT))
-        # Some rows stay empty. Dropped choices write behind the last row.
-        row_KT = row_of_choice_KT if kept_KT is None else torch.where(kept_KT, row_of_choice_KT, rows)
-        rows_RD = tokens_TD.new_zeros(rows + 1, tokens_TD.shape[1])
-        rows_RD[row_KT] = tokens_TD
-        return rows_RD[:-1]
+        return tokens_TD.index_select(0, token_of(choice_of_row_R, row_of_choice_KT))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_RD,), (row_of_choice_KT, kept_KT) = grads, ctx.saved_tensors
-        return _add_rows(grad_RD, row_of_choice_KT, kept_KT), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _add_rows(grads[0], *ctx.saved_tensors), None, None, None
 
 
 def _add_rows(rows_RD: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor | None) -> Tensor:

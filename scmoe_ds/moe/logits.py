@@ -19,7 +19,10 @@ def fp32_logits(tokens_TD: Tensor, weight_ED: Tensor, used_T: Tensor | None = No
         tokens_TD, weight_ED: any floating dtype.
         used_T: bool; the others' logits are zeros, whatever they hold. None: all.
     """
-    return _Logits.apply(tokens_TD, weight_ED, used_T)
+    with torch.autocast(tokens_TD.device.type, enabled=False):
+        if used_T is None and tokens_TD.dtype == torch.float32:
+            return F.linear(tokens_TD, weight_ED.float())
+        return _Logits.apply(tokens_TD, weight_ED, used_T)
 
 
 class _Logits(torch.autograd.Function):
@@ -28,8 +31,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens_TD: Tensor, weight_ED: Tensor, used_T: Tensor | None) -> Tensor:
         ctx.save_for_backward(tokens_TD, weight_ED, used_T)
-        with torch.autocast(tokens_TD.device.type, enabled=False):
-            return F.linear(_fp32(tokens_TD, used_T), weight_ED.float())
+        return F.linear(_fp32(tokens_TD, used_T), weight_ED.float())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -37,11 +37,12 @@ class Order:
     def of(cls, expert_KT: Tensor, priority_KT: Tensor | None = None) -> Order:
         """
         Args:
-            expert_KT: int64 expert of each choice, or any other number from 0.
+            expert_KT: int64 expert of each choice, or other numbers.
             priority_KT: fp32, not negative; an expert's choices are in descending order of it, equal ones by k, then
                 by token. None: as in DeepSpeed, for k = 2 first choices before second ones, otherwise by token.
         """
         K, T = expert_KT.shape
+        number_X = torch.arange(K * T, device=expert_KT.device)
         first, step = 0, {1: 1, 2: 2}.get(K, T)
         if priority_KT is not None:
             # The bits of floats that are not negative, read as integers, have the order of the floats.
@@ -50,10 +51,9 @@ class Order:
         elif K == 1:
             key_KT = expert_KT
         else:
-            minor = torch.arange(step, device=expert_KT.device)
+            minor = number_X[:step]
             key_KT = expert_KT * step + (minor.unsqueeze(1) if K == 2 else minor)
         key_X, choice_X = torch.sort(key_KT.flatten(), stable=True)
-        number_X = torch.arange(K * T, device=choice_X.device)
         place_X = torch.empty_like(choice_X).scatter_(0, choice_X, number_X)
         return cls(key_X, choice_X, place_X.view(K, T), first, step)
 
