@@ -126,9 +126,12 @@ def test_gradients_of_tokens_with_many_choices() -> None:
     [
         "moe/experts.py",
         "moe/kernels.py",
+        "moe/choices.py",
         "moe/gate.py",
         "moe/layer.py",
         "moe/layout.py",
+        "moe/logits.py",
+        "moe/order.py",
         "moe/decode.py",
         "moe/received.py",
         "moe/routed.py",
