@@ -6,6 +6,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from scmoe_ds.trace.recorder import SILENT, Recorder
 from tests.simulated_gpu.device import simulated_gpu
 from tests.simulated_gpu.gpu import Gpu, Launch
 
+UNCHANGED = nullcontext()
 BACKBONES = {
     ("scmoe", "pos1"): 2,
     ("scmoe", "pos2"): 3,
@@ -183,13 +185,17 @@ def different(expected: Sequence[Tensor | None], found: Sequence[Tensor | None],
     return [i for i, (a, b) in pairs if not (a is b is None or (b is not None and torch.equal(a, gpu.peek(b))))]
 
 
-def run(case: Case) -> Outcome:
+def run(case: Case, changed: AbstractContextManager[object] = UNCHANGED) -> Outcome:
+    """
+    Args:
+        changed: surrounds what runs on the device, and not what runs on the CPU.
+    """
     pair = build(case)
     torch.manual_seed(5 + dist.get_rank() // case.tensor_parallel)
     hidden = torch.randn(2, 12, 16, dtype=case.dtype)
     used_token = (torch.rand(2, 12) > 0.3) if case.masked else None
     outputs, gradients = results(pair, hidden.clone().requires_grad_(), used_token)
-    with simulated_gpu(case.capability) as gpu:
+    with changed, simulated_gpu(case.capability) as gpu:
         gpu.move(pair)
         recorder = Recorder(torch.device("cuda", 0)) if case.recorded else None
         pair.recorder = recorder.pair(0) if recorder else SILENT
