@@ -9,5 +9,9 @@ import torch
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device. Its priority is high: its work is short, and others wait for it."""
+    """One stream per device. Its priority is high: its work is short, and others wait for it.
+
+    All engines and threads of a process share it. Each orders what it puts there by events of its own, so that sharing
+    can make work wait, but nothing is read too early.
+    """
     return torch.cuda.Stream(device, priority=-1)

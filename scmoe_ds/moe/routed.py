@@ -98,21 +98,21 @@ class RoutedTokens:
             self.send()
 
     def _row_counts(self, layout: ExactLayout) -> tuple[Tensor, Tensor]:
-        """What every rank is told ahead, [P * (N * L)], and what this host has to know, [N * P * V].
+        """What every rank is told ahead, [P * (N * L)], and what this host has to know, [N * P * V * L].
 
         Where ranks hold the same tokens, both end in a checksum of the routing (for every rank): they must route alike.
         """
         slices = self.exchange.slices
         sent_NPL = layout.rows_NPVL[:, :, slices.rank % slices.senders]
-        local_NPV = layout.rows_NPVL.sum(3)
+        local = layout.rows_NPVL.flatten()
         if slices.tensor_parallel_size == 1:
-            return sent_NPL.transpose(0, 1).flatten(), local_NPV.flatten()
+            return sent_NPL.transpose(0, 1).flatten(), local
         rank_P = torch.arange(slices.group_size, device=sent_NPL.device)
         reached = slices.expert_parallel_ranks  # to the others, other ranks send
         reached_P = (rank_P >= reached.start) & (rank_P < reached.stop)
         sent_PX = (sent_NPL * reached_P.view(1, -1, 1)).transpose(0, 1).flatten(1)
         checksum_P1 = layout.checksum.expand(slices.group_size, 1)
-        return torch.cat([sent_PX, checksum_P1], dim=1).flatten(), torch.cat([local_NPV.flatten(), checksum_P1[0]])
+        return torch.cat([sent_PX, checksum_P1], dim=1).flatten(), torch.cat([local, checksum_P1[0]])
 
     def send(self) -> None:
         """Launches the dispatch if `begin` left it to a later moment; harmless otherwise.
@@ -130,7 +130,8 @@ class RoutedTokens:
             slices.check_alike(local.pop(), from_PX[:, -1].tolist())
             from_PX = from_PX[:, :-1]
         from_PNL = from_PX.reshape(slices.group_size, -1, local_experts)
-        to_NPV = torch.tensor(local).view(-1, slices.group_size, slices.senders).tolist()
+        rows_NPVL = torch.tensor(local).view(-1, slices.group_size, slices.senders, local_experts)
+        to_NPV = rows_NPVL.sum(3).tolist()
         from_NP = from_PNL.sum(2).t().tolist()
         self._send([slices.split_sizes(*rows) for rows in zip(to_NPV, from_NP, strict=True)])
         self._received = [ReceivedRows.of(rows_PL) for rows_PL in from_PNL.transpose(0, 1)]
