@@ -132,6 +132,7 @@ class Training:
             if calibrating and self.engine.overlap.calibrating:
                 self.calibration_s.append(seconds)
         assert not self.engine.overlap.calibrating
+        self.engine.overlap.settle()
         self.evaluation()
 
 

@@ -186,7 +186,6 @@ def describe_schedules(pairs: Sequence[ModelPair], model: nn.Module, overlap: Ca
     own = [pair for pair in pairs if isinstance(pair, StagedPair)]
     if not pairs and any(isinstance(module, StagedMoE) for module in model.modules()):
         return ["no schedule: the experts run where your model calls run_experts, or without overlap in forward"]
-    if own and overlap.calibrating:
-        last = 1 + overlap.timed_passes
-        return [f"schedule: chosen by times, which micro-batches 2 to {last} measure without overlap"]
+    if own and overlap.timing is not None:
+        return [f"schedule: chosen by times, which {overlap.timing.text} measure without overlap"]
     return schedule_lines(own, overlap.origin)

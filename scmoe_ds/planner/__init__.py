@@ -7,8 +7,10 @@
 `plan_text.py`        times and plan as the log shows them.
 `speed_text.py`       two speeds compared in words.
 `rounds.py`           times whole steps of several variants, interleaved.
-`calibration.py`      recorded spans of all ranks to times.
+`calibration.py`      which passes are timed, and recorded spans of all ranks to times.
+`kinds.py`            the pairs of a model, sorted into kinds that share their times.
 `calibration_file.py` times on disk and in checkpoints.
+`comparison.py`       with overlap or without: times whole micro-batches of both, and keeps the faster.
 `calibrator.py`       times the first passes, plans, sets the schedules: for training, serving and benchmarks.
 `step_trace.py`       has one step recorded and drawn, of training or generation.
 `auto.py`             every "auto" of the section: first schedule, numbers of chunks, all-to-all.

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
-from scmoe_ds.trace.recorder import PHASES, Span
+from scmoe_ds.trace.recorder import PHASES, Recorder, Span
 
 _CUT = ("dispatch", "experts", "combine")
 _CURRENT = [f"current {name}" for name in ("gate", "encode", "counts", *_CUT, "decode")]
@@ -39,6 +39,49 @@ class Recording:
 
     chunks: int
     spans: Sequence[Span]
+
+
+class TimedPasses:
+    """Which of the first passes are timed, and in how many chunks.
+
+    Args:
+        counts: the numbers of chunks in question.
+        passes: the least number of timed ones.
+        device: where the pairs compute. A GPU's first passes allocate and compile for every number of chunks, and
+            single times vary more there: each number gets 2 passes to warm up and at least 3 timed ones.
+    """
+
+    def __init__(self, counts: Sequence[int], passes: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.counts, self.device = counts, device
+        self.warm_up = 2 * len(counts) if on_gpu else 1
+        self.timed = max(passes, (3 if on_gpu else 1) * len(counts))
+        self._begun = 0
+        self._recorders: list[tuple[int, Recorder]] = []
+
+    @property
+    def text(self) -> str:
+        """The timed ones in words."""
+        return f"micro-batches {self.warm_up + 1} to {self.warm_up + self.timed}"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the next pass is none of them."""
+        return self._begun == self.warm_up + self.timed
+
+    def begin(self) -> tuple[int, Recorder | None]:
+        """The number of chunks of the next pass, and what it reports to; None: it warms up."""
+        number = self._begun - self.warm_up
+        self._begun += 1
+        chunks = self.counts[number % len(self.counts)] if number >= 0 or self.warm_up > 1 else 1
+        if number < 0:
+            return chunks, None
+        self._recorders.append((chunks, Recorder(self.device)))
+        return self._recorders[-1]
+
+    def recordings(self) -> list[Recording]:
+        """Of all timed passes. The last one is over."""
+        return [Recording(chunks, recorder.spans()) for chunks, recorder in self._recorders]
 
 
 def measure(

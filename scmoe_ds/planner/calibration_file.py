@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from scmoe_ds.data.durable_files import try_to_write, write_whole
 from scmoe_ds.errors import ScMoEConfigError, reason_of
 from scmoe_ds.parallel.agreement import from_rank_zero, run_on_rank_zero
+from scmoe_ds.planner.comparison import Measured
 from scmoe_ds.planner.times import KINDS, OperatorTimes, kind_of
 
 logger = logging.getLogger("scmoe_ds")
@@ -106,6 +107,19 @@ def find_times(
             )
         found.append(times)
     return found
+
+
+def find_measured(saved: Saved, source: str) -> Measured | None:
+    """The saved comparison of training with and without overlap; None: it was not over, or not known yet.
+
+    Raises:
+        ScMoEConfigError: a damaged one.
+    """
+    found = saved[0].get("measured")
+    try:
+        return None if found is None else Measured.model_validate(found)
+    except ValidationError:
+        raise ScMoEConfigError(f"{source} is damaged: measured = {_short(repr(found))}. {_REMEDY}") from None
 
 
 def _difference(entry: Any, description: Description, source: str) -> list[str]:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,67 +22,28 @@ from torch import nn
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.overlap.executor import Backbone, backbone
+from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.agreement import from_rank_zero
 from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.auto import chunk_counts, leaves_a_choice
-from scmoe_ds.planner.calibration import Recording, measure
+from scmoe_ds.planner.calibration import Recording, TimedPasses, measure
 from scmoe_ds.planner.calibration_file import (
     Description,
     check_writable,
+    find_measured,
     find_times,
     read_calibration,
     write_calibration,
 )
+from scmoe_ds.planner.comparison import Comparison, Measured
+from scmoe_ds.planner.kinds import ScheduledPair, kinds_of
 from scmoe_ds.planner.plan import Plan, plan
 from scmoe_ds.planner.plan_text import choice_line, plan_lines, summary_line
 from scmoe_ds.planner.schedule_text import layers_text, origin_of
 from scmoe_ds.planner.simulation import Mode
 from scmoe_ds.planner.times import OperatorTimes
-from scmoe_ds.trace.recorder import SILENT, PairRecorder, Recorder
-
-
-class ScheduledPair(Backbone, Protocol):
-    """What the calibrator asks of a pair; see models.pairs.StagedPair and replace.hooked.HookedPair."""
-
-    schedule: Schedule
-    forward_schedule: Schedule | None
-    recorder: PairRecorder
-
-    @property
-    def layer(self) -> StagedMoE:
-        """The pair's MoE layer."""
-
-    def facts(self) -> dict[str, Any]:
-        """What the pair's times depend on, beside its MoE layer; JSON values."""
-
-
-@dataclass
-class Kind:
-    """Pairs that agree in all that their times depend on, and so share their times.
-
-    Attributes:
-        description: all that the times depend on, as JSON values.
-        layers: numbers of these pairs' MoE layers.
-        times: None until they are known.
-        plans: what follows from the times, by mode.
-    """
-
-    description: Description
-    layers: list[int]
-    times: OperatorTimes | None = None
-    plans: dict[Mode, Plan] = field(default_factory=dict)
-
-
-def _kinds(descriptions: Sequence[Description]) -> list[Kind]:
-    kinds: list[Kind] = []
-    for layer, description in enumerate(descriptions):
-        if description not in [kind.description for kind in kinds]:
-            kinds.append(Kind(description, []))
-        next(kind for kind in kinds if kind.description == description).layers.append(layer)
-    return kinds
+from scmoe_ds.trace.recorder import SILENT, Recorder
 
 
 class Calibrator:
@@ -101,7 +61,9 @@ class Calibrator:
     Attributes:
         schedules: of each pair.
         kinds: the pairs by what their times depend on.
-        calibrating: whether passes are still being timed.
+        timing: of the passes that are timed, as long as they are; see `calibrating`.
+        comparison: of training with and without overlap, as long as it goes on.
+        measured: its result; None: not known.
 
     Raises:
         ScMoEConfigError: a `calibration_file` that cannot be read or written, or is of another model.
@@ -122,30 +84,31 @@ class Calibrator:
         self.pairs, self.settings, self.device = list(pairs), settings, device
         self.mode, self.transport, self.identity = mode, transport, dict(identity or {})
         self.schedules = [pair.schedule for pair in pairs]
-        self.kinds = _kinds([pair.facts() for pair in pairs] if descriptions is None else descriptions)
-        self.calibrating = False
-        self._started = 0  # passes so far
-        self._recorders: list[tuple[int, Recorder]] = []  # with the number of chunks
+        self.kinds = kinds_of([pair.facts() for pair in pairs] if descriptions is None else descriptions)
+        self.timing: TimedPasses | None = None
+        self.comparison: Comparison | None = None
+        self.measured: Measured | None = None
+        self._is_watched = False  # somebody records the pass
         self._hook: Any = None
         if not (leaves_a_choice(settings) and any(pair.layer.transport.size > 1 for pair in pairs)):
             return
         saved = read_calibration(settings.calibration_file)
         if saved is not None:
-            self._adopt(self._found_in(saved, f"scmoe.overlap.calibration_file = {settings.calibration_file}"))
+            self._take(saved, f"scmoe.overlap.calibration_file = {settings.calibration_file}")
         elif settings.calibration_steps:
             check_writable(settings.calibration_file)
-            self.calibrating = True
+            self.timing = TimedPasses(chunk_counts(settings), settings.calibration_steps, device)
 
     @property
-    def timed_passes(self) -> int:
-        """How many are timed: at least one for each number of chunks in question."""
-        return max(self.settings.calibration_steps, len(chunk_counts(self.settings)))
+    def calibrating(self) -> bool:
+        """Whether passes are still being timed."""
+        return self.timing is not None
 
     @property
     def origin(self) -> str:
         """Who chooses the schedules of training, in words."""
-        if self.calibrating:
-            return f"until times decide, which micro-batches 2 to {1 + self.timed_passes} measure"
+        if self.timing is not None:
+            return f"until times decide, which {self.timing.text} measure"
         if self.times:
             file = self.settings.calibration_file
             return f"from the times in {file}" if file else "from the measured times"
@@ -158,7 +121,11 @@ class Calibrator:
 
     def summary(self) -> list[str]:
         """What follows from the measured times, a line for each kind of pair; empty without times."""
-        return self._lines(lambda *of_kind: [summary_line(*of_kind)])
+        kept = [] if self.measured is None else [self._kept_text(self.measured)]
+        return self._lines(lambda *of_kind: [summary_line(*of_kind)]) + kept
+
+    def _kept_text(self, measured: Measured) -> str:
+        return f"schedule: overlap {'on' if measured.overlap else 'off'}, measured: {measured.text}"
 
     def report(self) -> list[str]:
         """The measured times, the cost of every slot and the choice, as lines of text; empty without times."""
@@ -176,15 +143,23 @@ class Calibrator:
         return lines
 
     def record(self, recorder: Recorder | None) -> None:
-        """Has all pairs report to a recorder from the next forward pass on, or to none."""
+        """Has all pairs report to a recorder from the next forward pass on, or to none.
+
+        A pass that somebody records is no part of the comparison.
+        """
+        self._is_watched = recorder is not None
+        self._report_to(recorder)
+
+    def _report_to(self, recorder: Recorder | None) -> None:
         for layer, pair in enumerate(self.pairs):
             pair.recorder = SILENT if recorder is None else recorder.pair(layer)
 
     def state(self) -> list[dict[str, Any]] | None:
         """The measured times for a checkpoint or a file; None before they are known."""
         known = [(kind.description, kind.times) for kind in self.kinds if kind.times is not None]
+        measured = {} if self.measured is None else {"measured": self.measured.model_dump()}
         return [
-            {"identity": self.identity, "description": dict(each), "times": times.model_dump(mode="json")}
+            {"identity": self.identity, "description": dict(each), "times": times.model_dump(mode="json"), **measured}
             for each, times in known
         ] or None
 
@@ -199,39 +174,43 @@ class Calibrator:
         if not known:
             return
         try:
-            times = self._found_in(known, "the checkpoint's calibration")
+            self._take(known, "the checkpoint's calibration", "times from the checkpoint, nothing is measured again:")
         except ScMoEConfigError as error:
             log(f"times are measured again: {error}")
-            return
-        log("times from the checkpoint, nothing is measured again:")
-        self._adopt(times)
 
     def watch(self, model: nn.Module) -> None:
         """Lets `begin` precede every training pass of a model, until the schedules are known."""
-        if self.calibrating:
+        if self.timing is not None or self.comparison is not None:
             self._hook = model.register_forward_pre_hook(self._before_forward)
 
     def begin(self) -> None:
-        """Sets what the next pass runs under: it is timed, without overlap, or it has its schedules.
+        """Sets what the next pass runs under: it is timed, or compared, or it has its schedules.
 
-        Collective where the timed passes are over. The backward of the last one is over by then, too.
+        Collective where the timed passes are over, and where the compared ones are. The backward of the last one is
+        over by then, too.
         """
-        if self._started > self.timed_passes and self.calibrating:
-            self._plan()
+        if self.timing is not None and self.timing.is_over:
+            self._plan(self.timing.recordings())
+        elif self.comparison is not None and self.comparison.is_over:
+            self._decide(self.comparison.result())
         schedules, recorder = self.schedules, None
-        if self.calibrating:
-            counts = chunk_counts(self.settings)
-            chunks = counts[(self._started - 1) % len(counts)] if self._started else 1
+        if self.timing is not None:
+            chunks, recorder = self.timing.begin()
             schedules = [Schedule(pair.schedule.slots[0], chunks, overlap=False) for pair in self.pairs]
-            if self._started:  # the first pass pays for allocations and connections
-                recorder = Recorder(self.device)
-                self._recorders.append((chunks, recorder))
-            self._started += 1
+        elif self.comparison is not None and not self._is_watched:
+            overlap, recorder = self.comparison.begin()
+            schedules = self.schedules if overlap else self.without_overlap
         for pair, schedule in zip(self.pairs, schedules, strict=True):
             pair.schedule = schedule
             if self.transport is not None:
                 pair.layer.transport = self.transport
-        self.record(recorder)
+        if not self._is_watched:
+            self._report_to(recorder)
+
+    @property
+    def without_overlap(self) -> list[Schedule]:
+        """The schedules in one chunk with blocking communication."""
+        return [Schedule(each.slots[0], overlap=False) for each in self.schedules]
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         if module.training and torch.is_grad_enabled():
@@ -239,11 +218,15 @@ class Calibrator:
         else:
             self.record(None)
 
-    def _found_in(self, saved: Any, source: str) -> list[OperatorTimes]:
-        return find_times(saved, [kind.description for kind in self.kinds], chunk_counts(self.settings), source)
+    def _take(self, saved: Any, source: str, words: str = "") -> None:
+        """Adopts what a file or a checkpoint holds; `words` announce it in the log."""
+        descriptions, counts = [kind.description for kind in self.kinds], chunk_counts(self.settings)
+        times = find_times(saved, descriptions, counts, source)
+        self.measured = find_measured(saved, source)
+        log(*filter(None, [words]))
+        self._adopt(times)
 
-    def _plan(self) -> None:
-        recordings = [Recording(chunks, recorder.spans()) for chunks, recorder in self._recorders]
+    def _plan(self, recordings: Sequence[Recording]) -> None:
         times = []
         for layers, pair in ((kind.layers, self.pairs[kind.layers[0]]) for kind in self.kinds):
             labels = [operator.label for operator in backbone(pair)]
@@ -263,13 +246,35 @@ class Calibrator:
                 pair.schedule = self.schedules[layer]
                 if self.mode == "train":
                     pair.forward_schedule = kind.plans["forward"].schedule
-        self.calibrating = False
-        self._recorders.clear()
+        self.timing = None
         self.record(None)
-        if self._hook is not None:
-            self._hook.remove()
         if self.mode == "train":  # while a prompt is completed, its text is on the screen
             log(*self.summary())
+            if self.measured is None:
+                self.comparison = Comparison(self.device)
+                return
+            self._apply(self.measured)
+        self.settle()
+
+    def _decide(self, measured: Measured) -> None:
+        self.measured = measured
+        log(self._kept_text(measured))
+        self._apply(measured)
+        self.settle()
+        write_calibration(self.settings.calibration_file, self.state())
+
+    def _apply(self, measured: Measured) -> None:
+        if not measured.overlap:
+            self.schedules = self.without_overlap
+        for pair, schedule in zip(self.pairs, self.schedules, strict=True):
+            pair.schedule = schedule
+            pair.forward_schedule = pair.forward_schedule if measured.overlap else schedule
+
+    def settle(self) -> None:
+        """Keeps the schedules as they are and compares no more: for those who time whole steps by themselves."""
+        self.comparison = None
+        if self._hook is not None:
+            self._hook.remove()
 
 
 @contextmanager

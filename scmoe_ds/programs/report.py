@@ -133,10 +133,10 @@ def _measure(args: argparse.Namespace, loaded: LoadedConfig) -> Measured:
     overlap = ours.engine.overlap
     while overlap.calibrating:
         ours.step()
+    overlap.settle()  # the rounds below compare
     variants: dict[str, Callable[[], None]] = {OURS: ours.under(overlap.schedules)}
     if overlap.times:
-        serial = [Schedule(each.slots[0], overlap=False) for each in overlap.schedules]
-        variants[SERIAL] = ours.under(serial)
+        variants[SERIAL] = ours.under(overlap.without_overlap)
     section = baseline_section(config)
     if config.architecture != "topk":
         variants[DEEPSPEED] = _Trained(args, {**whole, "scmoe": section}).step

@@ -39,7 +39,7 @@ class CommunicationSample:
 
     def begin(self) -> None:
         """Watches the micro-batch that follows."""
-        if self.exists and not self.overlap.calibrating:
+        if self.exists and not self.overlap.calibrating and self.overlap.comparison is None:
             self._recorder = Recorder(device(), regions=False)
             self.overlap.record(self._recorder)
 
@@ -57,8 +57,9 @@ class CommunicationSample:
 
 def schedule_entries(overlap: Calibrator) -> list[dict[str, Any]]:
     """For each distinct schedule the "layers" that have it, its "text", "operators", "slot" of every chunk, number of
-    "chunks" and "overlap"; with measured times also what they predict: "hidden" share, "exposed_ms", "total_ms", and
-    the "timeline", a list of `PredictedSpan`s."""
+    "chunks" and "overlap", and the comparison with and without overlap as "measured" (None: not over). With measured
+    times also what they predict: "hidden" share, "exposed_ms", "total_ms", and the "timeline", a list of
+    `PredictedSpan`s."""
     entries = []
     for schedule in dict.fromkeys(overlap.schedules):
         layers = [layer for layer, each in enumerate(overlap.schedules) if each == schedule]
@@ -69,6 +70,7 @@ def schedule_entries(overlap: Calibrator) -> list[dict[str, Any]]:
             "slot": list(schedule.slots),
             "chunks": schedule.num_chunks,
             "overlap": schedule.overlap,
+            "measured": None if overlap.measured is None else overlap.measured.model_dump(),
         }
         for kind in overlap.kinds:
             if layers[0] in kind.layers and "train" in kind.plans:

@@ -184,10 +184,11 @@ class TrainingLog:
         return {"hidden": measured.share, "exposed_ms": measured.exposed_ms * self.settings.accumulation_steps}
 
     def _note_schedules(self, iteration: int) -> None:
-        """Writes the schedules to the record when they have changed."""
+        """Writes the schedules to the record when they, or what is known of them, have changed."""
         overlap = self.engine.overlap
-        if not overlap.calibrating and overlap.schedules != self._schedules:
-            self._schedules = list(overlap.schedules)
+        chosen = [*overlap.schedules, overlap.measured]
+        if not overlap.calibrating and chosen != self._schedules:
+            self._schedules = chosen
             for entry in schedule_entries(overlap):
                 self.record.write("schedule", iteration, **entry)
 

@@ -172,9 +172,11 @@ def test_all_ranks_choose_alike_whatever_each_has_measured() -> None:
 def losses_with(overlap: dict[str, Any]) -> Any:
     engine = build(overlap=overlap)
     before = schedules(engine)
-    losses = train(engine, 8)
+    losses = train(engine, 18)  # one to warm up, five timed ones, ten to compare with and without overlap
+    assert engine.overlap.comparison is None
     assert all(run.recorder is SILENT for run in engine.module.scheduled_pairs()), "nobody listens any more"
-    return losses, before, schedules(engine), engine.overlap.calibrating
+    measured = engine.overlap.measured
+    return losses, before, schedules(engine), engine.overlap.calibrating, measured is None or measured.overlap
 
 
 def test_calibration_changes_no_number() -> None:
@@ -185,7 +187,7 @@ def test_calibration_changes_no_number() -> None:
         assert timed[0] == plain[0]
         assert plain[1] == plain[2], "what the user has fixed stays"
         assert not timed[3]
-        assert all(schedule.overlap for schedule, _ in timed[2])
+        assert all(schedule.overlap == timed[4] for schedule, _ in timed[2])
 
 
 def planned_apart() -> Any:
@@ -236,7 +238,7 @@ def test_training_and_a_forward_pass_alone_have_plans_of_their_own() -> None:
 def several_kinds() -> Any:
     """A pyramid, and validation between timed micro-batches."""
     engine = build(num_experts=[4, 8], overlap={"calibration_steps": 1, "num_chunks": 3})
-    assert engine.overlap.timed_passes == 2, "one for each number of chunks"
+    assert engine.overlap.timing.timed == 2, "one for each number of chunks"
     for _ in range(4):
         train(engine, 1)
         engine.eval()
