@@ -6,6 +6,8 @@ import functools
 
 import torch
 
+from scmoe_ds.parallel import standing
+
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
@@ -14,4 +16,6 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     All engines and threads of a process share it. Each orders what it puts there by events of its own, so that sharing
     can make work wait, but nothing is read too early.
     """
-    return torch.cuda.Stream(device, priority=-1)
+    stream = torch.cuda.Stream(device, priority=-1)
+    standing.streams.append(stream)
+    return stream

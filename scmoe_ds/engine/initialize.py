@@ -195,6 +195,8 @@ def overlap_of(
 ) -> Calibrator:
     """Chooses the all-to-all, sets up the schedules of all pairs, and says both in the log. Collective."""
     pairs = pairs_of(model)
+    for number, pair in enumerate(pairs):
+        pair.layer.name = f"MoE layer {number}"
     sequence = getattr(model, "sequence", None)  # None in a model that others wrote
     nodes = nodes_of_ranks()
     log(*filter(None, [applied]), *(describe_groups(layout, nodes) if len(set(nodes)) > 1 else ()))

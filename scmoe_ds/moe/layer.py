@@ -55,6 +55,8 @@ class StagedMoE(MoE):
             `scmoe_ds.connect()` (its experts' initialisation depends on the rank).
     """
 
+    name = "a MoE layer"
+    """For messages; `scmoe_ds.initialize` numbers the layers."""
     _needs_residual = False
     _initialized_as: int | None = None
     """The expert-parallel rank that the experts were initialised for; None: DeepSpeed initialised them, all alike."""
@@ -218,7 +220,7 @@ class StagedMoE(MoE):
         routing = replace(routing, weight_KT=weight_KT, l_aux=l_aux)
         exact, deferred = self.dispatch == "exact", shortcut.is_cuda and not blocking
         exchange = Exchange(
-            self.transport, self.slices, exact, self.wire_dtype, blocking, num_chunks, deferred, recorder
+            self.transport, self.slices, exact, self.wire_dtype, blocking, num_chunks, deferred, recorder, self.name
         )
         return RoutedTokens(self.deepspeed_moe.experts, tokens_TD, routing, shortcut.shape, exchange)
 

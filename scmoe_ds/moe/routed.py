@@ -23,6 +23,7 @@ from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.layout import ExactLayout, PaddedLayout
 from scmoe_ds.moe.received import ReceivedRows
 from scmoe_ds.moe.slices import TokenSlices
+from scmoe_ds.parallel.standing import reach
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 
@@ -38,6 +39,7 @@ class Exchange:
         deferred: leave the launch of the dispatch to `RoutedTokens.send`. A GPU's row counts reach the host only after
             the gate has run. With a later launch the host can enqueue the backbone's first operator in the meantime.
         recorder: is told what happens when.
+        layer: its name, for messages.
     """
 
     transport: Transport
@@ -48,6 +50,7 @@ class Exchange:
     num_chunks: int = 1
     deferred: bool = False
     recorder: PairRecorder = SILENT
+    layer: str = "a MoE layer"
 
 
 class RoutedTokens:
@@ -124,6 +127,7 @@ class RoutedTokens:
         if counts is None:
             return
         slices, local_experts = self.exchange.slices, self.experts.num_local_experts
+        reach(f"the row counts of {self.exchange.layer}")
         local, received = counts.wait()
         from_PX = torch.tensor(received).view(slices.group_size, -1)
         if slices.tensor_parallel_size > 1:

@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +127,8 @@ class FailureReporter:
 
         Does not destroy process groups: other ranks may hang in a collective, and this rank would wait for them.
         """
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it as soon as any rank has ended
+        if threading.current_thread() is threading.main_thread():  # others may not, and the main thread stands then
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it as soon as any rank has ended
         collective = failed_collective(error)
         if collective is None:
             if self.speaks(in_words(error), code=1):

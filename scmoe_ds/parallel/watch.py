@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import selectors
 import signal
 import socket
@@ -23,13 +22,13 @@ import torch.distributed as dist
 from scmoe_ds.parallel import stopping
 from scmoe_ds.parallel.guardian.lines import Lines
 from scmoe_ds.parallel.launchers import launchers
+from scmoe_ds.parallel.standing import Standing
 
 _PROGRAM = Path(__file__).with_name("guardian")
 _BEAT_S = 1.0
 _OWN_WORDS_S = 5.0
 """When the job is dead, the main thread has this long to end with its own message."""
 _STANDS_S = 3.0
-_IN_COLLECTIVE = re.compile(r"torch.distributed|scmoe_ds.comm|agreed|wait_for_all")
 NOTE_LENGTH = 400
 
 active: Watch | None = None
@@ -58,8 +57,7 @@ class Watch:
         self._joined: bool | None = None  # whether the guardians of all ranks are connected
         self._steps, self._reached, self._news = itertools.count(1), 0, threading.Event()
         self._limit: tuple[float, str] | None = None
-        self._stack: list[Any] = []
-        self._since, self._place = 0.0, ""
+        self._standing, self._since, self._place = Standing(), 0.0, ""
         self._dead: tuple[str, float] | None = None  # why, and since when
         self._selector = selectors.DefaultSelector()
         self._control = self._start_guardian(timeout_s)
@@ -209,19 +207,13 @@ class Watch:
 
     def _tell_where_it_stands(self) -> None:
         """Tells the hub where the main thread has been for some seconds, unless it waits for other ranks."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        stack = []
-        while frame is not None:
-            stack.append((frame.f_code, frame.f_lasti, frame.f_lineno))
-            frame = frame.f_back
-        if stack != self._stack:
-            self._stack, self._since, place = stack, time.monotonic(), ""
-        elif time.monotonic() - self._since < _STANDS_S or any(_IN_COLLECTIVE.search(str(at[0])) for at in stack):
+        place = ""
+        if self._standing.has_moved():
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since < _STANDS_S or self._standing.waits_for_ranks:
             return
         else:
-            own = next((at for at in stack if "scmoe" in at[0].co_filename), stack[0])
-            places = [f"{code.co_name} ({Path(code.co_filename).name}:{line})" for code, _, line in (own, stack[0])]
-            place = " in ".join(dict.fromkeys(reversed(places)))
+            place = self._standing.place
         if place != self._place:
             self._place = place
             self._send({"stands": place})

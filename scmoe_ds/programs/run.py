@@ -16,7 +16,8 @@ import torch.distributed as dist
 from scmoe_ds import checkpoint
 from scmoe_ds.parallel.failures import FailureReporter, in_words, leave, mistake_of, print_stack
 from scmoe_ds.parallel.output import show_log, steady_output
-from scmoe_ds.parallel.process import connect, prepare_environment
+from scmoe_ds.parallel.process import connect, device, prepare_environment
+from scmoe_ds.parallel.stalls import StallWatch
 from scmoe_ds.parallel.watch import Watch
 from scmoe_ds.programs import debug_is_asked
 from scmoe_ds.programs.quiet import filter_prints_and_warnings
@@ -88,6 +89,8 @@ def _run(name: str, job: Callable[[], object], timeout: timedelta, watch: Watch,
         connected = connect(timeout)
         if connected and dist.get_world_size() > 1:
             reporter = FailureReporter(name, debug)
+            if device().type == "cuda":
+                StallWatch(timeout.total_seconds(), reporter.end).start()
         try:
             job()
         finally:

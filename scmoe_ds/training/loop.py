@@ -24,6 +24,7 @@ from scmoe_ds.data.sampler import pretraining_batches
 from scmoe_ds.errors import TrainingError
 from scmoe_ds.parallel.failures import at_iteration
 from scmoe_ds.parallel.process import device
+from scmoe_ds.parallel.standing import reach
 from scmoe_ds.parallel.stopping import StopRequest
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
 from scmoe_ds.planner.step_trace import StepTrace
@@ -109,8 +110,10 @@ class Trainer:
         settings = self.settings
         while self.iteration < settings.train_iters:
             started, iteration = time.perf_counter(), self.iteration + 1
+            reach(f"the start of iteration {iteration}", iteration)
             try:
                 self.step(batches)
+                reach(f"the end of iteration {iteration}")
                 agreement = stop.agreed(self.health.finding())
             except Exception as error:
                 at_iteration(error, iteration)
