@@ -52,6 +52,12 @@ class Comparison:
         """Whether every micro-batch has begun, so that `result` is due before the next one."""
         return not self._left
 
+    @property
+    def overlapped(self) -> Recorder | None:
+        """What the last micro-batch reported to; None if it ran without overlap."""
+        overlap, recorder = self._recorders[-1] if self._recorders else (False, None)
+        return recorder if overlap else None
+
     def begin(self) -> tuple[bool, Recorder]:
         """Whether the next micro-batch overlaps, and what its pairs report to."""
         overlap, recorder = self._left.pop(0), Recorder(self.device, regions=False)

@@ -34,20 +34,29 @@ class CommunicationSample:
     def __init__(self, engine: Any) -> None:
         self.overlap = engine.overlap
         self.exists = any(pair.layer.transport.size > 1 for pair in self.overlap.pairs)
+        self._begun = False
         self._recorder: Recorder | None = None
         self._measured: HiddenShare | None = None
 
     def begin(self) -> None:
-        """Watches the micro-batch that follows."""
-        if self.exists and not self.overlap.calibrating and self.overlap.comparison is None:
+        """Watches the micro-batch that follows. A comparison with and without overlap watches it anyway."""
+        self._begun = self.exists and not self.overlap.calibrating
+        if self._begun and self.overlap.comparison is None:
             self._recorder = Recorder(device(), regions=False)
             self.overlap.record(self._recorder)
 
     def end(self) -> None:
         """The micro-batch is over. On a GPU the host waits for it."""
-        if self._recorder is not None:
+        if not self._begun:
+            return
+        recorder, self._begun = self._recorder, False
+        if recorder is not None:
+            self._recorder = None
             self.overlap.record(None)
-            self._measured, self._recorder = hidden_share(self._recorder.spans()), None
+        elif self.overlap.comparison is not None:
+            recorder = self.overlap.comparison.overlapped
+        if recorder is not None:
+            self._measured = hidden_share(recorder.spans())
 
     def take(self) -> HiddenShare | None:
         """What was measured on this rank since the last call; None: nothing, on any rank."""

@@ -55,10 +55,15 @@ def compare(with_overlap_ms: float, rank: int) -> Any:
             if watched:
                 overlap.record(Recorder(torch.device("cpu"), regions=False))
                 middle = overlap.state()
-                sample = CommunicationSample(engine)
+            sample, known = CommunicationSample(engine), not overlap.calibrating
+            settled = known and overlap.comparison is None
+            if not watched:
                 sample.begin()
-                assert sample._recorder is None, "the log watches nothing in the meantime"
             train(engine, 1)
+            sample.end()
+            seen = sample.take()
+            compares = overlap.comparison is not None and pairs[0].schedule.overlap
+            assert (seen is not None) == (settled or (known and compares and not watched)), step
             turns += "w" if watched else "-+"[pairs[0].schedule.overlap]
             assert all(pair.schedule == pairs[0].schedule for pair in pairs)
             if watched:
