@@ -19,6 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import distributed_c10d
 
@@ -73,6 +77,16 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own buffers; `buffers(recurse=False)` leaves out None and repetitions (read in 2.13)."""
+    return module._buffers
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number by which tensors with one storage are told from others while it lives (read in 2.13)."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def forget_load_hooks(module: nn.Module) -> None:
     """Removes what a class made to run before its state is loaded (read in 2.13)."""
     module._load_state_dict_pre_hooks.clear()
@@ -105,6 +119,23 @@ def set_world_timeout(timeout: timedelta) -> None:
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     """A group's timeout, to hand to gloo's sends and receives, which ignore it (read in 2.13)."""
     return group._get_backend(device).options._timeout
+
+
+_aten = torch.ops.aten
+flash_attention = _aten._scaled_dot_product_flash_attention
+flash_attention_backward = _aten._scaled_dot_product_flash_attention_backward
+efficient_attention = _aten._scaled_dot_product_efficient_attention
+efficient_attention_backward = _aten._scaled_dot_product_efficient_attention_backward
+fused_rms_norm = getattr(_aten, "_fused_rms_norm", None)  # from torch 2.9 on
+read_scalar = _aten._local_scalar_dense.default
+"""Operators that torch chooses by the device, and the one by which the host reads a value (read in 2.13)."""
+
+
+def start_fake_process_group(rank: int, ranks: int) -> None:
+    """A process group whose collectives return at once and move nothing (read in 2.13)."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
 
 
 # DeepSpeed ------------------------------------------------------------------------------------------------------------
@@ -165,6 +196,22 @@ def weighted_restore() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     if not autoep_fused_token_ops.is_available():
         return None
     return lambda rows, row_TK, weight_TK: restore.apply(rows, weight_TK, row_TK.flatten(), row_TK.shape[1])
+
+
+def forget_process_groups() -> None:
+    """Makes DeepSpeed forget every group, so that the process can start another layout (read in 0.19.8)."""
+    from deepspeed.utils import groups
+
+    if hasattr(groups, "_release_process_group_references"):  # from DeepSpeed 0.19.8 on
+        groups._release_process_group_references()
+        return
+    for name, value in vars(groups).items():
+        if name.startswith(("_EXPERT_", "_ALL_TO_ALL_")):
+            value.clear()
+    groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = groups.mpu = None
+    groups._TENSOR_MODEL_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP = groups._DATA_PARALLEL_GROUP = None
+    groups._MPU_TENSOR_MODEL_PARALLEL_WORLD_SIZE = groups._MPU_TENSOR_MODEL_PARALLEL_RANK = None
+    groups.expert_tensor_parallel_world_size = 1
 
 
 _REMOVED = (

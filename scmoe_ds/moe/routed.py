@@ -84,7 +84,7 @@ class RoutedTokens:
         (tokens_TD,) = recorder.open("encode", tokens_TD)
         if exchange.exact:
             self._layout = ExactLayout.of(routing, slices, exchange.num_chunks)
-            sent, local = self._row_counts(self._layout)
+            sent, local = row_counts(self._layout.rows_NPVL, self._layout.checksum, slices)
             self._counts = start_counts(sent, transport, recorder.watch("counts", 0), local)
         else:
             self._layout = PaddedLayout.of(routing, slices, exchange.num_chunks)
@@ -100,23 +100,6 @@ class RoutedTokens:
         elif not exchange.deferred:
             self.send()
 
-    def _row_counts(self, layout: ExactLayout) -> tuple[Tensor, Tensor]:
-        """What every rank is told ahead, [P * (N * L)], and what this host has to know, [N * P * V * L].
-
-        Where ranks hold the same tokens, both end in a checksum of the routing (for every rank): they must route alike.
-        """
-        slices = self.exchange.slices
-        sent_NPL = layout.rows_NPVL[:, :, slices.rank % slices.senders]
-        local = layout.rows_NPVL.flatten()
-        if slices.tensor_parallel_size == 1:
-            return sent_NPL.transpose(0, 1).flatten(), local
-        rank_P = torch.arange(slices.group_size, device=sent_NPL.device)
-        reached = slices.expert_parallel_ranks  # to the others, other ranks send
-        reached_P = (rank_P >= reached.start) & (rank_P < reached.stop)
-        sent_PX = (sent_NPL * reached_P.view(1, -1, 1)).transpose(0, 1).flatten(1)
-        checksum_P1 = layout.checksum.expand(slices.group_size, 1)
-        return torch.cat([sent_PX, checksum_P1], dim=1).flatten(), torch.cat([local, checksum_P1[0]])
-
     def send(self) -> None:
         """Launches the dispatch if `begin` left it to a later moment; harmless otherwise.
 
@@ -128,7 +111,7 @@ class RoutedTokens:
             return
         slices, local_experts = self.exchange.slices, self.experts.num_local_experts
         reach(f"the row counts of {self.exchange.layer}")
-        local, received = counts.wait()
+        local, received = self.counts_on_host(counts)
         from_PX = torch.tensor(received).view(slices.group_size, -1)
         if slices.tensor_parallel_size > 1:
             slices.check_alike(local.pop(), from_PX[:, -1].tolist())
@@ -142,6 +125,13 @@ class RoutedTokens:
         if isinstance(self.experts, MovingExperts):
             for rows in self._received:
                 self.experts.announce(rows.rows_per_expert)
+
+    def counts_on_host(self, counts: CountsInFlight) -> tuple[list[int], list[int]]:
+        """Waits for the counts of `row_counts`: this rank's, and what every rank tells this one, [P * X].
+
+        They are the one thing that the host has to know of the data. scmoe_ds.check, which has no data, answers here.
+        """
+        return counts.wait()
 
     def _send(self, sizes: list[SplitSizes]) -> None:
         self._sizes, first_row = sizes, 0
@@ -199,3 +189,20 @@ class RoutedTokens:
         output_TD = decode(rows_RD, layout.row_of_choice_KT, layout.choice_of_row_R, weight_KT, kept_KT)
         (output_TD,) = self.exchange.recorder.close("decode", output_TD)
         return output_TD.view(self.shape)
+
+
+def row_counts(rows_NPVL: Tensor, checksum: Tensor, slices: TokenSlices) -> tuple[Tensor, Tensor]:
+    """What every rank is told ahead, [P * (N * L)], and what this host has to know, [N * P * V * L].
+
+    Where ranks hold the same tokens, both end in a checksum of the routing (for every rank): they must route alike.
+    """
+    sent_NPL = rows_NPVL[:, :, slices.rank % slices.senders]
+    local = rows_NPVL.flatten()
+    if slices.tensor_parallel_size == 1:
+        return sent_NPL.transpose(0, 1).flatten(), local
+    rank_P = torch.arange(slices.group_size, device=sent_NPL.device)
+    reached = slices.expert_parallel_ranks  # to the others, other ranks send
+    reached_P = (rank_P >= reached.start) & (rank_P < reached.stop)
+    sent_PX = (sent_NPL * reached_P.view(1, -1, 1)).transpose(0, 1).flatten(1)
+    checksum_P1 = checksum.expand(slices.group_size, 1)
+    return torch.cat([sent_PX, checksum_P1], dim=1).flatten(), torch.cat([local, checksum_P1[0]])

@@ -26,6 +26,7 @@ FLAGS = {
     "pretrain_gpt": f"{GPT} {ALONE} --eval-iters 1",
     "pretrain_swin": f"{SWIN} {ALONE}",
     "report": f"{GPT} {ALONE}",
+    "check": f"{GPT} {ALONE} --world-size 1",
     "generate": f"{ALONE} --max-new-tokens 2",
     "evaluate": ALONE,
     "evaluate --stride": "--stride 8",

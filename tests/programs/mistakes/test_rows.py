@@ -174,6 +174,11 @@ ROWS: dict[str, tuple[str, str]] = {
         "convert residual-to-scmoe saved out",
         r'.*of architecture "scmoe"; only a Residual MoE',
     ),
+    "check: nothing": ("check", r"--deepspeed_config.* missing"),
+    "check: another card": (
+        "check --deepspeed_config ds.json --preset gpt2-moe-small --card A8",
+        r"--card A8: must be one of A800",
+    ),
     "report: nothing": ("report", r"--deepspeed_config.* missing"),
     "scmoe: misspelt": ("generat", r"generat: no such program; did you mean \"generate\"\?"),
     "swin: nothing": ("pretrain-swin", r"--deepspeed_config.* missing"),

@@ -1,0 +1,58 @@
+"""How many rows go where, which is data: under the check every expert gets as many choices as every other.
+
+Shape suffixes: X choices, N chunks, P ranks, V senders, L local experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from scmoe_ds.comm.counts import CountsInFlight
+from scmoe_ds.moe.routed import RoutedTokens, row_counts
+from scmoe_ds.moe.slices import TokenSlices
+
+
+@contextmanager
+def even_routing() -> Iterator[None]:
+    """Inside the block, the row counts that layers read are those of an even routing, the same on all ranks."""
+    with patch.object(RoutedTokens, "counts_on_host", _counts_on_host):
+        yield
+
+
+def _counts_on_host(routed: RoutedTokens, counts: CountsInFlight) -> tuple[list[int], list[int]]:
+    routing, slices, chunks = routed.routing, routed.exchange.slices, routed.exchange.num_chunks
+    K, T = routing.expert_KT.shape
+    limit = routing.capacity if isinstance(routing.capacity, int) else K * T
+    local, received = _even_counts(K, T, routing.exp_counts.shape[0], limit, slices, chunks)
+    return list(local), list(received)
+
+
+@functools.lru_cache(maxsize=64)
+def _even_counts(
+    K: int, T: int, experts: int, limit: int, slices: TokenSlices, chunks: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What `RoutedTokens.counts_on_host` returns: this rank's numbers, and from each rank those for this one."""
+    senders = [replace(slices, rank=rank) for rank in range(slices.group_size)]
+    rows = [
+        row_counts(_rows_NPVL(K, T, experts, limit, each, chunks), torch.zeros((), dtype=torch.int64), each)
+        for each in senders
+    ]
+    received = [sent.view(slices.group_size, -1)[slices.rank] for sent, _ in rows]
+    return tuple(rows[slices.rank][1].tolist()), tuple(torch.cat(received).tolist())
+
+
+def _rows_NPVL(K: int, T: int, experts: int, limit: int, slices: TokenSlices, chunks: int) -> Tensor:
+    choice_X = torch.arange(T * K)
+    expert_X, location_X, chunk_X = choice_X % experts, choice_X // experts, choice_X // K * chunks // max(T, 1)
+    local_experts = experts // slices.expert_parallel_size
+    shape = (chunks, slices.group_size, slices.senders, local_experts)
+    per_chunk = slices.group_size * slices.senders * local_experts
+    bucket_X = slices.bucket(expert_X, location_X, local_experts) + chunk_X * per_chunk
+    return torch.bincount(bucket_X[location_X < limit], minlength=chunks * per_chunk).view(shape)
