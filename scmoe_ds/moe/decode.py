@@ -17,7 +17,12 @@ from scmoe_ds.moe.kernels import kernels_of
 
 
 def decode(
-    rows_RD: Tensor, row_of_choice_KT: Tensor, choice_of_row_R: Tensor, weight_KT: Tensor, kept_KT: Tensor | None
+    rows_RD: Tensor,
+    row_of_choice_KT: Tensor,
+    choice_of_row_R: Tensor,
+    weight_KT: Tensor,
+    kept_KT: Tensor | None = None,
+    padded: bool = False,
 ) -> Tensor:
     """Gathers each token's expert outputs and adds them up, weighted, in fp32 (paper eq. 1).
 
@@ -29,16 +34,17 @@ def decode(
         choice_of_row_R: int64 choice k * T + t of each row; K * T of an empty one. Entries behind the last row are not
             read.
         weight_KT: fp32 gate values; 0 for a dropped choice.
-        kept_KT: bool, which choices have a row. None: rows may be empty.
+        kept_KT: bool, which choices have a row; None: all. Of padded rows it need not be known.
+        padded: some rows are empty.
 
     Returns:
         [T, D] in the dtype of `rows_RD`; zeros for a token whose choices were all dropped.
     """
     restore = kernels_of(rows_RD).restore
-    if restore is None or kept_KT is None or min(rows_RD.shape[0], weight_KT.numel()) == 0:
-        return _Decode.apply(rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT, kept_KT is None)
-    row_TK = torch.where(kept_KT, row_of_choice_KT, -1).t().contiguous()
-    return restore(rows_RD, row_TK, weight_KT.t().contiguous())
+    if restore is None or padded or min(rows_RD.shape[0], weight_KT.numel()) == 0:
+        return _Decode.apply(rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT, padded)
+    row_KT = row_of_choice_KT if kept_KT is None else torch.where(kept_KT, row_of_choice_KT, -1)
+    return restore(rows_RD, row_KT.t().contiguous(), weight_KT.t().contiguous())
 
 
 class _Decode(torch.autograd.Function):
@@ -53,7 +59,7 @@ class _Decode(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT)
         ctx.padded = padded
-        return add_choices(rows_RD, row_of_choice_KT, weight_KT)
+        return _weighted_sum(rows_RD, row_of_choice_KT, weight_KT)
 
     @staticmethod
     @once_differentiable
@@ -65,14 +71,13 @@ class _Decode(torch.autograd.Function):
         weight_X = F.pad(weight_KT.flatten(), (0, 1)) if ctx.padded else weight_KT.flatten()
         grad_RD = grads[0].index_select(0, token_of(choice_R, weight_KT, ctx.padded))
         weight_R = weight_X.index_select(0, choice_R)
-        grad_rows_RD = product(grad_RD, weight_R.unsqueeze(1), rows_RD.dtype)
+        grad_rows_RD = _product(grad_RD, weight_R.unsqueeze(1), rows_RD.dtype)
         dot_R = (grad_RD.to(torch.promote_types(grad_RD.dtype, weight_KT.dtype)) * rows_RD).sum(1)
         grad_weight_KT = dot_R.index_select(0, row_of_choice_KT.flatten()).view_as(weight_KT).to(weight_KT.dtype)
         return grad_rows_RD, None, None, grad_weight_KT, None
 
 
-def add_choices(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tensor:
-    """What `decode` computes; no gradient passes through."""
+def _weighted_sum(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tensor:
     if rows_RD.shape[0] == 0:
         return rows_RD.new_zeros(weight_KT.shape[1], rows_RD.shape[1])
     *parts, last = [
@@ -80,7 +85,7 @@ def add_choices(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) ->
         for row_T, weight_T in zip(row_of_choice_KT, weight_KT, strict=True)
     ]
     if not parts:
-        return product(*last, rows_RD.dtype)
+        return _product(*last, rows_RD.dtype)
     # fp32 up to here: the weights are
     return functools.reduce(torch.add, [rows * weight for rows, weight in [*parts, last]]).to(rows_RD.dtype)
 
@@ -96,7 +101,7 @@ def token_of(choice_R: Tensor, choices_KT: Tensor, padded: bool = False) -> Tens
     return choice_R if K == 1 and not padded else choice_R % max(T, 1)
 
 
-def product(values: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+def _product(values: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """values * weights, computed in the wider dtype of both and rounded to `dtype`: one kernel."""
     output = torch.empty_like(values, dtype=dtype)
     return torch.mul(values, weights, out=output)

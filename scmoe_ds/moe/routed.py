@@ -184,9 +184,11 @@ class RoutedTokens:
         parts = [combine.wait() for combine in self._combines]
         rows_RD = parts[0] if len(parts) == 1 else torch.cat(parts)
         rows_RD, weight_KT = self.exchange.recorder.open("decode", rows_RD, self.routing.weight_KT)
-        layout = self._layout
-        kept_KT = layout.kept_KT if isinstance(layout, ExactLayout) else None
-        output_TD = decode(rows_RD, layout.row_of_choice_KT, layout.choice_of_row_R, weight_KT, kept_KT)
+        maps = self._layout.row_of_choice_KT, self._layout.choice_of_row_R
+        if isinstance(self._layout, ExactLayout):
+            output_TD = decode(rows_RD, *maps, weight_KT, self._layout.kept_KT)
+        else:
+            output_TD = decode(rows_RD, *maps, weight_KT, padded=True)
         (output_TD,) = self.exchange.recorder.close("decode", output_TD)
         return output_TD.view(self.shape)
 

@@ -43,7 +43,7 @@ def test_decode_equals_a_loop_over_choices(K: int, dropped: int, padded: bool, d
     weight_KT = (torch.rand(K, T) * kept_KT).requires_grad_()
     rows_RD = torch.randn(len(choice_R), D).to(dtype).requires_grad_()
     direction_TD = torch.randn(T, D).to(dtype)
-    output_TD = decode(rows_RD, row_KT, choice_R, weight_KT, None if padded else kept_KT)
+    output_TD = decode(rows_RD, row_KT, choice_R, weight_KT, kept_KT, padded)
     with NoScatter():
         found = torch.autograd.grad(output_TD, (rows_RD, weight_KT), direction_TD)
     rows64, weight64 = rows_RD.detach().double().requires_grad_(), weight_KT.detach().double().requires_grad_()

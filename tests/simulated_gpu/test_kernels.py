@@ -117,13 +117,13 @@ def test_a_fused_restore_decodes_alike(K: int, dropped: int, monkeypatch: pytest
     direction_TD, results = torch.randn(T, D), []
     for fused in (None, restore):
         monkeypatch.setattr("scmoe_ds.moe.decode.kernels_of", lambda _, fused=fused: Kernels(restore=fused))
-        output_TD = decode(rows_RD, *maps, weight_KT, kept_KT)
+        output_TD = decode(rows_RD, *maps, weight_KT, kept_KT if dropped else None)
         grad_RD, grad_KT = torch.autograd.grad(output_TD, (rows_RD, weight_KT), direction_TD)
         results.append((output_TD, grad_RD, grad_KT * kept_KT))
     for plain, by_kernel in zip(*results, strict=True):
         torch.testing.assert_close(by_kernel, plain, rtol=1e-6, atol=1e-6)
     # Padded rows may be empty: no kernel is asked.
-    decode(torch.randn(R + 3, D), *maps, weight_KT, None)
+    decode(torch.randn(R + 3, D), *maps, weight_KT, padded=True)
 
 
 def test_no_rows_or_tokens_for_a_fused_restore(monkeypatch: pytest.MonkeyPatch) -> None:
