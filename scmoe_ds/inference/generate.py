@@ -151,8 +151,6 @@ class TextGenerator:
         longest = max(map(len, prompts))
         cache = self.passes.cache_for(len(prompts), min(longest + request.max_new_tokens, self.context))
         cache.begin(len(prompts))
-        if self.passes.device.type == "cuda":
-            torch.cuda.synchronize(self.passes.device)
         times, started = self.times, time.perf_counter()
         with cache.attached():
             logits_BV = self.passes.prefill(prompts, cache, serves_only=not batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -37,13 +39,14 @@ class PinnedTensors:
     8 MiB rather than 4.5. So tensors share large blocks.
 
     Args:
-        nbytes: of all tensors, at most.
+        sizes: bytes of each tensor, at most.
         setting: that asks for them, for the error.
         remedy: of `pinned`.
     """
 
-    def __init__(self, nbytes: int, setting: str, remedy: str) -> None:
-        self._purpose, self._remedy, self._left = f"{setting} = {nbytes / 1e9:.2f} GB", remedy, nbytes
+    def __init__(self, sizes: Iterable[int], setting: str, remedy: str) -> None:
+        self._left = sum(map(_whole_lines, sizes))
+        self._purpose, self._remedy = f"{setting} = {self._left / 1e9:.2f} GB", remedy
         self._room = torch.empty(0, dtype=torch.uint8)
 
     def keep(self, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,9 +55,14 @@ class PinnedTensors:
         Raises:
             ArgumentError: as `pinned`.
         """
-        needed = value.numel() * dtype.itemsize
+        nbytes = value.numel() * dtype.itemsize
+        needed = _whole_lines(nbytes)
         if self._room.numel() < needed:
             self._room = pinned(max(needed, min(self._left, BLOCK_BYTES)), self._purpose, self._remedy)
-        taken, self._room = self._room[:needed], self._room[-(-needed // _LINE_BYTES) * _LINE_BYTES :]
+        taken, self._room = self._room[:nbytes], self._room[needed:]
         self._left -= needed
         return taken.view(dtype).view(value.shape).copy_(value)
+
+
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // _LINE_BYTES) * _LINE_BYTES

@@ -62,9 +62,9 @@ class HostExperts:
     tier: Literal["host", "disk"] = "host"
 
     def __init__(self, weights: Weights, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-        nbytes = sum(math.prod(weights.shape(name)) for name in names) * dtype.itemsize
+        sizes = [math.prod(weights.shape(name)) * dtype.itemsize for name in names]
         remedy = "read experts from files with --expert-tier disk, or spread them over more expert-parallel ranks"
-        memory, self._tensors = PinnedTensors(nbytes, "--expert-tier host", remedy), {}
+        memory, self._tensors = PinnedTensors(sizes, "--expert-tier host", remedy), {}
         for name in names:
             value = weights.read(name)
             self._tensors[name] = memory.keep(value, min(value.dtype, dtype, key=lambda each: each.itemsize))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +19,18 @@ from torch import Tensor, nn
 
 from lab.distributed import environment_of_one
 from scmoe_ds.engine import connect
-from scmoe_ds.errors import CheckpointError
+from scmoe_ds.errors import ArgumentError, CheckpointError
 from scmoe_ds.inference.expert_files import ExpertFileError
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import expert_places, offload_experts
+from scmoe_ds.inference.pinned import PinnedTensors
 from scmoe_ds.inference.pregate import guess_experts
 from scmoe_ds.inference.sampling import Sampling
-from scmoe_ds.inference.sources import PIECE_BYTES, DiskExperts
+from scmoe_ds.inference.sources import PIECE_BYTES, DiskExperts, HostExperts
 from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.programs import generate as generate_program
 from tests.helpers.exports import whole_model, write_export
 
@@ -281,6 +284,69 @@ def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.Mon
 def test_checkpoint_that_is_no_export(export: Path) -> None:
     with pytest.raises(CheckpointError, match=r"scmoe convert export"):
         DiskExperts(export.parent, [], CPU)
+
+
+def test_trace_of_a_pass(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every byte of every expert that migrates in it, reader by reader, before its computation."""
+    flags = (
+        f"--load {export} --prompt ab --max-new-tokens 3 --experts offload-async --scmoe-trace-dir {tmp_path}".split()
+    )
+    assert generate_program.main([*flags, "--scmoe-trace", "1"]) == 0
+    written = capsys.readouterr().err
+    assert f"wrote {tmp_path / 'scmoe_trace_iteration_1.json'} and " in written
+    events = json.loads((tmp_path / "scmoe_trace_iteration_1.json").read_text())["traceEvents"]
+    threads = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    spans = [(threads[event["tid"]], event) for event in events if event["ph"] == "X"]
+    moved: Counter[tuple[str, int, int]] = Counter()
+    for name, event in spans:
+        if name.startswith("reader"):
+            facts = event["args"]
+            assert name[:10] in ("reader 1: ", "reader 2: ") and facts["tier"] == "disk"
+            assert event["name"] == f"expert {facts['expert']}" and 0 <= facts["queued_ms"] <= event["ts"] / 1000
+            moved[name[10:], facts["layer"], facts["expert"]] += facts["nbytes"]
+            own = [e for _, e in spans if e["name"] == "experts" and e["args"]["layer"] == facts["layer"]]
+            assert event["ts"] + event["dur"] <= own[0]["ts"] + own[0]["dur"]
+    read, copied = ({key[1:]: size for key, size in moved.items() if key[0] == kind} for kind in ("read", "copy"))
+    assert read == copied and {layer for layer, _ in read} == {0, 1}
+    assert set(read.values()) == {4 * sum(p.numel() for p in MLP(SETTINGS).parameters())}
+    assert {"compute", "communication", "reader 1: copy", "reader 2: read"} <= set(threads.values())
+
+    assert generate_program.main([*flags, "--scmoe-trace", "9"]) == 0
+    assert "--scmoe-trace 9: not written, the run ended before that iteration" in capsys.readouterr().err
+
+
+def test_pinned_memory(monkeypatch: pytest.MonkeyPatch, export: Path) -> None:
+    """Blocks of a power of two are filled, whatever the tensors' sizes. What the system refuses is one sentence."""
+    taken: list[int] = []
+
+    def give(nbytes: int, **_: Any) -> Tensor:
+        taken.append(nbytes)
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    sizes = [3000, 70, 5000, 1, 100]
+    values = [torch.randn(size) for size in sizes]
+    with monkeypatch.context() as patched:
+        patched.setattr("scmoe_ds.inference.pinned.BLOCK_BYTES", 32768)
+        patched.setattr("scmoe_ds.inference.pinned.torch.empty", give)
+        memory = PinnedTensors([4 * size for size in sizes], "--expert-tier host", "do")
+        kept = [memory.keep(value, torch.float32) for value in values[:-1]]
+        last = memory.keep(values[-1], torch.bfloat16)
+    assert all(torch.equal(*pair) for pair in zip(kept, values[:-1], strict=True))
+    assert torch.equal(last, values[-1].bfloat16())
+    assert [size for size in taken if size > 0] == [32768, 256 + 512], "in lines of 256 bytes"
+
+    def refuse(*_: Any, **options: Any) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr("scmoe_ds.inference.pinned.torch.empty", refuse)
+    weights = TrainedModel.open(export).weights
+    names = [name for name in weights.names() if ".deepspeed_experts." in name]
+    with pytest.raises(ArgumentError) as raised:
+        HostExperts(weights, names, FP32, torch.device("cuda"))
+    assert str(raised.value).startswith(
+        "--expert-tier host = 0.00 GB: so much memory cannot be pinned (CUDA error: out"
+    )
+    assert "--expert-tier disk" in str(raised.value) and "ulimit" in str(raised.value)
 
 
 def test_sizes_of_the_cache() -> None:

@@ -90,7 +90,9 @@ def _replacements(gpu: Gpu) -> list[tuple[Any, dict[str, Any]]]:
     """What is put in the place of what: of torch, torch.distributed, DeepSpeed and threading."""
     methods = nccl.COLLECTIVES.keys() & vars(dist.ProcessGroup).keys()
     groups = {name: nccl.collective(name, getattr(dist.ProcessGroup, name)) for name in methods}
-    host_methods = {name: _host_read(getattr(Tensor, name)) for name in ("tolist", "numpy", "__array__")}
+    host_methods = {
+        name: _host_use(getattr(Tensor, name), name == "numpy") for name in ("tolist", "numpy", "__array__")
+    }
     return [
         (torch.cuda, _cuda(gpu.capability)),
         (torch, {"tensor": make_tensor(torch.tensor), "as_tensor": make_tensor(torch.as_tensor)}),
@@ -144,11 +146,11 @@ def _cuda(capability: tuple[int, int]) -> dict[str, Any]:
     )
 
 
-def _host_read(original: Any) -> Any:
-    """A method that reads a host tensor without an operator."""
+def _host_use(original: Any, writes: bool) -> Any:
+    """A method that reads a host tensor without an operator; what `numpy` gives may be written."""
 
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        state.active().memory.host_use(self, False)
+        state.active().memory.host_use(self, writes)
         return original(self, *args, **kwargs)
 
     return method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ class DeviceMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not is_active(self.gpu):  # a thread that outlives the simulation
             return func(*args, **(kwargs or {}))
+        if torch.is_inference_mode_enabled():  # without autograd, nobody has taken it apart
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         return run(func, args, kwargs or {})
 
 
@@ -42,7 +48,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     gpu, name = active(), func._schema.name.removeprefix("aten::")
     tensors = list(leaves((args, tuple(kwargs.values()))))
     ours = [each for each in tensors if isinstance(each, DeviceTensor)]
-    hosts = [each for each in tensors if not isinstance(each, DeviceTensor)]
+    hosts = [each for each in tensors if not isinstance(each, DeviceTensor) and not each.is_meta]
     device = kwargs.get("device")
     made_here = is_cuda(device) or (not tensors and in_device_call())
     if kwargs.pop("pin_memory", False):
@@ -59,7 +65,10 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = plain(args), plain(kwargs)
     outputs = func(*plain_args, **plain_kwargs)
     known = {id(each.elem): each for each in ours}
-    wrapped = wrap(outputs, known)
+    # In inference mode, a view is an inference tensor where its base is one.
+    normal = is_view(func) and torch.is_inference_mode_enabled() and not any(each.is_inference() for each in ours)
+    with torch.inference_mode(False) if normal else nullcontext():
+        wrapped = wrap(outputs, known)
     if name in COPIES and hosts:
         copy_to_device(hosts[0], kwargs.get("non_blocking", len(args) > 2 and args[2]), wrapped.elem)
         return wrapped

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lab.distributed import run_distributed
-from scmoe_ds.trace.recorder import Lane, Phase, Span
+from scmoe_ds.trace.recorder import Lane, Migration, Phase, Span
 from scmoe_ds.trace.spans import HiddenShare, gather_spans, hidden_share, hidden_share_of_ranks
 from scmoe_ds.trace.timeline import save_timeline, write_trace
 from scmoe_ds.trace.timeline_figure import draw, figure, phases_ms
@@ -280,6 +280,44 @@ def test_labels_stay_within_their_boxes() -> None:
     for text in axes.texts:
         words = text.get_window_extent()
         assert any(b.x0 <= words.x0 and words.x1 <= b.x1 and b.y0 <= words.y0 and words.y1 <= b.y1 for b in boxes)
+
+
+def _moving(kind: str, expert: int, reader: int, start_ms: float, end_ms: float) -> Span:
+    moved = Migration(expert, 4096, "disk", reader, queued_ms=0.5)
+    return Span(0, f"expert {expert}", kind, "migration", "forward", 0, start_ms, end_ms, moved)
+
+
+# Migration 1-6, 7-8: 6 ms; the wait for it 1.5 ms. An all-to-all of 2 ms, half of it waited for.
+MIGRATING = [
+    _moving("read", 3, 0, 1, 3),
+    _moving("read", 5, 1, 2, 5),
+    _moving("copy", 3, 0, 3, 4),
+    _moving("copy", 5, 1, 5, 6),
+    _moving("read", 1, 0, 7, 8),
+    span("dispatch", 1, 3, "communication"),
+    span("dispatch", 2, 3, "wait"),
+    span("mlp", 1, 2),
+    replace(span("expert 5", 4.5, 6, "wait"), kind="migration"),
+]
+
+
+def test_migration_is_a_lane_of_its_own(tmp_path: Path) -> None:
+    assert _times(hidden_share(MIGRATING)) == [2, 1] and _times(hidden_share(MIGRATING, of="migration")) == [6, 1.5]
+    events = _trace([MIGRATING, RANK_1], tmp_path)["traceEvents"]
+    threads = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    readers = ["reader 1: copy", "reader 1: read", "reader 2: copy", "reader 2: read"]
+    assert list(threads.values()) == ["compute", "communication", *readers, "compute", "communication"]
+    found = [(threads[e["tid"]], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X" and e["pid"] == 0]
+    assert ("reader 2: copy", "expert 5", 5000, 1000) in found and ("compute", "wait: expert 5", 4500, 1500) in found
+    moved = next(e["args"] for e in events if e["ph"] == "X" and threads[e["tid"]] == "reader 2: read")
+    assert moved.items() >= {"expert": 5, "nbytes": 4096, "tier": "disk", "reader": 1, "queued_ms": 0.5}.items()
+    drawn = figure([MIGRATING, RANK_1])
+    assert _titles(drawn)[1] == "forward: 75.0%, 75.0% of the migration is hidden"
+    labels = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert labels == ["rank 0  compute", "communication", "migration", "rank 1  compute", "communication", "migration"]
+    assert ("read 5", 1.5, 3.0, ORANGE) in _boxes(drawn, 0) and ("copy 3", 2.5, 1.0, PINK) in _boxes(drawn, 0)
+    assert {"dispatch, read", "copy"} <= set(_legend(drawn))
+    assert _legend(figure([RANK_0])) == _legend(figure([FORWARD])), "no lane and no word without migration"
 
 
 def test_draw_writes_the_format_of_the_suffix(tmp_path: Path) -> None:
