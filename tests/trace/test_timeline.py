@@ -312,7 +312,7 @@ def test_migration_is_a_lane_of_its_own(tmp_path: Path) -> None:
     moved = next(e["args"] for e in events if e["ph"] == "X" and threads[e["tid"]] == "reader 2: read")
     assert moved.items() >= {"expert": 5, "nbytes": 4096, "tier": "disk", "reader": 1, "queued_ms": 0.5}.items()
     drawn = figure([MIGRATING, RANK_1])
-    assert _titles(drawn)[1] == "forward: 75.0%, 75.0% of the migration is hidden"
+    assert _titles(drawn)[1] == "forward: 75.0% of the communication, 75.0% of the migration is hidden"
     labels = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
     assert labels == ["rank 0  compute", "communication", "migration", "rank 1  compute", "communication", "migration"]
     assert ("read 5", 1.5, 3.0, ORANGE) in _boxes(drawn, 0) and ("copy 3", 2.5, 1.0, PINK) in _boxes(drawn, 0)
