@@ -335,8 +335,12 @@ def test_pinned_memory(monkeypatch: pytest.MonkeyPatch, export: Path) -> None:
     assert torch.equal(last, values[-1].bfloat16())
     assert [size for size in taken if size > 0] == [32768, 256 + 512], "in lines of 256 bytes"
 
-    def refuse(*_: Any, **options: Any) -> Tensor:
-        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+    empty = torch.empty
+
+    def refuse(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+        return empty(*sizes, **options)
 
     monkeypatch.setattr("scmoe_ds.inference.pinned.torch.empty", refuse)
     weights = TrainedModel.open(export).weights
