@@ -87,7 +87,7 @@ def _run(name: str, record: RunRecord) -> dict[str, Any]:
         "summary": [[key, str(value)] for key, value in start.get("summary", {}).items()],
         "facts": [[key, _words(value)] for key, value in start.items() if key not in _NO_FACTS and value is not None],
         "resumed": [each["iteration"] for each in record.starts[1:]],
-        "schedules": [_schedule(each) for each in record.schedules],
+        "schedules": [_schedule(each) for each in _distinct(record.schedules)],
         "load": _load(list(record.steps.values())),
     }
 
@@ -138,6 +138,12 @@ def _dead(iterations: Sequence[int], lines: Sequence[Sequence[float]]) -> list[l
     return found
 
 
+def _distinct(entries: Sequence[Entry]) -> list[Entry]:
+    """Without those that a later entry repeats, which knows more: what a comparison has measured."""
+    names = ("layers", "slot", "chunks", "overlap")
+    return list({str([entry.get(name) for name in names]): entry for entry in entries}.values())
+
+
 def _schedule(entry: Entry) -> dict[str, Any]:
     """A schedule in words, and as the planner predicts it."""
     layers, operators = entry.get("layers") or [], entry.get("operators") or []
@@ -149,6 +155,8 @@ def _schedule(entry: Entry) -> dict[str, Any]:
             f"predicted: {100 * entry['hidden']:.0f} % of the communication hidden; {total} from shortcut to join per "
             f"micro-batch, forward and backward, of them {exposed} waiting for communication"
         )
+    if measured := entry.get("measured"):
+        lines.append(f"overlap {'on' if measured['overlap'] else 'off'}, measured: {measured['text']}")
     text = "\n".join(filter(None, lines))
     title = f"{where}from iteration {entry['iteration']} on"
     return {"title": title, "text": text, "timeline": entry.get("timeline") or []}

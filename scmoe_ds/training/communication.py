@@ -82,7 +82,7 @@ def schedule_entries(overlap: Calibrator) -> list[dict[str, Any]]:
             "measured": None if overlap.measured is None else overlap.measured.model_dump(),
         }
         for kind in overlap.kinds:
-            if layers[0] in kind.layers and "train" in kind.plans:
+            if layers[0] in kind.layers and "train" in kind.plans and schedule == kind.plans["train"].schedule:
                 predicted = kind.plans["train"].predicted
                 entry |= {
                     "hidden": predicted.hidden_share,

@@ -50,7 +50,9 @@ def write_run(directory: Path, steps: int = 6, **start: Any) -> Path:
     )
     predicted = {"hidden": 0.97, "total_ms": 24.08, "exposed_ms": 0.5, "timeline": TIMELINE}
     where = {"layers": [0, 1], "operators": ["mlp", "attention", "shared"], "slot": [2, 3]}
-    record.write("schedule", 3, text=f"experts before attention {EVIL}", **where, **predicted)
+    record.write("schedule", 2, text=f"experts before attention {EVIL}", **where, **predicted)
+    measured = {"measured": {"overlap": True, "speedup": 1.2, "text": "a micro-batch is 1.20 × as fast"}}
+    record.write("schedule", 3, text=f"experts before attention {EVIL}", **where, **predicted, **measured)
     for number in range(1, steps + 1):
         load = [[0.5, 0.5], [0.75, 0.25] if number < 4 else [1.0, 0.0]]
         record.write(
@@ -99,6 +101,7 @@ def test_the_page_has_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "dispatch ⇢ mlp → [experts 0] → attention → [experts 1] → shared ⇢ combine",
         "predicted: 97 % of the communication hidden; 24.1 ms from shortcut to join per micro-batch, forward and backward, "
         "of them 0.5 ms waiting for communication",
+        "overlap on, measured: a micro-batch is 1.20 × as fast",
     ]
     assert {curve for chart in data["charts"] for curve in chart["curves"]} == found["curves"].keys()
 
