@@ -16,11 +16,17 @@ from scmoe_ds.comm import all_to_all
 from scmoe_ds.comm.all_to_all import SplitSizes, prepare, start
 from scmoe_ds.comm.side_stream import side_stream
 from scmoe_ds.comm.transport import METHODS, Probe, Transport
+from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, GPTSettings
+from scmoe_ds.models.pairs import StagedPair, make_pair
 from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.planner.auto import NCCL_MARGIN, choose_all_to_all
+from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.trace.recorder import SILENT
 from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 
 pytestmark = NEEDS_SIMULATION
@@ -111,6 +117,30 @@ def test_threads_share_the_side_stream() -> None:
 def test_collective_unless_another_wins(collective: float, other: float, on_nccl: str, on_gloo: str) -> None:
     probe = Probe({"collective": collective, "send_receive": other}, 1, 1)
     assert (probe.choice(NCCL_MARGIN), probe.choice()) == (on_nccl, on_gloo)
+
+
+def calibrated() -> Any:
+    """A pair that is timed and compared; the findings, and the passes that took."""
+    config = ScMoEConfig.from_deepspeed({"scmoe": {"num_experts": 4, "expert_parallel_size": 2}})
+    pair = make_pair(GPTSettings(2, 8, 2, 64, 6), config, 4, config.position, 6)
+    assert isinstance(pair, StagedPair)
+    initialize_parameters(pair, 3, 0.4, 1)
+    pair.layer.set_deepspeed_parallelism()
+    with simulated_gpu() as gpu:
+        gpu.move(pair)
+        overlap = OverlapConfig(num_chunks=1, calibration_steps=1)
+        calibrator, passes = Calibrator([pair], overlap, torch.device("cuda", 0)), 0
+        while calibrator.calibrating or calibrator.comparison is not None:
+            calibrator.begin()
+            output = pair(torch.randn(1, 6, 8, device="cuda").requires_grad_())
+            (output.hidden.square().mean() + output.l_aux).backward()
+            passes += 1
+        return list(gpu.findings), passes, pair.recorder is SILENT
+
+
+def test_calibration_and_comparison() -> None:
+    """Two passes to warm up, three timed ones, four and eight with and without overlap in turn, and the first after."""
+    assert run_distributed(calibrated, 2) == [([], 2 + 3 + 4 + 8 + 1, True)] * 2
 
 
 def choices() -> list[str]:
