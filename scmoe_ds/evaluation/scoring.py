@@ -18,6 +18,7 @@ from torch import Tensor
 from scmoe_ds.evaluation.windows import Row
 from scmoe_ds.inference.passes import used_tokens
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.moe.experts import to_device
 from scmoe_ds.parallel.tensor import ModelParallelUnit, data_parallel_rank, data_parallel_size
 from scmoe_ds.planner.calibrator import Calibrator, one_pass
 from scmoe_ds.planner.simulation import Mode
@@ -67,8 +68,8 @@ class Scorer:
         for number, row in enumerate(rows):
             tokens_BS[number, : len(row.tokens)] = torch.from_numpy(np.array(row.tokens))
         with one_pass(self.calibrators, "prefill"):
-            used_BS = used_tokens(lengths or [0], tokens_BS.shape[1])
-            hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), used_token=used_BS)
+            used_BS = used_tokens(lengths or [0], tokens_BS.shape[1], self.device)
+            hidden_BSD = self.model.hidden_states(to_device(tokens_BS, self.device), used_token=used_BS)
         sums_B2 = torch.zeros(len(rows), 2, dtype=torch.float64)
         if not rows:
             return sums_B2
@@ -77,7 +78,7 @@ class Scorer:
         place_T = torch.cat([torch.arange(S - K, S) for S, K in zip(lengths, scored, strict=True)])
         label_T = torch.from_numpy(np.concatenate([row.labels for row in rows]))
         for chunk in torch.arange(len(row_T)).split(_LOGITS_AT_ONCE):
-            chunk_T, at_T, label = (each[chunk].to(self.device) for each in (row_T, place_T, label_T))
+            chunk_T, at_T, label = (to_device(each[chunk], self.device) for each in (row_T, place_T, label_T))
             logits_TV = self.model.logits(hidden_BSD[chunk_T, at_T]).float()
             nats_T = F.cross_entropy(logits_TV, label, reduction="none").double()
             greedy_T = (logits_TV[:, : self.vocab_size].argmax(1) == label).double()

@@ -47,7 +47,7 @@ class Passes:
         tokens_BS = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens_BS[row, : len(prompt)] = torch.tensor(prompt)
-        used_BS = used_tokens([0] if serves_only else lengths, max(lengths))
+        used_BS = used_tokens([0] if serves_only else lengths, max(lengths), self.device)
         with self._pass("prefill"):
             positions_BS = cache.positions(max(lengths))
             hidden_BSD = self.model.hidden_states(to_device(tokens_BS, self.device), positions_BS, used_BS)
@@ -59,7 +59,8 @@ class Passes:
         """[B, V] logits of the token after these. A row that does not go on stays where it is."""
         kept = list(map(int, goes_on))
         with self._pass("decode"):
-            hidden_BSD = self.model.hidden_states(tokens_B.unsqueeze(1), cache.positions(1), used_tokens(kept, 1))
+            used_BS = used_tokens(kept, 1, self.device)
+            hidden_BSD = self.model.hidden_states(tokens_B.unsqueeze(1), cache.positions(1), used_BS)
         cache.advance(kept)  # the place of a row that has ended is written over and over
         return self.model.logits(hidden_BSD[:, 0])
 
@@ -92,8 +93,8 @@ class Passes:
             self.trace.end(self._number)
 
 
-def used_tokens(lengths: Sequence[int], sequence: int) -> Tensor | None:
-    """[B, S] bool on the host: the tokens of rows of these lengths; None where none is padding."""
+def used_tokens(lengths: Sequence[int], sequence: int, device: torch.device) -> Tensor | None:
+    """[B, S] bool on the device: the tokens of rows of these lengths; None where none is padding."""
     if min(lengths) == sequence:
         return None
-    return torch.arange(sequence) < torch.tensor(lengths).unsqueeze(1)
+    return to_device(torch.arange(sequence) < torch.tensor(lengths).unsqueeze(1), device)

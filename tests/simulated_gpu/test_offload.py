@@ -34,7 +34,7 @@ from tests.simulated_gpu.places import place
 pytestmark = NEEDS_SIMULATION
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LAYERS, EXPERTS, HIDDEN, NEW_TOKENS = 2, 4, 16, 3
-PROMPTS = [[1, 2, 3], [7, 8, 9]]
+PROMPTS = [[1, 2, 3], [7, 8, 9, 10, 11, 12]]
 TOKENS = torch.randint(384, (3, 20), generator=torch.Generator().manual_seed(2))
 MIGRATING = [(mode, tier) for mode in ("offload", "offload-async") for tier in ("host", "disk")]
 READERS_OWN = "event.synchronize at scmoe_ds/inference/readers.py"
