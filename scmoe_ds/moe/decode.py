@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -41,7 +40,7 @@ def decode(
         [T, D] in the dtype of `rows_RD`; zeros for a token whose choices were all dropped.
     """
     restore = kernels_of(rows_RD).restore
-    if restore is None or padded or min(rows_RD.shape[0], weight_KT.numel()) == 0:
+    if restore is None or padded or not (rows_RD.shape[0] and weight_KT.numel()):
         return _Decode.apply(rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT, padded)
     row_KT = row_of_choice_KT if kept_KT is None else torch.where(kept_KT, row_of_choice_KT, -1)
     return restore(rows_RD, row_KT.t().contiguous(), weight_KT.t().contiguous())
@@ -57,51 +56,35 @@ class _Decode(torch.autograd.Function):
         weight_KT: Tensor,
         padded: bool,
     ) -> Tensor:
-        ctx.save_for_backward(rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT)
-        ctx.padded = padded
-        return _weighted_sum(rows_RD, row_of_choice_KT, weight_KT)
+        ctx.rows, ctx.padded, (K, T) = rows_RD.shape, padded, weight_KT.shape
+        if not (rows_RD.shape[0] and weight_KT.numel()):
+            ctx.save_for_backward(rows_RD, choice_of_row_R, weight_KT)
+            return rows_RD.new_zeros(T, rows_RD.shape[1])
+        chosen_KTD = rows_RD.index_select(0, row_of_choice_KT.flatten()).view(K, T, -1)
+        ctx.save_for_backward(chosen_KTD, choice_of_row_R, weight_KT)
+        if K == 1:
+            return _product(chosen_KTD[0], weight_KT[0].unsqueeze(1), torch.empty_like(chosen_KTD[0]))
+        # fp32 up to the end: the weights are
+        parts = [rows_TD * weight_T.unsqueeze(1) for rows_TD, weight_T in zip(chosen_KTD, weight_KT, strict=True)]
+        return functools.reduce(torch.add, parts).to(rows_RD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
-        rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT = ctx.saved_tensors
-        if rows_RD.shape[0] == 0 or weight_KT.numel() == 0:
-            return torch.zeros_like(rows_RD), None, None, torch.zeros_like(weight_KT), None
-        choice_R = choice_of_row_R[: rows_RD.shape[0]]
-        weight_X = F.pad(weight_KT.flatten(), (0, 1)) if ctx.padded else weight_KT.flatten()
-        grad_RD = grads[0].index_select(0, token_of(choice_R, weight_KT, ctx.padded))
-        weight_R = weight_X.index_select(0, choice_R)
-        grad_rows_RD = _product(grad_RD, weight_R.unsqueeze(1), rows_RD.dtype)
-        dot_R = (grad_RD.to(torch.promote_types(grad_RD.dtype, weight_KT.dtype)) * rows_RD).sum(1)
-        grad_weight_KT = dot_R.index_select(0, row_of_choice_KT.flatten()).view_as(weight_KT).to(weight_KT.dtype)
+        (grad_TD,), (chosen_KTD, choice_of_row_R, weight_KT) = grads, ctx.saved_tensors
+        (rows, D), choices = ctx.rows, weight_KT.numel()
+        if not (rows and choices):
+            return grad_TD.new_zeros(rows, D), None, None, torch.zeros_like(weight_KT), None
+        grad_XD = grad_TD.new_empty(choices + 1, D)  # one for each choice; empty rows read the last
+        _product(grad_TD, weight_KT.unsqueeze(2), grad_XD[:-1].view_as(chosen_KTD))
+        if ctx.padded:
+            grad_XD[-1].zero_()
+        grad_rows_RD = grad_XD.index_select(0, choice_of_row_R[:rows])
+        wide = torch.promote_types(grad_TD.dtype, weight_KT.dtype)
+        grad_weight_KT = (grad_TD.to(wide) * chosen_KTD).sum(2).to(weight_KT.dtype)
         return grad_rows_RD, None, None, grad_weight_KT, None
 
 
-def _weighted_sum(rows_RD: Tensor, row_of_choice_KT: Tensor, weight_KT: Tensor) -> Tensor:
-    if rows_RD.shape[0] == 0:
-        return rows_RD.new_zeros(weight_KT.shape[1], rows_RD.shape[1])
-    *parts, last = [
-        (rows_RD.index_select(0, row_T), weight_T.unsqueeze(1))
-        for row_T, weight_T in zip(row_of_choice_KT, weight_KT, strict=True)
-    ]
-    if not parts:
-        return _product(*last, rows_RD.dtype)
-    # fp32 up to here: the weights are
-    return functools.reduce(torch.add, [rows * weight for rows, weight in [*parts, last]]).to(rows_RD.dtype)
-
-
-def token_of(choice_R: Tensor, choices_KT: Tensor, padded: bool = False) -> Tensor:
-    """The token of each choice k * T + t; any token for K * T.
-
-    Args:
-        choices_KT: a tensor of this shape.
-        padded: some choices are K * T.
-    """
-    K, T = choices_KT.shape
-    return choice_R if K == 1 and not padded else choice_R % max(T, 1)
-
-
-def _product(values: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """values * weights, computed in the wider dtype of both and rounded to `dtype`: one kernel."""
-    output = torch.empty_like(values, dtype=dtype)
+def _product(values: Tensor, weights: Tensor, output: Tensor) -> Tensor:
+    """values * weights, computed in the wider dtype of both and rounded to that of `output`: one kernel."""
     return torch.mul(values, weights, out=output)

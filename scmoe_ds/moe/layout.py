@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scmoe_ds.moe.decode import token_of
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.order import Order
 from scmoe_ds.moe.slices import TokenSlices
@@ -164,11 +163,17 @@ class _Encode(torch.autograd.Function):
         ctx: Any, tokens_TD: Tensor, choice_of_row_R: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(row_of_choice_KT, kept_KT)
-        return tokens_TD.index_select(0, token_of(choice_of_row_R, row_of_choice_KT))
+        return tokens_TD.index_select(0, _token_of(choice_of_row_R, row_of_choice_KT))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _add_rows(grads[0], *ctx.saved_tensors), None, None, None
+
+
+def _token_of(choice_R: Tensor, choices_KT: Tensor) -> Tensor:
+    """The token of each choice k * T + t, of the choices [K, T]."""
+    K, T = choices_KT.shape
+    return choice_R if K == 1 else choice_R % max(T, 1)
 
 
 def _add_rows(rows_RD: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor | None) -> Tensor:
