@@ -70,7 +70,8 @@ class Acceptance:
                     outcome = process.Outcome("not started: the time of the run is up", 0.0, Notes())
                 else:
                     limit_s = min(step.limit_s, left)
-                    outcome = self._run(step.function, asdict(self.setting), limit_s, Path(scratch), step.environment)
+                    variables = {} if self.setting.rehearsal else step.environment
+                    outcome = self._run(step.function, asdict(self.setting), limit_s, Path(scratch), variables)
                 self.record["steps"][number] = _entry(step, outcome)
                 self._write()
                 print(f"{step.name:12} {outcome.result} ({outcome.seconds:.0f} s)", flush=True)

@@ -1,11 +1,12 @@
 """A step in a process of its own, with a time limit. What happens to it is an outcome, not an end of the run.
 
-python -m benchmarks.gpu.process MODULE:FUNCTION NOTES.json SETTING
+python -m benchmarks.gpu.process MODULE:FUNCTION NOTES.json SETTING LIMIT_S
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -21,7 +22,10 @@ from typing import Any
 
 from benchmarks.gpu.notes import Notes
 
-LAST_LINES = 20
+LAST_LINES = 40
+STACKS_S = 2.0
+"""So long before its limit a step prints the stacks of all its threads: where it hangs."""
+
 _CUDA = re.compile(r"CUDA error|CUDA out of memory|CUDASanitizer|device-side assert|NCCL error|ncclUnhandled", re.I)
 ROOT = Path(__file__).parents[2]
 
@@ -60,6 +64,7 @@ def run(
     name = function.replace(":", ".")
     notes, output = directory / f"{name}.json", directory / f"{name}.log"
     command = [sys.executable, "-m", "benchmarks.gpu.process", function, str(notes), json.dumps(dict(setting))]
+    command.append(str(limit_s))
     variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
     started = time.monotonic()
     with output.open("wb") as file:
@@ -92,7 +97,9 @@ def _result(code: int | None, limit_s: float, lines: tuple[str, ...]) -> str:
 def main() -> None:
     from benchmarks.gpu.setting import Setting
 
-    function, notes, setting = sys.argv[1:]
+    function, notes, setting, limit_s = sys.argv[1:]
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(float(limit_s) - STACKS_S, 1.0), exit=False)
     module, _, name = function.partition(":")
     getattr(importlib.import_module(module), name)(Notes(Path(notes)), Setting(**json.loads(setting)))
 

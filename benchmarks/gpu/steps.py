@@ -13,7 +13,7 @@ class Step:
     Attributes:
         function: "module:name"; it takes `Notes` and a `Setting`.
         limit_s: it is killed after so many seconds. It takes about a third of them.
-        environment: variables of its process.
+        environment: variables of its process on a GPU.
     """
 
     name: str

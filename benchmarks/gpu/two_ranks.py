@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.gpu import losses, pairs
+from benchmarks.gpu.device_cases import off
 from benchmarks.gpu.setting import LayerShape, Setting
 from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.overlap.schedule import Schedule
@@ -99,7 +100,7 @@ def overlapped_equals_blocking(setting: Setting) -> float:
     pair = _pair()
     schedules = [Schedule(slot) for slot in (1, 2, 3, 4)] + [Schedule((1, 2), 2), Schedule((1, 3, 4), 3)]
     expected = _results(pair, Schedule(1, overlap=False))
-    return max(_off(expected, _results(pair, schedule)) for schedule in schedules)
+    return max(_worst(expected, _results(pair, schedule)) for schedule in schedules)
 
 
 def a_late_rank_changes_nothing(setting: Setting) -> float:
@@ -111,7 +112,7 @@ def a_late_rank_changes_nothing(setting: Setting) -> float:
         for late in (0, 1):
             with _churn(pair):
                 _come_late(late)
-                worst = max(worst, _off(expected, _results(pair, schedule)))
+                worst = max(worst, _worst(expected, _results(pair, schedule)))
     return worst
 
 
@@ -141,13 +142,8 @@ def _results(pair: StagedPair, schedule: Schedule) -> list[Tensor]:
     return [output.hidden.detach(), *torch.autograd.grad(loss, [hidden, *pair.parameters()], materialize_grads=True)]
 
 
-def _off(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Largest difference, relative to the largest value; infinite if a value is not a number."""
-    worst = 0.0
-    for here, there in zip(expected, found, strict=True):
-        difference = float((here - there).abs().max() / here.abs().max().clamp(min=1e-3))
-        worst = max(worst, difference if difference == difference else float("inf"))
-    return worst
+def _worst(expected: list[Tensor], found: list[Tensor]) -> float:
+    return max(off(here, there) for here, there in zip(expected, found, strict=True))
 
 
 def _come_late(rank: int) -> None:
