@@ -1,14 +1,16 @@
-"""Settings of a pair, so combined that every two settings of different kinds meet, and how one combination runs."""
+"""Settings of a pair, so combined that every three of different kinds meet, and how one combination runs."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.pairs import StagedPair, make_pair
+from scmoe_ds.moe import choices, gate
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel import tensor
@@ -106,32 +109,47 @@ SETTINGS: dict[str, tuple[Any, ...]] = dict(
 )
 
 
+VALUES = {**{name: tuple({place[name]: None for place in PLACES}) for name in PLACES[0]}, **SETTINGS}
+Settings = tuple[tuple[str, Any], ...]
+
+
 def allowed(settings: dict[str, Any]) -> bool:
     return settings.get("architecture") != "dgmoe" or settings.get("top_k", 1) == 1
 
 
-def covering() -> list[Case]:
-    """Combinations in which every place of the experts stands, and every pair of values of two settings."""
-    values = {**{name: tuple({place[name]: None for place in PLACES}) for name in PLACES[0]}, **SETTINGS}
-    pairs = {
-        pair
-        for one, other in itertools.combinations(values, 2)
-        if not (one in PLACES[0] and other in PLACES[0])  # these stand together in the places
-        for pair in itertools.product(((one, each) for each in values[one]), ((other, each) for each in values[other]))
-        if allowed(dict(pair))
-    }
-    dice, cases, places = random.Random(0), [], list(PLACES)
-    while pairs or places:
-        place = places.pop(0) if places else None
-        candidates = [
-            settings
-            for _ in range(40)
-            if allowed(
-                settings := {**(place or dice.choice(PLACES)), **{k: dice.choice(v) for k, v in SETTINGS.items()}}
-            )
-        ]
-        best = max(candidates, key=lambda each: len(pairs & set(itertools.combinations(each.items(), 2))))
-        pairs -= set(itertools.combinations(best.items(), 2))
+def fitting(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The places that have these settings."""
+    return [place for place in PLACES if all(place.get(name, value) == value for name, value in settings.items())]
+
+
+@functools.cache
+def covering(strength: int = 3, candidates: int = 20) -> list[Case]:
+    """Combinations in which every place of the experts stands, and every three values of different settings.
+
+    Each new one has what is missing first, and of some at random it is the one that has most of the rest.
+    """
+    missing: dict[Settings, None] = dict.fromkeys(tuple(place.items()) for place in PLACES)
+    for names in itertools.combinations(VALUES, strength):
+        for values in itertools.product(*(VALUES[name] for name in names)):
+            settings = dict(zip(names, values, strict=True))
+            if allowed(settings) and fitting(settings):
+                missing[tuple(settings.items())] = None
+
+    def meeting(settings: dict[str, Any]) -> list[Settings]:
+        met = [tuple((name, settings[name]) for name in PLACES[0]), *itertools.combinations(settings.items(), strength)]
+        return [each for each in met if each in missing]
+
+    dice, cases = random.Random(0), []
+    while missing:
+        first = dict(next(iter(missing)))
+        filled = []
+        while len(filled) < candidates:
+            others = {name: dice.choice(values) for name, values in SETTINGS.items()}
+            settings = {**dice.choice(fitting(first)), **others, **first}
+            filled += [settings] * allowed(settings)
+        best = max(filled, key=lambda each: len(meeting(each)))
+        for each in meeting(best):
+            del missing[each]
         cases.append(Case(**best))
     return cases
 
@@ -179,6 +197,19 @@ class Outcome:
     moe_layers: int = 1
 
 
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Masked tokens use up random numbers on a GPU, where the host does not know how many they are. Here, too: what is
+    drawn after them, such as dropout, is then the same."""
+
+    def draw(noise: Callable[[int], Tensor], tokens: int, used_T: Tensor | None) -> Tensor:
+        drawn = noise(tokens)
+        return drawn if used_T is None else drawn.index_select(0, (used_T.cumsum(0) - 1).clamp(min=0))
+
+    with mock.patch.object(choices, "draw", draw), mock.patch.object(gate, "draw", draw):
+        yield
+
+
 def different(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], gpu: Gpu) -> list[int]:
     """Numbers of the tensors that differ in any bit from the CPU's."""
     pairs = enumerate(zip(expected, found, strict=True))
@@ -194,7 +225,8 @@ def run(case: Case, changed: AbstractContextManager[object] = UNCHANGED) -> Outc
     torch.manual_seed(5 + dist.get_rank() // case.tensor_parallel)
     hidden = torch.randn(2, 12, 16, dtype=case.dtype)
     used_token = (torch.rand(2, 12) > 0.3) if case.masked else None
-    outputs, gradients = results(pair, hidden.clone().requires_grad_(), used_token)
+    with as_on_a_gpu():
+        outputs, gradients = results(pair, hidden.clone().requires_grad_(), used_token)
     with changed, simulated_gpu(case.capability) as gpu:
         gpu.move(pair)
         recorder = Recorder(torch.device("cuda", 0)) if case.recorded else None

@@ -19,12 +19,15 @@ PARTS = {
     "comm/transport.py": TRANSFER,
     "comm/wire.py": TRANSFER,
     "comm/counts.py": "counts",
+    "moe/choices.py": "gate",
     "moe/decode.py": "decode",
     "moe/experts.py": "experts",
     "moe/gate.py": "gate",
     "moe/kernels.py": "experts",
     "moe/layout.py": "encode",
+    "moe/logits.py": "gate",
     "moe/merge.py": "merge",
+    "moe/order.py": "gate",
     "moe/received.py": "experts",
 }
 """The part that launches from a file of the package belong to; from all others they belong to the backbone."""
