@@ -95,6 +95,7 @@ def _replacements(gpu: Gpu) -> list[tuple[Any, dict[str, Any]]]:
     }
     return [
         (torch.cuda, _cuda(gpu.capability)),
+        (torch.cuda.nvtx, {"range_push": lambda *_: 0, "range_pop": lambda: 0}),
         (torch, {"tensor": make_tensor(torch.tensor), "as_tensor": make_tensor(torch.as_tensor)}),
         (Tensor, {**host_methods, **_host_methods()}),
         (torch.autograd, {"_engine_run_backward": engine(torch.autograd._engine_run_backward)}),

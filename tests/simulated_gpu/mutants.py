@@ -28,7 +28,8 @@ class Mutant(NamedTuple):
     """A fault.
 
     Attributes:
-        module, old, new: see mutation.mutated.
+        module: below scmoe_ds.
+        old, new: see mutation.mutated.
         shows: what it must be noticed by.
         case: the settings.
     """

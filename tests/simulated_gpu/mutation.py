@@ -1,4 +1,4 @@
-"""Another text in the place of one of the package's, for the duration of a block: what a fault there would do."""
+"""Another text in the place of one in a module, for the duration of a block: what a fault there would do."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def mutated(module: str, old: str, new: str) -> Iterator[None]:
     """Functions and methods of a module run the code of another source text. Whoever has imported them runs it too.
 
     Args:
-        module: below scmoe_ds, e.g. "comm.counts".
+        module: e.g. "scmoe_ds.comm.counts".
         old, new: a text inside of one function, and what stands there instead.
 
     Raises:
         LookupError: the old text does not stand there exactly once, or no function has changed.
     """
-    owner = importlib.import_module(f"scmoe_ds.{module}")
+    owner = importlib.import_module(module)
     assert owner.__file__ is not None
     source = Path(owner.__file__).read_text()
     if source.count(old) != 1:

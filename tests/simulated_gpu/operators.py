@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from tests.simulated_gpu.gpu import Gpu, active, is_active
 from tests.simulated_gpu.places import place, text
 from tests.simulated_gpu.streams import CUDA, current_stream
-from tests.simulated_gpu.tensors import DeviceTensor, copy_to_device, copy_to_host, in_device_call, pin
+from tests.simulated_gpu.tensors import DeviceTensor, copy_to_device, copy_to_host, in_device_call, named, pin
 
 COPIES = {"_to_copy", "copy_"}
 NO_KERNEL = set(
@@ -164,6 +164,7 @@ def with_index(original: Any) -> Any:
     """`Tensor.to`: in C++, "cuda" without a number asks CUDA for it."""
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        args = named(args)
         args = tuple(CUDA if is_cuda(each) else each for each in args)
         return original(self, *args, **{name: CUDA if is_cuda(each) else each for name, each in kwargs.items()})
 

@@ -62,7 +62,7 @@ class DeviceTensor(Tensor):
         return run(func, args, kwargs or {})
 
     def to(self, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*named(args), **kwargs)
         moved = self if dtype in (None, self.dtype) and not copy else super().to(dtype or self.dtype, copy=copy)
         return to_host(moved, non_blocking) if device is not None and device.type == "cpu" else moved
 
@@ -108,6 +108,11 @@ class DeviceTensor(Tensor):
 
     def __repr__(self, **_: Any) -> str:
         return f"DeviceTensor({tuple(self.shape)}, {self.dtype})"
+
+
+def named(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of `to`. Another tensor stands for its device and dtype; in C++ every tensor says that it is the host's."""
+    return (args[0].device, args[0].dtype, *args[1:]) if args and isinstance(args[0], Tensor) else args
 
 
 @contextmanager

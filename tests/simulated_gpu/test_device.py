@@ -164,6 +164,12 @@ def test_operators_that_wait(gpu: Gpu) -> None:
     assert not gpu.host_waits
 
 
+def test_tensors_name_devices(gpu: Gpu) -> None:
+    x, host = torch.ones(4, device="cuda", dtype=torch.float16), torch.ones(4)
+    assert host.to(x).is_cuda and x.to(x) is x and x.to(host).is_cpu
+    assert (host.to(x).dtype, x.to(host).dtype) == (torch.float16, torch.float32)
+
+
 def test_mixes_of_devices(gpu: Gpu) -> None:
     x = torch.ones(4, device="cuda")
     x * torch.tensor(2.0), x[torch.tensor([1])]

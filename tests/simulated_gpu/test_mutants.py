@@ -16,7 +16,9 @@ pytestmark = NEEDS_SIMULATION
 
 def run_all() -> tuple[dict[str, Outcome], list[Outcome]]:
     """With each fault, and once for each of their settings without any."""
-    faulty = {name: run(each.case, mutated(*each[:3])) for name, each in MUTANTS.items()}
+    faulty = {
+        name: run(each.case, mutated(f"scmoe_ds.{each.module}", each.old, each.new)) for name, each in MUTANTS.items()
+    }
     return faulty, [run(case) for case in dict.fromkeys(each.case for each in MUTANTS.values())]
 
 
@@ -49,5 +51,5 @@ def test_without_a_fault_nothing_is_noticed(outcomes: list[tuple[dict[str, Outco
 
 def test_what_no_longer_stands_there_is_an_error() -> None:
     for old in ("no such text", "from functools import partial"):
-        with pytest.raises(LookupError, match="write the mutant anew"), mutated("comm.counts", old, "pass"):
+        with pytest.raises(LookupError, match="write the mutant anew"), mutated("scmoe_ds.comm.counts", old, "pass"):
             pass
