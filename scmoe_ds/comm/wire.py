@@ -33,4 +33,4 @@ def unpack(packed: Tensor, wire_dtype: str | None, dtype: torch.dtype) -> Tensor
     if wire_dtype == "bf16":
         return packed.to(dtype)
     quantized, scale = packed[:, :-_SCALE_BYTES], packed[:, -_SCALE_BYTES:].contiguous().view(torch.float32)
-    return (quantized.contiguous().view(torch.float8_e4m3fn).float() * scale).to(dtype)
+    return (quantized.view(torch.float8_e4m3fn).float() * scale).to(dtype)

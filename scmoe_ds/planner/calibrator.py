@@ -204,7 +204,7 @@ class Calibrator:
             pair.schedule = schedule
             if self.transport is not None:
                 pair.layer.transport = self.transport
-        if not self._is_watched:
+        if recorder is not None or not self._is_watched:
             self._report_to(recorder)
 
     @property

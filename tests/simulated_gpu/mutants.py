@@ -194,8 +194,8 @@ MUTANTS = {
     ),
     "counts are read before they have arrived": Mutant(
         "moe.routed",
-        "local, received = counts.wait()",
-        "local, received = (each.tolist() for each in counts._tensors)",
+        "return counts.wait()",
+        "return tuple(each.tolist() for each in counts._tensors)",
         EARLY,
     ),
     "received counts go back to the device": Mutant(
