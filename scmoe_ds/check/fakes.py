@@ -24,8 +24,9 @@ from scmoe_ds.errors import UserError
 
 _HERE = str(Path(__file__).parent)
 HOST, META = torch.device("cpu"), torch.device("meta")
-_LARGE = 2**20
-"""Elements. Larger tensors of the host, such as the optimizer's states under offloading, have no memory either."""
+_SMALL, _LARGE = 16, 2**20
+"""Elements. New floating-point tensors of the host that are not small are fake, too: they are for values that are not
+known, such as the optimizer's states under offloading. So are large ones of integers."""
 _READS = {read_scalar, torch.ops.aten.equal.default}
 _DEVICE = torch.ops.prim.device.default
 _UNWRITTEN = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
@@ -78,9 +79,10 @@ class Fakes(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _read(self, tensor: Tensor) -> Any:
-        """DeepSpeed's engine may read: norms and overflows of gradients, once a step. They are zero here."""
+        """DeepSpeed's engine may read: norms and overflows of gradients, once a step. They are zero here. On a CPU
+        nobody waits for a condition; the rare case, which it asks for, has not come."""
         line = _line()
-        if "/deepspeed/runtime/" in line:
+        if "/deepspeed/runtime/" in line or (self.target == HOST and tensor.dtype == torch.bool):
             self.reads_of_engine += 1
             return torch.zeros((), dtype=tensor.dtype).item()
         raise CheckError(
@@ -92,11 +94,14 @@ class Fakes(FakeTensorMode):
         """Whether an operator concerns real tensors of the host alone."""
         if kwargs.get("device") not in (None, HOST) or _any_fake(args) or _any_fake(tuple(kwargs.values())):
             return False
-        if func in _UNWRITTEN:
-            return not self.building and torch.Size(args[0]).numel() < _LARGE
-        sizes = args[0] if args and isinstance(args[0], (list, tuple)) else ()
-        is_factory = bool(sizes) and all(isinstance(size, int) for size in sizes)
-        return not is_factory or torch.Size(sizes).numel() < _LARGE
+        sizes = args[0] if args and isinstance(args[0], (list, tuple)) else None
+        if sizes is None or not all(isinstance(size, int) for size in sizes):
+            return True
+        if self.building and func in _UNWRITTEN:
+            return False
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        are_values = dtype.is_floating_point or self.target == HOST
+        return torch.Size(sizes).numel() <= (_SMALL if are_values else _LARGE)
 
 
 class _AskedForMeta(TorchFunctionMode):

@@ -23,6 +23,19 @@ _dropout, _attention, _rms_norm, _move = F.dropout, F.scaled_dot_product_attenti
 
 
 @contextmanager
+def without_memory() -> Iterator[None]:
+    """Inside the block, fake tensors can be moved in place, and DeepSpeed's own operators do nothing."""
+    with (
+        patch.object(FakeTensor, "data", property(_get_data, _set_data), create=True),
+        patch.object(torch.utils, "swap_tensors", _set_data),
+        patch.object(FakeTensor, "pin_memory", lambda tensor, *_: tensor, create=True),
+        patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor),
+        patch.object(OpBuilder, "load", lambda *_, **__: _NoOperators()),
+    ):
+        yield
+
+
+@contextmanager
 def of_gpu(device: torch.device, capability: tuple[int, int]) -> Iterator[None]:
     """Inside the block, fake tensors of `device` are computed with as on a GPU.
 
@@ -47,18 +60,13 @@ def of_gpu(device: torch.device, capability: tuple[int, int]) -> Iterator[None]:
         "is_cpu": property(lambda tensor: tensor.device.type == "cpu"),
         "is_meta": property(lambda tensor: tensor.device.type == "meta"),
         "record_stream": lambda tensor, stream: None,
-        "pin_memory": lambda tensor, *_: tensor,
         "is_pinned": lambda tensor, *_: not tensor.is_cuda,
         "get_device": lambda tensor: tensor.device.index if tensor.is_cuda else -1,
         "type": _type,
-        "data": property(_get_data, _set_data),
     }
     with ExitStack() as stack:
         for name, value in of_fakes.items():
             stack.enter_context(patch.object(FakeTensor, name, value, create=True))
-        stack.enter_context(patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor))
-        stack.enter_context(patch.object(torch.utils, "swap_tensors", _set_data))
-        stack.enter_context(patch.object(OpBuilder, "load", lambda *_, **__: _NoOperators()))
         for name, function in (
             ("dropout", _gpu_dropout),
             ("scaled_dot_product_attention", attention),

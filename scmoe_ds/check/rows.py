@@ -1,4 +1,5 @@
-"""How many rows go where, which is data: under the check every expert gets as many choices as every other.
+"""What the host has to know of the data: under the check every expert gets as many choices as every other, and ranks
+and values that are compared agree.
 
 Shape suffixes: X choices, N chunks, P ranks, V senders, L local experts.
 """
@@ -12,23 +13,42 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor
 
 from scmoe_ds.comm.counts import CountsInFlight
+from scmoe_ds.moe import gate
+from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.routed import RoutedTokens, row_counts
 from scmoe_ds.moe.slices import TokenSlices
+from scmoe_ds.replace.tap_check import TapCheck
+
+_agreed = gate._agreed
 
 
 @contextmanager
 def even_routing() -> Iterator[None]:
-    """Inside the block, the row counts that layers read are those of an even routing, the same on all ranks."""
-    with patch.object(RoutedTokens, "counts_on_host", _counts_on_host):
+    """Inside the block, what layers read of their data is that of an even routing, the same on all ranks."""
+    with (
+        patch.object(RoutedTokens, "counts_on_host", _counts_on_host),
+        patch.object(gate, "_agreed", _agreed_on_host),
+        patch.object(TapCheck, "finish", lambda check, value: check.remove()),
+        patch.object(stage_1_and_2, "is_invalid_grad_norm", lambda norm: False, create=True),
+    ):
         yield
+
+
+def _agreed_on_host(routing: Routing, group: dist.ProcessGroup | None) -> Routing:
+    """The capacity of padded buffers, a number."""
+    K, T = routing.weight_KT.shape
+    own = routing.capacity if isinstance(routing.capacity, int) else -(-K * T // routing.exp_counts.shape[0])
+    return replace(_agreed(routing, group), capacity=own)
 
 
 def _counts_on_host(routed: RoutedTokens, counts: CountsInFlight) -> tuple[list[int], list[int]]:
     routing, slices, chunks = routed.routing, routed.exchange.slices, routed.exchange.num_chunks
-    K, T = routing.expert_KT.shape
+    K, T = routing.weight_KT.shape
     limit = routing.capacity if isinstance(routing.capacity, int) else K * T
     local, received = _even_counts(K, T, routing.exp_counts.shape[0], limit, slices, chunks)
     return list(local), list(received)

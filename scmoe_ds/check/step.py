@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import scmoe_ds
 from scmoe_ds.check.cards import Card
 from scmoe_ds.check.cuda import standing_in
 from scmoe_ds.check.fakes import Fakes, building, without_values
-from scmoe_ds.check.kernels import of_gpu
+from scmoe_ds.check.kernels import of_gpu, without_memory
 from scmoe_ds.check.mistakes import in_one_sentence
 from scmoe_ds.check.rows import even_routing
 from scmoe_ds.check.storages import Storages
@@ -46,6 +46,7 @@ class Place:
         per_node: ranks of a node.
         tensor_parallel: ranks that share a layer.
         card: kind of GPU.
+        device: "cuda"; "cpu" for ranks without GPUs.
     """
 
     rank: int
@@ -53,6 +54,7 @@ class Place:
     per_node: int
     tensor_parallel: int
     card: Card
+    device: str = "cuda"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def check_step(subject: Subject, loaded: LoadedConfig, place: Place) -> Findings
     Raises:
         UserError: what would fail on the device.
     """
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", 0) if place.device == "cuda" else torch.device("cpu")
     fakes, storages = Fakes(device), Storages(device.type)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -122,33 +124,47 @@ def check_step(subject: Subject, loaded: LoadedConfig, place: Place) -> Findings
         for each in (
             in_one_sentence(),
             world(place.rank, place.ranks, place.per_node, device.type),
-            standing_in(place.card, min(place.per_node, place.ranks), lambda: storages.total, lambda: storages.peak),
-            of_gpu(device, place.card.capability),
+            without_memory(),
+            _card(device, place, storages) if device.type == "cuda" else nullcontext(),
             even_routing(),
             fakes,
             fakes.meta,
             storages,
         ):
             stack.enter_context(each)
-        return _check(subject, loaded, place, fakes, storages)
+        return train_step(subject, loaded, place, storages, fakes)
 
 
-def _check(subject: Subject, loaded: LoadedConfig, place: Place, fakes: Fakes, storages: Storages) -> Findings:
+@contextmanager
+def _card(device: torch.device, place: Place, storages: Storages) -> Iterator[None]:
+    devices = min(place.per_node, place.ranks)
+    with (
+        standing_in(place.card, devices, lambda: storages.total, lambda: storages.peak),
+        of_gpu(device, place.card.capability),
+    ):
+        yield
+
+
+def train_step(
+    subject: Subject, loaded: LoadedConfig, place: Place, storages: Storages, fakes: Fakes | None = None
+) -> Findings:
+    """What `check_step` does inside its world, where `storages` counts; without fakes in a real one."""
     check_accelerator(loaded.whole)
     loaded.section.check_world(place.ranks, place.tensor_parallel)
     tensor.start_tensor_parallel(place.tensor_parallel)
     replicas = tensor.data_parallel_size()
     micro_batch_size, accumulation_steps = batch_sizes(loaded.whole, replicas)
-    with building(fakes):
+    with nullcontext() if fakes is None else building(fakes):
         model = subject.build()
-    without_values(model, fakes)
+    if fakes is not None:
+        without_values(model, fakes)
     shortened = _settled(loaded, micro_batch_size, min(accumulation_steps, 2), replicas)
     engine, *_ = scmoe_ds.initialize(model=model, config=shortened)
     storages.rename_all(_STATE)
     storages.rename(_values_of(engine.module), _PARAMETERS)
     trainer = _trainer(subject, engine, micro_batch_size, min(accumulation_steps, 2))
     with _counted(engine, storages, place.per_node) as works:
-        _steps(trainer, subject, micro_batch_size, fakes, storages, works)
+        reads = _steps(trainer, subject, micro_batch_size, fakes, storages, works)
     units = micro_batch_size * accumulation_steps * replicas * subject.seq_length
     return Findings(
         parameters=parameters_of(engine.module, place.tensor_parallel)[2],
@@ -161,7 +177,7 @@ def _check(subject: Subject, loaded: LoadedConfig, place: Place, fakes: Fakes, s
         shape_flops=3 * forward_flops(engine.module) * units / place.ranks,
         dtype=compute_dtype(engine),
         moe_layers=len(engine.module.moe_layers()),
-        host_reads=fakes.reads_of_engine,
+        host_reads=reads,
     )
 
 
@@ -220,21 +236,32 @@ def _counted(engine: Any, storages: Storages, per_node: int) -> Iterator[list[Wo
 
 
 def _steps(
-    trainer: Trainer, subject: Subject, micro_batch_size: int, fakes: Fakes, storages: Storages, works: list[Work]
-) -> None:
-    """Trains until a step leaves as much memory as it found: some optimizers make their states in their first step."""
+    trainer: Trainer,
+    subject: Subject,
+    micro_batch_size: int,
+    fakes: Fakes | None,
+    storages: Storages,
+    works: list[Work],
+) -> int:
+    """Trains until a step leaves as much memory as it found: some optimizers make their states in their first step.
+
+    Returns:
+        how many values of the GPU DeepSpeed's engine has read in the last step.
+    """
     batch = {
-        name: torch.zeros(micro_batch_size, *shape, dtype=dtype) for name, (shape, dtype) in subject.sample.items()
+        name: torch.randint(0, 2, (micro_batch_size, *shape)).to(dtype)
+        for name, (shape, dtype) in subject.sample.items()
     }
     for _ in range(_MOST_STEPS):
         before = storages.total
         storages.reset()
         works.clear()
-        fakes.reads_of_engine = 0
+        before_reads = 0 if fakes is None else fakes.reads_of_engine
         trainer.step(iter([batch] * trainer.settings.accumulation_steps))
         storages.rename_all(_STATE, _TEMPORARIES)
         if storages.total <= before * 1.001:
-            return
+            break
+    return 0 if fakes is None else fakes.reads_of_engine - before_reads
 
 
 def _values_of(model: nn.Module) -> list[Tensor]:
