@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scmoe_ds.compat import forward_hooks
 from scmoe_ds.moe.kernels import GroupedProduct, kernels_of
+from scmoe_ds.moe.linear_experts import linear_experts
 
 Project = Callable[[Tensor], Tensor]
 
@@ -59,10 +60,14 @@ def run_experts(experts: Experts | MovingExperts, rows_SD: Tensor, rows_per_expe
     """
     if isinstance(experts, MovingExperts):
         return experts.run(rows_SD, rows_per_expert)
-    if len(rows_per_expert) > 1 and (product := product_for(experts, rows_SD)):
+    members = list(experts.deepspeed_experts)
+    if product := product_for(experts, rows_SD):
         return grouped_experts(experts, rows_SD, rows_per_expert, product)
+    if rows_SD.is_cuda and all(is_linear(expert, rows_SD) for expert in members):
+        layers = [expert.input for expert in members], [expert.output for expert in members]
+        return linear_experts(members[0].activate, *layers, rows_SD, rows_per_expert)
     outputs = []
-    for expert, part in zip(experts.deepspeed_experts, rows_SD.split(list(rows_per_expert)), strict=True):
+    for expert, part in zip(members, rows_SD.split(list(rows_per_expert)), strict=True):
         output = activate_and_project(expert, expert.input(part)) if is_plain(expert) else expert(part)
         outputs.append(output[0] if isinstance(output, tuple) else output)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -72,6 +77,16 @@ def is_plain(expert: nn.Module) -> bool:
     """Whether an expert is of the form of `TwoProjections` with nothing hooked into its forward pass."""
     hooked = any(forward_hooks(expert))
     return not hooked and has_two_projections(expert)
+
+
+def is_linear(expert: nn.Module, rows: Tensor) -> bool:
+    """Whether the two projections are no more than products with weights of the rows' dtype: no hooks, no adapter."""
+    if not is_plain(expert) or torch.is_autocast_enabled(rows.device.type):
+        return False
+    layers = (expert.input, expert.output)
+    return all(type(each) is nn.Linear and not any(forward_hooks(each)) for each in layers) and all(
+        parameter.dtype == rows.dtype for parameter in expert.parameters()
+    )
 
 
 def has_two_projections(expert: nn.Module) -> bool:
@@ -92,9 +107,12 @@ def activate_and_project(expert: TwoProjections, inner: Tensor, project: Project
 
 
 def product_for(experts: Experts, rows_SD: Tensor) -> GroupedProduct | None:
-    """The grouped matrix product of a device, for plain experts whose rows have a multiple of 16 bytes."""
-    product = kernels_of(rows_SD).grouped_product
-    fits = product is not None and all(is_plain(expert) for expert in experts.deepspeed_experts)
+    """The grouped matrix product of a device, for linear experts whose rows have a multiple of 16 bytes.
+
+    Not for one or two: two products take less than one grouped product with the copy of the weights that it needs.
+    """
+    product, members = kernels_of(rows_SD).grouped_product, list(experts.deepspeed_experts)
+    fits = product is not None and len(members) > 2 and all(is_linear(expert, rows_SD) for expert in members)
     return product if fits and all(parameter.shape[-1] % 8 == 0 for parameter in experts.parameters()) else None
 
 

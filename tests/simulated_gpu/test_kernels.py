@@ -23,8 +23,9 @@ from scmoe_ds.compat import weighted_restore
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe import kernels
 from scmoe_ds.moe.decode import decode
-from scmoe_ds.moe.experts import grouped_experts, product_for, run_experts
+from scmoe_ds.moe.experts import grouped_experts, is_linear, product_for, run_experts
 from scmoe_ds.moe.kernels import PLAIN, Kernels, choose_kernels, kernels_of, packed_swiglu, plain_swiglu
+from scmoe_ds.moe.linear_experts import linear_experts
 
 D, E = 8, 4
 NEEDS_GROUPED_MM = pytest.mark.skipif(
@@ -42,6 +43,45 @@ def choose_anew() -> Iterator[None]:
     choose_kernels.cache_clear()
     yield
     choose_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("swiglu, bias", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_experts_have_the_bits_of_separate_ones(swiglu: bool, bias: bool, dtype: torch.dtype) -> None:
+    settings = GPTSettings(2, D, 2, 64, 8, ffn_hidden_size=16, swiglu=swiglu, add_bias_linear=bias)
+    members = scmoe_ds.ScMoE(D, MLP(settings), E).deepspeed_moe.experts.to(dtype)
+    members.deepspeed_experts[2].requires_grad_(False)
+    for rows, counts in ((torch.randn(15, D), [3, 0, 4, 8]), (torch.randn(0, D), [0] * E)):
+        rows = rows.to(dtype).requires_grad_()
+        layers = [each.input for each in members.deepspeed_experts], [each.output for each in members.deepspeed_experts]
+        whole = linear_experts(members.deepspeed_experts[0].activate, *layers, rows, counts)
+        separate, direction = run_experts(members, rows, counts), torch.randn(rows.shape).to(dtype)
+        assert torch.equal(whole, separate)
+        needed = [rows, *(each for each in members.parameters() if each.requires_grad)]
+        assert len(needed) == 1 + (E - 1) * (4 if bias else 2)
+        found, expected = (torch.autograd.grad(each, needed, direction) for each in (whole, separate))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        rows.requires_grad_(False)
+        again = linear_experts(members.deepspeed_experts[0].activate, *layers, rows, counts)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(torch.autograd.grad(again, needed[1:], direction), expected[1:], strict=True)
+        )
+
+
+def test_only_linear_layers_are_computed_together() -> None:
+    class Adapter(torch.nn.Linear): ...
+
+    rows = torch.zeros(1, D, dtype=torch.bfloat16)
+    expert = experts().deepspeed_experts[0]
+    assert is_linear(expert, rows) and not is_linear(expert, rows.float())
+    with torch.autocast("cpu"):
+        assert not is_linear(expert, rows)
+    hook = expert.output.register_forward_hook(lambda *_: None)
+    assert not is_linear(expert, rows)
+    hook.remove()
+    expert.input = Adapter(D, 16).bfloat16()
+    assert not is_linear(expert, rows)
 
 
 def rows_on(capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -67,7 +107,9 @@ def test_grouped_products_by_device(
     assert product_for(experts(), rows_on(capability, torch.bfloat16, monkeypatch)) is kernel
     for dtype in (torch.float32, torch.float16):
         assert product_for(experts(), rows_on(capability, dtype, monkeypatch)) is None
-    odd = scmoe_ds.ScMoE(D, MLP(GPTSettings(2, D, 2, 64, 8, ffn_hidden_size=12)), E).deepspeed_moe.experts
+    pair = scmoe_ds.ScMoE(D, MLP(GPTSettings(2, D, 2, 64, 8, ffn_hidden_size=16)), 2).deepspeed_moe.experts.bfloat16()
+    assert product_for(pair, rows_on(capability, torch.bfloat16, monkeypatch)) is None
+    odd = scmoe_ds.ScMoE(D, MLP(GPTSettings(2, D, 2, 64, 8, ffn_hidden_size=12)), E).deepspeed_moe.experts.bfloat16()
     assert product_for(odd, rows_on(capability, torch.bfloat16, monkeypatch)) is None
 
 
