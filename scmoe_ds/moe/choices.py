@@ -66,19 +66,21 @@ def choose(
     def gumbel_TE() -> Tensor:
         return draw(lambda rows: sharded_moe.gumbel_rsample((rows, E), device=logits_TE.device), T, used_T)
 
-    experts_E = torch.arange(E, device=logits_TE.device)
+    def without(score_TE: Tensor, expert_T: Tensor) -> Tensor:
+        experts_E = torch.arange(E, device=logits_TE.device)
+        return score_TE.masked_fill(expert_T.unsqueeze(1) == experts_E, float("-inf"))
+
     score_TE = probability_TE
     if gate.noisy_gate_policy == "RSample" and gate.training and gate.k == 1:
         score_TE = logits_TE + gumbel_TE()
     if exclude_T is not None:
         # The excluded expert cannot be chosen, but stays in the softmax: G(H) is the same function for both layers.
-        score_TE = score_TE.masked_fill(exclude_T.unsqueeze(1) == experts_E, float("-inf"))
+        score_TE = without(score_TE, exclude_T)
     first_T = score_TE.argmax(1)
     if gate.k == 1:
         return first_T.unsqueeze(0)
     score_TE = logits_TE + gumbel_TE() if gate.top2_2nd_expert_sampling else logits_TE
-    second_T = score_TE.masked_fill(first_T.unsqueeze(1) == experts_E, float("-inf")).argmax(1)
-    return torch.stack([first_T, second_T])
+    return torch.stack([first_T, without(score_TE, first_T).argmax(1)])
 
 
 @torch.no_grad()
@@ -116,7 +118,7 @@ def keep(
     if K != 2 and isinstance(limit, int) and not below_KT.is_cuda and _has_equals(order.key_X):
         below_KT = _kept_by_topk(chosen_KT, priority_KT, used_T, limit, E)
     kept_KT = below_KT if kept_KT is None else below_KT & kept_KT
-    order = Order.of(torch.add(chosen_KT, kept_KT, alpha=-E))
+    order = Order.of(torch.add(chosen_KT, kept_KT, alpha=-E), number_X=order.number_X)
     return Choices(chosen_KT, kept_KT, order, counts_E, counts_E.clamp(max=limit)), balanced_E
 
 

@@ -185,7 +185,7 @@ def _add_rows(rows_RD: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor | None)
     for k, row_T in enumerate(row_of_choice_KT):
         part_TD = rows_RD.index_select(0, row_T)
         if kept_KT is not None:
-            part_TD.mul_(kept_KT[k].to(part_TD.dtype).unsqueeze(1))
+            part_TD.mul_(kept_KT[k].unsqueeze(1))
         if total_TD is None:
             total_TD = part_TD.float() if K > 1 else part_TD
         else:
