@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class KeyValueCache:
         self._lengths_B = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self._row_B1 = torch.arange(rows, device=weight.device).unsqueeze(1)
         self._used_rows, self._longest, self._passes = rows, 0, 0
+        self._next: _Places | None = None  # of the pass under way: the same in all layers
         self._layers = [_LayerCache(self, attention, weight) for attention in self._attentions]
         self.nbytes = sum(layer.nbytes for layer in self._layers)
 
@@ -55,7 +57,7 @@ class KeyValueCache:
     def begin(self, rows: int) -> None:
         """Forgets everything; the next batch has so many rows."""
         assert rows <= self.rows
-        self._used_rows, self._longest, self._passes = rows, 0, 0
+        self._used_rows, self._longest, self._passes, self._next = rows, 0, 0, None
         self._lengths_B.zero_()
 
     def advance(self, added: Sequence[int]) -> None:
@@ -63,7 +65,7 @@ class KeyValueCache:
         lengths_B = self._lengths_B[: self._used_rows]
         lengths_B += to_device(torch.tensor(added), lengths_B.device)
         self._longest += max(added)
-        self._passes += 1
+        self._passes, self._next = self._passes + 1, None
 
     @property
     def grown(self) -> bool:
@@ -77,12 +79,27 @@ class KeyValueCache:
 
     def positions(self, sequence: int) -> Tensor:
         """[B, S] int64 places of the next tokens; of a row that is full, its last place."""
-        offsets_S = torch.arange(sequence, device=self._lengths_B.device)
-        return (self._lengths_B[: self._used_rows].unsqueeze(1) + offsets_S).clamp(max=self.capacity - 1)
+        return self.places(sequence).position_BS
 
-    def places(self, sequence: int) -> tuple[Tensor, Tensor, int]:
-        """Row and position of every next token, and how many positions are in use with them."""
-        return self._row_B1[: self._used_rows], self.positions(sequence), min(self._longest + sequence, self.capacity)
+    def places(self, sequence: int) -> _Places:
+        """Of the next tokens. Computed once for all layers: on a GPU each small kernel costs a launch."""
+        if self._next is None or self._next.position_BS.shape[1] != sequence:
+            device, used = self._lengths_B.device, min(self._longest + sequence, self.capacity)
+            offsets_S = torch.arange(sequence, device=device)
+            position_BS = (self._lengths_B[: self._used_rows].unsqueeze(1) + offsets_S).clamp(max=self.capacity - 1)
+            seen_BSU = None if self.empty else torch.arange(used, device=device) <= position_BS.unsqueeze(2)
+            self._next = _Places(self._row_B1[: self._used_rows], position_BS, used, seen_BSU)
+        return self._next
+
+
+class _Places(NamedTuple):
+    """Row and position of every next token, how many positions are in use with them, and which of these each token
+    sees; None: it is the prompt, which sees itself."""
+
+    row_B1: Tensor
+    position_BS: Tensor
+    used: int
+    seen_BSU: Tensor | None
 
 
 class _LayerCache:
@@ -103,11 +120,10 @@ class _LayerCache:
     def extend(self, key_BGSH: Tensor, value_BGSH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         B, _, S, _ = key_BGSH.shape
         keys, values = self._keys[:B], self._values[:B]
-        if self._whole.empty:  # the prompt: it is all there is to look at
+        row_B1, position_BS, used, seen_BSU = self._whole.places(S)
+        if seen_BSU is None:  # the prompt: it is all there is to look at
             keys[:, :, :S], values[:, :, :S] = key_BGSH, value_BGSH
             return key_BGSH, value_BGSH, None
-        row_B1, position_BS, used = self._whole.places(S)
         keys[row_B1, :, position_BS] = key_BGSH.transpose(1, 2)
         values[row_B1, :, position_BS] = value_BGSH.transpose(1, 2)
-        mask_BSU = torch.arange(used, device=position_BS.device) <= position_BS.unsqueeze(2)
-        return keys[:, :, :used], values[:, :, :used], mask_BSU.unsqueeze(1)
+        return keys[:, :, :used], values[:, :, :used], seen_BSU.unsqueeze(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import random
 import textwrap
 from collections import Counter
@@ -100,6 +101,22 @@ def test_the_papers_three_modes(
         assert max(beside.kernels.values()) >= 10
     else:
         assert not +beside.kernels, "a migration that blocks is waited for at once"
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_recorded_pass_waits_for_nothing_more(tier: str, export: Path, tmp_path: Path) -> None:
+    """A barrier and a synchronisation before it; copies and kernels are timed by events that are read at the end."""
+    with simulated_gpu() as gpu:
+        model, _ = serve(export, CUDA, "offload-async", tier)
+        generator = TextGenerator(model, trace=2, trace_dir=str(tmp_path))
+        gpu.reset()
+        generator.generate(PROMPTS, Request(NEW_TOKENS))
+        assert waits_of_the_computation(gpu) == NEW_TOKENS * (LAYERS * HOST_WAITS_FORWARD + 1) + 2
+        generator.passes.trace.close()
+        assert not gpu.findings
+    events = json.loads((tmp_path / "scmoe_trace_iteration_2.json").read_text())["traceEvents"]
+    threads = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"compute", "reader 1: copy"} <= threads and ("reader 1: read" in threads) == (tier == "disk")
 
 
 class Beside:
