@@ -115,16 +115,20 @@ def keep(
     if limit is None:
         return Choices(chosen_KT, kept_KT, order, counts_E, counts_E), balanced_E
     below_KT = order.place_KT - start_E.take(chosen_KT) < limit
-    if K != 2 and isinstance(limit, int) and not below_KT.is_cuda and _has_equals(order.key_X):
+    if K != 2 and isinstance(limit, int) and not below_KT.is_cuda and _equals_at(limit, order.key_X, start_E):
         below_KT = _kept_by_topk(chosen_KT, priority_KT, used_T, limit, E)
     kept_KT = below_KT if kept_KT is None else below_KT & kept_KT
     order = Order.of(torch.add(chosen_KT, kept_KT, alpha=-E), number_X=order.number_X)
     return Choices(chosen_KT, kept_KT, order, counts_E, counts_E.clamp(max=limit)), balanced_E
 
 
-def _has_equals(key_X: Tensor) -> bool:
-    """Whether an expert may have to choose between two choices of the same priority."""
-    return bool((key_X[1:] == key_X[:-1]).any())
+def _equals_at(limit: int, key_X: Tensor, start_E: Tensor) -> bool:
+    """Whether an expert has to choose between two choices of the same priority."""
+    if not bool((key_X[1:] == key_X[:-1]).any()):  # nearly always, if there are few tokens
+        return False
+    dropped = start_E[:-1] + limit  # the first place of each expert's that is
+    dropped = dropped[dropped < start_E[1:]]
+    return bool((key_X[dropped - 1] == key_X[dropped]).any())
 
 
 def _kept_by_topk(
