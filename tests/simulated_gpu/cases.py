@@ -187,6 +187,7 @@ class Outcome:
     Attributes:
         differences: numbers of the results that differ in any bit.
         waits: of the host, forward and backward; of a whole model together.
+        hidden: the backbone's launches beside which rows may travel, forward and backward.
     """
 
     case: Case
@@ -195,6 +196,7 @@ class Outcome:
     waits: tuple[dict[str, int], dict[str, int]]
     launches: Counter[Launch]
     moe_layers: int = 1
+    hidden: tuple[int, int] = (0, 0)
 
 
 @contextmanager
@@ -241,7 +243,9 @@ def run(case: Case, changed: AbstractContextManager[object] = UNCHANGED) -> Outc
         backward = dict(gpu.host_waits)
         assert recorder is None or recorder.spans()
         del passes, moved, mask
-        return Outcome(case, differences, list(gpu.findings), (forward, backward), gpu.launches)
+        beside = gpu.hidden("forward"), gpu.hidden("backward")
+        waits = forward, backward
+        return Outcome(case, differences, list(gpu.findings), waits, gpu.launches, hidden=beside)
 
 
 def run_gpt(case: Case) -> Outcome:

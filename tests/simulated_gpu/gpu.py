@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.cuda._sanitizer import StreamSynchronizations
 
 from tests.simulated_gpu.memory import Memory
-from tests.simulated_gpu.places import part, place, text
+from tests.simulated_gpu.places import TRANSFER, part, place, text
 
 Phase = Literal["forward", "backward"]
 
@@ -24,6 +24,19 @@ class Launch(NamedTuple):
     operator: str
 
 
+class Kernel(NamedTuple):
+    """A launch, its stream, its number, and the last number of each stream that is over before it begins."""
+
+    launch: Launch
+    stream: int
+    number: int
+    over: dict[int, int]
+
+    def may_run_beside(self, other: Kernel) -> bool:
+        """Whether nothing orders the two."""
+        return self.over.get(other.stream, -1) < other.number and other.over.get(self.stream, -1) < self.number
+
+
 class Gpu:
     """A device, as tests see it.
 
@@ -31,6 +44,7 @@ class Gpu:
         findings: what a real device could do wrong; each once.
         host_waits: how often the host waited for the device, by why and where.
         launches: how often what was launched; see `launched`.
+        kernels: all launches, in the host's order.
         capability: the compute capability that it claims.
     """
 
@@ -39,6 +53,7 @@ class Gpu:
         self.findings: list[str] = []
         self.host_waits: Counter[str] = Counter()
         self.launches: Counter[Launch] = Counter()
+        self.kernels: list[Kernel] = []
         self.names = {0: "the main stream"}
         self.clocks = StreamSynchronizations()
         self.memory = Memory(self.clocks, self.report, self.names)
@@ -52,6 +67,7 @@ class Gpu:
         self.findings.clear()
         self.host_waits.clear()
         self.launches.clear()
+        self.kernels.clear()
 
     def launched(self, phase: Phase | None = None, part: str | None = None, operator: str | None = None) -> int:
         """The number of launches of a pass, part or operator; None: of all."""
@@ -61,6 +77,13 @@ class Gpu:
             for launch, count in self.launches.items()
             if all(each in (None, own) for each, own in zip(asked, launch, strict=True))
         )
+
+    def hidden(self, phase: Phase) -> int:
+        """The backbone's launches that may run while rows are on their way between the ranks."""
+        of_phase = [each for each in self.kernels if each.launch.phase == phase]
+        transfers = [each for each in of_phase if each.launch.part == TRANSFER and "nccl" in each.launch.operator]
+        backbone = [each for each in of_phase if each.launch.part == "backbone"]
+        return sum(any(each.may_run_beside(other) for other in transfers) for each in backbone)
 
     def move(self, what: Any) -> Any:
         """A tensor on the device; or a module, whose parameters and buffers are moved there."""
@@ -94,7 +117,9 @@ class Gpu:
                 for tensor in tensors:
                     self.memory.use(tensor, stream, self._number, is_write, operator, at)
             if counts:
-                self.launches[self._origin(operator)] += 1
+                launch = self._origin(operator)
+                self.launches[launch] += 1
+                self.kernels.append(Kernel(launch, stream, self._number, dict(self.clocks.current_sync_states[stream])))
 
     def _origin(self, operator: str) -> Launch:
         """A kernel of autograd's own belongs to the part whose operator's gradient it computes."""

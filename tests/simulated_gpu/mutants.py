@@ -2,7 +2,7 @@
 
 What is not here because it cannot matter: rows that are sent from the main stream need not be held (torch keeps what NCCL
 sends until `wait`, and the main stream waits for it); another side stream at each call (each orders what it does by
-events of its own), or none (work waits for longer, and nothing is read too early).
+events of its own).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from tests.simulated_gpu.cases import Case
 
 RACE, FREED, EARLY, VALUES, WAITS = "race", "use after free", "too early", "values", "waits"
+SERIAL = "less of the backbone may run beside transfers"
 ONE = Case("scmoe", "pos2", 2, 1, dropout=0.0)
 PEERS = replace(ONE, method="send_receive")
 PACKED = replace(ONE, wire_dtype="fp8")
@@ -122,6 +123,22 @@ MUTANTS = {
         "self._whole = like.new_empty(self.rows, *like.shape[1:])\n        else:\n            self._whole.zero_()",
         RACE,
         CHUNKS,
+    ),
+    # what is right, and too late
+    "a deferred launch waits for the main stream": Mutant(
+        "comm.all_to_all", "side.wait_event(ready)", "side.wait_stream(torch.cuda.current_stream())", SERIAL
+    ),
+    "the side stream is the main one": Mutant(
+        "comm.side_stream",
+        "torch.cuda.Stream(device, priority=-1)",
+        "torch.cuda.current_stream()",
+        SERIAL,
+    ),
+    "a launch is waited for at once": Mutant(
+        "comm.all_to_all", "if self.blocking and wait is not None:", "if wait is not None:", SERIAL
+    ),
+    "a gradient's launch is waited for at once": Mutant(
+        "comm.all_to_all", LAUNCHED, f"{LAUNCHED}; self._in_flight[0]()", SERIAL
     ),
     # comm/counts.py
     "nothing of the counts is held": Mutant(

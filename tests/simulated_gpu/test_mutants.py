@@ -6,47 +6,64 @@ import pytest
 
 from lab import gpu_budgets
 from lab.distributed import run_distributed
-from tests.simulated_gpu.cases import Outcome, run
+from tests.simulated_gpu.cases import BACKBONES, Case, Outcome, run
 from tests.simulated_gpu.device import NEEDS_SIMULATION
-from tests.simulated_gpu.mutants import MUTANTS, VALUES, WAITS
+from tests.simulated_gpu.mutants import MUTANTS, SERIAL, VALUES, WAITS
 from tests.simulated_gpu.mutation import mutated
 
 pytestmark = NEEDS_SIMULATION
+SLOTS = [
+    Case("scmoe", position, slot, 1)
+    for (architecture, position), operators in BACKBONES.items()
+    if architecture == "scmoe"
+    for slot in range(1, operators + 2)
+]
 
 
-def run_all() -> tuple[dict[str, Outcome], list[Outcome]]:
-    """With each fault, and once for each of their settings without any."""
+def run_all() -> tuple[dict[str, Outcome], dict[Case, Outcome]]:
+    """With each fault, and without any."""
     faulty = {
         name: run(each.case, mutated(f"scmoe_ds.{each.module}", each.old, each.new)) for name, each in MUTANTS.items()
     }
-    return faulty, [run(case) for case in dict.fromkeys(each.case for each in MUTANTS.values())]
+    return faulty, {case: run(case) for case in (*(each.case for each in MUTANTS.values()), *SLOTS)}
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[tuple[dict[str, Outcome], list[Outcome]]]:
+def outcomes() -> list[tuple[dict[str, Outcome], dict[Case, Outcome]]]:
     """Of both ranks."""
     return run_distributed(run_all, 2)
 
 
-def shown_by(outcome: Outcome) -> set[str]:
-    """What is wrong with it."""
+def shown_by(outcome: Outcome, unchanged: Outcome) -> set[str]:
+    """What is wrong with it; `unchanged` has the same settings."""
     forward, backward = (sum(waits.values()) for waits in outcome.waits)
     waits = forward > gpu_budgets.HOST_WAITS_FORWARD or backward > gpu_budgets.HOST_WAITS_BACKWARD
     kinds = {finding.split(":")[0] for finding in outcome.findings}
-    if outcome.differences:
-        kinds.add(VALUES)
-    return kinds | {WAITS} if waits else kinds
+    serial = any(now < before for now, before in zip(outcome.hidden, unchanged.hidden, strict=True))
+    more = {VALUES: bool(outcome.differences), WAITS: waits, SERIAL: serial}
+    return kinds | {kind for kind, shown in more.items() if shown}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_fault_is_noticed(name: str, outcomes: list[tuple[dict[str, Outcome], list[Outcome]]]) -> None:
-    for faulty, _ in outcomes:
-        assert MUTANTS[name].shows in shown_by(faulty[name]), faulty[name]
+def test_a_fault_is_noticed(name: str, outcomes: list[tuple[dict[str, Outcome], dict[Case, Outcome]]]) -> None:
+    for faulty, unchanged in outcomes:
+        fault = MUTANTS[name]
+        assert fault.shows in shown_by(faulty[name], unchanged[fault.case]), faulty[name]
 
 
-def test_without_a_fault_nothing_is_noticed(outcomes: list[tuple[dict[str, Outcome], list[Outcome]]]) -> None:
+def test_without_a_fault_nothing_is_noticed(outcomes: list[tuple[dict[str, Outcome], dict[Case, Outcome]]]) -> None:
     for _, unchanged in outcomes:
-        assert [each for each in unchanged if shown_by(each)] == []
+        assert [each for each in unchanged.values() if shown_by(each, each)] == []
+
+
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+def test_rows_travel_beside_all_operators_behind_the_tap(
+    position: str, outcomes: list[tuple[dict[str, Outcome], dict[Case, Outcome]]]
+) -> None:
+    """Before the experts' slot the dispatch does, behind it the combine: whatever the slot is, the same launches."""
+    for _, unchanged in outcomes:
+        hidden = {unchanged[each].hidden for each in SLOTS if each.position == position}
+        assert len(hidden) == 1 and all(min(each) > 0 for each in hidden), hidden
 
 
 def test_what_no_longer_stands_there_is_an_error() -> None:
