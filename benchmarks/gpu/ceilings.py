@@ -11,6 +11,8 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.timing import ColdClock
 
 REPEATS = 20
+_TICK_MS = 5e-4
+"""What an event of CUDA resolves: no time is shorter."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,11 @@ class Ceilings:
 
     def flops_share(self, flops: float, milliseconds: float) -> float:
         """The share of the dense peak."""
-        return flops / (1e-3 * milliseconds) / self.flops
+        return flops / (1e-3 * max(milliseconds, _TICK_MS)) / self.flops
 
     def bytes_share(self, moved: float, milliseconds: float) -> float:
         """The share of the copy bandwidth."""
-        return moved / (1e-3 * milliseconds) / self.bytes
+        return moved / (1e-3 * max(milliseconds, _TICK_MS)) / self.bytes
 
 
 def measure(notes: Notes, setting: Setting, clock: ColdClock) -> Ceilings:
