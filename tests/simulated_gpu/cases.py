@@ -64,6 +64,9 @@ class Case:
     expert_parallel: int = 2
     capability: tuple[int, int] = (8, 0)
     spread: bool = False
+    overlap: bool = True
+    trained: bool = True
+    tokens: str = "equal"
     dropout: float = 0.1
 
     @property
@@ -71,7 +74,23 @@ class Case:
         """All chunks in one slot, or each in a slot of its own while there are some left."""
         last = BACKBONES[self.architecture, self.position] + 1
         slots = tuple(min(self.slot + self.spread * chunk, last) for chunk in range(self.chunks))
-        return Schedule(slots, self.chunks)
+        return Schedule(slots, self.chunks, self.overlap)
+
+    @property
+    def data_rank(self) -> int:
+        return dist.get_rank() // self.tensor_parallel
+
+    @property
+    def sequences(self) -> int:
+        """On this rank."""
+        return 1 + self.data_rank if self.tokens == "uneven" else 2
+
+    def mask(self) -> Tensor | None:
+        """Which tokens are used; with tokens = "none", the last rank's are not."""
+        last = self.data_rank == dist.get_world_size() // self.tensor_parallel - 1
+        if self.tokens == "none" and last:
+            return torch.zeros(self.sequences, 12, dtype=torch.bool)
+        return torch.rand(self.sequences, 12) > 0.3 if self.masked else None
 
     @property
     def section(self) -> dict[str, Any]:
@@ -106,6 +125,9 @@ SETTINGS: dict[str, tuple[Any, ...]] = dict(
     expert_parallel=(1, 2),
     capability=((8, 0), (9, 0)),
     spread=(False, True),
+    overlap=(True, False),
+    trained=(True, False),
+    tokens=("equal", "uneven", "none"),
 )
 
 
@@ -161,7 +183,7 @@ def build(case: Case) -> StagedPair:
     initialize_parameters(pair, 3, 0.4, 1)
     set_up(pair, case)
     assert len(backbone(pair)) == BACKBONES[case.architecture, case.position]
-    return pair.to(case.dtype)
+    return pair.to(case.dtype).train(case.trained)
 
 
 def set_up(pair: StagedPair, case: Case) -> None:
@@ -172,10 +194,14 @@ def set_up(pair: StagedPair, case: Case) -> None:
 
 
 def results(pair: StagedPair, hidden: Tensor, used_token: Tensor | None) -> Iterator[list[Tensor | None]]:
-    """Outputs, then gradients."""
+    """Outputs, then gradients, in training."""
     torch.manual_seed(1 + dist.get_rank() // tensor.tensor_parallel_size())
-    output = pair(hidden, used_token)
+    with torch.set_grad_enabled(pair.training):
+        output = pair(hidden, used_token)
     yield list(output)
+    if not pair.training:
+        yield []
+        return
     inputs, grads = [hidden, *pair.parameters()], [output.hidden.detach(), output.l_aux.detach()]
     yield list(torch.autograd.grad([output.hidden, output.l_aux], inputs, grads, allow_unused=True))
 
@@ -224,9 +250,9 @@ def run(case: Case, changed: AbstractContextManager[object] = UNCHANGED) -> Outc
         changed: surrounds what runs on the device, and not what runs on the CPU.
     """
     pair = build(case)
-    torch.manual_seed(5 + dist.get_rank() // case.tensor_parallel)
-    hidden = torch.randn(2, 12, 16, dtype=case.dtype)
-    used_token = (torch.rand(2, 12) > 0.3) if case.masked else None
+    torch.manual_seed(5 + case.data_rank)
+    hidden = torch.randn(case.sequences, 12, 16, dtype=case.dtype)
+    used_token = case.mask()
     with as_on_a_gpu():
         outputs, gradients = results(pair, hidden.clone().requires_grad_(), used_token)
     with changed, simulated_gpu(case.capability) as gpu:

@@ -195,6 +195,7 @@ def test_nccl_keeps_tensors_until_the_wait(gpu: Gpu, waits_on: str) -> None:
 
 
 @pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore:`torch.distributed.*is deprecated:FutureWarning")  # the names of older versions
 def test_collectives(gpu: Gpu) -> None:
     x, parts = torch.ones(4, device="cuda"), [torch.empty(4, device="cuda")]
     dist.all_reduce(x), dist.broadcast(x, 0), dist.all_gather(parts, x), dist.reduce(x, 0)
