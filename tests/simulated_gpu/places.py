@@ -25,6 +25,7 @@ PARTS = {
     "moe/gate.py": "gate",
     "moe/kernels.py": "experts",
     "moe/layout.py": "encode",
+    "moe/linear_experts.py": "experts",
     "moe/logits.py": "gate",
     "moe/merge.py": "merge",
     "moe/order.py": "gate",
