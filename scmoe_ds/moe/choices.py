@@ -14,7 +14,7 @@ from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor
 
-from scmoe_ds.moe.order import Order
+from scmoe_ds.moe.order import ByExpert, Order
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def keep(
         kept_KT = used_T.expand(K, T)
         key_KT = torch.add(chosen_KT, ~kept_KT, alpha=E)
     limit = None if isinstance(limit, int) and limit >= T else limit
-    order = Order.of(key_KT, None if limit is None else priority_KT)
+    order = ByExpert.of(key_KT, None if limit is None else priority_KT)
     start_X = order.starts(E, parts=2 if K == 2 else 1)
     start_E = start_X[::2] if K == 2 else start_X
     counts_E = start_E[1:] - start_E[:-1]
@@ -114,12 +114,28 @@ def keep(
     balanced_E = start_X[1::2] - start_X[:-1:2] if K == 2 else counts_E
     if limit is None:
         return Choices(chosen_KT, kept_KT, order, counts_E, counts_E), balanced_E
-    below_KT = order.place_KT - start_E.take(chosen_KT) < limit
+    rows_E, location_KT = counts_E.clamp(max=limit), order.place_KT - start_E.take(chosen_KT)
+    below_KT = location_KT < limit
     if K != 2 and isinstance(limit, int) and not below_KT.is_cuda and _equals_at(limit, order.key_X, start_E):
-        below_KT = _kept_by_topk(chosen_KT, priority_KT, used_T, limit, E)
-    kept_KT = below_KT if kept_KT is None else below_KT & kept_KT
-    order = Order.of(torch.add(chosen_KT, kept_KT, alpha=-E), number_X=order.number_X)
-    return Choices(chosen_KT, kept_KT, order, counts_E, counts_E.clamp(max=limit)), balanced_E
+        kept_KT = _kept_by_topk(chosen_KT, priority_KT, used_T, limit, E)
+        order = ByExpert.of(torch.add(chosen_KT, kept_KT, alpha=-E))
+        return Choices(chosen_KT, kept_KT, order, counts_E, rows_E), balanced_E
+    place_KT = order.place_KT + _shift(start_E, rows_E, limit).take(torch.add(chosen_KT, below_KT, alpha=E))
+    if kept_KT is not None:
+        place_KT, below_KT = torch.where(kept_KT, place_KT, order.place_KT), below_KT & kept_KT
+    return Choices(chosen_KT, below_KT, order.moved(place_KT), counts_E, rows_E), balanced_E
+
+
+def _shift(start_E: Tensor, rows_E: Tensor, limit: int | Tensor) -> Tensor:
+    """[2, E] by how much the dropped choices of each expert move, to behind all kept ones, and then by how much the
+    kept ones do, since others have gone from before them.
+
+    Args:
+        start_E: [E + 1] where each expert's choices start before the drops.
+    """
+    end_E = rows_E.cumsum(0)
+    before_E = end_E - rows_E
+    return torch.stack([end_E[-1] - before_E - limit, before_E - start_E[:-1]])
 
 
 def _equals_at(limit: int, key_X: Tensor, start_E: Tensor) -> bool:

@@ -24,8 +24,10 @@ from scmoe_ds.comm.counts import largest
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.checks import check_tokens
 from scmoe_ds.moe.choices import Choices, choose, draw, keep
+from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.moe.logits import fp32_logits
 from scmoe_ds.moe.order import Order
+from scmoe_ds.moe.top1 import Top1Kernels, choose_top1
 
 Count = TypeVar("Count", int, Tensor)
 """On the host, or an int64 scalar on a GPU for which the host does not wait."""
@@ -102,6 +104,16 @@ def route(
     logits_TE = _logits(gate, tokens_TD, used_T)
     if len(tokens_TD) == 0:
         return _agreed(_route_none(gate, logits_TE), group)
+    top1 = kernels_of(tokens_TD).top1
+    noise = gate.noisy_gate_policy == "RSample" and gate.training
+    if (
+        top1 is not None
+        and gate.k == 1
+        and used_T is None is exclude_T
+        and softmax in ("all", "deepspeed")
+        and not noise
+    ):
+        return _agreed(_route_top1(top1, gate, logits_TE), group)
     return _agreed(_route_all(gate, logits_TE, used_T, exclude_T, softmax), group)
 
 
@@ -109,9 +121,7 @@ def _route_none(gate: TopKGate, logits_TE: Tensor) -> Routing:
     """A rank without tokens still takes part in the exchange."""
     none_KT, counts_E = logits_TE.new_zeros(gate.k, 0), logits_TE.new_zeros(logits_TE.shape[1], dtype=torch.int64)
     expert_KT = none_KT.long()
-    choices = Choices(
-        expert_KT, None, Order(expert_KT[0], expert_KT[0], expert_KT, expert_KT[0], 0, 1), counts_E, counts_E
-    )
+    choices = Choices(expert_KT, None, Order(expert_KT[0], expert_KT), counts_E, counts_E)
     return Routing(choices, none_KT, 0, logits_TE.sum())
 
 
@@ -126,6 +136,13 @@ def _route_all(
     l_aux = _balancing_loss(gate.k, probability_TE, balanced_E, tokens, used_T)
     weight_KT = _weights(softmax, logits_TE, probability_TE, chosen_KT, choices.kept_KT)
     return Routing(choices, weight_KT, choices.counts_E.max() if limit is None else limit, l_aux, used_T)
+
+
+def _route_top1(kernels: Top1Kernels, gate: TopKGate, logits_TE: Tensor) -> Routing:
+    """As `_route_all`, for the case that most models have."""
+    limit = min(capacity_of(gate, len(logits_TE)), len(logits_TE)) if gate.drop_tokens else None
+    choices, weight_KT, l_aux = choose_top1(kernels, logits_TE, gate.use_rts, limit)
+    return Routing(choices, weight_KT, choices.counts_E.max() if limit is None else limit, l_aux)
 
 
 def _count(used_T: Tensor | None, tokens: int) -> int | Tensor:

@@ -4,8 +4,9 @@
     grouped product   none: expert after expert   torch's from compute capability 9.0 on, DeepSpeed's on 8.x; in bf16
     restore           moe/decode.py               DeepSpeed's from 8.0 on (DeepSpeed 0.19.8)
     SwiGLU            silu(gate) * up             DeepSpeed's from 8.0 on (DeepSpeed 0.19.8)
+    top-1 gate        moe/gate.py                 moe/top1_triton.py from 8.0 on
 
-DeepSpeed's kernels need Triton. Rows are permuted by torch everywhere: one exact copy per permutation.
+DeepSpeed's kernels and ours need Triton. Rows are permuted by torch everywhere: one exact copy per permutation.
 
 Shape suffixes: T tokens, D hidden, K top-k, L local experts, R/S rows sent/received, I/O in/out, F feed-forward.
 """
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,9 @@ from torch import Tensor
 
 from scmoe_ds.compat import weighted_restore
 from scmoe_ds.parallel.output import log
+
+if TYPE_CHECKING:
+    from scmoe_ds.moe.top1 import Top1Kernels
 
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [S, I], weights [L, O, I], the row behind each expert's last [L] int32) → [S, O]."""
@@ -40,16 +45,22 @@ def plain_swiglu(inner: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """All of them compute their gradients too. By default torch's operators, which run everywhere."""
+    """All of them compute their gradients too. By default torch's operators, which run everywhere.
+
+    Attributes:
+        top1: the gate's, for tokens of the dtype; it computes in fp32.
+    """
 
     grouped_product: GroupedProduct | None = None
     restore: Restore | None = None
     swiglu: SwiGLU = plain_swiglu
+    top1: Top1Kernels | None = None
 
     def __str__(self) -> str:
         grouped = "none" if self.grouped_product is None else _author(self.grouped_product is torch_product)
         restore, swiglu = _author(self.restore is None), _author(self.swiglu is plain_swiglu)
-        return f"grouped product {grouped}, weighted restore {restore}, SwiGLU {swiglu}"
+        top1 = "torch's" if self.top1 is None else "fused"
+        return f"grouped product {grouped}, weighted restore {restore}, SwiGLU {swiglu}, top-1 gate {top1}"
 
 
 def _author(is_torch: bool) -> str:
@@ -80,7 +91,10 @@ def choose_kernels(capability: tuple[int, int], dtype: torch.dtype) -> Kernels:
     elif dtype == torch.bfloat16 and capability >= (8, 0) and get_accelerator().prefer_triton_grouped_mm():
         product = triton_product
     fused = dtype in FUSED and capability >= (8, 0) and get_accelerator().is_triton_supported()
-    kernels = Kernels(product, weighted_restore() if fused else None, (fused and packed_swiglu()) or plain_swiglu)
+    kernels = PLAIN
+    if fused:
+        kernels = Kernels(None, weighted_restore(), packed_swiglu() or plain_swiglu, top1_kernels())
+    kernels = replace(kernels, grouped_product=product)
     log(f"kernels on compute capability {'.'.join(map(str, capability))} in {str(dtype)[6:]}: {kernels}")
     return kernels
 
@@ -108,3 +122,12 @@ def packed_swiglu() -> SwiGLU | None:
     except ImportError:
         return None
     return swiglu_packed if is_triton_available() else None
+
+
+def top1_kernels() -> Top1Kernels | None:
+    """Those of this package; None without Triton, or beside a Triton that lacks what they use."""
+    try:
+        from scmoe_ds.moe.top1_triton import TRITON
+    except (ImportError, AttributeError):
+        return None
+    return TRITON

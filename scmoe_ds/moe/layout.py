@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.moe.gate import Routing
-from scmoe_ds.moe.order import Order
+from scmoe_ds.moe.order import ByExpert, Order
 from scmoe_ds.moe.slices import TokenSlices
 
 
@@ -123,11 +123,12 @@ class ExactLayout:
     def of(cls, routing: Routing, slices: TokenSlices, num_chunks: int = 1) -> ExactLayout:
         choices, local_experts = routing.choices, routing.exp_counts.shape[0] // slices.expert_parallel_size
         shape = (num_chunks, slices.group_size, slices.senders, local_experts)
-        order, rows, alone = choices.order, choices.rows_E, slices.tensor_parallel_size == 1
+        order: Order = choices.order
+        rows, alone = choices.rows_E, slices.tensor_parallel_size == 1
         if num_chunks > 1 or not alone:
             buckets = math.prod(shape)
-            order = Order.of(_bucket(routing, slices, local_experts, num_chunks, buckets))
-            rows = order.starts(buckets).diff()
+            order = by_bucket = ByExpert.of(_bucket(routing, slices, local_experts, num_chunks, buckets))
+            rows = by_bucket.starts(buckets).diff()
         row_KT, choice_R = order.place_KT, order.choice_X
         if choices.kept_KT is not None:
             row_KT = row_KT * choices.kept_KT

@@ -19,34 +19,41 @@ _SPAN = 2**32
 
 @dataclass(frozen=True)
 class Order:
+    """All choices in a row.
+
+    Attributes:
+        choice_X: int64 choice k * T + t at each place.
+        place_KT: int64 place of each choice.
+    """
+
+    choice_X: Tensor
+    place_KT: Tensor
+
+
+@dataclass(frozen=True)
+class ByExpert(Order):
     """All choices, sorted by expert.
 
     Attributes:
-        key_X: int64 sorted keys. Those of expert e start at first + e * step.
-        choice_X: int64 choice k * T + t at each place.
-        place_KT: int64 place of each choice.
         number_X: int64 0, 1, … as many as there are choices.
+        key_X: int64 sorted keys. Those of expert e start at first + e * step.
     """
 
-    key_X: Tensor
-    choice_X: Tensor
-    place_KT: Tensor
     number_X: Tensor
+    key_X: Tensor
     first: int
     step: int
 
     @classmethod
-    def of(cls, expert_KT: Tensor, priority_KT: Tensor | None = None, number_X: Tensor | None = None) -> Order:
+    def of(cls, expert_KT: Tensor, priority_KT: Tensor | None = None) -> ByExpert:
         """
         Args:
             expert_KT: int64 expert of each choice, or other numbers.
             priority_KT: fp32, not negative; an expert's choices are in descending order of it, equal ones by k, then
                 by token. None: as in DeepSpeed, for k = 2 first choices before second ones, otherwise by token.
-            number_X: another order's of as many choices.
         """
         K, T = expert_KT.shape
-        if number_X is None:
-            number_X = torch.arange(K * T, device=expert_KT.device)
+        number_X = torch.arange(K * T, device=expert_KT.device)
         first, step = 0, {1: 1, 2: 2}.get(K, T)
         if priority_KT is not None:
             # The bits of floats that are not negative, read as integers, have the order of the floats.
@@ -59,7 +66,11 @@ class Order:
             key_KT = expert_KT * step + (minor.unsqueeze(1) if K == 2 else minor)
         key_X, choice_X = torch.sort(key_KT.flatten(), stable=True)
         place_X = torch.empty_like(choice_X).scatter_(0, choice_X, number_X)
-        return cls(key_X, choice_X, place_X.view(K, T), number_X, first, step)
+        return cls(choice_X, place_X.view(K, T), number_X, key_X, first, step)
+
+    def moved(self, place_KT: Tensor) -> Order:
+        """The same choices at other places, a permutation."""
+        return Order(torch.empty_like(self.choice_X).scatter_(0, place_KT.flatten(), self.number_X), place_KT)
 
     def starts(self, experts: int, parts: int = 1) -> Tensor:
         """[E * parts + 1] int64 the place where each expert's choices start, and one behind the last expert's.

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -23,12 +23,14 @@ from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.pairs import StagedPair, make_pair
 from scmoe_ds.moe import choices, gate
+from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel import tensor
 from scmoe_ds.trace.recorder import SILENT, Recorder
 from tests.simulated_gpu.device import simulated_gpu
 from tests.simulated_gpu.gpu import Gpu, Launch
+from tests.simulated_gpu.plain_top1 import PLAIN_TOP1
 
 UNCHANGED = nullcontext()
 BACKBONES = {
@@ -68,6 +70,7 @@ class Case:
     trained: bool = True
     tokens: str = "equal"
     dropout: float = 0.1
+    fused_gate: bool = False
 
     @property
     def schedule(self) -> Schedule:
@@ -255,7 +258,7 @@ def run(case: Case, changed: AbstractContextManager[object] = UNCHANGED) -> Outc
     used_token = case.mask()
     with as_on_a_gpu():
         outputs, gradients = results(pair, hidden.clone().requires_grad_(), used_token)
-    with changed, simulated_gpu(case.capability) as gpu:
+    with changed, simulated_gpu(case.capability) as gpu, fused_gate() if case.fused_gate else UNCHANGED:
         gpu.move(pair)
         recorder = Recorder(torch.device("cuda", 0)) if case.recorded else None
         pair.recorder = recorder.pair(0) if recorder else SILENT
@@ -272,6 +275,13 @@ def run(case: Case, changed: AbstractContextManager[object] = UNCHANGED) -> Outc
         beside = gpu.hidden("forward"), gpu.hidden("backward")
         waits = forward, backward
         return Outcome(case, differences, list(gpu.findings), waits, gpu.launches, hidden=beside)
+
+
+@contextmanager
+def fused_gate() -> Iterator[None]:
+    """As if Triton were installed: the kernels of the top-1 gate are launched, each by what it computes."""
+    with mock.patch("scmoe_ds.moe.gate.kernels_of", lambda rows: replace(kernels_of(rows), top1=PLAIN_TOP1)):
+        yield
 
 
 def run_gpt(case: Case) -> Outcome:

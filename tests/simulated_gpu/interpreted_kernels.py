@@ -1,4 +1,4 @@
-"""DeepSpeed's Triton kernels against plain PyTorch, in Triton's interpreter. A program: test_kernels.py starts it."""
+"""DeepSpeed's Triton kernels and ours against plain PyTorch, in Triton's interpreter. A program: test_kernels.py starts it."""
 
 from __future__ import annotations
 
@@ -55,6 +55,31 @@ def compare(
         torch.testing.assert_close(a.double(), b, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
+def compare_top1() -> None:
+    """Each kernel against plain PyTorch on the same inputs, with one expert to many, and tokens of several blocks."""
+    from scmoe_ds.moe.top1_triton import TRITON
+    from tests.simulated_gpu.plain_top1 import PLAIN_TOP1
+
+    def alike(name: str, *inputs: Any) -> tuple[Tensor, ...]:
+        found, expected = getattr(TRITON, name)(*inputs), getattr(PLAIN_TOP1, name)(*inputs)
+        found, expected = ((each,) if isinstance(each, Tensor) else each for each in (found, expected))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            if name == "choose" and ours.dim() == 2:  # sums over blocks, of which plain PyTorch has one
+                ours, theirs = ours.sum(0), theirs.sum(0)
+            torch.testing.assert_close(ours, theirs)
+        return tuple(found)
+
+    for T, E, limit, rts in ((1, 1, 1, True), (300, 3, 40, True), (700, 4, 700, False), (33, 600, 1, True)):
+        logits, random = torch.randn(T, E), torch.rand(T, E) if rts else None
+        expert, probability, key, sums = alike("choose", logits, random)
+        key, token = torch.sort(key, stable=True)
+        counts, rows, start, row_start, _ = alike("count", key, sums, limit)
+        token, row, kept, _ = alike("place", key, token, start, row_start, probability, limit)
+        assert int(kept.sum()) == int(rows.sum()) and torch.equal(row[token], torch.arange(T))
+        alike("gradient", logits, expert, kept, counts, torch.randn(T), torch.randn(()))
+
+
 def main() -> None:
     pretend_a_gpu()
     from scmoe_ds.compat import weighted_restore
@@ -79,6 +104,7 @@ def main() -> None:
                 dtype,
             )
         compare(swiglu, plain_swiglu, [torch.randn(5, 2 * D).to(dtype)], dtype)
+    compare_top1()
     print("the kernels and plain PyTorch agree")
 
 

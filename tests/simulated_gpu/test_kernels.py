@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.moe.sharded_moe import TopKGate
 from packaging.version import Version
 from torch import Tensor
 
@@ -24,8 +26,10 @@ from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe import kernels
 from scmoe_ds.moe.decode import decode
 from scmoe_ds.moe.experts import grouped_experts, is_linear, product_for, run_experts
+from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.kernels import PLAIN, Kernels, choose_kernels, kernels_of, packed_swiglu, plain_swiglu
 from scmoe_ds.moe.linear_experts import linear_experts
+from tests.simulated_gpu.plain_top1 import PLAIN_TOP1
 
 D, E = 8, 4
 NEEDS_GROUPED_MM = pytest.mark.skipif(
@@ -117,9 +121,10 @@ def test_fused_kernels_where_triton_runs(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(deepspeed.get_accelerator(), "is_triton_supported", lambda: True)
     monkeypatch.setattr(kernels, "weighted_restore", lambda: restore)
     monkeypatch.setattr(kernels, "packed_swiglu", lambda: swiglu)
+    monkeypatch.setattr(kernels, "top1_kernels", lambda: PLAIN_TOP1)
     for dtype in kernels.FUSED:
         chosen = kernels_of(rows_on((8, 0), dtype, monkeypatch))
-        assert chosen.restore is restore and chosen.swiglu is swiglu
+        assert chosen.restore is restore and chosen.swiglu is swiglu and chosen.top1 is PLAIN_TOP1
     with caplog.at_level(logging.INFO):
         assert kernels_of(rows_on((8, 6), torch.float64, monkeypatch)) == PLAIN
         assert kernels_of(rows_on((7, 0), torch.bfloat16, monkeypatch)) == PLAIN
@@ -127,7 +132,7 @@ def test_fused_kernels_where_triton_runs(monkeypatch: pytest.MonkeyPatch, caplog
         for _ in range(2):
             assert kernels_of(rows_on((8, 7), torch.float16, monkeypatch)) == PLAIN
     assert [record.message.split(":")[1] for record in caplog.records] == 3 * [
-        " grouped product none, weighted restore torch's, SwiGLU torch's"
+        " grouped product none, weighted restore torch's, SwiGLU torch's, top-1 gate torch's"
     ]
     assert "compute capability 8.7 in float16" in caplog.text
     assert kernels_of(torch.zeros(1)) is PLAIN
@@ -230,9 +235,30 @@ def test_deepspeeds_product_takes_what_it_is_handed(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(grouped, run_experts(local, rows, counts), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("drop, use_rts", [(True, True), (True, False), (False, True)])
+def test_fused_top1_is_the_gate(drop: bool, use_rts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of equals a GPU keeps the first ones. A CPU keeps others, which is imitated there.
+    monkeypatch.setattr("scmoe_ds.moe.choices._equals_at", lambda *_: False)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        T, experts, factor = random.Random(seed).choices(range(1, 40), k=3)
+        gate = TopKGate(D, experts, 1, factor / 20, min_capacity=0, drop_tokens=drop, use_rts=use_rts)
+        results = []
+        for fused in (None, PLAIN_TOP1):
+            monkeypatch.setattr("scmoe_ds.moe.gate.kernels_of", lambda _, fused=fused: Kernels(top1=fused))
+            torch.manual_seed(seed)
+            x = torch.randn(T, D).requires_grad_()
+            found = route(gate, x)
+            grads = torch.autograd.grad(found.l_aux + found.weight_KT.square().sum(), [x, gate.wg.weight])
+            choices, order = found.choices, found.choices.order
+            places = [order.choice_X, order.place_KT, choices.counts_E, choices.rows_E]
+            results.append([found.expert_KT, found.weight_KT, found.l_aux, *places, torch.rand(1), *grads])
+        assert all(map(torch.equal, *results)), seed
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter runs without a GPU")
 @pytest.mark.skipif(Version(deepspeed.__version__) < Version("0.19.8"), reason="DeepSpeed has these from 0.19.8 on")
-def test_deepspeeds_kernels_in_tritons_interpreter() -> None:
+def test_kernels_in_tritons_interpreter() -> None:
     """In a process of their own: Triton decides when it is imported."""
     script = Path(__file__).with_name("interpreted_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

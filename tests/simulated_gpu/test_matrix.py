@@ -16,7 +16,7 @@ from tests.simulated_gpu.cases import PLACES, SETTINGS, Case, Outcome, covering,
 from tests.simulated_gpu.device import NEEDS_SIMULATION
 
 pytestmark = NEEDS_SIMULATION
-COUNTED = Case("scmoe", "pos2", 2, 1, dtype=torch.bfloat16, capability=(9, 0), dropout=0.0)
+COUNTED = Case("scmoe", "pos2", 2, 1, dtype=torch.bfloat16, capability=(9, 0), dropout=0.0, fused_gate=True)
 MODELS = [
     Case("scmoe", "pos2", 2, 2, spread=True, dtype=torch.bfloat16),
     Case("dgmoe", "pos2", 3, 1, recompute="full"),
