@@ -7,8 +7,13 @@ HOST_WAITS_FORWARD = 1
 """Per MoE layer and forward pass: for the row counts, whatever the dispatch, the chunks and the dtype are."""
 HOST_WAITS_BACKWARD = 0
 
-LAUNCHES_FORWARD = 70
-LAUNCHES_BACKWARD = 89
+LAUNCHES_FORWARD = 49
+LAUNCHES_BACKWARD = 82
 """Per pair: two blocks, top-1, two local experts on each of two ranks, exact rows, one chunk, bf16, no dropout."""
-GATE_LAUNCHES_FORWARD = 29
+GATE_LAUNCHES_FORWARD = 8
 """Of these, the gate's."""
+
+PLAIN_LAUNCHES_FORWARD = 70
+PLAIN_LAUNCHES_BACKWARD = 89
+PLAIN_GATE_LAUNCHES_FORWARD = 29
+"""The same three without Triton."""

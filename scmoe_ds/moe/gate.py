@@ -1,4 +1,4 @@
-"""`route`: which expert takes which token, and with what weight; equal to DeepSpeed's gate, bit for bit.
+"""`route`: which expert takes which token, and with what weight; equal to DeepSpeed's gate, bit for bit on a CPU.
 
 DeepSpeed's own functions take a mask for k = 1 only. They count masked tokens in the balancing loss and the capacity,
 refuse fewer tokens than `min_capacity`, and do not return the expert of a dropped choice. Here the result depends on
@@ -104,15 +104,10 @@ def route(
     logits_TE = _logits(gate, tokens_TD, used_T)
     if len(tokens_TD) == 0:
         return _agreed(_route_none(gate, logits_TE), group)
-    top1 = kernels_of(tokens_TD).top1
     noise = gate.noisy_gate_policy == "RSample" and gate.training
-    if (
-        top1 is not None
-        and gate.k == 1
-        and used_T is None is exclude_T
-        and softmax in ("all", "deepspeed")
-        and not noise
-    ):
+    plain = used_T is None and exclude_T is None and not noise and softmax in ("all", "deepspeed")
+    top1 = kernels_of(tokens_TD).top1 if gate.k == 1 and plain else None
+    if top1 is not None:
         return _agreed(_route_top1(top1, gate, logits_TE), group)
     return _agreed(_route_all(gate, logits_TE, used_T, exclude_T, softmax), group)
 

@@ -6,6 +6,7 @@ And what a pair costs the host: waits and launches, against lab/gpu_budgets.py.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,19 @@ from tests.simulated_gpu.device import NEEDS_SIMULATION
 
 pytestmark = NEEDS_SIMULATION
 COUNTED = Case("scmoe", "pos2", 2, 1, dtype=torch.bfloat16, capability=(9, 0), dropout=0.0, fused_gate=True)
+PLAIN = replace(COUNTED, fused_gate=False)
+BUDGETS = {
+    COUNTED: (
+        gpu_budgets.LAUNCHES_FORWARD,
+        gpu_budgets.LAUNCHES_BACKWARD,
+        gpu_budgets.GATE_LAUNCHES_FORWARD,
+    ),
+    PLAIN: (
+        gpu_budgets.PLAIN_LAUNCHES_FORWARD,
+        gpu_budgets.PLAIN_LAUNCHES_BACKWARD,
+        gpu_budgets.PLAIN_GATE_LAUNCHES_FORWARD,
+    ),
+}
 MODELS = [
     Case("scmoe", "pos2", 2, 2, spread=True, dtype=torch.bfloat16),
     Case("dgmoe", "pos2", 3, 1, recompute="full"),
@@ -28,7 +42,7 @@ MODELS = [
 def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
     """Of both ranks."""
     size = request.param
-    cases = [case for case in (COUNTED, *covering()) if case.tensor_parallel == size]
+    cases = [case for case in (*BUDGETS, *covering()) if case.tensor_parallel == size]
     models = [Case(**{**vars(case), "tensor_parallel": size}) for case in MODELS]
     return list(itertools.chain(*run_distributed(run_all, 2, cases, models, size)))
 
@@ -52,14 +66,13 @@ def test_waits_of_the_host(outcomes: list[Outcome]) -> None:
 
 def test_launches(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
-        if outcome.case == COUNTED:
+        if outcome.case in BUDGETS:
             launches = list(outcome.launches.items())
             forward = sum(count for launch, count in launches if launch.phase == "forward")
             backward = sum(count for launch, count in launches if launch.phase == "backward")
             gate = sum(count for launch, count in launches if (launch.phase, launch.part) == ("forward", "gate"))
-            assert 30 < forward <= gpu_budgets.LAUNCHES_FORWARD
-            assert 30 < backward <= gpu_budgets.LAUNCHES_BACKWARD
-            assert 5 < gate <= gpu_budgets.GATE_LAUNCHES_FORWARD
+            budget = BUDGETS[outcome.case]
+            assert 30 < forward <= budget[0] and 30 < backward <= budget[1] and 5 < gate <= budget[2]
 
 
 def test_every_three_settings_meet() -> None:
