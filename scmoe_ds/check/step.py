@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from scmoe_ds.training.settings import TrainingSettings
 from scmoe_ds.training.start_text import parameters_of
 from scmoe_ds.training.utilization import compute_dtype
 
-_MOST_STEPS = 3
 _PARAMETERS, _STATE, _GRADIENTS = "parameters", "optimizer state", "gradients"
 _ACTIVATIONS, _BUFFERS, _TEMPORARIES = "activations", "communication buffers", "temporaries"
 
@@ -110,7 +109,7 @@ class Findings:
 
 
 def check_step(subject: Subject, loaded: LoadedConfig, place: Place) -> Findings:
-    """Builds the model and the engine, and trains for a step or, when the first one adds to the memory, for two.
+    """Builds the model and the engine, and trains for two steps. The first one may add to what stays in memory.
 
     Raises:
         UserError: what would fail on the device.
@@ -243,7 +242,7 @@ def _steps(
     storages: Storages,
     works: list[Work],
 ) -> int:
-    """Trains until a step leaves as much memory as it found: some optimizers make their states in their first step.
+    """Trains for two steps, the second one with all of its micro-batches.
 
     Returns:
         how many values of the GPU DeepSpeed's engine has read in the last step.
@@ -252,16 +251,17 @@ def _steps(
         name: torch.randint(0, 2, (micro_batch_size, *shape)).to(dtype)
         for name, (shape, dtype) in subject.sample.items()
     }
-    for _ in range(_MOST_STEPS):
-        before = storages.total
+    whole, engine = trainer.settings, trainer.engine
+    # Some optimizers make their states in their first step. One micro-batch is enough for it.
+    for steps in (1, whole.accumulation_steps):
+        trainer.settings = replace(whole, accumulation_steps=steps)
+        engine.set_train_batch_size(engine.train_batch_size() // engine.gradient_accumulation_steps() * steps)
         storages.reset()
         works.clear()
-        before_reads = 0 if fakes is None else fakes.reads_of_engine
-        trainer.step(iter([batch] * trainer.settings.accumulation_steps))
+        reads = 0 if fakes is None else fakes.reads_of_engine
+        trainer.step(iter([batch] * steps))
         storages.rename_all(_STATE, _TEMPORARIES)
-        if storages.total <= before * 1.001:
-            break
-    return 0 if fakes is None else fakes.reads_of_engine - before_reads
+    return 0 if fakes is None else fakes.reads_of_engine - reads
 
 
 def _values_of(model: nn.Module) -> list[Tensor]:
