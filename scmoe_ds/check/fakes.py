@@ -44,13 +44,14 @@ class Fakes(FakeTensorMode):
 
     Attributes:
         meta: a mode that has to be entered, too.
+        capacity: of the gate of DeepSpeed's own layers that runs, where it follows from the data.
         building: a model is being built: parameters begin as `torch.empty` on the host, and are fake from there on.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.target, self.building, self.reads_of_engine = device, False, 0
-        self.meta = _AskedForMeta()
+        self.meta, self.capacity = _AskedForMeta(), 0
 
     def __deepcopy__(self, memo: Any) -> Fakes:
         return self  # a copy of a fake tensor has its mode
@@ -79,10 +80,12 @@ class Fakes(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _read(self, tensor: Tensor) -> Any:
-        """DeepSpeed's engine may read: norms and overflows of gradients, once a step. They are zero here. On a CPU
-        nobody waits for a condition; the rare case, which it asks for, has not come."""
-        line = _line()
-        if "/deepspeed/runtime/" in line or (self.target == HOST and tensor.dtype == torch.bool):
+        """DeepSpeed may read: norms and overflows of gradients once a step, and conditions in its own layers. They are
+        zero here. On a CPU nobody waits for a condition; the rare case, which it asks for, has not come."""
+        line, is_condition = _line(), tensor.dtype == torch.bool
+        if "/deepspeed/moe/" in line and not is_condition:
+            return self.capacity
+        if "/deepspeed/runtime/" in line or (is_condition and (self.target == HOST or "/deepspeed/moe/" in line)):
             self.reads_of_engine += 1
             return torch.zeros((), dtype=tensor.dtype).item()
         raise CheckError(

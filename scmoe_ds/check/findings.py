@@ -62,7 +62,7 @@ def _rows(found: Findings, place: Place) -> dict[str, str]:
         "FLOPs": f"{found.flops / 1e12:.4g} TFLOP a step, counted; {found.shape_flops / 1e12:.4g} by the model's "
         "shape, without what is computed again",
         "time": least,
-        "host reads": f"{found.host_reads} a step, all in DeepSpeed's optimizer",
+        "host reads": f"{found.host_reads} a step by DeepSpeed, beside the row counts of the exact dispatch",
     }
 
 

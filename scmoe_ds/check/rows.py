@@ -10,29 +10,41 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.sharded_moe import TopKGate
 from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor
 
+from scmoe_ds.check.fakes import Fakes
 from scmoe_ds.comm.counts import CountsInFlight
+from scmoe_ds.compat import FakeTensor
 from scmoe_ds.moe import gate
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.routed import RoutedTokens, row_counts
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.replace.tap_check import TapCheck
 
-_agreed = gate._agreed
+_agreed, _forward = gate._agreed, TopKGate.forward
 
 
 @contextmanager
-def even_routing() -> Iterator[None]:
+def even_routing(fakes: Fakes) -> Iterator[None]:
     """Inside the block, what layers read of their data is that of an even routing, the same on all ranks."""
+
+    def gated(topk_gate: TopKGate, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # DeepSpeed's own layers read the capacity, which without drops follows from the counts.
+        fakes.capacity = -(-topk_gate.k * len(input) // topk_gate.wg.out_features)
+        l_aux, capacity, *rest = _forward(topk_gate, input, *args, **kwargs)
+        return l_aux, fakes.capacity if isinstance(capacity, FakeTensor) else capacity, *rest
+
     with (
         patch.object(RoutedTokens, "counts_on_host", _counts_on_host),
         patch.object(gate, "_agreed", _agreed_on_host),
+        patch.object(TopKGate, "forward", gated),
         patch.object(TapCheck, "finish", lambda check, value: check.remove()),
         patch.object(stage_1_and_2, "is_invalid_grad_norm", lambda norm: False, create=True),
     ):

@@ -125,7 +125,7 @@ def check_step(subject: Subject, loaded: LoadedConfig, place: Place) -> Findings
             world(place.rank, place.ranks, place.per_node, device.type),
             without_memory(),
             _card(device, place, storages) if device.type == "cuda" else nullcontext(),
-            even_routing(),
+            even_routing(fakes),
             fakes,
             fakes.meta,
             storages,
@@ -256,6 +256,7 @@ def _steps(
     for steps in (1, whole.accumulation_steps):
         trainer.settings = replace(whole, accumulation_steps=steps)
         engine.set_train_batch_size(engine.train_batch_size() // engine.gradient_accumulation_steps() * steps)
+        engine.micro_steps = 0
         storages.reset()
         works.clear()
         reads = 0 if fakes is None else fakes.reads_of_engine

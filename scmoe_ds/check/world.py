@@ -25,7 +25,7 @@ def world(rank: int, ranks: int, per_node: int, device: str) -> Iterator[None]:
         per_node: ranks of each node.
         device: "cuda" or "cpu", DeepSpeed's accelerator.
     """
-    before = real_accelerator.ds_accelerator
+    before, make_group = real_accelerator.ds_accelerator, dist.new_group
     accelerator = CUDA_Accelerator() if device == "cuda" else CPU_Accelerator()
     environment = {
         "RANK": str(rank),
@@ -42,7 +42,14 @@ def world(rank: int, ranks: int, per_node: int, device: str) -> Iterator[None]:
         is_node = value == environment["CROSS_RANK"]
         values[:] = [f"node {member // per_node}" if is_node else value for member in members]
 
-    with patch.dict(os.environ, environment), patch.object(dist, "all_gather_object", all_gather_object):
+    def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **_: Any) -> Any:
+        return make_group(ranks, timeout, "fake")  # whatever backend is asked for: megatron-core names gloo and NCCL
+
+    with (
+        patch.dict(os.environ, environment),
+        patch.object(dist, "all_gather_object", all_gather_object),
+        patch.object(dist, "new_group", new_group),
+    ):
         start_fake_process_group(rank, ranks)
         real_accelerator.set_accelerator(accelerator)
         try:

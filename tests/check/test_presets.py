@@ -1,0 +1,55 @@
+"""Every file of ds_configs/ would run, and the memory column of their README is what the check finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cost.preset_memory import DIRECTORY, needed_gb, table
+from scmoe_ds.models.presets import PRESETS
+from scmoe_ds.programs.check import main
+
+TABLE = table()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_file_of_the_table(name: str) -> None:
+    """Blocks are alike: two shallow models give what each pair of blocks adds, and so the memory of the whole."""
+    preset, column = TABLE[name]
+    if preset in PRESETS:
+        whole, few, many = PRESETS[preset].arguments["num_layers"], 4, 8
+        shallow = [needed_gb(name, preset, "scmoe", "--num-layers", str(layers)) for layers in (few, many)]
+    else:
+        whole, few, many = 18, 4, 8
+        depths = [["--depths", "2", "2", str(layers), "2"] for layers in (few, many)]
+        shallow = [needed_gb(name, preset, "scmoe", *flags) for flags in depths]
+    expected = shallow[0] + (shallow[1] - shallow[0]) * (whole - few) / (many - few)
+    assert float(column.split(" / ")[0]) == pytest.approx(expected, abs=0.6 + 0.03 * expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        (
+            "gpt_small_gpu.json",
+            "--moe-expert-parallel-size 2 --num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 "
+            "--world-size 2",
+        ),
+        (
+            "gpt_small_cpu.json",
+            "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256 --world-size 2",
+        ),
+        ("swin_digits_cpu.json", "--preset swin-digits"),
+    ],
+)
+def test_a_small_file(name: str, flags: str, tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    assert main(["--deepspeed_config", str(DIRECTORY / name), *flags.split(), "--json", str(found)]) == 0
+    assert json.loads(found.read_text("utf-8"))["fits"]
+
+
+def test_all_files_are_checked() -> None:
+    small = {"gpt_small_gpu.json", "gpt_small_cpu.json", "swin_digits_cpu.json", "scmoe.schema.json"}
+    assert {path.name for path in DIRECTORY.glob("*.json")} == TABLE.keys() | small
