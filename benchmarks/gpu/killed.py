@@ -48,7 +48,7 @@ def run(notes: Notes, setting: Setting) -> None:
                 rank.kill()
         seconds = time.monotonic() - killed
         lines = (directory / "0.log").read_text("utf-8", errors="replace").splitlines()
-    said = [line for line in lines if re.search(r"error: rank 0\b.*\bRank 1\b", line)]
+    said = [line for line in lines if re.search(r"error: rank 0\b.*(\bRank 1\b|timed out)", line)]
     in_time = code not in (None, 0) and seconds <= 60 * TIMEOUT_MIN + SLACK_S
     notes.row(
         "A killed rank", **{"exit code of the other": code, "after s": f"{seconds:.0f}", "says": (said or lines)[-1]}
