@@ -12,6 +12,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.speed import gate as benchmark
 from scmoe_ds.moe.gate import Routing, capacity, route
 from scmoe_ds.moe.logits import fp32_logits
 
@@ -162,3 +163,13 @@ def test_no_copy_of_the_tokens_is_kept_for_backward(masked: bool) -> None:
         route(gate, x, torch.rand(40) < 0.5 if masked else None)
     wide = [each for each in kept if each.shape == x.shape]
     assert [each.data_ptr() for each in wide] == [x.data_ptr()]
+
+
+def test_the_benchmark_compares_the_same_routing() -> None:
+    gate, x = TopKGate(HIDDEN, 4, 2, 0.8, top2_2nd_expert_sampling=False), torch.randn(40, HIDDEN, requires_grad=True)
+    runs = benchmark.variants(gate, x)
+    theirs, ours = runs[benchmark.BASELINE](), runs["ours, padded"]()
+    for expected, found in zip(theirs, ours, strict=True):
+        assert torch.equal(expected.flatten(), found.flatten())
+    for run in runs.values():
+        benchmark.train(run, gate, x, {})
