@@ -154,7 +154,8 @@ class Recorder:
         self._stamps: list[tuple[Key, Stamp, Stamp, Migration | None]] = []
         self._open: dict[Key, Stamp] = {}
         self._watching = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._origin, self._origin_s = self.stamp(), time.perf_counter()
+        self._origin = self.stamp()
+        self._origin_s = time.perf_counter() if device.type == "cuda" else self._origin
 
     def pair(self, layer: int) -> PairRecorder:
         """The recorder to hand to the pair of MoE layer number `layer`."""
