@@ -296,6 +296,4 @@ class _Mark(torch.autograd.Function):
 
 
 def _mark(tensors: tuple[Tensor | None, ...], note: Callable[[], None]) -> tuple[Any, ...]:
-    if not torch.is_grad_enabled():
-        return tensors
-    return _Mark.apply(note, *tensors)
+    return _Mark.apply(note, *tensors) if torch.is_grad_enabled() else tensors
