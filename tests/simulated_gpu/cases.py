@@ -202,11 +202,9 @@ def results(pair: StagedPair, hidden: Tensor, used_token: Tensor | None) -> Iter
     with torch.set_grad_enabled(pair.training):
         output = pair(hidden, used_token)
     yield list(output)
-    if not pair.training:
-        yield []
-        return
     inputs, grads = [hidden, *pair.parameters()], [output.hidden.detach(), output.l_aux.detach()]
-    yield list(torch.autograd.grad([output.hidden, output.l_aux], inputs, grads, allow_unused=True))
+    outputs = [output.hidden, output.l_aux]
+    yield list(torch.autograd.grad(outputs, inputs, grads, allow_unused=True)) if pair.training else []
 
 
 @dataclass(frozen=True)
@@ -248,10 +246,7 @@ def different(expected: Sequence[Tensor | None], found: Sequence[Tensor | None],
 
 
 def run(case: Case, changed: AbstractContextManager[object] = UNCHANGED) -> Outcome:
-    """
-    Args:
-        changed: surrounds what runs on the device, and not what runs on the CPU.
-    """
+    """`changed` surrounds what runs on the device, and not what runs on the CPU."""
     pair = build(case)
     torch.manual_seed(5 + case.data_rank)
     hidden = torch.randn(case.sequences, 12, 16, dtype=case.dtype)
