@@ -136,6 +136,8 @@ def peaks_of_rank() -> list[tuple[int, int]]:
 
 
 def test_two_ranks_that_exchange_tokens() -> None:
-    for fake, real in run_distributed(peaks_of_rank, 2)[0]:
+    exact, padded = run_distributed(peaks_of_rank, 2)[0]
+    # Of the exact rows of an untrained gate, a rank gets more than half, or less.
+    for (fake, real), tolerance in ((exact, 0.1), (padded, 0.05)):
         print(f"two ranks: fake {fake} real {real} {100 * (fake / real - 1):+.2f} %")
-        assert fake == pytest.approx(real, rel=0.05)
+        assert fake == pytest.approx(real, rel=tolerance)
