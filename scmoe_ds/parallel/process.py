@@ -14,7 +14,7 @@ from deepspeed.constants import default_pg_timeout
 
 from scmoe_ds.compat import set_default_timeout, set_world_timeout
 from scmoe_ds.errors import LauncherError, first_line
-from scmoe_ds.parallel import compilation, watch
+from scmoe_ds.parallel import compilation, standing, watch
 from scmoe_ds.parallel.agreement import wait_for_all
 from scmoe_ds.parallel.launchers import adopt_launcher
 from scmoe_ds.parallel.nccl import PRIORITY, prefer_communication
@@ -57,6 +57,8 @@ def connect(timeout: timedelta | None = None) -> bool:
     # NCCL sends Python objects through the current device: without this, every rank of a node would use the first.
     accelerator = deepspeed.get_accelerator()
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if accelerator.device_name() == "cuda":
+        standing.streams.append(torch.cuda.default_stream())
     if timeout is not None:
         set_default_timeout(timeout)
     timeout = timeout or default_pg_timeout

@@ -14,7 +14,7 @@ import torch
 IN_COLLECTIVE = re.compile(r"torch.distributed|scmoe_ds.comm|agreed|wait_for_all")
 
 streams: list[torch.cuda.Stream] = []
-"""Streams beside the default one in which work may wait for other ranks; whoever makes one adds it."""
+"""In which work may wait for other ranks: this rank's default one, and whoever makes another adds it."""
 
 iteration: int | None = None
 reached = "the start"
@@ -58,10 +58,14 @@ class Standing:
 
 
 def device_is_busy() -> bool:
-    """Whether a GPU has not done all that it was given, as when it waits for other ranks. The host does not wait."""
+    """Whether a GPU has not done all that it was given, as when it waits for other ranks. The host does not wait.
+
+    Only streams that were noted are asked. A thread that looks begins on the node's first GPU: what it called the
+    default stream would be another rank's GPU, on which it would even take memory.
+    """
     if not torch.cuda.is_initialized():
         return False
     try:
-        return not all(stream.query() for stream in (torch.cuda.default_stream(), *streams))
+        return not all(stream.query() for stream in streams)
     except RuntimeError:  # a kernel has failed: the main thread will hear of it
         return False

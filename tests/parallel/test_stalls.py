@@ -15,7 +15,7 @@ from lab.distributed import run_distributed
 from scmoe_ds.errors import ExchangeError
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe.shortcut import ScMoE
-from scmoe_ds.parallel import failures, stalls, standing
+from scmoe_ds.parallel import failures, process, stalls, standing
 from scmoe_ds.parallel.stalls import StallWatch
 from scmoe_ds.parallel.standing import Standing
 from tests.simulated_gpu import streams
@@ -79,14 +79,38 @@ def test_a_busy_gpu_is_seen_on_every_stream(monkeypatch: pytest.MonkeyPatch) -> 
     busy, idle, broken = (SimpleNamespace(query=each) for each in (lambda: False, lambda: True, lambda: 1 / 0))
     assert not standing.device_is_busy(), "without a GPU"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda: idle)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda *_: pytest.fail("it is the looking thread's GPU's"))
     monkeypatch.setattr(standing, "streams", [idle])
     assert not standing.device_is_busy()
     standing.streams.append(busy)  # type: ignore[arg-type]
     assert standing.device_is_busy()
     broken.query = lambda: (_ for _ in ()).throw(RuntimeError("an illegal memory access"))
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda: broken)
+    monkeypatch.setattr(standing, "streams", [broken])
     assert not standing.device_is_busy()
+
+
+def test_the_default_stream_is_noted_by_the_thread_that_has_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's current GPU is the node's first one, whatever the rank."""
+    gpu = threading.local()
+    accelerator = SimpleNamespace(set_device=lambda number: setattr(gpu, "number", number), device_name=lambda: "cuda")
+    monkeypatch.setattr(process.deepspeed, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(process.deepspeed, "init_distributed", lambda **_: None)
+    for name in ("prepare_environment", "set_world_timeout", "wait_for_all", "forget_names"):
+        monkeypatch.setattr(process, name, lambda *_: None)
+    monkeypatch.setattr(process.dist, "is_initialized", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    of_gpu = [SimpleNamespace(query=lambda number=number: number != 3) for number in range(4)]
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda *_: of_gpu[getattr(gpu, "number", 0)])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(standing, "streams", [])
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    assert process.connect()
+    seen: list[bool] = []
+    looks_on = threading.Thread(target=lambda: seen.append(standing.device_is_busy()))
+    looks_on.start()
+    looks_on.join()
+    assert seen == [True]
 
 
 def test_a_thread_that_stands() -> None:
