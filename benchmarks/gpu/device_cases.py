@@ -94,8 +94,8 @@ def _numbers_of_the_host() -> Iterator[None]:
     """The gate draws which tokens are dropped: on every device the same ones."""
     rand = torch.rand
 
-    def drawn(*size: int, device: torch.device) -> Tensor:
-        return rand(*size).to(device)
+    def drawn(*size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return rand(*size, dtype=dtype).to(device)
 
     with mock.patch.object(torch, "rand", drawn):
         yield

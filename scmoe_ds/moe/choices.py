@@ -54,6 +54,11 @@ def draw(noise: Callable[[int], Tensor], tokens: int, used_T: Tensor | None) -> 
     return drawn.index_select(0, (used_T.cumsum(0) - 1).clamp(min=0))
 
 
+def uniform(rows: int, experts: int, device: torch.device) -> Tensor:
+    """Random numbers to keep tokens by. In fp32 whatever torch's default dtype is: their bits become keys."""
+    return torch.rand(rows, experts, device=device, dtype=torch.float32)
+
+
 @torch.no_grad()
 def choose(
     gate: TopKGate, logits_TE: Tensor, probability_TE: Tensor, used_T: Tensor | None, exclude_T: Tensor | None
@@ -96,7 +101,7 @@ def keep(
     priority_KT = None
     if K == 1 and gate.use_rts:
         # Drawn without a limit too, as in DeepSpeed: the next random numbers must not depend on `drop_tokens`.
-        random_TE = draw(lambda rows: torch.rand(rows, E, device=chosen_KT.device), T, used_T)
+        random_TE = draw(lambda rows: uniform(rows, E, chosen_KT.device), T, used_T)
         priority_KT = random_TE.gather(1, chosen_KT.t()).t()
     elif K > 2:
         priority_KT = probability_TE.gather(1, chosen_KT.t()).t().contiguous()
@@ -153,8 +158,8 @@ def _kept_by_topk(
     """[K, T] what DeepSpeed keeps on a CPU. Of equals, torch's topk keeps the first ones on a GPU, as a stable sort
     does, but any on a CPU."""
     used_T = torch.ones(chosen_KT.shape[1], dtype=torch.bool) if used_T is None else used_T
-    priority_KT = torch.ones(chosen_KT.shape) if priority_KT is None else priority_KT
-    priority_TE = torch.full((len(used_T), experts), -1.0).scatter_(1, chosen_KT.t(), priority_KT.t())
+    priority_KT = torch.ones(chosen_KT.shape, dtype=torch.float32) if priority_KT is None else priority_KT
+    priority_TE = priority_KT.new_full((len(used_T), experts), -1.0).scatter_(1, chosen_KT.t(), priority_KT.t())
     best_CE = priority_TE[used_T].topk(limit, dim=0, sorted=False).indices
     kept_TE = torch.zeros_like(priority_TE, dtype=torch.bool)
     kept_TE[used_T] = torch.zeros_like(kept_TE[used_T]).scatter_(0, best_CE, True)

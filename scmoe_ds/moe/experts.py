@@ -117,8 +117,12 @@ def product_for(experts: Experts, rows_SD: Tensor) -> GroupedProduct | None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a host tensor to a device. From pageable memory the host would wait for all earlier work of the GPU."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """Copies a tensor to a device. From pageable memory the host would wait for all earlier work of the GPU.
+
+    A tensor may be on another device, or on this one under `torch.set_default_device`; such memory cannot be pinned.
+    """
+    pinned = tensor.device.type == "cpu" and device.type == "cuda"
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 def grouped_experts(

@@ -24,6 +24,7 @@ from scmoe_ds.comm.counts import largest
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.checks import check_tokens
 from scmoe_ds.moe.choices import Choices, choose, draw, keep
+from scmoe_ds.moe.experts import to_device
 from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.moe.logits import fp32_logits
 from scmoe_ds.moe.order import Order
@@ -98,9 +99,7 @@ def route(
     check_tokens("exclude", exclude_T, len(tokens_TD), integer=True)
     used_T = None
     if used_token is not None:
-        used_T = used_token.reshape(-1) != 0
-        if used_T.device != tokens_TD.device:  # from pageable memory the host would wait
-            used_T = (used_T.pin_memory() if tokens_TD.is_cuda else used_T).to(tokens_TD.device, non_blocking=True)
+        used_T = to_device(used_token.reshape(-1) != 0, tokens_TD.device)
     logits_TE = _logits(gate, tokens_TD, used_T)
     if len(tokens_TD) == 0:
         return _agreed(_route_none(gate, logits_TE), group)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scmoe_ds.moe.choices import Choices
+from scmoe_ds.moe.choices import Choices, uniform
 from scmoe_ds.moe.order import Order
 
 
@@ -55,7 +55,7 @@ def choose_top1(
     """
     T, E = logits_TE.shape
     # Drawn without a limit too, as in DeepSpeed: the next random numbers must not depend on `drop_tokens`.
-    random_TE = torch.rand(T, E, device=logits_TE.device) if use_rts else None
+    random_TE = uniform(T, E, logits_TE.device) if use_rts else None
     limit = None if limit is None or limit >= T else limit
     weight_T, l_aux, expert_T, kept_T, token_X, row_T, counts_E, rows_E = _Top1.apply(
         logits_TE, None if limit is None else random_TE, T if limit is None else limit, kernels

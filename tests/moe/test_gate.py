@@ -221,3 +221,21 @@ def test_former_names_mean_what_they_did() -> None:
 def test_serving_keeps_the_weights() -> None:
     trained = ScMoEConfig.from_deepspeed({"scmoe": {"architecture": "topk", "gate_softmax": "all"}})
     assert serving_config(trained).gate_softmax == "all"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_default_dtype_is_of_no_matter(k: int, dtype: torch.dtype) -> None:
+    """Programs for bf16 set it around all that they do. Which tokens are kept does not follow it."""
+    layer, x = make("exact", k, capacity_factor=0.5, min_capacity=1), torch.randn(12, HIDDEN)
+    mask = torch.arange(12) != 3
+    for used in (None, mask):
+        torch.manual_seed(7)
+        expected = route(layer.deepspeed_moe.gate, x, used)
+        torch.manual_seed(7)
+        torch.set_default_dtype(dtype)
+        try:
+            found = route(layer.deepspeed_moe.gate, x, used)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found.expert_KT, expected.expert_KT) and torch.equal(found.weight_KT, expected.weight_KT)

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import scmoe_ds
 from scmoe_ds.comm.counts import start_counts
 from scmoe_ds.models.layers import MLP, GPTSettings
-from scmoe_ds.moe.experts import grouped_experts
+from scmoe_ds.moe.experts import grouped_experts, to_device
 from scmoe_ds.moe.kernels import torch_product
 from scmoe_ds.moe.layout import ExactLayout
+from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 
 D, E, ROWS = 8, 4, 4096
 
@@ -155,3 +156,16 @@ def test_no_tensor_is_made_of_numbers_on_the_device(path: str) -> None:
         and any(each.arg == "device" for each in call.keywords)
     ]
     assert not found
+
+
+@NEEDS_SIMULATION
+def test_a_mask_may_be_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host memory is pinned for its way to a GPU; a GPU's cannot be, and the host waits for what it reads of it."""
+    with simulated_gpu() as gpu:
+        there, here = gpu.move(torch.arange(3)), torch.arange(3)
+        assert to_device(here, there.device).device == there.device and not gpu.host_waits
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "pin_memory", lambda *_: pytest.fail("memory of a GPU"))
+            assert to_device(there, there.device) is there
+            assert to_device(there, here.device).tolist() == [0, 1, 2]
+        assert not gpu.findings
