@@ -109,9 +109,11 @@ def activate_and_project(expert: TwoProjections, inner: Tensor, project: Project
 def product_for(experts: Experts, rows_SD: Tensor) -> GroupedProduct | None:
     """The grouped matrix product of a device, for linear experts whose rows have a multiple of 16 bytes.
 
-    Not for one or two: two products take less than one grouped product with the copy of the weights that it needs.
+    Not for one or two: two products take less than one grouped product with the copy of the weights that it needs. Nor
+    where a rank has got no rows at all, as happens when single tokens are decoded: no kernel need know that.
     """
-    product, members = kernels_of(rows_SD).grouped_product, list(experts.deepspeed_experts)
+    product = kernels_of(rows_SD).grouped_product if rows_SD.shape[0] else None
+    members = list(experts.deepspeed_experts)
     fits = product is not None and len(members) > 2 and all(is_linear(expert, rows_SD) for expert in members)
     return product if fits and all(parameter.shape[-1] % 8 == 0 for parameter in experts.parameters()) else None
 

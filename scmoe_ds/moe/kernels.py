@@ -1,7 +1,7 @@
 """Which kernels compute on rows, chosen once per device and dtype.
 
                       everywhere                  where the device and the installed packages have better
-    grouped product   none: expert after expert   torch's from compute capability 9.0 on, DeepSpeed's on 8.x; in bf16
+    grouped product   none: expert after expert   torch's on compute capability 9.x, 10.x, DeepSpeed's on 8.x; in bf16
     restore           moe/decode.py               DeepSpeed's from 8.0 on (DeepSpeed 0.19.8)
     SwiGLU            silu(gate) * up             DeepSpeed's from 8.0 on (DeepSpeed 0.19.8)
     top-1 gate        moe/gate.py                 moe/top1_triton.py from 8.0 on
@@ -83,10 +83,11 @@ def kernels_of(rows: Tensor) -> Kernels:
 def choose_kernels(capability: tuple[int, int], dtype: torch.dtype) -> Kernels:
     """Chooses for a GPU of a compute capability, and says so in the log.
 
-    Before 9.0 torch's grouped product is a loop in which the host waits for the GPU, twice per product.
+    On other capabilities than 9.x and 10.x (as on GeForce cards of 12.0) torch's grouped product is a loop in which the
+    host waits for the GPU, twice per product.
     """
     product: GroupedProduct | None = None
-    if dtype == torch.bfloat16 and capability >= (9, 0):
+    if dtype == torch.bfloat16 and capability[0] in (9, 10):
         product = torch_product if hasattr(F, "grouped_mm") else None
     elif dtype == torch.bfloat16 and capability >= (8, 0) and get_accelerator().prefer_triton_grouped_mm():
         product = triton_product

@@ -88,9 +88,9 @@ def test_only_linear_layers_are_computed_together() -> None:
     assert not is_linear(expert, rows)
 
 
-def rows_on(capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Any:
+def rows_on(capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, rows: int = 1) -> Any:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda"))
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda"), shape=(rows, D))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,9 @@ def rows_on(capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest
         ((8, 0), True, kernels.triton_product),
         ((8, 9), False, None),
         pytest.param((9, 0), False, kernels.torch_product, marks=NEEDS_GROUPED_MM),
-        pytest.param((10, 0), False, kernels.torch_product, marks=NEEDS_GROUPED_MM),
+        pytest.param((10, 3), False, kernels.torch_product, marks=NEEDS_GROUPED_MM),
+        ((11, 0), False, None),
+        ((12, 0), False, None),
     ],
 )
 def test_grouped_products_by_device(
@@ -109,6 +111,7 @@ def test_grouped_products_by_device(
 ) -> None:
     monkeypatch.setattr(deepspeed.get_accelerator(), "prefer_triton_grouped_mm", lambda: triton)
     assert product_for(experts(), rows_on(capability, torch.bfloat16, monkeypatch)) is kernel
+    assert product_for(experts(), rows_on(capability, torch.bfloat16, monkeypatch, rows=0)) is None
     for dtype in (torch.float32, torch.float16):
         assert product_for(experts(), rows_on(capability, dtype, monkeypatch)) is None
     pair = scmoe_ds.ScMoE(D, MLP(GPTSettings(2, D, 2, 64, 8, ffn_hidden_size=16)), 2).deepspeed_moe.experts.bfloat16()
