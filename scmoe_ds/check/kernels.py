@@ -12,10 +12,12 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from torch import Tensor
 
 from scmoe_ds.compat import FakeTensor, efficient_attention, flash_attention, fused_rms_norm
+from scmoe_ds.moe.kernels import choose_kernels
 
 _HALF = (torch.float16, torch.bfloat16)
 _data: Any = Tensor.data
@@ -73,6 +75,11 @@ def of_gpu(device: torch.device, capability: tuple[int, int]) -> Iterator[None]:
             ("rms_norm", _gpu_rms_norm),
         ):
             stack.enter_context(patch.object(F, name, function))
+        # Triton launches its kernels itself, past fake tensors. Whatever is installed here, torch's operators run.
+        for name in ("is_triton_supported", "prefer_triton_grouped_mm"):
+            stack.enter_context(patch.object(CUDA_Accelerator, name, lambda _: False))
+        choose_kernels.cache_clear()
+        stack.callback(choose_kernels.cache_clear)
         yield
 
 

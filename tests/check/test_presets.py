@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.cost.preset_memory import DIRECTORY, needed_gb, table
 from scmoe_ds.models.presets import PRESETS
+from scmoe_ds.moe import kernels
 from scmoe_ds.programs.check import main
 
 TABLE = table()
@@ -54,6 +55,14 @@ def test_a_small_file(name: str, flags: str, tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     assert main(["--deepspeed_config", str(DIRECTORY / name), *flags.split(), "--json", str(found)]) == 0
     assert json.loads(found.read_text("utf-8"))["fits"]
+
+
+def test_what_is_installed_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch for Linux brings Triton along, which cannot launch a kernel on tensors without values."""
+    name = next(iter(TABLE))
+    kernels.choose_kernels.cache_clear()
+    monkeypatch.setattr(kernels, "top1_kernels", lambda: pytest.fail("Triton without a GPU"))
+    assert needed_gb(name, TABLE[name][0], "scmoe", *shallow(TABLE[name][0], 2)) > 2
 
 
 def test_all_files_are_checked() -> None:
