@@ -145,7 +145,8 @@ class Calibrator:
     def record(self, recorder: Recorder | None) -> None:
         """Has all pairs report to a recorder from the next forward pass on, or to none.
 
-        A pass that somebody records is no part of the comparison.
+        A pass that somebody records is no part of the comparison. While `comparison` is not None, all ranks have to
+        record alike: a rank that alone left its turn out would send other chunks, and all would wait forever.
         """
         self._is_watched = recorder is not None
         self._report_to(recorder)
