@@ -100,6 +100,8 @@ def route(
     used_T = None
     if used_token is not None:
         used_T = to_device(used_token.reshape(-1) != 0, tokens_TD.device)
+    if exclude_T is not None:
+        exclude_T = to_device(exclude_T.reshape(-1), tokens_TD.device)
     logits_TE = _logits(gate, tokens_TD, used_T)
     if len(tokens_TD) == 0:
         return _agreed(_route_none(gate, logits_TE), group)

@@ -223,6 +223,16 @@ def test_serving_keeps_the_weights() -> None:
     assert serving_config(trained).gate_softmax == "all"
 
 
+def test_excluded_experts_of_any_shape() -> None:
+    """As a mask: one element for each token."""
+    gate, x = make("exact", 1).deepspeed_moe.gate, torch.randn(12, HIDDEN)
+    excluded = torch.arange(12) % EXPERTS
+    expected = route(gate, x, exclude_T=excluded).expert_KT
+    assert not (expected[0] == excluded).any()
+    for shape in ((3, 4), (12, 1), (1, 12)):
+        assert torch.equal(route(gate, x, exclude_T=excluded.view(shape).int()).expert_KT, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_the_default_dtype_is_of_no_matter(k: int, dtype: torch.dtype) -> None:
