@@ -200,8 +200,11 @@ def overlap_of(
     sequence = getattr(model, "sequence", None)  # None in a model that others wrote
     nodes = nodes_of_ranks()
     log(*filter(None, [applied]), *(describe_groups(layout, nodes) if len(set(nodes)) > 1 else ()))
-    for parameter in filter(is_moe_param, model.parameters()):
-        kernels_of(parameter)  # chosen and logged at the start
+    # Chosen and logged at the start. Ranks that route the same tokens have to round them alike.
+    kernels = sorted({str(kernels_of(parameter)) for parameter in filter(is_moe_param, model.parameters())})
+    if tensor.tensor_parallel_size() > 1:
+        remedy = "install the same packages and a C compiler on all nodes, and share layers among GPUs of one kind"
+        require_agreement("the kernels of tensor-parallel ranks", kernels, tensor.tensor_parallel_group(), remedy)
     # Rank 0's wording for all: the decision to measure must not depend on a node's device.
     own = [describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]
     choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))

@@ -14,6 +14,8 @@ Shape suffixes: T tokens, D hidden, K top-k, L local experts, R/S rows sent/rece
 from __future__ import annotations
 
 import functools
+import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -24,11 +26,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from scmoe_ds.compat import weighted_restore
+from scmoe_ds.errors import first_line
 from scmoe_ds.parallel.output import log
 
 if TYPE_CHECKING:
     from scmoe_ds.moe.top1 import Top1Kernels
 
+logger = logging.getLogger("scmoe_ds")
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [S, I], weights [L, O, I], the row behind each expert's last [L] int32) → [S, O]."""
 Restore = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -90,8 +94,8 @@ def choose_kernels(capability: tuple[int, int], dtype: torch.dtype) -> Kernels:
     if dtype == torch.bfloat16 and capability[0] in (9, 10):
         product = torch_product if hasattr(F, "grouped_mm") else None
     elif dtype == torch.bfloat16 and capability >= (8, 0) and get_accelerator().prefer_triton_grouped_mm():
-        product = triton_product
-    fused = dtype in FUSED and capability >= (8, 0) and get_accelerator().is_triton_supported()
+        product = triton_product if triton_runs() else None
+    fused = dtype in FUSED and capability >= (8, 0) and get_accelerator().is_triton_supported() and triton_runs()
     kernels = PLAIN
     if fused:
         kernels = Kernels(None, weighted_restore(), packed_swiglu() or plain_swiglu, top1_kernels())
@@ -123,6 +127,20 @@ def packed_swiglu() -> SwiGLU | None:
     except ImportError:
         return None
     return swiglu_packed if is_triton_available() else None
+
+
+@functools.cache
+def triton_runs() -> bool:
+    """Whether Triton compiles and starts a kernel on this node: it needs a C compiler and Python's headers, too."""
+    top1 = top1_kernels()
+    if top1 is None:
+        return False
+    try:
+        top1.choose(torch.zeros(1, 1, device="cuda"), None)
+    except Exception as error:  # of Triton, of a compiler, of a driver
+        logger.warning(f"Triton does not run on {socket.gethostname()}, torch's kernels are used: {first_line(error)}")
+        return False
+    return True
 
 
 def top1_kernels() -> Top1Kernels | None:

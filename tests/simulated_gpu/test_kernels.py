@@ -29,6 +29,7 @@ from scmoe_ds.moe.experts import grouped_experts, is_linear, product_for, run_ex
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.kernels import PLAIN, Kernels, choose_kernels, kernels_of, packed_swiglu, plain_swiglu
 from scmoe_ds.moe.linear_experts import linear_experts
+from scmoe_ds.moe.top1 import Top1Kernels
 from tests.simulated_gpu.plain_top1 import PLAIN_TOP1
 
 D, E = 8, 4
@@ -43,7 +44,8 @@ def experts() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def choose_anew() -> Iterator[None]:
+def choose_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(kernels, "triton_runs", lambda: True)
     choose_kernels.cache_clear()
     yield
     choose_kernels.cache_clear()
@@ -139,6 +141,28 @@ def test_fused_kernels_where_triton_runs(monkeypatch: pytest.MonkeyPatch, caplog
     ]
     assert "compute capability 8.7 in float16" in caplog.text
     assert kernels_of(torch.zeros(1)) is PLAIN
+
+
+def test_triton_that_cannot_compile_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No C compiler on the node, say: found out by a first kernel, before any is needed."""
+
+    def choose(*_: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler\n  stack")
+
+    monkeypatch.undo()
+    kernels.triton_runs.cache_clear()
+    monkeypatch.setattr(kernels, "top1_kernels", lambda: Top1Kernels(choose, *3 * (choose,)))
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.empty(1, 1))
+    for name in ("is_triton_supported", "prefer_triton_grouped_mm"):
+        monkeypatch.setattr(deepspeed.get_accelerator(), name, lambda: True)
+    with caplog.at_level(logging.INFO, "scmoe_ds"):
+        for dtype in kernels.FUSED:
+            assert kernels_of(rows_on((8, 0), dtype, monkeypatch)) == PLAIN
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1 and told[0].endswith("torch's kernels are used: Failed to find C compiler")
+    kernels.triton_runs.cache_clear()
 
 
 def restore(rows_RD: Tensor, row_TK: Tensor, weight_TK: Tensor) -> Tensor:
