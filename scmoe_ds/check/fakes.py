@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from scmoe_ds.compat import FakeTensor, FakeTensorMode, buffers_of, parameters_of, read_scalar
 from scmoe_ds.errors import UserError
 
-_HERE = str(Path(__file__).parent)
+NOT_THE_PROGRAM = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+"""Where lines stand that nobody has to look at: torch's and the check's."""
 HOST, META = torch.device("cpu"), torch.device("meta")
 _SMALL, _LARGE = 16, 2**20
 """Elements. New floating-point tensors of the host that are not small are fake, too: they are for values that are not
@@ -138,7 +139,7 @@ def _any_fake(values: Sequence[Any]) -> bool:
 def _line() -> str:
     """Where the program stands: the innermost line that is not torch's."""
     for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and not frame.filename.startswith(_HERE):
+        if not frame.filename.startswith(NOT_THE_PROGRAM):
             return f"{frame.filename}:{frame.lineno}"
     return "?"
 

@@ -7,13 +7,10 @@ import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from scmoe_ds.check.fakes import CheckError
+from scmoe_ds.check.fakes import NOT_THE_PROGRAM, CheckError
 from scmoe_ds.compat import DataDependentOutputException, DynamicOutputShapeException
 from scmoe_ds.errors import UserError, one_line
-
-_HERE = str(Path(__file__).parent)
 
 
 @contextmanager
@@ -41,7 +38,7 @@ def in_one_sentence() -> Iterator[None]:
 def _place(error: BaseException) -> str:
     """The innermost line of the traceback that is neither torch's nor this package's check."""
     frames = traceback.extract_tb(error.__traceback__)
-    found = [each for each in frames if "/torch/" not in each.filename and not each.filename.startswith(_HERE)]
+    found = [each for each in frames if not each.filename.startswith(NOT_THE_PROGRAM)]
     return f"{found[-1].filename}:{found[-1].lineno} ({(found[-1].line or '').strip()})" if found else "?"
 
 

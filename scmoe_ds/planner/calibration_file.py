@@ -115,7 +115,7 @@ def find_measured(saved: Saved, source: str) -> Measured | None:
     Raises:
         ScMoEConfigError: a damaged one.
     """
-    found = saved[0].get("measured")
+    found = saved[0].get("measured") if isinstance(saved[0], dict) else None
     try:
         return None if found is None else Measured.model_validate(found)
     except ValidationError:

@@ -24,7 +24,7 @@ from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.parallel.agreement import from_rank_zero
+from scmoe_ds.parallel.agreement import from_rank_zero, gather
 from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.auto import chunk_counts, leaves_a_choice
 from scmoe_ds.planner.calibration import Recording, TimedPasses, measure
@@ -143,11 +143,8 @@ class Calibrator:
         return lines
 
     def record(self, recorder: Recorder | None) -> None:
-        """Has all pairs report to a recorder from the next forward pass on, or to none.
-
-        A pass that somebody records is no part of the comparison. While `comparison` is not None, all ranks have to
-        record alike: a rank that alone left its turn out would send other chunks, and all would wait forever.
-        """
+        """Has all pairs report to a recorder from the next forward pass on, or to none. A pass that is recorded, on
+        whichever rank, is no part of the comparison."""
         self._is_watched = recorder is not None
         self._report_to(recorder)
 
@@ -198,7 +195,8 @@ class Calibrator:
         if self.timing is not None:
             chunks, recorder = self.timing.begin()
             schedules = [Schedule(pair.schedule.slots[0], chunks, overlap=False) for pair in self.pairs]
-        elif self.comparison is not None and not self._is_watched:
+        elif self.comparison is not None and not any(gather(self._is_watched)):
+            # Asked of all ranks: one that alone left its turn out would send other chunks, and all would wait forever.
             overlap, recorder = self.comparison.begin()
             schedules = self.schedules if overlap else self.without_overlap
         for pair, schedule in zip(self.pairs, schedules, strict=True):
