@@ -80,6 +80,7 @@ def train(changes: dict[str, Any], make_optimizer: Callable[[GPT], Any] | None, 
         del config["optimizer"]
         optimizer = make_optimizer(model)
     engine, *_ = scmoe_ds.initialize(model=model, config=config, optimizer=optimizer, **kwargs)
+    torch.manual_seed(0)  # an expert adds up its rows in the order of the capacity limit's random numbers
     curve = []
     for step in range(STEPS):
         total = torch.zeros(())
