@@ -51,7 +51,7 @@ def leaves_no_process_group() -> Iterator[None]:
     before = dict(os.environ)
     yield
     if dist.is_initialized():
-        from tests.helpers.process_groups import forget_process_groups
+        from scmoe_ds.compat import forget_process_groups
 
         dist.destroy_process_group()
         forget_process_groups()

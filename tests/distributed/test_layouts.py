@@ -15,13 +15,13 @@ from torch import Tensor
 
 import scmoe_ds
 from lab.distributed import run_distributed
+from scmoe_ds.compat import forget_process_groups
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.parallel import tensor
 from scmoe_ds.training.loop import seed_micro_batch
-from tests.helpers.process_groups import forget_process_groups
 
 STEPS, VOCABULARY, SEQUENCE, MICRO_BATCHES = 20, 64, 32, 4
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from scmoe_ds.compat import forget_process_groups
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.planner.plan import plan
 from scmoe_ds.planner.plan_text import plan_lines
@@ -19,7 +20,6 @@ from scmoe_ds.programs import report
 from scmoe_ds.programs.flags.report import parse_arguments
 from scmoe_ds.programs.report_text import DEEPSPEED, OURS, SERIAL, Measured, details, reasons, sentence
 from scmoe_ds.trace.spans import HiddenShare
-from tests.helpers.process_groups import forget_process_groups
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 8".split()
