@@ -72,7 +72,8 @@ def text(of: Place) -> str:
 
 
 def _short(file: str) -> str:
-    for parent in (ROOT, *(Path(path) for path in sys.path if path.endswith("site-packages"))):
+    # Packages first: the environment may lie in this directory.
+    for parent in (*(Path(path) for path in sys.path if path.endswith("site-packages")), ROOT):
         if file.startswith(f"{parent}/"):
             return file[len(str(parent)) + 1 :]
     return file
