@@ -6,7 +6,7 @@ ZeRO. What the file alone shows to be wrong is found before a process group exis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union
 
 from pydantic import Field, ValidationError, model_validator
@@ -16,10 +16,8 @@ from scmoe_ds.config.deepspeed_settings import check_settings
 from scmoe_ds.config.messages import explain, fail, more_ranks, nearest
 from scmoe_ds.config.names import Architecture, Dispatch, GateSoftmax, MergeOrAuto, Position, TopK, in_present_words
 from scmoe_ds.config.overlap_section import OverlapConfig, Section
+from scmoe_ds.config.section_rules import Rule, rules_of_layers, rules_of_slots
 from scmoe_ds.errors import ScMoEConfigError
-
-_Rule = tuple[str, bool, str]
-"""A field, whether its value breaks the rule, and the rule with the remedy."""
 
 
 class ScMoEConfig(Section):
@@ -161,63 +159,14 @@ class ScMoEConfig(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> ScMoEConfig:
-        self._require([*self._rules_of_layers(), *self._rules_of_slots()])
+        self._require([*rules_of_layers(self), *rules_of_slots(self)])
         return self
 
-    def _require(self, rules: Iterable[_Rule]) -> None:
+    def _require(self, rules: Iterable[Rule]) -> None:
         for path, broken, rule in rules:
             if broken:
                 value = self.overlap.expert_slot if path == "overlap.expert_slot" else getattr(self, path)
                 raise fail(f"scmoe.{path}", value, rule)
-
-    def _rules_of_layers(self) -> Iterator[_Rule]:
-        counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
-        k, ep, pairs, fewest = self.top_k, self.expert_parallel_size, self.pairs_per_moe, min(counts, default=2)
-        shared = any(n != counts[i - i % pairs] for i, n in enumerate(counts))
-        farthest = max(self.moe_every - 1, 1)
-        dgmoe = self.architecture == "dgmoe"
-        yield "num_experts", not counts, "needs at least one number, one per MoE layer"
-        yield "num_experts", fewest < 1, "each number must be at least 1"
-        yield "num_experts", any(n % ep for n in counts), f"must be divisible by scmoe.expert_parallel_size = {ep}"
-        yield "top_k", k < 1, "must be at least 1"
-        yield "top_k", k > fewest, f"cannot exceed the number of experts ({fewest})"
-        yield "top_k", dgmoe and k != 1, "dgmoe routes one expert from each of two layers; set 1"
-        yield "num_experts", dgmoe and fewest < 2, "dgmoe's two choices are distinct experts; it needs at least 2"
-        yield "pairs_per_moe", pairs > 1 and not dgmoe, "only dgmoe has no part that each pair owns; set 1"
-        yield "num_experts", shared, f"pairs that share a MoE (pairs_per_moe = {pairs}) have one number of experts"
-        rsample = self.noisy_gate_policy == "RSample"
-        yield "noisy_gate_policy", rsample and k > 1, "DeepSpeed applies RSample with top_k 1 only; use Jitter or null"
-        yield (
-            "shortcut_distance",
-            self.shortcut_distance > farthest,
-            f"the shortcut starts within the pair of moe_every = {self.moe_every} blocks; use at most {farthest}",
-        )
-        positions = {"position": self.position, "first_layer_position": self.first_layer_position or "pos1"}
-        for field, position in positions.items():
-            yield (
-                field,
-                self.has_shortcut and self.moe_every == 1 and position != "pos1",
-                "with an MoE in every block (moe_every = 1) the preceding block has no plain MLP to overlap; "
-                "use pos1, which already gives the longest window",
-            )
-
-    def _rules_of_slots(self) -> Iterator[_Rule]:
-        slot, chunks = self.overlap.expert_slot, self.overlap.num_chunks
-        if not self.is_scheduled or slot == "auto":
-            return
-        last = min(self.num_operators(each) for each in (self.position, self.first_layer_position)) + 1
-        highest = slot[-1] if isinstance(slot, list) else slot
-        # A replaced layer's backbone is the model's own: its first forward pass shows the operators.
-        yield (
-            "overlap.expert_slot",
-            not self.replace and highest > last,
-            f"the backbone has {last - 1} operators here; use 1 … {last}",
-        )
-        yield (
-            "overlap.expert_slot",
-            isinstance(slot, list) and chunks not in ("auto", len(slot)),
-            f"gives each chunk its slot, but num_chunks = {chunks}; remove one",
-        )
 
     @property
     def written(self) -> dict[str, Any]:

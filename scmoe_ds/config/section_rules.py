@@ -1,0 +1,62 @@
+"""What the fields of a `ScMoEConfig` require of each other. Its module imports this one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Rule = tuple[str, bool, str]
+"""A field, whether its value breaks the rule, and the rule with the remedy."""
+
+
+def rules_of_layers(section: Any) -> Iterator[Rule]:
+    """Sizes, top-k and positions."""
+    counts = section.num_experts if isinstance(section.num_experts, list) else [section.num_experts]
+    k, ep, pairs, fewest = section.top_k, section.expert_parallel_size, section.pairs_per_moe, min(counts, default=2)
+    shared = any(n != counts[i - i % pairs] for i, n in enumerate(counts))
+    farthest = max(section.moe_every - 1, 1)
+    dgmoe = section.architecture == "dgmoe"
+    yield "num_experts", not counts, "needs at least one number, one per MoE layer"
+    yield "num_experts", fewest < 1, "each number must be at least 1"
+    yield "num_experts", any(n % ep for n in counts), f"must be divisible by scmoe.expert_parallel_size = {ep}"
+    yield "top_k", k < 1, "must be at least 1"
+    yield "top_k", k > fewest, f"cannot exceed the number of experts ({fewest})"
+    yield "top_k", dgmoe and k != 1, "dgmoe routes one expert from each of two layers; set 1"
+    yield "num_experts", dgmoe and fewest < 2, "dgmoe's two choices are distinct experts; it needs at least 2"
+    yield "pairs_per_moe", pairs > 1 and not dgmoe, "only dgmoe has no part that each pair owns; set 1"
+    yield "num_experts", shared, f"pairs that share a MoE (pairs_per_moe = {pairs}) have one number of experts"
+    rsample = section.noisy_gate_policy == "RSample"
+    yield "noisy_gate_policy", rsample and k > 1, "DeepSpeed applies RSample with top_k 1 only; use Jitter or null"
+    yield (
+        "shortcut_distance",
+        section.shortcut_distance > farthest,
+        f"the shortcut starts within the pair of moe_every = {section.moe_every} blocks; use at most {farthest}",
+    )
+    positions = {"position": section.position, "first_layer_position": section.first_layer_position or "pos1"}
+    for field, position in positions.items():
+        yield (
+            field,
+            section.has_shortcut and section.moe_every == 1 and position != "pos1",
+            "with an MoE in every block (moe_every = 1) the preceding block has no plain MLP to overlap; "
+            "use pos1, which already gives the longest window",
+        )
+
+
+def rules_of_slots(section: Any) -> Iterator[Rule]:
+    """The slots that `overlap` names, against the operators that there are."""
+    slot, chunks = section.overlap.expert_slot, section.overlap.num_chunks
+    if not section.is_scheduled or slot == "auto":
+        return
+    last = min(section.num_operators(each) for each in (section.position, section.first_layer_position)) + 1
+    highest = slot[-1] if isinstance(slot, list) else slot
+    # A replaced layer's backbone is the model's own: its first forward pass shows the operators.
+    yield (
+        "overlap.expert_slot",
+        not section.replace and highest > last,
+        f"the backbone has {last - 1} operators here; use 1 … {last}",
+    )
+    yield (
+        "overlap.expert_slot",
+        isinstance(slot, list) and chunks not in ("auto", len(slot)),
+        f"gives each chunk its slot, but num_chunks = {chunks}; remove one",
+    )
