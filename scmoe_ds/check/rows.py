@@ -62,7 +62,7 @@ def _counts_on_host(routed: RoutedTokens, counts: CountsInFlight) -> tuple[list[
     routing, slices, chunks = routed.routing, routed.exchange.slices, routed.exchange.num_chunks
     K, T = routing.weight_KT.shape
     limit = routing.capacity if isinstance(routing.capacity, int) else K * T
-    local, received = _even_counts(K, T, routing.exp_counts.shape[0], limit, slices, chunks)
+    local, received = _even_counts(K, T, len(routing.choices.rows_E), limit, slices, chunks)
     return list(local), list(received)
 
 

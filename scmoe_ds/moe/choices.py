@@ -25,8 +25,8 @@ class Choices:
         expert_KT: int64 global expert id, whether kept or not; any where the token is masked.
         kept_KT: bool; None: all.
         order: the kept ones by expert, and there by location; then the others.
-        counts_E: int64 tokens per expert before drops.
-        rows_E: int64 tokens per expert after drops.
+        counts_E: int64 tokens per expert before drops; identity experts last.
+        rows_E: int64 tokens per expert after drops; identity experts, which take no rows, are left out.
     """
 
     expert_KT: Tensor

@@ -44,6 +44,8 @@ class Routing:
         capacity: most tokens that an expert takes (int, or a scalar tensor if it follows from the counts).
         l_aux: load-balancing loss, scalar fp32, differentiable.
         used_T: bool, the tokens that are not masked; None: all of them.
+        identity_weight_T: fp32 sum of the weights of the identity experts that a token chose, differentiable; None: the
+            layer has none (moe/identity.py).
     """
 
     choices: Choices
@@ -51,10 +53,11 @@ class Routing:
     capacity: int | Tensor
     l_aux: Tensor
     used_T: Tensor | None = None
+    identity_weight_T: Tensor | None = None
 
     @property
     def exp_counts(self) -> Tensor:
-        """[E] int64 tokens per expert before drops."""
+        """[E] int64 tokens per expert before drops; identity experts last."""
         return self.choices.counts_E
 
     @cached_property

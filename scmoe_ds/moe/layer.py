@@ -28,6 +28,7 @@ from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.moe.checks import check_arguments, check_count, check_input
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
+from scmoe_ds.moe.identity import without_identity_rows
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel_rank, own_first_expert
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
@@ -217,7 +218,7 @@ class StagedMoE(MoE):
         group = self.deepspeed_moe.ep_group if self.dispatch == "padded" else None
         routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group)
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
-        routing = replace(routing, weight_KT=weight_KT, l_aux=l_aux)
+        routing = without_identity_rows(replace(routing, weight_KT=weight_KT, l_aux=l_aux), self.num_experts)
         exact, deferred = self.dispatch == "exact", shortcut.is_cuda and not blocking
         exchange = Exchange(
             self.transport, self.slices, exact, self.wire_dtype, blocking, num_chunks, deferred, recorder, self.name

@@ -48,7 +48,7 @@ class PaddedLayout:
 
     @classmethod
     def of(cls, routing: Routing, slices: TokenSlices, num_chunks: int = 1) -> PaddedLayout:
-        local_experts = routing.exp_counts.shape[0] // slices.expert_parallel_size
+        local_experts = len(routing.choices.rows_E) // slices.expert_parallel_size
         buffers = slices.group_size * slices.senders * local_experts
         # At least one row, even if no rank has a token: DeepSpeed's experts do not compute on none.
         capacity = -(-max(int(routing.capacity), 1) // (slices.tensor_parallel_size * num_chunks))
@@ -121,7 +121,7 @@ class ExactLayout:
 
     @classmethod
     def of(cls, routing: Routing, slices: TokenSlices, num_chunks: int = 1) -> ExactLayout:
-        choices, local_experts = routing.choices, routing.exp_counts.shape[0] // slices.expert_parallel_size
+        choices, local_experts = routing.choices, len(routing.choices.rows_E) // slices.expert_parallel_size
         shape = (num_chunks, slices.group_size, slices.senders, local_experts)
         order: Order = choices.order
         rows, alone = choices.rows_E, slices.tensor_parallel_size == 1

@@ -20,6 +20,7 @@ from scmoe_ds.moe.checks import check_dtype
 from scmoe_ds.moe.decode import decode
 from scmoe_ds.moe.experts import MovingExperts, run_experts
 from scmoe_ds.moe.gate import Routing
+from scmoe_ds.moe.identity import add_identity
 from scmoe_ds.moe.layout import ExactLayout, PaddedLayout
 from scmoe_ds.moe.received import ReceivedRows
 from scmoe_ds.moe.slices import TokenSlices
@@ -74,6 +75,7 @@ class RoutedTokens:
     ) -> None:
         self.routing, self.exchange, self.shape = routing, exchange, torch.Size(shape)
         self.experts = experts
+        self._tokens_TD = None if routing.identity_weight_T is None else tokens_TD
         self._received: list[ReceivedRows] = []
         self._sizes: list[SplitSizes] = []  # of the dispatch, per chunk
         self._combines: list[InFlight] = []
@@ -189,6 +191,8 @@ class RoutedTokens:
             output_TD = decode(rows_RD, *maps, weight_KT, self._layout.kept_KT)
         else:
             output_TD = decode(rows_RD, *maps, weight_KT, padded=True)
+        if self._tokens_TD is not None and self.routing.identity_weight_T is not None:
+            output_TD = add_identity(output_TD, self._tokens_TD, self.routing.identity_weight_T)
         (output_TD,) = self.exchange.recorder.close("decode", output_TD)
         return output_TD.view(self.shape)
 
