@@ -234,6 +234,26 @@ def removed_keys() -> tuple[Mapping[str, str], Mapping[str, str]]:
     return top, zero
 
 
+# transformers ---------------------------------------------------------------------------------------------------------
+
+
+def accept_names_of_recorders() -> None:
+    """From 5.24 on, transformers' registry of what models record is asked with a model (read in 5.24.0). DeepSpeed
+    0.19.8 asks with the name of a class and a default: `TypeError: _CanRecordRegistry.get()`. Both work afterwards."""
+    from transformers.utils import output_capturing
+
+    kind = type(getattr(output_capturing, "_CAN_RECORD_REGISTRY", {}))
+    if kind is dict or getattr(kind.get, "takes_names", False):
+        return
+    by_model = kind.get
+
+    def get(self: Any, model: Any, default: Any = None) -> Any:
+        return dict.get(self, model, default) if isinstance(model, str) else by_model(self, model)
+
+    get.takes_names = True  # type: ignore[attr-defined]
+    kind.get = get  # type: ignore[method-assign]  # on purpose
+
+
 # megatron-core --------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from scmoe_ds.config.deepspeed_json import at, is_on, offloads, section
+from scmoe_ds.config.expert_parallel import refusals_of_autoep, uses_autoep
 from scmoe_ds.config.messages import fail
 from scmoe_ds.errors import ScMoEConfigError
 
@@ -34,6 +35,8 @@ _FEATURES = {
     "pipeline": "a shortcut may not cross a pipeline stage: remove the section, and use expert and tensor parallelism",
 }
 """Refused unless they are off."""
+_WITH_AUTOEP = ("checkpoint.load_universal",)
+"""DeepSpeed has these for AutoEP's layers."""
 _SECTIONS = {
     "weight_quantization": "is for inference with ZeRO-3; remove the section",
     "datastates_ckpt": "writes checkpoints later than their checksums are taken; remove the section",
@@ -57,9 +60,10 @@ def refusals(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
 
 
 def _features(whole: Mapping[str, Any]) -> Iterator[_Rule]:
-    yield "expert_parallel", "expert_parallel" in whole, 'DeepSpeed AutoEP replaces MoE layers, as "scmoe"; remove one'
+    yield from refusals_of_autoep(whole)
     yield "compile.deepcompile", is_on(whole, "compile.deepcompile"), "reorders ScMoE's collectives; remove it"
-    yield from ((path, bool(at(whole, path)), rule) for path, rule in _FEATURES.items())
+    for path, rule in _FEATURES.items():
+        yield path, bool(at(whole, path)) and not (path in _WITH_AUTOEP and uses_autoep(whole)), rule
     yield from ((path, at(whole, path) is not None, rule) for path, rule in _SECTIONS.items())
     for path, rule in _ABOVE_ONE.items():
         value = at(whole, path)
@@ -80,9 +84,10 @@ def _zero(whole: Mapping[str, Any]) -> Iterator[_Rule]:
     divided = stage in (1, 2)
     wrong_ranks = "DeepSpeed then averages experts over the wrong ranks; remove it"
     odd = isinstance(bucket, (int, float)) and bool(bucket % 2)
-    yield z + "stage", stage == 3, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2"
-    yield z + "offload_param", offloads(whole, "offload_param"), "works under ZeRO-3 only; remove it"
-    yield z + "offload_optimizer.device", device == "nvme", 'works under ZeRO-3 only; use "cpu"'
+    runs_3 = stage == 3 and uses_autoep(whole)
+    yield z + "stage", stage == 3 and not runs_3, "DeepSpeed's MoE layers do not run under ZeRO-3; use stage 1 or 2"
+    yield z + "offload_param", offloads(whole, "offload_param") and not runs_3, "works under ZeRO-3 only; remove it"
+    yield z + "offload_optimizer.device", device == "nvme" and not runs_3, 'works under ZeRO-3 only; use "cpu"'
     yield z + "contiguous_gradients", divided and "contiguous_gradients" in off, wrong_ranks
     yield z + "reduce_scatter", divided and "reduce_scatter" in off, "DeepSpeed requires true with experts; remove it"
     yield z + "compute_grad_norm", "compute_grad_norm" in off, "the gradient norm is logged and checked; remove it"

@@ -18,6 +18,7 @@ from scmoe_ds.config.deepspeed_json import at, offloads, section
 from scmoe_ds.config.deepspeed_optimizers import check_optimizer
 from scmoe_ds.config.deepspeed_refused import refusals
 from scmoe_ds.config.deepspeed_values import check_keys
+from scmoe_ds.config.expert_parallel import uses_autoep
 from scmoe_ds.config.messages import fail
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel.nccl import allocator_advice
@@ -49,6 +50,11 @@ def check_program(whole: Mapping[str, Any]) -> None:
     lines = []
     if not whole.get("optimizer"):
         lines.append(ScMoEConfigError('optimizer is missing: training needs one; add {"type": "AdamW", "params": {…}}'))
+    if uses_autoep(whole):
+        rule = (
+            "is for Hugging Face models (docs/from_hugging_face.md); here scmoe.expert_parallel_size says it; remove it"
+        )
+        lines.append(fail("expert_parallel", whole["expert_parallel"], rule))
     if whole.get("managed_gradient_accumulation") is False:
         rule = "the training loop steps once per micro-batch, and leaves the accumulation to DeepSpeed; remove it"
         lines.append(fail("managed_gradient_accumulation", False, rule))
@@ -165,7 +171,8 @@ def warn(whole: Mapping[str, Any]) -> None:
         )
     of_zero_3 = {key: value for key, value in zero.items() if key.startswith(("zero_hpz", "zero_quantized"))}
     idle = [f"zero_optimization.{key}" for key, value in of_zero_3.items() if value not in (False, 1)]
-    if idle := idle + [key for key in ("compile", "aio") if whole.get(key)]:
+    idle = [] if zero.get("stage") == 3 else idle + [key for key in ("compile", "aio") if whole.get(key)]
+    if idle:
         logger.warning(f"{', '.join(idle)}: no effect without ZeRO-3 or DeepCompile, which ScMoE does not run with")
     on_cpu = offloads(whole) or deepspeed.get_accelerator().device_name() == "cpu"
     is_adam = str(at(whole, "optimizer.type")).lower() in ("adam", "adamw")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import WithJsonSchema
 
-Architecture = Literal["scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
+Architecture = Literal["as_is", "scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
 Position = Literal["pos1", "pos2", "pos3"]
 Merge = Literal["add", "cg1", "cg2"]
 _AUTO = {"const": "auto", "type": "string"}

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from scmoe_ds.config.deepspeed_json import AnyConfig, load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_settings
+from scmoe_ds.config.expert_parallel import with_autoep
 from scmoe_ds.config.messages import explain, fail, more_ranks, nearest
 from scmoe_ds.config.names import Architecture, Dispatch, GateSoftmax, MergeOrAuto, Position, TopK, in_present_words
 from scmoe_ds.config.overlap_section import OverlapConfig, Section
@@ -34,7 +35,8 @@ class ScMoEConfig(Section):
     architecture: Architecture = Field(
         "scmoe",
         description="scmoe (paper eq. 7), or a baseline: topk, shared_expert (DeepSpeed's own layers), dgmoe (eq. 23), "
-        "pipelined_topk, overlapped_shared_expert (this package's layers, with all overlap that they allow).",
+        "pipelined_topk, overlapped_shared_expert (this package's layers, with all overlap that they allow). as_is: "
+        "the mathematics of a Hugging Face model, beside expert_parallel, where it is the default.",
     )
     position: Position = Field("pos2", description="Where the shortcut is taken in the preceding block.")
     first_layer_position: Union[Position, None] = Field(None, description="Another position for the first MoE layer.")
@@ -139,7 +141,7 @@ class ScMoEConfig(Section):
         section = whole["scmoe"]
         if not isinstance(section, Mapping):
             raise fail("scmoe", section, "must be a JSON object")
-        return cls(**section)
+        return cls(**with_autoep(whole, section))
 
     def __init__(self, **section: Any) -> None:
         try:

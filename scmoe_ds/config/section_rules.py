@@ -45,7 +45,7 @@ def rules_of_layers(section: Any) -> Iterator[Rule]:
 def rules_of_slots(section: Any) -> Iterator[Rule]:
     """The slots that `overlap` names, against the operators that there are."""
     slot, chunks = section.overlap.expert_slot, section.overlap.num_chunks
-    if not section.is_scheduled or slot == "auto":
+    if not section.is_scheduled or slot == "auto" or section.architecture == "as_is":
         return
     last = min(section.num_operators(each) for each in (section.position, section.first_layer_position)) + 1
     highest = slot[-1] if isinstance(slot, list) else slot

@@ -10,7 +10,6 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
@@ -19,27 +18,22 @@ from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
+from scmoe_ds.config.expert_parallel import uses_autoep
 from scmoe_ds.config.loading import LoadedConfig, Source
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.config.unread_section import section_is_read
+from scmoe_ds.engine.attach import attach, overlap_of, prepare_autoep
 from scmoe_ds.engine.client_optimizer import add_new_parameters, in_groups, listed
 from scmoe_ds.engine.deepspeed_errors import errors_name_the_section
-from scmoe_ds.engine.pairs import applied_to, describe_pair, describe_schedules, pairs_of
+from scmoe_ds.engine.pairs import applied_to
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.models.identity import identity
-from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, require_agreement
-from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
-from scmoe_ds.parallel.output import log, show_by_default, steady_monitors, without_full_disks
-from scmoe_ds.parallel.process import connect, device
-from scmoe_ds.planner.auto import choose_all_to_all
-from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement
+from scmoe_ds.parallel.groups import Layout
+from scmoe_ds.parallel.output import log, show_by_default, without_full_disks
+from scmoe_ds.parallel.process import connect
 from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers
-
-UNKNOWN_SEQUENCE = 1024
-"""Tokens of a sequence for the probe of the all-to-all, in a model that does not say how many it has."""
 
 
 def initialize(
@@ -80,28 +74,50 @@ def initialize(
     show_by_default()
     model = _module(model)
     whole, section = _agreed(_json_of(args, config, config_params))
-    check_filled_in(whole)
-    check_accelerator(whole)
-    check_model_and_optimizer(whole, model, optimizer)
+    _check(whole, model, optimizer)
     mpu = _model_parallel_unit(mpu)
     model_parameters = listed(model_parameters)
+    handed_on = (training_data, lr_scheduler, distributed_port, mpu, dist_init_required, collate_fn)
+    own = [name for name, each in (("optimizer", optimizer), ("scheduler", lr_scheduler)) if each is not None]
+    sources = (_on_this_rank(whole, own), mesh_param)
+
+    def start(optimizer: Any, model_parameters: Any) -> tuple[Any, Any, Any, Any]:
+        with section_is_read(), errors_name_the_section(whole, own):
+            result = deepspeed.initialize(_without_json(args), model, optimizer, model_parameters, *handed_on, *sources)
+        result[0].module.register_forward_hook(check_output)
+        return result
+
+    if uses_autoep(whole):
+        result = start(optimizer, model_parameters)
+        attach(result[0], whole, section)
+        return result
+    applied, section, layout = _prepare(model, whole, section, mpu, optimizer, model_parameters)
+    micro_batch_size, _ = batch_sizes(whole, layout.ranks // layout.tensor_size)
+    result = start(*in_groups(model, optimizer, model_parameters, lr_scheduler))
+    overlap_of(result[0], section, layout, micro_batch_size, applied)
+    return result
+
+
+def _prepare(
+    model: nn.Module, whole: Mapping[str, Any], section: ScMoEConfig, mpu: Any, optimizer: Any, model_parameters: Any
+) -> tuple[str, ScMoEConfig, Layout]:
+    """The model's layers as the section says: what it applies to in words, the section with their sizes, and who shares
+    them."""
     if section.replace and not is_replaced(model):
         _replace(model, section, getattr(optimizer, "param_groups", None), model_parameters)
     applied, section = applied_to(model, section)
     layout = _checked_layout(whole, section, mpu)
-    micro_batch_size, _ = batch_sizes(whole, layout.ranks // layout.tensor_size)
-    optimizer, model_parameters = in_groups(model, optimizer, model_parameters, lr_scheduler)
     if layout.tensor_size > 1 and not layout.divided_experts:
         prepare_whole_experts(model, section)
-    handed_on = (training_data, lr_scheduler, distributed_port, mpu, dist_init_required, collate_fn)
-    own = [name for name, each in (("optimizer", optimizer), ("scheduler", lr_scheduler)) if each is not None]
-    sources = (_on_this_rank(whole, own), mesh_param)
-    with section_is_read(), errors_name_the_section(whole, own):
-        result = deepspeed.initialize(_without_json(args), model, optimizer, model_parameters, *handed_on, *sources)
-    result[0].module.register_forward_hook(check_output)
-    steady_monitors(result[0].monitor)
-    result[0].overlap = overlap_of(model, section, layout, micro_batch_size, applied)
-    return result
+    return applied, section, layout
+
+
+def _check(whole: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
+    check_filled_in(whole)
+    check_accelerator(whole)
+    check_model_and_optimizer(whole, model, optimizer)
+    if uses_autoep(whole):
+        prepare_autoep()
 
 
 def _module(model: Any) -> nn.Module:
@@ -188,29 +204,3 @@ def _json_of(args: Any, config: Any, config_params: Any) -> Any:
             f"scmoe_ds.initialize got {' and '.join(given) or 'no DeepSpeed JSON'}: give it one of {', '.join(named)}"
         )
     return next(iter(given.values()))
-
-
-def overlap_of(
-    model: nn.Module, section: ScMoEConfig, layout: Layout, micro_batch_size: int, applied: str
-) -> Calibrator:
-    """Chooses the all-to-all, sets up the schedules of all pairs, and says both in the log. Collective."""
-    pairs = pairs_of(model)
-    for number, pair in enumerate(pairs):
-        pair.layer.name = f"MoE layer {number}"
-    sequence = getattr(model, "sequence", None)  # None in a model that others wrote
-    nodes = nodes_of_ranks()
-    log(*filter(None, [applied]), *(describe_groups(layout, nodes) if len(set(nodes)) > 1 else ()))
-    # Chosen and logged at the start. Ranks that route the same tokens have to round them alike.
-    kernels = sorted({str(kernels_of(parameter)) for parameter in filter(is_moe_param, model.parameters())})
-    if tensor.tensor_parallel_size() > 1:
-        remedy = "install the same packages and a C compiler on all nodes, and share layers among GPUs of one kind"
-        require_agreement("the kernels of tensor-parallel ranks", kernels, tensor.tensor_parallel_group(), remedy)
-    # Rank 0's wording for all: the decision to measure must not depend on a node's device.
-    own = [describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]
-    choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))
-    overlap = Calibrator(
-        pairs, section.overlap, device(), "train", from_rank_zero(lambda: own), identity=identity(model)
-    )
-    overlap.watch(model)
-    log(*describe_schedules(pairs, model, overlap))
-    return overlap

@@ -22,11 +22,12 @@ from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.schedule_text import names_text, schedule_lines
+from scmoe_ds.replace.as_is import AsIsPair
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.replacement import is_replaced, nothing_to_apply_to
 
-ModelPair = Union[StagedPair, HookedPair]
+ModelPair = Union[StagedPair, HookedPair, AsIsPair]
 
 _OF_GATES = (
     "capacity_factor",
@@ -46,8 +47,8 @@ def pairs_of(model: nn.Module) -> list[ModelPair]:
     for module in model.modules():
         if isinstance(module, StagedPair):
             pairs.append(module)
-        elif isinstance(module, HookedScMoE) and module.pair is not None:
-            pairs.append(module.pair)
+        elif isinstance(pair := getattr(module, "pair", None), (HookedPair, AsIsPair)):
+            pairs.append(pair)
     return pairs
 
 
@@ -155,9 +156,9 @@ def describe_pair(
     parameter = next(layer.parameters())
     return {
         **pair.facts(),
-        "hidden_size": layer.deepspeed_moe.gate.wg.in_features,
+        "hidden_size": layer.hidden_size,
         "num_experts": layer.num_experts,
-        "top_k": layer.deepspeed_moe.gate.k,
+        "top_k": layer.top_k,
         "capacity_factor": config.capacity_factor if config.drop_tokens else None,
         "dispatch": layer.dispatch,
         "wire_dtype": layer.wire_dtype,
@@ -183,7 +184,7 @@ def describe_schedules(pairs: Sequence[ModelPair], model: nn.Module, overlap: Ca
     for pair in pairs:
         if isinstance(pair, HookedPair) and pair.first_pass is not None:
             pair.first_pass.origin = overlap.origin
-    own = [pair for pair in pairs if isinstance(pair, StagedPair)]
+    own = [pair for pair in pairs if not isinstance(pair, HookedPair)]
     if not pairs and any(isinstance(module, StagedMoE) for module in model.modules()):
         return ["no schedule: the experts run where your model calls run_experts, or without overlap in forward"]
     if own and overlap.timing is not None:

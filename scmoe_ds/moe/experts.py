@@ -32,21 +32,27 @@ class TwoProjections(Protocol):
         """[rows, F or 2F] → [rows, F], element by element."""
 
 
-class MovingExperts(nn.Module):
-    """Experts whose weights arrive when needed, in place of DeepSpeed's container; see scmoe_ds.inference.offload."""
+class OwnExperts:
+    """Experts that compute by themselves, in place of DeepSpeed's container: AutoEP's (scmoe_ds.moe.grouped), or those
+    whose weights arrive when needed (scmoe_ds.inference.offload)."""
 
     num_local_experts: int
 
     def announce(self, rows_per_expert: Sequence[int]) -> None:
         """Says how many rows each local expert will get, as soon as that is known. Called once before each `run`."""
-        raise NotImplementedError
 
     def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         """As `run_experts`."""
         raise NotImplementedError
 
 
-def run_experts(experts: Experts | MovingExperts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+class MovingExperts(nn.Module, OwnExperts):
+    """Experts whose weights arrive when needed; see scmoe_ds.inference.offload."""
+
+    num_local_experts: int
+
+
+def run_experts(experts: Experts | OwnExperts, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
     """Each local expert on its own rows.
 
     Args:
@@ -58,7 +64,7 @@ def run_experts(experts: Experts | MovingExperts, rows_SD: Tensor, rows_per_expe
     Returns:
         [S, D] in the same order.
     """
-    if isinstance(experts, MovingExperts):
+    if isinstance(experts, OwnExperts):
         return experts.run(rows_SD, rows_per_expert)
     members = list(experts.deepspeed_experts)
     if product := product_for(experts, rows_SD):

@@ -131,6 +131,16 @@ class StagedMoE(MoE):
         self.dispatch, self.gate_softmax, self.wire_dtype = dispatch, gate_softmax, wire_dtype
         self.transport, self.slices = Transport(None, all_to_all), TokenSlices()
 
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of a token."""
+        return int(self.deepspeed_moe.gate.wg.in_features)
+
+    @property
+    def top_k(self) -> int:
+        """Routed experts per token."""
+        return int(self.deepspeed_moe.gate.k)
+
     @staticmethod
     def _check_sizes(num_experts: int, ep_size: int, k: int) -> None:
         if num_experts % ep_size:
@@ -207,12 +217,11 @@ class StagedMoE(MoE):
                 fewer than one chunk.
             RuntimeError: an expert-parallel layer without groups.
         """
-        hidden_size = self.deepspeed_moe.gate.wg.in_features
-        check_input("shortcut", shortcut, hidden_size)
+        check_input("shortcut", shortcut, self.hidden_size)
         if self.deepspeed_moe.ep_group is None and (self.ep_size > 1 or mpu_tensor_parallel_size() > 1):
             raise RuntimeError("call layer.set_deepspeed_parallelism() (or initialize the engine) before the first use")
         check_count("num_chunks", num_chunks)
-        tokens_TD = shortcut.reshape(-1, hidden_size)
+        tokens_TD = shortcut.reshape(-1, self.hidden_size)
         (gated_TD,) = recorder.open("gate", tokens_TD)
         # Padded buffers have the same size on all ranks, even if the numbers of tokens differ.
         group = self.deepspeed_moe.ep_group if self.dispatch == "padded" else None

@@ -54,7 +54,7 @@ class ByExpert(Order):
         """
         K, T = expert_KT.shape
         number_X = torch.arange(K * T, device=expert_KT.device)
-        first, step = 0, {1: 1, 2: 2}.get(K, T)
+        first, step = 0, {1: 1, 2: 2}.get(K, max(T, 1))
         if priority_KT is not None:
             # The bits of floats that are not negative, read as integers, have the order of the floats.
             first, step = -_SPAN // 2, _SPAN

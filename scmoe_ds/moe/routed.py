@@ -6,19 +6,19 @@ Shape suffixes: T tokens, D hidden, L local experts, N chunks, P ranks, V sender
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from deepspeed.moe.experts import Experts
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe_ds.comm.all_to_all import InFlight, SplitSizes, prepare, start
 from scmoe_ds.comm.counts import CountsInFlight, start_counts
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.moe.checks import check_dtype
 from scmoe_ds.moe.decode import decode
-from scmoe_ds.moe.experts import MovingExperts, run_experts
+from scmoe_ds.moe.experts import OwnExperts, run_experts
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.identity import add_identity
 from scmoe_ds.moe.layout import ExactLayout, PaddedLayout
@@ -63,15 +63,17 @@ class RoutedTokens:
         routing: which expert takes which token, and with what weight.
         shape: of the layer's input, for the result.
         exchange: how rows are sent.
+        weigh_rows: the weights multiply what the experts read, not what they return (exact rows only).
     """
 
     def __init__(
         self,
-        experts: Experts | MovingExperts,
+        experts: Experts | OwnExperts,
         tokens_TD: Tensor,
         routing: Routing,
         shape: Sequence[int],
         exchange: Exchange,
+        weigh_rows: bool = False,
     ) -> None:
         self.routing, self.exchange, self.shape = routing, exchange, torch.Size(shape)
         self.experts = experts
@@ -90,7 +92,12 @@ class RoutedTokens:
             self._counts = start_counts(sent, transport, recorder.watch("counts", 0), local)
         else:
             self._layout = PaddedLayout.of(routing, slices, exchange.num_chunks)
-        (rows_RD,) = recorder.close("encode", self._layout.encode(tokens_TD))  # while the counts are on their way
+        rows_RD = self._layout.encode(tokens_TD)  # while the counts are on their way
+        if weigh_rows:
+            weight_X = routing.weight_KT.flatten()
+            rows_RD = (rows_RD * weight_X[self._layout.choice_of_row_R].unsqueeze(1)).to(rows_RD.dtype)
+            self.routing = replace(routing, weight_KT=torch.ones_like(routing.weight_KT))
+        (rows_RD,) = recorder.close("encode", rows_RD)
         watches = [recorder.watch("dispatch", chunk) for chunk in range(exchange.num_chunks)]
         how = exchange.blocking, exchange.wire_dtype, watches, exchange.deferred and exchange.exact
         self._dispatches = prepare(rows_RD, transport, *how)
@@ -124,7 +131,7 @@ class RoutedTokens:
         from_NP = from_PNL.sum(2).t().tolist()
         self._send([slices.split_sizes(*rows) for rows in zip(to_NPV, from_NP, strict=True)])
         self._received = [ReceivedRows.of(rows_PL) for rows_PL in from_PNL.transpose(0, 1)]
-        if isinstance(self.experts, MovingExperts):
+        if isinstance(self.experts, OwnExperts):
             for rows in self._received:
                 self.experts.announce(rows.rows_per_expert)
 
@@ -158,7 +165,8 @@ class RoutedTokens:
         try:
             output_SD = self._compute(rows_SD, chunk)
         except RuntimeError:
-            check_dtype(rows_SD, self.experts)
+            if isinstance(self.experts, nn.Module):
+                check_dtype(rows_SD, self.experts)
             raise
         (output_SD,) = recorder.close("experts", output_SD, chunk=chunk)
         back, watch = self._sizes[chunk].reversed(), recorder.watch("combine", chunk)

@@ -132,7 +132,7 @@ class ScMoE(StagedMoE):
         if shared is not None:
             layer.use_residual, layer.mlp = True, shared
         if shared is not None or merge != "cg2":
-            layer.coefficient = coefficient_network(merge, moe.deepspeed_moe.gate.wg.in_features)
+            layer.coefficient = coefficient_network(merge, layer.hidden_size)
         return layer
 
     def shared(self, hidden_states: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class ScMoE(StagedMoE):
             ValueError: `routed` is another layer's, or `hidden_states` has another shape than the shortcut had.
             RuntimeError: `routed` was finished before, or its experts have not run.
         """
-        check_input("hidden_states", hidden_states, self.deepspeed_moe.gate.wg.in_features)
+        check_input("hidden_states", hidden_states, self.hidden_size)
         self._require_own(routed)
         if routed.shape != hidden_states.shape:
             raise ValueError(
@@ -189,7 +189,7 @@ class DGMoE(StagedMoE):
 
     def __init__(self, hidden_size: int, expert: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(hidden_size, expert, *args, **kwargs)
-        if self.deepspeed_moe.gate.k != 1 or self.num_experts < 2:
+        if self.top_k != 1 or self.num_experts < 2:
             raise ValueError("DGMoE routes each layer's token to one of at least two experts: k = 1, num_experts >= 2")
 
     def finish(

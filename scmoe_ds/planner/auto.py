@@ -15,7 +15,7 @@ from scmoe_ds.comm.hierarchical import make_transports
 from scmoe_ds.comm.transport import Transport, probe
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.stages import staged_layers
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.groups import Layout, nodes_of_ranks
 from scmoe_ds.parallel.output import log
@@ -72,16 +72,16 @@ def choose_all_to_all(
     Raises:
         ScMoEConfigError: "hierarchical" on GPUs, or for groups that do not span equally filled nodes.
     """
-    layers = [module for module in model.modules() if isinstance(module, StagedMoE) and module.transport.size > 1]
+    layers = [each for each in staged_layers(model) if each.transport.size > 1]
     if not layers:
         return None
     layer, group = layers[0], layers[0].transport.group
     assert group is not None
-    weight, gate = next(layer.parameters()), layer.deepspeed_moe.gate
+    weight = next(layer.parameters())
     transports = make_transports(group, layout.exchange, nodes_of_ranks(), weight.device)
     if setting == "auto":
-        rows = max(tokens * gate.k // layer.transport.size, 1)
-        times = probe(transports, rows, gate.wg.in_features, weight.dtype, weight.device)
+        rows = max(tokens * layer.top_k // layer.transport.size, 1)
+        times = probe(transports, rows, layer.hidden_size, weight.dtype, weight.device)
         chosen, origin = times.choice(NCCL_MARGIN if weight.is_cuda else 0.0), f"auto; {times}"
     elif setting in transports:
         chosen, origin = setting, "set by scmoe.all_to_all"

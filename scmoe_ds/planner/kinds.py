@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.stages import StagedLayer
 from scmoe_ds.overlap.executor import Backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration_file import Description
@@ -24,7 +24,7 @@ class ScheduledPair(Backbone, Protocol):
     recorder: PairRecorder
 
     @property
-    def layer(self) -> StagedMoE:
+    def layer(self) -> StagedLayer:
         """The pair's MoE layer."""
 
     def facts(self) -> dict[str, Any]:

@@ -137,7 +137,11 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
         r"activation_checkpointing\.partition_activations = true: .*--recompute-granularity",
     ),
     "fp16 without support": ({"fp16": {"enabled": True}}, {}, r"fp16\.enabled = true: the accelerator .* use bf16"),
-    "AutoEP": ({"expert_parallel": {"enabled": True}}, {}, r"expert_parallel = .*AutoEP"),
+    "AutoEP": (
+        {"expert_parallel": {"enabled": True}},
+        {},
+        r"scmoe\.num_experts = 4: with expert_parallel \(AutoEP\).*remove one",
+    ),
     "expert-parallel size and world": ({"scmoe.expert_parallel_size": 2}, {}, r"must divide the world size 1"),
     "batch sizes": ({"train_batch_size": 7}, {}, r"train_batch_size = 7: must equal .* = 6; leave one"),
     "batch size missing": ({"train_micro_batch_size_per_gpu": None}, {}, r"train_micro_batch_size_per_gpu is missing"),

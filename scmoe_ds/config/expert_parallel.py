@@ -1,0 +1,92 @@
+"""DeepSpeed's "expert_parallel" section (AutoEP) beside the "scmoe" section: which fields mean something then.
+
+AutoEP replaces the MoE blocks of a Hugging Face model. Sizes, routing and losses are the model's; how many ranks share
+the experts, AutoEP's own section says. The "scmoe" section adds the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from scmoe_ds.config.deepspeed_json import at, is_on, section
+from scmoe_ds.config.messages import fail
+
+PATH = "expert_parallel"
+_MODEL = "the Hugging Face model decides it"
+_NO_CAPACITY = "no token is dropped"
+_DECIDED = {
+    "num_experts": _MODEL,
+    "top_k": _MODEL,
+    "moe_every": _MODEL,
+    "pairs_per_moe": _MODEL,
+    "gate_softmax": _MODEL,
+    "noisy_gate_policy": _MODEL,
+    "aux_loss_coefficient": "the model adds its own balancing loss (output_router_logits and router_aux_loss_coef of "
+    "its config)",
+    "use_rts": _NO_CAPACITY,
+    "top2_2nd_expert_sampling": _MODEL,
+    "capacity_factor": _NO_CAPACITY,
+    "eval_capacity_factor": _NO_CAPACITY,
+    "min_capacity": _NO_CAPACITY,
+    "drop_tokens": _NO_CAPACITY,
+    "expert_parallel_size": f"{PATH}.autoep_size says it",
+    "expert_tensor_parallelism": f"{PATH}.expert_tensor_parallel_size says it",
+    "replace": "AutoEP replaces the layers of this model",
+    "shared_from": "the model's own shared experts stay",
+    "post_norm": "it would add parameters to the model",
+    "first_layer_position": 'every block has an MoE here, and a shortcut starts at the preceding block ("pos1")',
+}
+"""Field to why it may not be written."""
+_ARCHITECTURES = ("as_is", "scmoe")
+
+
+def uses_autoep(whole: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed makes AutoEP layers of the model's MoE blocks."""
+    return is_on(whole, f"{PATH}.enabled")
+
+
+def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The "scmoe" section as it is meant beside AutoEP; without AutoEP, as it is.
+
+    Raises:
+        ScMoEConfigError: a field that is decided elsewhere, or an architecture for the one case in the other.
+    """
+    architecture = given.get("architecture")
+    if not uses_autoep(whole):
+        if architecture == "as_is":
+            rule = f'is for Hugging Face models that DeepSpeed\'s AutoEP distributes; add "{PATH}": {{"enabled": true}}'
+            raise fail("scmoe.architecture", architecture, rule)
+        return dict(given)
+    if architecture is not None and architecture not in _ARCHITECTURES:
+        rule = f'with {PATH}, use "as_is" (the model\'s mathematics) or "scmoe"; or remove the {PATH} section'
+        raise fail("scmoe.architecture", architecture, rule)
+    for field, rule in _DECIDED.items():
+        if field in given and given[field] not in ("auto", None):
+            raise fail(f"scmoe.{field}", given[field], f"with {PATH} (AutoEP), {rule}; remove one of them")
+    if given.get("dispatch") == "padded":
+        raise fail("scmoe.dispatch", "padded", 'AutoEP layers have no capacity to pad to; use "exact", or remove it')
+    return {"architecture": "as_is", **given}
+
+
+def refusals_of_autoep(whole: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
+    """Settings of AutoEP with which its layers cannot run under a schedule: path, whether it is so, and the rule."""
+    if not uses_autoep(whole):
+        yield PATH, bool(section(whole, PATH)), 'is not enabled; set "enabled": true, or remove it'
+        return
+    backend = at(whole, f"{PATH}.comm_backend")
+    yield f"{PATH}.comm_backend", backend == "deepep", 'the "scmoe" section moves the rows; use "comm", or remove one'
+    folded = at(whole, f"{PATH}.expert_tensor_parallel_size") not in (None, 1)
+    yield f"{PATH}.expert_tensor_parallel_size", folded, 'splits what the "scmoe" section schedules; use 1'
+
+
+def idle_settings(whole: Mapping[str, Any]) -> list[str]:
+    """Settings of AutoEP's own exchange, which the "scmoe" section's takes the place of."""
+    names = ("async_split_plan", "combine_impl", "row_weighting_impl", "validate_folding_routing")
+    off = (None, False, "auto")
+    return [f"{PATH}.{name}" for name in names if at(whole, f"{PATH}.{name}") not in off]
+
+
+def autoep_size(whole: Mapping[str, Any]) -> int:
+    """Ranks that share one set of experts."""
+    return int(at(whole, f"{PATH}.autoep_size") or 1)

@@ -1,0 +1,119 @@
+"""`attach`: the schedules of a model whose DeepSpeed engine exists."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from torch import nn
+
+from scmoe_ds.compat import accept_names_of_recorders
+from scmoe_ds.config.expert_parallel import idle_settings, uses_autoep
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
+from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.models.identity import identity
+from scmoe_ds.moe.kernels import kernels_of
+from scmoe_ds.parallel import tensor
+from scmoe_ds.parallel.agreement import from_rank_zero, require_agreement
+from scmoe_ds.parallel.groups import Layout, describe_groups, nodes_of_ranks
+from scmoe_ds.parallel.output import log, steady_monitors
+from scmoe_ds.parallel.process import device
+from scmoe_ds.planner.auto import choose_all_to_all
+from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.planner.schedule_text import names_text
+
+UNKNOWN_SEQUENCE = 1024
+"""Tokens of a sequence for the probe of the all-to-all, in a model that does not say how many it has."""
+
+
+def prepare_autoep() -> None:
+    """Before `deepspeed.initialize`, where the JSON has "expert_parallel": what DeepSpeed and transformers need to go
+    together.
+
+    Raises:
+        ScMoEConfigError: a DeepSpeed without AutoEP.
+    """
+    try:
+        import deepspeed.module_inject.auto_ep_layer  # a DeepSpeed before AutoEP lacks it
+    except ImportError as error:
+        raise ScMoEConfigError(
+            f"expert_parallel: DeepSpeed {deepspeed.__version__} has no AutoEP; install deepspeed>=0.19.8, or remove "
+            "the section"
+        ) from error
+    accept_names_of_recorders()
+
+
+def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calibrator:
+    """Puts the AutoEP layers of an engine's model under schedules. Collective; once, before the first forward pass.
+
+    `scmoe_ds.initialize` does so. It is for those who call `deepspeed.initialize` otherwise, as Trainer does.
+
+    Args:
+        engine: DeepSpeed's.
+        whole: the JSON that it was made from, with "expert_parallel".
+        section: its "scmoe" section.
+
+    Returns:
+        the calibrator, which is `engine.overlap` from then on.
+
+    Raises:
+        ScMoEConfigError: nothing to schedule in the model, or a setting that does not fit it.
+    """
+    assert uses_autoep(whole)
+    from scmoe_ds.replace.as_is import AsIsPair
+    from scmoe_ds.replace.autoep import autoep_layers, schedule
+
+    found = autoep_layers(engine.module)
+    if not found:
+        raise ScMoEConfigError(
+            f"expert_parallel: AutoEP has found no MoE block in {type(engine.module).__name__}; remove the section, or "
+            "name the blocks in expert_parallel.moe_layer_pattern"
+        )
+    layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
+    for layer in layers:
+        layer.pair = AsIsPair(layer, section.overlap)
+    first = layers[0]
+    sizes = {"expert_parallel_size": first.ep_size, "num_experts": first.num_experts, "top_k": first.top_k}
+    shared = "with" if any(layer.shared_experts is not None for layer in layers) else "without"
+    applied = (
+        f'the "scmoe" section applies to {len(layers)} AutoEP layers ({names_text([name for name, _ in found])}), '
+        f"{first.model_family}: {first.num_experts} experts, top-{first.top_k}, {shared} shared experts, "
+        f'expert-parallel size {first.ep_size}, architecture "{section.architecture}"'
+    )
+    if idle := idle_settings(whole):
+        log(f'no effect, the "scmoe" section moves the rows: {", ".join(idle)}', level=logging.WARNING)
+    layout = Layout(dist.get_world_size(), 1, first.ep_size)
+    section = section.model_copy(update=sizes)
+    micro_batch_size = engine.train_micro_batch_size_per_gpu()
+    return overlap_of(engine, section, layout, micro_batch_size, applied)
+
+
+def overlap_of(engine: Any, section: ScMoEConfig, layout: Layout, micro_batch_size: int, applied: str) -> Calibrator:
+    """Makes `engine.overlap`: chooses the all-to-all, sets up the schedules of all pairs, says both in the log.
+    Collective."""
+    model: nn.Module = engine.module
+    steady_monitors(engine.monitor)
+    pairs = pairs_of(model)
+    for number, pair in enumerate(pairs):
+        pair.layer.name = f"MoE layer {number}"
+    sequence = getattr(model, "sequence", None)  # None in a model that others wrote
+    nodes = nodes_of_ranks()
+    log(*filter(None, [applied]), *(describe_groups(layout, nodes) if len(set(nodes)) > 1 else ()))
+    # Chosen and logged at the start. Ranks that route the same tokens have to round them alike.
+    kernels = sorted({str(kernels_of(parameter)) for parameter in filter(is_moe_param, model.parameters())})
+    if tensor.tensor_parallel_size() > 1:
+        remedy = "install the same packages and a C compiler on all nodes, and share layers among GPUs of one kind"
+        require_agreement("the kernels of tensor-parallel ranks", kernels, tensor.tensor_parallel_group(), remedy)
+    # Rank 0's wording for all: the decision to measure must not depend on a node's device.
+    own = [describe_pair(pair, section, micro_batch_size, sequence, len(set(nodes))) for pair in pairs]
+    choose_all_to_all(model, section.all_to_all, layout, micro_batch_size * (sequence or UNKNOWN_SEQUENCE))
+    overlap = engine.overlap = Calibrator(
+        pairs, section.overlap, device(), "train", from_rank_zero(lambda: own), identity=identity(model)
+    )
+    overlap.watch(model)
+    log(*describe_schedules(pairs, model, overlap))
+    return overlap

@@ -1,0 +1,87 @@
+"""AutoEP's layers under a schedule: the layer of DeepSpeed, on the same input, is the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from torch import Tensor
+
+import scmoe_ds
+from lab.distributed import run_distributed
+from lab.moe_families import FAMILIES, SEQUENCE, tiny
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.replace.autoep import ScheduledAutoEP
+
+SCHEDULES = [Schedule(1), Schedule(1, 2), Schedule(2, overlap=False)]
+
+
+def config(ep: int, stage: int = 1, **autoep: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "expert_parallel": {"enabled": True, "autoep_size": ep, **autoep},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "scmoe": {"overlap": {"calibration_steps": 0}},
+    }
+
+
+def passes(layer: AutoEPMoELayer, forward: Any, tokens: Tensor) -> list[Tensor]:
+    """Output, router logits if there are any, and the gradients of the input and of all parameters."""
+    tokens = tokens.clone().requires_grad_()
+    output = forward(tokens)
+    outputs = [each for each in output if each is not None] if isinstance(output, tuple) else [output]
+    weights = [torch.linspace(-1, 1, each.numel()).view_as(each) for each in outputs]
+    loss = sum((each * weight).sum() for each, weight in zip(outputs, weights, strict=True))
+    read = [tokens, *(each for each in layer.parameters() if each.requires_grad)]
+    return [*outputs, *torch.autograd.grad(loss, read)]
+
+
+def differences(families: list[str], ep: int, autoep: dict[str, Any]) -> dict[str, float]:
+    """The largest difference to AutoEP's own forward pass, by family."""
+    found = {}
+    for family in families:
+        engine, *_ = scmoe_ds.initialize(model=tiny(family), config=config(ep, **autoep))
+        layers = [each for each in engine.module.modules() if isinstance(each, ScheduledAutoEP)]
+        assert len(layers) == 2
+        rank = dist.get_rank()
+        # Ranks with different numbers of tokens, one of them without any.
+        for layer, sequence in zip(layers, (SEQUENCE + 3 * rank, SEQUENCE * rank), strict=True):
+            tokens = torch.randn(2, sequence, layer.hidden_size, generator=torch.Generator().manual_seed(rank))
+            theirs = passes(layer, lambda given, layer=layer: AutoEPMoELayer.forward(layer, given), tokens)
+            before = layer.tokens_per_expert.clone()
+            for schedule in SCHEDULES:
+                layer.pair.schedule = Schedule(1, schedule.num_chunks, schedule.overlap)
+                if layer.shared_experts is not None:
+                    layer.pair.schedule = schedule
+                ours = passes(layer, layer, tokens)
+                assert [each.shape for each in ours] == [each.shape for each in theirs]
+                worst = max(
+                    (float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0
+                )
+                found[family] = max(found.get(family, 0.0), worst)
+            counted = (layer.tokens_per_expert - before).sum()
+            assert counted == len(SCHEDULES) * tokens.shape[0] * sequence * layer.top_k
+    return found
+
+
+OWN = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3"]
+
+
+def test_output_and_gradients_are_autoeps() -> None:
+    for found in run_distributed(differences, 2, OWN, 2, {}):
+        assert found.keys() == set(OWN)
+        assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("autoep", [{"score_apply": "pre"}, {"use_grouped_mm": False}])
+def test_settings_of_autoep_hold(autoep: dict[str, Any]) -> None:
+    for found in run_distributed(differences, 1, ["qwen2_moe", "deepseek_v3"], 1, autoep):
+        assert max(found.values()) < 1e-5, found
+
+
+def test_families_are_known() -> None:
+    assert set(OWN) <= set(FAMILIES)
