@@ -18,7 +18,7 @@ from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.pairs import finish, traced
 from benchmarks.gpu.setting import LayerShape, Setting, layer_shapes, token_counts
 from benchmarks.gpu.timing import text
-from benchmarks.harness.variants import LocalCopy
+from benchmarks.harness.no_link import LocalCopy
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.engine import connect
 from scmoe_ds.models.pairs import StagedPair

@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
-from benchmarks.harness.parts import layer_ms, record_steps, sum_ms
+from benchmarks.harness.parts import layer_ms, sum_ms
 from lab.nodes import shape_own_end
 from scmoe_ds.planner.rounds import over_ranks
+from scmoe_ds.trace.recorder import Span
 
 LOWEST_MBIT, HIGHEST_MBIT = 5.0, 8000.0
 REPEATS = 5
@@ -39,21 +38,21 @@ def next_rate(rate_mbit: float, communication_ms: float, total_ms: float, share:
     return min(max(rate_mbit * communication_ms / aim_ms, LOWEST_MBIT), HIGHEST_MBIT)
 
 
-def find_rate(run: nn.Module, step: Callable[[], None], share: float, searches: int = 6) -> Link:
-    """Sets the link so that the all-to-alls take `share` of the time of the pair's MoE layer.
+def find_rate(record: Callable[[int], list[list[Span]]], share: float, searches: int = 6) -> Link:
+    """Sets the link so that the all-to-alls take `share` of the time of the baseline's MoE layers.
 
-    They are timed in the pair's own steps. A loop of all-to-alls alone would measure something else: gloo's collective
-    is full duplex only if all ranks enter it at the same moment. A rank that comes later sends its rows before it says
-    that it is ready to receive, and then the two directions take turns. Between ranks that compute, that is the rule.
+    They are timed in the baseline's own steps. A loop of all-to-alls alone would measure something else: gloo's
+    collective is full duplex only if all ranks enter it at the same moment. A rank that comes later sends its rows
+    before it says that it is ready to receive, and then the two directions take turns. Between ranks that compute, that
+    is the rule.
 
     Args:
-        run: the baseline's pair, without overlap.
-        step: a forward pass or a training step of it.
+        record: the spans of so many forward passes or training steps of the baseline, without overlap.
     """
     rate = 400.0
     for search in range(searches):
         shape_own_end(rate)
-        steps = record_steps(run, step, REPEATS + 1)[1:]  # the first pays for connections and allocations
+        steps = record(REPEATS + 1)[1:]  # the first pays for connections and allocations
         sent = sum_ms(steps, min, lambda span: span.lane == "communication")
         (layer,) = over_ranks([statistics.median(layer_ms(spans) for spans in steps)])
         found = Link(rate, sent / layer, sent, layer)

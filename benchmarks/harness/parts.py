@@ -32,7 +32,7 @@ REST_OF_LAYER = "gate, encode, decode, merge"
 KINDS = ("attention", "MLP", "shared expert", REST_OF_LAYER, "experts", EXPOSED)
 
 _PARTS = {"attention": "attention", "mlp": "MLP", "experts": "experts"} | dict.fromkeys(SHARED, "shared expert")
-_LAYER = "moe layer"  # of DeepSpeed, as a whole
+LAYER = "moe layer"  # of DeepSpeed, as a whole
 
 
 def kind_of(span: Span) -> str:
@@ -48,7 +48,7 @@ def parts_of(spans: list[Span]) -> dict[str, float]:
     for span in spans:
         if span.lane != "communication":
             parts[kind_of(span)] += span.duration_ms
-    if any(span.name == _LAYER for span in spans):  # a layer of DeepSpeed: its span has its parts inside
+    if any(span.name == LAYER for span in spans):  # a layer of DeepSpeed: its span has its parts inside
         parts[REST_OF_LAYER] -= parts["experts"] + parts["shared expert"] + parts[EXPOSED]
     return parts
 
@@ -122,17 +122,17 @@ def _marked(run: nn.Module, recorder: Recorder) -> Iterator[None]:
     pair = recorder.pair(0)
     blocks: list[Any] = list(run.blocks)
     layer = blocks[-1].moe
-    names = {layer: _LAYER, layer.deepspeed_moe.experts: "experts"}
+    names = {layer: LAYER, layer.deepspeed_moe.experts: "experts"}
     if layer.use_residual:
         names[layer.mlp] = "shared"
-    hooks = [hook for module, name in names.items() for hook in _mark_module(module, name, pair)]
+    hooks = [hook for module, name in names.items() for hook in mark_module(module, name, pair)]
     for block in blocks:
         block.attend = _mark_operator(block.attend, "attention", pair)
         if block is not blocks[-1]:
             block.feed = _mark_operator(block.feed, "mlp", pair)
 
     try:
-        with _timed_all_to_alls(recorder):
+        with timed_all_to_alls(recorder):
             yield
     finally:
         for hook in hooks:
@@ -143,7 +143,7 @@ def _marked(run: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _timed_all_to_alls(recorder: Recorder) -> Iterator[None]:
+def timed_all_to_alls(recorder: Recorder) -> Iterator[None]:
     """Every all-to-all blocks: it is communication and wait at once. Which pass it belongs to is not known here."""
     original = deepspeed.comm.all_to_all_single
 
@@ -170,7 +170,7 @@ def _mark_operator(
     return marked
 
 
-def _mark_module(module: nn.Module, name: str, pair: PairRecorder) -> list[Any]:
+def mark_module(module: nn.Module, name: str, pair: PairRecorder) -> list[Any]:
     def opened(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (*pair.open(name, inputs[0]), *inputs[1:])
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scmoe_ds.comm.transport import Transport, Wait
+from benchmarks.harness.no_link import LocalCopy
+from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.pairs import make_pair
@@ -208,30 +209,6 @@ def limit_of(name: str, table: Table) -> str | None:
         return None
     kind = table[name].kind
     return next((other for other, variant in table.items() if variant.kind == kind and not variant.communicates), None)
-
-
-@dataclass(frozen=True)
-class LocalCopy(Transport):
-    """Stands in for the link in rows without communication: as many rows arrive, at once, from nowhere.
-
-    Row counts are those that would arrive, so that each rank's experts compute as much as with communication. They are
-    exchanged once for each way to cut the rows, and remembered: tokens and gate stay the same.
-    """
-
-    counts: dict[int, Tensor] = field(default_factory=dict)
-
-    def launch(self, received: Tensor, rows: Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
-        if not rows.is_floating_point():
-            pieces = rows.shape[0]
-            if pieces not in self.counts:
-                super().launch(received, rows, receive, send)()
-                self.counts[pieces] = received.clone()
-            received.copy_(self.counts[pieces])
-            return lambda: None
-        kept = min(received.shape[0], rows.shape[0])
-        received[:kept].copy_(rows[:kept])
-        received[kept:].zero_()
-        return lambda: None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ import torch.distributed as dist
 
 from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
+from benchmarks.harness.no_link import LocalCopy
+from benchmarks.harness.parts import record_steps
 from benchmarks.harness.two_nodes import on_two_nodes, parse, write
-from benchmarks.harness.variants import AGAIN, SHAPES, LocalCopy, Shape, baseline, one_primitive
+from benchmarks.harness.variants import AGAIN, SHAPES, Shape, baseline, one_primitive
 from benchmarks.serving.figures import speedups
 from benchmarks.speed.block import Bench
 from scmoe_ds.comm.transport import METHODS, Transport
@@ -164,7 +167,7 @@ def serve(phase: Mode, parts: Sequence[str], settings: dict[str, Any]) -> dict[s
     """One phase's table. Collective."""
     shape = shape_of(phase, settings)
     bench = Bench(baseline("padded"), shape, "forward", {"rounds": 0, "skew": 0.0, **settings})
-    link = find_rate(bench.runs[STOCK], bench.cold_steps[STOCK], settings["share"])
+    link = find_rate(partial(record_steps, bench.runs[STOCK], bench.cold_steps[STOCK]), settings["share"])
     del bench
     servers = {
         name: Server(row, phase, shape, settings["method"])

@@ -133,7 +133,7 @@ def link(shape: Shape, mode: Mode, settings: dict[str, Any]) -> Link:
     """Sets the link's rate by the baseline."""
     bench = Bench(baseline(settings["dispatch"]), shape, mode, settings | {"skew": 0.0})
     (name,) = bench.table
-    return find_rate(bench.runs[name], bench.cold_steps[name], settings["share"])
+    return find_rate(partial(record_steps, bench.runs[name], bench.cold_steps[name]), settings["share"])
 
 
 def speedups(name: str, shape: Shape, mode: Mode, settings: dict[str, Any]) -> dict[str, Any]:

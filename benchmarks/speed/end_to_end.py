@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch.distributed as dist
 
 from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
+from benchmarks.harness.parts import record_steps
 from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import AGAIN, BASELINES, Shape, baseline, one_primitive
 from benchmarks.speed.block import Bench
@@ -221,7 +223,7 @@ def rank_main(settings: dict[str, Any]) -> None:
     with one_primitive(settings["method"]):
         bench = Bench(baseline(settings["dispatch"]), SHAPE, "train", {"rounds": 0, "skew": 0.0, **settings})
         name = BASELINES[settings["dispatch"]]
-        link = find_rate(bench.runs[name], bench.cold_steps[name], settings["share"])
+        link = find_rate(partial(record_steps, bench.runs[name], bench.cold_steps[name]), settings["share"])
         trainings = {}
         for name, section in architectures(settings["dispatch"]).items():
             trainings[name] = Training(make_engine(section, settings))
