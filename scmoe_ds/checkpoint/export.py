@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.checkpoint import description as fields
-from scmoe_ds.checkpoint import files, tokenizer_files
+from scmoe_ds.checkpoint import files, hugging_face, tokenizer_files
 from scmoe_ds.checkpoint.directories import locate
 from scmoe_ds.checkpoint.parsing import check_counts, parse
 from scmoe_ds.checkpoint.reshard import Weights
@@ -45,10 +45,20 @@ def open_weights(path: Path, contents: bool = True) -> tuple[Weights, dict[str, 
     return weights, description
 
 
-def export(source: Path, out: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = 5 * 10**9) -> int:
-    """Writes the weights of a checkpoint as safetensors under their global names; see `write_weights`."""
+def export(
+    source: Path,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = 5 * 10**9,
+    for_transformers: bool = False,
+) -> int:
+    """Writes the weights of a checkpoint as safetensors under their global names; see `write_weights`.
+
+    Args:
+        for_transformers: adds what `AutoModelForCausalLM.from_pretrained` needs to load the same directory.
+    """
     weights, description = open_weights(source)
-    return _write(out, weights, _readers(weights), description, dtype, shard_bytes)
+    return _write(out, weights, _readers(weights), description, dtype, shard_bytes, for_transformers)
 
 
 def residual_to_scmoe(
@@ -113,8 +123,19 @@ def _readers(weights: Weights) -> Readers:
 
 
 def _write(
-    out: Path, weights: Weights, readers: Readers, whole: Mapping[str, Any], dtype: torch.dtype, shard_bytes: int
+    out: Path,
+    weights: Weights,
+    readers: Readers,
+    whole: Mapping[str, Any],
+    dtype: torch.dtype,
+    shard_bytes: int,
+    for_transformers: bool = False,
 ) -> int:
     config = {key: whole[key] for key in ("model", "gpt", "scmoe", tokenizer_files.KEY) if key in whole}
-    carried = tokenizer_files.read_files(weights.path, whole.get(tokenizer_files.KEY))
+    record = whole.get(tokenizer_files.KEY)
+    carried = tokenizer_files.read_files(weights.path, record)
+    if for_transformers:
+        parsed = parse(whole, weights.path)
+        config |= hugging_face.describe_for_transformers(parsed, record)
+        carried |= hugging_face.files_for_transformers(weights.path, config["vocab_size"], record)
     return write_weights(out, sorted(readers.items()), config, dtype, shard_bytes, carried)

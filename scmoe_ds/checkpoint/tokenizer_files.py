@@ -26,7 +26,7 @@ MOST_BYTES = 20 * 10**6
 """Larger files would dominate the checkpoints of small models. The user names such a tokenizer."""
 
 # Tokenizers of one vocabulary differ in spaces, digits, cases, scripts, combining marks and code.
-_PROBE = "The quick brown fox, 1234567890 3.14\n\t def f(x):  return 'Grüße'  # 世界 🙂 e\u0301 don't  ÀB_c\r\n   "
+PROBE = "The quick brown fox, 1234567890 3.14\n\t def f(x):  return 'Grüße'  # 世界 🙂 e\u0301 don't  ÀB_c\r\n   "
 
 Record = Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
         "vocabulary_sha256": _digest(vocabulary),
-        "probe_sha256": _digest(tokenizer.tokenize(_PROBE)),
+        "probe_sha256": _digest(tokenizer.tokenize(PROBE)),
     }
     return {"type": tokenizer.name, "identity": identity}
 

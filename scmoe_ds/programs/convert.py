@@ -1,6 +1,7 @@
 """Writes the model weights of a checkpoint of pretrain_gpt_scmoe.py as safetensors. --load starts a run with them.
 
 scmoe convert export checkpoints/run out --dtype bf16
+scmoe convert export checkpoints/run out --format hf        # AutoModelForCausalLM.from_pretrained("out", …) loads it
 scmoe convert residual-to-scmoe checkpoints/residual_moe out_scmoe --position pos2
 """
 
@@ -32,7 +33,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise CheckpointError(f"--shard-gb {args.shard_gb}: must be above 0")
     size = int(args.shard_gb * 10**9)
     if args.command == "export":
-        shards = export(args.source, args.out, DTYPES[args.dtype], size)
+        shards = export(args.source, args.out, DTYPES[args.dtype], size, args.format == "hf")
     else:
         names = ("position", "first_layer_position", "shortcut_norm")
         changes = {name: getattr(args, name) for name in names}

@@ -29,6 +29,12 @@ def build_parser() -> FlagParser:
         command.add_argument("out", type=Path, help="an empty or new directory")
         command.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="fp32", help="fp32 loses nothing")
         command.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, in 10^9 bytes")
+    commands.choices["export"].add_argument(
+        "--format",
+        choices=["scmoe", "hf"],
+        default="scmoe",
+        help="hf: transformers loads it, too (AutoModelForCausalLM, trust_remote_code)",
+    )
     command.add_argument(
         "--position", choices=["pos1", "pos2", "pos3"], default="pos2", help="position of the shortcut"
     )
