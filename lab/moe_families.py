@@ -63,6 +63,16 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
         topk_group=1,
         head_dim=8,
     ),
+    "minimax_m3": _model(
+        "MiniMaxM3VL",
+        "Text",
+        **_SHAPE,
+        num_local_experts=EXPERTS,
+        head_dim=8,
+        rotary_dim=8,
+        dense_intermediate_size=48,
+        shared_intermediate_size=24,
+    ),
     "olmoe": _model("Olmoe", **_SHAPE, num_experts=EXPERTS),
 }
 

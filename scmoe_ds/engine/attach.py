@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import deepspeed
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from torch import nn
@@ -30,21 +31,24 @@ UNKNOWN_SEQUENCE = 1024
 """Tokens of a sequence for the probe of the all-to-all, in a model that does not say how many it has."""
 
 
-def prepare_autoep() -> None:
-    """Before `deepspeed.initialize`, where the JSON has "expert_parallel": what DeepSpeed and transformers need to go
-    together.
+def prepare_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
+    """Before `deepspeed.initialize`, where the JSON has "expert_parallel": offers presets of ours, lets DeepSpeed and
+    transformers go together, and checks the model.
 
     Raises:
-        ScMoEConfigError: a DeepSpeed without AutoEP.
+        ScMoEConfigError: a DeepSpeed without AutoEP, or a model that AutoEP would not replace, or not rightly.
     """
     try:
-        import deepspeed.module_inject.auto_ep_layer  # a DeepSpeed before AutoEP lacks it
-    except ImportError as error:
+        from scmoe_ds.replace.autoep_model import check_model_for_autoep
+        from scmoe_ds.replace.presets import offer_presets
+    except ImportError as error:  # DeepSpeed's modules
         raise ScMoEConfigError(
             f"expert_parallel: DeepSpeed {deepspeed.__version__} has no AutoEP; install deepspeed>=0.19.8, or remove "
             "the section"
         ) from error
     accept_names_of_recorders()
+    offer_presets()
+    check_model_for_autoep(model, whole)
 
 
 def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calibrator:

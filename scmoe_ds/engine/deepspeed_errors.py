@@ -30,6 +30,7 @@ _PLACES = {
     r"runtime/engine\.py:_configure_(fp16|bf16)_optimizer": r"\1",
     r"runtime/engine\.py:_configure_checkpointing|runtime/checkpoint_engine/": "checkpoint",
     r"runtime/activation_checkpointing/": "activation_checkpointing",
+    r"module_inject/auto_ep|moe/ep_|runtime/engine\.py:_configure_expert_parallel": "expert_parallel",
     r"profiling/": "flops_profiler",
     r"comm/config\.py|utils/comms_logging\.py": "comms_logger",
     r"runtime/(\w+/)?\w*config\w*\.py": _WHOLE,

@@ -117,7 +117,7 @@ def _check(whole: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
     check_accelerator(whole)
     check_model_and_optimizer(whole, model, optimizer)
     if uses_autoep(whole):
-        prepare_autoep()
+        prepare_autoep(model, whole)
 
 
 def _module(model: Any) -> nn.Module:

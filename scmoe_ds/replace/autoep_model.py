@@ -1,0 +1,89 @@
+"""What AutoEP needs of a Hugging Face model, checked before DeepSpeed replaces its MoE blocks.
+
+DeepSpeed skips blocks that it does not recognise without a word, and copies what two blocks share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from deepspeed.module_inject.auto_ep_presets.registry import (
+    PRESET_MODELS,
+    preset_name_for_hf_model_type,
+    unsupported_preset_for_hf_model_type,
+)
+from torch import nn
+
+from scmoe_ds.config.deepspeed_json import at
+from scmoe_ds.config.expert_parallel import PATH
+from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.parallel.output import log
+from scmoe_ds.replace.presets import is_ours
+
+
+def check_model_for_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
+    """Says which preset of ours is used, if one is.
+
+    Raises:
+        ScMoEConfigError: a family without a preset, adapters of peft on or above a MoE block, or a block or experts
+            that two places of the model share.
+    """
+    _check_preset(model, whole)
+    _check_adapters(model, whole)
+    _check_shared(model)
+
+
+def _check_preset(model: nn.Module, whole: Mapping[str, Any]) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    by_hand = at(whole, f"{PATH}.preset_model") or at(whole, f"{PATH}.moe_layer_pattern")
+    if by_hand and not (by_hand in PRESET_MODELS and is_ours(by_hand)):
+        return  # or DeepSpeed says which presets there are
+    name = by_hand or preset_name_for_hf_model_type(str(kind))
+    if name is not None and is_ours(name):
+        log(f'expert_parallel: DeepSpeed has no preset for "{name}"; scmoe_ds offers its own as one of AutoEP\'s')
+    if kind and name is None and unsupported_preset_for_hf_model_type(kind) is None:
+        known = ", ".join(sorted(each for preset in PRESET_MODELS.values() for each in preset.hf_model_types))
+        raise ScMoEConfigError(
+            f'{PATH}: AutoEP has no preset for {type(model).__name__} (model_type "{kind}"), only for {known}; name '
+            f"its MoE blocks in {PATH}.moe_layer_pattern, or remove the section"
+        )
+
+
+def _check_adapters(model: nn.Module, whole: Mapping[str, Any]) -> None:
+    for name, module in _blocks(model):
+        for part, each in module.named_modules():
+            if _is_of_peft(each):
+                raise ScMoEConfigError(
+                    f"{PATH}: {name}.{part} is a {type(each).__name__} of peft, and AutoEP takes over plain routers "
+                    "and experts only; keep adapters to the attention, or merge them with merge_and_unload()"
+                )
+    if _is_of_peft(model) and not at(whole, f"{PATH}.moe_layer_pattern"):
+        found = next((name for name, _ in _blocks(model)), "base_model.model.model.layers.0.mlp")
+        pattern = r"\\.".join(r"\\d+" if each.isdigit() else each for each in found.split("."))
+        raise ScMoEConfigError(
+            f"{PATH}: {type(model).__name__} puts its own path before the MoE blocks; set {PATH}.moe_layer_pattern to "
+            f'"{pattern}" and {PATH}.preset_model to the model\'s family'
+        )
+
+
+def _check_shared(model: nn.Module) -> None:
+    owners: dict[int, str] = {}
+    for name, module in _blocks(model):
+        for key in {id(module), *map(id, module.experts.parameters())}:
+            if owners.setdefault(key, name) != name:
+                raise ScMoEConfigError(
+                    f"{PATH}: {owners[key]} and {name} share their experts, of which AutoEP would make copies; give "
+                    "each block its own"
+                )
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules with experts, under every path that they have."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(getattr(module, "experts", None), nn.Module):
+            yield name, module
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
