@@ -6,7 +6,8 @@ A model of your own that holds DeepSpeed's MoE layers, with one word in its Deep
 
 initialize                     as deepspeed.initialize, for models with ScMoE layers
 ScMoE                          the layer: deepspeed.moe.layer.MoE whose routed experts read a preceding layer
-ScMoEConfig, Schedule          the "scmoe" section of the JSON; when the routed experts run
+ScMoEConfig, RouterConfig      the "scmoe" section of the JSON; its "router"
+Schedule                       when the routed experts run
 replace_moe_layers             DeepSpeed's MoE layers of a model become ScMoE layers; undo_replacement puts them back
 moe_from_dense                 MLPs of a dense model become MoE layers; load_balancing_loss is their loss
 connect, parameter_groups      for loops of your own: join the process group; what weight decay applies to
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from scmoe_ds.config.unread_section import watch_engines
 
 if TYPE_CHECKING:
+    from scmoe_ds.config.router_section import RouterConfig
     from scmoe_ds.config.section import ScMoEConfig
     from scmoe_ds.engine import connect, initialize, parameter_groups
     from scmoe_ds.errors import ScMoEConfigError
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from scmoe_ds.replace import load_balancing_loss, moe_from_dense, replace_moe_layers, undo_replacement
 
 _HOME = {
+    "RouterConfig": "config.router_section",
     "ScMoE": "moe.shortcut",
     "ScMoEConfig": "config.section",
     "ScMoEConfigError": "errors",
@@ -50,6 +53,7 @@ OLDEST_DEEPSPEED = "0.19.4"
 """Its gate takes `sparse_routes` and returns the expert, place and weight of each choice (moe/deepspeed_gate.py)."""
 
 __all__ = [
+    "RouterConfig",
     "ScMoE",
     "ScMoEConfig",
     "ScMoEConfigError",

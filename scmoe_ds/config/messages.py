@@ -36,12 +36,15 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
     return by_case[near[0]] if near else None
 
 
-def explain(error: ValidationError, section: Mapping[str, Any], valid: Mapping[str, Collection[str]]) -> str:
+def explain(
+    error: ValidationError, section: Mapping[str, Any], valid: Mapping[str, Collection[str]], root: str = "scmoe"
+) -> str:
     """pydantic's findings as lines of `scmoe.<path> = <value>: <rule>`.
 
     Args:
         section: as the user wrote it.
         valid: the fields of the section (key "") and of each object in it.
+        root: path of the section.
     """
     lines: dict[str, str] = {}
     for found in error.errors():
@@ -49,10 +52,10 @@ def explain(error: ValidationError, section: Mapping[str, Any], valid: Mapping[s
             continue
         # pydantic appends the member of a union that it tried; only the names that the user wrote are of interest.
         keys = [str(key) for key in found["loc"] if _is_key(section, found["loc"], key)]
-        path = ".".join(["scmoe", *keys])
+        path = ".".join([root, *keys])
         cause = found.get("ctx", {}).get("error")
         if isinstance(cause, ScMoEConfigError):
-            lines.setdefault(path or "scmoe", str(cause))
+            lines.setdefault(path, str(cause))
         elif found["type"] == "extra_forbidden":
             lines[path] = _unknown_key(path, keys, valid)
         else:

@@ -13,6 +13,7 @@ Merge = Literal["add", "cg1", "cg2"]
 _AUTO = {"const": "auto", "type": "string"}
 TopK = Annotated[int, WithJsonSchema({"anyOf": [{"type": "integer"}, _AUTO]})]
 MergeOrAuto = Annotated[Merge, WithJsonSchema({"anyOf": [{"enum": list(get_args(Merge)), "type": "string"}, _AUTO]})]
+BoolOrAuto = Annotated[bool, WithJsonSchema({"anyOf": [{"type": "boolean"}, _AUTO]})]
 """The file may have "auto", which is the same as no field."""
 Dispatch = Literal["exact", "padded"]
 GateSoftmax = Literal["deepspeed", "all", "chosen", "kept"]

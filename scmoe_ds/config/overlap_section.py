@@ -36,9 +36,9 @@ class Section(DeepSpeedConfigModel):
     def _no_quiet_conversions(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic would read "8" and true as the integers 8 and 1; in a hand-written file they are mistakes.
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kind is not bool:
-            is_object = info.field_name == "overlap"
-            remedy = 'an object, such as {"enabled": …}' if is_object else "a number or a name"
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+            is_object = info.field_name in ("overlap", "router")
+            remedy = "an object, {…}" if is_object else "a number or a name"
             raise ValueError(f"is true or false; write {remedy}")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("is too large")

@@ -6,6 +6,7 @@ ZeRO. What the file alone shows to be wrong is found before a process group exis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union
 
@@ -15,10 +16,23 @@ from scmoe_ds.config.deepspeed_json import AnyConfig, load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_settings
 from scmoe_ds.config.expert_parallel import with_autoep
 from scmoe_ds.config.messages import explain, fail, more_ranks, nearest
-from scmoe_ds.config.names import Architecture, Dispatch, GateSoftmax, MergeOrAuto, Position, TopK, in_present_words
+from scmoe_ds.config.names import (
+    Architecture,
+    BoolOrAuto,
+    Dispatch,
+    GateSoftmax,
+    MergeOrAuto,
+    Position,
+    TopK,
+    in_present_words,
+)
 from scmoe_ds.config.overlap_section import OverlapConfig, Section
-from scmoe_ds.config.section_rules import Rule, rules_of_layers, rules_of_slots
+from scmoe_ds.config.router_section import RouterConfig
+from scmoe_ds.config.section_rules import Rule, rules_of_layers, rules_of_router, rules_of_slots
 from scmoe_ds.errors import ScMoEConfigError
+
+_AUTO_FIELDS = ("top_k", "merge", "drop_tokens")
+"""Fields whose default follows from others."""
 
 
 class ScMoEConfig(Section):
@@ -65,10 +79,17 @@ class ScMoEConfig(Section):
         strict=True,
         description="Split each expert over tensor parallel ranks (no effect without tensor parallelism).",
     )
+    router: RouterConfig = Field(default_factory=RouterConfig)
     capacity_factor: float = Field(2.0, gt=0, description="Tokens per expert in training, relative to an even split.")
     eval_capacity_factor: float = Field(2.0, gt=0, description="The same in evaluation.")
     min_capacity: int = Field(4, ge=0, strict=True, description="Least number of tokens that each expert accepts.")
-    drop_tokens: bool = Field(True, strict=True, description="false: every token reaches its experts.")
+    drop_tokens: BoolOrAuto = Field(
+        default_factory=lambda given: getattr(given.get("router"), "score_func", None) is None,
+        strict=True,
+        json_schema_extra={"default": "auto"},
+        description="false: every token reaches its experts. auto: true with DeepSpeed's gate, false with a router of "
+        "another score function.",
+    )
     use_rts: bool = Field(
         True, strict=True, description="Top-1 drops random tokens (true), or whichever torch.topk does (false)."
     )
@@ -147,7 +168,8 @@ class ScMoEConfig(Section):
         try:
             super().__init__(**section)
         except ValidationError as error:
-            fields = {"": type(self).model_fields, "overlap": OverlapConfig.model_fields}
+            objects = {"overlap": OverlapConfig.model_fields, "router": RouterConfig.model_fields}
+            fields = {"": type(self).model_fields, **objects}
             raise ScMoEConfigError(explain(error, section, fields)) from None
 
     @model_validator(mode="before")
@@ -157,17 +179,17 @@ class ScMoEConfig(Section):
         if not isinstance(section, Mapping):
             return section
         given = in_present_words(section)
-        return {key: value for key, value in given.items() if key not in ("top_k", "merge") or value != "auto"}
+        return {key: value for key, value in given.items() if key not in _AUTO_FIELDS or value != "auto"}
 
     @model_validator(mode="after")
     def _rules(self) -> ScMoEConfig:
-        self._require([*rules_of_layers(self), *rules_of_slots(self)])
+        self._require([*rules_of_layers(self), *rules_of_slots(self), *rules_of_router(self)])
         return self
 
     def _require(self, rules: Iterable[Rule]) -> None:
         for path, broken, rule in rules:
             if broken:
-                value = self.overlap.expert_slot if path == "overlap.expert_slot" else getattr(self, path)
+                value = functools.reduce(getattr, path.split("."), self)
                 raise fail(f"scmoe.{path}", value, rule)
 
     @property

@@ -60,3 +60,19 @@ def rules_of_slots(section: Any) -> Iterator[Rule]:
         isinstance(slot, list) and chunks not in ("auto", len(slot)),
         f"gives each chunk its slot, but num_chunks = {chunks}; remove one",
     )
+
+
+def rules_of_router(section: Any) -> Iterator[Rule]:
+    """The router against sizes, and against fields that DeepSpeed's gate alone reads."""
+    counts = section.num_experts if isinstance(section.num_experts, list) else [section.num_experts]
+    for experts in sorted(set(counts)):
+        for field, broken, rule in section.router.rules(section.top_k, experts):
+            yield f"router.{field}", broken, rule
+    if section.router.score_func is None:
+        return
+    kept = "DeepSpeed's gate alone reads it; remove it, or scmoe.router.score_func"
+    yield "gate_softmax", section.gate_softmax != "deepspeed", f"{kept} (route_norm says what adds up to 1)"
+    yield "noisy_gate_policy", section.noisy_gate_policy == "RSample", kept
+    yield "top2_2nd_expert_sampling", section.top2_2nd_expert_sampling, kept
+    groups = section.architecture == "dgmoe" and section.router.num_expert_groups is not None
+    yield "router.num_expert_groups", groups, "dgmoe's second choice may need another group; remove it"

@@ -15,6 +15,7 @@ from scmoe_ds.compat import accept_names_of_recorders
 from scmoe_ds.config.expert_parallel import idle_settings, uses_autoep
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
+from scmoe_ds.engine.routers import serve_routers
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.identity import identity
 from scmoe_ds.moe.kernels import kernels_of
@@ -101,6 +102,7 @@ def overlap_of(engine: Any, section: ScMoEConfig, layout: Layout, micro_batch_si
     Collective."""
     model: nn.Module = engine.module
     steady_monitors(engine.monitor)
+    serve_routers(engine)
     pairs = pairs_of(model)
     for number, pair in enumerate(pairs):
         pair.layer.name = f"MoE layer {number}"

@@ -54,8 +54,9 @@ def build_moe(
     )
     if architecture in ("topk", "shared_expert"):
         moe = MoE(use_residual=architecture == "shared_expert", **arguments)
-        return admit_any_tokens(moe, config.gate_softmax, unequal)
-    arguments.update(dispatch=config.dispatch, gate_softmax=config.gate_softmax, wire_dtype=config.wire_dtype)
+        return admit_any_tokens(moe, config.gate_softmax, unequal, config.router)
+    of_layer = ("dispatch", "gate_softmax", "wire_dtype", "router")
+    arguments.update({field: getattr(config, field) for field in of_layer})
     if architecture == "dgmoe":
         return DGMoE(**arguments)
     if architecture == "pipelined_topk":

@@ -2,25 +2,26 @@
 
 The baselines "topk" and "shared_expert" are DeepSpeed's layers. DeepSpeed's gate refuses fewer tokens than
 `min_capacity` with k = 1, and takes no mask with k > 1. The rest of the layer has no such limits. So only the gate is
-replaced. The new gate runs DeepSpeed's own code where it can.
+replaced. The new gate runs DeepSpeed's own code where it can, and takes any router (scmoe_ds.moe.router).
 """
 
 from __future__ import annotations
 
 import torch
 from deepspeed.moe.layer import MoE
-from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor
 
 from scmoe_ds.config.names import GateSoftmax
+from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.moe.gate import capacity_of, route
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size
+from scmoe_ds.moe.router import RouterGate, equip
 
 Gated = tuple[Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]
 """Loss, capacity, number of experts, expert, location and weight [K, T], tokens per expert; as DeepSpeed's gate."""
 
 
-class AnyTokensGate(TopKGate):
+class AnyTokensGate(RouterGate):
     """
     Attributes:
         softmax: see scmoe_ds.moe.gate.
@@ -36,7 +37,8 @@ class AnyTokensGate(TopKGate):
     ) -> Gated:
         """See `TopKGate.forward`; `used_token` as in `scmoe_ds.moe.gate.route`."""
         few = len(input) < max(self.min_capacity, 1)
-        ours = used_token is not None or few or self.unequal or self.softmax != "deepspeed"
+        other = self.softmax != "deepspeed" or self.router != RouterConfig()
+        ours = used_token is not None or few or self.unequal or other
         if not ours or not sparse_routes or use_tutel:
             return super().forward(input, used_token, sparse_routes, use_tutel)
         by_shape = self.drop_tokens and not self.unequal
@@ -56,9 +58,10 @@ class AnyTokensGate(TopKGate):
         )
 
 
-def admit_any_tokens(moe: MoE, softmax: GateSoftmax, unequal: bool = False) -> MoE:
+def admit_any_tokens(moe: MoE, softmax: GateSoftmax, unequal: bool = False, router: RouterConfig | None = None) -> MoE:
     """Replaces the gate of one of DeepSpeed's own layers. Parameters and settings of the gate stay."""
     gate = moe.deepspeed_moe.gate
     gate.__class__ = AnyTokensGate
     gate.softmax, gate.unequal = softmax, unequal
+    equip(gate, router or RouterConfig())
     return moe

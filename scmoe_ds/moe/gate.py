@@ -1,4 +1,6 @@
-"""`route`: which expert takes which token, and with what weight; equal to DeepSpeed's gate, bit for bit on a CPU.
+"""`route`: which expert takes which token, and with what weight.
+
+A gate without a router of another kind (scmoe_ds.moe.router) is equal to DeepSpeed's, bit for bit on a CPU.
 
 DeepSpeed's own functions take a mask for k = 1 only. They count masked tokens in the balancing loss and the capacity,
 refuse fewer tokens than `min_capacity`, and do not return the expert of a dropped choice. Here the result depends on
@@ -28,6 +30,7 @@ from scmoe_ds.moe.experts import to_device
 from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.moe.logits import fp32_logits
 from scmoe_ds.moe.order import Order
+from scmoe_ds.moe.router import RouterGate, choose_by_score, score, shares, weigh
 from scmoe_ds.moe.top1 import Top1Kernels, choose_top1
 
 Count = TypeVar("Count", int, Tensor)
@@ -84,18 +87,19 @@ def route(
     """Routes every token to its top-k experts (fp32 throughout).
 
     Args:
-        gate: holds weight, k, capacity factors, noise policy and drop policy.
+        gate: holds weight, k, capacity factors, noise policy, drop policy, and perhaps another router than DeepSpeed's.
         tokens_TD: any floating dtype; any number of tokens, also none.
         used_token: T elements of any shape and dtype, zero for padding. A token of padding is routed to no expert, and
             does not count for loss, counts and capacity.
         exclude_T: an expert that each token may not choose, -1 for none (DGMoE's second choice, paper eq. 23;
             top-1 only).
-        softmax: among which experts a token's weights are normalised, see `_weights`.
+        softmax: among which experts a token's weights are normalised, see `_weights`; DeepSpeed's router only.
         group: agree on the largest capacity of these ranks (padded buffers need it; one blocking all-reduce).
 
     Raises:
         ValueError: a mask or choice that is none, or of another number of tokens; or `exclude_T` with k > 1.
     """
+    own = gate if isinstance(gate, RouterGate) else None
     if gate.k > 1 and exclude_T is not None:
         raise ValueError(f"exclude_T is defined for k = 1, not k = {gate.k}")
     check_tokens("used_token", used_token, len(tokens_TD))
@@ -106,14 +110,27 @@ def route(
     if exclude_T is not None:
         exclude_T = to_device(exclude_T.reshape(-1), tokens_TD.device)
     logits_TE = _logits(gate, tokens_TD, used_T)
-    if len(tokens_TD) == 0:
-        return _agreed(_route_none(gate, logits_TE), group)
+    if own is not None and own.z_loss is not None:
+        logits_TE = own.z_loss.attach(logits_TE, used_T)
+    routing = _routing(gate, logits_TE, used_T, exclude_T, softmax)
+    if own is not None and own.balance is not None and gate.training:
+        own.balance.count(routing.exp_counts)
+    return _agreed(routing, group)
+
+
+def _routing(
+    gate: TopKGate, logits_TE: Tensor, used_T: Tensor | None, exclude_T: Tensor | None, softmax: GateSoftmax
+) -> Routing:
+    if len(logits_TE) == 0:
+        return _route_none(gate, logits_TE)
+    if isinstance(gate, RouterGate) and gate.router.score_func is not None:
+        return _route_scores(gate, logits_TE, used_T, exclude_T)
     noise = gate.noisy_gate_policy == "RSample" and gate.training
     plain = used_T is None and exclude_T is None and not noise and softmax in ("all", "deepspeed")
-    top1 = kernels_of(tokens_TD).top1 if gate.k == 1 and plain else None
+    top1 = kernels_of(logits_TE).top1 if gate.k == 1 and plain else None
     if top1 is not None:
-        return _agreed(_route_top1(top1, gate, logits_TE), group)
-    return _agreed(_route_all(gate, logits_TE, used_T, exclude_T, softmax), group)
+        return _route_top1(top1, gate, logits_TE)
+    return _route_all(gate, logits_TE, used_T, exclude_T, softmax)
 
 
 def _route_none(gate: TopKGate, logits_TE: Tensor) -> Routing:
@@ -142,6 +159,18 @@ def _route_top1(kernels: Top1Kernels, gate: TopKGate, logits_TE: Tensor) -> Rout
     limit = min(capacity_of(gate, len(logits_TE)), len(logits_TE)) if gate.drop_tokens else None
     choices, weight_KT, l_aux = choose_top1(kernels, logits_TE, gate.use_rts, limit)
     return Routing(choices, weight_KT, choices.counts_E.max() if limit is None else limit, l_aux)
+
+
+def _route_scores(gate: RouterGate, logits_TE: Tensor, used_T: Tensor | None, exclude_T: Tensor | None) -> Routing:
+    """A router's choice. The balancing loss counts all choices and is 1 for even loads, whatever k is."""
+    score_TE = score(gate.router, logits_TE)
+    chosen_KT = choose_by_score(gate, score_TE, exclude_T)
+    tokens = _count(used_T, len(logits_TE))
+    limit = _limit(gate, tokens) if gate.drop_tokens else None
+    choices, _ = keep(gate, score_TE.detach(), chosen_KT, used_T, limit)
+    l_aux = _balancing_loss(1, shares(gate.router, score_TE), choices.counts_E / gate.k, tokens, used_T)
+    weight_KT = weigh(gate, score_TE, chosen_KT, choices.kept_KT)
+    return Routing(choices, weight_KT, choices.counts_E.max() if limit is None else limit, l_aux, used_T)
 
 
 def _count(used_T: Tensor | None, tokens: int) -> int | Tensor:

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.comm.wire import WIRE_DTYPES
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
+from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.moe.checks import check_arguments, check_count, check_input
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.identity import without_identity_rows
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel_rank, own_first_expert
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
+from scmoe_ds.moe.router import equip
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.parallel.agreement import require_agreement, run_together
 from scmoe_ds.parallel.groups import travel_group
@@ -50,6 +52,8 @@ class StagedMoE(MoE):
             those "kept" by the capacity; "deepspeed": all for k = 1, kept for more.
         all_to_all: primitive of dispatch and combine, see scmoe_ds.comm.transport.
         wire_dtype: None, "bf16" or "fp8": number format of rows and their gradients between ranks.
+        router: how tokens choose their experts; None: DeepSpeed's gate. One with a score function reads neither
+            `gate_softmax` nor `top2_2nd_expert_sampling`. Its weights are the gate's.
 
     Raises:
         ValueError: sizes that do not divide, an unknown choice, or a layer with `ep_size` > 1 that is built before
@@ -78,6 +82,7 @@ class StagedMoE(MoE):
         gate_softmax: GateSoftmax = "deepspeed",
         all_to_all: str = "collective",
         wire_dtype: str | None = None,
+        router: RouterConfig | None = None,
         **kwargs: Any,
     ) -> None:
         capacity = capacity_factor, eval_capacity_factor, min_capacity
@@ -90,7 +95,7 @@ class StagedMoE(MoE):
                 f"{type(self).__name__} is defined with use_residual={self._needs_residual} only; ScMoE has a shared "
                 "expert, StagedMoE and deepspeed.moe.layer.MoE do without"
             )
-        self._set_up(dispatch, gate_softmax, all_to_all, wire_dtype)
+        self._set_up(dispatch, gate_softmax, all_to_all, wire_dtype, router)
         self._initialized_as = own_expert_parallel_rank(self)
         initialize_experts(self.deepspeed_moe.experts, own_first_expert(self))
 
@@ -102,7 +107,7 @@ class StagedMoE(MoE):
 
         Args:
             moe: a layer without a shared expert; `ScMoE` takes one with it, too.
-            settings: `dispatch`, `gate_softmax`, `all_to_all` and `wire_dtype`, as for the class.
+            settings: `dispatch`, `gate_softmax`, `all_to_all`, `wire_dtype` and `router`, as for the class.
 
         Raises:
             ValueError: an unknown choice.
@@ -122,6 +127,7 @@ class StagedMoE(MoE):
         gate_softmax: GateSoftmax = "deepspeed",
         all_to_all: str = "collective",
         wire_dtype: str | None = None,
+        router: RouterConfig | None = None,
     ) -> None:
         gate_softmax = FORMER_GATE_SOFTMAX.get(gate_softmax, gate_softmax)
         check_choice("dispatch", dispatch, ("exact", "padded"))
@@ -130,6 +136,8 @@ class StagedMoE(MoE):
         check_choice("wire_dtype", wire_dtype, (None, *WIRE_DTYPES))
         self.dispatch, self.gate_softmax, self.wire_dtype = dispatch, gate_softmax, wire_dtype
         self.transport, self.slices = Transport(None, all_to_all), TokenSlices()
+        if router is not None and router != RouterConfig():
+            equip(self.deepspeed_moe.gate, router)
 
     @property
     def hidden_size(self) -> int:

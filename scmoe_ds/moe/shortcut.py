@@ -19,10 +19,12 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from scmoe_ds.config.names import Dispatch, GateSoftmax, Merge
+from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.moe.checks import check_input
 from scmoe_ds.moe.layer import Layer, StagedMoE, check_choice
 from scmoe_ds.moe.merge import coefficient_network, merge_outputs
 from scmoe_ds.moe.routed import RoutedTokens
+from scmoe_ds.moe.router import RouterGate
 
 
 class ScMoE(StagedMoE):
@@ -62,6 +64,8 @@ class ScMoE(StagedMoE):
             "kept" by the capacity; "deepspeed": all for k = 1, kept for more.
         all_to_all: primitive of dispatch and combine: "collective" or "send_receive"; `initialize` sets the section's.
         wire_dtype: None, "bf16" or "fp8": number format of rows and their gradients between ranks.
+        router: how tokens choose their experts; None: DeepSpeed's gate. One with a score function reads neither
+            `gate_softmax` nor `top2_2nd_expert_sampling`. Its weights are the gate's.
 
     Raises:
         ValueError: sizes that do not divide, an unknown choice, or `ep_size` > 1 before there is a process group.
@@ -92,6 +96,7 @@ class ScMoE(StagedMoE):
         gate_softmax: GateSoftmax = "deepspeed",
         all_to_all: str = "collective",
         wire_dtype: str | None = None,
+        router: RouterConfig | None = None,
     ) -> None:
         check_choice("merge", merge, get_args(Merge))
         super().__init__(
@@ -114,6 +119,7 @@ class ScMoE(StagedMoE):
             gate_softmax=gate_softmax,
             all_to_all=all_to_all,
             wire_dtype=wire_dtype,
+            router=router,
         )
         self.merge: Merge = merge
         self.coefficient = coefficient_network(merge, hidden_size)
@@ -191,6 +197,9 @@ class DGMoE(StagedMoE):
         super().__init__(hidden_size, expert, *args, **kwargs)
         if self.top_k != 1 or self.num_experts < 2:
             raise ValueError("DGMoE routes each layer's token to one of at least two experts: k = 1, num_experts >= 2")
+        gate = self.deepspeed_moe.gate
+        if isinstance(gate, RouterGate) and gate.router.num_expert_groups is not None:
+            raise ValueError("router.num_expert_groups: DGMoE's second choice may need another group; leave it out")
 
     def finish(
         self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None

@@ -19,6 +19,7 @@ from deepspeed.runtime.lr_schedules import WarmupCosineLR
 
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.config.schema import json_schema
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models import swin
@@ -222,14 +223,21 @@ def test_readme_names_every_file(path: Path) -> None:
     assert table_row(path.name)
 
 
+OBJECTS = {"overlap": OverlapConfig, "router": RouterConfig}
+
+
 @pytest.mark.parametrize(
     ("field", "default"),
     [
         (name, field["default"])
         for name, field in SCHEMA["properties"]["scmoe"]["properties"].items()
-        if name != "overlap"
+        if name not in OBJECTS
     ]
-    + [(f"overlap.{name}", field["default"]) for name, field in SCHEMA["$defs"]["OverlapConfig"]["properties"].items()],
+    + [
+        (f"{name}.{field}", value["default"])
+        for name, kind in OBJECTS.items()
+        for field, value in SCHEMA["$defs"][kind.__name__]["properties"].items()
+    ],
 )
 def test_readme_has_every_field_with_its_default(field: str, default: object) -> None:
     assert table_row(field)[0] == f"`{json.dumps(default)}`"
@@ -244,5 +252,5 @@ def test_readme_maps_every_flag(flag: str) -> None:
 def test_readme_names_no_field_that_does_not_exist() -> None:
     table = README[README.index("| field | default |") :].split("\n\n")[0]
     fields = re.findall(r"^\| `([a-z0-9_.]+)` \|", table, flags=re.MULTILINE)
-    known = {*ScMoEConfig.model_fields, *(f"overlap.{name}" for name in OverlapConfig.model_fields)}
-    assert fields and set(fields) == known - {"overlap"}
+    nested = {f"{name}.{field}" for name, kind in OBJECTS.items() for field in kind.model_fields}
+    assert fields and set(fields) == nested | ScMoEConfig.model_fields.keys() - OBJECTS.keys()

@@ -84,6 +84,37 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "noise": ({"scmoe.noisy_gate_policy": "rsample"}, {}, r"scmoe\.noisy_gate_policy = \"rsample\""),
     "RSample with k 2": ({"scmoe.noisy_gate_policy": "RSample", "scmoe.top_k": 2}, {}, r"RSample with top_k 1 only"),
     "drop_tokens 1": ({"scmoe.drop_tokens": 1}, {}, r"scmoe\.drop_tokens = 1: .*boolean"),
+    "router as text": ({"scmoe.router": "sigmoid"}, {}, r'scmoe\.router = "sigmoid": must be a valid dict'),
+    "router's field": (
+        {"scmoe.router": {"score_fn": 1}},
+        {},
+        r'router\.score_fn: unknown key \(did you mean "score_func"',
+    ),
+    "score function": (
+        {"scmoe.router": {"score_func": "relu"}},
+        {},
+        r'router\.score_func = "relu": must be \'softmax\'',
+    ),
+    "a bias for DeepSpeed's gate": (
+        {"scmoe.router": {"load_balance_coeff": 0.001}},
+        {},
+        r"scmoe\.router\.load_balance_coeff = 0.001: DeepSpeed's gate has no such part; set \"score_func\"",
+    ),
+    "one weight of 1": (
+        {"scmoe.router": {"score_func": "sigmoid", "route_norm": True}, "scmoe.top_k": 1},
+        {},
+        r"scmoe\.router\.route_norm = true: a token's only weight would be 1",
+    ),
+    "groups that do not divide": (
+        {"scmoe.router": {"score_func": "sigmoid", "num_expert_groups": 3, "num_limited_groups": 1}},
+        {},
+        r"scmoe\.router\.num_expert_groups = 3: must divide the number of experts \(4\)",
+    ),
+    "a router and another softmax": (
+        {"scmoe.router": {"score_func": "softmax"}, "scmoe.gate_softmax": "kept"},
+        {},
+        r'scmoe\.gate_softmax = "kept": DeepSpeed\'s gate alone reads it',
+    ),
     "aux loss": ({"scmoe.aux_loss_coefficient": -0.1}, {}, r"scmoe\.aux_loss_coefficient = -0.1"),
     "dispatch": ({"scmoe.dispatch": "dense"}, {}, r'scmoe\.dispatch = "dense"'),
     "slot": (
