@@ -1,0 +1,161 @@
+"""The rows of the benchmark against AutoEP: one model's weights, run by AutoEP and by this package in several ways."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness.autoep_parts import Step, autoep_layers
+from benchmarks.harness.families import Family
+from benchmarks.harness.no_link import Arrived, LocalCopy, without_link
+from benchmarks.harness.parts import CPU
+from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.auto import chunk_counts
+from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.planner.simulation import Mode, total_ms
+from scmoe_ds.replace.as_is import AsIsPair
+from scmoe_ds.replace.autoep import schedule
+
+AUTOEP, AGAIN = "AutoEP", "AutoEP again (A/A)"
+SAMPLES = 3
+"""Timed steps for each number of chunks."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the model.
+
+    Attributes:
+        architecture: "autoep" (DeepSpeed's own layers), "as_is" or "scmoe".
+        overlap: fields of the section's "overlap" that differ from their defaults.
+        one_copy: a token travels once to each rank; otherwise once for each of its experts.
+        join: the section's "join".
+        limit: name of the row that computes the same without communication.
+        communicates: False: nothing is sent.
+        modes: in which it is measured.
+    """
+
+    architecture: str
+    overlap: dict[str, Any] = field(default_factory=dict, hash=False)
+    one_copy: bool = True
+    join: str = "end"
+    limit: str | None = None
+    communicates: bool = True
+    modes: tuple[Mode, ...] = ("train", "forward")
+
+
+def table(family: Family) -> dict[str, Row]:
+    """AutoEP; the same model with one thing added at a time; and the shortcut."""
+    one, train = {"num_chunks": 1}, ("train",)
+    bare = "as_is, no communication"
+    return {
+        AUTOEP: Row("autoep", limit="AutoEP, no communication"),
+        AGAIN: Row("autoep"),
+        "AutoEP, no communication": Row("autoep", communicates=False),
+        "as_is, blocking, a copy per expert": Row("as_is", {"enabled": False}, False, limit=bare, modes=train),
+        "+ overlap": Row("as_is", one, False, limit=bare, modes=train),
+        "+ one copy per rank": Row("as_is", one, limit=bare, modes=train),
+        "+ chunks = as_is": Row("as_is", limit=bare),
+        bare: Row("as_is", one, communicates=False),
+    }
+
+
+class Run:
+    """A row, ready to run: a copy of the model with the same parameters.
+
+    Args:
+        row: what to run.
+        model: with AutoEP's layers, as DeepSpeed makes them.
+        method: the all-to-all of this package's layers.
+
+    Attributes:
+        pairs: of the layers that this package runs.
+    """
+
+    def __init__(self, row: Row, model: nn.Module, method: str) -> None:
+        self.row, self.model = row, _same_weights(model)
+        self.calibrator: Calibrator | None = None
+        self.pairs: list[Any] = []
+        self._arrived = Arrived()
+        if row.architecture == "autoep":
+            return
+        self.overlap = OverlapConfig(**row.overlap)
+        for number, layer in enumerate(autoep_layers(self.model)):
+            staged = schedule(f"MoE layer {number}", layer, None)
+            kind = type(staged.transport) if row.communicates else LocalCopy
+            staged.transport = kind(staged.transport.group, method)
+            staged.pair = AsIsPair(staged, self.overlap)
+            self.pairs.append(staged.pair)
+
+    def step(self, hidden: Tensor, train: bool) -> Step:
+        """One forward pass of the blocks, or one forward and backward pass; no all-reduce of dense gradients.
+
+        Args:
+            hidden: [B, S, D] what the first block reads.
+        """
+        direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        hidden, blocks = hidden.clone(), self.model.get_submodule("model")
+
+        def run() -> None:
+            with self._link():
+                if not train:
+                    with torch.no_grad():
+                        blocks(inputs_embeds=hidden, use_cache=False)
+                    return
+                output = blocks(inputs_embeds=hidden.requires_grad_(), use_cache=False).last_hidden_state
+                (output * direction).sum().backward()
+            self.model.zero_grad(set_to_none=True)
+            hidden.grad = None
+
+        return run
+
+    def _link(self) -> AbstractContextManager[None]:
+        if self.row.architecture == "autoep" and not self.row.communicates:
+            return without_link(self._arrived)
+        return nullcontext()
+
+    def calibrate(self, step: Step) -> None:
+        """Has the package time its parts and choose its schedules at the link's present rate, as in any training.
+
+        Args:
+            step: a training step.
+        """
+        if not (self.pairs and self.row.communicates):
+            return
+        steps = SAMPLES * len(chunk_counts(self.overlap))
+        calibrator = Calibrator(self.pairs, self.overlap.model_copy(update={"calibration_steps": steps}), CPU)
+        while calibrator.calibrating or calibrator.comparison is not None:
+            calibrator.begin()
+            step()
+        calibrator.settle()
+        self.calibrator = calibrator
+
+    def communication_ms(self, mode: Mode) -> float | None:
+        """Dispatch and combine of all layers, one chunk, with nothing beside them; None: not timed."""
+        if self.calibrator is None or not self.calibrator.times:
+            return None
+        found = 0.0
+        for kind in self.calibrator.kinds:
+            assert kind.times is not None
+            one = kind.times.chunks[1]
+            found += len(kind.layers) * (total_ms(one.dispatch, mode) + total_ms(one.combine, mode))
+        return found
+
+    def schedules(self, mode: Mode) -> list[Schedule]:
+        """Of each pair, in this mode."""
+        return [
+            pair.forward_schedule if mode == "forward" and pair.forward_schedule is not None else pair.schedule
+            for pair in self.pairs
+        ]
+
+
+def _same_weights(model: nn.Module) -> nn.Module:
+    """A copy whose parameters, and process groups, are those of the model."""
+    kept: list[Any] = [*model.parameters(), *(layer.ep_group for layer in autoep_layers(model))]
+    return copy.deepcopy(model, {id(each): each for each in kept})

@@ -1,0 +1,189 @@
+"""Hugging Face's MoE blocks on two nodes: DeepSpeed's AutoEP as it is, and this package on the same weights.
+
+    python -m benchmarks.speed.autoep --output benchmarks/results
+    python -m benchmarks.speed.autoep --families qwen3 --shares 0.6 --rounds 6
+
+Two nodes are made in this machine (root, Linux), one pinned rank on each, joined by a link whose rate is searched so
+that the all-to-alls take `--shares` of the time of AutoEP's MoE layers in a training step. A model is a few of
+transformers' own decoder layers with AutoEPMoELayer in them; the shapes are cut in width and batch only. All rows share
+the same weights and run in every round in rotating order. A speed-up is the median of the ratios within rounds, with
+its 10th and 90th percentile. Schedules are those of the package's own calibration at the rate that was found.
+
+What was measured before is kept: each family, share and skew is written as soon as it is done, and is not measured
+again unless `--again` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.harness import autoep_page
+from benchmarks.harness.autoep_parts import peak_bytes, record_layers
+from benchmarks.harness.autoep_rows import AUTOEP, Row, Run, table
+from benchmarks.harness.families import FAMILIES, SEQUENCE, build_model, skew_router
+from benchmarks.harness.link import find_rate
+from benchmarks.harness.measure import EVICTED_BYTES, cold
+from benchmarks.harness.two_nodes import on_two_nodes, parse
+from scmoe_ds.comm.transport import METHODS
+from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
+from scmoe_ds.planner.schedule_text import schedule_text
+from scmoe_ds.planner.simulation import Mode
+
+WARM_UP = 2
+PROCESSOR_ROUNDS = 3
+Times = dict[str, list[float]]
+
+
+class Bench:
+    """All rows of one family on this rank.
+
+    Args:
+        settings: the command line's, of one cell.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings, self.family = settings, FAMILIES[settings["family"]]
+        cut = self.family.cut(settings["share"])
+        model: Any = build_model(self.family, cut)
+        torch.manual_seed(1 + dist.get_rank())
+        self.hidden = torch.randn(cut.sequences, SEQUENCE, model.config.hidden_size)
+        self.loads = skew_router(model, self.hidden, settings["skew"])
+        only = settings["only"]
+        self.rows = {name: row for name, row in table(self.family).items() if _is_chosen(name, only)}
+        self.runs = {name: Run(row, model, settings["method"]) for name, row in self.rows.items()}
+        self._other = torch.zeros(EVICTED_BYTES // 4)
+
+    def cell(self) -> dict[str, Any]:
+        """The link, and every row in both modes."""
+        link = self.set_link()
+        for run in self.runs.values():
+            run.calibrate(cold(run.step(self.hidden, train=True), self._other))
+        modes: tuple[Mode, ...] = ("train", "forward")
+        found = {mode: self.measure(mode) for mode in modes if mode in self.settings["modes"]}
+        return {"link": link, "loads": self.loads, "modes": found}
+
+    def set_link(self) -> dict[str, float]:
+        """Sets the link's rate by AutoEP's training step, or to the rate that is given."""
+        run = self.runs[AUTOEP]
+        step = cold(run.step(self.hidden, train=True), self._other)
+        if self.settings["rate_mbit"]:
+            from lab.nodes import shape_own_end
+
+            shape_own_end(self.settings["rate_mbit"])
+            return {"rate_mbit": self.settings["rate_mbit"]}
+        return vars(find_rate(partial(record_layers, run.model, step), self.settings["share"]))
+
+    def measure(self, mode: Mode) -> list[dict[str, Any]]:
+        """The rows of one mode."""
+        rows = {name: row for name, row in self.rows.items() if mode in row.modes}
+        steps = {name: self.runs[name].step(self.hidden, mode == "train") for name in rows}
+        timed = interleave(steps, self.settings["rounds"], WARM_UP, before=dist.barrier)
+        times = {name: over_ranks(values) for name, values in timed.items()}
+        processor = interleave(steps, PROCESSOR_ROUNDS, 1, before=dist.barrier, clock=time.process_time)
+        found = []
+        for name, row in rows.items():
+            (processor_s,) = over_ranks([statistics.median(processor[name])])
+            (peak,) = over_ranks([float(peak_bytes(steps[name]))])
+            found.append(
+                {
+                    "row": name,
+                    "median_ms": 1e3 * statistics.median(times[name]),
+                    "speedup": vars(Spread.of_ratios(times[AUTOEP], times[name])),
+                    "processor_ms": 1e3 * processor_s,
+                    "peak_mb": peak / 1e6,
+                    "schedule": ", ".join(dict.fromkeys(map(schedule_text, self.runs[name].schedules(mode)))),
+                    **self._limit(row, times, name, mode),
+                }
+            )
+        return found
+
+    def _limit(self, row: Row, times: Times, name: str, mode: Mode) -> dict[str, Any]:
+        """How close a row is to the same without communication."""
+        if row.limit not in times:
+            return {}
+        exposed = Spread.of([1e3 * (full - bare) for full, bare in zip(times[name], times[row.limit], strict=True)])
+        found: dict[str, Any] = {"limit_speedup": vars(Spread.of_ratios(times[AUTOEP], times[row.limit]))}
+        found["exposed_ms"] = vars(exposed)
+        communication_ms = self.runs[name].communication_ms(mode)
+        if communication_ms:
+            found |= {"communication_ms": communication_ms, "hidden_share": 1 - exposed.median / communication_ms}
+        return found
+
+
+def _is_chosen(name: str, only: list[str]) -> bool:
+    return not only or name == AUTOEP or any(part in name for part in only)
+
+
+def rank_main(settings: dict[str, Any]) -> None:
+    """What each of the two processes runs; rank 0 prints the record."""
+    from scmoe_ds.engine import connect
+
+    torch.set_num_threads(1)
+    connect()
+    record = Bench(settings).cell()
+    if dist.get_rank() == 0:
+        print("RECORD " + json.dumps(record), flush=True)
+    dist.destroy_process_group()
+
+
+def cells(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is measured in one go each: a family at a share and a skew."""
+    for family, share in itertools.product(args.families, args.shares):
+        yield {"family": family, "share": share, "skew": 1.0}
+    for skew in args.skews:
+        yield {"family": args.skewed_family, "share": args.skewed_share, "skew": skew}
+
+
+def _find(record: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any] | None:
+    return next((each for each in record["cells"] if cell.items() <= each["settings"].items()), None)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--shares", nargs="*", type=float, default=[0.6, 0.5, 0.15])
+    parser.add_argument("--skews", nargs="*", type=float, default=[2.0, 3.0, 4.0, 5.0], help="busiest expert over mean")
+    parser.add_argument("--skewed-family", choices=FAMILIES, default="qwen3")
+    parser.add_argument("--skewed-share", type=float, default=0.6, help="without skew")
+    parser.add_argument("--modes", nargs="+", choices=["forward", "train"], default=["forward", "train"])
+    parser.add_argument("--method", choices=METHODS, default="collective", help="AutoEP's own is the collective")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="only rows whose name has a PART")
+    parser.add_argument("--again", action="store_true", help="measure again what the record has")
+    parser.add_argument("--output", type=Path, help="directory for autoep.json and autoep.md")
+    return parser
+
+
+def main() -> None:
+    args, settings = parse(build_parser(), rank_main)
+    file = args.output / "autoep.json" if args.output else None
+    record = json.loads(file.read_text()) if file and file.exists() else {"cells": []}
+    for cell in cells(args):
+        known = _find(record, cell)
+        if known and not args.again:
+            continue
+        unskewed = _find(record, {**cell, "skew": 1.0}) if cell["skew"] > 1 else None
+        rate = unskewed["link"]["rate_mbit"] if unskewed else None
+        found = on_two_nodes("benchmarks.speed.autoep", {**settings, **cell, "rate_mbit": rate})
+        record["cells"] = [each for each in record["cells"] if each is not known] + [found]
+        print(autoep_page.cell_text(found), flush=True)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(record, indent=1) + "\n")
+            file.with_suffix(".md").write_text(autoep_page.page(record))
+
+
+if __name__ == "__main__":
+    main()
