@@ -371,6 +371,7 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self.runs = nn.ModuleList(pairs)
         self.final_norm = norm_of(config)
         self.head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
+        self.loss_type = "ForCausalLM"
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
