@@ -73,6 +73,19 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
         dense_intermediate_size=48,
         shared_intermediate_size=24,
     ),
+    "longcat_flash": _model(
+        "LongcatFlash",
+        **{key: value for key, value in {**_SHAPE, **_LATENT}.items() if not key.startswith("num_")},
+        num_layers=2,
+        num_attention_heads=4,
+        head_dim=8,
+        ffn_hidden_size=48,
+        moe_topk=TOP_K,
+        n_routed_experts=EXPERTS,
+        zero_expert_num=4,
+        expert_ffn_hidden_size=16,
+        routed_scaling_factor=2.0,
+    ),
     "olmoe": _model("Olmoe", **_SHAPE, num_experts=EXPERTS),
 }
 
@@ -89,7 +102,9 @@ def tiny(family: str, seed: int = 1, **more: Any) -> nn.Module:
         if name.endswith("e_score_correction_bias"):  # zero in an untrained model: a forgotten one would not show
             buffer.uniform_(-0.2, 0.2)
     for name, parameter in model.named_parameters():
-        if name.endswith("gate.weight"):  # untrained routers choose by differences that rounding can turn over
+        if name.endswith(
+            ("gate.weight", "classifier.weight")
+        ):  # untrained routers choose by differences that rounding can turn over
             nn.init.normal_(parameter, std=0.5)
     return model
 

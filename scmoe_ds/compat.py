@@ -214,6 +214,21 @@ def forget_process_groups() -> None:
     groups.expert_tensor_parallel_world_size = 1
 
 
+def build_autoep_layers_as(preset: str, kind: type) -> None:
+    """Where AutoEP would build an `AutoEPMoELayer` for a preset, it builds this subclass (read in 0.19.8)."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    kinds = getattr(AutoEPMoELayer, "kinds_by_preset", None)
+    if kinds is None:
+        kinds = AutoEPMoELayer.kinds_by_preset = {}
+
+        def new(cls: type, spec: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return object.__new__(kinds.get(getattr(spec, "model_family", None), cls) if cls is AutoEPMoELayer else cls)
+
+        AutoEPMoELayer.__new__ = staticmethod(new)
+    kinds[preset] = kind
+
+
 _REMOVED = (
     "nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention elasticity "
     "graph_harvesting curriculum_learning progressive_layer_drop"

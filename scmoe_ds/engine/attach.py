@@ -71,6 +71,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     assert uses_autoep(whole)
     from scmoe_ds.replace.as_is import AsIsPair
     from scmoe_ds.replace.autoep import autoep_layers, schedule
+    from scmoe_ds.replace.longcat import FAMILY as LONGCAT
 
     found = autoep_layers(engine.module)
     if not found:
@@ -79,9 +80,14 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
             "name the blocks in expert_parallel.moe_layer_pattern"
         )
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
-    for layer in layers:
-        layer.pair = AsIsPair(layer, section.overlap)
     first = layers[0]
+    if first.model_family == LONGCAT:
+        from scmoe_ds.replace.longcat_pair import schedule_blocks  # needs transformers ≥ 5
+
+        schedule_blocks(engine.module, section)
+    else:
+        for layer in layers:
+            layer.pair = AsIsPair(layer, section.overlap)
     sizes = {"expert_parallel_size": first.ep_size, "num_experts": first.num_experts, "top_k": first.top_k}
     shared = "with" if any(layer.shared_experts is not None for layer in layers) else "without"
     applied = (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, numbered
+from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, backbone, numbered
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import first_schedule
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
@@ -38,8 +38,8 @@ class AsIsPair:
         self.layer = layer
         self.recorder: PairRecorder = SILENT
         self.forward_schedule: Schedule | None = None
-        operators = self.operators()
-        self.schedule = first_schedule(overlap, [1.0] * len(operators))
+        operators = backbone(self)
+        self.schedule = first_schedule(overlap, self.costs())
         if self.schedule.slots[-1] > len(operators) + 1:
             names = ", ".join(operator.label for operator in operators) or "none"
             raise ScMoEConfigError(
@@ -55,6 +55,10 @@ class AsIsPair:
     def operators(self) -> list[Operator]:
         """The shared experts, if the layer has any."""
         return numbered([] if self.layer.shared_experts is None else [("shared", self._shared)], 0)
+
+    def costs(self) -> list[float]:
+        """Of the backbone's operators, in any common unit."""
+        return [1.0] * len(backbone(self))
 
     def facts(self) -> dict[str, Any]:
         """What this pair's times depend on, beside its MoE layer; JSON values."""

@@ -12,7 +12,8 @@ from deepspeed.module_inject.auto_ep_presets import deepseek_v3, mixtral
 from deepspeed.module_inject.auto_ep_presets.base import MoEModelPreset, TransformersTopLevelRouterLogitsAdapter
 from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS, preset_name_for_hf_model_type
 
-from scmoe_ds.compat import register_autoep_adapter
+from scmoe_ds.compat import build_autoep_layers_as, register_autoep_adapter
+from scmoe_ds.replace import longcat
 
 
 class _GroupsAndLogits(TransformersTopLevelRouterLogitsAdapter):
@@ -39,6 +40,7 @@ PRESETS: dict[str, tuple[MoEModelPreset, Any]] = {
             display_name="OLMoE", hf_model_types=("olmoe",), class_name_fragments=("Olmoe",)
         ),
     ),
+    longcat.FAMILY: (longcat.PRESET, longcat.ADAPTER),
 }
 """Name to preset and adapter. A later DeepSpeed's own preset of a family comes first."""
 
@@ -49,6 +51,8 @@ def offer_presets() -> None:
         if preset_name_for_hf_model_type(preset.hf_model_types[0]) is None:
             register_autoep_adapter(preset.preset_adapter, adapter)
             PRESET_MODELS[name] = preset
+            if name == longcat.FAMILY:
+                build_autoep_layers_as(name, longcat.LongCatAutoEP)
 
 
 def is_ours(name: str) -> bool:
