@@ -16,6 +16,8 @@ from lab.moe_families import FAMILIES, SEQUENCE, tiny
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace.autoep import ScheduledAutoEP
 
+COMPUTED = [family for family in FAMILIES if family != "longcat_flash"]
+"""AutoEP's own forward pass knows no identity experts; see test_longcat.py."""
 SCHEDULES = [Schedule(1), Schedule(1, 2), Schedule(2, overlap=False)]
 
 
@@ -69,8 +71,8 @@ def differences(families: list[str], ep: int, autoep: dict[str, Any]) -> dict[st
 
 
 def test_output_and_gradients_are_autoeps() -> None:
-    for found in run_distributed(differences, 2, list(FAMILIES), 2, {}):
-        assert found.keys() == set(FAMILIES)
+    for found in run_distributed(differences, 2, COMPUTED, 2, {}):
+        assert found.keys() == set(COMPUTED)
         assert max(found.values()) < 1e-5, found
 
 
