@@ -77,6 +77,38 @@ def with_expert_groups(optimizer: Any, scheduler: Any = None) -> Any:
     return optimizer
 
 
+class AfterReplacement:
+    """An optimizer of the user's for DeepSpeed's AutoEP, whose parameters are there only later.
+
+    DeepSpeed puts the new parameters into the groups of those that they replace, and then calls this for the optimizer.
+
+    Args:
+        optimizer: of torch.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+    def __call__(self, parameters: Any) -> torch.optim.Optimizer:
+        return _split(self.optimizer)
+
+
+def after_replacement(optimizer: Any, scheduler: Any) -> Any:
+    """As `with_expert_groups`, for experts that DeepSpeed's AutoEP makes while the engine is built.
+
+    Raises:
+        ScMoEConfigError: a scheduler that was made for the groups as they are.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return None if optimizer is None else _after(optimizer)
+    if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise ScMoEConfigError(
+            f"lr_scheduler was made for the optimizer's {len(optimizer.param_groups)} parameter group(s), but AutoEP's "
+            "experts need groups of their own: hand over a function, lr_scheduler=lambda optimizer: …"
+        )
+    return AfterReplacement(optimizer)
+
+
 def _after(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], torch.optim.Optimizer]:
     def make_and_split(parameters: Any) -> torch.optim.Optimizer:
         return _split(make(parameters))

@@ -23,7 +23,7 @@ from scmoe_ds.config.loading import LoadedConfig, Source
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.config.unread_section import section_is_read
 from scmoe_ds.engine.attach import attach, overlap_of, prepare_autoep
-from scmoe_ds.engine.client_optimizer import add_new_parameters, in_groups, listed
+from scmoe_ds.engine.client_optimizer import add_new_parameters, after_replacement, in_groups, listed
 from scmoe_ds.engine.deepspeed_errors import errors_name_the_section
 from scmoe_ds.engine.pairs import applied_to
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
@@ -88,7 +88,7 @@ def initialize(
         return result
 
     if uses_autoep(whole):
-        result = start(optimizer, model_parameters)
+        result = start(after_replacement(optimizer, lr_scheduler), model_parameters)
         attach(result[0], whole, section)
         return result
     applied, section, layout = _prepare(model, whole, section, mpu, optimizer, model_parameters)

@@ -79,7 +79,8 @@ class ScheduledAutoEP(AutoEPMoELayer):
     def _route(self, tokens_TD: Tensor) -> Routing:
         """The router's decision, and its entry in the layer's statistics."""
         weight_TK, expert_TK, rows_E = self.router(tokens_TD, self.expert_bias)
-        if not is_repeated():
+        # A reentrant activation checkpoint runs the first pass without gradients, and the repetition with them.
+        if not is_repeated() and (torch.is_grad_enabled() or not self.training):
             with torch.no_grad():
                 self.tokens_per_expert.add_(rows_E)
         expert_KT, counts_E = expert_TK.t().contiguous(), rows_E.long()
