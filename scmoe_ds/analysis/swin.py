@@ -24,6 +24,7 @@ from scmoe_ds.errors import AnalysisError, CheckpointError, reason_of
 from scmoe_ds.models.swin import SwinMoE
 from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.moe.placement import global_names
+from scmoe_ds.moe.router import correction_biases
 
 
 def open_swin(path: str, device: torch.device) -> SwinMoE:
@@ -50,6 +51,8 @@ def open_swin(path: str, device: torch.device) -> SwinMoE:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.read(names[name]))
+        for name, bias in correction_biases(model).items():
+            bias.copy_(weights.read(name))
     return model.to(device).eval()
 
 

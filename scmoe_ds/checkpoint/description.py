@@ -28,7 +28,8 @@ BINDING_SECTION_FIELDS = (
     "post_norm",
     "pairs_per_moe",
 )
-_BEFORE = {"norm_placement": "pre", "residual_scale": 1.0, "scmoe.pairs_per_moe": 1}
+CORRECTED = "a correction bias (scmoe.router.load_balance_coeff)"
+_BEFORE = {"norm_placement": "pre", "residual_scale": 1.0, "scmoe.pairs_per_moe": 1, CORRECTED: False}
 """Values of fields that the descriptions of older checkpoints lack."""
 
 PROCESSES = "number of processes"
@@ -85,7 +86,8 @@ def rebuild(description: Mapping[str, Any]) -> tuple[GPTSettings, ScMoEConfig]:
 
 def _model(gpt: Mapping[str, Any], config: ScMoEConfig) -> dict[str, Any]:
     shape = {key: value for key, value in gpt.items() if key not in FREE_MODEL_FIELDS}
-    return shape | {f"scmoe.{key}": getattr(config, key) for key in BINDING_SECTION_FIELDS}
+    section = {f"scmoe.{key}": getattr(config, key) for key in BINDING_SECTION_FIELDS}
+    return {**shape, **section, CORRECTED: config.router.has_bias}
 
 
 def check_model(saved: Mapping[str, Any], current: Mapping[str, Any], name: str) -> None:

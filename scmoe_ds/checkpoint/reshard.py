@@ -18,6 +18,7 @@ from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.compat import high_precision_mapping
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.moe.placement import global_names
+from scmoe_ds.moe.router import correction_biases
 from scmoe_ds.parallel.tensor import shard, tensor_parallel_rank, tensor_parallel_rule, tensor_parallel_size
 
 
@@ -37,8 +38,8 @@ class Weights(Protocol):
 
 
 def put_weights(engine: Any, weights: Weights) -> None:
-    """Sets every parameter of the model, and the fp32 copies that the optimizer steps. Raises a CheckpointError if
-    parameters are missing, or have other shapes."""
+    """Sets every parameter of the model, the fp32 copies that the optimizer steps, and the routers' biases. Raises a
+    CheckpointError if parameters are missing, or have other shapes."""
     names = global_names(engine.module)
     check_parameters(engine.module, weights, names)
     with torch.no_grad():
@@ -48,6 +49,8 @@ def put_weights(engine: Any, weights: Weights) -> None:
             mapping = high_precision_mapping(parameter)
             if mapping is not None:
                 mapping.hp_fragment.data.copy_(_own_piece(value, mapping))
+        for name, bias in correction_biases(engine.module).items():
+            bias.copy_(weights.read(name))
 
 
 def put_state(engine: Any, saved: SavedState, schedule: bool = True) -> None:
@@ -101,7 +104,8 @@ def check_parameters(model: nn.Module, weights: Weights, names: Mapping[str, str
     Raises:
         CheckpointError: the weights lack a parameter of the model, or one has another shape.
     """
-    if missing := sorted(set(names.values()) - set(weights.names())):
+    biases = correction_biases(model)
+    if missing := sorted({*names.values(), *biases} - set(weights.names())):
         raise CheckpointError(f"{weights.path} has no {missing[0]} (and {len(missing) - 1} others of this model)")
     for name, parameter in model.named_parameters():
         rule, expected = tensor_parallel_rule(parameter), list(parameter.shape)
@@ -110,6 +114,9 @@ def check_parameters(model: nn.Module, weights: Weights, names: Mapping[str, str
         found = weights.shape(names[name])
         if list(found) != expected:
             raise _another_shape(names[name], found, expected)
+    for name, bias in biases.items():
+        if list(found := weights.shape(name)) != list(bias.shape):
+            raise _another_shape(name, found, bias.shape)
 
 
 def _another_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> CheckpointError:

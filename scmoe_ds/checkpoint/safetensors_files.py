@@ -17,6 +17,7 @@ from scmoe_ds.checkpoint import files
 from scmoe_ds.checkpoint.files import DamagedCheckpointError, inside
 from scmoe_ds.data.durable_files import file_entry, write_whole
 from scmoe_ds.errors import CheckpointError, reason_of
+from scmoe_ds.moe.router import CORRECTION_BIAS
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -135,7 +136,8 @@ def _write_shards(
             held.clear()
 
     for name, read in weights:
-        tensor = read().to(dtype).contiguous()
+        # A router's bias moves in small steps, which bf16 would lose.
+        tensor = read().to(torch.float32 if name.endswith(f".{CORRECTION_BIAS}") else dtype).contiguous()
         if sum(each.nbytes for each in held.values()) + tensor.nbytes > shard_bytes:
             close()
         held[name] = tensor

@@ -25,6 +25,7 @@ from scmoe_ds.checkpoint import files, tensor_files
 from scmoe_ds.checkpoint.files import DamagedCheckpointError, remedy
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.moe.placement import Placement, expert_of, layer_of, with_expert
+from scmoe_ds.moe.router import CORRECTION_BIAS
 from scmoe_ds.parallel.tensor import Split, unshard
 
 MASTER = "fp32"
@@ -64,6 +65,9 @@ class SavedState:
         self._pieces: dict[str, dict[int, list[_Piece]]] = {}  # by global name, then by tensor-parallel rank
         with tensor_files.as_expected(path, "reading"):
             self._index()
+            # Routers' biases, which no optimizer has, are the same on all ranks.
+            named = self.header["module"].items()
+            self._biases: dict[str, Tensor] = {key: each for key, each in named if key.endswith(f".{CORRECTION_BIAS}")}
             self._shapes = {
                 with_expert(name, 0): torch.Size(shape)
                 for group in self.header["param_shapes"]
@@ -81,18 +85,22 @@ class SavedState:
         return self._files[0]
 
     def names(self) -> list[str]:
-        """Global names of all parameters that are trained."""
-        return sorted(self._pieces)
+        """Global names of all parameters that are trained, and of the routers' biases."""
+        return sorted([*self._pieces, *self._biases])
 
     def read(self, name: str, key: str = MASTER) -> Tensor:
         """A whole parameter, or an optimizer state of its shape. Raises a DamagedCheckpointError if the pieces do not
         add up to it."""
+        if name in self._biases:
+            return self._biases[name].float()
         rule = self._splits.get(with_expert(name, 0))
         ranks = sorted(self._pieces[name]) if rule is not None else [min(self._pieces[name])]
         return unshard([self._part(name, rank, key, rule) for rank in ranks], rule)
 
     def shape(self, name: str) -> list[int]:
         """Of the whole parameter."""
+        if name in self._biases:
+            return list(self._biases[name].shape)
         shape, rule = list(self._shapes[with_expert(name, 0)]), self._splits.get(with_expert(name, 0))
         if rule is not None:
             shape[rule.dim] = sum(rule.sections)

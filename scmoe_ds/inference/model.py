@@ -22,6 +22,7 @@ from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.placement import global_names, layer_of
+from scmoe_ds.moe.router import correction_biases
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.planner.auto import choose_all_to_all
@@ -111,7 +112,7 @@ def load_model(
     Args:
         trained: what to load.
         config: of `serving_config`.
-        dtype: of all parameters; gates compute in fp32 whatever it is.
+        dtype: of all parameters; gates compute in fp32 whatever it is, and their biases are fp32.
         device: where they go.
         offload: is handed the model with its routed experts on the meta device, and takes them over; None: they are
             loaded like everything else.
@@ -134,7 +135,9 @@ def load_model(
         if offload is not None and layer_of(name) is not None:
             continue
         value = own_part(trained.weights.read(names[name]), parameter, names[name])
-        _put(model, name, value.to(device, dtype, copy=True))
+        _put(model, name, nn.Parameter(value.to(device, dtype, copy=True), requires_grad=False))
+    for name in correction_biases(model):
+        _put(model, name, trained.weights.read(name).to(device, copy=True))
     if offload is not None:
         offload(model)
     return model.eval()
@@ -156,4 +159,4 @@ def calibrators(model: GPT, config: ScMoEConfig, layout: Layout, sequences: int,
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+    setattr(model.get_submodule(path), leaf, value)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from deepspeed.moe.sharded_moe import TopKGate
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.moe.balance import BiasBalance
@@ -49,6 +49,11 @@ class RouterGate(TopKGate):
         if kept is not None and moved is not None and moved.dtype != kept.dtype:
             self._buffers[CORRECTION_BIAS] = kept.to(moved.device)
         return self
+
+
+def correction_biases(model: nn.Module) -> dict[str, Tensor]:
+    """The biases of a model's routers by their names, which are the same on all ranks."""
+    return {name: bias for name, bias in model.named_buffers() if name.endswith(f".{CORRECTION_BIAS}")}
 
 
 def equip(gate: TopKGate, router: RouterConfig) -> None:
