@@ -1,0 +1,91 @@
+"""Writes a DeepSpeed checkpoint of an AutoEP run as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from scmoe_ds.checkpoint.autoep import shards
+from scmoe_ds.checkpoint.autoep.blueprint import Blueprint
+from scmoe_ds.checkpoint.autoep.loading import empty_model
+from scmoe_ds.checkpoint.autoep.trained import Trained, locate
+from scmoe_ds.compat_transformers import use_conversions
+from scmoe_ds.errors import CheckpointError, one_line
+from scmoe_ds.replace.origin import Origin, origin, origin_in
+
+
+def export_hugging_face(
+    source: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5 * 10**9,
+    original: Path | None = None,
+) -> int:
+    """Writes what `AutoModelForCausalLM.from_pretrained` reads, with one shard in memory at a time.
+
+    Args:
+        source: a checkpoint of `engine.save_checkpoint` with AutoEP layers, or a directory of them (the latest).
+        out: a directory that is empty or does not exist.
+        dtype: of the parameters. None: the model's. A wider one reads the optimizer's fp32 weights.
+        shard_bytes: most bytes of a file; a larger unit gets its own.
+        original: the directory of the model that was trained, for config.json, tokenizer and generation settings;
+            None: as the checkpoint says.
+
+    Returns:
+        the number of shards.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or of no AutoEP run, it is damaged, or `out` cannot be
+            written.
+    """
+    trained = Trained(locate(source), dtype)
+    note = _origin(trained, original)
+    model = _empty(note)
+    use_conversions(model, note["conversions"])
+    blueprint = Blueprint(model, trained.config.get("expert_parallel") or {})
+    most = shard_bytes // trained.dtype.itemsize
+    laid_out = shards.lay_out(
+        (replace(unit, owner=shards.OTHERS) for unit in shards.units_of(blueprint, 1, most)), most
+    )
+    part = shards.claim(out)
+    with shards.one_sentence(out):
+        total = 0
+        for shard in laid_out:
+            states = (shards.read_unit(unit, trained, blueprint) for unit in shard.units)
+            total += shards.write_shard(shard, part, states)
+        shards.write_index(laid_out, part, total)
+        shards.write_others(part, note, trained.dtype, trained.config)
+        shards.publish(part, out)
+    return len(laid_out)
+
+
+def _origin(trained: Trained, original: Path | None) -> Origin:
+    found = origin_in(trained.header)
+    if original is not None:
+        return {**origin(empty_model(original), original), "conversions": (found or {}).get("conversions")}
+    if found is None:
+        raise CheckpointError(
+            f"{trained.path}: does not say which model it is of; name the directory with the model's config.json by "
+            "--model"
+        )
+    return found
+
+
+def _empty(note: Origin) -> Any:
+    """The model of a note, on the meta device."""
+    try:
+        config = transformers.AutoConfig.for_model(**json.loads(note["config"]))
+        kind = getattr(transformers, note["class"], None)
+        with torch.device("meta"):
+            if kind is None:
+                return transformers.AutoModelForCausalLM.from_config(config)
+            return kind(config if kind.config_class is type(config) else config.get_text_config())
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{note['class']}: transformers makes no model of its config ({one_line(error)})"
+        ) from None

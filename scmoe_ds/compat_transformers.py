@@ -1,0 +1,51 @@
+"""Every touch of a private name of transformers by which weights are read and written, and the version it was read in.
+
+compat.py has those of the other packages. transformers is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+
+@contextmanager
+def without_zero3_of_transformers() -> Iterator[None]:
+    """Inside the block, transformers makes whole models though a JSON with ZeRO-3 is in force (read in 5.24)."""
+    from transformers.integrations import deepspeed as theirs
+
+    before = theirs._hf_deepspeed_config_weak_ref
+    theirs._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        theirs._hf_deepspeed_config_weak_ref = before
+
+
+def tied_names(model: Any) -> set[str]:
+    """Weights of a transformers model that its files leave out: others stand for them (read in 5.24)."""
+    return {*(getattr(model, "all_tied_weights_keys", None) or {}), *(model._keys_to_ignore_on_save or ())}
+
+
+def used_conversions(model: Any) -> list[str] | None:
+    """Which of its conversions transformers used when it loaded a model; None: it did not load it (read in 5.24)."""
+    used = getattr(model, "_weight_conversions", None)
+    return None if used is None else [repr(each) for each in used]
+
+
+def use_conversions(model: Any, used: list[str] | None) -> None:
+    """Lets a model be written with the conversions that `used_conversions` has named (read in 5.24)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if used is not None:
+        model._weight_conversions = [each for each in get_model_conversion_mapping(model) if repr(each) in used]
+
+
+def revert_conversion(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a transformers model as its files have them (read in 5.24)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, state))
