@@ -8,6 +8,8 @@ initialize                     as deepspeed.initialize, for models with ScMoE la
 ScMoE                          the layer: deepspeed.moe.layer.MoE whose routed experts read a preceding layer
 ScMoEConfig, RouterConfig      the "scmoe" section of the JSON; its "router"
 Schedule                       when the routed experts run
+from_pretrained                a Hugging Face MoE model for AutoEP, with this rank's experts alone
+save_pretrained                an engine's weights as transformers reads them, with all ranks' experts
 replace_moe_layers             DeepSpeed's MoE layers of a model become ScMoE layers; undo_replacement puts them back
 moe_from_dense                 MLPs of a dense model become MoE layers; load_balancing_loss is their loss
 connect, parameter_groups      for loops of your own: join the process group; what weight decay applies to
@@ -24,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 from scmoe_ds.config.unread_section import watch_engines
 
 if TYPE_CHECKING:
+    from scmoe_ds.checkpoint.autoep.loading import from_pretrained
+    from scmoe_ds.checkpoint.autoep.saving import save_pretrained
     from scmoe_ds.config.router_section import RouterConfig
     from scmoe_ds.config.section import ScMoEConfig
     from scmoe_ds.engine import connect, initialize, parameter_groups
@@ -39,11 +43,13 @@ _HOME = {
     "ScMoEConfigError": "errors",
     "Schedule": "overlap.schedule",
     "connect": "engine",
+    "from_pretrained": "checkpoint.autoep.loading",
     "initialize": "engine",
     "load_balancing_loss": "replace",
     "moe_from_dense": "replace",
     "parameter_groups": "engine",
     "replace_moe_layers": "replace",
+    "save_pretrained": "checkpoint.autoep.saving",
     "undo_replacement": "replace",
 }
 
@@ -59,11 +65,13 @@ __all__ = [
     "ScMoEConfigError",
     "Schedule",
     "connect",
+    "from_pretrained",
     "initialize",
     "load_balancing_loss",
     "moe_from_dense",
     "parameter_groups",
     "replace_moe_layers",
+    "save_pretrained",
     "undo_replacement",
 ]
 

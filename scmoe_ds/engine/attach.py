@@ -27,6 +27,8 @@ from scmoe_ds.parallel.process import device
 from scmoe_ds.planner.auto import choose_all_to_all
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.schedule_text import names_text
+from scmoe_ds.replace.origin import remember
+from scmoe_ds.replace.own_experts import check_loaded
 
 UNKNOWN_SEQUENCE = 1024
 """Tokens of a sequence for the probe of the all-to-all, in a model that does not say how many it has."""
@@ -79,6 +81,8 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
             f"expert_parallel: AutoEP has found no MoE block in {type(engine.module).__name__}; remove the section, or "
             "name the blocks in expert_parallel.moe_layer_pattern"
         )
+    check_loaded(engine.module, found[0][1].ep_size)
+    remember(engine.module)
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
     first = layers[0]
     if first.model_family == LONGCAT:

@@ -2,6 +2,7 @@
 
 scmoe convert export checkpoints/run out --dtype bf16
 scmoe convert export checkpoints/run out --format hf        # AutoModelForCausalLM.from_pretrained("out", …) loads it
+scmoe convert export checkpoints/qwen3 out --format hf    # of a Hugging Face model that AutoEP trained
 scmoe convert residual-to-scmoe checkpoints/residual_moe out_scmoe --position pos2
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from scmoe_ds.checkpoint.autoep.trained import is_of_autoep
 from scmoe_ds.checkpoint.directories import locate
 from scmoe_ds.checkpoint.export import export, residual_to_scmoe
 from scmoe_ds.errors import CheckpointError
@@ -32,14 +34,31 @@ def _convert(args: argparse.Namespace) -> None:
     if args.shard_gb <= 0:
         raise CheckpointError(f"--shard-gb {args.shard_gb}: must be above 0")
     size = int(args.shard_gb * 10**9)
+    dtype = DTYPES[args.dtype or "fp32"]
+    if args.command == "export" and is_of_autoep(args.source):
+        _export_hugging_face(args, size)
+        return
     if args.command == "export":
-        shards = export(args.source, args.out, DTYPES[args.dtype], size, args.format == "hf")
+        shards = export(args.source, args.out, dtype, size, args.format == "hf")
     else:
         names = ("position", "first_layer_position", "shortcut_norm")
         changes = {name: getattr(args, name) for name in names}
-        shards = residual_to_scmoe(args.source, args.out, changes, DTYPES[args.dtype], size)
+        shards = residual_to_scmoe(args.source, args.out, changes, dtype, size)
     source = locate(args.source)
     print(f"wrote {args.out} of {source} ({shards} file(s) of weights); start a run with them: --load {args.out}")
+
+
+def _export_hugging_face(args: argparse.Namespace, size: int) -> None:
+    from scmoe_ds.checkpoint.autoep.export import export_hugging_face
+
+    if args.format != "hf":
+        raise CheckpointError(f"{args.source}: is of a Hugging Face model with AutoEP layers; give --format hf")
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    shards = export_hugging_face(args.source, args.out, dtype, size, args.model)
+    print(
+        f"wrote {args.out} of {args.source} ({shards} file(s) of weights); "
+        f'AutoModelForCausalLM.from_pretrained("{args.out}") loads them'
+    )
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def mark(model: nn.Module, own: OwnExperts, experts: list[nn.Module]) -> None:
             module.register_forward_pre_hook(refuse)
 
 
-def check(model: nn.Module, ep_size: int) -> None:
+def check_loaded(model: nn.Module, ep_size: int) -> None:
     """Compares what was loaded with the size of a JSON. Raises a ScMoEConfigError if they differ."""
     own = getattr(model, _MARK, None)
     if own is not None and own.ep_size not in (1, ep_size):

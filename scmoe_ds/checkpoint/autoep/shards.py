@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scmoe_ds.checkpoint.files import PART
 from scmoe_ds.checkpoint.autoep.blueprint import Block, Blueprint, State
+from scmoe_ds.checkpoint.files import PART
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.config.deepspeed_json import at
 from scmoe_ds.data.durable_files import flush

@@ -53,6 +53,14 @@ def locate(path: Path) -> Path:
     return found
 
 
+def is_of_autoep(path: Path) -> bool:
+    """Whether a path means a checkpoint of DeepSpeed that is not of this package's programs."""
+    try:
+        return not (locate(path) / files.DESCRIPTION_FILE).is_file()
+    except (CheckpointError, OSError, ValueError):
+        return False
+
+
 class Trained:
     """The whole weights of a checkpoint; see `shards.Weights`.
 

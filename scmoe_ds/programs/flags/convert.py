@@ -27,13 +27,21 @@ def build_parser() -> FlagParser:
         command = commands.add_parser(name, help=text, description=text, example=f"scmoe convert {example}")
         command.add_argument("source", type=Path, help="a checkpoint, a directory of them (the latest), or an export")
         command.add_argument("out", type=Path, help="an empty or new directory")
-        command.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="fp32", help="fp32 loses nothing")
+        command.add_argument(
+            "--dtype",
+            choices=["bf16", "fp16", "fp32"],
+            help="fp32 loses nothing (default: fp32; of a Hugging Face model: as it was trained)",
+        )
         command.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, in 10^9 bytes")
-    commands.choices["export"].add_argument(
+    export = commands.choices["export"]
+    export.add_argument(
         "--format",
         choices=["scmoe", "hf"],
         default="scmoe",
-        help="hf: transformers loads it, too (AutoModelForCausalLM, trust_remote_code)",
+        help="hf: transformers loads it, too (AutoModelForCausalLM, trust_remote_code for models of this package)",
+    )
+    export.add_argument(
+        "--model", type=Path, help="of a Hugging Face model: its own directory (default: as the checkpoint says)"
     )
     command.add_argument(
         "--position", choices=["pos1", "pos2", "pos3"], default="pos2", help="position of the shortcut"
