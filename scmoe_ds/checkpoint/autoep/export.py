@@ -48,6 +48,7 @@ def export_hugging_face(
     model = _empty(note)
     use_conversions(model, note["conversions"])
     blueprint = Blueprint(model, trained.config.get("expert_parallel") or {})
+    _check_names(trained, blueprint)
     most = shard_bytes // trained.dtype.itemsize
     laid_out = shards.lay_out(
         (replace(unit, owner=shards.OTHERS) for unit in shards.units_of(blueprint, 1, most)), most
@@ -74,6 +75,17 @@ def _origin(trained: Trained, original: Path | None) -> Origin:
             "--model"
         )
     return found
+
+
+def _check_names(trained: Trained, blueprint: Blueprint) -> None:
+    """What the model would leave out makes the checkpoint another model's; a block keeps more than its weights."""
+    known = {*blueprint.other_names.values(), *blueprint.model.state_dict()}
+    blocks = tuple(f"{block.path}." for block in blueprint.blocks)
+    if others := [name for name in trained.header["module"] if name not in known and not name.startswith(blocks)]:
+        raise CheckpointError(
+            f"{trained.path}: holds {others[0]}, which {type(blueprint.model).__name__} does not have; it is of "
+            "another model"
+        )
 
 
 def _empty(note: Origin) -> Any:

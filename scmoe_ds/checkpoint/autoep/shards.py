@@ -163,7 +163,12 @@ def read_unit(unit: Unit, weights: Weights, blueprint: Blueprint) -> State:
         name: tensor.detach().to("cpu", None if name in blueprint.buffers else weights.dtype)
         for name, tensor in state.items()
     }
-    return blueprint.in_files(cast, unit.first)
+    written = blueprint.in_files(cast, unit.first)
+    for name, shape in unit.shapes.items():
+        if name not in written or written[name].shape != shape:
+            found = list(written[name].shape) if name in written else "missing"
+            raise CheckpointError(f"{name}: is {found}, but {list(shape)} by the model's config.json; name its own")
+    return written
 
 
 def write_shard(shard: Shard, directory: Path, states: Iterable[State]) -> int:
@@ -244,11 +249,13 @@ def publish(part: Path, directory: Path) -> None:
 
 @contextmanager
 def one_sentence(directory: Path) -> Iterator[None]:
-    """Turns an operating system's error into a sentence, and removes what was written."""
+    """Turns an operating system's error into a sentence. After any error, nothing of what was written is left."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(directory.with_name(directory.name + PART), ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         raise CheckpointError(
             f"{directory}: the weights were not written ({reason_of(error)}); make room or choose another directory"
         ) from error

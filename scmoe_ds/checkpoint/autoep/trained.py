@@ -82,7 +82,7 @@ class Trained:
         self.is_partitioned = not (path / _MODEL).is_file()
         self.header = self._read(self._names["model"][0] if self.is_partitioned else _MODEL)
         self.layers = {each["module_path"]: each for each in self.header.get("ds_autoep_layers") or ()}
-        self._require(bool(self.layers), "is of no run with expert_parallel; leave out --format hf")
+        self._require(bool(self.layers), "has no AutoEP layers; only runs with expert_parallel are exported so")
         self.config: Mapping[str, Any] = self.header.get("ds_config") or {}
         self.dtype = dtype or self._trained_dtype()
         wide = self.dtype.itemsize > self._trained_dtype().itemsize
