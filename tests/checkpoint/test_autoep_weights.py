@@ -18,7 +18,7 @@ from torch import Tensor
 
 import scmoe_ds
 from lab.distributed import run_distributed
-from lab.moe_families import batch, tiny
+from lab.moe_families import EXPERTS, FAMILIES, batch, tiny
 from scmoe_ds.checkpoint.autoep.export import export_hugging_face
 from scmoe_ds.checkpoint.autoep.loading import _load
 from scmoe_ds.compat import forget_process_groups
@@ -27,29 +27,17 @@ from scmoe_ds.errors import CheckpointError, ScMoEConfigError
 from scmoe_ds.programs.convert import main
 from scmoe_ds.replace.own_experts import OwnExperts
 
-SUPPORTED = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "minimax_m3"]
-KILOBYTES = 40_000
-EXPERTS = 8
+SHARD = 40_000
 
 
 def model_of(family: str) -> Any:
-    if family == "minimax_m3":  # its files have fused experts
-        torch.manual_seed(1)
-        shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-        moe = {
-            "intermediate_size": 16,
-            "num_local_experts": EXPERTS,
-            "num_experts_per_tok": 2,
-            "num_key_value_heads": 2,
-        }
-        config = transformers.MiniMaxM3VLTextConfig(**shape, **moe, shared_intermediate_size=16)
-        return transformers.AutoModelForCausalLM.from_config(config)
-    return tiny(family, num_hidden_layers=2 if family == "qwen3_5_moe" else 1)
+    layers = {"layer_types": ["full_attention"]} if family == "qwen3_5_moe" else {}
+    return tiny(family, num_hidden_layers=1, **layers)
 
 
 def saved(family: str, directory: Path, **kwargs: Any) -> Path:
     """A directory as transformers writes it, in several files, with a tokenizer's."""
-    model_of(family).save_pretrained(directory, max_shard_size=KILOBYTES, **kwargs)
+    model_of(family).save_pretrained(directory, max_shard_size=SHARD, **kwargs)
     (directory / "tokenizer.json").write_text("{}")
     return directory
 
@@ -83,7 +71,7 @@ def one_process() -> Iterator[None]:
     forget_process_groups()
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_goes_in_and_out(family: str, tmp_path: Path, one_process: None) -> None:
     """In: the values, dtypes and buffers that transformers loads. Out: the tensors of the original files, by name."""
     source = saved(family, tmp_path / "source")
@@ -92,9 +80,8 @@ def test_every_family_goes_in_and_out(family: str, tmp_path: Path, one_process: 
     reference = transformers.AutoModelForCausalLM.from_pretrained(source)
     for name, value in [*reference.named_parameters(), *reference.named_buffers()]:
         assert torch.equal(model.get_parameter_or_buffer(name), value), name
-    prepare_autoep()
-    engine, *_ = deepspeed.initialize(model=model, config=whole(1))
-    scmoe_ds.save_pretrained(engine, tmp_path / "job", KILOBYTES)
+    engine, *_ = scmoe_ds.initialize(model=model, config=whole(1))
+    scmoe_ds.save_pretrained(engine, tmp_path / "job", SHARD)
     engine.save_checkpoint(str(tmp_path / "checkpoint"))
     assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "out"), "--format", "hf"]) == 0
     for written in (tmp_path / "job", tmp_path / "out"):
@@ -106,11 +93,11 @@ def test_every_family_goes_in_and_out(family: str, tmp_path: Path, one_process: 
     assert all(torch.equal(value, again.get_parameter(name)) for name, value in reference.named_parameters())
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_rank_has_its_own_experts_alone(family: str, tmp_path: Path) -> None:
     source = saved(family, tmp_path / "source")
     reference = transformers.AutoModelForCausalLM.from_pretrained(source)
-    model: Any = _load(source, str(source), whole(4)["expert_parallel"], OwnExperts(4, 2), "auto", {})
+    model: Any = _load(source, str(source), whole(4), OwnExperts(4, 2), "auto", {})
     found = 0
     for name, value in reference.named_parameters():
         own = model.get_parameter(name)
@@ -128,10 +115,10 @@ def test_a_rank_has_its_own_experts_alone(family: str, tmp_path: Path) -> None:
 def _on_two_ranks(source: Path, out: Path, stage: int, precision: dict[str, Any]) -> list[str]:
     config = whole(2, stage, **precision)
     engine, *_ = scmoe_ds.initialize(model=scmoe_ds.from_pretrained(source, config), config=config)
-    scmoe_ds.save_pretrained(engine, out / "before", KILOBYTES)
+    scmoe_ds.save_pretrained(engine, out / "before", SHARD)
     engine.backward(engine(**batch(0, dist.get_rank())).loss)
     engine.step()
-    scmoe_ds.save_pretrained(engine, out / "after", KILOBYTES)
+    scmoe_ds.save_pretrained(engine, out / "after", SHARD)
     engine.save_checkpoint(str(out / "checkpoint"))
     messages = []
     for attempt in (
@@ -176,7 +163,7 @@ def test_two_ranks_write_all_experts(tmp_path: Path) -> None:
             assert "expert_parallel.autoep_size = 3: must divide the world size 2" in odd
     for name, _, precision in CASES:
         out = tmp_path / f"out_{name}"
-        export_hugging_face(out / "checkpoint", out / "export", shard_bytes=KILOBYTES)
+        export_hugging_face(out / "checkpoint", out / "export", shard_bytes=SHARD)
         before, after, export = (tensors(out / part) for part in ("before", "after", "export"))
         own = {key: value.to(before[key].dtype) for key, value in tensors(tmp_path / name).items()}
         assert before.keys() == own.keys() == after.keys() == export.keys()
@@ -257,8 +244,8 @@ def test_what_is_asked_for_does_not_fit(tmp_path: Path, one_process: None) -> No
 def test_a_checkpoint_that_says_nothing_of_its_model(tmp_path: Path, one_process: None) -> None:
     """deepspeed.initialize alone: the directory has to be named, and one of another model is refused."""
     source, other = saved("qwen3_moe", tmp_path / "source"), saved("mixtral", tmp_path / "other")
-    prepare_autoep()
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    prepare_autoep(model, whole(1))
     engine, *_ = deepspeed.initialize(model=model, config=whole(1))
     engine.save_checkpoint(str(tmp_path / "checkpoint"))
     with pytest.raises(CheckpointError, match=r"does not say which model it is of; name .* by --model"):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.compat_transformers import revert_conversion, tied_names
 from scmoe_ds.errors import CheckpointError, one_line
+from scmoe_ds.replace.presets import offer_presets
 
 State = dict[str, Tensor]
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
@@ -148,6 +149,7 @@ def _specs(model: nn.Module, expert_parallel: Mapping[str, Any]) -> list[Any]:
     from deepspeed.module_inject.auto_ep import AutoEP
     from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 
+    offer_presets()
     try:
         found = AutoEP(model, parse_autoep_config(dict(expert_parallel))).ep_parser()
     except ValueError as error:

@@ -22,8 +22,10 @@ from scmoe_ds.config.loading import LoadedConfig, Source
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError, first_line, one_line
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.process import connect
+from scmoe_ds.replace.autoep_model import check_model_for_autoep
 from scmoe_ds.replace.origin import remember
 from scmoe_ds.replace.own_experts import OwnExperts, mark, widen
+from scmoe_ds.replace.presets import offer_presets
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _FUSED = re.compile(r"\.experts\.\w+$")
@@ -57,7 +59,7 @@ def from_pretrained(
     connect()
     own = _own_experts(whole)
     directory = _directory(source, revision)
-    return run_together(lambda: _load(directory, str(source), section(whole, "expert_parallel"), own, dtype, settings))
+    return run_together(lambda: _load(directory, str(source), whole, own, dtype, settings))
 
 
 def _own_experts(whole: Mapping[str, Any]) -> OwnExperts:
@@ -102,12 +104,15 @@ def _directory(source: str | os.PathLike[str], revision: str | None) -> Path:
 def _load(
     directory: Path,
     source: str,
-    expert_parallel: Mapping[str, Any],
+    whole: Mapping[str, Any],
     own: OwnExperts,
     dtype: str | torch.dtype,
     settings: Mapping[str, Any],
 ) -> nn.Module:
-    blueprint = Blueprint(empty_model(directory, settings), expert_parallel)
+    empty = empty_model(directory, settings)
+    offer_presets()  # the check asks for them
+    check_model_for_autoep(empty, whole)
+    blueprint = Blueprint(empty, section(whole, "expert_parallel"))
     blocks = blueprint.blocks
     for block in blocks:
         if block.num_experts % own.ep_size:

@@ -166,8 +166,8 @@ def read_unit(unit: Unit, weights: Weights, blueprint: Blueprint) -> State:
     written = blueprint.in_files(cast, unit.first)
     for name, shape in unit.shapes.items():
         if name not in written or written[name].shape != shape:
-            found = list(written[name].shape) if name in written else "missing"
-            raise CheckpointError(f"{name}: is {found}, but {list(shape)} by the model's config.json; name its own")
+            there = list(written[name].shape) if name in written else "missing"
+            raise CheckpointError(f"{name}: is {there}, but {list(shape)} by the model's config.json; name its own")
     return written
 
 
