@@ -2,8 +2,9 @@
 
 scmoe convert export checkpoints/run out --dtype bf16
 scmoe convert export checkpoints/run out --format hf        # AutoModelForCausalLM.from_pretrained("out", …) loads it
-scmoe convert export checkpoints/qwen3 out --format hf    # of a Hugging Face model that AutoEP trained
 scmoe convert residual-to-scmoe checkpoints/residual_moe out_scmoe --position pos2
+
+export --format hf takes DeepSpeed's checkpoints of Hugging Face models with AutoEP layers, too.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 import scmoe_ds
+from lab.moe_families import tiny
 from scmoe_ds import checkpoint
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.gpt import GPT
@@ -71,9 +72,13 @@ def from_megatron() -> dict[str, Any]:
 
 
 def from_hugging_face() -> dict[str, Any]:
-    change_section({"num_experts": 4})
     tokens = torch.randint(384, (2, 16))
     model = transformers.GPT2LMHeadModel.from_pretrained("models/gpt2")
+    whole = {key: value for key, value in change_section({}).items() if key != "scmoe"}
+    whole |= {"expert_parallel": {"enabled": True, "autoep_size": 1}, "scmoe": {"overlap": {"calibration_steps": 0}}}
+    Path("ds_autoep.json").write_text(json.dumps(whole))
+    tiny("qwen3_moe").save_pretrained("models/qwen3_moe")
+    change_section({"num_experts": 4})
     batch = {"tokens": tokens, "labels": tokens, "mask": torch.ones_like(tokens)}
     return {"scmoe_ds": scmoe_ds, "torch": torch, "model": model, **batch}
 
