@@ -51,7 +51,7 @@ def cell_text(cell: dict[str, Any]) -> str:
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
-    header = ["row", "ms", "speed-up", "limit", "hidden", "communication ms", "processor ms", "peak MB", "schedule"]
+    header = ["row", "ms", "speed-up", "limit", "exposed ms", "hidden", "processor ms", "peak MB", "schedule"]
     lines = []
     for row in rows:
         limit = row.get("limit_speedup")
@@ -61,8 +61,8 @@ def _rows(rows: list[dict[str, Any]]) -> list[str]:
                 f"{row['median_ms']:.0f}",
                 str(Spread(**row["speedup"])),
                 f"{limit['median']:.2f}" if limit else "",
+                f"{row['exposed_ms']['median']:.0f}" if limit else "",
                 f"{100 * row['hidden_share']:.0f} %" if "hidden_share" in row else "",
-                f"{row['communication_ms']:.0f}" if "communication_ms" in row else "",
                 f"{row['processor_ms']:.0f}",
                 f"{row['peak_mb']:.0f}",
                 row["schedule"],

@@ -6,6 +6,7 @@ import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from benchmarks.harness.families import Family
 from benchmarks.harness.no_link import Arrived, LocalCopy, without_link
 from benchmarks.harness.parts import CPU
 from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.moe import routed
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import chunk_counts
 from scmoe_ds.planner.calibrator import Calibrator
@@ -37,6 +39,7 @@ class Row:
         one_copy: a token travels once to each rank; otherwise once for each of its experts.
         join: the section's "join".
         limit: name of the row that computes the same without communication.
+        blocking: name of the row that communicates the same, and waits for it.
         communicates: False: nothing is sent.
         modes: in which it is measured.
     """
@@ -46,22 +49,23 @@ class Row:
     one_copy: bool = True
     join: str = "end"
     limit: str | None = None
+    blocking: str | None = None
     communicates: bool = True
     modes: tuple[Mode, ...] = ("train", "forward")
 
 
 def table(family: Family) -> dict[str, Row]:
     """AutoEP; the same model with one thing added at a time; and the shortcut."""
-    one, train = {"num_chunks": 1}, ("train",)
+    one, blocking, train = {"num_chunks": 1}, {"enabled": False}, ("train",)
     bare = "as_is, no communication"
     return {
         AUTOEP: Row("autoep", limit="AutoEP, no communication"),
         AGAIN: Row("autoep"),
         "AutoEP, no communication": Row("autoep", communicates=False),
-        "as_is, blocking, a copy per expert": Row("as_is", {"enabled": False}, False, limit=bare, modes=train),
-        "+ overlap": Row("as_is", one, False, limit=bare, modes=train),
-        "+ one copy per rank": Row("as_is", one, limit=bare, modes=train),
-        "+ chunks = as_is": Row("as_is", limit=bare),
+        "as_is, blocking, a copy per expert": Row("as_is", blocking, one_copy=False, limit=bare, modes=train),
+        "+ one copy per rank": Row("as_is", blocking, limit=bare),
+        "+ overlap": Row("as_is", one, limit=bare, blocking="+ one copy per rank", modes=train),
+        "+ chunks = as_is": Row("as_is", limit=bare, blocking="+ one copy per rank"),
         bare: Row("as_is", one, communicates=False),
     }
 
@@ -118,7 +122,9 @@ class Run:
     def _link(self) -> AbstractContextManager[None]:
         if self.row.architecture == "autoep" and not self.row.communicates:
             return without_link(self._arrived)
-        return nullcontext()
+        if self.row.one_copy:
+            return nullcontext()
+        return mock.patch.object(routed, "one_row_per_rank", lambda k, slices: False)
 
     def calibrate(self, step: Step) -> None:
         """Has the package time its parts and choose its schedules at the link's present rate, as in any training.

@@ -112,13 +112,18 @@ class Bench:
         """How close a row is to the same without communication."""
         if row.limit not in times:
             return {}
-        exposed = Spread.of([1e3 * (full - bare) for full, bare in zip(times[name], times[row.limit], strict=True)])
+        exposed = _exposed_ms(times, name, row.limit)
         found: dict[str, Any] = {"limit_speedup": vars(Spread.of_ratios(times[AUTOEP], times[row.limit]))}
         found["exposed_ms"] = vars(exposed)
-        communication_ms = self.runs[name].communication_ms(mode)
-        if communication_ms:
-            found |= {"communication_ms": communication_ms, "hidden_share": 1 - exposed.median / communication_ms}
+        if row.blocking in times:
+            found["hidden_share"] = 1 - exposed.median / _exposed_ms(times, row.blocking, row.limit).median
+        found["communication_ms"] = self.runs[name].communication_ms(mode)
         return found
+
+
+def _exposed_ms(times: Times, name: str, limit: str) -> Spread:
+    """What a row takes beyond the same without communication, within rounds."""
+    return Spread.of([1e3 * (full - bare) for full, bare in zip(times[name], times[limit], strict=True)])
 
 
 def _is_chosen(name: str, only: list[str]) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest.mock import ANY
+
 import pytest
 import torch
 
@@ -34,6 +37,8 @@ def test_a_limit_is_the_same_without_communication(name: str):
             assert row.communicates and not limit.communicates
             assert limit.architecture == row.architecture
             assert set(row.modes) <= set(limit.modes)
+        if row.blocking is not None:
+            assert rows[row.blocking] == replace(row, overlap={"enabled": False}, blocking=None, modes=ANY)
 
 
 def test_without_a_link_counts_and_indices_are_those_that_arrived_and_hidden_states_are_as_many():
@@ -58,7 +63,7 @@ def test_without_a_link_counts_and_indices_are_those_that_arrived_and_hidden_sta
 def test_the_page_has_every_row_and_says_how_the_link_was_found():
     spread = {"median": 1.7, "p10": 1.6, "p90": 1.8}
     row = {"row": AUTOEP, "median_ms": 400.0, "speedup": spread, "processor_ms": 200.0, "peak_mb": 90.0, "schedule": ""}
-    limited = {"limit_speedup": spread, "communication_ms": 60.0, "hidden_share": 0.9}
+    limited = {"limit_speedup": spread, "exposed_ms": {"median": 60.0}, "hidden_share": 0.9}
     cell = {
         "settings": {"family": "qwen3", "share": 0.6, "skew": 1.0, "rounds": 30},
         "environment": {"device": "a CPU"},
@@ -68,4 +73,4 @@ def test_the_page_has_every_row_and_says_how_the_link_was_found():
     }
     text = autoep_page.page({"cells": [cell]})
     assert "960 Mbit/s, all-to-all 216 of 353 ms (61 %)" in text
-    assert "| as_is | 400 | 1.700 (1.600–1.800) | 1.70 | 90 % | 60 | 200 | 90 |" in text
+    assert "| as_is | 400 | 1.700 (1.600–1.800) | 1.70 | 60 | 90 % | 200 | 90 |" in text
