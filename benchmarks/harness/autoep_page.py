@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.harness.families import BLOCKS, FAMILIES
+from benchmarks.harness.families import FAMILIES
 from benchmarks.harness.tables import table
 from scmoe_ds.analysis.markdown import code, escape
 from scmoe_ds.planner.rounds import Spread
@@ -41,7 +41,7 @@ def cell_text(cell: dict[str, Any]) -> str:
     lines = [
         f"## {title}",
         "",
-        f"Widths / {cut.width}, {cut.tokens} tokens per rank, {BLOCKS} blocks; {link['rate_mbit']:.0f} Mbit/s"
+        f"Widths / {cut.width}, {cut.tokens} tokens per rank, {family.blocks} blocks; {link['rate_mbit']:.0f} Mbit/s"
         f"{measured}; busiest expert {loads['busiest_expert_over_mean']:.2f} × the mean, busiest rank "
         f"{loads['busiest_rank_over_mean']:.2f} ×; {settings['rounds']} rounds.",
     ]

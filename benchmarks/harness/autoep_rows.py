@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -15,14 +15,16 @@ from benchmarks.harness.autoep_parts import Step, autoep_layers
 from benchmarks.harness.families import Family
 from benchmarks.harness.no_link import Arrived, LocalCopy, without_link
 from benchmarks.harness.parts import CPU
-from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.moe import routed
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import chunk_counts
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.simulation import Mode, total_ms
+from scmoe_ds.replace import longcat
 from scmoe_ds.replace.as_is import AsIsPair
 from scmoe_ds.replace.autoep import schedule
+from scmoe_ds.replace.longcat_pair import schedule_blocks
 
 AUTOEP, AGAIN = "AutoEP", "AutoEP again (A/A)"
 SAMPLES = 3
@@ -89,13 +91,20 @@ class Run:
         self._arrived = Arrived()
         if row.architecture == "autoep":
             return
-        self.overlap = OverlapConfig(**row.overlap)
+        whole = {
+            "expert_parallel": {"enabled": True},
+            "scmoe": {"architecture": row.architecture, "overlap": row.overlap},
+        }
+        section = ScMoEConfig.from_deepspeed(whole)
+        self.overlap = section.overlap
         for number, layer in enumerate(autoep_layers(self.model)):
             staged = schedule(f"MoE layer {number}", layer, None)
             kind = type(staged.transport) if row.communicates else LocalCopy
             staged.transport = kind(staged.transport.group, method)
-            staged.pair = AsIsPair(staged, self.overlap)
-            self.pairs.append(staged.pair)
+            staged.pair = AsIsPair(staged, section.overlap)
+        if autoep_layers(self.model)[0].model_family == longcat.FAMILY:
+            schedule_blocks(self.model, section)
+        self.pairs = [layer.pair for layer in autoep_layers(self.model)]
 
     def step(self, hidden: Tensor, train: bool) -> Step:
         """One forward pass of the blocks, or one forward and backward pass; no all-reduce of dense gradients.
@@ -118,6 +127,12 @@ class Run:
             hidden.grad = None
 
         return run
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """[B, S, D] what the blocks make of `hidden`, without gradients."""
+        with torch.no_grad(), self._link():
+            blocks = self.model.get_submodule("model")
+            return cast(Tensor, blocks(inputs_embeds=hidden, use_cache=False).last_hidden_state)
 
     def _link(self) -> AbstractContextManager[None]:
         if self.row.architecture == "autoep" and not self.row.communicates:

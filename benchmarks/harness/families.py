@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject import auto_ep_layer
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.harness.autoep_parts import autoep_layers
 from scmoe_ds.compat import accept_names_of_recorders
+from scmoe_ds.replace import longcat
+from scmoe_ds.replace.presets import offer_presets
 
-BLOCKS = 2
 SEQUENCE = 128
 SLOW = 0.3
 """Share of the all-to-alls from which on a link counts as slow. On faster ones gloo's own processor time would be the
@@ -58,6 +60,7 @@ class Family:
         counts: everything else that differs from transformers' defaults; heads are divided by the cut.
         heads: names of the numbers of heads, as published.
         slow, fast: how it is cut on slow links, and on fast ones.
+        blocks: decoder layers with an MoE.
     """
 
     model_type: str
@@ -67,6 +70,7 @@ class Family:
     counts: Mapping[str, Any]
     slow: Cut
     fast: Cut
+    blocks: int = 2
 
     def cut(self, share: float) -> Cut:
         """How it is cut where the all-to-alls take this share of AutoEP's layers."""
@@ -75,7 +79,8 @@ class Family:
     def config(self, cut: Cut) -> Any:
         """Its configuration, cut."""
         sizes = {name: max(value // cut.width, 1) for name, value in {**self.widths, **self.heads}.items()}
-        plain = {"vocab_size": 32, "pad_token_id": None, "num_hidden_layers": BLOCKS, "use_cache": False}
+        layers = "num_layers" if self.model_type == longcat.FAMILY else "num_hidden_layers"
+        plain = {"vocab_size": 32, "pad_token_id": None, layers: self.blocks, "use_cache": False}
         return CONFIG_MAPPING[self.model_type](**plain, **sizes, **self.counts)
 
 
@@ -118,20 +123,76 @@ FAMILIES = {
         slow=Cut(16, 3),
         fast=Cut(8, 1),
     ),
+    "longcat": Family(
+        "longcat_flash",
+        "LongCat-Flash",
+        {
+            "hidden_size": 6144,
+            "ffn_hidden_size": 12288,
+            "expert_ffn_hidden_size": 2048,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+        },
+        {"num_attention_heads": 64},
+        {
+            "n_routed_experts": 512,
+            "zero_expert_num": 256,
+            "moe_topk": 12,
+            "routed_scaling_factor": 6.0,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
+        slow=Cut(32, 6),
+        fast=Cut(16, 3),
+        blocks=1,
+    ),
 }
 
 
 def build_model(family: Family, cut: Cut) -> nn.Module:
     """The family's model, the same on every rank, with AutoEP's layers in it as DeepSpeed's engine puts them there."""
+    accept_names_of_recorders()
+    offer_presets()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family.config(cut), attn_implementation="sdpa")
     ranks, rank = dist.get_world_size(), dist.get_rank()
     auto_ep = AutoEP(model, parse_autoep_config({"enabled": True, "autoep_size": ranks}))
-    accept_names_of_recorders()
     auto_ep.replace_moe_layers(auto_ep.ep_parser(), ranks, rank)
     for layer in autoep_layers(model):
         layer.set_deepspeed_parallelism()
+        if isinstance(layer, longcat.LongCatAutoEP):
+            layer.__class__ = AutoEPWithIdentity
     return cast(nn.Module, model.train())
+
+
+class AutoEPWithIdentity(longcat.LongCatAutoEP):
+    """AutoEP's forward pass, from its own parts, for a router that chooses among identity experts, too.
+
+    AutoEP has none of these. The baseline is what it would do with them: no row of theirs travels, as in our layers.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, S, D] → the same."""
+        tokens_TD, K = hidden_states.reshape(-1, self.hidden_size), self.top_k
+        weight_TK, expert_TK, counts_E = self.router(tokens_TD, self.expert_bias)
+        with torch.no_grad():
+            self.tokens_per_expert.add_(counts_E)
+        real_E = counts_E[: self.num_experts]
+        choice_R = expert_TK.flatten().argsort(stable=True)[: int(real_E.sum())]
+        how = self.num_experts, self.ep_size, self.num_local_experts, self.ep_group
+        plan = auto_ep_layer.compute_split_plan(expert_TK, *how, num_tokens_per_expert=real_E)
+        rows_RD = tokens_TD[choice_R // K]
+        rows_SD = auto_ep_layer._AllToAllV.apply(self.ep_group, rows_RD, plan.input_splits, plan.output_splits)
+        rows_SD, *back, rows = auto_ep_layer.permute_by_local_expert(rows_SD, plan.local_counts_by_source)
+        rows_SD = auto_ep_layer.unpermute_by_local_expert(self.experts(rows_SD, back[1]), back[0], rows)
+        rows_RD = auto_ep_layer._AllToAllV.apply(self.ep_group, rows_SD, plan.output_splits, plan.input_splits)
+        shape = (*hidden_states.shape,)
+        output = auto_ep_layer.combine_from_routed(
+            rows_RD, weight_TK, choice_R, K, self.score_apply, self.combine_impl, shape
+        )
+        identity_T1 = weight_TK.masked_fill(expert_TK < self.num_experts, 0.0).sum(1, keepdim=True)
+        return cast(Tensor, output + (identity_T1 * tokens_TD).view(shape))
 
 
 def skew_router(model: nn.Module, hidden: Tensor, skew: float) -> dict[str, float]:

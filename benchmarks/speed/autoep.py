@@ -71,7 +71,14 @@ class Bench:
             run.calibrate(cold(run.step(self.hidden, train=True), self._other))
         modes: tuple[Mode, ...] = ("train", "forward")
         found = {mode: self.measure(mode) for mode in modes if mode in self.settings["modes"]}
-        return {"link": link, "loads": self.loads, "modes": found}
+        return {"link": link, "loads": self.loads, "modes": found, "differences": self.differences()}
+
+    def differences(self) -> dict[str, float]:
+        """Of the outputs of all rows that are to compute the same, the largest one to AutoEP's, over its largest."""
+        expected = self.runs[AUTOEP].output(self.hidden)
+        same = [name for name, row in self.rows.items() if row.architecture == "as_is" and row.communicates]
+        found = [float((self.runs[name].output(self.hidden) - expected).abs().max()) for name in same]
+        return dict(zip(same, over_ranks([each / float(expected.abs().max()) for each in found]), strict=True))
 
     def set_link(self) -> dict[str, float]:
         """Sets the link's rate by AutoEP's training step, or to the rate that is given."""
@@ -116,7 +123,9 @@ class Bench:
         found: dict[str, Any] = {"limit_speedup": vars(Spread.of_ratios(times[AUTOEP], times[row.limit]))}
         found["exposed_ms"] = vars(exposed)
         if row.blocking in times:
-            found["hidden_share"] = 1 - exposed.median / _exposed_ms(times, row.blocking, row.limit).median
+            waited = _exposed_ms(times, row.blocking, row.limit)
+            if waited.p10 > 0:  # otherwise there is nothing to hide that could be measured
+                found["hidden_share"] = 1 - exposed.median / waited.median
         found["communication_ms"] = self.runs[name].communication_ms(mode)
         return found
 
