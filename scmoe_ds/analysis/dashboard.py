@@ -151,8 +151,9 @@ def _schedule(entry: Entry) -> dict[str, Any]:
     lines = [str(entry.get("text", "")), order_text(operators, entry.get("slot") or []) if operators else ""]
     if entry.get("hidden") is not None:
         total, exposed = (f"{entry[name]:.3g} ms" for name in ("total_ms", "exposed_ms"))
+        span = entry.get("span") or "from shortcut to join"
         lines.append(
-            f"predicted: {100 * entry['hidden']:.0f} % of the communication hidden; {total} from shortcut to join per "
+            f"predicted: {100 * entry['hidden']:.0f} % of the communication hidden; {total} {span} per "
             f"micro-batch, forward and backward, of them {exposed} waiting for communication"
         )
     if measured := entry.get("measured"):

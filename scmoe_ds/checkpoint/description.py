@@ -27,9 +27,16 @@ BINDING_SECTION_FIELDS = (
     "shortcut_norm",
     "post_norm",
     "pairs_per_moe",
+    "join",
 )
 CORRECTED = "a correction bias (scmoe.router.load_balance_coeff)"
-_BEFORE = {"norm_placement": "pre", "residual_scale": 1.0, "scmoe.pairs_per_moe": 1, CORRECTED: False}
+_BEFORE = {
+    "norm_placement": "pre",
+    "residual_scale": 1.0,
+    "scmoe.pairs_per_moe": 1,
+    "scmoe.join": "end",
+    CORRECTED: False,
+}
 """Values of fields that the descriptions of older checkpoints lack."""
 
 PROCESSES = "number of processes"

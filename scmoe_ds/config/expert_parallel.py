@@ -61,6 +61,9 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     if architecture is not None and architecture not in _ARCHITECTURES:
         rule = f'with {PATH}, use "as_is" (the model\'s mathematics) or "scmoe"; or remove the {PATH} section'
         raise fail("scmoe.architecture", architecture, rule)
+    if given.get("join") == "late" and architecture != "scmoe":
+        rule = 'changes the model\'s mathematics, which "as_is" keeps; set "architecture": "scmoe", or "join": "end"'
+        raise fail("scmoe.join", "late", rule)
     for field, rule in _DECIDED.items():
         if field in given and given[field] not in ("auto", None):
             raise fail(f"scmoe.{field}", given[field], f"with {PATH} (AutoEP), {rule}; remove one of them")

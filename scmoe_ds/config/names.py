@@ -9,6 +9,7 @@ from pydantic import WithJsonSchema
 
 Architecture = Literal["as_is", "scmoe", "topk", "shared_expert", "dgmoe", "pipelined_topk", "overlapped_shared_expert"]
 Position = Literal["pos1", "pos2", "pos3"]
+Join = Literal["end", "late"]
 Merge = Literal["add", "cg1", "cg2"]
 _AUTO = {"const": "auto", "type": "string"}
 TopK = Annotated[int, WithJsonSchema({"anyOf": [{"type": "integer"}, _AUTO]})]

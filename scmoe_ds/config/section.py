@@ -21,6 +21,7 @@ from scmoe_ds.config.names import (
     BoolOrAuto,
     Dispatch,
     GateSoftmax,
+    Join,
     MergeOrAuto,
     Position,
     TopK,
@@ -56,6 +57,10 @@ class ScMoEConfig(Section):
     first_layer_position: Union[Position, None] = Field(None, description="Another position for the first MoE layer.")
     shortcut_distance: int = Field(
         1, ge=1, strict=True, description="How many blocks before the MoE block the shortcut is taken (1: the paper's)."
+    )
+    join: Join = Field(
+        "end",
+        description="Where routed outputs are added: at the end of their block, or late, after the next attention.",
     )
     moe_every: int = Field(2, ge=1, strict=True, description="MoE frequency 1/moe_every; 1 is every block.")
     pairs_per_moe: int = Field(

@@ -27,6 +27,8 @@ def rules_of_layers(section: Any) -> Iterator[Rule]:
     yield "num_experts", shared, f"pairs that share a MoE (pairs_per_moe = {pairs}) have one number of experts"
     rsample = section.noisy_gate_policy == "RSample"
     yield "noisy_gate_policy", rsample and k > 1, "DeepSpeed applies RSample with top_k 1 only; use Jitter or null"
+    in_one_piece = section.join == "late" and not section.is_scheduled
+    yield "join", in_one_piece, "DeepSpeed's own layers run in one piece; set end, or an architecture of this package"
     yield (
         "shortcut_distance",
         section.shortcut_distance > farthest,

@@ -39,6 +39,7 @@ _OF_GATES = (
     "top2_2nd_expert_sampling",
 )
 _OF_LAYERS = ("dispatch", "gate_softmax", "wire_dtype")
+_OF_SHORTCUTS = {"position", "first_layer_position", "shortcut_distance", "shortcut_norm"}
 
 
 def pairs_of(model: nn.Module) -> list[ModelPair]:
@@ -133,7 +134,7 @@ def _warn_of_idle_settings(model: nn.Module, config: ScMoEConfig) -> None:
     """Warns of fields that mean nothing to the layers, as after the architecture alone was changed."""
     architecture, idle = config.architecture, set[str]()
     if not config.has_shortcut:
-        idle |= {"position", "first_layer_position", "shortcut_distance", "shortcut_norm"}
+        idle |= _OF_SHORTCUTS
     without_shared = architecture in ("topk", "pipelined_topk", "dgmoe")
     if without_shared or (architecture == "shared_expert" and config.merge != "cg2"):  # DeepSpeed's own merge
         idle.add("merge")
@@ -142,7 +143,7 @@ def _warn_of_idle_settings(model: nn.Module, config: ScMoEConfig) -> None:
     if not is_replaced(model):
         idle |= {"tap", "shared_from"}
         if config.is_scheduled and not pairs_of(model):  # layers in a model that calls their stages itself
-            idle |= {"position", "first_layer_position", "shortcut_distance", "shortcut_norm", "post_norm"}
+            idle |= {*_OF_SHORTCUTS, "join", "post_norm"}
     if idle := idle & config.written.keys():
         names = ", ".join(f"scmoe.{field}" for field in sorted(idle))
         log(f'no effect on these layers of architecture "{architecture}": {names}', level=logging.WARNING)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.layers import GPTSettings, make_norm
 from scmoe_ds.models.pairs import PlainPair, StagedPair, make_pair
 from scmoe_ds.models.parallel_layers import (
@@ -29,7 +30,7 @@ from scmoe_ds.models.parallel_layers import (
     vocabulary_logits,
 )
 from scmoe_ds.models.recompute import Recompute
-from scmoe_ds.overlap.executor import PairOutput
+from scmoe_ds.overlap.executor import PairOutput, Step
 
 
 @dataclass
@@ -68,7 +69,7 @@ class GPT(nn.Module):
         recompute: what the backward pass computes again instead of keeping it, see models/recompute.py.
 
     Raises:
-        ScMoEConfigError: a depth that the placement does not divide.
+        ScMoEConfigError: a depth that the placement does not divide, or a late join that the model cannot have.
         ValueError: sizes that the tensor-parallel ranks do not divide.
     """
 
@@ -82,6 +83,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         config.check_model(settings.num_layers)
+        _check_late_join(settings, config, recompute)
         settings.check_tensor_parallel(size_of(group))
         self.settings, self.config, self.group = settings, config, group
         self.sequence = sequence = sequence or settings.max_position_embeddings
@@ -90,10 +92,12 @@ class GPT(nn.Module):
         learned = settings.position_embedding == "learned_absolute"
         self.positions = nn.Embedding(settings.max_position_embeddings, D) if learned else None
         pairs: list[PlainPair | StagedPair] = []
-        for layer, num_experts in enumerate(config.experts_of_layers(config.moe_layers(settings.num_layers))):
+        numbers = config.experts_of_layers(config.moe_layers(settings.num_layers))
+        for layer, num_experts in enumerate(numbers):
             position = (config.first_layer_position if layer == 0 else None) or config.position
             shared_moe = pairs[-1].last.moe if layer % config.pairs_per_moe else None
-            pair = make_pair(settings, config, num_experts, position, sequence, group, shared_moe)
+            following = config.position if layer + 1 < len(numbers) else None
+            pair = make_pair(settings, config, num_experts, position, sequence, group, shared_moe, following)
             pair.recompute = recompute
             pairs.append(pair)
         # The name that they have in checkpoints.
@@ -156,10 +160,11 @@ class GPT(nn.Module):
             table = self.positions.weight
             hidden = hidden + (table[: tokens.shape[1]] if positions is None else table[positions])
         hidden = F.dropout(hidden, self.settings.hidden_dropout, self.training)
+        late: list[Step] = []  # of the pair before
         for pair in self.runs:
-            output = pair(hidden, used_token)
-            yield output
-            hidden = output.hidden
+            output: PairOutput = pair(hidden, used_token, *late)
+            hidden, late = output.hidden, [] if output.late is None else [output.late]
+            yield output._replace(late=None)  # whoever keeps it need not keep the routed tokens
 
     def _own_logits(self, hidden: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight
@@ -172,6 +177,21 @@ class GPT(nn.Module):
     def scheduled_pairs(self) -> Sequence[StagedPair]:
         """The pairs that a schedule drives; empty for the baselines."""
         return [pair for pair in self.runs if isinstance(pair, StagedPair)]
+
+
+def _check_late_join(settings: GPTSettings, config: ScMoEConfig, recompute: Recompute | None) -> None:
+    if config.join == "end":
+        return
+    if settings.norm_placement == "post":
+        raise ScMoEConfigError(
+            'scmoe.join = "late": with --norm-placement post a norm closes each block, and nothing can join its sum '
+            "later; use pre, or set scmoe.join to end"
+        )
+    if recompute == "full":
+        raise ScMoEConfigError(
+            'scmoe.join = "late": --recompute-granularity full repeats one pair at a time, but a combine ends in the '
+            "next one; use selective, or set scmoe.join to end"
+        )
 
 
 def apart(part: Tensor) -> Tensor:

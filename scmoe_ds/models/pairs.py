@@ -11,7 +11,7 @@ taken, and how the MoE begins and joins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from scmoe_ds.overlap import executor
 from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, Step
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import first_schedule
+from scmoe_ds.planner.times import LateWindow
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 
@@ -102,27 +103,50 @@ class StagedPair(BlockPair):
         schedule: when the routed experts run in training; replace it to run the same weights under another schedule.
         forward_schedule: the same for passes without gradients; None: as in training.
         recorder: who is told what happens when.
+        joins_late: the routed output joins the stream of the next pair, or behind the last pair, on its own.
+        is_last: no pair follows.
+        late_window: beside which operators of the next pair its combine goes on.
     """
 
+    late_window: LateWindow | None = None
+
     def __init__(
-        self, blocks: Sequence[Block], settings: GPTSettings, config: ScMoEConfig, position: str, sequence: int
+        self,
+        blocks: Sequence[Block],
+        settings: GPTSettings,
+        config: ScMoEConfig,
+        position: str,
+        sequence: int,
+        following: str | None,
     ) -> None:
         super().__init__(blocks)
+        self.joins_late, self.is_last = config.join == "late", following is None
         if config.has_shortcut:
             self.tap = tap_of(config, position)
         own_norm = config.has_shortcut and config.shortcut_norm == "own"
         self.shortcut_norm = make_norm(settings) if own_norm else None
         self.post_norm = make_norm(settings) if config.post_norm else None
-        self.schedule = first_schedule(config.overlap, self.backbone_flops(sequence))
+        late_flops = 0
+        if self.joins_late and following is not None:
+            # All blocks are alike, and so are their attentions.
+            attention, tap_is_first = self.operators()[0].label, config.has_shortcut and tap_of(config, following) == 0
+            self.late_window = LateWindow((attention,), tap_is_first)
+            late_flops = self.last.attention.flops_per_token(sequence)
+        self.schedule = first_schedule(config.overlap, self.backbone_flops(sequence), late_flops)
         self.forward_schedule: Schedule | None = None
         self.recorder: PairRecorder = SILENT
 
-    def forward(self, hidden: Tensor, used_token: Tensor | None = None) -> PairOutput:
-        """`used_token`: [B, S], zero for tokens that go to no routed expert."""
+    def forward(self, hidden: Tensor, used_token: Tensor | None = None, late: Step | None = None) -> PairOutput:
+        """
+        Args:
+            hidden: [B, S, D].
+            used_token: [B, S], zero for tokens that go to no routed expert.
+            late: of the preceding pair's output.
+        """
         training = torch.is_grad_enabled()
         schedule = self.schedule if training or self.forward_schedule is None else self.forward_schedule
         if self.recompute != "full" or not training:
-            return executor.run(self, hidden, schedule, self.recorder, used_token)
+            return executor.run(self, hidden, schedule, self.recorder, used_token, late)
         recorders = iter([self.recorder])  # for the first pass alone: the second is nobody's forward
 
         def forward(hidden: Tensor) -> PairOutput:
@@ -144,6 +168,8 @@ class StagedPair(BlockPair):
             "pre_norm": self.last.pre_norm,
             "parameters": sum(each.numel() for each in parameters),
         }
+        if self.late_window is not None:
+            facts["late_join"] = self.late_window.facts()
         # An operator's backward then repeats its forward.
         return {**facts, "recompute": self.recompute} if self.recompute else facts
 
@@ -159,13 +185,27 @@ class StagedPair(BlockPair):
         )
 
     def join(self, routed: RoutedTokens, activations: Activations) -> PairOutput:
-        hidden, moe_input, last = activations.hidden, activations.moe_input, self.last
+        hidden, moe_input = activations.hidden, activations.moe_input
         if moe_input is None:  # DGMoE has no operator that needs it
-            moe_input = last.moe_input(hidden)
+            moe_input = self.last.moe_input(hidden)
+        if self.joins_late:
+            parts = self.layer.finish_in_parts(routed, moe_input, activations.shared)
+            known = Activations(hidden if parts.known is None else self._added(hidden, parts.known))
+            late: Step = partial(self._join_late, parts.late)
+            if self.is_last:
+                return PairOutput(late(known).hidden, parts.l_aux, parts.exp_counts)
+            return PairOutput(known.hidden, parts.l_aux, parts.exp_counts, late)
         output, l_aux, exp_counts = self.layer.finish(routed, moe_input, activations.shared)
+        return PairOutput(self._added(hidden, output), l_aux, exp_counts)  # eq. 7
+
+    def _join_late(self, late: Callable[[], Tensor], activations: Activations) -> Activations:
+        return activations._replace(hidden=self._added(activations.hidden, late()))
+
+    def _added(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """The residual stream with the output of the MoE, or with a part of it."""
         if self.post_norm is not None:
             output = self.post_norm(output)
-        return PairOutput(last.add(hidden, output, last.mlp_norm), l_aux, exp_counts)  # eq. 7
+        return self.last.add(hidden, output, self.last.mlp_norm)
 
     def backbone_flops(self, sequence: int) -> list[int]:
         """Forward floating-point operations per token of each backbone operator."""
@@ -239,6 +279,7 @@ def make_pair(
     sequence: int,
     group: Group = None,
     shared_moe: MoE | None = None,
+    following: str | None = None,
 ) -> PlainPair | StagedPair:
     """The pair that `config.architecture` names.
 
@@ -247,6 +288,7 @@ def make_pair(
         sequence: tokens per sequence, for the FLOPs behind the "auto" slot.
         group: the tensor-parallel ranks.
         shared_moe: an earlier pair's MoE layer, which this pair uses too.
+        following: the next pair's position; None: this pair is the last one.
     """
     blocks = make_blocks(settings, config, num_experts, group, shared_moe)
     if not config.is_scheduled:
@@ -255,4 +297,4 @@ def make_pair(
         kind: type[StagedPair] = ShortcutPair
     else:
         kind = PipelinedPair if config.architecture == "pipelined_topk" else SharedExpertPair
-    return kind(blocks, settings, config, position, sequence)
+    return kind(blocks, settings, config, position, sequence, following)

@@ -30,6 +30,7 @@ from scmoe_ds.moe.checks import check_arguments, check_count, check_input
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.identity import without_identity_rows
+from scmoe_ds.moe.parts import Parts
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel_rank, own_first_expert
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
 from scmoe_ds.moe.router import equip
@@ -248,6 +249,11 @@ class StagedMoE(MoE):
         """Waits for the combine and decodes; see `ScMoE.finish`."""
         self._require_own(routed)
         return routed.collect(), routed.routing.l_aux, routed.routing.exp_counts
+
+    def finish_in_parts(self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None) -> Parts:
+        """As `finish`, without waiting for the combine: it goes on until the caller asks for the late part."""
+        self._require_own(routed)
+        return Parts(None, routed.collect, routed.routing.l_aux, routed.routing.exp_counts)
 
     def _require_own(self, routed: RoutedTokens) -> None:
         if not isinstance(routed, RoutedTokens):

@@ -30,10 +30,23 @@ def merge_outputs(
         hidden_states: [..., D], the current layer's normalised input, which the coefficient reads.
         coefficient: `coefficient_network(merge, D)`.
     """
+    shared_weight, routed_weight = merge_weights(merge, hidden_states, coefficient)
+    return weighted(routed, routed_weight) + weighted(shared, shared_weight)  # eq. 6 and 7
+
+
+def merge_weights(
+    merge: Merge, hidden_states: Tensor, coefficient: nn.Linear | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of the shared and of the routed output, [..., 1]; None: 1. Arguments as for `merge_outputs`."""
     if coefficient is None:
-        return shared + routed  # eq. 6 and 7
+        return None, None
     logits = coefficient(hidden_states)
     if merge == "cg1":
-        return torch.sigmoid(logits) * shared + routed  # eq. 14-15
+        return torch.sigmoid(logits), None  # eq. 14-15
     coef = F.softmax(logits, dim=-1)
-    return routed * coef[..., 0:1] + shared * coef[..., 1:]  # eq. 16-17
+    return coef[..., 1:], coef[..., 0:1]  # eq. 16-17
+
+
+def weighted(output: Tensor, weight: Tensor | None) -> Tensor:
+    """An output times its weight of `merge_weights`."""
+    return output if weight is None else output * weight

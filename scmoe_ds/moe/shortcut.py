@@ -22,7 +22,8 @@ from scmoe_ds.config.names import Dispatch, GateSoftmax, Merge
 from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.moe.checks import check_input
 from scmoe_ds.moe.layer import Layer, StagedMoE, check_choice
-from scmoe_ds.moe.merge import coefficient_network, merge_outputs
+from scmoe_ds.moe.merge import coefficient_network, merge_outputs, merge_weights, weighted
+from scmoe_ds.moe.parts import Parts
 from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.moe.router import RouterGate
 
@@ -170,13 +171,7 @@ class ScMoE(StagedMoE):
             ValueError: `routed` is another layer's, or `hidden_states` has another shape than the shortcut had.
             RuntimeError: `routed` was finished before, or its experts have not run.
         """
-        check_input("hidden_states", hidden_states, self.hidden_size)
-        self._require_own(routed)
-        if routed.shape != hidden_states.shape:
-            raise ValueError(
-                f"shortcut {tuple(routed.shape)} and hidden_states {tuple(hidden_states.shape)}: "
-                "they must be the same tokens"
-            )
+        self._require_alike(routed, hidden_states)
         if shared is None:
             shared = self.shared(hidden_states)
         collected = routed.collect()
@@ -184,6 +179,31 @@ class ScMoE(StagedMoE):
         output = merge_outputs(self.merge, shared, collected, hidden_states, self.coefficient)
         (output,) = routed.exchange.recorder.close("merge", output)
         return output, routed.routing.l_aux, routed.routing.exp_counts
+
+    def finish_in_parts(self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None) -> Parts:
+        """As `finish`, without waiting for the combine. The coefficient weighs each part where it is ready."""
+        self._require_alike(routed, hidden_states)
+        recorder = routed.exchange.recorder
+        if shared is None:
+            shared = self.shared(hidden_states)
+        shared, hidden_states = recorder.open("merge", shared, hidden_states)
+        shared_weight, routed_weight = merge_weights(self.merge, hidden_states, self.coefficient)
+        known, routed_weight = recorder.close("merge", weighted(shared, shared_weight), routed_weight)
+
+        def late() -> Tensor:
+            collected, weight = recorder.open("merge", routed.collect(), routed_weight)
+            return recorder.close("merge", weighted(collected, weight))[0]
+
+        return Parts(known, late, routed.routing.l_aux, routed.routing.exp_counts)
+
+    def _require_alike(self, routed: RoutedTokens, hidden_states: Tensor) -> None:
+        check_input("hidden_states", hidden_states, self.hidden_size)
+        self._require_own(routed)
+        if routed.shape != hidden_states.shape:
+            raise ValueError(
+                f"shortcut {tuple(routed.shape)} and hidden_states {tuple(hidden_states.shape)}: "
+                "they must be the same tokens"
+            )
 
 
 class DGMoE(StagedMoE):
@@ -209,6 +229,11 @@ class DGMoE(StagedMoE):
         Returns:
             output [..., D], mean of the two load-balancing losses, tokens per expert of both choices [E].
         """
+        parts = self.finish_in_parts(routed, hidden_states)
+        return parts.late(), parts.l_aux, parts.exp_counts
+
+    def finish_in_parts(self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None) -> Parts:
+        """As `finish`; the combines of both layers' choices go on."""
         self._require_own(routed)
         current = self.begin(
             hidden_states,
@@ -218,6 +243,6 @@ class DGMoE(StagedMoE):
             recorder=routed.exchange.recorder.renamed("current"),
         )
         current.run_experts()
-        output = current.collect() + routed.collect()
         l_aux = torch.stack([routed.routing.l_aux, current.routing.l_aux]).mean()
-        return output, l_aux, routed.routing.exp_counts + current.routing.exp_counts
+        exp_counts = routed.routing.exp_counts + current.routing.exp_counts
+        return Parts(None, lambda: current.collect() + routed.collect(), l_aux, exp_counts)

@@ -7,6 +7,11 @@
 Read `run` first. A pair is a few Transformer blocks, the last of which has an MoE. It says where its shortcut is taken
 (the tap), which operators follow (its backbone) and how the two are joined. The schedule says before which operator the
 experts run. Only communication overlaps: all computation stays on one stream, in one order.
+
+With a late join the combine goes on while the next pair begins. Its place is in that pair's list of operators:
+
+    … shared ──► attention ──► join ──► mlp …
+          combine ───────────► (late)
 """
 
 from __future__ import annotations
@@ -51,12 +56,14 @@ class Operator:
         number: which of its kind it is on its side of the tap, from 1.
         before_tap: whether the shortcut is taken after it; False for the operators of the backbone.
         run: what it does.
+        before_join: whether what the preceding pair has left on its way joins right after it.
     """
 
     kind: str
     number: int
     before_tap: bool
     run: Step = field(compare=False, repr=False)
+    before_join: bool = field(default=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -65,14 +72,18 @@ class Operator:
         return f"{self.kind}{before}{number}"
 
 
-def numbered(steps: Iterable[tuple[str, Step]], tap: int) -> list[Operator]:
-    """Makes operators of (kind, run), in order; the first `tap` of them come before the tap."""
+def numbered(steps: Iterable[tuple[str, Step]], tap: int, join: int = 1) -> list[Operator]:
+    """Makes operators of (kind, run), in order; the first `tap` of them come before the tap.
+
+    Args:
+        join: behind how many of them the preceding pair's routed output joins, if it comes late.
+    """
     seen: Counter[tuple[str, bool]] = Counter()
     operators = []
     for index, (kind, run) in enumerate(steps):
         side = kind, index < tap
         seen[side] += 1
-        operators.append(Operator(kind, seen[side], index < tap, run))
+        operators.append(Operator(kind, seen[side], index < tap, run, index + 1 == join))
     return operators
 
 
@@ -87,14 +98,16 @@ class RoutedTokens(Protocol):
 
 
 class PairOutput(NamedTuple):
-    """hidden [B, S, D]; the load-balancing loss (scalar); tokens per expert before drops [E].
+    """hidden [B, S, D]; the load-balancing loss (scalar); tokens per expert before drops [E]; what joins late.
 
     A tuple, because a pair is a module: hooks of torch and DeepSpeed find tensors in tuples, not in dataclasses.
+    `late` waits for the combine and adds the routed output to the stream of the next pair; None: `hidden` has it.
     """
 
     hidden: Tensor
     l_aux: Tensor
     exp_counts: Tensor
+    late: Step | None = None
 
 
 class Backbone(Protocol):
@@ -113,7 +126,7 @@ class Pair(Backbone, Protocol):
         """Normalises the tapped value, gates, encodes, and sends the tokens on their way."""
 
     def join(self, routed: Any, activations: Activations) -> PairOutput:
-        """Waits for the combine, decodes, merges and adds the residual."""
+        """Waits for the combine, decodes, merges and adds the residual; or returns all this as `late`."""
 
 
 class Interleaving:
@@ -150,12 +163,14 @@ def run(
     schedule: Schedule,
     recorder: PairRecorder = SILENT,
     used_token: Tensor | None = None,
+    late: Step | None = None,
 ) -> PairOutput:
     """One forward pass of a pair under any schedule; its backward mirrors it by itself (see comm/all_to_all.py).
 
     Args:
         hidden: [B, S, D].
         used_token: [B, S], zero for tokens that go to no routed expert; None: all tokens do.
+        late: of the preceding pair's output.
 
     Raises:
         ValueError: a slot beyond the backbone.
@@ -167,13 +182,13 @@ def run(
         raise ValueError(f"expert_slot {schedule.expert_slot}: the backbone has {len(after_tap)} operators")
     activations = Activations(hidden)
     for operator in before_tap:
-        activations = _step(operator, activations, recorder)
+        activations = _step(operator, activations, recorder, late)
     # Gate and encode go as early as possible, decode (in join) as late as possible: both windows are then longest.
     routed = pair.begin(activations, used_token, schedule, recorder)
     experts = Interleaving(routed, schedule)
     for slot, operator in enumerate(after_tap, start=1):
         experts.before(slot)
-        activations = _step(operator, activations, recorder)
+        activations = _step(operator, activations, recorder, late)
         experts.after()
     experts.rest()
     return pair.join(routed, activations)
@@ -184,6 +199,7 @@ def backbone(pair: Backbone) -> list[Operator]:
     return [operator for operator in pair.operators() if not operator.before_tap]
 
 
-def _step(operator: Operator, activations: Activations, recorder: PairRecorder) -> Activations:
+def _step(operator: Operator, activations: Activations, recorder: PairRecorder, late: Step | None) -> Activations:
     leaving = operator.run(Activations(*recorder.open(operator, *activations)))
-    return Activations(*recorder.close(operator, *leaving))
+    leaving = Activations(*recorder.close(operator, *leaving))
+    return late(leaving) if late is not None and operator.before_join else leaving

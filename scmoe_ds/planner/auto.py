@@ -29,14 +29,15 @@ NCCL_MARGIN = 0.1
 """On NCCL both primitives send the same messages; a smaller difference between them is noise."""
 
 
-def first_schedule(overlap: OverlapConfig, costs: Sequence[float]) -> Schedule:
+def first_schedule(overlap: OverlapConfig, costs: Sequence[float], late: float = 0) -> Schedule:
     """A pair's schedule as long as no times are known: "auto" is the slot that halves the backbone, and one chunk.
 
     Args:
         costs: of the backbone's operators, in any common unit; none: their number is not known yet.
+        late: cost of the next pair's operators before a late join.
     """
     slot, chunks = overlap.expert_slot, overlap.num_chunks
-    slots = slot_that_halves(costs) if isinstance(slot, str) else tuple(slot) if isinstance(slot, list) else slot
+    slots = slot_that_halves(costs, late) if isinstance(slot, str) else tuple(slot) if isinstance(slot, list) else slot
     if isinstance(chunks, str):
         chunks = len(slots) if isinstance(slots, tuple) else 1
     return Schedule(slots, chunks, overlap.enabled)

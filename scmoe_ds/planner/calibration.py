@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
+from scmoe_ds.planner.times import ChunkTimes, LateTimes, LateWindow, OperatorTime, OperatorTimes, PassTimes
 from scmoe_ds.trace.recorder import PHASES, Recorder, Span
 
 _CUT = ("dispatch", "experts", "combine")
@@ -90,6 +90,7 @@ def measure(
     backbone: Sequence[str],
     group: dist.ProcessGroup | None,
     device: torch.device,
+    late: LateWindow | None = None,
 ) -> OperatorTimes:
     """The times of one kind of pair. Collective over the world; every rank has recorded the same passes.
 
@@ -99,9 +100,11 @@ def measure(
         backbone: labels of its operators, in order.
         group: the ranks between which its rows travel.
         device: where tensors for the exchange between ranks live.
+        late: beside what the combine goes on, with a late join.
     """
     counts = sorted({recording.chunks for recording in recordings})
-    names = [*_CUT, *itertools.chain(*_PARTS.values()), *backbone]
+    beside = () if late is None else late.operators
+    names = list(dict.fromkeys([*_CUT, *itertools.chain(*_PARTS.values()), *backbone, *beside]))
     samples: defaultdict[Key, list[float]] = defaultdict(list)
     transfers: dict[Key, list[float]] = {}
     for recording in recordings:
@@ -127,7 +130,7 @@ def measure(
     medians = torch.tensor([statistics.median_low(samples[key] or [0.0]) for key in keys], dtype=torch.float64)
     medians = medians.to(device)
     dist.all_reduce(medians, op=dist.ReduceOp.MAX)
-    return times_from(dict(zip(keys, medians.tolist(), strict=True)), backbone, counts)
+    return times_from(dict(zip(keys, medians.tolist(), strict=True)), backbone, counts, late)
 
 
 def _take_the_last_rank(
@@ -144,13 +147,16 @@ def _in_groups(times: Sequence[float], size: int) -> Iterator[Sequence[float]]:
     return (times[first : first + size] for first in range(0, len(times), size))
 
 
-def times_from(known: Mapping[Key, float], backbone: Sequence[str], chunk_counts: Sequence[int]) -> OperatorTimes:
+def times_from(
+    known: Mapping[Key, float], backbone: Sequence[str], chunk_counts: Sequence[int], late: LateWindow | None = None
+) -> OperatorTimes:
     """Sorts measured totals into an `OperatorTimes`.
 
     Args:
         known: milliseconds by (number of chunks, name of a span, phase), chunks added up.
         backbone: labels of its operators, in order.
         chunk_counts: the numbers of chunks that were measured, 1 among them.
+        late: as for `measure`.
     """
 
     def total(names: Sequence[str], chunks: int = 1) -> dict[str, float]:
@@ -160,8 +166,12 @@ def times_from(known: Mapping[Key, float], backbone: Sequence[str], chunk_counts
         # Pieces together cannot take less than the whole. Such a measurement is noise; "auto" must not act on it.
         return max(known.get((count, name, phase), 0.0) for count in (1, chunks))
 
+    def operators(names: Sequence[str]) -> tuple[OperatorTime, ...]:
+        return tuple(OperatorTime(name=name, **total([name])) for name in names)
+
     return OperatorTimes(
-        backbone=tuple(OperatorTime(name=name, **total([name])) for name in backbone),
+        backbone=operators(backbone),
+        late=late and LateTimes(operators=operators(late.operators), after_dispatch=late.after_dispatch),
         chunks={
             count: ChunkTimes(**{name: PassTimes(**total([name], count)) for name in _CUT}) for count in chunk_counts
         },

@@ -139,7 +139,7 @@ class Calibrator:
                 lines += of_training(name, kind.times, kind.plans["train"], kind.plans["forward"])
             elif kind.times is not None:
                 names = [operator.name for operator in kind.times.backbone]
-                lines.append(choice_line(f"{self.mode} of {name}", kind.plans[self.mode], names))
+                lines.append(choice_line(f"{self.mode} of {name}", kind.times, kind.plans[self.mode], names))
         return lines
 
     def record(self, recorder: Recorder | None) -> None:
@@ -229,7 +229,8 @@ class Calibrator:
         times = []
         for layers, pair in ((kind.layers, self.pairs[kind.layers[0]]) for kind in self.kinds):
             labels = [operator.label for operator in backbone(pair)]
-            times.append(measure(recordings, layers, labels, pair.layer.transport.group, self.device))
+            group, late = pair.layer.transport.group, pair.late_window
+            times.append(measure(recordings, layers, labels, group, self.device, late))
         self._adopt(times)
         write_calibration(self.settings.calibration_file, self.state())
 

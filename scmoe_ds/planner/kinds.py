@@ -12,13 +12,14 @@ from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.calibration_file import Description
 from scmoe_ds.planner.plan import Plan
 from scmoe_ds.planner.simulation import Mode
-from scmoe_ds.planner.times import OperatorTimes
+from scmoe_ds.planner.times import LateWindow, OperatorTimes
 from scmoe_ds.trace.recorder import PairRecorder
 
 
 class ScheduledPair(Backbone, Protocol):
     """What the calibrator asks of a pair; see models.pairs.StagedPair and replace.hooked.HookedPair."""
 
+    late_window: LateWindow | None
     schedule: Schedule
     forward_schedule: Schedule | None
     recorder: PairRecorder

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.simulation import PHASES, Mode, Phase, Simulated, ms_of, simulate, total_ms
+from scmoe_ds.planner.simulation import PHASES, ROW, Mode, Phase, Simulated, ms_of, simulate, total_ms
 from scmoe_ds.planner.times import SHARED, OperatorTimes
 
 Count = Union[Literal["auto"], int]
@@ -31,7 +31,7 @@ MOST_EVENTS = 1_000_000
 schedules, around a hundred operators 10^11."""
 
 
-def slot_that_halves(costs: Sequence[float]) -> int:
+def slot_that_halves(costs: Sequence[float], late: float = 0) -> int:
     """The slot that splits the backbone's cost most evenly between dispatch and combine.
 
     It stands in for eq. 11 while no times are known. Dispatch and combine carry the same bytes, so each should get the
@@ -39,11 +39,12 @@ def slot_that_halves(costs: Sequence[float]) -> int:
 
     Args:
         costs: cost of each backbone operator in forward order (FLOPs, or any other common unit).
+        late: cost of what the combine also goes on beside, with a late join.
 
     Returns:
         1 … len(costs) + 1.
     """
-    total = sum(costs)
+    total = sum(costs) + late
     imbalance = [abs(total - 2 * sum(costs[:slot])) for slot in range(len(costs) + 1)]
     return imbalance.index(min(imbalance)) + 1
 
@@ -119,7 +120,8 @@ def _all_slots(times: OperatorTimes) -> range:
 def _slots_to_try(times: OperatorTimes, count: int) -> list[int]:
     """All slots. In a long backbone, as many evenly spaced ones as leave few enough combinations to try."""
     slots, most = _all_slots(times), len(times.backbone) + 1
-    while most > 2 and math.comb(most + count - 1, count) * (len(slots) + 5 * count) > MOST_EVENTS:
+    events = (len(slots) + 5 * count) * (2 * ROW + 1 if times.is_periodic else 1)
+    while most > 2 and math.comb(most + count - 1, count) * events > MOST_EVENTS:
         most -= 1
     if count == 1 or most == len(slots):
         return list(slots)
@@ -140,7 +142,8 @@ def _windows(times: OperatorTimes, slot: int, phase: Phase) -> tuple[float, floa
     if slot not in _all_slots(times):
         raise ValueError(f"expert_slot {slot}: the backbone has {len(times.backbone)} operators, slots count from 1")
     costs = [ms_of(operator, phase) for operator in times.backbone]
-    return sum(costs[: slot - 1]), sum(costs[slot - 1 :])
+    late = 0.0 if times.late is None else sum(ms_of(operator, phase) for operator in times.late.operators)
+    return sum(costs[: slot - 1]), sum(costs[slot - 1 :]) + late
 
 
 def idle_window_ms(times: OperatorTimes, slot: int, phase: Phase) -> float:
@@ -156,6 +159,19 @@ def idle_window_ms(times: OperatorTimes, slot: int, phase: Phase) -> float:
     """
     (before, after), parts = _windows(times, slot, phase), times.chunks[1]
     return abs(before - ms_of(parts.dispatch, phase)) + abs(after - ms_of(parts.combine, phase))
+
+
+def _hidden_ms(times: OperatorTimes, slot: int, phase: Phase) -> float:
+    """The longest all-to-all that one chunk at this slot hides completely, in one phase."""
+    before, after = _windows(times, slot, phase)
+    if times.late is None or not times.is_periodic:
+        return min(before, after)
+    # The combine goes on beside the next pair's gate, too, and the dispatch beside the decode at the late join. And
+    # what the combine leaves of the lane has to do for the next pair's dispatch.
+    late = times.late.operators
+    before += ms_of(times.decode, phase) if slot > len(late) else 0.0
+    after += ms_of(times.gate, phase) + ms_of(times.encode, phase)
+    return min(before, after, (before + after - sum(ms_of(operator, phase) for operator in late)) / 2)
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,6 @@ class BreakEven:
 def break_even(times: OperatorTimes, mode: Mode) -> BreakEven:
     """From the backbone's times alone; with mode="train" one slot has to serve both passes."""
     phases = PHASES[mode]
-    hidden = max(min(ms for phase in phases for ms in _windows(times, slot, phase)) for slot in _all_slots(times))
+    hidden = max(min(_hidden_ms(times, slot, phase) for phase in phases) for slot in _all_slots(times))
     shared = [operator for operator in times.backbone if operator.kind in SHARED]
     return BreakEven(float(hidden), float(sum(total_ms(operator, mode) for operator in shared)))

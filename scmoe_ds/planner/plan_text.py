@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import Plan, break_even, idle_window_ms
-from scmoe_ds.planner.schedule_text import schedule_text, slots_text
+from scmoe_ds.planner.schedule_text import next_label, schedule_text, slots_text
 from scmoe_ds.planner.speed_text import change, compared
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
 
@@ -22,7 +22,7 @@ def plan_lines(name: str, times: OperatorTimes, train: Plan, forward: Plan) -> l
     lines += _operator_table(times)
     lines += ["exposed communication by the slot of the experts (ms; eq. 11 also counts idle window):"]
     lines += _slot_table(times, train, forward)
-    lines += [choice_line("training", train), choice_line("forward alone", forward)]
+    lines += [choice_line("training", times, train), choice_line("forward alone", times, forward)]
     return [*lines, _verdict(times, train)]
 
 
@@ -43,15 +43,16 @@ def summary_line(name: str, times: OperatorTimes, train: Plan, forward: Plan) ->
     return (
         f"schedule of {name}, by measured times: {placed(train.schedule)} | "
         f"{100 * train.predicted.hidden_share:.0f} % of the communication hidden | "
-        f"{_ms(train.predicted.total_ms)} from shortcut to join, without overlap {_ms(train.serial.total_ms)}{alone}"
+        f"{_ms(train.predicted.total_ms)} {span_text(times)}, without overlap {_ms(train.serial.total_ms)}{alone}"
     )
 
 
-def choice_line(title: str, plan: Plan, backbone: Sequence[str] = ()) -> str:
+def choice_line(title: str, times: OperatorTimes, plan: Plan, backbone: Sequence[str] = ()) -> str:
     """What was chosen for a kind of pass.
 
     Args:
         title: names the kind of pass.
+        times, plan: of the pair.
         backbone: names of the operators that the slots count, where no table has shown them.
     """
     others = [
@@ -62,11 +63,16 @@ def choice_line(title: str, plan: Plan, backbone: Sequence[str] = ()) -> str:
     return (
         f"choice for {title}: {schedule_text(plan.schedule)}"
         + (f" of {', '.join(backbone)}" if backbone else "")
-        + f": {_ms(plan.predicted.total_ms)} from shortcut to join, "
+        + f": {_ms(plan.predicted.total_ms)} {span_text(times)}, "
         + f"{100 * plan.predicted.hidden_share:.0f} % of the communication hidden"
         + (f" (without overlap: {_ms(plan.serial.total_ms)})" if backbone else "")
         + (f" (others: {', '.join(others)})" if others else "")
     )
+
+
+def span_text(times: OperatorTimes) -> str:
+    """From where to where a pair's times go."""
+    return "from one shortcut to the next" if times.is_periodic else "from shortcut to join"
 
 
 def _ms(milliseconds: float) -> str:
@@ -77,10 +83,13 @@ def _operator_table(times: OperatorTimes) -> list[str]:
     one = times.chunks[1]
     rows: list[tuple[str, PassTimes]] = [("gate", times.gate), ("encode", times.encode)]
     rows += [(operator.name, operator) for operator in times.backbone]
+    late = () if times.late is None else times.late.operators
+    rows += [(next_label(operator.name), operator) for operator in late]
     rows += [("experts", one.experts), ("decode", times.decode), ("dispatch", one.dispatch), ("combine", one.combine)]
     lines = ["  operator        forward   backward"]
     lines += [f"  {name:<13} {part.forward_ms:9.2f}  {part.backward_ms:9.2f}" for name, part in rows]
-    window = [sum(getattr(operator, f"{phase}_ms") for operator in times.backbone) for phase in ("forward", "backward")]
+    between = (*times.backbone, *late)
+    window = [sum(getattr(operator, f"{phase}_ms") for operator in between) for phase in ("forward", "backward")]
     return [*lines, f"  {'window':<13} {window[0]:9.2f}  {window[1]:9.2f}   (all between shortcut and join)"]
 
 

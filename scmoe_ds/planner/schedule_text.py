@@ -8,11 +8,13 @@ from typing import Protocol
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.overlap.executor import Backbone, backbone
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.times import LateWindow
 
 
 class Scheduled(Backbone, Protocol):
     """A pair, as far as these words need it. A replaced layer's pair also has the layer's path as its `name`."""
 
+    late_window: LateWindow | None
     schedule: Schedule
 
 
@@ -25,14 +27,24 @@ def schedule_lines(pairs: Sequence[Scheduled], origin: str) -> list[str]:
     """
     layers: dict[str, list[int]] = {}
     for index, pair in enumerate(pairs):
-        labels = [operator.label for operator in backbone(pair)]
-        layers.setdefault(_line(labels, pair.schedule, origin), []).append(index)
+        layers.setdefault(_line(labels_of(pair), pair.schedule, origin), []).append(index)
     lines = []
     for text, indices in layers.items():
         names = [name for index in indices if (name := getattr(pairs[index], "name", ""))]
         where = f" ({names_text(names)})" if names else ""
         lines.append(f"schedule of MoE layer {layers_text(indices)}{where}: {text}")
     return lines
+
+
+def labels_of(pair: Scheduled) -> list[str]:
+    """The operators between tap and join. With a late join the last ones are the next pair's."""
+    late = () if pair.late_window is None else pair.late_window.operators
+    return [*(operator.label for operator in backbone(pair)), *map(next_label, late)]
+
+
+def next_label(label: str) -> str:
+    """An operator of the next pair, beside which a late combine goes on: "next attention"."""
+    return f"next {label.replace(' before tap', '')}"
 
 
 def origin_of(overlap: OverlapConfig, exchanges: bool) -> str:
@@ -58,7 +70,7 @@ def order_text(labels: Sequence[str], slots: Sequence[int]) -> str:
     """What runs between tap and join, in order: "dispatch ⇢ mlp → [routed experts] → attention → shared ⇢ combine".
 
     Args:
-        labels: of the backbone's operators.
+        labels: of the backbone's operators, and of those of the next pair before a late join.
         slots: of the chunks; several are numbered from 0, as in a trace.
     """
     names = list(labels)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.schedule_text import next_label
 from scmoe_ds.planner.times import OperatorTimes, PassTimes
 
 Phase = Literal["forward", "backward"]
 Mode = Literal["train", "forward", "prefill", "decode"]
+ROW = 8
+"""Pairs in a row, of periodic times. One more adds what any more adds, or nearly: a lane fills up slowly."""
 _FORWARD: tuple[Phase, ...] = ("forward",)
 PHASES = {"train": (*_FORWARD, "backward"), "forward": _FORWARD, "prefill": _FORWARD, "decode": _FORWARD}
 """The passes that a mode has."""
@@ -19,6 +22,8 @@ PHASES = {"train": (*_FORWARD, "backward"), "forward": _FORWARD, "prefill": _FOR
 @dataclass(frozen=True)
 class Simulated:
     """What a schedule costs from shortcut to join, in milliseconds, by `simulate`.
+
+    Where a late join lies behind the next pair's shortcut, it is what each of many such pairs adds.
 
     Attributes:
         total_ms: until the computation has ended; of one pass, or of forward and backward together.
@@ -70,24 +75,60 @@ def total_ms(times: PassTimes, mode: Mode) -> float:
     return sum(ms_of(times, phase) for phase in PHASES[mode])
 
 
-def _program(times: OperatorTimes, schedule: Schedule) -> list[_Event]:
-    """What the executor does in a forward pass, in order. Transfers: dispatches 0 … n-1, combines n … 2n-1."""
+def _pair(times: OperatorTimes, schedule: Schedule, number: int = 0) -> tuple[list[_Event], list[_Event]]:
+    """What the executor does for a pair in a forward pass, in order: up to the end of its backbone, and at its join.
+
+    Args:
+        number: of the pair, so that each has transfers of its own: dispatches, then combines.
+    """
     count, parts = schedule.num_chunks, times.chunks[schedule.num_chunks]
-    numbers = [""] if count == 1 else [f" {chunk}" for chunk in range(count)]
+    numbers, first = [""] if count == 1 else [f" {chunk}" for chunk in range(count)], 2 * count * number
     program = [_Event("compute", "gate", times.gate), _Event("compute", "encode", times.encode)]
-    program += [_Event("launch", f"dispatch{number}", parts.dispatch, chunk) for chunk, number in enumerate(numbers)]
+    program += [
+        _Event("launch", f"dispatch{each}", parts.dispatch, first + chunk) for chunk, each in enumerate(numbers)
+    ]
     operators = [_Event("compute", operator.name, operator) for operator in times.backbone]
     done = 0
-    for chunk, (slot, number) in enumerate(zip(schedule.slots, numbers, strict=True)):
-        program += [*operators[done : slot - 1], _Event("wait", f"dispatch{number}", parts.dispatch, chunk)]
-        program.append(_Event("compute", f"experts{number}", parts.experts))
-        program.append(_Event("launch", f"combine{number}", parts.combine, count + chunk))
+    for chunk, (slot, each) in enumerate(zip(schedule.slots, numbers, strict=True), start=first):
+        program += [*operators[done : slot - 1], _Event("wait", f"dispatch{each}", parts.dispatch, chunk)]
+        program.append(_Event("compute", f"experts{each}", parts.experts))
+        program.append(_Event("launch", f"combine{each}", parts.combine, count + chunk))
         done = slot - 1
-    program += operators[done:]
-    program += [
-        _Event("wait", f"combine{number}", parts.combine, count + chunk) for chunk, number in enumerate(numbers)
+    join = [
+        _Event("wait", f"combine{each}", parts.combine, first + count + chunk) for chunk, each in enumerate(numbers)
     ]
-    return [*program, _Event("compute", "decode", times.decode)]
+    return program + operators[done:], [*join, _Event("compute", "decode", times.decode)]
+
+
+def _program(times: OperatorTimes, schedule: Schedule) -> list[_Event]:
+    """What the executor does from shortcut to join."""
+    backbone, join = _pair(times, schedule)
+    late = [] if times.late is None else times.late.operators
+    return [*backbone, *(_Event("compute", next_label(each.name), each) for each in late), *join]
+
+
+def _row(times: OperatorTimes, schedule: Schedule, pairs: int) -> list[_Event]:
+    """The same of a row of pairs, each of which begins before the join of the one before it.
+
+    The last but one has named events. Of the last one, what precedes that join has them, and its dispatch.
+    """
+    assert times.late is not None
+    last_before_join = times.backbone[len(times.late.operators) - 1].name
+    program, join = list[_Event](), list[_Event]()
+    for number in range(pairs):
+        backbone, own_join = _pair(times, schedule, number)
+        cut = 1 + [event.name for event in backbone].index(last_before_join)
+        if number != pairs - 2:
+            named = cut if number == pairs - 1 else 0
+            early = [
+                place < named or (named > 0 and each.name[:8] == "dispatch") for place, each in enumerate(backbone)
+            ]
+            names = [f"next {each.name}" if is_early else "" for each, is_early in zip(backbone, early, strict=True)]
+            backbone = [each._replace(name=name) for each, name in zip(backbone, names, strict=True)]
+            own_join = [each._replace(name="") for each in own_join]
+        program += [*backbone[:cut], *join, *backbone[cut:]]
+        join = own_join
+    return program + join
 
 
 def _one_pass(program: list[_Event], phase: Phase, overlap: bool, spans: list[PredictedSpan] | None) -> Simulated:
@@ -97,7 +138,7 @@ def _one_pass(program: list[_Event], phase: Phase, overlap: bool, spans: list[Pr
     slack, ready = math.inf, {}
 
     def note(lane: Literal["compute", "communication", "wait"], name: str, start_ms: float, end_ms: float) -> None:
-        if spans is not None:
+        if spans is not None and name:
             spans.append(PredictedSpan(phase, lane, name, start_ms, end_ms))
 
     for event in events:
@@ -154,5 +195,29 @@ def _passes(
         raise ValueError(f"num_chunks {schedule.num_chunks}: there are times for {sorted(times.chunks)} chunks only")
     if schedule.slots[-1] > len(times.backbone) + 1:
         raise ValueError(f"expert_slot {schedule.slots[-1]}: the backbone has {len(times.backbone)} operators")
+    if times.is_periodic:
+        return [_periodic_pass(times, schedule, phase, spans) for phase in PHASES[mode]]
     program = _program(times, schedule)
     return [_one_pass(program, phase, schedule.overlap, spans) for phase in PHASES[mode]]
+
+
+def _periodic_pass(
+    times: OperatorTimes, schedule: Schedule, phase: Phase, spans: list[PredictedSpan] | None
+) -> Simulated:
+    """What one pair more adds to a row."""
+    known = 0 if spans is None else len(spans)
+    longer, shorter = (
+        _one_pass(_row(times, schedule, pairs), phase, schedule.overlap, found)
+        for pairs, found in ((ROW + 1, spans), (ROW, None))
+    )
+    if spans is not None:
+        start_ms = min(span.start_ms for span in spans[known:])
+        spans[known:] = [
+            span._replace(start_ms=span.start_ms - start_ms, end_ms=span.end_ms - start_ms) for span in spans[known:]
+        ]
+    return Simulated(
+        longer.total_ms - shorter.total_ms,
+        max(0.0, longer.exposed_ms - shorter.exposed_ms),
+        longer.communication_ms - shorter.communication_ms,
+        longer.slack_ms,
+    )

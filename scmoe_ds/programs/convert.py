@@ -42,7 +42,7 @@ def _convert(args: argparse.Namespace) -> None:
     if args.command == "export":
         shards = export(args.source, args.out, dtype, size, args.format == "hf")
     else:
-        names = ("position", "first_layer_position", "shortcut_norm")
+        names = ("position", "first_layer_position", "shortcut_norm", "join")
         changes = {name: getattr(args, name) for name in names}
         shards = residual_to_scmoe(args.source, args.out, changes, dtype, size)
     source = locate(args.source)

@@ -153,6 +153,8 @@ def _exposed(found: Measured) -> Iterator[str]:
     if config.moe_every == 1:
         longer = None
     remedies = [f'"position": {longer} has a longer window'] if longer else []
+    if config.join == "end" and config.is_scheduled:
+        remedies.append('"join": "late" lets the combine go on beside the next attention')
     if config.dispatch == "padded":
         remedies.append(f'"dispatch": "exact" or less than "capacity_factor": {config.capacity_factor:g} sends less')
     if config.wire_dtype is None:
@@ -208,7 +210,9 @@ def _total(times: OperatorTimes, *names: str) -> float:
 
 
 def _backbone_ms(times: OperatorTimes) -> float:
-    return sum(total_ms(operator, "train") for operator in times.backbone)
+    # If the next pair's dispatch is on the way, too, its first operators are beside both transfers.
+    late = () if times.late is None or times.is_periodic else times.late.operators
+    return sum(total_ms(operator, "train") for operator in (*times.backbone, *late))
 
 
 def _ms(seconds: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, backbone, numbered
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import first_schedule
+from scmoe_ds.planner.times import LateWindow
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 
@@ -33,6 +34,8 @@ class AsIsPair:
     Raises:
         ScMoEConfigError: a slot behind the last operator.
     """
+
+    late_window: LateWindow | None = None
 
     def __init__(self, layer: Any, overlap: OverlapConfig) -> None:
         self.layer = layer

@@ -27,6 +27,7 @@ from scmoe_ds.overlap.executor import Operator
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import first_schedule
 from scmoe_ds.planner.plan import slot_that_halves
+from scmoe_ds.planner.times import LateWindow
 from scmoe_ds.replace.calls import Call, first_hidden, operators_in
 from scmoe_ds.replace.first_pass import FirstPass
 from scmoe_ds.replace.hooked_pass import HookedPass, hooked_operators
@@ -69,6 +70,7 @@ class HookedPair:
         first_pass: says what the first pass has shown; None: nobody does.
     """
 
+    late_window: LateWindow | None = None
     token_mask: TokenMask | None = None
     first_pass: FirstPass | None = None
 

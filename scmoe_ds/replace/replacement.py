@@ -122,6 +122,8 @@ def _looks_like_moe(module: nn.Module) -> bool:
 def _check(model: nn.Module, found: list[tuple[str, Any]], config: ScMoEConfig) -> None:
     if not found:
         raise nothing_to_apply_to(model)
+    if config.join == "late":
+        raise ScMoEConfigError('scmoe.join = "late": a replaced layer joins at the end of its block; set "end"')
     if config.architecture != "scmoe" or config.post_norm or config.shortcut_distance != 1:
         raise ScMoEConfigError(
             'scmoe.replace makes layers of architecture "scmoe" with shortcut_distance 1 and '

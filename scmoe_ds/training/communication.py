@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.parallel.process import device
 from scmoe_ds.planner.calibrator import Calibrator
-from scmoe_ds.planner.plan_text import schedule_text
+from scmoe_ds.planner.plan_text import schedule_text, span_text
+from scmoe_ds.planner.schedule_text import labels_of
 from scmoe_ds.planner.simulation import predicted_spans
 from scmoe_ds.planner.times import OperatorTimes
 from scmoe_ds.trace.recorder import Recorder
@@ -67,15 +67,16 @@ class CommunicationSample:
 def schedule_entries(overlap: Calibrator) -> list[dict[str, Any]]:
     """For each distinct schedule the "layers" that have it, its "text", "operators", "slot" of every chunk, number of
     "chunks" and "overlap", and the comparison with and without overlap as "measured" (None: not over). With measured
-    times also what they predict: "hidden" share, "exposed_ms", "total_ms", and the "timeline", a list of
-    `PredictedSpan`s."""
+    times also what they predict: "hidden" share, "exposed_ms", "total_ms" and from where to where that is ("span"), and
+    the "timeline", a list of `PredictedSpan`s."""
     entries = []
-    for schedule in dict.fromkeys(overlap.schedules):
-        layers = [layer for layer, each in enumerate(overlap.schedules) if each == schedule]
+    scheduled = [(each, pair.late_window) for each, pair in zip(overlap.schedules, overlap.pairs, strict=True)]
+    for schedule, late in dict.fromkeys(scheduled):
+        layers = [layer for layer, each in enumerate(scheduled) if each == (schedule, late)]
         entry: dict[str, Any] = {
             "layers": layers,
             "text": schedule_text(schedule),
-            "operators": [operator.label for operator in backbone(overlap.pairs[layers[0]])],
+            "operators": labels_of(overlap.pairs[layers[0]]),
             "slot": list(schedule.slots),
             "chunks": schedule.num_chunks,
             "overlap": schedule.overlap,
@@ -88,6 +89,7 @@ def schedule_entries(overlap: Calibrator) -> list[dict[str, Any]]:
                     "hidden": predicted.hidden_share,
                     "exposed_ms": predicted.exposed_ms,
                     "total_ms": predicted.total_ms,
+                    "span": kind.times and span_text(kind.times),
                     "timeline": _timeline(kind.times, kind.plans["train"].schedule),
                 }
         entries.append(entry)

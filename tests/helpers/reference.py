@@ -151,7 +151,12 @@ def double_gated_pair(hidden: Tensor, w: Weights, *, heads: int, position: str, 
     tap = {"pos1": through, "pos2": after_attention, "pos3": hidden}[position]
     before = layer_norm(tap, w, "shortcut_norm")
     through = through + attention(layer_norm(through, w, "blocks.1.attention_norm"), w, "blocks.1.attention", heads)
-    now = layer_norm(through, w, "blocks.1.mlp_norm")
+    output, l_aux = double_gated(before, layer_norm(through, w, "blocks.1.mlp_norm"), w, moe)
+    return through + output, l_aux
+
+
+def double_gated(before: Tensor, now: Tensor, w: Weights, moe: str):
+    """Eq. 23 and the load-balancing loss: one expert for each of a token's two representations."""
     gate = w[f"{moe}.deepspeed_moe.gate.wg.weight"].T
     rows, probabilities, picks = [], ([], []), ([], [])
     for early, late in zip(before.reshape(-1, before.shape[-1]), now.reshape(-1, now.shape[-1]), strict=True):
@@ -170,4 +175,66 @@ def double_gated_pair(hidden: Tensor, w: Weights, *, heads: int, position: str, 
     for probability, picked in zip(probabilities, picks, strict=True):
         share = torch.bincount(torch.tensor(picked), minlength=gate.shape[1]) / len(picked)
         losses.append((torch.stack(probability).mean(0) * share).sum() * gate.shape[1])
-    return through + torch.stack(rows).view_as(now), torch.stack(losses).mean()
+    return torch.stack(rows).view_as(now), torch.stack(losses).mean()
+
+
+def late_joining(
+    hidden: Tensor,
+    w: Weights,
+    *,
+    pairs: int,
+    blocks: int,
+    heads: int,
+    gate: dict,
+    tap: int | None,
+    merge: str = "add",
+    shared_norm: bool = False,
+    double: bool = False,
+    shared: bool = True,
+    scale: float = 1.0,
+):
+    """Output and load-balancing losses of pairs whose routed outputs join behind the next pair's first attention.
+
+    Args:
+        tap: how many sub-layers of a pair come before its tap; None: the experts read the current layer.
+        merge: gives the weights of the two parts, which join one by one.
+        shared_norm: the tapped value goes through the norm of the sub-layer behind the tap.
+        double: DGMoE, both of whose choices join late.
+        shared: whether there is a shared expert.
+        scale: of every branch that is added.
+    """
+    late, losses = torch.zeros_like(hidden), []
+    for number in range(pairs):
+        own = {name.removeprefix(f"{number}."): each for name, each in w.items() if name.startswith(f"{number}.")}
+        values = [hidden]
+        for block in range(blocks):
+            name, x = f"blocks.{block}", values[-1]
+            x = x + scale * attention(layer_norm(x, own, f"{name}.attention_norm"), own, f"{name}.attention", heads)
+            values.append(x + late if block == 0 else x)
+            if block < blocks - 1:
+                x = values[-1]
+                values.append(x + scale * mlp(layer_norm(x, own, f"{name}.mlp_norm"), own, f"{name}.mlp"))
+        name = f"blocks.{blocks - 1}"
+        x = layer_norm(values[-1], own, f"{name}.mlp_norm")
+        norm = "shortcut_norm"
+        if shared_norm:
+            norm = f"blocks.{tap // 2}.{'mlp_norm' if tap % 2 else 'attention_norm'}"
+        tokens = x if tap is None else layer_norm(values[tap], own, norm)
+        moe = f"{name}.moe"
+        if double:
+            output, l_aux = double_gated(tokens, x, own, moe)
+        else:
+            logits = tokens.reshape(-1, tokens.shape[-1]) @ own[f"{moe}.deepspeed_moe.gate.wg.weight"].T
+            choices, l_aux = choose(logits, **gate)
+            output = routed(tokens, own, moe, choices)
+        losses.append(l_aux)
+        nothing = torch.zeros_like(output)
+        known = merged(merge, mlp(x, own, f"{moe}.mlp"), nothing, x, own, moe) if shared else nothing
+        output = merged(merge, nothing, output, x, own, moe) if shared else output
+        if "post_norm.weight" in own:
+            known, output = (
+                layer_norm(known, own, "post_norm") if shared else nothing,
+                layer_norm(output, own, "post_norm"),
+            )
+        hidden, late = values[-1] + scale * known, scale * output
+    return hidden + late, losses

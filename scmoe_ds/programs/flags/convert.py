@@ -52,4 +52,5 @@ def build_parser() -> FlagParser:
     command.add_argument(
         "--shortcut-norm", choices=["own", "shared"], default="own", help="own: starts as a copy of the backbone's"
     )
+    command.add_argument("--join", choices=["end", "late"], default="end", help="where the routed outputs are added")
     return parser

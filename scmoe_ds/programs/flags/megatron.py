@@ -79,6 +79,7 @@ SECTION_FLAGS: dict[str, str] = {
     "enable_expert_tensor_parallelism": "expert_tensor_parallelism",
     "scmoe_position": "position",
     "scmoe_merge": "merge",
+    "scmoe_join": "join",
     "scmoe_expert_slot": "overlap.expert_slot",
 }
 """Flag (as argparse stores it) to field of the "scmoe" section."""

@@ -75,6 +75,7 @@ def add_moe(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scmoe-position", choices=["pos1", "pos2", "pos3"], help="where the shortcut is taken")
     group.add_argument("--scmoe-merge", choices=["add", "cg1", "cg2"], help="how shared and routed output meet")
+    group.add_argument("--scmoe-join", choices=["end", "late"], help="late: after the next block's attention")
     add_trace(group, "iteration N")
     group.add_argument("--scmoe-expert-slot", type=_slot, help='"auto" or the operator before which experts run')
 
