@@ -228,7 +228,10 @@ def _study(position: str, times: OperatorTimes, top_k: int) -> PositionStudy:
             missing.append(name)
     if missing:
         return PositionStudy(None, "not timed: " + ", ".join(dict.fromkeys(missing)), {})
-    own = times.model_copy(update={"backbone": tuple(backbone)})
+    late = times.late
+    if late is not None and len(known) > 2:  # otherwise there is an MoE in every block, and one position
+        late = late.model_copy(update={"after_dispatch": position == "pos3"})
+    own = times.model_copy(update={"backbone": tuple(backbone), "late": late})
     return PositionStudy(backbone, source, {mode: _predict(own, top_k, mode) for mode in MODES})
 
 
