@@ -11,6 +11,7 @@ from typing import Any
 
 from scmoe_ds.config.deepspeed_json import at, is_on, section
 from scmoe_ds.config.messages import fail
+from scmoe_ds.config.router_section import OF_SCORES
 
 PATH = "expert_parallel"
 _MODEL = "the Hugging Face model decides it"
@@ -39,6 +40,8 @@ _DECIDED = {
 }
 """Field to why it may not be written."""
 _ARCHITECTURES = ("as_is", "scmoe")
+MODELS_OWN = "model"
+"""The score function of a router that is the model's."""
 
 
 def uses_autoep(whole: Mapping[str, Any]) -> bool:
@@ -57,6 +60,9 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
         if architecture == "as_is":
             rule = f'is for Hugging Face models that DeepSpeed\'s AutoEP distributes; add "{PATH}": {{"enabled": true}}'
             raise fail("scmoe.architecture", architecture, rule)
+        if at(given, "router.score_func") == MODELS_OWN:
+            rule = f'is for models that AutoEP distributes; write "softmax" or "sigmoid", or add "{PATH}"'
+            raise fail("scmoe.router.score_func", MODELS_OWN, rule)
         return dict(given)
     if architecture is not None and architecture not in _ARCHITECTURES:
         rule = f'with {PATH}, use "as_is" (the model\'s mathematics) or "scmoe"; or remove the {PATH} section'
@@ -69,7 +75,17 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
             raise fail(f"scmoe.{field}", given[field], f"with {PATH} (AutoEP), {rule}; remove one of them")
     if given.get("dispatch") == "padded":
         raise fail("scmoe.dispatch", "padded", 'AutoEP layers have no capacity to pad to; use "exact", or remove it')
-    return {"architecture": "as_is", **given}
+    return {"architecture": "as_is", **given, "router": _router(given.get("router", {}))}
+
+
+def _router(given: Any) -> Any:
+    """`scmoe.router` beside AutoEP: the model routes, and the section may balance loads and add a z-loss."""
+    if not isinstance(given, Mapping):
+        return given
+    for field in ("score_func", *OF_SCORES):
+        if field in given and given[field] not in (MODELS_OWN, None):
+            raise fail(f"scmoe.router.{field}", given[field], f"with {PATH} (AutoEP), {_MODEL}; remove one of them")
+    return {**given, "score_func": MODELS_OWN}
 
 
 def refusals_of_autoep(whole: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:

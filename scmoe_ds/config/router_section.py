@@ -11,15 +11,9 @@ from scmoe_ds.config.messages import explain
 from scmoe_ds.config.overlap_section import Section
 from scmoe_ds.errors import ScMoEConfigError
 
-_OF_SCORES = (
-    "route_norm",
-    "route_scale",
-    "num_expert_groups",
-    "num_limited_groups",
-    "group_score_func",
-    "load_balance_coeff",
-    "load_balance_rule",
-)
+OF_SCORES = ("route_norm", "route_scale", "num_expert_groups", "num_limited_groups", "group_score_func")
+"""Fields that say how scores become choices and weights."""
+_NOT_DEEPSPEEDS = (*OF_SCORES, "load_balance_coeff", "load_balance_rule")
 """Fields that a router with a score function reads; DeepSpeed's gate has no such parts."""
 
 
@@ -36,10 +30,10 @@ class RouterConfig(Section):
         ScMoEConfigError: an unknown field (with the nearest valid one), or a value that breaks a rule.
     """
 
-    score_func: Union[Literal["softmax", "sigmoid"], None] = Field(
+    score_func: Union[Literal["softmax", "sigmoid", "model"], None] = Field(
         None,
         description="Scores of all experts: sigmoid (DeepSeek-V3, GLM-4) or softmax (Mixtral, Qwen, DeepSeek-V2, "
-        "LongCat), in fp32; null: DeepSpeed's gate.",
+        "LongCat), in fp32; null: DeepSpeed's gate, and beside AutoEP model: the Hugging Face model's own router.",
     )
     route_norm: Union[bool, None] = Field(
         None,
@@ -91,7 +85,7 @@ class RouterConfig(Section):
         Args:
             num_experts: of a layer; identity experts count.
         """
-        for field in _OF_SCORES:
+        for field in _NOT_DEEPSPEEDS:
             idle = self.score_func is None and getattr(self, field) != type(self).model_fields[field].default
             yield field, idle, 'DeepSpeed\'s gate has no such part; set "score_func", or remove it'
         alone = "a token's only weight would be 1 and the router could not learn; remove it, or use more experts"

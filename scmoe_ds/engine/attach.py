@@ -73,6 +73,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     assert uses_autoep(whole)
     from scmoe_ds.replace.as_is import AsIsPair
     from scmoe_ds.replace.autoep import autoep_layers, schedule
+    from scmoe_ds.replace.autoep_router import extend_router
     from scmoe_ds.replace.longcat import FAMILY as LONGCAT
 
     found = autoep_layers(engine.module)
@@ -84,6 +85,8 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     check_loaded(engine.module, found[0][1].ep_size)
     remember(engine.module)
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
+    for layer in layers:
+        extend_router(layer, section.router)
     first = layers[0]
     if first.model_family == LONGCAT:
         from scmoe_ds.replace.longcat_pair import schedule_blocks  # needs transformers ≥ 5

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.balance import BiasBalance
-from scmoe_ds.moe.router import RouterGate
 from scmoe_ds.moe.z_loss import ZLoss, follow
 
 
 def serve_routers(engine: Any) -> None:
-    """Sets up the routers of an engine's model, once."""
-    gates = [module for module in engine.module.modules() if isinstance(module, RouterGate)]
-    if balances := [gate.balance for gate in gates if gate.balance is not None]:
+    """Sets up the routers of an engine's model, once: those of gates, and of AutoEP's layers."""
+    parts = [each for module in engine.module.modules() for each in vars(module).values()]
+    if balances := [each for each in parts if isinstance(each, BiasBalance)]:
         move_after_steps(engine, balances)
-    if z_losses := [gate.z_loss for gate in gates if gate.z_loss is not None]:
+    if z_losses := [each for each in parts if isinstance(each, ZLoss)]:
         follow_loss(engine.module, z_losses)
 
 

@@ -63,6 +63,8 @@ def equip(gate: TopKGate, router: RouterConfig) -> None:
         ValueError: a router that does not fit the number of experts, k, or the gate's noise.
     """
     num_experts = gate.wg.out_features
+    if router.score_func == "model":
+        raise ValueError("router.score_func = 'model': is for the layers of AutoEP; use 'softmax' or 'sigmoid'")
     for field, broken, rule in router.rules(gate.k, num_experts):
         if broken:
             raise ValueError(f"router.{field} = {getattr(router, field)!r}: {rule}")

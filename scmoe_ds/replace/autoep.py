@@ -19,6 +19,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
 from scmoe_ds.comm.transport import Transport
+from scmoe_ds.moe.balance import BiasBalance
 from scmoe_ds.moe.checks import check_input
 from scmoe_ds.moe.choices import Choices
 from scmoe_ds.moe.gate import Routing
@@ -27,9 +28,11 @@ from scmoe_ds.moe.identity import without_identity_rows
 from scmoe_ds.moe.order import ByExpert
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
+from scmoe_ds.moe.z_loss import ZLoss
 from scmoe_ds.overlap import executor
 from scmoe_ds.parallel.groups import travel_group
 from scmoe_ds.replace.as_is import AsIsPair
+from scmoe_ds.replace.autoep_router import attached
 from scmoe_ds.replace.recomputation import is_repeated
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
@@ -39,6 +42,7 @@ class ScheduledAutoEP(AutoEPMoELayer):
 
     Attributes:
         pair: who runs the stages. An `AsIsPair` does so inside of the layer's own forward.
+        balance, z_loss: what the "scmoe" section adds to the model's router (replace/autoep_router.py); None: nothing.
     """
 
     name: str
@@ -47,6 +51,8 @@ class ScheduledAutoEP(AutoEPMoELayer):
     wire_dtype: str | None
     dispatch = "exact"
     pair: Any
+    balance: BiasBalance | None = None
+    z_loss: ZLoss | None = None
 
     def begin(
         self,
@@ -78,11 +84,14 @@ class ScheduledAutoEP(AutoEPMoELayer):
 
     def _route(self, tokens_TD: Tensor) -> Routing:
         """The router's decision, and its entry in the layer's statistics."""
-        weight_TK, expert_TK, rows_E = self.router(tokens_TD, self.expert_bias)
+        with attached(self.z_loss, self.router.gate):
+            weight_TK, expert_TK, rows_E = self.router(tokens_TD, self.expert_bias)
         # A reentrant activation checkpoint runs the first pass without gradients, and the repetition with them.
         if not is_repeated() and (torch.is_grad_enabled() or not self.training):
             with torch.no_grad():
                 self.tokens_per_expert.add_(rows_E)
+            if self.balance is not None and self.training:
+                self.balance.count(rows_E)
         expert_KT, counts_E = expert_TK.t().contiguous(), rows_E.long()
         choices = Choices(expert_KT, None, ByExpert.of(expert_KT), counts_E, counts_E)
         return Routing(choices, weight_TK.t().contiguous(), len(tokens_TD), weight_TK.new_zeros(()))
