@@ -41,6 +41,7 @@ _NO_MODEL: dict[str, Any] = {
     "timers": {},
     "checkpoint": {"writer": {}, "parallel_write": {}},
     "data_efficiency": {"data_sampling": {}, "data_routing": {}},
+    "expert_parallel": {"enabled": False},
 }
 """Sections without a pydantic model, each with the least content that makes DeepSpeed read it."""
 
@@ -87,6 +88,7 @@ _SECTION_RULES: dict[str, Keys] = {
     "aio": {"block_size": PositiveInt, "queue_depth": PositiveInt, "intra_op_parallelism": PositiveInt},
     "optimizer": {"type": str, "params": dict},
     "scheduler": {"type": str, "params": dict},
+    "expert_parallel": {"autoep_size": PositiveInt, "top_k": PositiveInt | str, "routed_scaling_factor": float | str},
 }
 
 
@@ -136,6 +138,8 @@ def known_keys() -> Keys:
         deepspeed_config.DeepSpeedConfig(whole)
     keys = _of_recorder(whole) | _RULES
     for section, rules in _SECTION_RULES.items():
+        if not isinstance(keys.get(section), dict):  # a DeepSpeed before AutoEP does not ask for its section
+            continue
         keys[section] |= {key: rule for key, rule in rules.items() if key in keys[section]}
     keys |= {name: _of_model(model) for name, model in _MODELS.items()}
     monitors = DeepSpeedMonitorConfig.model_fields.items()

@@ -23,6 +23,8 @@ from scmoe_ds.config.deepspeed_keys import Keys, known_keys, quiet
 from scmoe_ds.config.messages import fail, unknown_key
 
 _KEEPS_AUTO = ("data_types.keep_in_fp32_modules", "pipeline")
+_OWN_AUTO = ("zero_optimization.stage3_", "expert_parallel.")
+"""Keys for which DeepSpeed itself knows "auto"."""
 
 
 def check_keys(whole: Mapping[str, Any], of_section: Collection[str] = ()) -> list[str]:
@@ -54,7 +56,7 @@ def _check(section: Mapping[str, Any], keys: Keys, prefix: str, known_wrong: Map
             continue  # Accelerate writes infinity, for never
         if key not in keys:
             lines.append(unknown_key(path, key, keys) if prefix else _unknown_at_the_top(key, keys))
-        elif path not in _KEEPS_AUTO and not (value == "auto" and key.startswith("stage3_")):
+        elif path not in _KEEPS_AUTO and not (value == "auto" and path.startswith(_OWN_AUTO)):
             holds = keys[key]
             if not isinstance(holds, dict):
                 rule = broken_rule(value, holds)

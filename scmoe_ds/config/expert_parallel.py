@@ -6,7 +6,9 @@ the experts, AutoEP's own section says. The "scmoe" section adds the schedule.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 from scmoe_ds.config.deepspeed_json import at, is_on, section
@@ -93,8 +95,17 @@ def refusals_of_autoep(whole: Mapping[str, Any]) -> Iterator[tuple[str, bool, st
     if not uses_autoep(whole):
         yield PATH, bool(section(whole, PATH)), 'is not enabled; set "enabled": true, or remove it'
         return
+    found = importlib.util.find_spec("deepspeed.module_inject.auto_ep_presets") is not None
+    rule = (
+        f"DeepSpeed {version('deepspeed')} has no AutoEP with presets; install deepspeed>=0.19.8, or remove the section"
+    )
+    yield PATH, not found, rule
     backend = at(whole, f"{PATH}.comm_backend")
     yield f"{PATH}.comm_backend", backend == "deepep", 'the "scmoe" section moves the rows; use "comm", or remove one'
+    for path in ("tensor_parallel.autotp_size", "sequence_parallel_size"):
+        ranks = at(whole, path)
+        rule = f'divides what the "scmoe" section schedules; with {PATH}, remove it, or the "scmoe" section'
+        yield path, isinstance(ranks, int) and ranks > 1, rule
     folded = at(whole, f"{PATH}.expert_tensor_parallel_size") not in (None, 1)
     yield f"{PATH}.expert_tensor_parallel_size", folded, 'splits what the "scmoe" section schedules; use 1'
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import deepspeed
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from torch import nn
@@ -39,16 +38,11 @@ def prepare_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
     transformers go together, and checks the model.
 
     Raises:
-        ScMoEConfigError: a DeepSpeed without AutoEP, or a model that AutoEP would not replace, or not rightly.
+        ScMoEConfigError: a model that AutoEP would not replace, or not rightly.
     """
-    try:
-        from scmoe_ds.replace.autoep_model import check_model_for_autoep
-        from scmoe_ds.replace.presets import offer_presets
-    except ImportError as error:  # DeepSpeed's modules
-        raise ScMoEConfigError(
-            f"expert_parallel: DeepSpeed {deepspeed.__version__} has no AutoEP; install deepspeed>=0.19.8, or remove "
-            "the section"
-        ) from error
+    from scmoe_ds.replace.autoep_model import check_model_for_autoep  # AutoEP may be missing in this DeepSpeed
+    from scmoe_ds.replace.presets import offer_presets
+
     accept_names_of_recorders()
     offer_presets()
     check_model_for_autoep(model, whole)
@@ -104,6 +98,9 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     )
     if idle := idle_settings(whole):
         log(f'no effect, the "scmoe" section moves the rows: {", ".join(idle)}', level=logging.WARNING)
+    for_shortcuts = ("position", "merge", "shortcut_norm", "shortcut_distance", "tap")
+    if unread := [f"scmoe.{field}" for field in for_shortcuts if field in section.written and not section.has_shortcut]:
+        log(f'no effect on layers of architecture "as_is": {", ".join(unread)}', level=logging.WARNING)
     layout = Layout(dist.get_world_size(), 1, first.ep_size)
     section = section.model_copy(update=sizes)
     micro_batch_size = engine.train_micro_batch_size_per_gpu()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_presets.registry import (
     PRESET_MODELS,
     preset_name_for_hf_model_type,
@@ -16,7 +17,8 @@ from deepspeed.module_inject.auto_ep_presets.registry import (
 from torch import nn
 
 from scmoe_ds.config.deepspeed_json import at
-from scmoe_ds.config.expert_parallel import PATH
+from scmoe_ds.config.expert_parallel import PATH, autoep_size
+from scmoe_ds.config.messages import fail, more_ranks
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel.output import log
 from scmoe_ds.replace.presets import is_ours
@@ -26,28 +28,45 @@ def check_model_for_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
     """Says which preset of ours is used, if one is.
 
     Raises:
-        ScMoEConfigError: a family without a preset, adapters of peft on or above a MoE block, or a block or experts
-            that two places of the model share.
+        ScMoEConfigError: no experts, a family without a preset, sizes that do not divide, adapters of peft on or above
+            a MoE block, or a block or experts that two places of the model share.
     """
+    blocks = list(_blocks(model))
+    if not blocks:
+        raise ScMoEConfigError(f"{PATH}: {type(model).__name__} has no block with experts; remove the section")
     _check_preset(model, whole)
+    _check_size(blocks[0], autoep_size(whole), dist.get_world_size())
     _check_adapters(model, whole)
     _check_shared(model)
 
 
 def _check_preset(model: nn.Module, whole: Mapping[str, Any]) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    by_hand = at(whole, f"{PATH}.preset_model") or at(whole, f"{PATH}.moe_layer_pattern")
-    if by_hand and not (by_hand in PRESET_MODELS and is_ours(by_hand)):
-        return  # or DeepSpeed says which presets there are
-    name = by_hand or preset_name_for_hf_model_type(str(kind))
+    own, by_hand = preset_name_for_hf_model_type(str(kind)), at(whole, f"{PATH}.preset_model")
+    if by_hand in PRESET_MODELS and own not in (None, by_hand):
+        rule = f'the model is of the family "{own}"; set that, or leave it out'
+        raise fail(f"{PATH}.preset_model", by_hand, rule)
+    name = by_hand or own
     if name is not None and is_ours(name):
         log(f'expert_parallel: DeepSpeed has no preset for "{name}"; scmoe_ds offers its own as one of AutoEP\'s')
-    if kind and name is None and unsupported_preset_for_hf_model_type(kind) is None:
+    known_otherwise = at(whole, f"{PATH}.moe_layer_pattern") or unsupported_preset_for_hf_model_type(str(kind))
+    if kind and name is None and not known_otherwise:
         known = ", ".join(sorted(each for preset in PRESET_MODELS.values() for each in preset.hf_model_types))
         raise ScMoEConfigError(
             f'{PATH}: AutoEP has no preset for {type(model).__name__} (model_type "{kind}"), only for {known}; name '
             f"its MoE blocks in {PATH}.moe_layer_pattern, or remove the section"
         )
+
+
+def _check_size(block: tuple[str, Any], size: int, ranks: int) -> None:
+    name, module = block
+    count = next((len(each) for each in module.experts.parameters() if each.ndim == 3), None)
+    experts = count or len(list(module.experts.children())) or size
+    if ranks % size:
+        raise fail(f"{PATH}.autoep_size", size, f"must divide the world size {ranks}; {more_ranks(size)}")
+    if experts % size:
+        fitting = ", ".join(str(each) for each in range(1, experts + 1) if experts % each == 0)
+        raise fail(f"{PATH}.autoep_size", size, f"must divide the {experts} experts of {name}; use one of {fitting}")
 
 
 def _check_adapters(model: nn.Module, whole: Mapping[str, Any]) -> None:

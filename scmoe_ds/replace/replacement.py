@@ -106,11 +106,13 @@ def nothing_to_apply_to(model: nn.Module) -> ScMoEConfigError:
     """The error about a model without a layer for the section: what was found, and what would serve."""
     foreign = Counter(type(module).__name__ for module in model.modules() if _looks_like_moe(module))
     others = "; ".join(f"{number} × {name}" for name, number in foreign.items())
+    experts = 'Add "expert_parallel": {"enabled": true} for a Hugging Face MoE model. ' if others else ""
     return ScMoEConfigError(
         f'the "scmoe" section has nothing to apply to: {type(model).__name__} holds no MoE layer of DeepSpeed or '
-        f"of scmoe_ds{f' ({others} are none)' if others else ''}. Build it with deepspeed.moe.layer.MoE and set "
-        '"replace": true, make one of a dense model by scmoe_ds.moe_from_dense, or use scmoe_ds.ScMoE; to train '
-        "the model as it is, call deepspeed.initialize"
+        f"of scmoe_ds{f' ({others} are none)' if others else ''}. {experts}Build it with deepspeed.moe.layer.MoE "
+        'and set "replace": true, make one of a dense model by scmoe_ds.moe_from_dense, '
+        "or use scmoe_ds.ScMoE; to "
+        "train the model as it is, call deepspeed.initialize"
     )
 
 
