@@ -24,7 +24,7 @@ from scmoe_ds.comm.counts import CountsInFlight
 from scmoe_ds.compat import FakeTensor
 from scmoe_ds.moe import gate
 from scmoe_ds.moe.gate import Routing
-from scmoe_ds.moe.routed import RoutedTokens, row_counts
+from scmoe_ds.moe.routed import RoutedTokens, one_row_per_rank, row_counts
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.replace.tap_check import TapCheck
 
@@ -73,18 +73,25 @@ def _even_counts(
     """What `RoutedTokens.counts_on_host` returns: this rank's numbers, and from each rank those for this one."""
     senders = [replace(slices, rank=rank) for rank in range(slices.group_size)]
     rows = [
-        row_counts(_rows_NPVL(K, T, experts, limit, each, chunks), torch.zeros((), dtype=torch.int64), each)
+        row_counts(_rows_NPVX(K, T, experts, limit, each, chunks), torch.zeros((), dtype=torch.int64), each)
         for each in senders
     ]
     received = [sent.view(slices.group_size, -1)[slices.rank] for sent, _ in rows]
     return tuple(rows[slices.rank][1].tolist()), tuple(torch.cat(received).tolist())
 
 
-def _rows_NPVL(K: int, T: int, experts: int, limit: int, slices: TokenSlices, chunks: int) -> Tensor:
+def _rows_NPVX(K: int, T: int, experts: int, limit: int, slices: TokenSlices, chunks: int) -> Tensor:
+    """Rows of each expert; where a token has one row per rank, choices of each expert and these rows."""
     choice_X = torch.arange(T * K)
     expert_X, location_X, chunk_X = choice_X % experts, choice_X // experts, choice_X // K * chunks // max(T, 1)
-    local_experts = experts // slices.expert_parallel_size
-    shape = (chunks, slices.group_size, slices.senders, local_experts)
+    local_experts, kept_X = experts // slices.expert_parallel_size, location_X < limit
     per_chunk = slices.group_size * slices.senders * local_experts
     bucket_X = slices.bucket(expert_X, location_X, local_experts) + chunk_X * per_chunk
-    return torch.bincount(bucket_X[location_X < limit], minlength=chunks * per_chunk).view(shape)
+    shape = (chunks, slices.group_size, slices.senders, local_experts)
+    rows_NPVL = torch.bincount(bucket_X[kept_X], minlength=chunks * per_chunk).view(shape)
+    if not one_row_per_rank(K, slices):
+        return rows_NPVL
+    rank_X, tokens = chunk_X * slices.group_size + expert_X // local_experts, max(T, 1)
+    copies_X = (rank_X * tokens + choice_X // K)[kept_X].unique() // tokens
+    rows_NPV1 = torch.bincount(copies_X, minlength=chunks * slices.group_size).view(*shape[:3], 1)
+    return torch.cat([rows_NPVL, rows_NPV1], -1)

@@ -46,6 +46,49 @@ def decode(
     return restore(rows_RD, row_KT.t().contiguous(), weight_KT.t().contiguous())
 
 
+def weigh(
+    rows_RD: Tensor,
+    row_of_choice_KT: Tensor,
+    choice_of_row_R: Tensor,
+    weight_KT: Tensor,
+    kept_KT: Tensor | None = None,
+) -> Tensor:
+    """[R, D] each row times the weight of its choice, where the weights are applied before the experts; zero if empty.
+
+    Args: as `decode`.
+    """
+    return _Weigh.apply(rows_RD, row_of_choice_KT, choice_of_row_R, weight_KT, kept_KT)
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_RD: Tensor,
+        row_of_choice_KT: Tensor,
+        choice_of_row_R: Tensor,
+        weight_KT: Tensor,
+        kept_KT: Tensor | None,
+    ) -> Tensor:
+        padded_X = torch.cat([weight_KT.flatten(), weight_KT.new_zeros(1)])  # empty rows read the last
+        weight_R1 = padded_X.index_select(0, choice_of_row_R).unsqueeze(1)
+        ctx.save_for_backward(rows_RD if ctx.needs_input_grad[3] else None, row_of_choice_KT, weight_R1, kept_KT)
+        return _product(rows_RD, weight_R1, torch.empty_like(rows_RD))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RD, row_of_choice_KT, weight_R1, kept_KT = ctx.saved_tensors
+        of_rows = _product(grads[0], weight_R1, torch.empty_like(grads[0])) if ctx.needs_input_grad[0] else None
+        if rows_RD is None:
+            return of_rows, None, None, None, None
+        if rows_RD.shape[0] == 0:
+            return of_rows, None, None, weight_R1.new_zeros(row_of_choice_KT.shape), None
+        of_weights_R = (grads[0].to(torch.promote_types(grads[0].dtype, weight_R1.dtype)) * rows_RD).sum(1)
+        of_weights_KT = of_weights_R.to(weight_R1.dtype).take(row_of_choice_KT)
+        return of_rows, None, None, of_weights_KT if kept_KT is None else of_weights_KT * kept_KT, None
+
+
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -70,7 +113,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor | None, None]:
         (grad_TD,), (chosen_KTD, choice_of_row_R, weight_KT) = grads, ctx.saved_tensors
         (rows, D), choices = ctx.rows, weight_KT.numel()
         if not (rows and choices):
@@ -80,8 +123,10 @@ class _Decode(torch.autograd.Function):
         if ctx.padded:
             grad_XD[-1].zero_()
         grad_rows_RD = grad_XD.index_select(0, choice_of_row_R[:rows])
-        wide = torch.promote_types(grad_TD.dtype, weight_KT.dtype)
-        grad_weight_KT = (grad_TD.to(wide) * chosen_KTD).sum(2).to(weight_KT.dtype)
+        grad_weight_KT = None
+        if ctx.needs_input_grad[3]:
+            wide = torch.promote_types(grad_TD.dtype, weight_KT.dtype)
+            grad_weight_KT = (grad_TD.to(wide) * chosen_KTD).sum(2).to(weight_KT.dtype)
         return grad_rows_RD, None, None, grad_weight_KT, None
 
 

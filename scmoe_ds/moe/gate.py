@@ -134,8 +134,8 @@ def _routing(
 
 
 def _route_none(gate: TopKGate, logits_TE: Tensor) -> Routing:
-    """A rank without tokens still takes part in the exchange."""
-    none_KT, counts_E = logits_TE.new_zeros(gate.k, 0), logits_TE.new_zeros(logits_TE.shape[1], dtype=torch.int64)
+    """A rank without tokens still takes part in the exchange, also of its weights' gradient."""
+    none_KT, counts_E = logits_TE[:, : gate.k].t(), logits_TE.new_zeros(logits_TE.shape[1], dtype=torch.int64)
     expert_KT = none_KT.long()
     choices = Choices(expert_KT, None, Order(expert_KT[0], expert_KT), counts_E, counts_E)
     return Routing(choices, none_KT, 0, logits_TE.sum())

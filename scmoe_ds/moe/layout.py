@@ -13,12 +13,13 @@ X any, R rows sent.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scmoe_ds.moe.decode import decode, weigh
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.order import ByExpert, Order
 from scmoe_ds.moe.slices import TokenSlices
@@ -81,6 +82,16 @@ class PaddedLayout:
         """[T, D] → [N * P * V * L * C, D], zeros in the empty rows."""
         return _EncodePadded.apply(tokens_TD, self.choice_of_row_R.shape[0], self.row_of_choice_KT, self.written_KT)
 
+    def weigh(self, rows_RD: Tensor, weight_KT: Tensor) -> Tensor:
+        """Each row times the weight of its choice; empty ones stay zeros."""
+        return weigh(rows_RD, self.row_of_choice_KT, self.choice_of_row_R, weight_KT)
+
+    def decode(self, rows_RD: Tensor, weight_KT: Tensor | None) -> Tensor:
+        """The sum of each token's rows, weighted where weights are given; see `decode`."""
+        if weight_KT is None:
+            weight_KT = (self.written_KT < self.choice_of_row_R.shape[0]).float()
+        return decode(rows_RD, self.row_of_choice_KT, self.choice_of_row_R, weight_KT, padded=True)
+
 
 class _EncodePadded(torch.autograd.Function):
     """Buffers with a row for each choice of a token. An empty row is written once, and no copy of all tokens with a row
@@ -122,37 +133,67 @@ class ExactLayout:
     @classmethod
     def of(cls, routing: Routing, slices: TokenSlices, num_chunks: int = 1) -> ExactLayout:
         choices, local_experts = routing.choices, len(routing.choices.rows_E) // slices.expert_parallel_size
-        shape = (num_chunks, slices.group_size, slices.senders, local_experts)
-        order: Order = choices.order
-        rows, alone = choices.rows_E, slices.tensor_parallel_size == 1
-        if num_chunks > 1 or not alone:
-            buckets = math.prod(shape)
-            order = by_bucket = ByExpert.of(_bucket(routing, slices, local_experts, num_chunks, buckets))
-            rows = by_bucket.starts(buckets).diff()
+        shape, alone = (num_chunks, slices.group_size, slices.senders, local_experts), slices.tensor_parallel_size == 1
+        if num_chunks == 1 and alone:
+            return cls._ordered(choices.order, choices.kept_KT, choices.rows_E.view(shape))
+        bucket_KT = slices.bucket(choices.expert_KT, choices.location_KT, local_experts)
+        bucket_KT = bucket_KT + chunk_offset(bucket_KT, num_chunks, math.prod(shape[1:]))
+        layout = cls.by(bucket_KT, choices.kept_KT, shape)
+        if alone:
+            return layout
+        row_KT = layout.row_of_choice_KT
+        checksum = (row_KT.flatten() * torch.arange(1, row_KT.numel() + 1, device=row_KT.device)).sum()
+        return replace(layout, checksum=checksum)
+
+    @classmethod
+    def by(cls, bucket_KT: Tensor, kept_KT: Tensor | None, shape: tuple[int, int, int, int]) -> ExactLayout:
+        """From the order in which rows lie.
+
+        Args:
+            bucket_KT: int64 chunk, rank, sender and expert of each choice, as one number.
+            kept_KT: bool, which choices have a row; None: all.
+            shape: how many there are of each of the four.
+        """
+        buckets = math.prod(shape)
+        order = ByExpert.of(bucket_KT if kept_KT is None else torch.where(kept_KT, bucket_KT, buckets))
+        return cls._ordered(order, kept_KT, order.starts(buckets).diff().view(shape))
+
+    @classmethod
+    def _ordered(cls, order: Order, kept_KT: Tensor | None, rows_NPVL: Tensor) -> ExactLayout:
         row_KT, choice_R = order.place_KT, order.choice_X
-        if choices.kept_KT is not None:
-            row_KT = row_KT * choices.kept_KT
+        if kept_KT is not None:
+            row_KT = row_KT * kept_KT
             if not choice_R.is_cuda:  # on a GPU the host does not know the number of rows yet: cut off when sending
-                choice_R = choice_R[: int(rows.sum())]
-        checksum = torch.zeros((), dtype=torch.int64)
-        if not alone:
-            checksum = (row_KT.flatten() * torch.arange(1, row_KT.numel() + 1, device=row_KT.device)).sum()
-        return cls(row_KT, choice_R, choices.kept_KT, rows.view(shape), checksum)
+                choice_R = choice_R[: int(rows_NPVL.sum())]
+        return cls(row_KT, choice_R, kept_KT, rows_NPVL, torch.zeros((), dtype=torch.int64))
 
     def encode(self, tokens_TD: Tensor) -> Tensor:
         """[T, D] → [R, D]."""
         return _Encode.apply(tokens_TD, self.choice_of_row_R, self.row_of_choice_KT, self.kept_KT)
 
+    @property
+    def rows_NPVX(self) -> Tensor:
+        """What ranks are told of the rows."""
+        return self.rows_NPVL
 
-def _bucket(routing: Routing, slices: TokenSlices, local_experts: int, num_chunks: int, buckets: int) -> Tensor:
-    """[K, T] int64 in which order the choices' rows lie; `buckets`, behind all others, where there is none."""
-    bucket_KT = slices.bucket(routing.choices.expert_KT, routing.choices.location_KT, local_experts)
-    if num_chunks > 1:
-        T = bucket_KT.shape[1]
-        chunk_T = torch.arange(T, device=bucket_KT.device) * num_chunks // max(T, 1)
-        bucket_KT = bucket_KT + chunk_T * (buckets // num_chunks)
-    kept_KT = routing.choices.kept_KT
-    return bucket_KT if kept_KT is None else torch.where(kept_KT, bucket_KT, buckets)
+    def weigh(self, rows_RD: Tensor, weight_KT: Tensor) -> Tensor:
+        """Each row times the weight of its choice."""
+        return weigh(rows_RD, self.row_of_choice_KT, self.choice_of_row_R, weight_KT, self.kept_KT)
+
+    def decode(self, rows_RD: Tensor, weight_KT: Tensor | None) -> Tensor:
+        """[R, D] → [T, D]: the sum of each token's rows, weighted where weights are given; see `decode`."""
+        maps = self.row_of_choice_KT, self.choice_of_row_R
+        if weight_KT is None:
+            return _Total.apply(rows_RD, *maps, self.kept_KT)
+        return decode(rows_RD, *maps, weight_KT, self.kept_KT)
+
+
+def chunk_offset(like_KT: Tensor, num_chunks: int, buckets: int) -> Tensor | int:
+    """[T] int64 the first of the buckets of the chunk that each token is in."""
+    T = like_KT.shape[1]
+    if num_chunks == 1:
+        return 0
+    return torch.arange(T, device=like_KT.device) * num_chunks // max(T, 1) * buckets
 
 
 class _Encode(torch.autograd.Function):
@@ -171,6 +212,21 @@ class _Encode(torch.autograd.Function):
         return _add_rows(grads[0], *ctx.saved_tensors), None, None, None
 
 
+class _Total(torch.autograd.Function):
+    """`_Encode` the other way round."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RD: Tensor, row_of_choice_KT: Tensor, choice_of_row_R: Tensor, kept_KT: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(_token_of(choice_of_row_R[: rows_RD.shape[0]], row_of_choice_KT))
+        return _add_rows(rows_RD, row_of_choice_KT, kept_KT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0].index_select(0, *ctx.saved_tensors), None, None, None
+
+
 def _token_of(choice_R: Tensor, choices_KT: Tensor) -> Tensor:
     """The token of each choice k * T + t, of the choices [K, T]."""
     K, T = choices_KT.shape
@@ -178,7 +234,7 @@ def _token_of(choice_R: Tensor, choices_KT: Tensor) -> Tensor:
 
 
 def _add_rows(rows_RD: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor | None) -> Tensor:
-    """[T, D] the sum of each token's rows, in fp32 and rounded once."""
+    """[T, D] the sum of each token's rows, in fp32 (fp64 for fp64 rows) and rounded once."""
     (K, T), (R, D) = row_of_choice_KT.shape, rows_RD.shape
     if R == 0:
         return rows_RD.new_zeros(T, D)
@@ -188,7 +244,7 @@ def _add_rows(rows_RD: Tensor, row_of_choice_KT: Tensor, kept_KT: Tensor | None)
         if kept_KT is not None:
             part_TD.mul_(kept_KT[k].unsqueeze(1))
         if total_TD is None:
-            total_TD = part_TD.float() if K > 1 else part_TD
+            total_TD = part_TD.to(torch.promote_types(part_TD.dtype, torch.float32)) if K > 1 else part_TD
         else:
             total_TD.add_(part_TD)
     assert total_TD is not None

@@ -59,7 +59,7 @@ class ByExpert(Order):
             # The bits of floats that are not negative, read as integers, have the order of the floats.
             first, step = -_SPAN // 2, _SPAN
             key_KT = expert_KT * step - priority_KT.view(torch.int32)
-        elif K == 1:
+        elif K == 1 or T == 0:
             key_KT = expert_KT
         else:
             minor = number_X[:step]

@@ -1,16 +1,21 @@
 """Rows that arrive from other ranks, in the order in which the local experts compute them.
 
-Shape suffixes: D hidden, L local experts, P ranks, S rows received.
+Shape suffixes: D hidden, L local experts, P ranks, S rows received, C choices, X blocks of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from scmoe_ds.moe.expand import RowsOfChoices
+from scmoe_ds.moe.experts import to_device
+from scmoe_ds.moe.per_rank import row_numbers
 
 Counts = Sequence[Sequence[int]]
 
@@ -47,6 +52,40 @@ class ReceivedRows:
     @property
     def _moves(self) -> bool:
         return len(self.rows_PL) > 1 and len(self.rows_per_expert) > 1
+
+
+@dataclass(frozen=True)
+class ReceivedCopies:
+    """How tokens that arrive from all ranks, a row each, are divided among the choices of local experts.
+
+    Attributes:
+        choices: which two numbers of each arrive as rows do that belong to one choice; see `PerRankLayout.describe`.
+        rows_P: rows that each rank sends.
+    """
+
+    choices: ReceivedRows
+    rows_P: Sequence[int]
+
+    @classmethod
+    def of(cls, counts: Tensor) -> ReceivedCopies:
+        """From [P, L + 1] int64 on the host: choices of each local expert, then rows."""
+        return cls(ReceivedRows.of(counts[:, :-1]), counts[:, -1].tolist())
+
+    @property
+    def rows_per_expert(self) -> tuple[int, ...]:
+        """Choices of each local expert."""
+        return self.choices.rows_per_expert
+
+    def choices_of(self, described_C2: Tensor) -> tuple[RowsOfChoices, Tensor]:
+        """From arrival order, the row of each choice and [C] its weight, in expert order."""
+        described_C2 = self.choices.group(described_C2)
+        before_P = list(accumulate(self.rows_P, initial=0))[:-1]  # numbers count from a rank's first row
+        blocks_LP = _transposed(self.choices.rows_PL)
+        places = torch.tensor([before_P * len(blocks_LP), [rows for rows_P in blocks_LP for rows in rows_P]])
+        first_X, choices_X = to_device(places, described_C2.device)
+        first_C = first_X.repeat_interleave(choices_X, output_size=described_C2.shape[0])
+        row_C = row_numbers(described_C2) + first_C
+        return RowsOfChoices.of(row_C, sum(self.rows_P)), described_C2[:, 1].contiguous()
 
 
 class _Reorder(torch.autograd.Function):

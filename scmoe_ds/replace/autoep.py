@@ -76,11 +76,9 @@ class ScheduledAutoEP(AutoEPMoELayer):
         (weight_KT,) = recorder.close("gate", routing.weight_KT)
         routing = without_identity_rows(replace(routing, weight_KT=weight_KT), self.num_experts)
         deferred = shortcut.is_cuda and not blocking
-        exchange = Exchange(
-            self.transport, self.slices, True, self.wire_dtype, blocking, num_chunks, deferred, recorder, self.name
-        )
-        weigh_rows = self.score_apply == "pre"
-        return RoutedTokens(GroupedRows(self.experts), tokens_TD, routing, shortcut.shape, exchange, weigh_rows)
+        how = self.wire_dtype, blocking, num_chunks, deferred, recorder, self.name, self.score_apply == "pre"
+        exchange = Exchange(self.transport, self.slices, True, *how)
+        return RoutedTokens(GroupedRows(self.experts), tokens_TD, routing, shortcut.shape, exchange)
 
     def _route(self, tokens_TD: Tensor) -> Routing:
         """The router's decision, and its entry in the layer's statistics."""

@@ -104,15 +104,19 @@ def bytes_on_the_wire(wire_dtype: str | None) -> tuple[int, int]:
     try:
         torch.manual_seed(5)
         routed = layer.begin(x.requires_grad_())
-        kept = int((routed.routing.expert_KT >= 0).sum())
+        expert_KT, (received,) = routed.routing.expert_KT.tolist(), routed._received
         routed.run_experts()
         layer.finish(routed, x)[0].sum().backward()
     finally:
         transport_module.Transport.launch = plain  # type: ignore[method-assign]
-    # Rows come back from the combine as many as went out; what this rank returns to others is what it received.
-    received = sum(routed._received[0].rows_per_expert)
+    kept = [(t, expert) for chosen_T in expert_KT for t, expert in enumerate(chosen_T) if expert >= 0]
+    copies = {(t, expert // (EXPERTS // 2)) for t, expert in kept}
+    assert len(copies) < len(kept)
+    # Rows come back from the combine as many as went out; what this rank returns to others is what it received. For
+    # each choice 8 bytes go out, and as many of their gradient come back. Each rank is told choices per expert, and rows.
     row = {None: 4 * HIDDEN, "bf16": 2 * HIDDEN, "fp8": HIDDEN + 4}[wire_dtype]
-    return sent, 2 * (kept + received) * row + EXPERTS * 8
+    rows, choices = len(copies) + sum(received.rows_P), len(kept) + sum(received.rows_per_expert)
+    return sent, 2 * rows * row + choices * 8 + (EXPERTS + 2) * 8
 
 
 def everything_dropped_on_one_rank() -> bool:

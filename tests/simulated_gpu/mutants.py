@@ -2,7 +2,7 @@
 
 What is not here because it cannot matter: rows that are sent from the main stream need not be held (torch keeps what NCCL
 sends until `wait`, and the main stream waits for it); another side stream at each call (each orders what it does by
-events of its own).
+events of its own); descriptions of choices need not be waited for (they travel before the rows, on the same stream).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ PEERS = replace(ONE, method="send_receive")
 PACKED = replace(ONE, wire_dtype="fp8")
 CHUNKS = replace(ONE, chunks=2)
 PADDED = replace(ONE, chunks=2, dispatch="padded")
+SEVERAL = replace(ONE, top_k=2)
 ALONE = replace(ONE, expert_parallel=1)
 BF16 = replace(ONE, dtype=torch.bfloat16)
 
@@ -195,15 +196,15 @@ MUTANTS = {
     # moe/routed.py
     "rows are encoded on another stream": Mutant(
         "moe.routed",
-        "(rows_RD,) = recorder.close(",
-        "\n        with torch.cuda.stream(torch.cuda.Stream()):\n            (rows_RD,) = recorder.close(",
+        "rows_RD = layout.encode(tokens_TD)",
+        "\n        with torch.cuda.stream(torch.cuda.Stream()):\n            rows_RD = layout.encode(tokens_TD)",
         RACE,
         BF16,
     ),
     "sent counts are overwritten": Mutant(
         "moe.routed",
-        'self._counts = start_counts(sent, transport, recorder.watch("counts", 0), local)',
-        'self._counts = start_counts(sent, transport, recorder.watch("counts", 0), local); sent.zero_()',
+        'self._counts = start_counts(sent, exchange.transport, recorder.watch("counts", 0), local)',
+        'self._counts = start_counts(sent, exchange.transport, recorder.watch("counts", 0), local); sent.zero_()',
         RACE,
     ),
     "the experts' output is overwritten while it is sent": Mutant(
@@ -216,7 +217,7 @@ MUTANTS = {
         EARLY,
     ),
     "received counts go back to the device": Mutant(
-        "moe.routed", "torch.tensor(received).view", "torch.tensor(received, device='cuda').view", WAITS
+        "moe.routed", "torch.tensor(told).view", "torch.tensor(told, device='cuda').view", WAITS
     ),
     "experts compute on rows that are arriving": Mutant(
         "moe.routed",
@@ -231,6 +232,15 @@ MUTANTS = {
         RACE,
     ),
     # moe/received.py
+    "each rank's rows are counted from the first of all": Mutant(
+        "moe.received", "row_numbers(described_C2) + first_C", "row_numbers(described_C2)", VALUES, SEVERAL
+    ),
+    "where each rank's rows start is copied from pageable memory": Mutant(
+        "moe.received", "to_device(places, described_C2.device)", "places.to(described_C2.device)", WAITS, SEVERAL
+    ),
+    "the host asks how many choices have arrived": Mutant(
+        "moe.received", "(choices_X, output_size=described_C2.shape[0])", "(choices_X)", WAITS, SEVERAL
+    ),
     "received rows are ordered by an index of the host": Mutant(
         "moe.received",
         "return torch.cat([block for b in range(stride) for block in blocks[b::stride]])",
