@@ -93,7 +93,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     shared = "with" if any(layer.shared_experts is not None for layer in layers) else "without"
     applied = (
         f'the "scmoe" section applies to {len(layers)} AutoEP layers ({names_text([name for name, _ in found])}), '
-        f"{first.model_family}: {first.num_experts} experts, top-{first.top_k}, {shared} shared experts, "
+        f"{first.model_family}: {_experts_text(first)}, top-{first.top_k}, {shared} shared experts, "
         f'expert-parallel size {first.ep_size}, architecture "{section.architecture}"'
     )
     if idle := idle_settings(whole):
@@ -105,6 +105,11 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     section = section.model_copy(update=sizes)
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
     return overlap_of(engine, section, layout, micro_batch_size, applied)
+
+
+def _experts_text(layer: Any) -> str:
+    identity_experts = layer.router.num_experts - layer.num_experts
+    return f"{layer.num_experts} experts" + (f" and {identity_experts} identity experts" if identity_experts else "")
 
 
 def overlap_of(engine: Any, section: ScMoEConfig, layout: Layout, micro_batch_size: int, applied: str) -> Calibrator:

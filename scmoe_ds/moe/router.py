@@ -28,7 +28,22 @@ CORRECTION_BIAS = "e_score_correction_bias"
 """The buffer's name, as in transformers and AutoEP."""
 
 
-class RouterGate(TopKGate):
+class KeepsBias:
+    """For a router, a module: its correction bias keeps its dtype."""
+
+    _buffers: dict[str, Tensor | None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """The bias keeps its fp32 where a model is cast to bf16: steps of 0.001 would be lost."""
+        kept = self._buffers.get(CORRECTION_BIAS)
+        super()._apply(fn, recurse)  # type: ignore[misc]  # of the module
+        moved = self._buffers.get(CORRECTION_BIAS)
+        if kept is not None and moved is not None and moved.dtype != kept.dtype:
+            self._buffers[CORRECTION_BIAS] = kept.to(moved.device)
+        return self
+
+
+class RouterGate(KeepsBias, TopKGate):
     """DeepSpeed's gate as the place of a router's weights: `wg` as ever, and the correction bias, a buffer [E] in fp32.
 
     Attributes:
@@ -40,15 +55,6 @@ class RouterGate(TopKGate):
     router: RouterConfig = RouterConfig()
     balance: BiasBalance | None = None
     z_loss: ZLoss | None = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """The bias stays in fp32 where a model is cast to bf16: steps of 0.001 would be lost."""
-        kept = self._buffers.get(CORRECTION_BIAS)
-        super()._apply(fn, recurse)
-        moved = self._buffers.get(CORRECTION_BIAS)
-        if kept is not None and moved is not None and moved.dtype != kept.dtype:
-            self._buffers[CORRECTION_BIAS] = kept.to(moved.device)
-        return self
 
 
 def correction_biases(model: nn.Module) -> dict[str, Tensor]:

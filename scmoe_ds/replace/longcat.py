@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.module_inject.auto_ep_presets.base import MoEModelPreset, TransformersTopLevelRouterLogitsAdapter
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import Tensor, nn
 
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.logits import fp32_logits
+from scmoe_ds.moe.router import KeepsBias
 
 FAMILY = "longcat_flash"
 PRESET = MoEModelPreset(
@@ -69,13 +71,17 @@ class LongCatAutoEP(AutoEPMoELayer):
             )
         outputs = source.n_routed_experts  # identity experts included
         self.router.num_experts = self.router.gate.out_features = outputs
-        self.router.gate.__class__ = Fp32Linear
+        self.router.__class__, self.router.gate.__class__ = LongCatRouter, Fp32Linear
         self.tokens_per_expert = torch.zeros(outputs, device=source.weight.device)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         raise ScMoEConfigError(
             'identity experts run under a schedule only: call scmoe_ds.initialize, with a "scmoe" section in the JSON'
         )
+
+
+class LongCatRouter(KeepsBias, TokenChoiceTopKRouter):
+    """AutoEP's router; the correction bias keeps its dtype."""
 
 
 class Fp32Linear(nn.Linear):

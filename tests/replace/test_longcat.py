@@ -131,6 +131,24 @@ def train(ep: int, stage: int, steps: int, checkpointing: bool = False) -> list[
     return found
 
 
+def balance(ep: int) -> tuple[Tensor, Tensor]:
+    """The biases after a step in bf16, and what LongCat's rule makes of the tokens that every expert got."""
+    router = {"load_balance_coeff": 0.1, "load_balance_rule": "proportional"}
+    more = {"bf16": {"enabled": True}, "scmoe": {"router": router, "overlap": {"calibration_steps": 0}}}
+    engine, *_ = scmoe_ds.initialize(model=tiny(FAMILY), config=config(ep, **more))
+    engine.backward(engine(**batch(0, dist.get_rank())).loss)
+    engine.step()
+    counts_LE = torch.stack([layer.mlp.tokens_per_expert for layer in engine.module.model.layers])
+    dist.all_reduce(counts_LE)
+    step_LE = 0.1 * (1 / (EXPERTS + 4) - counts_LE / counts_LE.sum(1, keepdim=True))
+    step_LE[:, EXPERTS:] = 0  # identity experts
+    before_LE, after_LE = (
+        torch.stack([layer.mlp.router.e_score_correction_bias for layer in model.model.layers])
+        for model in (tiny(FAMILY), engine.module)
+    )
+    return after_LE, before_LE + step_LE
+
+
 def train_alone(ranks: int, steps: int) -> list[tuple[float, float]]:
     """The same in one process, by transformers and torch."""
     model = tiny(FAMILY).train()
@@ -150,6 +168,7 @@ def on_two_ranks(steps: int) -> dict[str, Any]:
     differ = {str(dtype): blocks(2, dtype) for dtype in (torch.float32, torch.float64)}
     texts(2)
     losses = {f"ZeRO-{stage}": train(2, stage, steps) for stage in (1, 2, 3)}
+    torch.testing.assert_close(*balance(2), rtol=0, atol=1e-7)
     return {**differ, **losses, "checkpointing": train(2, 1, steps, checkpointing=True)}
 
 
