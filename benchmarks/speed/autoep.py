@@ -176,13 +176,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="only rows whose name has a PART")
     parser.add_argument("--again", action="store_true", help="measure again what the record has")
-    parser.add_argument("--output", type=Path, help="directory for autoep.json and autoep.md")
+    parser.add_argument("--output", type=Path, help="directory for autoep_rows.json and .md")
     return parser
 
 
 def main() -> None:
     args, settings = parse(build_parser(), rank_main)
-    file = args.output / "autoep.json" if args.output else None
+    file = args.output / "autoep_rows.json" if args.output else None
     record = json.loads(file.read_text()) if file and file.exists() else {"cells": []}
     for cell in cells(args):
         known = _find(record, cell)

@@ -60,7 +60,7 @@ def test_without_a_link_counts_and_indices_are_those_that_arrived_and_hidden_sta
     assert received[:3].equal(hidden) and not received[3:].any()
 
 
-def test_the_page_has_every_row_and_says_how_the_link_was_found():
+def test_the_page_sums_up_every_row_and_says_how_the_link_was_found():
     spread = {"median": 1.7, "p10": 1.6, "p90": 1.8}
     row = {"row": AUTOEP, "median_ms": 400.0, "speedup": spread, "processor_ms": 200.0, "peak_mb": 90.0, "schedule": ""}
     limited = {"limit_speedup": spread, "exposed_ms": {"median": 60.0}, "hidden_share": 0.9}
@@ -69,8 +69,12 @@ def test_the_page_has_every_row_and_says_how_the_link_was_found():
         "environment": {"device": "a CPU"},
         "link": {"rate_mbit": 960.0, "share": 0.61, "all_to_all_ms": 216.0, "layer_ms": 353.0},
         "loads": {"busiest_expert_over_mean": 1.5, "busiest_rank_over_mean": 1.0},
-        "modes": {"train": [row, row | limited | {"row": "as_is"}]},
+        "modes": {"train": [row, row | limited | {"row": "+ chunks = as_is", "peak_mb": 72.0}]},
+        "differences": {"+ chunks = as_is": 1e-7},
     }
-    text = autoep_page.page({"cells": [cell]})
+    skewed = cell | {"settings": cell["settings"] | {"skew": 3.0}, "link": {"rate_mbit": 960.0}}
+    text = autoep_page.page({"cells": [skewed, cell]})
     assert "960 Mbit/s, all-to-all 216 of 353 ms (61 %)" in text
-    assert "| as_is | 400 | 1.700 (1.600–1.800) | 1.70 | 60 | 90 % | 200 | 90 |" in text
+    assert "| Qwen3-30B-A3B, 60 % | 1.700 (1.600–1.800) |  |  |  |  | 0.80 |" in text
+    assert text.count("| 1.50 | 1.00 | 400 | 400 | 1.700") == 2  # the curve begins without skew
+    assert "| + chunks = as_is | 400 | 1.700 (1.600–1.800) | 1.70 | 60 | 90 % | 200 | 72 |" in text
