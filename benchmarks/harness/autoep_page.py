@@ -21,9 +21,24 @@ _SHORT = {
 _NOTE = (
     "Speed-up over AutoEP: median (10th–90th percentile) of the ratios within rounds; all rows in every round, in "
     "rotating order, on the same weights and with the same all-to-all. Limit: the speed-up of the same code with "
-    "communication switched off. Exposed: what a row takes beyond that. Hidden: the part of what the same row with "
-    "blocking exchanges exposes. Processor: of all threads of the busier rank, gloo's included, in a step. Peak: the "
-    "most that one step allocates beyond weights, gradients included. The dense gradients' all-reduce is left out."
+    "communication switched off. Exposed: what a row takes beyond that. Hidden: the part that it is spared of what the "
+    "same row with blocking exchanges exposes. Waits: how long the slower rank stands still for exchanges, the other "
+    "rank's delay included; not waited: the same for them. What is exposed and not waited for are transfers on the "
+    "rank's only core. Processor: of all threads of the busier rank, gloo's included, in a step. Peak: the most that one "
+    "step allocates beyond weights, gradients included. The dense gradients' all-reduce is left out."
+)
+_HEADER = (
+    "row",
+    "ms",
+    "speed-up",
+    "limit",
+    "exposed ms",
+    "hidden",
+    "waits ms",
+    "not waited",
+    "processor ms",
+    "peak MB",
+    "schedule",
 )
 
 
@@ -104,7 +119,19 @@ def cell_text(cell: dict[str, Any]) -> str:
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
-    header = ["row", "ms", "speed-up", "limit", "exposed ms", "hidden", "processor ms", "peak MB", "schedule"]
+    header = [
+        "row",
+        "ms",
+        "speed-up",
+        "limit",
+        "exposed ms",
+        "hidden",
+        "waits ms",
+        "not waited",
+        "processor ms",
+        "peak MB",
+        "schedule",
+    ]
     lines = []
     for row in rows:
         limit = row.get("limit_speedup")
@@ -116,9 +143,11 @@ def _rows(rows: list[dict[str, Any]]) -> list[str]:
                 f"{limit['median']:.2f}" if limit else "",
                 f"{row['exposed_ms']['median']:.0f}" if limit else "",
                 f"{100 * row['hidden_share']:.0f} %" if "hidden_share" in row else "",
+                f"{row['waited_ms']:.0f}" if row.get("waited_ms") is not None else "",
+                f"{100 * row['not_waited_share']:.0f} %" if "not_waited_share" in row else "",
                 f"{row['processor_ms']:.0f}",
                 f"{row['peak_mb']:.0f}",
                 row["schedule"],
             ]
         )
-    return table(header, lines)
+    return table(_HEADER, lines)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.harness.autoep_parts import Step, autoep_layers
@@ -20,11 +22,12 @@ from scmoe_ds.moe import routed
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import chunk_counts
 from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.planner.rounds import over_ranks
 from scmoe_ds.planner.simulation import Mode, total_ms
-from scmoe_ds.replace import longcat
+from scmoe_ds.replace import autoep, longcat
 from scmoe_ds.replace.as_is import AsIsPair
-from scmoe_ds.replace.autoep import schedule
 from scmoe_ds.replace.longcat_pair import schedule_blocks
+from scmoe_ds.trace.recorder import SILENT, Recorder
 
 AUTOEP, AGAIN = "AutoEP", "AutoEP again (A/A)"
 SAMPLES = 3
@@ -69,6 +72,17 @@ def table(family: Family) -> dict[str, Row]:
         "+ overlap": Row("as_is", one, limit=bare, blocking="+ one copy per rank", modes=train),
         "+ chunks = as_is": Row("as_is", limit=bare, blocking="+ one copy per rank"),
         bare: Row("as_is", one, communicates=False),
+        **({} if family.model_type == longcat.FAMILY else _shortcuts()),
+    }
+
+
+def _shortcuts() -> dict[str, Row]:
+    """The routed experts read the preceding block's output, beside attention and shared experts. Another function."""
+    serial, bare = "scmoe Pos-1, blocking", "scmoe Pos-1, no communication"
+    return {
+        serial: Row("scmoe", {"enabled": False}, limit=bare, modes=("train",)),
+        "scmoe Pos-1": Row("scmoe", limit=bare, blocking=serial),
+        bare: Row("scmoe", {"num_chunks": 1}, communicates=False),
     }
 
 
@@ -91,19 +105,16 @@ class Run:
         self._arrived = Arrived()
         if row.architecture == "autoep":
             return
-        whole = {
-            "expert_parallel": {"enabled": True},
-            "scmoe": {"architecture": row.architecture, "overlap": row.overlap},
-        }
-        section = ScMoEConfig.from_deepspeed(whole)
+        written: dict[str, Any] = {"architecture": row.architecture, "overlap": row.overlap}
+        if row.architecture == "scmoe":
+            written |= {"position": "pos1", "merge": "add", "shortcut_norm": "shared", "join": row.join}
+        section = ScMoEConfig.from_deepspeed({"expert_parallel": {"enabled": True}, "scmoe": written})
         self.overlap = section.overlap
         for number, layer in enumerate(autoep_layers(self.model)):
-            staged = schedule(f"MoE layer {number}", layer, None)
+            staged = autoep.schedule(f"MoE layer {number}", layer, None)
             kind = type(staged.transport) if row.communicates else LocalCopy
             staged.transport = kind(staged.transport.group, method)
-            staged.pair = AsIsPair(staged, section.overlap)
-        if autoep_layers(self.model)[0].model_family == longcat.FAMILY:
-            schedule_blocks(self.model, section)
+        _connect(self.model, section)
         self.pairs = [layer.pair for layer in autoep_layers(self.model)]
 
     def step(self, hidden: Tensor, train: bool) -> Step:
@@ -147,6 +158,8 @@ class Run:
         Args:
             step: a training step.
         """
+        if self.pairs:  # hooks learn from a first pass which operators there are
+            step()
         if not (self.pairs and self.row.communicates):
             return
         steps = SAMPLES * len(chunk_counts(self.overlap))
@@ -168,12 +181,45 @@ class Run:
             found += len(kind.layers) * (total_ms(one.dispatch, mode) + total_ms(one.combine, mode))
         return found
 
+    def waited_ms(self, step: Step, steps: int = 5) -> float | None:
+        """How long the computation stands still for exchanges in a step: median, of the slower rank. Collective.
+
+        What transfers cost the computation beside them is no part of it. None: of AutoEP's own layers.
+        """
+        if not self.pairs:
+            return None
+        found = []
+        for _ in range(steps):
+            dist.barrier()
+            recorder = Recorder(CPU, regions=False)
+            for number, pair in enumerate(self.pairs):
+                pair.recorder = recorder.pair(number)
+            step()
+            found.append(sum(span.duration_ms for span in recorder.spans() if span.lane == "wait"))
+        for pair in self.pairs:
+            pair.recorder = SILENT
+        return over_ranks([statistics.median(found)])[0]
+
     def schedules(self, mode: Mode) -> list[Schedule]:
         """Of each pair, in this mode."""
         return [
             pair.forward_schedule if mode == "forward" and pair.forward_schedule is not None else pair.schedule
             for pair in self.pairs
         ]
+
+
+def _connect(model: nn.Module, section: ScMoEConfig) -> None:
+    """As `engine.attach` does."""
+    found = autoep.autoep_layers(model)
+    if found[0][1].model_family == longcat.FAMILY:
+        schedule_blocks(model, section)
+    elif section.architecture == "scmoe":
+        from scmoe_ds.replace.autoep_shortcuts import connect_shortcuts
+
+        connect_shortcuts(model, found, section)
+    else:
+        for _, layer in found:
+            layer.pair = AsIsPair(layer, section.overlap)
 
 
 def _same_weights(model: nn.Module) -> nn.Module:

@@ -91,7 +91,7 @@ FAMILIES = {
         {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768},
         {"num_attention_heads": 32, "num_key_value_heads": 4},
         {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 128},
-        slow=Cut(8, 4),
+        slow=Cut(8, 3),
         fast=Cut(4, 2),
     ),
     "deepseek": Family(
@@ -111,7 +111,7 @@ FAMILIES = {
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
         },
-        slow=Cut(8, 4),
+        slow=Cut(8, 3),
         fast=Cut(4, 2),
     ),
     "mixtral": Family(
@@ -143,8 +143,8 @@ FAMILIES = {
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
         },
-        slow=Cut(32, 6),
-        fast=Cut(16, 3),
+        slow=Cut(32, 4),
+        fast=Cut(16, 2),
         blocks=1,
     ),
 }

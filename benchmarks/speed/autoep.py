@@ -9,18 +9,16 @@ transformers' own decoder layers with AutoEPMoELayer in them; the shapes are cut
 the same weights and run in every round in rotating order. A speed-up is the median of the ratios within rounds, with
 its 10th and 90th percentile. Schedules are those of the package's own calibration at the rate that was found.
 
-What was measured before is kept: each family, share and skew is written as soon as it is done, and is not measured
+What was measured before is kept: a family is written as soon as it is done, and no share or skew of it is measured
 again unless `--again` says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import autoep_page
-from benchmarks.harness.autoep_parts import peak_bytes, record_layers
+from benchmarks.harness.autoep_parts import Step, peak_bytes, record_layers
 from benchmarks.harness.autoep_rows import AUTOEP, Row, Run, table
 from benchmarks.harness.families import FAMILIES, SEQUENCE, build_model, skew_router
 from benchmarks.harness.link import find_rate
@@ -40,8 +38,8 @@ from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
 from scmoe_ds.planner.schedule_text import schedule_text
 from scmoe_ds.planner.simulation import Mode
 
-WARM_UP = 2
-PROCESSOR_ROUNDS = 3
+WARM_UP = 1
+SKEWED_ROWS = ["chunks", "scmoe Pos-1", "no communication"]
 Times = dict[str, list[float]]
 
 
@@ -95,9 +93,11 @@ class Bench:
         """The rows of one mode."""
         rows = {name: row for name, row in self.rows.items() if mode in row.modes}
         steps = {name: self.runs[name].step(self.hidden, mode == "train") for name in rows}
-        timed = interleave(steps, self.settings["rounds"], WARM_UP, before=dist.barrier)
+        processor: dict[str, list[float]] = {name: [] for name in rows}
+        counted = {name: partial(_count_processor, steps[name], processor[name]) for name in rows}
+        timed = interleave(counted, self.settings["rounds"], WARM_UP, before=dist.barrier)
         times = {name: over_ranks(values) for name, values in timed.items()}
-        processor = interleave(steps, PROCESSOR_ROUNDS, 1, before=dist.barrier, clock=time.process_time)
+        waited = {name: self.runs[name].waited_ms(steps[name]) for name in rows}
         found = []
         for name, row in rows.items():
             (processor_s,) = over_ranks([statistics.median(processor[name])])
@@ -110,7 +110,9 @@ class Bench:
                     "processor_ms": 1e3 * processor_s,
                     "peak_mb": peak / 1e6,
                     "schedule": ", ".join(dict.fromkeys(map(schedule_text, self.runs[name].schedules(mode)))),
+                    "waited_ms": waited[name],
                     **self._limit(row, times, name, mode),
+                    **_not_waited(waited, name, row.blocking),
                 }
             )
         return found
@@ -135,6 +137,19 @@ def _exposed_ms(times: Times, name: str, limit: str) -> Spread:
     return Spread.of([1e3 * (full - bare) for full, bare in zip(times[name], times[limit], strict=True)])
 
 
+def _not_waited(waited: dict[str, float | None], name: str, blocking: str | None) -> dict[str, float]:
+    """The share of the waits of the same row with blocking exchanges that a row is spared."""
+    own, all_ms = waited[name], waited.get(blocking or "")
+    return {} if own is None or not all_ms else {"not_waited_share": 1 - own / all_ms}
+
+
+def _count_processor(step: Step, seconds: list[float]) -> None:
+    """Runs a step, and notes the processor time of all threads."""
+    started = time.process_time()
+    step()
+    seconds.append(time.process_time() - started)
+
+
 def _is_chosen(name: str, only: list[str]) -> bool:
     return not only or name == AUTOEP or any(part in name for part in only)
 
@@ -145,18 +160,23 @@ def rank_main(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     connect()
-    record = Bench(settings).cell()
+    found: list[dict[str, Any]] = []
+    for cell in settings.pop("cells"):
+        rate = next((each["link"]["rate_mbit"] for each in found if each["settings"]["share"] == cell["share"]), None)
+        own = {**settings, **cell, "rate_mbit": rate if cell["skew"] > 1 else None}
+        found.append({"settings": own, **Bench(own).cell()})
     if dist.get_rank() == 0:
-        print("RECORD " + json.dumps(record), flush=True)
+        print("RECORD " + json.dumps({"cells": found}), flush=True)
     dist.destroy_process_group()
 
 
-def cells(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is measured in one go each: a family at a share and a skew."""
-    for family, share in itertools.product(args.families, args.shares):
-        yield {"family": family, "share": share, "skew": 1.0}
-    for skew in args.skews:
-        yield {"family": args.skewed_family, "share": args.skewed_share, "skew": skew}
+def cells(args: argparse.Namespace, family: str) -> list[dict[str, Any]]:
+    """The shares and skews of a family that are measured in one go; a skew comes after its share without one."""
+    found = [{"family": family, "share": share, "skew": 1.0} for share in args.shares]
+    if family == args.skewed_family:
+        of_all = {"family": family, "share": args.skewed_share, "modes": ["train"], "only": args.only or SKEWED_ROWS}
+        found += [{**of_all, "skew": skew} for skew in args.skews]
+    return found
 
 
 def _find(record: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any] | None:
@@ -184,15 +204,16 @@ def main() -> None:
     args, settings = parse(build_parser(), rank_main)
     file = args.output / "autoep_rows.json" if args.output else None
     record = json.loads(file.read_text()) if file and file.exists() else {"cells": []}
-    for cell in cells(args):
-        known = _find(record, cell)
-        if known and not args.again:
+    for family in args.families:
+        missing = [cell for cell in cells(args, family) if args.again or not _find(record, cell)]
+        if not missing:
             continue
-        unskewed = _find(record, {**cell, "skew": 1.0}) if cell["skew"] > 1 else None
-        rate = unskewed["link"]["rate_mbit"] if unskewed else None
-        found = on_two_nodes("benchmarks.speed.autoep", {**settings, **cell, "rate_mbit": rate})
-        record["cells"] = [each for each in record["cells"] if each is not known] + [found]
-        print(autoep_page.cell_text(found), flush=True)
+        found = on_two_nodes("benchmarks.speed.autoep", {**settings, "cells": missing})
+        measured = [{**{key: found[key] for key in ("command", "environment")}, **cell} for cell in found["cells"]]
+        kept = [each for each in record["cells"] if not any(_find({"cells": [each]}, cell) for cell in missing)]
+        record["cells"] = kept + measured
+        for cell in measured:
+            print(autoep_page.cell_text(cell), flush=True)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(record, indent=1) + "\n")

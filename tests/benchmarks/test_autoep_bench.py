@@ -63,7 +63,7 @@ def test_without_a_link_counts_and_indices_are_those_that_arrived_and_hidden_sta
 def test_the_page_sums_up_every_row_and_says_how_the_link_was_found():
     spread = {"median": 1.7, "p10": 1.6, "p90": 1.8}
     row = {"row": AUTOEP, "median_ms": 400.0, "speedup": spread, "processor_ms": 200.0, "peak_mb": 90.0, "schedule": ""}
-    limited = {"limit_speedup": spread, "exposed_ms": {"median": 60.0}, "hidden_share": 0.9}
+    limited = {"limit_speedup": spread, "exposed_ms": {"median": 60.0}, "hidden_share": 0.9, "waited_ms": 9.0}
     cell = {
         "settings": {"family": "qwen3", "share": 0.6, "skew": 1.0, "rounds": 30},
         "environment": {"device": "a CPU"},
@@ -77,4 +77,4 @@ def test_the_page_sums_up_every_row_and_says_how_the_link_was_found():
     assert "960 Mbit/s, all-to-all 216 of 353 ms (61 %)" in text
     assert "| Qwen3-30B-A3B, 60 % | 1.700 (1.600–1.800) |  |  |  |  | 0.80 |" in text
     assert text.count("| 1.50 | 1.00 | 400 | 400 | 1.700") == 2  # the curve begins without skew
-    assert "| + chunks = as_is | 400 | 1.700 (1.600–1.800) | 1.70 | 60 | 90 % | 200 | 72 |" in text
+    assert "| + chunks = as_is | 400 | 1.700 (1.600–1.800) | 1.70 | 60 | 90 % | 9 |  | 200 | 72 |" in text
