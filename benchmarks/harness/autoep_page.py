@@ -24,8 +24,8 @@ _NOTE = (
     "communication switched off. Exposed: what a row takes beyond that. Hidden: the part that it is spared of what the "
     "same row with blocking exchanges exposes. Waits: how long the slower rank stands still for exchanges, the other "
     "rank's delay included; not waited: the same for them. What is exposed and not waited for are transfers on the "
-    "rank's only core. Processor: of all threads of the busier rank, gloo's included, in a step. Peak: the most that one "
-    "step allocates beyond weights, gradients included. The dense gradients' all-reduce is left out."
+    "rank's only core. Processor: all threads of the busier rank, gloo's too, in a step. Peak: the most that one step "
+    "allocates beyond weights, gradients included. The dense gradients' all-reduce is left out."
 )
 _HEADER = (
     "row",
@@ -119,19 +119,6 @@ def cell_text(cell: dict[str, Any]) -> str:
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
-    header = [
-        "row",
-        "ms",
-        "speed-up",
-        "limit",
-        "exposed ms",
-        "hidden",
-        "waits ms",
-        "not waited",
-        "processor ms",
-        "peak MB",
-        "schedule",
-    ]
     lines = []
     for row in rows:
         limit = row.get("limit_speedup")
