@@ -82,6 +82,7 @@ def _shortcuts() -> dict[str, Row]:
     return {
         serial: Row("scmoe", {"enabled": False}, limit=bare, modes=("train",)),
         "scmoe Pos-1": Row("scmoe", limit=bare, blocking=serial),
+        "scmoe Pos-1, late join": Row("scmoe", join="late", limit=bare, blocking=serial),
         bare: Row("scmoe", {"num_chunks": 1}, communicates=False),
     }
 

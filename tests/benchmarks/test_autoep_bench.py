@@ -38,7 +38,7 @@ def test_a_limit_is_the_same_without_communication(name: str):
             assert limit.architecture == row.architecture
             assert set(row.modes) <= set(limit.modes)
         if row.blocking is not None:
-            assert rows[row.blocking] == replace(row, overlap={"enabled": False}, blocking=None, modes=ANY)
+            assert rows[row.blocking] == replace(row, overlap={"enabled": False}, blocking=None, join=ANY, modes=ANY)
 
 
 def test_without_a_link_counts_and_indices_are_those_that_arrived_and_hidden_states_are_as_many():
