@@ -23,6 +23,8 @@ BINDING_SECTION_FIELDS = (
     "moe_every",
     "num_experts",
     "top_k",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
     "merge",
     "shortcut_norm",
     "post_norm",
@@ -35,6 +37,8 @@ _BEFORE = {
     "residual_scale": 1.0,
     "scmoe.pairs_per_moe": 1,
     "scmoe.join": "end",
+    "scmoe.moe_ffn_hidden_size": None,
+    "scmoe.moe_shared_expert_intermediate_size": None,
     CORRECTED: False,
 }
 """Values of fields that the descriptions of older checkpoints lack."""

@@ -21,6 +21,8 @@ _NO_CAPACITY = "no token is dropped"
 _DECIDED = {
     "num_experts": _MODEL,
     "top_k": _MODEL,
+    "moe_ffn_hidden_size": _MODEL,
+    "moe_shared_expert_intermediate_size": _MODEL,
     "moe_every": _MODEL,
     "pairs_per_moe": _MODEL,
     "gate_softmax": _MODEL,

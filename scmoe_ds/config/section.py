@@ -72,6 +72,12 @@ class ScMoEConfig(Section):
         json_schema_extra={"default": "auto"},
         description="Routed experts per token. auto: 2 for top-k architectures, else 1: as much computation in all.",
     )
+    moe_ffn_hidden_size: Union[int, None] = Field(
+        None, ge=1, strict=True, description="Width of a routed expert; null: as the dense MLP."
+    )
+    moe_shared_expert_intermediate_size: Union[int, None] = Field(
+        None, ge=1, strict=True, description="Width of the shared expert; null: as the dense MLP."
+    )
     merge: MergeOrAuto = Field(
         default_factory=lambda given: "cg2" if given.get("architecture") == "overlapped_shared_expert" else "cg1",
         json_schema_extra={"default": "auto"},

@@ -23,6 +23,9 @@ def rules_of_layers(section: Any) -> Iterator[Rule]:
     yield "top_k", k > fewest, f"cannot exceed the number of experts ({fewest})"
     yield "top_k", dgmoe and k != 1, "dgmoe routes one expert from each of two layers; set 1"
     yield "num_experts", dgmoe and fewest < 2, "dgmoe's two choices are distinct experts; it needs at least 2"
+    narrow = section.moe_shared_expert_intermediate_size is not None
+    without = section.architecture in ("topk", "pipelined_topk", "dgmoe")
+    yield "moe_shared_expert_intermediate_size", narrow and without, f"{section.architecture} has no shared expert"
     yield "pairs_per_moe", pairs > 1 and not dgmoe, "only dgmoe has no part that each pair owns; set 1"
     yield "num_experts", shared, f"pairs that share a MoE (pairs_per_moe = {pairs}) have one number of experts"
     rsample = section.noisy_gate_policy == "RSample"

@@ -14,6 +14,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
+from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
@@ -37,6 +38,7 @@ _OF_GATES = (
     "noisy_gate_policy",
     "use_rts",
     "top2_2nd_expert_sampling",
+    "router",
 )
 _OF_LAYERS = ("dispatch", "gate_softmax", "wire_dtype")
 _OF_SHORTCUTS = {"position", "first_layer_position", "shortcut_distance", "shortcut_norm"}
@@ -122,7 +124,7 @@ def _warn_of_other_settings(layers: list[tuple[str, Any]], config: ScMoEConfig) 
         gate = layer.deepspeed_moe.gate
         for field in sorted(config.written.keys() & {*_OF_GATES, *_OF_LAYERS}):
             asked = getattr(config, field)
-            has = getattr(gate if field in _OF_GATES else layer, field, asked)
+            has = getattr(gate if field in _OF_GATES else layer, field, RouterConfig() if field == "router" else asked)
             if asked != has:
                 differ.setdefault(field, f"scmoe.{field} = {asked!r}, {name} has {has!r}")
     if differ:

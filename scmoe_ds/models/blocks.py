@@ -100,14 +100,16 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group
     The shared expert is divided among the tensor-parallel ranks; a routed expert only where the section says so.
     """
     divisible = config.expert_tensor_parallelism
-    routed_mlp = MLP(settings, group if divisible else None)
+    routed_mlp = MLP(settings, group if divisible else None, config.moe_ffn_hidden_size)
+    shared_width = config.moe_shared_expert_intermediate_size
     layer = build_moe(config, settings.hidden_size, routed_mlp, num_experts)
     for copied in layer.deepspeed_moe.experts.deepspeed_experts:  # copies of a parameter lose what was noted on it
         for original, parameter in zip(routed_mlp.parameters(), copied.parameters(), strict=True):
             rule = tensor_parallel_rule(original) if divisible else None
             mark_tensor_parallel(parameter, rule, divided=rule is not None and group is not None)
-    if layer.use_residual and group is not None:
-        layer.mlp = MLP(settings, group)  # DeepSpeed's would be of one form with the routed experts
+    alike = group is None and shared_width == config.moe_ffn_hidden_size
+    if layer.use_residual and not alike:
+        layer.mlp = MLP(settings, group, shared_width)  # DeepSpeed's would be of one form with the routed experts
     return layer
 
 

@@ -37,23 +37,28 @@ def _gpt(settings: GPTSettings, config: ScMoEConfig, sequence: int) -> float:
     D, H = settings.hidden_size, settings.head_size
     queries, keys = settings.num_attention_heads * H, settings.num_key_value_heads * H
     attention = 2 * D * (2 * queries + 2 * keys) + 2 * sequence * queries
-    mlp = 2 * D * settings.ffn_hidden_size * (3 if settings.swiglu else 2)
+    per_width, width = 2 * D * (3 if settings.swiglu else 2), settings.ffn_hidden_size
+    mlp = per_width * width
+    expert = per_width * (config.moe_ffn_hidden_size or width)
+    shared = per_width * (config.moe_shared_expert_intermediate_size or width)
     moes = config.moe_layers(settings.num_layers)
     of_moes = sum(
-        _moe(config, config.architecture, config.top_k, D, mlp, num_experts)
+        _moe(config, config.architecture, config.top_k, D, expert, shared, num_experts)
         for num_experts in config.experts_of_layers(moes)
     )
     dense = settings.num_layers * attention + (settings.num_layers - moes) * mlp
     return dense + of_moes + 2 * D * settings.vocab_size
 
 
-def _moe(config: ScMoEConfig, architecture: str, top_k: int, width: int, mlp: float, num_experts: int) -> float:
+def _moe(
+    config: ScMoEConfig, architecture: str, top_k: int, width: int, expert: float, shared: float, num_experts: int
+) -> float:
     gates = 2 if architecture == "dgmoe" else 1
-    flops = gates * (2 * width * num_experts + top_k * mlp)
+    flops = gates * (2 * width * num_experts + top_k * expert)
     if architecture in _SHARED:
         # DeepSpeed's Residual MoE has two coefficients.
         merge = "cg2" if architecture == "shared_expert" else config.merge
-        flops += mlp + 2 * width * _COEFFICIENTS[merge]
+        flops += shared + 2 * width * _COEFFICIENTS[merge]
     return flops
 
 
@@ -68,7 +73,7 @@ def _swin(settings: SwinSettings, config: ScMoEConfig) -> float:
         per_token = settings.depths[stage] * attention
         for block in range(settings.depths[stage]):
             if (stage, block) in experts:
-                per_token += _moe(config, *routing_of_stage(config, stage), D, mlp, experts[stage, block])
+                per_token += _moe(config, *routing_of_stage(config, stage), D, mlp, mlp, experts[stage, block])
             else:
                 per_token += mlp
         if stage + 1 < STAGES:  # four tokens of width D become one of 2 D

@@ -84,7 +84,10 @@ class GPT(nn.Module):
         super().__init__()
         config.check_model(settings.num_layers)
         _check_late_join(settings, config, recompute)
-        settings.check_tensor_parallel(size_of(group))
+        divided = config.moe_ffn_hidden_size if config.expert_tensor_parallelism else None
+        shared = config.moe_shared_expert_intermediate_size
+        widths = {"--moe-ffn-hidden-size": divided, "--moe-shared-expert-intermediate-size": shared}
+        settings.check_tensor_parallel(size_of(group), widths)
         self.settings, self.config, self.group = settings, config, group
         self.sequence = sequence = sequence or settings.max_position_embeddings
         D, V = settings.hidden_size, settings.vocab_size

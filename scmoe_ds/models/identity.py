@@ -34,6 +34,8 @@ def identity(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, GPT):
         config, layers = model.config, model.settings.num_layers
         found["moe_blocks"] = list(range(config.moe_every - 1, layers, config.moe_every))
+        own = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+        found |= {width: value for width in own if (value := getattr(config, width)) is not None}
         found["num_experts"] = config.experts_of_layers(config.moe_layers(layers))
     return found
 

@@ -6,6 +6,7 @@ Shape suffixes: B batch, S sequence, D hidden, N query heads, G key/value heads,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -86,8 +87,11 @@ class GPTSettings:
             if broken:
                 raise ValueError(rule)
 
-    def check_tensor_parallel(self, ranks: int) -> None:
+    def check_tensor_parallel(self, ranks: int, widths: Mapping[str, int | None]) -> None:
         """
+        Args:
+            widths: of experts that are divided, by the names of their flags; None: none of their own.
+
         Raises:
             ValueError: heads, feed-forward size or vocabulary that cannot be divided among so many ranks.
         """
@@ -96,6 +100,7 @@ class GPTSettings:
             "--num-key-value-heads": self.num_key_value_heads,
             "--ffn-hidden-size": self.ffn_hidden_size,
             "the padded vocabulary": self.vocab_size,
+            **{name: width or 0 for name, width in widths.items()},
         }
         for name, size in divided.items():
             if size % ranks:
@@ -209,11 +214,12 @@ class MLP(nn.Module):
     Args:
         settings: sizes.
         group: tensor-parallel ranks, among which the inner dimension is divided.
+        width: of the inner dimension; None: `settings.ffn_hidden_size`.
     """
 
-    def __init__(self, settings: GPTSettings, group: Group = None) -> None:
+    def __init__(self, settings: GPTSettings, group: Group = None, width: int | None = None) -> None:
         super().__init__()
-        D, width, bias = settings.hidden_size, settings.ffn_hidden_size, settings.add_bias_linear
+        D, width, bias = settings.hidden_size, width or settings.ffn_hidden_size, settings.add_bias_linear
         self.swiglu = settings.swiglu
         # See scmoe_ds.moe.experts.TwoProjections; divided projections communicate and are not called apart.
         self.two_projections = group is None

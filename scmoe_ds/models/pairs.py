@@ -209,13 +209,13 @@ class StagedPair(BlockPair):
 
     def backbone_flops(self, sequence: int) -> list[int]:
         """Forward floating-point operations per token of each backbone operator."""
-        flops: dict[str, int] = {"norm": 0}
-        for block in self.blocks:  # all blocks are alike
-            mlp = block.mlp if hasattr(block, "mlp") else getattr(block.moe, "mlp", None)
-            flops["attention"] = block.attention.flops_per_token(sequence)
-            if mlp is not None:
-                flops["mlp"] = flops["shared"] = mlp.flops_per_token()
-                flops["shared in"] = flops["shared out"] = flops["mlp"] // 2
+        flops: dict[str, int] = {"norm": 0, "attention": self.last.attention.flops_per_token(sequence)}
+        if hasattr(self.blocks[0], "mlp"):  # all dense blocks are alike
+            flops["mlp"] = self.blocks[0].mlp.flops_per_token()
+        shared = getattr(self.layer, "mlp", None)
+        if shared is not None:
+            flops["shared"] = shared.flops_per_token()
+            flops["shared in"] = flops["shared out"] = flops["shared"] // 2
         return [flops[operator.kind] for operator in executor.backbone(self)]
 
     def _shortcut(self, activations: Activations, recorder: PairRecorder) -> Tensor:

@@ -30,6 +30,7 @@ from transformers import Swinv2Config, Swinv2Model
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Intermediate, Swinv2Output, Swinv2SelfAttention
 from transformers.utils import ModelOutput
 
+from scmoe_ds.config.messages import fail
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import apart
@@ -202,6 +203,9 @@ def _placement(settings: SwinSettings, config: ScMoEConfig) -> tuple[list[tuple[
         raise ScMoEConfigError(
             f'scmoe.architecture = "{config.architecture}": a SwinV2-MoE is one of {", ".join(ARCHITECTURES)}'
         )
+    for field in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        if (width := getattr(config, field)) is not None:
+            raise fail(f"scmoe.{field}", width, "each stage of a Swin has its own width; remove the field")
     places = settings.moe_blocks(config.moe_every)
     if not any(stage == MOE_STAGES[0] for stage, _ in places):
         raise ScMoEConfigError(

@@ -47,6 +47,7 @@ def convert(name: str, moe: MoE, config: ScMoEConfig) -> HookedScMoE:
         dispatch=config.dispatch,
         gate_softmax=config.gate_softmax,
         wire_dtype=config.wire_dtype,
+        router=config.router,
     )
     layer.shortcut_norm = None
     _place_like(layer, moe)

@@ -11,6 +11,7 @@ from torch import nn
 
 from scmoe_ds.compat import children_of, forward_hooks
 from scmoe_ds.config.loading import Source
+from scmoe_ds.config.messages import fail
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.checks import check_model
@@ -47,7 +48,11 @@ def replace_moe_layers(model: nn.Module, config: Source | ScMoEConfig) -> nn.Mod
         ScMoEConfigError: no MoE layer, or one that cannot be replaced; the model is then as it was.
     """
     check_model(model)
-    log(*describe_replacement(model, replaced_layers(model, ScMoEConfig.from_deepspeed(config))))
+    config = ScMoEConfig.from_deepspeed(config)
+    for field in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        if (width := getattr(config, field)) is not None:
+            raise fail(f"scmoe.{field}", width, "replaced layers keep their experts; remove the field")
+    log(*describe_replacement(model, replaced_layers(model, config)))
     return model
 
 

@@ -1,4 +1,5 @@
-"""Makes MoE layers of a dense model's MLPs; experts start as copies of them ("sparse upcycling", arXiv 2212.05055)."""
+"""Makes MoE layers of a dense model's MLPs; experts start as copies of them ("sparse upcycling", arXiv 2212.05055), or
+as slices."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from scmoe_ds.config.loading import Source
+from scmoe_ds.config.messages import fail
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.build import build_moe
@@ -24,6 +26,7 @@ from scmoe_ds.planner.schedule_text import names_text
 from scmoe_ds.replace.description import describe_replacement
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.replacement import replaced_layers
+from scmoe_ds.replace.slices import NeuronSlices
 from scmoe_ds.replace.taps import MLP_NAMES, POST_ATTENTION_NORMS
 from scmoe_ds.replace.token_mask import TokenMask
 
@@ -83,7 +86,8 @@ def moe_from_dense(
     noise: float = 0.0,
     seed: int = 0,
 ) -> nn.Module:
-    """Replaces MLPs of a dense model by MoE layers, in place. Every expert is a copy of the MLP.
+    """Replaces MLPs of a dense model by MoE layers, in place. Every expert is a copy of the MLP, or with
+    `moe_ffn_hidden_size` a slice of its neurons, times the number of slices: expert e gets slice e modulo that number.
 
     Architecture "topk" makes DeepSpeed's MoE, "shared_expert" its Residual MoE, "scmoe" a ScMoE that hooks feed (see
     `replace_moe_layers`). The shared expert of the latter two is the old MLP itself. A shortcut norm of its own starts
@@ -110,7 +114,7 @@ def moe_from_dense(
     _check_config(config, noise)
     all_blocks = _dense_blocks(model)
     blocks = _chosen(all_blocks, config, layers)
-    _require_dense(model, blocks)
+    _require_dense(model, blocks, config)
     numbers = config.experts_of_layers(len(blocks))
     kept = [block.mlp for block in blocks]
     for number, (block, experts) in enumerate(zip(blocks, numbers, strict=True)):
@@ -164,6 +168,9 @@ def _check_config(config: ScMoEConfig, noise: float) -> None:
         raise ScMoEConfigError(
             f'scmoe.architecture = "{config.architecture}": moe_from_dense makes "scmoe", "topk" and "shared_expert"'
         )
+    if width := config.moe_shared_expert_intermediate_size:
+        rule = "the shared expert of moe_from_dense is the dense MLP itself; remove the field"
+        raise fail("scmoe.moe_shared_expert_intermediate_size", width, rule)
     if noise < 0:
         raise ScMoEConfigError(f"noise = {noise}: must be at least 0")
     if config.expert_parallel_size > 1 and not dist.is_initialized():
@@ -212,7 +219,7 @@ def _chosen(blocks: list[_Block], config: ScMoEConfig, layers: Sequence[int] | N
     return chosen
 
 
-def _require_dense(model: nn.Module, blocks: list[_Block]) -> None:
+def _require_dense(model: nn.Module, blocks: list[_Block], config: ScMoEConfig) -> None:
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             raise ScMoEConfigError(
@@ -220,6 +227,7 @@ def _require_dense(model: nn.Module, blocks: list[_Block]) -> None:
                 "takes one with DeepSpeed's MoE"
             )
     for block in blocks:
+        _slices(block, config)
         named = f"{block.name}.{block.mlp_name} ({type(block.mlp).__name__})"
         parts = [f"{name} {type(module).__name__}".lower() for name, module in block.mlp.named_modules()]
         if any("expert" in part or "moe" in part for part in parts):
@@ -240,12 +248,22 @@ def _make_moe(block: _Block, num_experts: int, config: ScMoEConfig) -> MoE:
     own = "topk" if config.architecture == "topk" else "shared_expert"  # a ScMoE takes its place at the end
     # Each rank pads its own batch, and generates for its own prompts.
     unequal = config.expert_parallel_size > 1
-    moe = build_moe(config, block.hidden_size, block.mlp, num_experts, architecture=own, unequal=unequal)
+    slices = _slices(block, config)
+    expert = block.mlp if slices is None else slices.slice(0)
+    moe = build_moe(config, block.hidden_size, expert, num_experts, architecture=own, unequal=unequal)
+    if slices is not None:
+        slices.put_into(moe)
     for expert in moe.deepspeed_moe.experts.deepspeed_experts:
         if not has_two_projections(expert):  # which are computed together as long as nobody watches one of them
             expert.register_forward_pre_hook(_contiguous)
     dense = next(block.mlp.parameters())
     return moe.to(device=dense.device, dtype=dense.dtype)
+
+
+def _slices(block: _Block, config: ScMoEConfig) -> NeuronSlices | None:
+    """The narrower experts of a block; None: copies of its MLP."""
+    width, name = config.moe_ffn_hidden_size, f"{block.name}.{block.mlp_name}"
+    return None if width is None else NeuronSlices(name, block.mlp, block.hidden_size, width)
 
 
 def _contiguous(expert: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

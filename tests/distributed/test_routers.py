@@ -1,4 +1,4 @@
-"""Routers on two ranks: the bias, saved and resharded, and the z-loss, as on one rank that accumulates."""
+"""A fine-grained MoE on two ranks as on one: router, bias and z-loss, widths of experts; saved, resharded, exported."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def whole(ep_size: int, stage: int, **section: Any) -> dict[str, Any]:
             "expert_parallel_size": ep_size,
             "aux_loss_coefficient": 0,
             "router": ROUTER,
+            "moe_ffn_hidden_size": 24,
+            "moe_shared_expert_intermediate_size": 40,
             "overlap": {"calibration_steps": 0, "num_chunks": 1},
             **section,
         },

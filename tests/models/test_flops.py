@@ -18,6 +18,7 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin import SwinMoE
 from scmoe_ds.models.swin_settings import SwinSettings
 
+SIGMOID = {"score_func": "sigmoid", "load_balance_coeff": 0.001}
 ARCHITECTURES: list[dict[str, Any]] = [
     {"architecture": "topk", "top_k": 1},
     {"architecture": "topk", "top_k": 2},
@@ -29,6 +30,8 @@ ARCHITECTURES: list[dict[str, Any]] = [
     {"architecture": "scmoe", "moe_every": 1, "position": "pos1", "num_experts": [2, 4, 4, 8]},
     {"architecture": "dgmoe"},
     {"architecture": "dgmoe", "pairs_per_moe": 2},
+    {"moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 40, "top_k": 3, "router": SIGMOID},
+    {"architecture": "shared_expert", "moe_shared_expert_intermediate_size": 40},
 ]
 
 

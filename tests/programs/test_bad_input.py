@@ -84,6 +84,12 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "noise": ({"scmoe.noisy_gate_policy": "rsample"}, {}, r"scmoe\.noisy_gate_policy = \"rsample\""),
     "RSample with k 2": ({"scmoe.noisy_gate_policy": "RSample", "scmoe.top_k": 2}, {}, r"RSample with top_k 1 only"),
     "drop_tokens 1": ({"scmoe.drop_tokens": 1}, {}, r"scmoe\.drop_tokens = 1: .*boolean"),
+    "width of an expert": ({"scmoe.moe_ffn_hidden_size": 0}, {}, r"scmoe\.moe_ffn_hidden_size = 0: .*at least|greater"),
+    "width of no shared expert": (
+        {"scmoe.architecture": "topk", "scmoe.moe_shared_expert_intermediate_size": 8},
+        {},
+        r"moe_shared_expert_intermediate_size = 8: topk has no shared expert",
+    ),
     "router as text": ({"scmoe.router": "sigmoid"}, {}, r'scmoe\.router = "sigmoid": must be a valid dict'),
     "router's field": (
         {"scmoe.router": {"score_fn": 1}},

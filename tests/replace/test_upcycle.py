@@ -277,3 +277,32 @@ def test_a_model_can_be_copied_after_a_pass(recompute: bool) -> None:
         for parameter in other.parameters():
             parameter.mul_(1.1)
     assert not torch.allclose(logits(other), logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "LLaMA", "GPT-NeoX"])
+def test_slices_have_the_dense_mlp_as_their_mean(family: str) -> None:
+    model = dense(family)
+    old = {name: copy.deepcopy(module) for name, module in mlps(model).items()}
+    width = next(each for each in next(iter(old.values())).parameters()).numel() // TEXT_SHAPE["hidden_size"] // 4
+    moe_from_dense(model, section(num_experts=8, moe_ffn_hidden_size=width))
+    for name, moe in made(model).items():
+        x = torch.randn(5, TEXT_SHAPE["hidden_size"])
+        outputs = torch.stack([expert(x) for expert in moe.deepspeed_moe.experts.deepspeed_experts])
+        torch.testing.assert_close(outputs[:4].mean(0), old[name](x), atol=1e-5, rtol=1e-4)
+        assert torch.equal(outputs[:4], outputs[4:]) and not torch.allclose(outputs[0], outputs[1])
+        torch.testing.assert_close(moe.mlp(x), old[name](x))
+    assert logits(model).isfinite().all()
+
+
+def test_widths_that_cannot_be_cut_are_refused() -> None:
+    model = dense()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ScMoEConfigError, match=r"moe_ffn_hidden_size = 7: must divide the \d+ neurons of transformer\.h"
+    ):
+        moe_from_dense(model, section(moe_ffn_hidden_size=7))
+    with pytest.raises(
+        ScMoEConfigError, match=r"moe_shared_expert_intermediate_size = 8: the shared expert of moe_from"
+    ):
+        moe_from_dense(model, section(moe_shared_expert_intermediate_size=8))
+    assert model.state_dict().keys() == before.keys()
