@@ -129,7 +129,7 @@ def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
             f"Largest differences over {STEPS} steps and all ranks, fp32. Gradient norms are of the first step.",
             f"{facts}",
             "",
-            table(head, cells),
+            *table(head, cells),
             "",
         ]
     )
