@@ -108,7 +108,7 @@ class _Decode(torch.autograd.Function):
         if K == 1:
             return _product(chosen_KTD[0], weight_KT[0].unsqueeze(1), torch.empty_like(chosen_KTD[0]))
         # fp32 up to the end: the weights are
-        parts = [rows_TD * weight_T.unsqueeze(1) for rows_TD, weight_T in zip(chosen_KTD, weight_KT, strict=True)]
+        parts = (rows_TD * weight_T.unsqueeze(1) for rows_TD, weight_T in zip(chosen_KTD, weight_KT, strict=True))
         return functools.reduce(torch.add, parts).to(rows_RD.dtype)
 
     @staticmethod
@@ -118,16 +118,15 @@ class _Decode(torch.autograd.Function):
         (rows, D), choices = ctx.rows, weight_KT.numel()
         if not (rows and choices):
             return grad_TD.new_zeros(rows, D), None, None, torch.zeros_like(weight_KT), None
+        grad_weight_KT = None
+        if ctx.needs_input_grad[3]:  # first: its products are as large as all rows
+            wide = torch.promote_types(grad_TD.dtype, weight_KT.dtype)
+            grad_weight_KT = (grad_TD.to(wide) * chosen_KTD).sum(2).to(weight_KT.dtype)
         grad_XD = grad_TD.new_empty(choices + 1, D)  # one for each choice; empty rows read the last
         _product(grad_TD, weight_KT.unsqueeze(2), grad_XD[:-1].view_as(chosen_KTD))
         if ctx.padded:
             grad_XD[-1].zero_()
-        grad_rows_RD = grad_XD.index_select(0, choice_of_row_R[:rows])
-        grad_weight_KT = None
-        if ctx.needs_input_grad[3]:
-            wide = torch.promote_types(grad_TD.dtype, weight_KT.dtype)
-            grad_weight_KT = (grad_TD.to(wide) * chosen_KTD).sum(2).to(weight_KT.dtype)
-        return grad_rows_RD, None, None, grad_weight_KT, None
+        return grad_XD.index_select(0, choice_of_row_R[:rows]), None, None, grad_weight_KT, None
 
 
 def _product(values: Tensor, weights: Tensor, output: Tensor) -> Tensor:
