@@ -80,7 +80,7 @@ def from_hugging_face() -> dict[str, Any]:
     tiny("qwen3_moe").save_pretrained("models/qwen3_moe")
     change_section({"num_experts": 4})
     batch = {"tokens": tokens, "labels": tokens, "mask": torch.ones_like(tokens)}
-    return {"scmoe_ds": scmoe_ds, "torch": torch, "model": model, **batch}
+    return {"scmoe_ds": scmoe_ds, "torch": torch, "transformers": transformers, "model": model, **batch}
 
 
 def analysis() -> dict[str, Any]:
