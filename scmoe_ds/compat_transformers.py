@@ -5,24 +5,32 @@ compat.py has those of the other packages. transformers is imported where it is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+_IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"
+
 
 @contextmanager
-def without_zero3_of_transformers() -> Iterator[None]:
-    """Inside the block, transformers makes whole models though a JSON with ZeRO-3 is in force (read in 5.24)."""
+def alone_and_in_turn() -> Iterator[None]:
+    """Inside the block, transformers makes whole models though a JSON with ZeRO-3 is in force, and reads one parameter
+    after the other; by default it reads all ahead, and so holds everything twice (read in 5.24)."""
     from transformers.integrations import deepspeed as theirs
 
-    before = theirs._hf_deepspeed_config_weak_ref
-    theirs._hf_deepspeed_config_weak_ref = None
+    before, theirs._hf_deepspeed_config_weak_ref = theirs._hf_deepspeed_config_weak_ref, None
+    ahead = os.environ.get(_IN_TURN)
+    os.environ[_IN_TURN] = "1"
     try:
         yield
     finally:
         theirs._hf_deepspeed_config_weak_ref = before
+        os.environ.pop(_IN_TURN)
+        if ahead is not None:
+            os.environ[_IN_TURN] = ahead
 
 
 def tied_names(model: Any) -> set[str]:

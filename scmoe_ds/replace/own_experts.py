@@ -7,8 +7,10 @@ the module refuses to compute.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,9 @@ def widen(experts: nn.Module, name: str, experts_in_all: int, first: int) -> Non
     whole = untouched(torch.Size((experts_in_all, *own.shape[1:])), own.dtype)
     whole[first : first + len(own)].copy_(own.detach())
     parameters_of(experts)[name] = nn.Parameter(whole, own.requires_grad)
+    del own
+    with suppress(AttributeError, OSError):  # glibc keeps what was freed; other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def mark(model: nn.Module, own: OwnExperts, experts: list[nn.Module]) -> None:

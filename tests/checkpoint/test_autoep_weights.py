@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -15,10 +20,12 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 import scmoe_ds
 from lab.distributed import run_distributed
 from lab.moe_families import EXPERTS, FAMILIES, batch, tiny
+from scmoe_ds.checkpoint.autoep import shards
 from scmoe_ds.checkpoint.autoep.export import export_hugging_face
 from scmoe_ds.checkpoint.autoep.loading import _load
 from scmoe_ds.compat import forget_process_groups
@@ -30,9 +37,14 @@ from scmoe_ds.replace.own_experts import OwnExperts
 SHARD = 40_000
 
 
+TIED = "olmoe, tied embeddings"
+
+
 def model_of(family: str) -> Any:
-    layers = {"layer_types": ["full_attention"]} if family == "qwen3_5_moe" else {}
-    return tiny(family, num_hidden_layers=1, **layers)
+    more: dict[str, Any] = {"layer_types": ["full_attention"]} if family == "qwen3_5_moe" else {}
+    if family == TIED:
+        family, more = "olmoe", {"tie_word_embeddings": True}
+    return tiny(family, num_hidden_layers=1, **more)
 
 
 def saved(family: str, directory: Path, **kwargs: Any) -> Path:
@@ -71,7 +83,7 @@ def one_process() -> Iterator[None]:
     forget_process_groups()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, TIED])
 def test_every_family_goes_in_and_out(family: str, tmp_path: Path, one_process: None) -> None:
     """In: the values, dtypes and buffers that transformers loads. Out: the tensors of the original files, by name."""
     source = saved(family, tmp_path / "source")
@@ -121,7 +133,17 @@ def _on_two_ranks(source: Path, out: Path, stage: int, precision: dict[str, Any]
     scmoe_ds.save_pretrained(engine, out / "after", SHARD)
     engine.save_checkpoint(str(out / "checkpoint"))
     messages = []
+
+    def on_a_full_disk() -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        writer = 0 if engine.module.config.model_type.startswith("minimax") else 1
+        with mock.patch.object(shards, "save_file", fail if dist.get_rank() == writer else save_file):
+            scmoe_ds.save_pretrained(engine, out / "lost", SHARD)
+
     for attempt in (
+        on_a_full_disk,
         lambda: scmoe_ds.save_pretrained(engine, out / "after"),
         lambda: scmoe_ds.initialize(model=scmoe_ds.from_pretrained(source, whole(2)), config=whole(1)),
         lambda: scmoe_ds.from_pretrained(source, whole(3)),
@@ -154,13 +176,15 @@ def test_two_ranks_write_all_experts(tmp_path: Path) -> None:
         else:
             shutil.copytree(directory, tmp_path / name)
     for messages in run_distributed(_all_on_two_ranks, 2, tmp_path):
-        for written_over, other_size, odd in messages:
+        for full, written_over, other_size, odd in messages:
+            assert re.search(r"lost: the weights were not written \(model-.*: No space left on device", full)
             assert "after is not empty; name another directory" in written_over
             assert "expert_parallel.autoep_size = 1: the model was loaded for 2" in other_size
             assert "expert_parallel.autoep_size = 3: must divide the world size 2" in odd
     for name, _, precision in CASES:
         out = tmp_path / f"out_{name}"
         export_hugging_face(out / "checkpoint", out / "export", shard_bytes=SHARD)
+        assert not list(out.glob("lost*"))
         before, after, export = (tensors(out / part) for part in ("before", "after", "export"))
         own = {key: value.to(before[key].dtype) for key, value in tensors(tmp_path / name).items()}
         assert before.keys() == own.keys() == after.keys() == export.keys()
@@ -234,8 +258,12 @@ def test_what_is_asked_for_does_not_fit(tmp_path: Path, one_process: None) -> No
             scmoe_ds.from_pretrained(source, whole(1, **{more: message[0]}))
     with pytest.raises(CheckpointError, match=r'dtype = "fp8": is no dtype of torch'):
         scmoe_ds.from_pretrained(source, whole(1), dtype="fp8")
+    theirs = HfDeepSpeedConfig(whole(1, 3))  # in force while it lives
+    assert is_deepspeed_zero3_enabled()
     half: Any = scmoe_ds.from_pretrained(source, whole(1), dtype="bfloat16")
     assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+    assert is_deepspeed_zero3_enabled() and theirs.is_zero3()  # as before, but the model is whole
+    assert half.lm_head.weight.numel() == half.config.vocab_size * half.config.hidden_size
 
 
 def test_a_checkpoint_that_says_nothing_of_its_model(tmp_path: Path, one_process: None) -> None:
@@ -259,3 +287,19 @@ def test_a_checkpoint_that_says_nothing_of_its_model(tmp_path: Path, one_process
         export_hugging_face(tmp_path / "checkpoint", tmp_path / "out", original=wider)
     export_hugging_face(tmp_path / "checkpoint", tmp_path / "out", original=source)
     assert_same(tmp_path / "out", source)
+
+
+def test_a_converted_model_is_written_with_a_warning(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Its weights are the model's; its function is not what transformers computes."""
+    scmoe = {"architecture": "scmoe", "position": "pos1"}
+    origin = {"class": "OlmoeForCausalLM", "config": '{"model_type": "olmoe", "dtype": "float32"}', "directory": None}
+    with caplog.at_level(logging.WARNING, logger="scmoe_ds"):
+        shards.write_others(tmp_path, origin, torch.bfloat16, {"scmoe": scmoe})
+    assert "transformers alone computes the unconverted function" in caplog.text
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written == {
+        "model_type": "olmoe",
+        "dtype": "bfloat16",
+        "architectures": ["OlmoeForCausalLM"],
+        "scmoe": scmoe,
+    }

@@ -14,7 +14,7 @@ from scmoe_ds.checkpoint.autoep import shards
 from scmoe_ds.checkpoint.autoep.blueprint import Blueprint
 from scmoe_ds.checkpoint.autoep.loading import empty_model
 from scmoe_ds.checkpoint.autoep.trained import Trained, locate
-from scmoe_ds.compat_transformers import use_conversions
+from scmoe_ds.compat_transformers import alone_and_in_turn, use_conversions
 from scmoe_ds.errors import CheckpointError, one_line
 from scmoe_ds.replace.origin import Origin, origin, origin_in
 
@@ -93,7 +93,7 @@ def _empty(note: Origin) -> Any:
     try:
         config = transformers.AutoConfig.for_model(**json.loads(note["config"]))
         kind = getattr(transformers, note["class"], None)
-        with torch.device("meta"):
+        with torch.device("meta"), alone_and_in_turn():
             if kind is None:
                 return transformers.AutoModelForCausalLM.from_config(config)
             return kind(config if kind.config_class is type(config) else config.get_text_config())

@@ -16,7 +16,7 @@ from torch import nn
 from scmoe_ds.checkpoint.autoep import tensor_slices
 from scmoe_ds.checkpoint.autoep.blueprint import Block, Blueprint
 from scmoe_ds.checkpoint.autoep.tensor_slices import LazyTensor, tensors_in
-from scmoe_ds.compat_transformers import without_zero3_of_transformers
+from scmoe_ds.compat_transformers import alone_and_in_turn
 from scmoe_ds.config.deepspeed_json import at, load_deepspeed_json, section
 from scmoe_ds.config.loading import LoadedConfig, Source
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError, first_line, one_line
@@ -124,7 +124,7 @@ def _load(
     kind = _with_own_experts(type(blueprint.model), blocks, own)
     dtype = _dtype(dtype, blueprint.model.config, state)
     try:
-        with without_zero3_of_transformers():
+        with alone_and_in_turn():
             model, found = kind.from_pretrained(
                 None, config=blueprint.model.config, state_dict=state, dtype=dtype, output_loading_info=True, **settings
             )
@@ -155,7 +155,7 @@ def empty_model(directory: Path, settings: Mapping[str, Any] | None = None) -> A
     """The model of a directory's config.json, on the meta device."""
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-        with torch.device("meta"):
+        with torch.device("meta"), alone_and_in_turn():
             return transformers.AutoModelForCausalLM.from_config(config, **(settings or {}))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{directory}: transformers makes no model of it ({one_line(error, 400)})") from None

@@ -46,9 +46,9 @@ class LazyTensor:
         return str(_opened(self.file).get_slice(self.name).get_dtype())
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _opened(file: Path) -> Any:
-    """Few at once: pages of a mapped file count as the process's memory."""
+    """One at a time: pages of a mapped file count as the process's memory."""
     return safe_open(file, framework="pt")
 
 
