@@ -104,12 +104,12 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as directory:
-        model = transformers.Qwen3MoeForCausalLM._from_config(
-            transformers.Qwen3MoeConfig(**SHAPE), dtype=torch.bfloat16
-        )
-        size = sum(each.nbytes for each in model.parameters())
-        model.save_pretrained(directory, max_shard_size="100MB")
-        del model
+        for name, layers in (("small", 1), ("model", SHAPE["num_hidden_layers"])):
+            config = transformers.Qwen3MoeConfig(**{**SHAPE, "num_hidden_layers": layers})
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            size = sum(each.nbytes for each in model.parameters())
+            model.save_pretrained(Path(directory, name), max_shard_size="100MB")
+            del model
         for ep in (1, 2, 4):
             for way in ("transformers", "scmoe_ds"):
                 ranks = run_distributed(measure, ep, Path(directory), ep, way, timeout_s=900)
