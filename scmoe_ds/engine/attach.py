@@ -14,7 +14,7 @@ from scmoe_ds.compat import accept_names_of_recorders
 from scmoe_ds.config.expert_parallel import idle_settings, uses_autoep
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
-from scmoe_ds.engine.routers import serve_routers
+from scmoe_ds.engine.routers import monitor_loads, serve_routers
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.identity import identity
 from scmoe_ds.moe.kernels import kernels_of
@@ -104,6 +104,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     layout = Layout(dist.get_world_size(), 1, first.ep_size)
     section = section.model_copy(update=sizes)
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
+    monitor_loads(engine, layers)
     return overlap_of(engine, section, layout, micro_batch_size, applied)
 
 

@@ -1,4 +1,5 @@
-"""What an engine's steps do for routers: biases move once per optimizer step, z-losses follow the model's loss."""
+"""What an engine's steps do for routers: biases move once per optimizer step, z-losses follow the model's loss, and
+monitors get the loads."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.balance import BiasBalance
 from scmoe_ds.moe.z_loss import ZLoss, follow
+from scmoe_ds.parallel.agreement import from_rank_zero
 
 
 def serve_routers(engine: Any) -> None:
@@ -47,6 +49,54 @@ def _move(balances: Sequence[BiasBalance], applied: bool) -> None:
     dist.all_reduce(joint)
     for balance, of_layer in zip(balances, joint.split([len(each) for each in counts]), strict=True):
         balance.update(of_layer)
+
+
+class LoadMonitor:
+    """Writes to DeepSpeed's monitors how uneven the loads of AutoEP's layers are.
+
+    `Train/Experts/layer_<n>_max_over_mean` is the fullest expert's tokens against the mean, of all ranks and since the
+    last time. This package's own models have their loads in the log.
+
+    Args:
+        engine: its monitors are enabled; every rank makes one.
+        layers: with AutoEP's buffer `tokens_per_expert`.
+        interval: optimizer steps, the JSON's "steps_per_print".
+    """
+
+    def __init__(self, engine: Any, layers: Sequence[Any], interval: int) -> None:
+        self.engine, self.layers, self.interval = engine, layers, interval
+        self._before = self._counts()
+        step = engine.step
+
+        def step_and_write(*args: Any, **kwargs: Any) -> Any:
+            at_boundary = engine.is_gradient_accumulation_boundary()
+            result = step(*args, **kwargs)
+            if at_boundary and engine.global_steps % interval == 0:
+                self._write()
+            return result
+
+        engine.step = step_and_write
+
+    def _counts(self) -> Tensor:
+        return torch.cat([layer.tokens_per_expert.double() for layer in self.layers])
+
+    def _write(self) -> None:
+        now = self._counts()
+        since, self._before = now - self._before, now
+        dist.all_reduce(since)
+        if dist.get_rank() > 0:
+            return
+        parts = since.split([len(layer.tokens_per_expert) for layer in self.layers])
+        uneven = [float(part.max() / part.mean().clamp(min=1e-9)) for part in parts]
+        names = [f"Train/Experts/layer_{number}_max_over_mean" for number in range(len(uneven))]
+        samples = self.engine.global_samples
+        self.engine.monitor.write_events([(name, value, samples) for name, value in zip(names, uneven, strict=True)])
+
+
+def monitor_loads(engine: Any, layers: Sequence[Any]) -> None:
+    """Starts a `LoadMonitor` where rank 0 has monitors. Collective."""
+    if from_rank_zero(lambda: bool(engine.monitor.enabled)):
+        LoadMonitor(engine, layers, engine.steps_per_print() or 10)
 
 
 def follow_loss(model: nn.Module, z_losses: Sequence[ZLoss]) -> None:

@@ -399,3 +399,59 @@ def test_answers_lead_somewhere() -> None:
     assert fields - own <= {name.replace("-", "_") for name in OTHER_NAMES}
     of_section = [answer for answer in OTHER_NAMES.values() if answer.endswith('in the JSON\'s "scmoe" section')]
     assert {answer.split('"')[1] for answer in of_section} <= fields
+
+
+ROUTER = ["--topk", "4", "--moe-router-num-groups", "4", "--moe-router-group-topk", "2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "router", "others"),
+    [
+        (["--moe-z-loss-coeff", "0.01"], {"z_loss_coefficient": 0.01}, {}),
+        (["--moe-router-pre-softmax"], {"score_func": "softmax", "route_norm": False}, {"drop_tokens": False}),
+        (
+            [*ROUTER, "--moe-router-score-function", "sigmoid", "--moe-router-topk-scaling-factor", "2.5"],
+            {"score_func": "sigmoid", "route_scale": 2.5, "num_expert_groups": 4, "num_limited_groups": 2},
+            {"top_k": 4},
+        ),
+        ([*ROUTER[:-1], "4"], {"score_func": "softmax", "group_score_func": "max"}, {}),
+        (
+            ["--moe-router-enable-expert-bias", "--moe-router-load-balancing-type", "none"],
+            {"score_func": "softmax", "load_balance_coeff": 0.001},
+            {"aux_loss_coefficient": 0},
+        ),
+        (
+            ["--moe-ffn-hidden-size", "24", "--moe-shared-expert-intermediate-size", "40"],
+            {"score_func": None},
+            {"moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 40},
+        ),
+    ],
+)
+def test_megatron_cores_router(flags: list[str], router: dict, others: dict, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    whole = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    path.write_text(json.dumps({**whole, "scmoe": {"num_experts": 16}}))
+    shape = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --train-iters 1".split()
+    _, loaded = parse_arguments([*shape, "--deepspeed_config", str(path), *flags])
+    assert {name: getattr(loaded.section.router, name) for name in router} == router
+    assert {name: getattr(loaded.section, name) for name in others} == others
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--moe-router-bias-update-rate", "0.1"], "needs --moe-router-enable-expert-bias"),
+        (["--moe-router-pre-softmax", "--moe-router-score-function", "sigmoid"], "sigmoid scores have no softmax"),
+        (
+            ["--topk", "6", "--moe-router-num-groups", "4", "--moe-router-group-topk", "2"],
+            "its best one or two experts",
+        ),
+    ],
+)
+def test_router_flags_that_do_not_go_together(flags: list[str], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    whole = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    path.write_text(json.dumps({**whole, "scmoe": {"num_experts": 16}}))
+    shape = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --train-iters 1".split()
+    with pytest.raises(ArgumentError, match=words):
+        parse_arguments([*shape, "--deepspeed_config", str(path), *flags])

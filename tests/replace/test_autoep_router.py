@@ -119,3 +119,23 @@ def test_what_the_model_decides_is_refused() -> None:
         ScMoEConfig.from_deepspeed(whole)
     with pytest.raises(ScMoEConfigError, match=r'router\.score_func = "model": is for models that AutoEP'):
         ScMoEConfig.from_deepspeed({"scmoe": {"router": {"score_func": "model"}}})
+
+
+def test_loads_are_written_to_the_monitors(tmp_path: Path) -> None:
+    whole = {**config(1), "steps_per_print": 2, "csv_monitor": {"enabled": True, "output_path": str(tmp_path)}}
+    engine = scmoe_ds.initialize(model=tiny("deepseek_v3"), config=whole)[0]
+    counts = torch.zeros(EXPERTS)
+
+    def count(module: Any, args: Any, out: Any) -> None:
+        counts.add_(out[2])
+
+    layers_of(engine)[0].router.register_forward_hook(count)
+    for step in range(4):
+        if step == 2:
+            counts.zero_()  # what was written is not counted again
+        engine.backward(engine(**batch(step, 0)).loss)
+        engine.step()
+    (path,) = tmp_path.rglob("*layer_0_max_over_mean*.csv")
+    rows = path.read_text().splitlines()
+    assert len(rows) == 3  # a heading, and two of four steps
+    assert float(rows[-1].split(",")[1]) == pytest.approx(float(counts.max() / counts.mean()))

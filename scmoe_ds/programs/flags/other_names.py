@@ -15,22 +15,16 @@ _BY_TOOL = {
         expert-tensor-parallel-size: --enable-expert-tensor-parallelism
         moe-aux-loss-coeff: --moe-loss-coeff
         moe-expert-capacity-factor: --moe-train-capacity-factor
-        moe-ffn-hidden-size: --ffn-hidden-size
         num-query-groups: --num-key-value-heads
         group-query-attention: --num-key-value-heads
         norm-epsilon: --layernorm-epsilon
         log-throughput: every line of the log has tokens per second and TFLOP/s
         context-parallel-size: one rank holds whole sequences
-        moe-router-load-balancing-type: the balancing loss is DeepSpeed's; --moe-loss-coeff weighs it
-        moe-z-loss-coeff: the balancing loss is DeepSpeed's; --moe-loss-coeff weighs it
-        moe-router-pre-softmax: "gate_softmax" in the JSON's "scmoe" section
-        moe-router-score-function: "gate_softmax" in the JSON's "scmoe" section
         moe-input-jitter-eps: "noisy_gate_policy": "Jitter" in the JSON's "scmoe" section
         moe-pad-expert-input-to-capacity: "dispatch": "padded" in the JSON's "scmoe" section
         moe-token-drop-policy: --moe-train-capacity-factor and --disable-moe-token-dropping decide
         moe-token-dispatcher-type: "all_to_all" in the JSON's "scmoe" section
         moe-grouped-gemm: GPUs compute experts grouped where that is faster
-        moe-shared-expert-intermediate-size: the shared expert has --ffn-hidden-size, as every expert
         moe-shared-expert-overlap: overlap is on; "overlap" in the JSON's "scmoe" section decides
         overlap-moe-expert-parallel-comm: overlap is on; "overlap" in the JSON's "scmoe" section decides
         overlap-grad-reduce: "overlap_comm" in the JSON's "zero_optimization"
@@ -82,6 +76,10 @@ _BY_TOOL = {
         intermediate-size: --ffn-hidden-size
         num-local-experts: --num-experts
         num-experts-per-tok: --topk
+        moe-intermediate-size: --moe-ffn-hidden-size
+        routed-scaling-factor: --moe-router-topk-scaling-factor
+        n-group: --moe-router-num-groups
+        topk-group: --moe-router-group-topk
         router-aux-loss-coef: --moe-loss-coeff
         rope-theta: --rotary-base
         tie-word-embeddings: embeddings are tied; --untie-embeddings-and-output-weights unties them

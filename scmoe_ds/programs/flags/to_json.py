@@ -24,6 +24,7 @@ from scmoe_ds.programs.flags.megatron import (
     dest_of,
     section_flag,
 )
+from scmoe_ds.programs.flags.router import merge_router
 
 
 class _Merged:
@@ -105,6 +106,7 @@ def _merge_section_flags(merged: _Merged, args: argparse.Namespace) -> None:
                 )
             value = value[0] if len(value) == 1 else value
         merged.set(f"scmoe.{path}", value, section_flag(name))
+    merge_router(args, merged.whole, lambda path, value, flag: merged.set(f"scmoe.{path}", value, flag))
 
 
 def _merge_json_flags(merged: _Merged, args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.programs.flags.megatron import MLP_TYPES
+from scmoe_ds.programs.flags.router import add_router
 from scmoe_ds.programs.flags.trace import add_trace
 from scmoe_ds.training.settings import TrainingSettings
 
@@ -73,6 +74,7 @@ def add_moe(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="divide each expert over tensor-parallel ranks",
     )
+    add_router(group)
     group.add_argument("--scmoe-position", choices=["pos1", "pos2", "pos3"], help="where the shortcut is taken")
     group.add_argument("--scmoe-merge", choices=["add", "cg1", "cg2"], help="how shared and routed output meet")
     group.add_argument("--scmoe-join", choices=["end", "late"], help="late: after the next block's attention")
