@@ -17,3 +17,8 @@ PLAIN_LAUNCHES_FORWARD = 77
 PLAIN_LAUNCHES_BACKWARD = 89
 PLAIN_GATE_LAUNCHES_FORWARD = 36
 """The same three without Triton."""
+
+SEVERAL_LAUNCHES_FORWARD = 135
+SEVERAL_LAUNCHES_BACKWARD = 114
+SEVERAL_GATE_LAUNCHES_FORWARD = 45
+"""The same three for top-2, without Triton: rows are copies of tokens, one for each rank."""

@@ -137,8 +137,7 @@ class ExactLayout:
         if num_chunks == 1 and alone:
             return cls._ordered(choices.order, choices.kept_KT, choices.rows_E.view(shape))
         bucket_KT = slices.bucket(choices.expert_KT, choices.location_KT, local_experts)
-        bucket_KT = bucket_KT + chunk_offset(bucket_KT, num_chunks, math.prod(shape[1:]))
-        layout = cls.by(bucket_KT, choices.kept_KT, shape)
+        layout = cls.by(in_chunks(bucket_KT, num_chunks, math.prod(shape[1:])), choices.kept_KT, shape)
         if alone:
             return layout
         row_KT = layout.row_of_choice_KT
@@ -188,12 +187,12 @@ class ExactLayout:
         return decode(rows_RD, *maps, weight_KT, self.kept_KT)
 
 
-def chunk_offset(like_KT: Tensor, num_chunks: int, buckets: int) -> Tensor | int:
-    """[T] int64 the first of the buckets of the chunk that each token is in."""
-    T = like_KT.shape[1]
+def in_chunks(bucket_KT: Tensor, num_chunks: int, buckets: int) -> Tensor:
+    """Numbers of a chunk's buckets → numbers of all chunks' buckets: those of the chunk that each token is in."""
+    T = bucket_KT.shape[1]
     if num_chunks == 1:
-        return 0
-    return torch.arange(T, device=like_KT.device) * num_chunks // max(T, 1) * buckets
+        return bucket_KT
+    return bucket_KT + torch.arange(T, device=bucket_KT.device) * num_chunks // max(T, 1) * buckets
 
 
 class _Encode(torch.autograd.Function):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.moe.gate import Routing
-from scmoe_ds.moe.layout import ExactLayout, chunk_offset
+from scmoe_ds.moe.layout import ExactLayout, in_chunks
 from scmoe_ds.moe.slices import TokenSlices
 
 _BITS = {4: torch.int32, 8: torch.int64}
@@ -46,10 +46,9 @@ class PerRankLayout:
         choices, ranks = ExactLayout.of(routing, slices, num_chunks), slices.group_size
         rank_KT = routing.choices.expert_KT.div(choices.rows_NPVL.shape[-1], rounding_mode="floor")
         slot_KT, rank_JT, used_JT = _slots(rank_KT, routing.choices.kept_KT, ranks)
-        first_T = chunk_offset(rank_KT, num_chunks, ranks)
-        copies = ExactLayout.by(first_T + rank_JT, used_JT, (num_chunks, ranks, 1, 1))
+        copies = ExactLayout.by(in_chunks(rank_JT, num_chunks, ranks), used_JT, (num_chunks, ranks, 1, 1))
         rows_X = copies.rows_NPVL.flatten()
-        start_KT = (rows_X.cumsum(0) - rows_X).take(first_T + rank_KT)
+        start_KT = (rows_X.cumsum(0) - rows_X).take(in_chunks(rank_KT, num_chunks, ranks))
         return cls(choices, copies, copies.row_of_choice_KT.gather(0, slot_KT) - start_KT)
 
     @property
@@ -93,8 +92,7 @@ def _slots(rank_KT: Tensor, kept_KT: Tensor | None, ranks: int) -> tuple[Tensor,
         rank_J1 = torch.arange(ranks, device=rank_KT.device).unsqueeze(1)
         place_KT = rank_KT if kept_KT is None else torch.where(kept_KT, rank_KT, ranks)
         used_JT = torch.zeros(ranks + 1, T, dtype=torch.bool, device=rank_KT.device)
-        used_JT.scatter_(0, place_KT, torch.ones_like(place_KT, dtype=torch.bool))
-        return rank_KT, rank_J1.expand(ranks, T), used_JT[:-1]
+        return rank_KT, rank_J1.expand(ranks, T), used_JT.scatter_(0, place_KT, True)[:-1]
     # a place for each choice; choices of one rank use the place of the first of them
     same_KKT = rank_KT.unsqueeze(0) == rank_KT.unsqueeze(1)
     if kept_KT is not None:

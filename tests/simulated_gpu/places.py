@@ -21,6 +21,7 @@ PARTS = {
     "comm/counts.py": "counts",
     "moe/choices.py": "gate",
     "moe/decode.py": "decode",
+    "moe/expand.py": "experts",
     "moe/experts.py": "experts",
     "moe/gate.py": "gate",
     "moe/kernels.py": "experts",
@@ -29,6 +30,7 @@ PARTS = {
     "moe/logits.py": "gate",
     "moe/merge.py": "merge",
     "moe/order.py": "gate",
+    "moe/per_rank.py": "encode",
     "moe/received.py": "experts",
 }
 """The part that launches from a file of the package belong to; from all others they belong to the backbone."""

@@ -125,6 +125,7 @@ def test_gradients_of_tokens_with_many_choices() -> None:
 @pytest.mark.parametrize(
     "path",
     [
+        "moe/expand.py",
         "moe/experts.py",
         "moe/kernels.py",
         "moe/choices.py",
@@ -134,6 +135,7 @@ def test_gradients_of_tokens_with_many_choices() -> None:
         "moe/logits.py",
         "moe/order.py",
         "moe/decode.py",
+        "moe/per_rank.py",
         "moe/received.py",
         "moe/routed.py",
         "comm/all_to_all.py",

@@ -19,6 +19,7 @@ from tests.simulated_gpu.device import NEEDS_SIMULATION
 pytestmark = NEEDS_SIMULATION
 COUNTED = Case("scmoe", "pos2", 2, 1, dtype=torch.bfloat16, capability=(9, 0), dropout=0.0, fused_gate=True)
 PLAIN = replace(COUNTED, fused_gate=False)
+SEVERAL = replace(PLAIN, top_k=2)
 BUDGETS = {
     COUNTED: (
         gpu_budgets.LAUNCHES_FORWARD,
@@ -29,6 +30,11 @@ BUDGETS = {
         gpu_budgets.PLAIN_LAUNCHES_FORWARD,
         gpu_budgets.PLAIN_LAUNCHES_BACKWARD,
         gpu_budgets.PLAIN_GATE_LAUNCHES_FORWARD,
+    ),
+    SEVERAL: (
+        gpu_budgets.SEVERAL_LAUNCHES_FORWARD,
+        gpu_budgets.SEVERAL_LAUNCHES_BACKWARD,
+        gpu_budgets.SEVERAL_GATE_LAUNCHES_FORWARD,
     ),
 }
 MODELS = [
