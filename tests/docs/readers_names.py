@@ -14,7 +14,8 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 import scmoe_ds
-from lab.moe_families import tiny
+from lab.longcat_parity import FAMILY, config
+from lab.moe_families import batch, tiny
 from scmoe_ds import checkpoint
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.gpt import GPT
@@ -83,6 +84,12 @@ def from_hugging_face() -> dict[str, Any]:
     return {"scmoe_ds": scmoe_ds, "torch": torch, "transformers": transformers, "model": model, **batch}
 
 
+def longcat() -> dict[str, Any]:
+    Path("longcat.json").write_text(json.dumps(config(1)))
+    tiny(FAMILY).save_pretrained("models/longcat")
+    return {"loader": [batch(step, 0) for step in range(2)]}
+
+
 def analysis() -> dict[str, Any]:
     whole = change_section({"num_experts": 4})
     model = GPT(GPT2, ScMoEConfig.from_deepspeed(whole), 16)
@@ -95,4 +102,5 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/checkpoints.md": lambda: {"json": json, "Path": Path, "GPT": GPT, "checkpoint": checkpoint},
     "docs/from_hugging_face.md": from_hugging_face,
     "docs/from_megatron_deepspeed.md": from_megatron,
+    "docs/longcat.md": longcat,
 }

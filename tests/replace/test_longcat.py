@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,6 +15,7 @@ import scmoe_ds
 from lab.distributed import run_distributed
 from lab.longcat_parity import FAMILY, config, differences, train, train_alone
 from lab.moe_families import EXPERTS, batch, tiny
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 
 
@@ -65,6 +67,11 @@ def test_two_ranks_compute_and_learn_what_one_process_does() -> None:
         assert found.pop("torch.float32") < 1e-5 and found.pop("torch.float64") < 1e-6
         for name, losses in found.items():
             torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_the_example_is_a_valid_json() -> None:
+    section = ScMoEConfig.from_deepspeed(Path(__file__).parents[2] / "examples/longcat_flash.json")
+    assert section.architecture == "as_is" and section.router.load_balance_rule == "proportional"
 
 
 def refused(ep: int) -> list[str]:
