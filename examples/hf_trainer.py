@@ -2,10 +2,6 @@
 
 python examples/hf_trainer.py
 deepspeed --num_gpus 2 examples/hf_trainer.py 2      # experts on two ranks
-
-Trainer calls deepspeed.initialize itself, so three things are done here that scmoe_ds.initialize would do: the layers
-are made before the Trainer, the experts get parameter groups of their own, and the schedule is set in the section
-instead of being timed. Save with DeepSpeed's checkpoints: Trainer's `model.safetensors` holds rank 0's experts alone.
 """
 
 import sys
@@ -13,39 +9,17 @@ import tempfile
 
 import torch
 import transformers
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 import scmoe_ds
 
 LENGTH, SEQUENCES, STEPS = 32, 480, 60
-SECTION = {
-    "num_experts": 4,
-    "expert_parallel_size": next((int(each) for each in sys.argv[1:] if each.isdigit()), 1),
-    "overlap": {"expert_slot": 2, "num_chunks": 1, "calibration_steps": 0},
-}
 CONFIG = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "zero_optimization": {"stage": 1},
+    "scmoe": {"num_experts": 4, "expert_parallel_size": next((int(arg) for arg in sys.argv[1:] if arg.isdigit()), 1)},
 }
-
-
-class MoETrainer(transformers.Trainer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # compute_loss gives a micro-batch's mean. Without this, Trainer would add these up over the accumulation steps.
-        self.model_accepts_loss_kwargs = False
-
-    def create_optimizer(self, *_):
-        groups = split_params_into_different_moe_groups_for_optimizer(scmoe_ds.parameter_groups(self.model))
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.args.learning_rate)
-        return self.optimizer
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        outputs = model(**inputs)
-        loss = outputs.loss + 0.01 * scmoe_ds.load_balancing_loss(model)
-        return (loss, outputs) if return_outputs else loss
 
 
 def dense_model() -> transformers.GPT2LMHeadModel:
@@ -65,7 +39,8 @@ def sequence(number: int) -> dict[str, torch.Tensor]:
 
 
 scmoe_ds.connect()  # before the layers are made: which experts a rank makes depends on the rank
-model = scmoe_ds.moe_from_dense(dense_model(), scmoe_ds.ScMoEConfig.from_deepspeed({"scmoe": SECTION}), noise=0.01)
+section = scmoe_ds.ScMoEConfig.from_deepspeed({"scmoe": CONFIG["scmoe"]})
+model = scmoe_ds.moe_from_dense(dense_model(), section, noise=0.01)
 with tempfile.TemporaryDirectory() as directory:
     arguments = transformers.TrainingArguments(
         output_dir=directory,
@@ -81,7 +56,9 @@ with tempfile.TemporaryDirectory() as directory:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = MoETrainer(model, arguments, train_dataset=[sequence(number) for number in range(SEQUENCES)])
+    data = [sequence(number) for number in range(SEQUENCES)]
+    callbacks = [scmoe_ds.ScMoECallback()]
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.train()
 if torch.distributed.get_rank() == 0:
     for entry in trainer.state.log_history:

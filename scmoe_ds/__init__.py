@@ -12,6 +12,7 @@ from_pretrained                a Hugging Face MoE model for AutoEP, with this ra
 save_pretrained                an engine's weights as transformers reads them, with all ranks' experts
 replace_moe_layers             DeepSpeed's MoE layers of a model become ScMoE layers; undo_replacement puts them back
 moe_from_dense                 MLPs of a dense model become MoE layers; load_balancing_loss is their loss
+ScMoECallback, prepare         Hugging Face's Trainer and Accelerate, with what the section says
 connect, parameter_groups      for loops of your own: join the process group; what weight decay applies to
 ScMoEConfigError               a setting to correct; all errors are in scmoe_ds.errors
 
@@ -31,14 +32,17 @@ if TYPE_CHECKING:
     from scmoe_ds.config.router_section import RouterConfig
     from scmoe_ds.config.section import ScMoEConfig
     from scmoe_ds.engine import connect, initialize, parameter_groups
+    from scmoe_ds.engine.take_over import prepare
     from scmoe_ds.errors import ScMoEConfigError
     from scmoe_ds.moe.shortcut import ScMoE
     from scmoe_ds.overlap.schedule import Schedule
     from scmoe_ds.replace import load_balancing_loss, moe_from_dense, replace_moe_layers, undo_replacement
+    from scmoe_ds.training.trainer_callback import ScMoECallback
 
 _HOME = {
     "RouterConfig": "config.router_section",
     "ScMoE": "moe.shortcut",
+    "ScMoECallback": "training.trainer_callback",
     "ScMoEConfig": "config.section",
     "ScMoEConfigError": "errors",
     "Schedule": "overlap.schedule",
@@ -48,6 +52,7 @@ _HOME = {
     "load_balancing_loss": "replace",
     "moe_from_dense": "replace",
     "parameter_groups": "engine",
+    "prepare": "engine.take_over",
     "replace_moe_layers": "replace",
     "save_pretrained": "checkpoint.autoep.saving",
     "undo_replacement": "replace",
@@ -61,6 +66,7 @@ OLDEST_DEEPSPEED = "0.19.4"
 __all__ = [
     "RouterConfig",
     "ScMoE",
+    "ScMoECallback",
     "ScMoEConfig",
     "ScMoEConfigError",
     "Schedule",
@@ -70,6 +76,7 @@ __all__ = [
     "load_balancing_loss",
     "moe_from_dense",
     "parameter_groups",
+    "prepare",
     "replace_moe_layers",
     "save_pretrained",
     "undo_replacement",

@@ -35,6 +35,11 @@ def section_is_read() -> Iterator[None]:
         _is_read = before
 
 
+def is_read() -> bool:
+    """Whether `scmoe_ds.initialize` is making an engine."""
+    return _is_read
+
+
 def watch_engines() -> None:
     """Lets every engine that DeepSpeed makes from here on look at its JSON; DeepSpeed may be imported later."""
     if _ENGINE in sys.modules:

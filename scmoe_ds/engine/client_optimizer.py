@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
@@ -17,6 +18,11 @@ from torch import nn
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.checks import check_model
 from scmoe_ds.replace.layer import HookedScMoE
+
+_ORIGINS: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
+"""Of an optimizer whose groups were split: the number of the former group behind each present one."""
+_OF_GROUPS = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
+"""Attributes of torch's learning-rate schedulers with an entry for each group."""
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -124,9 +130,23 @@ def _split(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     for number, group in enumerate(groups):
         group.setdefault("name", f"group {number}")  # DeepSpeed tells groups apart by it
         group.pop("param_names", None)  # torch's, one per parameter: they would no longer fit
+    before = {id(parameter): number for number, group in enumerate(groups) for parameter in group["params"]}
     split = split_params_into_different_moe_groups_for_optimizer(list(groups))
     optimizer.param_groups[:] = [group for group in split if group["params"]]
+    _ORIGINS[optimizer] = [before[id(group["params"][0])] for group in optimizer.param_groups]
     return optimizer
+
+
+def follow_groups(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Lets a scheduler that was made for an optimizer's groups go on with the groups into which they have been split.
+
+    Its settings are lists, an entry for each group. The new groups have the entries of those that they come from.
+    """
+    origins = _ORIGINS.get(getattr(scheduler, "optimizer", None))
+    for name in _OF_GROUPS:
+        values = getattr(scheduler, name, None)
+        if origins is not None and isinstance(values, list) and len(values) == max(origins) + 1 < len(origins):
+            setattr(scheduler, name, [values[origin] for origin in origins])
 
 
 def listed(model_parameters: Any) -> Any:
