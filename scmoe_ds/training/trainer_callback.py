@@ -15,10 +15,14 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from scmoe_ds.checkpoint.autoep.saving import save_pretrained
+from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.checkpoint.whole_model import write_whole_model
 from scmoe_ds.engine.client_optimizer import follow_groups
 from scmoe_ds.engine.take_over import engine_of, take_over
 from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.parallel.agreement import run_on_rank_zero
+from scmoe_ds.replace.autoep import autoep_layers
 
 
 class ScMoECallback(TrainerCallback, ExportableState):
@@ -86,11 +90,29 @@ def _save_all_experts() -> None:
         if engine is None:
             return original(self, output_dir, _internal_call)
         original(self, output_dir, _internal_call=True)  # which pushes nothing to a hub yet
-        dist.barrier()
-        write_whole_model(engine, Path(output_dir or self.args.output_dir))
+        _write_weights(engine, Path(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=getattr(self.args, "hub_revision", None))
         return None
 
     save_model.saves_all_experts = True  # type: ignore[attr-defined]
     Trainer.save_model = save_model
+
+
+def _write_weights(engine: Any, out: Path) -> None:
+    """Puts the weights of all ranks in the place of those that Trainer has written. Collective."""
+    dist.barrier()  # rank 0 has made the directory
+    if not autoep_layers(engine.module):
+        write_whole_model(engine, out)
+        return
+    beside = out / "all_experts"
+    save_pretrained(engine, beside)
+
+    def move() -> None:
+        for old in (*out.glob("model*.safetensors"), out / INDEX_FILE):
+            old.unlink(missing_ok=True)
+        for new in beside.iterdir():
+            new.replace(out / new.name)
+        beside.rmdir()
+
+    run_on_rank_zero(move)
