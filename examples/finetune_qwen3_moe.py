@@ -16,11 +16,12 @@ TEXT, DIRECTORY = Path((sys.argv[1:] or [__file__])[0]), (sys.argv[2:] or [None]
 TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 8, "vocab_size": 256}
 TINY |= {"num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 scmoe_ds.connect()
+ranks = torch.distributed.get_world_size()
 CONFIG = {
     "train_micro_batch_size_per_gpu": "auto",
     "bf16": {"enabled": torch.cuda.is_available()},
     "zero_optimization": {"stage": 1},
-    "expert_parallel": {"enabled": True, "autoep_size": torch.distributed.get_world_size(), "preset_model": "qwen3_moe"},
+    "expert_parallel": {"enabled": True, "autoep_size": ranks, "preset_model": "qwen3_moe"},
     "scmoe": {},
 }
 if DIRECTORY:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.errors import CheckpointError, reason_of
 from scmoe_ds.moe.placement import Placement, expert_of, layer_of, with_expert
-from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.parallel.agreement import run_on_rank_zero, run_together
 
 
 class _Piece(NamedTuple):
@@ -25,6 +25,25 @@ class _Piece(NamedTuple):
     name: str
     owner: int
     like: Tensor
+
+
+def save_whole_model(engine: Any, out: Path, shard_bytes: int) -> None:
+    """As `write_whole_model`, into a directory of its own, with the model's config.json if it has one. Raises a
+    CheckpointError on every rank if the directory is not empty."""
+    model = engine.module
+
+    def make() -> None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if any(out.iterdir()):
+                raise CheckpointError(f"{out} is not empty; name another directory for the weights")
+            if hasattr(getattr(model, "config", None), "save_pretrained"):
+                model.config.save_pretrained(out)
+        except OSError as error:
+            raise CheckpointError(f"{out}: cannot be written ({reason_of(error)}); choose another directory") from None
+
+    run_on_rank_zero(make)
+    write_whole_model(engine, out, shard_bytes)
 
 
 def write_whole_model(engine: Any, out: Path, shard_bytes: int = 5 * 10**9) -> None:

@@ -21,6 +21,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.config.unread_section import is_read
 from scmoe_ds.engine.client_optimizer import follow_groups
 from scmoe_ds.engine.initialize import initialize
+from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel.output import log
 from scmoe_ds.replace.upcycle import MoEFeedForward, load_balancing_loss
 
@@ -66,10 +67,15 @@ def prepare(accelerator: Any, *objects: Any) -> Any:
         the prepared objects, in their order.
 
     Raises:
-        ScMoEConfigError: as `scmoe_ds.initialize`.
+        ScMoEConfigError: as `scmoe_ds.initialize`, or Accelerate has made no engine with a section.
     """
     with engines_are_ours():
         prepared = accelerator.prepare(*objects)
+    if not any(isinstance(each, nn.Module) and each in _engines for each in objects):
+        raise ScMoEConfigError(
+            'prepare: Accelerate has made no DeepSpeed engine with a "scmoe" section; hand over the model, and give '
+            "Accelerator a DeepSpeed plugin whose JSON has that section (Accelerator(cpu=True) takes no DeepSpeed)"
+        )
     for each in objects:
         if isinstance(each, torch.optim.lr_scheduler.LRScheduler):
             follow_groups(each)

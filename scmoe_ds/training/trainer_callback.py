@@ -17,12 +17,10 @@ from transformers.trainer_callback import ExportableState
 
 from scmoe_ds.checkpoint.autoep.saving import save_pretrained
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
-from scmoe_ds.checkpoint.whole_model import write_whole_model
 from scmoe_ds.engine.client_optimizer import follow_groups
 from scmoe_ds.engine.take_over import engine_of, take_over
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel.agreement import run_on_rank_zero
-from scmoe_ds.replace.autoep import autoep_layers
 
 
 class ScMoECallback(TrainerCallback, ExportableState):
@@ -102,9 +100,6 @@ def _save_all_experts() -> None:
 def _write_weights(engine: Any, out: Path) -> None:
     """Puts the weights of all ranks in the place of those that Trainer has written. Collective."""
     dist.barrier()  # rank 0 has made the directory
-    if not autoep_layers(engine.module):
-        write_whole_model(engine, out)
-        return
     beside = out / "all_experts"
     save_pretrained(engine, beside)
 

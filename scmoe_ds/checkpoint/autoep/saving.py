@@ -12,12 +12,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from scmoe_ds.checkpoint.autoep import shards
 from scmoe_ds.checkpoint.autoep.blueprint import Block, Blueprint, State
 from scmoe_ds.checkpoint.autoep.shards import OTHERS, Shard, Unit
+from scmoe_ds.checkpoint.whole_model import save_whole_model
 from scmoe_ds.compat_transformers import use_conversions
 from scmoe_ds.errors import CheckpointError, reason_of
 from scmoe_ds.parallel.agreement import from_rank_zero, gather, run_on_rank_zero, run_together
@@ -27,19 +29,26 @@ from scmoe_ds.replace.origin import Origin, origin_of
 def save_pretrained(engine: Any, directory: str | os.PathLike[str], shard_bytes: int = 5 * 10**9) -> None:
     """Writes what `AutoModelForCausalLM.from_pretrained` reads: the weights as the model computes with them.
 
+    Of a model with DeepSpeed MoE or ScMoE layers, which transformers has no class for, it writes the same files, with
+    the experts under global numbers: `load_state_dict` of a model on one rank takes them.
+
     Every expert-parallel rank writes its own experts, rank 0 all other weights. No rank holds more than a shard beside
     its model. The directory gets its name when all ranks' files are on the disk. Collective: all ranks call it, with
     the same directory, which all of them must see.
 
     Args:
-        engine: of `scmoe_ds.initialize` or `deepspeed.initialize`, with AutoEP layers, under ZeRO-0 to 3.
+        engine: of `scmoe_ds.initialize` or `deepspeed.initialize`, with AutoEP layers under ZeRO-0 to 3, or with
+            DeepSpeed MoE or ScMoE layers.
         directory: empty, or it does not exist.
         shard_bytes: most bytes of a file; a larger unit gets its own.
 
     Raises:
-        CheckpointError: on every rank: the model has no AutoEP layers, or a rank cannot write.
+        CheckpointError: on every rank: the model has no MoE layers, the directory is not empty, or a rank cannot write.
     """
     out = Path(directory)
+    if any(isinstance(module, MoE) for module in engine.module.modules()):
+        save_whole_model(engine, out, shard_bytes)
+        return
     weights = Running(engine)
     note = origin_of(engine.module)
     blueprint = _blueprint(engine, note)
