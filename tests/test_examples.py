@@ -22,6 +22,7 @@ RUNNABLE = {
     "replace_moe": (),
     "upcycle_gpt2": (),
     "hf_trainer": (),
+    "finetune_qwen3_moe": (),
     "digits_moe": ("--deepspeed", "--deepspeed_config", str(EXAMPLES / "digits_moe.json")),
 }
 QUOTED = ["replace_moe", "upcycle_gpt2"]

@@ -55,6 +55,9 @@ _OF_SECTION = {
     "shortcut_norm": "shortcut_norm",
     "post_norm": "post_norm",
     "pairs_per_moe": "pairs_per_moe",
+    "join": "join",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
     "router_aux_loss_coef": "aux_loss_coefficient",
 }
 _SAME_FUNCTION = {"pipelined_topk": "topk", "overlapped_shared_expert": "shared_expert"}
@@ -85,7 +88,7 @@ def describe_for_transformers(parsed: Parsed, tokenizer: Mapping[str, Any] | Non
                 "without --format hf, for this package's own programs"
             )
     found = {name: getattr(settings, field) for name, field in _OF_SETTINGS.items()}
-    found |= {name: getattr(config, field) for name, field in _OF_SECTION.items()}
+    found |= {name: getattr(config, field, None) for name, field in _OF_SECTION.items()}
     end = {} if tokenizer is None else dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer["identity"]["eod"])
     return {
         "architectures": ["ScMoEForCausalLM"],
@@ -98,6 +101,7 @@ def describe_for_transformers(parsed: Parsed, tokenizer: Mapping[str, Any] | Non
         "moe_architecture": _SAME_FUNCTION.get(config.architecture, config.architecture),
         "merge": "cg2" if config.architecture == "shared_expert" else config.merge,  # DeepSpeed's own
         "gate_softmax": _gate_softmax(config),
+        "router": _router(config),
         **end,
     }
 
@@ -107,6 +111,15 @@ def _gate_softmax(config: ScMoEConfig) -> str:
     if config.gate_softmax == "deepspeed":
         return "all" if config.top_k == 1 else "renormalised"
     return "all" if config.gate_softmax == "all" else "chosen"
+
+
+def _router(config: ScMoEConfig) -> dict[str, Any] | None:
+    router = config.router
+    if router.score_func is None:
+        return None
+    names = ("score_func", "route_scale", "num_expert_groups", "num_limited_groups", "group_score_func")
+    own = {name: getattr(router, name) for name in names}
+    return {**own, "route_norm": router.normalises(config.top_k), "has_bias": router.has_bias}
 
 
 def files_for_transformers(directory: Path, vocab_size: int, record: Mapping[str, Any] | None) -> dict[str, bytes]:

@@ -13,7 +13,8 @@ beside it:
 
 This file computes one operator after the other, on one device; `Pair.forward` is the picture above. scmoe_ds, which has
 written it, trains with the experts on several ranks and with the overlap. The numbers are those of `scmoe generate`: no
-token is dropped for an expert's capacity and gates have no noise, in training neither.
+token is dropped for an expert's capacity and gates have no noise, in training neither. Training here leaves out a
+router's z-loss and the steps of its correction bias.
 
 Shape suffixes: B batch, S sequence, L tokens in the cache and new ones, T tokens (B * S), D hidden, E experts,
 K experts per token, N query heads, G key/value heads, H head size.
@@ -46,10 +47,16 @@ class ScMoEConfig(PretrainedConfig):
         position, first_layer_position: where the shortcut is taken in the preceding block: "pos1" its output, "pos2"
             behind its attention, "pos3" its input; None: the first pair is as the others.
         shortcut_distance: how many blocks before the one with the MoE the shortcut is taken.
+        join: "end": the MoE's output joins the stream at the end of its block; "late": the routed part joins behind
+            the next block's attention, so that its communication can go on beside that, too.
         shortcut_norm: "own", or "shared": that of the operator behind the tap (LongCat).
         merge: of shared and routed experts: "add" (eq. 7), "cg1" (eq. 14-15) or "cg2" (eq. 16-17).
         gate_softmax: among which experts the weights add up to 1: "all", "chosen", or "renormalised": all, then divided
             by the sum of the chosen ones.
+        router: None: DeepSpeed's gate, a softmax; or "score_func" ("softmax" or "sigmoid"), "route_norm" (whether the
+            weights add up to "route_scale"), "num_expert_groups", "num_limited_groups" and "group_score_func" ("max" or
+            "top2_sum": the experts are chosen within the best groups), "has_bias" (it corrects the choice).
+        moe_intermediate_size, shared_expert_intermediate_size: widths of routed and shared experts; None: as the MLP's.
         post_norm: a norm behind the merge.
         pairs_per_moe: consecutive pairs that share one MoE.
         norm_placement: "pre": x + f(norm(x)); "post": norm(x + f(x)).
@@ -90,6 +97,10 @@ class ScMoEConfig(PretrainedConfig):
         shortcut_norm: str = "own",
         merge: str = "cg1",
         gate_softmax: str = "all",
+        router: dict[str, Any] | None = None,
+        moe_intermediate_size: int | None = None,
+        shared_expert_intermediate_size: int | None = None,
+        join: str = "end",
         post_norm: bool = False,
         pairs_per_moe: int = 1,
         router_aux_loss_coef: float = 0.01,
@@ -178,9 +189,9 @@ def turn(heads_BSNH: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 class MLP(nn.Module):
     """GELU or SwiGLU; the form of a plain MLP, a shared expert and a routed expert."""
 
-    def __init__(self, config: ScMoEConfig) -> None:
+    def __init__(self, config: ScMoEConfig, width: int | None = None) -> None:
         super().__init__()
-        width, bias, self.swiglu = config.intermediate_size, config.add_bias_linear, config.swiglu
+        width, bias, self.swiglu = width or config.intermediate_size, config.add_bias_linear, config.swiglu
         self.input = nn.Linear(config.hidden_size, 2 * width if self.swiglu else width, bias)
         self.output = nn.Linear(width, config.hidden_size, bias)
 
@@ -200,12 +211,15 @@ class MoE(nn.Module):
 
     def __init__(self, config: ScMoEConfig, num_experts: int) -> None:
         super().__init__()
-        self.k, self.softmax, self.merge = config.num_experts_per_tok, config.gate_softmax, config.merge
+        self.k, self.softmax, self.router = config.num_experts_per_tok, config.gate_softmax, config.router
         gate = nn.ModuleDict({"wg": nn.Linear(config.hidden_size, num_experts, bias=False)})
-        members = nn.ModuleList([MLP(config) for _ in range(num_experts)])
+        if self.router is not None and self.router["has_bias"]:
+            gate.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+        members = nn.ModuleList([MLP(config, config.moe_intermediate_size) for _ in range(num_experts)])
         self.deepspeed_moe = nn.ModuleDict({"gate": gate, "experts": nn.ModuleDict({"deepspeed_experts": members})})
+        self.merge = config.merge
         if config.moe_architecture in ("scmoe", "shared_expert"):
-            self.mlp = MLP(config)
+            self.mlp = MLP(config, config.shared_expert_intermediate_size)
             if self.merge != "add":
                 self.coefficient = nn.Linear(config.hidden_size, {"cg1": 1, "cg2": 2}[self.merge])
 
@@ -216,32 +230,49 @@ class MoE(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             tokens_TD = hidden.reshape(-1, hidden.shape[-1]).float()
             logits_TE = F.linear(tokens_TD, self.deepspeed_moe["gate"]["wg"].weight.float())
-        probability_TE = logits_TE.softmax(-1)
-        score_TE = probability_TE.detach()
+        sigmoid = self.router is not None and self.router["score_func"] == "sigmoid"
+        score_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+        expert_TK = self.choose(score_TE.detach(), exclude_T)
+        if self.router is None and self.softmax == "chosen":
+            weight_TK = logits_TE.gather(1, expert_TK).softmax(-1)
+        else:
+            weight_TK = score_TE.gather(1, expert_TK)
+        if self.softmax == "renormalised" if self.router is None else self.router["route_norm"]:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        if self.router is not None:
+            weight_TK = weight_TK * self.router["route_scale"]
+        if sigmoid:  # the balancing loss takes shares
+            score_TE = score_TE / score_TE.sum(1, keepdim=True)
+        if used_T is not None:
+            expert_TK = expert_TK.masked_fill(~used_T.unsqueeze(1), -1)
+        return expert_TK, weight_TK, self.balancing_loss(score_TE, expert_TK, used_T)
+
+    def choose(self, score_TE: Tensor, exclude_T: Tensor | None) -> Tensor:
+        """[T, K] the experts that score best; with a router by corrected scores, within the groups that score best."""
+        if self.router is not None and self.router["has_bias"]:
+            score_TE = score_TE + self.deepspeed_moe["gate"].e_score_correction_bias
         if exclude_T is not None:  # it stays in the softmax
             experts_E = torch.arange(score_TE.shape[1], device=score_TE.device)
             score_TE = score_TE.masked_fill(exclude_T.unsqueeze(1) == experts_E, float("-inf"))
-        expert_TK = score_TE.topk(self.k, dim=1).indices
-        weight_TK = probability_TE.gather(1, expert_TK)
-        if self.softmax == "chosen":
-            weight_TK = logits_TE.gather(1, expert_TK).softmax(-1)
-        elif self.softmax == "renormalised":
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
-        if used_T is not None:
-            expert_TK = expert_TK.masked_fill(~used_T.unsqueeze(1), -1)
-        return expert_TK, weight_TK, self.balancing_loss(probability_TE, expert_TK, used_T)
+        if self.router is not None and self.router["num_expert_groups"]:
+            score_TGX = score_TE.unflatten(1, (self.router["num_expert_groups"], -1))
+            best = 1 if self.router["group_score_func"] == "max" else 2
+            group_TG = score_TGX.topk(best, dim=2).values.sum(2)
+            chosen = group_TG.topk(self.router["num_limited_groups"], dim=1).indices
+            closed_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, chosen, False)
+            score_TE = score_TGX.masked_fill(closed_TG.unsqueeze(2), float("-inf")).flatten(1)
+        return score_TE.topk(self.k, dim=1).indices
 
     def balancing_loss(self, probability_TE: Tensor, expert_TK: Tensor, used_T: Tensor | None) -> Tensor:
-        """Mean probability times share of the tokens, summed over experts; 1 where both are even. Of two choices the
-        first ones count, as in DeepSpeed."""
+        """Mean probability times share of the choices, summed over experts; 1 where both are even. Of DeepSpeed's two
+        choices the first ones count."""
         E = probability_TE.shape[1]
         if used_T is not None:
             probability_TE = probability_TE * used_T.unsqueeze(1)
         tokens = len(probability_TE) if used_T is None else used_T.sum().clamp(min=1)
-        counted = expert_TK[:, :1] if self.k == 2 else expert_TK
+        counted = expert_TK[:, :1] if self.k == 2 and self.router is None else expert_TK
         counts_E = torch.stack([(counted == expert).sum() for expert in range(E)])
-        balance = E * (probability_TE.sum(0) / tokens * counts_E / tokens).sum()
-        return balance / self.k if self.k > 2 else balance
+        return E * (probability_TE.sum(0) / tokens * counts_E / tokens).sum() / counted.shape[1]
 
     def routed(self, hidden: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The sum of each token's experts, weighted."""
@@ -253,16 +284,18 @@ class MoE(nn.Module):
                 output_TD.index_add_(0, token, weight_TK[token, choice].unsqueeze(1) * expert(tokens_TD[token]))
         return output_TD.to(hidden.dtype).view(hidden.shape)
 
-    def merged(self, hidden: Tensor, routed: Tensor) -> Tensor:
-        """Shared and routed experts together; `hidden` is the current block's."""
+    def parts(self, hidden: Tensor, routed: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What shared and routed experts have in the layer's output, their sum; `hidden` is the current block's."""
+        if not hasattr(self, "mlp"):
+            return None, routed
         shared = self.mlp(hidden)
         if self.merge == "add":
-            return shared + routed  # eq. 7
+            return shared, routed  # eq. 7
         logits = self.coefficient(hidden)
         if self.merge == "cg1":
-            return torch.sigmoid(logits) * shared + routed  # eq. 14-15
+            return torch.sigmoid(logits) * shared, routed  # eq. 14-15
         coefficient = logits.softmax(-1)  # eq. 16-17, in the order of DeepSpeed's weights
-        return routed * coefficient[..., 0:1] + shared * coefficient[..., 1:]
+        return shared * coefficient[..., 1:], routed * coefficient[..., 0:1]
 
 
 class Block(nn.Module):
@@ -287,8 +320,12 @@ class Block(nn.Module):
 
     def add(self, hidden: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
         """Adds what the sub-layer of a norm returned."""
-        hidden = hidden + F.dropout(self.scale * update, self.dropout, self.training)
+        hidden = hidden + self.scaled(update)
         return hidden if self.pre else norm(hidden)
+
+    def scaled(self, update: Tensor) -> Tensor:
+        """With scale and dropout, as it is added."""
+        return F.dropout(self.scale * update, self.dropout, self.training)
 
     def attend(self, hidden: Tensor, context: Context) -> Tensor:
         """Eq. 8 and 10."""
@@ -317,12 +354,17 @@ class Pair(GradientCheckpointingLayer):
             [Block(config, number * size + place, each, own) for place, each in enumerate(moes)]
         )
         self.tap = config.tap(number) if config.has_shortcut else None
-        self.has_shared, self.is_double = hasattr(moe, "mlp"), config.moe_architecture == "dgmoe"
+        self.is_double = config.moe_architecture == "dgmoe"
+        self.late_parts = config.join == "late"  # of the last pair, too: a norm behind the merge reads each by itself
+        self.joins_late = config.join == "late" and (number + 1) * size < config.num_hidden_layers
         self.shortcut_norm = norm_of(config) if config.has_shortcut and config.shortcut_norm == "own" else None
         self.post_norm = norm_of(config) if config.post_norm else None
 
-    def forward(self, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """The residual stream behind the pair, and the MoE's balancing loss."""
+    def forward(
+        self, hidden: Tensor, context: Context, late: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The residual stream behind the pair, the MoE's balancing loss, and what joins the next pair's stream late.
+        `late` is that of the pair before."""
         operators = [operator for block in self.blocks for operator in (block.attend, block.feed)][:-1]
         last, moe = self.blocks[-1], self.blocks[-1].moe
         for number, operator in enumerate(operators):
@@ -331,6 +373,8 @@ class Pair(GradientCheckpointingLayer):
                 expert_TK, weight_TK, loss = moe.route(shortcut, context.used_T)
                 routed = moe.routed(shortcut, expert_TK, weight_TK)
             hidden = operator(hidden, context)
+            if number == 0 and late is not None:
+                hidden = hidden + late
         current = last.read(hidden, last.mlp_norm)
         if self.tap is None:  # no shortcut: the experts read the current block
             expert_TK, weight_TK, loss = moe.route(current, context.used_T)
@@ -338,10 +382,15 @@ class Pair(GradientCheckpointingLayer):
         if self.is_double:  # eq. 23: the current block's expert is another than the preceding one's
             other_TK, weight_TK, other_loss = moe.route(current, context.used_T, exclude_T=expert_TK[:, 0])
             routed, loss = moe.routed(current, other_TK, weight_TK) + routed, (loss + other_loss) / 2
-        output = moe.merged(current, routed) if self.has_shared else routed
+        parts = [part for part in moe.parts(current, routed) if part is not None]
+        if not self.late_parts:
+            parts = [sum(parts)]
         if self.post_norm is not None:
-            output = self.post_norm(output)
-        return last.add(hidden, output, last.mlp_norm), loss
+            parts = [self.post_norm(part) for part in parts]
+        late = last.scaled(parts.pop()) if self.joins_late else None
+        for part in parts:
+            hidden = last.add(hidden, part, last.mlp_norm)
+        return hidden, loss, late
 
     def read_shortcut(self, hidden: Tensor) -> Tensor:
         """The tapped value through the shortcut's own norm, or as the operator behind the tap reads it."""
@@ -358,6 +407,7 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Pair"]  # noqa: RUF012
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
     def __init__(self, config: ScMoEConfig) -> None:
         super().__init__(config)
@@ -418,9 +468,9 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         context, position_BS = self.context(hidden, attention_mask, position_ids, cache)
         if self.positions is not None:
             hidden = hidden + self.positions(position_BS)
-        hidden, losses = F.dropout(hidden, self.config.hidden_dropout, self.training), []
+        hidden, losses, late = F.dropout(hidden, self.config.hidden_dropout, self.training), [], None
         for pair in self.runs:
-            hidden, loss = pair(hidden, context)
+            hidden, loss, late = pair(hidden, context, late)
             losses.append(loss)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         weight = self.embedding.weight if self.head is None else self.head.weight

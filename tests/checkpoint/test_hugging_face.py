@@ -41,6 +41,14 @@ LLAMA: dict[str, Any] = dict(
     num_key_value_heads=2,
     ffn_hidden_size=24,
 )
+DEEPSEEK = dict(
+    score_func="softmax",
+    route_norm=False,
+    num_expert_groups=4,
+    num_limited_groups=2,
+    group_score_func="max",
+    load_balance_coeff=0.001,
+)
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
     ({}, dict(position="pos1", merge="add", shortcut_norm="shared")),
@@ -54,6 +62,11 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, dict(architecture="shared_expert", merge="add")),  # DeepSpeed's layer merges by cg2 whatever this says
     ({}, dict(architecture="pipelined_topk", top_k=3)),
     (LLAMA, dict(architecture="overlapped_shared_expert", merge="cg1", shortcut_norm="own")),
+    ({}, dict(join="late", merge="cg2", post_norm=True, position="pos3")),
+    (dict(residual_scale=0.5, **LLAMA), dict(join="late", position="pos1", moe_every=1, top_k=2)),
+    ({}, dict(join="late", architecture="dgmoe")),
+    ({}, dict(top_k=2, router=dict(score_func="sigmoid", route_scale=2.5, load_balance_coeff=0.0))),
+    (LLAMA, dict(top_k=3, num_experts=8, router=DEEPSEEK)),
 ]
 
 
@@ -65,6 +78,9 @@ def world_of_one() -> None:
 def make(directory: Path, style: dict[str, Any], section: dict[str, Any]) -> tuple[GPT, Any, Path]:
     """A model, and transformers' of its export."""
     model = whole_model(GPTSettings(4, 32, 4, 384, 24, **style), {"num_experts": 4, **section})
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias.uniform_(-0.5, 0.5)
     write_export(directory / "scmoe", model)
     export(directory / "scmoe", directory / "hf", for_transformers=True)
     return model, load(directory / "hf"), directory / "hf"

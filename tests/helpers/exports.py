@@ -31,7 +31,7 @@ def write_export(
 ) -> Path:
     """Its weights as an export; `section`: fields that the description says instead of the model's own."""
     changed = ScMoEConfig.from_deepspeed({"scmoe": {**model.config.model_dump(mode="json"), **section}})
-    weights = [(name, _reader(parameter)) for name, parameter in sorted(model.named_parameters())]
+    weights = [(name, _reader(tensor)) for name, tensor in sorted(model.state_dict().items())]
     description = describe_model(model.settings, changed)
     if model.settings.vocab_size > ByteTokenizer().eod:
         description["tokenizer"] = record(describe(ByteTokenizer()), {})
