@@ -70,6 +70,9 @@ def make_model(kind: str) -> nn.Module:
     if kind == "autoep":
         return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**QWEN))
     model = scmoe_ds.moe_from_dense(gpt2(), {"scmoe": SECTIONS[kind]["scmoe"]}, noise=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # Trainer's random numbers are others
+            module.p = 0.0
     model.loss_type = "ForCausalLM"  # GPT-2's own makes Trainer count one token of each row too many
     return model
 
