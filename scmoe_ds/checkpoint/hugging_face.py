@@ -76,17 +76,6 @@ def describe_for_transformers(parsed: Parsed, tokenizer: Mapping[str, Any] | Non
     settings, config = parsed.settings, parsed.config
     if not isinstance(settings, GPTSettings):
         raise CheckpointError("--format hf: the checkpoint is of a Swin; only text models have a class of transformers")
-    own = {
-        "scmoe.router.score_func": config.router.score_func,
-        "scmoe.moe_ffn_hidden_size": config.moe_ffn_hidden_size,
-        "scmoe.moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
-    }
-    for field, value in own.items():
-        if value is not None:
-            raise CheckpointError(
-                f"--format hf: the checkpoint has {field} = {value!r}, which modeling_scmoe.py cannot compute; export "
-                "without --format hf, for this package's own programs"
-            )
     found = {name: getattr(settings, field) for name, field in _OF_SETTINGS.items()}
     found |= {name: getattr(config, field, None) for name, field in _OF_SECTION.items()}
     end = {} if tokenizer is None else dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer["identity"]["eod"])

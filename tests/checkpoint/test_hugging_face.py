@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scmoe_ds.checkpoint.description import describe_model
+from scmoe_ds.checkpoint.description import BINDING_SECTION_FIELDS, describe_model
 from scmoe_ds.checkpoint.export import export, open_weights
-from scmoe_ds.checkpoint.hugging_face import describe_for_transformers
+from scmoe_ds.checkpoint.hugging_face import _OF_SECTION, describe_for_transformers
 from scmoe_ds.checkpoint.parsing import Parsed
 from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.checkpoint.tokenizer_files import carried_files, describe, record
@@ -66,7 +66,10 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (dict(residual_scale=0.5, **LLAMA), dict(join="late", position="pos1", moe_every=1, top_k=2)),
     ({}, dict(join="late", architecture="dgmoe")),
     ({}, dict(top_k=2, router=dict(score_func="sigmoid", route_scale=2.5, load_balance_coeff=0.0))),
-    (LLAMA, dict(top_k=3, num_experts=8, router=DEEPSEEK)),
+    (
+        LLAMA,
+        dict(top_k=3, num_experts=8, router=DEEPSEEK, moe_ffn_hidden_size=8, moe_shared_expert_intermediate_size=40),
+    ),
 ]
 
 
@@ -226,6 +229,12 @@ def export_with(tokenizer: Tokenizer, directory: Path) -> None:
     weights = [(name, lambda each=each: each.detach()) for name, each in sorted(model.named_parameters())]
     write_weights(directory / "scmoe", weights, described, torch.float32, 10**9, carried)
     export(directory / "scmoe", directory / "hf", for_transformers=True)
+
+
+def test_every_field_of_a_checkpoint_has_its_place() -> None:
+    """A field that this list does not know would be left out of config.json without a word."""
+    elsewhere = {"architecture", "merge", "router"}
+    assert {*BINDING_SECTION_FIELDS} <= {*_OF_SECTION.values()} | elsewhere
 
 
 def test_a_swin_has_no_class_of_transformers() -> None:
