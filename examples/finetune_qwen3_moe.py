@@ -12,7 +12,8 @@ import transformers
 
 import scmoe_ds
 
-TEXT, DIRECTORY = Path((sys.argv[1:] or [__file__])[0]), (sys.argv[2:] or [None])[0]
+GIVEN = [word for word in sys.argv[1:] if not word.startswith("--")]  # the launcher adds --local_rank
+TEXT, DIRECTORY = Path((GIVEN or [__file__])[0]), (GIVEN[1:] or [None])[0]
 TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 8, "vocab_size": 256}
 TINY |= {"num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 scmoe_ds.connect()
