@@ -32,6 +32,8 @@ PARTS = {
     "moe/order.py": "gate",
     "moe/per_rank.py": "encode",
     "moe/received.py": "experts",
+    "moe/router.py": "gate",
+    "moe/z_loss.py": "gate",
 }
 """The part that launches from a file of the package belong to; from all others they belong to the backbone."""
 
