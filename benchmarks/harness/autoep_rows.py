@@ -63,13 +63,16 @@ def table(family: Family) -> dict[str, Row]:
     """AutoEP; the same model with one thing added at a time; and the shortcut."""
     one, blocking, train = {"num_chunks": 1}, {"enabled": False}, ("train",)
     bare = "as_is, no communication"
+    # Without shared experts there is nothing beside the experts in one chunk.
+    has_window = family.model_type == longcat.FAMILY or "n_shared_experts" in family.counts
+    overlapped = Row("as_is", one, limit=bare, blocking="+ one copy per rank", modes=train)
     return {
         AUTOEP: Row("autoep", limit="AutoEP, no communication"),
         AGAIN: Row("autoep"),
-        "AutoEP, no communication": Row("autoep", communicates=False),
+        "AutoEP, no communication": Row("autoep", communicates=False, modes=train),
         "as_is, blocking, a copy per expert": Row("as_is", blocking, one_copy=False, limit=bare, modes=train),
         "+ one copy per rank": Row("as_is", blocking, limit=bare),
-        "+ overlap": Row("as_is", one, limit=bare, blocking="+ one copy per rank", modes=train),
+        **({"+ overlap": overlapped} if has_window else {}),
         "+ chunks = as_is": Row("as_is", limit=bare, blocking="+ one copy per rank"),
         bare: Row("as_is", one, communicates=False),
         **({} if family.model_type == longcat.FAMILY else _shortcuts()),
