@@ -11,7 +11,8 @@ from deepspeed.moe.utils import is_moe_param
 from torch import nn
 
 from scmoe_ds.compat import accept_names_of_recorders
-from scmoe_ds.config.expert_parallel import idle_settings, uses_autoep
+from scmoe_ds.config.deepspeed_gradients import check_norm
+from scmoe_ds.config.expert_parallel import autoep_size, idle_settings, uses_autoep
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
 from scmoe_ds.engine.routers import monitor_loads, serve_routers
@@ -43,6 +44,7 @@ def prepare_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
     from scmoe_ds.replace.autoep_model import check_model_for_autoep  # AutoEP may be missing in this DeepSpeed
     from scmoe_ds.replace.presets import offer_presets
 
+    check_norm(whole, autoep_size(whole), divided=False)
     accept_names_of_recorders()
     offer_presets()
     check_model_for_autoep(model, whole)

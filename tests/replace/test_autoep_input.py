@@ -116,6 +116,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
 }
 
 
+def test_clipping_without_zero() -> None:
+    """Each rank takes the norm over its own experts then."""
+    without = {**whole(autoep_size=2), "zero_optimization": {"stage": 0}}
+    with pytest.raises(ScMoEConfigError, match=r"zero_optimization\.stage = 0: .*norm that is too small; set stage 1"):
+        prepare_autoep(tiny("qwen3_moe"), without)
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_model(case: str) -> None:
     make, autoep, message = MODELS[case]
