@@ -40,12 +40,13 @@ _DECIDED = {
     "replace": "AutoEP replaces the layers of this model",
     "shared_from": "the model's own shared experts stay",
     "post_norm": "it would add parameters to the model",
-    "first_layer_position": 'every block has an MoE here, and a shortcut starts at the preceding block ("pos1")',
 }
 """Field to why it may not be written."""
 _ARCHITECTURES = ("as_is", "scmoe")
 MODELS_OWN = "model"
 """The score function of a router that is the model's."""
+_OF_SCMOE = {"position": "pos1", "first_layer_position": None, "merge": "add", "shortcut_norm": "shared", "join": "end"}
+"""Fields that change the model's mathematics, and their defaults: those that add no parameter, for an MoE per block."""
 
 
 def uses_autoep(whole: Mapping[str, Any]) -> bool:
@@ -71,15 +72,25 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     if architecture is not None and architecture not in _ARCHITECTURES:
         rule = f'with {PATH}, use "as_is" (the model\'s mathematics) or "scmoe"; or remove the {PATH} section'
         raise fail("scmoe.architecture", architecture, rule)
-    if given.get("join") == "late" and architecture != "scmoe":
-        rule = 'changes the model\'s mathematics, which "as_is" keeps; set "architecture": "scmoe", or "join": "end"'
-        raise fail("scmoe.join", "late", rule)
+    for field in (*_OF_SCMOE, "tap") if architecture != "scmoe" else ():
+        if given.get(field) not in (None, "auto", "end"):
+            rule = 'changes the model\'s mathematics, which "as_is" keeps; set "architecture": "scmoe", or remove it'
+            raise fail(f"scmoe.{field}", given[field], rule)
     for field, rule in _DECIDED.items():
         if field in given and given[field] not in ("auto", None):
             raise fail(f"scmoe.{field}", given[field], f"with {PATH} (AutoEP), {rule}; remove one of them")
     if given.get("dispatch") == "padded":
         raise fail("scmoe.dispatch", "padded", 'AutoEP layers have no capacity to pad to; use "exact", or remove it')
-    return {"architecture": "as_is", **given, "router": _router(given.get("router", {}))}
+    router = _router(given.get("router", {}))
+    if architecture != "scmoe":
+        return {"architecture": "as_is", **given, "router": router}
+    for field in ("merge", "shortcut_norm"):
+        if given.get(field) not in (None, "auto", _OF_SCMOE[field]):
+            rule = f'would add parameters to a model that AutoEP distributes; use "{_OF_SCMOE[field]}", or remove it'
+            raise fail(f"scmoe.{field}", given[field], rule)
+    # Hooks drive the layers, as those of "replace".
+    hooked = {"replace": True, "router": router}
+    return {**_OF_SCMOE, **{name: value for name, value in given.items() if value != "auto"}, **hooked}
 
 
 def _router(given: Any) -> Any:

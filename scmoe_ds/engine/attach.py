@@ -70,6 +70,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     from scmoe_ds.replace.as_is import AsIsPair
     from scmoe_ds.replace.autoep import autoep_layers, schedule
     from scmoe_ds.replace.autoep_router import extend_router
+    from scmoe_ds.replace.autoep_shortcuts import connect_shortcuts
     from scmoe_ds.replace.longcat import FAMILY as LONGCAT
 
     found = autoep_layers(engine.module)
@@ -88,6 +89,8 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
         from scmoe_ds.replace.longcat_pair import schedule_blocks  # needs transformers ≥ 5
 
         schedule_blocks(engine.module, section)
+    elif section.architecture == "scmoe":
+        log(*connect_shortcuts(engine.module, found, section))
     else:
         for layer in layers:
             layer.pair = AsIsPair(layer, section.overlap)

@@ -142,6 +142,11 @@ class ScMoE(StagedMoE):
             layer.coefficient = coefficient_network(merge, layer.hidden_size)
         return layer
 
+    @property
+    def shared_module(self) -> nn.Module | None:
+        """The shared expert."""
+        return self.mlp
+
     def shared(self, hidden_states: Tensor) -> Tensor:
         """The shared expert, SE of eq. 7; an operator like any other, so that a dispatch or combine can run beside it.
 

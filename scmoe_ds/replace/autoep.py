@@ -31,8 +31,8 @@ from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.moe.z_loss import ZLoss
 from scmoe_ds.overlap import executor
 from scmoe_ds.parallel.groups import travel_group
-from scmoe_ds.replace.as_is import AsIsPair
 from scmoe_ds.replace.autoep_router import attached
+from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.recomputation import is_repeated
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
@@ -43,6 +43,7 @@ class ScheduledAutoEP(AutoEPMoELayer):
     Attributes:
         pair: who runs the stages. An `AsIsPair` does so inside of the layer's own forward.
         balance, z_loss: what the "scmoe" section adds to the model's router (replace/autoep_router.py); None: nothing.
+        pair: who runs the stages: an `AsIsPair` inside of the layer's own forward, a `HookedPair` from a tap on.
     """
 
     name: str
@@ -94,6 +95,11 @@ class ScheduledAutoEP(AutoEPMoELayer):
         choices = Choices(expert_KT, None, ByExpert.of(expert_KT), counts_E, counts_E)
         return Routing(choices, weight_TK.t().contiguous(), len(tokens_TD), weight_TK.new_zeros(()))
 
+    @property
+    def shared_module(self) -> nn.Module | None:
+        """The shared experts; None: the layer has none."""
+        return self.shared_experts
+
     def shared(self, hidden_states: Tensor) -> Tensor:
         """The shared experts with their gate, if there is one: [B, S, D] → the same, or [T, D]."""
         flat = self.moe_output_shape == "flat" or self.shared_experts_gate is not None
@@ -123,13 +129,17 @@ class ScheduledAutoEP(AutoEPMoELayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """As AutoEP's: [B, S, D] → the output, or (output, router logits [T, E]) where the model expects both."""
-        pair: AsIsPair = self.pair
-        schedule = pair.schedule_now()
-        recorder = SILENT if is_repeated() else pair.recorder
-        output = executor.run(pair, hidden_states, schedule, recorder).hidden
+        read = hidden_states
+        if isinstance(self.pair, HookedPair):
+            current = self.pair.arrive(hidden_states)
+            output, *_ = current.join(self, hidden_states)
+            read = current.shortcut
+        else:
+            recorder = SILENT if is_repeated() else self.pair.recorder
+            output = executor.run(self.pair, hidden_states, self.pair.schedule_now(), recorder).hidden
         if not self.return_router_logits:
             return output
-        return output, self._logits(hidden_states.reshape(-1, self.hidden_size))
+        return output, self._logits(read.reshape(-1, self.hidden_size))
 
     def _logits(self, tokens_TD: Tensor) -> Tensor | None:
         """[T, E] what the model's balancing loss reads, as AutoEP returns it."""

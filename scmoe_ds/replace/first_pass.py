@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from scmoe_ds.config.overlap_section import OverlapConfig
-from scmoe_ds.moe.shortcut import ScMoE
+from scmoe_ds.moe.stages import StagedLayer
 from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.schedule_text import Scheduled, names_text, origin_of, schedule_lines
 from scmoe_ds.replace.taps import Tap
@@ -17,7 +17,7 @@ class Replaced(Scheduled, Protocol):
     """A replaced layer's pair, as far as these words need it."""
 
     name: str
-    layer: ScMoE
+    layer: StagedLayer
     tap: Tap
     overlap: OverlapConfig
 

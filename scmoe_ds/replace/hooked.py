@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap.executor import Operator
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import first_schedule
@@ -59,7 +58,7 @@ class HookedPair:
 
     Args:
         name: the layer's path.
-        layer: calls `join`.
+        layer: calls `join`; a ScMoE or a `replace.autoep.ScheduledAutoEP`.
         tap: where its shortcut comes from.
         norm: what the tapped value goes through; None: nothing.
         overlap: the section's "overlap".
@@ -74,12 +73,13 @@ class HookedPair:
     token_mask: TokenMask | None = None
     first_pass: FirstPass | None = None
 
-    def __init__(self, name: str, layer: ScMoE, tap: Tap, norm: nn.Module | None, overlap: OverlapConfig) -> None:
+    def __init__(self, name: str, layer: Any, tap: Tap, norm: nn.Module | None, overlap: OverlapConfig) -> None:
         self.name, self.layer, self.tap, self.norm, self.overlap = name, layer, tap, norm, overlap
         self.schedule = first_schedule(overlap, [])
         self.forward_schedule: Schedule | None = None
         self.recorder: PairRecorder = SILENT
         self._pass: HookedPass | None = None
+        self._begins = False
         self._seen: dict[bool, _Seen] = {}  # by whether there are gradients
         self._recomputation = Recomputation(name, tap)
         self._check = None if tap.is_users else TapCheck(name, tap)  # until the first pass is over
@@ -92,7 +92,12 @@ class HookedPair:
     def operators(self) -> list[Operator]:
         """The backbone's operators, once a forward pass has shown them; for reading, not to be run."""
         seen = self._seen.get(True) or self._seen.get(False)
-        return hooked_operators([*(seen.kinds if seen else ()), "shared"])
+        return hooked_operators([*(seen.kinds if seen else ()), *self._last])
+
+    @property
+    def _last(self) -> list[str]:
+        """The operator that the layer itself runs."""
+        return [] if self.layer.shared_module is None else ["shared"]
 
     def facts(self) -> dict[str, Any]:
         """What this pair's times depend on, beside its layer; JSON values."""
@@ -132,6 +137,8 @@ class HookedPair:
         self._take(first_hidden((output,), {}))
 
     def _take(self, value: Tensor | None) -> None:
+        if self._begins:  # the tapped norm is called for the shortcut
+            return
         if value is None:
             raise RuntimeError(
                 f"{self.tap.module_name}: no floating-point tensor to tap for {self.name}; set scmoe.tap"
@@ -147,7 +154,14 @@ class HookedPair:
         if self._check is not None:
             self._check.tapped()
         if recomputation.in_pieces:
-            self._pass.begin(self.layer, self.norm, self._used_token(value))
+            self._begin(self._pass, self._used_token(value))
+
+    def _begin(self, current: HookedPass, used_token: Tensor | None) -> None:
+        self._begins = True
+        try:
+            current.begin(self.layer, self.norm, used_token)
+        finally:
+            self._begins = False
 
     def _used_token(self, value: Tensor) -> Tensor | None:
         return None if self.token_mask is None else self.token_mask.of(value)
@@ -159,7 +173,11 @@ class HookedPair:
         return None if self._pass is None else self._pass.leave(module, output)
 
     def join(self, hidden_states: Tensor, used_token: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's forward: what has not run yet, shared expert, finish.
+        """The layer's forward: what has not run yet, shared expert, finish. Raises as `arrive`."""
+        return self.arrive(hidden_states, used_token).join(self.layer, hidden_states)
+
+    def arrive(self, hidden_states: Tensor, used_token: Tensor | None = None) -> HookedPass:
+        """The pass that reaches the layer now, begun at the latest here.
 
         Raises:
             RuntimeError: the tap has not run, or taps something of another shape.
@@ -181,8 +199,8 @@ class HookedPair:
                 self._look_back(current, hidden_states, used_token is not None)
             current.schedule = replace(current.schedule, expert_slot=1, num_chunks=1)
             used_token = self._used_token(current.value) if used_token is None else used_token
-            current.begin(self.layer, self.norm, used_token)
-        return current.join(self.layer, hidden_states)
+            self._begin(current, used_token)
+        return current
 
     def _take_back(self, current: HookedPass) -> None:
         """The layer is told of padding when its tokens have left the tap: drops their results, and begins anew.
@@ -219,11 +237,12 @@ class HookedPair:
         if training in self._seen:
             return
         self._seen[training] = _Seen(tuple(current.kinds), not is_cut and not is_masked)
-        sizes = [*(self._sizes[kind] for kind in current.kinds), _size(self.layer.mlp)]
+        sizes = [self._sizes[kind] for kind in current.kinds]
+        sizes += [] if self.layer.shared_module is None else [_size(self.layer.shared_module)]
         if isinstance(self.overlap.expert_slot, str):
             self.schedule = replace(self.schedule, expert_slot=slot_that_halves(sizes))
         elif self.schedule.slots[-1] > len(sizes) + 1:
-            names = ", ".join([*current.kinds, "shared"])
+            names = ", ".join([*current.kinds, *self._last])
             raise ScMoEConfigError(
                 f"scmoe.overlap.expert_slot = {self.overlap.expert_slot}: the backbone of {self.name} has {len(sizes)} "
                 f"operators ({names}); use 1 … {len(sizes) + 1}"
@@ -233,4 +252,4 @@ class HookedPair:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())

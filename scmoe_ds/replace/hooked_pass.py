@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from scmoe_ds.moe.routed import RoutedTokens
-from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.overlap.executor import Activations, Interleaving, Operator, numbered
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace.calls import Call, marked_inputs, marked_output
@@ -26,7 +25,10 @@ class HookedPass:
     Attributes:
         kinds: of the operators that have begun.
         routed: the tokens in flight; None: everything is left to the layer.
+        shortcut: what the routed experts read, once `routed` is there.
     """
+
+    shortcut: Tensor
 
     def __init__(
         self, value: Tensor, schedule: Schedule, recorder: PairRecorder, region: object = None, repeats: bool = False
@@ -38,13 +40,11 @@ class HookedPass:
         self._experts: Interleaving | None = None
         self._inside: nn.Module | None = None  # the operator that has begun and not ended
 
-    def begin(self, layer: ScMoE, norm: nn.Module | None, used_token: Tensor | None) -> None:
+    def begin(self, layer: Any, norm: nn.Module | None, used_token: Tensor | None) -> None:
         """At the tap, or else in the layer: norm, gate, encode, dispatch in flight."""
         (value,) = self.recorder.open("shortcut norm", self.value)
-        # Past the module's hooks: the backbone calls it as well, and may not be seen to do so twice.
-        shortcut = value if norm is None else norm.forward(value)
-        (shortcut,) = self.recorder.close("shortcut norm", shortcut)
-        schedule = self.schedule
+        (shortcut,) = self.recorder.close("shortcut norm", value if norm is None else _normalised(norm, value))
+        schedule, self.shortcut = self.schedule, shortcut
         self.routed = layer.begin(
             shortcut,
             used_token,
@@ -86,14 +86,26 @@ class HookedPass:
         self.routed.collect()
         self.routed = self._experts = None
 
-    def join(self, layer: ScMoE, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """In the layer: the shared expert, which is the last operator, and what `ScMoE.finish` returns."""
+    def join(self, layer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In the layer: the shared expert as the last operator, if there is one; what the layer's `finish` returns."""
         assert self._experts is not None and self.routed is not None
-        self._experts.before(len(self.kinds) + 1)
-        (entering,) = self.recorder.open("shared", hidden_states)
-        (shared,) = self.recorder.close("shared", layer.shared(entering))
+        shared = None
+        if layer.shared_module is not None:
+            self._experts.before(len(self.kinds) + 1)
+            (hidden_states,) = self.recorder.open("shared", hidden_states)
+            (shared,) = self.recorder.close("shared", layer.shared(hidden_states))
         self._experts.rest()
-        return layer.finish(self.routed, entering, shared)
+        return layer.finish(self.routed, hidden_states, shared)
+
+
+def _normalised(norm: nn.Module, value: Tensor) -> Tensor:
+    """The tapped value behind a norm, past its hooks: the backbone calls it too, and may not be seen to do so twice.
+
+    But DeepSpeed's hooks make whole parameters of ZeRO-3's parts.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in norm.parameters()):
+        return norm(value)
+    return norm.forward(value)
 
 
 def hooked_operators(kinds: Sequence[str]) -> list[Operator]:

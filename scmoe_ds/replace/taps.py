@@ -101,7 +101,7 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
 def _by_names(first: str, position: str, window: tuple[tuple[str, nn.Module], ...]) -> Tap:
     """The tap in the block `first`, which the window begins with, by the names of the block's children."""
     block = window[0][1]
-    norm_name, child = None, _reads_raw_stream(block)
+    norm_name, child = None, reads_raw_stream(block)
     if child is None:
         _refuse_post_norm(block, first)
         norm_name = child = (
@@ -186,7 +186,7 @@ def _children(model: nn.Module, name: str) -> list[str]:
     return [f"{name}.{child}" if name else child for child, _ in model.get_submodule(name).named_children()]
 
 
-def _reads_raw_stream(block: nn.Module) -> str | None:
+def reads_raw_stream(block: nn.Module) -> str | None:
     """Name of the MLP in a block whose norms end the branches: attention and MLP read the raw residual stream there.
 
     Swinv2; OLMo2, OLMo3, EXAONE 4.
