@@ -90,9 +90,10 @@ class Direct(nn.Module):
 
     def __init__(self, shape: GPTSettings, config: ScMoEConfig, num_experts: int, same: nn.Module) -> None:
         super().__init__()
+        following = [config.position] * (shape.num_layers // 2 - 1) + [None]
         runs = [
-            make_pair(shape, config, num_experts, config.position, shape.max_position_embeddings)
-            for _ in range(shape.num_layers // 2)
+            make_pair(shape, config, num_experts, config.position, shape.max_position_embeddings, following=each)
+            for each in following
         ]
         self.runs = nn.ModuleList(runs)
         self.names = {name: replaced_name(name) for name, _ in self.named_parameters()}
@@ -101,10 +102,10 @@ class Direct(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """As `Replaced`."""
-        losses = []
+        losses, late = [], []
         for run in self.runs:
-            output = run(hidden)
-            hidden = output.hidden
+            output = run(hidden, None, *late)
+            hidden, late = output.hidden, [] if output.late is None else [output.late]
             losses.append(output.l_aux)
         return hidden, sum(losses)
 

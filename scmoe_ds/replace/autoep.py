@@ -26,6 +26,7 @@ from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.grouped import GroupedRows
 from scmoe_ds.moe.identity import without_identity_rows
 from scmoe_ds.moe.order import ByExpert
+from scmoe_ds.moe.parts import Parts
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.moe.z_loss import ZLoss
@@ -127,12 +128,19 @@ class ScheduledAutoEP(AutoEPMoELayer):
             output = output + shared.reshape(output.shape)
         return output, routed.routing.l_aux, routed.routing.exp_counts
 
+    def finish_in_parts(self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None) -> Parts:
+        """As `finish`, without waiting for the combine. Without shared experts, zeros are what is known."""
+        if shared is None:
+            shared = torch.zeros_like(hidden_states) if self.shared_experts is None else self.shared(hidden_states)
+        shape = (-1, self.hidden_size) if self.moe_output_shape == "flat" else hidden_states.shape
+        return Parts(shared.reshape(shape), routed.collect, routed.routing.l_aux, routed.routing.exp_counts)
+
     def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """As AutoEP's: [B, S, D] → the output, or (output, router logits [T, E]) where the model expects both."""
         read = hidden_states
         if isinstance(self.pair, HookedPair):
             current = self.pair.arrive(hidden_states)
-            output, *_ = current.join(self, hidden_states)
+            output, *_ = current.join(self, hidden_states, self.pair.late)
             read = current.shortcut
         else:
             recorder = SILENT if is_repeated() else self.pair.recorder

@@ -15,6 +15,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.planner.schedule_text import names_text
 from scmoe_ds.replace.first_pass import FirstPass
 from scmoe_ds.replace.hooked import HookedPair
+from scmoe_ds.replace.late_join import join_late
 from scmoe_ds.replace.taps import Tap, find_tap, reads_raw_stream
 
 
@@ -39,12 +40,13 @@ def connect_shortcuts(model: nn.Module, found: Sequence[tuple[str, Any]], sectio
     first_pass = FirstPass(pairs)
     for (_, layer), pair in zip(found, pairs, strict=True):
         layer.pair, pair.first_pass = pair, first_pass
+    if section.join == "late":
+        join_late(model, pairs)
     places = names_text([tap.module_name for tap in taps])
     norms = names_text([tap.norm_name for tap in taps if tap.norm_name]) or "no norm"
-    text = (
-        f"shortcuts: the routed experts read the input of {places} through {norms}; this changes the model's function"
-    )
-    return [text]
+    late = ", and their output joins behind the next attention" if section.join == "late" else ""
+    text = f"shortcuts: the routed experts read the input of {places} through {norms}{late}"
+    return [f"{text}; this changes the model's function"]
 
 
 def _tap(model: nn.Module, index: int, name: str, layers: dict[str, Any], section: ScMoEConfig) -> Tap:

@@ -30,6 +30,7 @@ from scmoe_ds.planner.times import LateWindow
 from scmoe_ds.replace.calls import Call, first_hidden, operators_in
 from scmoe_ds.replace.first_pass import FirstPass
 from scmoe_ds.replace.hooked_pass import HookedPass, hooked_operators
+from scmoe_ds.replace.late_join import LateJoin
 from scmoe_ds.replace.recomputation import Recomputation, checkpoint_region, is_repeated
 from scmoe_ds.replace.tap_check import TapCheck
 from scmoe_ds.replace.taps import Tap
@@ -65,10 +66,12 @@ class HookedPair:
 
     Attributes:
         schedule, forward_schedule, recorder: as those of models.pairs.StagedPair.
+        late, late_window: where the routed output joins late, and beside what its combine goes on; None: at the end.
         token_mask: knows which tokens are padding; None: there is no padding.
         first_pass: says what the first pass has shown; None: nobody does.
     """
 
+    late: LateJoin | None = None
     late_window: LateWindow | None = None
     token_mask: TokenMask | None = None
     first_pass: FirstPass | None = None
@@ -103,7 +106,8 @@ class HookedPair:
         """What this pair's times depend on, beside its layer; JSON values."""
         blocks = [type(block).__name__ for _, block in self.tap.blocks]
         origin = f"from the {self.tap.side} of {type(self.tap.module).__name__}"
-        return {"operators": [*blocks, origin], "parameters": sum(self._sizes.values()) + _size(self.layer)}
+        facts = {"operators": [*blocks, origin], "parameters": sum(self._sizes.values()) + _size(self.layer)}
+        return facts if self.late_window is None else {**facts, "late_join": self.late_window.facts()}
 
     def detach(self) -> None:
         """Removes all hooks."""
@@ -112,8 +116,16 @@ class HookedPair:
         self._handles.clear()
         if self._check is not None:
             self._check.remove()
+        if self.late is not None:
+            self.late.detach()
         self._pass = None
         self._recomputation.forget()
+
+    def check_anew(self) -> None:
+        """Puts the check of the tap behind hooks that were registered since."""
+        if self._check is not None:
+            self._check.remove()
+            self._check = TapCheck(self.name, self.tap)
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
         return [each for _, block in self.tap.blocks for each in operators_in(block, self.layer)]
@@ -174,7 +186,7 @@ class HookedPair:
 
     def join(self, hidden_states: Tensor, used_token: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's forward: what has not run yet, shared expert, finish. Raises as `arrive`."""
-        return self.arrive(hidden_states, used_token).join(self.layer, hidden_states)
+        return self.arrive(hidden_states, used_token).join(self.layer, hidden_states, self.late)
 
     def arrive(self, hidden_states: Tensor, used_token: Tensor | None = None) -> HookedPass:
         """The pass that reaches the layer now, begun at the latest here.
@@ -240,7 +252,9 @@ class HookedPair:
         sizes = [self._sizes[kind] for kind in current.kinds]
         sizes += [] if self.layer.shared_module is None else [_size(self.layer.shared_module)]
         if isinstance(self.overlap.expert_slot, str):
-            self.schedule = replace(self.schedule, expert_slot=slot_that_halves(sizes))
+            late = () if self.late_window is None else self.late_window.operators
+            beside = sum(self._sizes.get(kind, 0) for kind in late)
+            self.schedule = replace(self.schedule, expert_slot=slot_that_halves(sizes, beside))
         elif self.schedule.slots[-1] > len(sizes) + 1:
             names = ", ".join([*current.kinds, *self._last])
             raise ScMoEConfigError(

@@ -11,6 +11,7 @@ from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.overlap.executor import Activations, Interleaving, Operator, numbered
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace.calls import Call, marked_inputs, marked_output
+from scmoe_ds.replace.late_join import LateJoin
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
 
 
@@ -86,8 +87,12 @@ class HookedPass:
         self.routed.collect()
         self.routed = self._experts = None
 
-    def join(self, layer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """In the layer: the shared expert as the last operator, if there is one; what the layer's `finish` returns."""
+    def join(self, layer: Any, hidden_states: Tensor, late: LateJoin | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """In the layer: the shared expert as the last operator, if there is one; what the layer's `finish` returns.
+
+        Args:
+            late: takes the routed output; then the layer returns what is known without it.
+        """
         assert self._experts is not None and self.routed is not None
         shared = None
         if layer.shared_module is not None:
@@ -95,7 +100,11 @@ class HookedPass:
             (hidden_states,) = self.recorder.open("shared", hidden_states)
             (shared,) = self.recorder.close("shared", layer.shared(hidden_states))
         self._experts.rest()
-        return layer.finish(self.routed, hidden_states, shared)
+        if late is None:
+            return layer.finish(self.routed, hidden_states, shared)  # type: ignore[no-any-return]
+        parts = layer.finish_in_parts(self.routed, hidden_states, shared)
+        late.leave(parts.late)
+        return parts.known, parts.l_aux, parts.exp_counts
 
 
 def _normalised(norm: nn.Module, value: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from scmoe_ds.replace.convert import convert, routed_experts_per_token
 from scmoe_ds.replace.description import describe_replacement
 from scmoe_ds.replace.first_pass import FirstPass
 from scmoe_ds.replace.hooked import HookedPair
+from scmoe_ds.replace.late_join import join_late
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.replace.taps import Tap, find_tap
 from scmoe_ds.replace.token_mask import TokenMask
@@ -75,6 +76,12 @@ def replaced_layers(model: nn.Module, config: ScMoEConfig) -> list[HookedScMoE]:
         layer.pair.token_mask = token_mask
         pairs.append(layer.pair)
         layer.register_load_state_dict_pre_hook(_keep_fresh_values)
+    if config.join == "late":
+        try:
+            join_late(model, pairs)
+        except ScMoEConfigError:
+            undo_replacement(model)
+            raise
     first_pass = FirstPass(pairs)
     for pair in pairs:
         pair.first_pass = first_pass
@@ -129,8 +136,6 @@ def _looks_like_moe(module: nn.Module) -> bool:
 def _check(model: nn.Module, found: list[tuple[str, Any]], config: ScMoEConfig) -> None:
     if not found:
         raise nothing_to_apply_to(model)
-    if config.join == "late":
-        raise ScMoEConfigError('scmoe.join = "late": a replaced layer joins at the end of its block; set "end"')
     if config.architecture != "scmoe" or config.post_norm or config.shortcut_distance != 1:
         raise ScMoEConfigError(
             'scmoe.replace makes layers of architecture "scmoe" with shortcut_distance 1 and '

@@ -76,7 +76,7 @@ def find_tap(model: nn.Module, moe_name: str, position: str, config: ScMoEConfig
     Raises:
         ScMoEConfigError: no such place; names the module, and what to set.
     """
-    blocks = _blocks_around(model, moe_name)
+    blocks = blocks_around(model, moe_name)
     if config.tap is not None:
         return _from_pattern(model, moe_name, config.tap, blocks)
     if not blocks:
@@ -167,7 +167,7 @@ def _between(tap: str, moe_name: str, blocks: Sequence[str], index: int | None) 
     return [os.path.commonpath([tap.replace(".", "/"), moe_name.replace(".", "/")]).replace("/", ".")]
 
 
-def _blocks_around(model: nn.Module, moe_name: str) -> list[str]:
+def blocks_around(model: nn.Module, moe_name: str) -> list[str]:
     """Paths of the blocks among which a layer lies, in their order; empty: the model shows none."""
     parts = moe_name.split(".")
     parents = [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]

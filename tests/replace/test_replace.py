@@ -114,12 +114,11 @@ def test_fed_with_its_own_input_a_residual_moe_is_what_it_was() -> None:
 
 
 @pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
-@pytest.mark.parametrize("shortcut_norm", ["shared", "own"])
-def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> None:
+@pytest.mark.parametrize(("shortcut_norm", "join"), [("shared", "end"), ("own", "end"), ("own", "late")])
+def test_replaced_equals_written_directly(position: str, shortcut_norm: str, join: str) -> None:
     """Each pair of TheirModel against a run of this package's GPT with the same weights."""
-    config = section(
-        position=position, merge="cg2", shortcut_norm=shortcut_norm, capacity_factor=1.0, min_capacity=1, use_rts=False
-    )
+    few = {"capacity_factor": 1.0, "min_capacity": 1, "use_rts": False}
+    config = section(position=position, merge="cg2", shortcut_norm=shortcut_norm, join=join, **few)
     model = make(use_residual=True)
     replace_moe_layers(model, config)
     direct = Direct(SETTINGS, config, EXPERTS, model)
@@ -128,7 +127,48 @@ def test_replaced_equals_written_directly(position: str, shortcut_norm: str) -> 
     for _ in range(2):  # the first pass looks for operators and overlaps nothing
         require_equal(run(model), expected, 1e-6)
     slots = [layer.pair.schedule.slots for layer in replaced_layers(model)]
-    assert slots == [each.schedule.slots for each in direct.runs]
+    if join == "end":  # replaced layers count parameters instead of FLOPs
+        assert slots == [each.schedule.slots for each in direct.runs]
+    else:
+        assert [bool(layer.pair.late_window) for layer in replaced_layers(model)] == [True, False]
+
+
+def test_undone_late_joins_leave_no_hook() -> None:
+    model = make(use_residual=True)
+    before = run(copy.deepcopy(model))
+    replace_moe_layers(model, section(join="late"))
+    run(copy.deepcopy(model))
+    undo_replacement(model)
+    require_equal(run(model), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_blocks_that_scale_their_attention_cannot_join_late() -> None:
+    """As Granite's; the first pass finds it out. One that is found before leaves the model as it was."""
+    model = make(use_residual=True)
+    replace_moe_layers(model, section(join="late"))
+    model.layers[2].self_attn.register_forward_hook(lambda module, args, output: 0.5 * output)
+    with pytest.raises(ScMoEConfigError, match="does not add its attention's output as it is"):
+        run(model)
+    model = make(use_residual=True)
+    model.layers[2].attended, model.layers[2].self_attn = model.layers[2].self_attn, nn.Identity()
+    model.layers[2].mixer = model.layers[2].attended
+    del model.layers[2].self_attn
+    del model.layers[2].attended
+    with pytest.raises(ScMoEConfigError, match="has no attention"):
+        replace_moe_layers(model, section(join="late"))
+    assert not replaced_layers(model)
+
+
+def test_an_activation_checkpoint_may_not_end_before_a_late_join() -> None:
+    model = make(use_residual=True)
+    replace_moe_layers(model, section(join="late"))
+    expected = run(model)
+    model.checkpointing = "all"
+    require_equal(run(model), expected, 1e-6)
+    model.checkpointing = "block"
+    with pytest.raises(ScMoEConfigError, match=r"an activation checkpoint around layers.1.mlp.moe"):
+        run(model)
 
 
 @pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
