@@ -72,8 +72,8 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     if architecture is not None and architecture not in _ARCHITECTURES:
         rule = f'with {PATH}, use "as_is" (the model\'s mathematics) or "scmoe"; or remove the {PATH} section'
         raise fail("scmoe.architecture", architecture, rule)
-    for field in (*_OF_SCMOE, "tap") if architecture != "scmoe" else ():
-        if given.get(field) not in (None, "auto", "end"):
+    for field in ("join", "first_layer_position") if architecture != "scmoe" else ():
+        if given.get(field) not in (None, "end"):
             rule = 'changes the model\'s mathematics, which "as_is" keeps; set "architecture": "scmoe", or remove it'
             raise fail(f"scmoe.{field}", given[field], rule)
     for field, rule in _DECIDED.items():

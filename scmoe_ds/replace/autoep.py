@@ -42,7 +42,6 @@ class ScheduledAutoEP(AutoEPMoELayer):
     """An AutoEP layer that begins, runs its experts and finishes when a pair says so; a `moe.stages.StagedLayer`.
 
     Attributes:
-        pair: who runs the stages. An `AsIsPair` does so inside of the layer's own forward.
         balance, z_loss: what the "scmoe" section adds to the model's router (replace/autoep_router.py); None: nothing.
         pair: who runs the stages: an `AsIsPair` inside of the layer's own forward, a `HookedPair` from a tap on.
     """

@@ -182,7 +182,10 @@ def test_scmoe_on_autoeps_layers() -> None:
         ({"merge": "cg1"}, 'scmoe.merge = "cg1": would add parameters to a model that AutoEP distributes'),
         ({"shortcut_norm": "own"}, 'scmoe.shortcut_norm = "own": would add parameters'),
         ({"architecture": "as_is", "join": "late"}, 'scmoe.join = "late": changes the model\'s mathematics'),
-        ({"architecture": "as_is", "position": "pos1"}, 'scmoe.position = "pos1": changes the model\'s mathematics'),
+        (
+            {"architecture": "as_is", "first_layer_position": "pos2"},
+            'scmoe.first_layer_position = "pos2": changes the model\'s mathematics',
+        ),
     ],
 )
 def test_what_the_json_cannot_ask_for(section: dict[str, Any], message: str) -> None:
