@@ -101,7 +101,7 @@ class HookedPass:
             (shared,) = self.recorder.close("shared", layer.shared(hidden_states))
         self._experts.rest()
         if late is None:
-            return layer.finish(self.routed, hidden_states, shared)  # type: ignore[no-any-return]
+            return layer.finish(self.routed, hidden_states, shared)
         parts = layer.finish_in_parts(self.routed, hidden_states, shared)
         late.leave(parts.late)
         return parts.known, parts.l_aux, parts.exp_counts
