@@ -67,11 +67,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
         ScMoEConfigError: nothing to schedule in the model, or a setting that does not fit it.
     """
     assert uses_autoep(whole)
-    from scmoe_ds.replace.as_is import AsIsPair
     from scmoe_ds.replace.autoep import autoep_layers, schedule
-    from scmoe_ds.replace.autoep_router import extend_router
-    from scmoe_ds.replace.autoep_shortcuts import connect_shortcuts
-    from scmoe_ds.replace.longcat import FAMILY as LONGCAT
 
     found = autoep_layers(engine.module)
     if not found:
@@ -82,18 +78,8 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     check_loaded(engine.module, found[0][1].ep_size)
     remember(engine.module)
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
-    for layer in layers:
-        extend_router(layer, section.router)
     first = layers[0]
-    if first.model_family == LONGCAT:
-        from scmoe_ds.replace.longcat_pair import schedule_blocks  # needs transformers ≥ 5
-
-        schedule_blocks(engine.module, section)
-    elif section.architecture == "scmoe":
-        log(*connect_shortcuts(engine.module, found, section))
-    else:
-        for layer in layers:
-            layer.pair = AsIsPair(layer, section.overlap)
+    _give_pairs(engine.module, layers, section)
     sizes = {"expert_parallel_size": first.ep_size, "num_experts": first.num_experts, "top_k": first.top_k}
     shared = "with" if any(layer.shared_experts is not None for layer in layers) else "without"
     applied = (
@@ -111,6 +97,26 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
     monitor_loads(engine, layers)
     return overlap_of(engine, section, layout, micro_batch_size, applied)
+
+
+def _give_pairs(model: nn.Module, layers: list[Any], section: ScMoEConfig) -> None:
+    """Every layer's pair, which runs its stages, and what the section adds to its router."""
+    from scmoe_ds.replace.as_is import AsIsPair
+    from scmoe_ds.replace.autoep_router import extend_router
+    from scmoe_ds.replace.autoep_shortcuts import connect_shortcuts
+    from scmoe_ds.replace.longcat import FAMILY as LONGCAT
+
+    for layer in layers:
+        extend_router(layer, section.router)
+    if layers[0].model_family == LONGCAT:
+        from scmoe_ds.replace.longcat_pair import schedule_blocks  # needs transformers ≥ 5
+
+        schedule_blocks(model, section)
+    elif section.architecture == "scmoe":
+        log(*connect_shortcuts(model, [(layer.name, layer) for layer in layers], section))
+    else:
+        for layer in layers:
+            layer.pair = AsIsPair(layer, section.overlap)
 
 
 def _experts_text(layer: Any) -> str:
