@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
 import scmoe_ds
-from benchmarks.harness.measure import environment
+from benchmarks.harness.measure import environment, environment_text
 from benchmarks.harness.tables import table
 from lab.distributed import run_distributed
 from lab.moe_families import tiny
@@ -95,7 +95,7 @@ def main() -> None:
         [row["family"], f"{row['ranks']}", row["dtype"], *(f"{row[name] / 2**20:.1f}" for name in columns)]
         for row in rows
     ]
-    lines = ["# Peak memory of an AutoEP layer's forward and backward pass, MiB", "", str(facts), ""]
+    lines = ["# Peak memory of an AutoEP layer's forward and backward pass, MiB", "", environment_text(facts), ""]
     text = "\n".join([*lines, *table(["family", "ranks", "dtype", *columns], cells), ""])
     args.output.with_suffix(".md").write_text(text, "utf-8")
     print(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,11 @@ def environment(device: str | None = None) -> dict[str, str]:
         "commit": commit.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
     }
+
+
+def environment_text(facts: Mapping[str, str]) -> str:
+    """What `environment` has found, as a line of a page."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def cpu_model() -> str:

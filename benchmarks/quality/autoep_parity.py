@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 import scmoe_ds
-from benchmarks.harness.measure import environment
+from benchmarks.harness.measure import environment, environment_text
 from benchmarks.harness.tables import table
 from lab.distributed import run_distributed
 from lab.moe_families import FAMILIES, batch, tiny
@@ -127,7 +127,7 @@ def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
             "# AutoEP's training, and the same under a schedule",
             "",
             f"Largest differences over {STEPS} steps and all ranks, fp32. Gradient norms are of the first step.",
-            f"{facts}",
+            environment_text(facts),
             "",
             *table(head, cells),
             "",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.measure import environment
+from benchmarks.harness.measure import environment, environment_text
 from benchmarks.harness.tables import table
 from lab.distributed import run_distributed
 from lab.longcat_parity import differences, train, train_alone
@@ -67,7 +67,7 @@ def page(of_layers: list[dict[str, Any]], of_training: list[dict[str, Any]], fac
         [
             "# LongCat-Flash under a schedule against transformers",
             "",
-            f"{facts}",
+            environment_text(facts),
             "",
             "Decoder layers, largest absolute difference under five schedules (slots 1 to 4, one and two chunks). The",
             "routing is the same, bit by bit. In fp64 transformers' norms and router still compute in fp32, and the",

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.harness.measure import environment_text
 from benchmarks.harness.tables import table
 from scmoe_ds.analysis.markdown import code, escape
 from scmoe_ds.figure_style import BLUE, GREY, VERMILLION, WIDTH, styled
@@ -121,9 +122,7 @@ def markdown(record: dict[str, Any]) -> str:
 def setting(record: dict[str, Any]) -> list[str]:
     """Commands, machine, sizes and text of a record, for the head of its table."""
     identity, corpus = record["identity"], record["corpus"]
-    environments = "; ".join(
-        ", ".join(f"{key} {value}" for key, value in each.items()) for each in record["environments"]
-    )
+    environments = "; ".join(map(environment_text, record["environments"]))
     flags = ", ".join(f"{name} {value}" for name, value in identity["flags"].items())
     sizes = ", ".join(
         f"{part} {corpus['documents'][part]} documents, {corpus['bytes'][part] / 1e6:.1f} MB, "
