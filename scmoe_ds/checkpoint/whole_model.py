@@ -13,10 +13,11 @@ from deepspeed.moe.layer import MoE
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scmoe_ds.checkpoint.autoep import shards
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
-from scmoe_ds.errors import CheckpointError, reason_of
+from scmoe_ds.errors import reason_of
 from scmoe_ds.moe.placement import Placement, expert_of, layer_of, with_expert
-from scmoe_ds.parallel.agreement import run_on_rank_zero, run_together
+from scmoe_ds.parallel.agreement import from_rank_zero, run_on_rank_zero
 
 
 class _Piece(NamedTuple):
@@ -28,58 +29,47 @@ class _Piece(NamedTuple):
 
 
 def save_whole_model(engine: Any, out: Path, shard_bytes: int) -> None:
-    """As `write_whole_model`, into a directory of its own, with the model's config.json if it has one. Raises a
-    CheckpointError on every rank if the directory is not empty."""
-    model = engine.module
+    """Writes the weights of an engine with DeepSpeed MoE or ScMoE layers, and the model's config.json if it has one.
 
-    def make() -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
-                raise CheckpointError(f"{out} is not empty; name another directory for the weights")
-            if hasattr(getattr(model, "config", None), "save_pretrained"):
-                model.config.save_pretrained(out)
-        except OSError as error:
-            raise CheckpointError(f"{out}: cannot be written ({reason_of(error)}); choose another directory") from None
-
-    run_on_rank_zero(make)
-    write_whole_model(engine, out, shard_bytes)
-
-
-def write_whole_model(engine: Any, out: Path, shard_bytes: int = 5 * 10**9) -> None:
-    """Writes the weights of an engine with DeepSpeed MoE or ScMoE layers, in place of other weights in the directory.
-
-    Rank 0 writes. The ranks that hold experts send them, one tensor at a time. Collective.
+    Rank 0 writes. The ranks that hold experts send them, one tensor at a time. The directory gets its name when all of
+    it is on the disk. Collective.
 
     Args:
         engine: under ZeRO-0 to 2, on ranks that each hold whole experts.
-        out: exists on rank 0.
+        out: empty, or it does not exist.
         shard_bytes: most bytes of a file; a larger tensor gets its own.
 
     Raises:
-        CheckpointError: on every rank: rank 0 cannot write.
+        CheckpointError: on every rank: the directory is not empty, or rank 0 cannot write.
     """
-    failure: list[str] = []
-    if dist.get_rank() == 0:
-        files, shard = _Files(out, failure), dict[str, Tensor]()
-        for piece in _pieces(engine.module):
-            tensor = _received(piece)
-            if sum(each.nbytes for each in shard.values()) + tensor.nbytes > shard_bytes:
-                files.write(shard)
-                shard = {}
-            shard[piece.name] = tensor
-        files.write(shard)
+    model, part = engine.module, from_rank_zero(lambda: shards.claim(out))
+    files = _Files(part)
+
+    def finish() -> None:
         files.finish()
-    else:
-        for piece in _pieces(engine.module):
-            if piece.owner == dist.get_rank():
-                dist.send(piece.like.contiguous(), 0)
+        if hasattr(getattr(model, "config", None), "save_pretrained"):
+            model.config.save_pretrained(part)
+        shards.publish(part, out)
 
-    def check() -> None:
-        if failure:
-            raise CheckpointError(f"{out}: the weights were not written ({failure[0]}); make room or choose another")
+    with shards.one_sentence(out):
+        if dist.get_rank() == 0:
+            _receive(model, files, shard_bytes)
+        else:
+            for piece in _pieces(model):
+                if piece.owner == dist.get_rank():
+                    dist.send(piece.like.contiguous(), 0)
+        run_on_rank_zero(finish)
 
-    run_together(check)
+
+def _receive(model: nn.Module, files: _Files, shard_bytes: int) -> None:
+    shard: dict[str, Tensor] = {}
+    for piece in _pieces(model):
+        tensor = _received(piece)
+        if sum(each.nbytes for each in shard.values()) + tensor.nbytes > shard_bytes:
+            files.write(shard)
+            shard = {}
+        shard[piece.name] = tensor
+    files.write(shard)
 
 
 def _pieces(model: nn.Module) -> Iterator[_Piece]:
@@ -111,11 +101,11 @@ def _received(piece: _Piece) -> Tensor:
 class _Files:
     """Shards and their index. After a failure nothing more is written: the other ranks still send."""
 
-    def __init__(self, out: Path, failure: list[str]) -> None:
-        self._out, self._failure, self._shards, self._bytes = out, failure, list[list[str]](), 0
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._failure, self._shards, self._bytes = directory, "", list[list[str]](), 0
 
     def write(self, shard: dict[str, Tensor]) -> None:
-        """Writes a shard under a name that nobody reads yet."""
+        """Writes a shard; how many there will be is not known yet."""
         if not shard or self._failure:
             return
         try:
@@ -123,24 +113,19 @@ class _Files:
             self._shards.append(list(shard))
             self._bytes += sum(each.nbytes for each in shard.values())
         except Exception as error:  # OSError, and safetensors' own
-            self._failure.append(reason_of(error))
+            self._failure = reason_of(error)
 
     def finish(self) -> None:
-        """Puts the shards in the place of the weights that were there."""
+        """Gives the shards their names, and writes the index. Raises an OSError if a shard was not written."""
         if self._failure:
-            return
-        try:
-            for old in (*self._out.glob("model*.safetensors"), self._out / INDEX_FILE):
-                old.unlink(missing_ok=True)
-            weight_map: dict[str, str] = {}
-            for number, names in enumerate(self._shards):
-                final = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
-                self._part(number).rename(self._out / final)
-                weight_map |= dict.fromkeys(names, final)
-            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self._out / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            self._failure.append(reason_of(error))
+            raise OSError(self._failure)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            final = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            self._part(number).rename(self._directory / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self._directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
     def _part(self, number: int) -> Path:
-        return self._out / f"shard_{number:05d}.part"
+        return self._directory / f"shard_{number:05d}.part"

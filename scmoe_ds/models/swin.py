@@ -203,6 +203,9 @@ def _placement(settings: SwinSettings, config: ScMoEConfig) -> tuple[list[tuple[
         raise ScMoEConfigError(
             f'scmoe.architecture = "{config.architecture}": a SwinV2-MoE is one of {", ".join(ARCHITECTURES)}'
         )
+    if config.join == "late":
+        rule = "the norms of a Swin end its branches, so that nothing can join behind an attention; set end"
+        raise fail("scmoe.join", config.join, rule)
     for field in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
         if (width := getattr(config, field)) is not None:
             raise fail(f"scmoe.{field}", width, "each stage of a Swin has its own width; remove the field")

@@ -36,10 +36,15 @@ def _convert(args: argparse.Namespace) -> None:
         raise CheckpointError(f"--shard-gb {args.shard_gb}: must be above 0")
     size = int(args.shard_gb * 10**9)
     dtype = DTYPES[args.dtype or "fp32"]
-    if args.command == "export" and is_of_autoep(args.source):
+    if is_of_autoep(args.source):
         _export_hugging_face(args, size)
         return
     if args.command == "export":
+        if args.model is not None:
+            raise CheckpointError(
+                f"--model {args.model}: is for a checkpoint of a Hugging Face model with AutoEP layers, and "
+                f"{args.source} is not one; remove it"
+            )
         shards = export(args.source, args.out, dtype, size, args.format == "hf")
     else:
         names = ("position", "first_layer_position", "shortcut_norm", "join")
@@ -52,8 +57,10 @@ def _convert(args: argparse.Namespace) -> None:
 def _export_hugging_face(args: argparse.Namespace, size: int) -> None:
     from scmoe_ds.checkpoint.autoep.export import export_hugging_face
 
-    if args.format != "hf":
-        raise CheckpointError(f"{args.source}: is of a Hugging Face model with AutoEP layers; give --format hf")
+    if args.command != "export" or args.format != "hf":
+        raise CheckpointError(
+            f"{args.source}: is of a Hugging Face model with AutoEP layers; scmoe convert export --format hf writes it"
+        )
     dtype = DTYPES[args.dtype] if args.dtype else None
     shards = export_hugging_face(args.source, args.out, dtype, size, args.model)
     print(

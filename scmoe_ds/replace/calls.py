@@ -38,7 +38,7 @@ def marked_output(recorder: PairRecorder, what: What, output: Any) -> Any:
     return (*recorder.close(what, output[0]), *output[1:])
 
 
-def operators_in(block: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
+def operators_in(block: nn.Module, layer: nn.Module | None = None) -> list[tuple[str, nn.Module]]:
     """The parts of a block that have parameters, are no norms and do not hold the layer, by name."""
     return [
         (name, part)

@@ -1,4 +1,4 @@
-"""What the log says of a replacement: which layers became what, and where they tap."""
+"""What the log says of a replacement: which layers became what, and where they tap and join."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scmoe_ds.replace.layer import HookedScMoE
 
 
 def describe_replacement(model: nn.Module, layers: Sequence[HookedScMoE], of_all: str = "") -> list[str]:
-    """Which layers of a model were replaced, by what, and where they tap; two lines for layers of one kind.
+    """Which layers of a model were replaced, by what, where they tap and join; two lines for layers of one kind.
 
     Args:
         layers: those that came into the model.
@@ -25,10 +25,11 @@ def describe_replacement(model: nn.Module, layers: Sequence[HookedScMoE], of_all
     lines = []
     for (sizes, side), alike in kinds.items():
         names, taps = names_text([pair.name for pair in alike]), names_text([pair.tap.module_name for pair in alike])
+        joins = names_text([pair.name if pair.late is None else pair.late.place for pair in alike])
         what = of_all or f"MoE layer{'s' * (len(alike) > 1)}"
         lines += [
             f"replaced {len(alike)} {what} of {type(model).__name__} by ScMoE: {names} ({sizes})",
-            f"  tap: the {side.format(taps)}; join: the output of {names}",
+            f"  tap: the {side.format(taps)}; join: the output of {joins}",
         ]
     return lines
 

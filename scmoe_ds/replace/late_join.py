@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.planner.times import LateWindow
-from scmoe_ds.replace.calls import first_hidden
+from scmoe_ds.replace.calls import first_hidden, operators_in
 from scmoe_ds.replace.recomputation import checkpoint_region
 from scmoe_ds.replace.taps import POST_ATTENTION_NORMS, blocks_around, reads_raw_stream
 
@@ -141,7 +141,7 @@ def join_late(model: nn.Module, pairs: Sequence[Any]) -> None:
 
 
 def _attention(name: str, block: nn.Module) -> tuple[str, nn.Module]:
-    for child, module in block.named_children():
-        if ("attn" in child or "attention" in child) and "norm" not in type(module).__name__.lower():
+    for child, module in operators_in(block):  # no norm, and not the dropout behind it
+        if "attn" in child or "attention" in child:
             return child, module
     raise ScMoEConfigError(f'scmoe.join = "late": {name} ({type(block).__name__}) has no attention; {_END}')

@@ -66,7 +66,7 @@ def start_facts(trainer: Trainer, loaded: LoadedConfig, data: TrainingData) -> d
         "architecture": config.architecture,
         "position": config.position if config.has_shortcut else None,
         "merge": config.merge if config.architecture == "scmoe" else None,
-        "join": "late join" if config.join == "late" else None,
+        "join": config.join,
         "shape": shape,
         "experts": experts,
         "top_k": config.top_k,
@@ -193,7 +193,8 @@ def start_rows(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def _model_text(facts: Mapping[str, Any]) -> str:
     shape, experts = facts["shape"], facts["experts"]
-    kind = " ".join(str(facts[name]) for name in ("model", "architecture", "position", "merge", "join") if facts[name])
+    words = [facts[name] for name in ("model", "architecture", "position", "merge")]
+    kind = " ".join(filter(None, [*words, "late join" if facts["join"] == "late" else None]))
     numbers = str(experts[0]) if len(set(experts)) == 1 else ", ".join(map(str, experts))
     if facts["model"] == "GPT":
         size = f"{shape['num_layers']} blocks of {shape['hidden_size']}, vocabulary {shape['vocab_size']}"

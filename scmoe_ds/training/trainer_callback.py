@@ -8,10 +8,10 @@ A callback, not a Trainer of its own, because it works with every subclass too: 
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -99,8 +99,9 @@ def _save_all_experts() -> None:
 
 def _write_weights(engine: Any, out: Path) -> None:
     """Puts the weights of all ranks in the place of those that Trainer has written. Collective."""
-    dist.barrier()  # rank 0 has made the directory
     beside = out / "all_experts"
+    # Of a run that was stopped here. All ranks wait, because rank 0 has made the directory.
+    run_on_rank_zero(lambda: shutil.rmtree(beside, ignore_errors=True))
     save_pretrained(engine, beside)
 
     def move() -> None:

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "padded": (PADDED, {}, None),
     "top-2": ({"top_k": 2, **EXACT}, {}, None),
     "dgmoe": ({"architecture": "dgmoe", "pairs_per_moe": 1, **EXACT}, {}, None),
+    "late join": ({"moe_every": 1, "position": "pos1", "join": "late", **EXACT}, {}, None),
     "standard": ({"architecture": "topk"}, {}, None),
     "recompute": (EXACT, {}, "full"),
     "ZeRO 0": (EXACT, {"zero_optimization": {"stage": 0}, "gradient_clipping": 0}, None),

@@ -267,7 +267,9 @@ def test_what_is_asked_for_does_not_fit(tmp_path: Path, one_process: None) -> No
     assert half.lm_head.weight.numel() == half.config.vocab_size * half.config.hidden_size
 
 
-def test_a_checkpoint_that_says_nothing_of_its_model(tmp_path: Path, one_process: None) -> None:
+def test_a_checkpoint_that_says_nothing_of_its_model(
+    tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture
+) -> None:
     """deepspeed.initialize alone: the directory has to be named, and one of another model is refused."""
     source, other = saved("qwen3_moe", tmp_path / "source"), saved("mixtral", tmp_path / "other")
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
@@ -278,6 +280,10 @@ def test_a_checkpoint_that_says_nothing_of_its_model(tmp_path: Path, one_process
         export_hugging_face(tmp_path / "checkpoint", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"holds .*q_norm.*, which MixtralForCausalLM does not have; it is of"):
         export_hugging_face(tmp_path / "checkpoint", tmp_path / "out", original=other)
+    with pytest.raises(CheckpointError, match=r"--model .*nowhere: no such directory; name the one with"):
+        export_hugging_face(tmp_path / "checkpoint", tmp_path / "out", original=tmp_path / "nowhere")
+    assert main(["residual-to-scmoe", str(tmp_path / "checkpoint"), str(tmp_path / "out")]) == 2
+    assert "scmoe convert export --format hf writes it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
     wider = shutil.copytree(source, tmp_path / "wider")
     config = json.loads((wider / "config.json").read_text())

@@ -198,6 +198,7 @@ def test_bad_input(
         (["export", nothing, out], r"neither a checkpoint nor a directory of them nor an export"),
         (["export", save, used], r"is not empty; name another directory"),
         (["export", save, out, "--shard-gb", "0"], r"--shard-gb 0.0: must be above 0"),
+        (["export", save, out, "--model", used], f"--model {used}: is for a checkpoint of a Hugging Face model"),
         (["export", save, used + "/file/out"], r"the export was not written"),
         (["residual-to-scmoe", str(tmp_path / "scmoe"), out], r'architecture "scmoe"; only a Residual MoE'),
     ]

@@ -151,6 +151,7 @@ CASES = [
     case(2, 2, 1, 2, "LLaMA", **DIVIDED),
     case(2, 2, 2, 2, "LLaMA", top_k=2),
     case(2, 2, 2, 1, architecture="dgmoe"),
+    case(2, 2, 2, 2, "LLaMA", join="late", moe_every=1, position="pos1"),
     replace(case(2, 2, 2, 1), recompute="full"),
     replace(case(2, 2, 1, 2, "post-norm", **DIVIDED), recompute="selective"),
     case(2, 2, 2, 2, architecture="overlapped_shared_expert"),

@@ -303,6 +303,7 @@ def test_trains_saves_and_resumes_expert_parallel(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"architecture": "dgmoe"}, '"dgmoe": a SwinV2-MoE is one of topk, shared_expert, scmoe'),
+        ({"join": "late"}, 'scmoe.join = "late": the norms of a Swin end its branches, .*; set end'),
         ({"moe_every": 5}, r"moe_every = 5: stage 3 has 4 block\(s\) and no MoE then"),
         ({"num_experts": [2, 2]}, "needs 3 numbers, one per MoE layer"),
     ],

@@ -84,6 +84,22 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "noise": ({"scmoe.noisy_gate_policy": "rsample"}, {}, r"scmoe\.noisy_gate_policy = \"rsample\""),
     "RSample with k 2": ({"scmoe.noisy_gate_policy": "RSample", "scmoe.top_k": 2}, {}, r"RSample with top_k 1 only"),
     "drop_tokens 1": ({"scmoe.drop_tokens": 1}, {}, r"scmoe\.drop_tokens = 1: .*boolean"),
+    "join": ({"scmoe.join": "soon"}, {}, r'scmoe\.join = "soon": must be \'end\' or \'late\''),
+    "late join of DeepSpeed's layer": (
+        {"scmoe.join": "late", "scmoe.architecture": "shared_expert"},
+        {},
+        r'scmoe\.join = "late": DeepSpeed\'s own layers run in one piece',
+    ),
+    "late join and post-norm": (
+        {"scmoe.join": "late"},
+        {"--norm-placement": "post"},
+        r'scmoe\.join = "late": with --norm-placement post',
+    ),
+    "late join and full recompute": (
+        {"scmoe.join": "late"},
+        {"--recompute-granularity": "full"},
+        r'scmoe\.join = "late": --recompute-granularity full',
+    ),
     "width of an expert": ({"scmoe.moe_ffn_hidden_size": 0}, {}, r"scmoe\.moe_ffn_hidden_size = 0: .*at least|greater"),
     "width of no shared expert": (
         {"scmoe.architecture": "topk", "scmoe.moe_shared_expert_intermediate_size": 8},
@@ -338,6 +354,7 @@ OTHER_SHAPES: dict[str, tuple[dict, dict, str]] = {
     "depth": ({}, {"--num-layers": "4"}, r"num_layers: 2 in the checkpoint, 4 in this run"),
     "experts": ({"scmoe.num_experts": 8}, {}, r"scmoe\.num_experts: 4 in the checkpoint, 8 in this run"),
     "merge": ({"scmoe.merge": "add"}, {}, r"scmoe\.merge: 'cg1' in the checkpoint, 'add'"),
+    "join": ({"scmoe.join": "late"}, {}, r"scmoe\.join: 'end' in the checkpoint, 'late' in this run; set that back"),
     "without ZeRO": (
         {"zero_optimization.stage": 0},
         {},

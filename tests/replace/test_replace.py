@@ -22,9 +22,11 @@ from scmoe_ds import ScMoEConfig, ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.replace import replace_moe_layers, undo_replacement
+from scmoe_ds.replace import moe_from_dense, replace_moe_layers, undo_replacement
+from scmoe_ds.replace.description import describe_replacement
 from scmoe_ds.replace.layer import HookedScMoE
 from scmoe_ds.trace.recorder import Recorder
+from tests.helpers.hugging_face import FAMILIES
 
 SETTINGS = GPTSettings(4, 16, 2, 32, 12)
 EXPERTS = 4
@@ -158,6 +160,16 @@ def test_blocks_that_scale_their_attention_cannot_join_late() -> None:
     with pytest.raises(ScMoEConfigError, match="has no attention"):
         replace_moe_layers(model, section(join="late"))
     assert not replaced_layers(model)
+
+
+def test_a_dropout_behind_an_attention_is_not_the_attention() -> None:
+    """GPT-NeoX has one beside it, `post_attention_dropout`, whose time nobody measures."""
+    model = moe_from_dense(FAMILIES["GPT-NeoX"](), section(join="late"))
+    first, last = (layer.pair for layer in replaced_layers(model))
+    assert first.late.place == "gpt_neox.layers.2.attention" and first.late_window.operators == ("attention",)
+    (line,) = (line for line in describe_replacement(model, replaced_layers(model)) if "join: " in line)
+    assert line.endswith("join: the output of gpt_neox.layers.2.attention, gpt_neox.layers.3")
+    assert last.late_window is None
 
 
 def test_an_activation_checkpoint_may_not_end_before_a_late_join() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import scmoe_ds
 from scmoe_ds.engine.client_optimizer import follow_groups, with_expert_groups
 from scmoe_ds.engine.take_over import take_over
-from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.errors import CheckpointError, ScMoEConfigError
 from scmoe_ds.replace.layer import HookedScMoE
 from tests.helpers.hugging_face import VOCABULARY, gpt2
 
@@ -76,6 +76,12 @@ def test_replace_holds_and_nothing_is_said_to_be_unread(tmp_path: Path, caplog: 
     assert len(layers) == 2 and UNREAD not in caplog.text
     trained = {id(each) for group in trainer.optimizer.param_groups for each in group["params"]}
     assert len(trainer.optimizer.param_groups) > 2 and trained  # experts apart from weights with and without decay
+    (tmp_path / "all_experts").mkdir()  # of a run that was stopped while it saved
+    (tmp_path / "all_experts" / "shard_00000.part").touch()
+    trainer.save_model()
+    assert (tmp_path / "model.safetensors.index.json").is_file() and not list(tmp_path.glob("all_experts*"))
+    with pytest.raises(CheckpointError, match="is not empty; name another directory"):
+        scmoe_ds.save_pretrained(trainer.model_wrapped, tmp_path)
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
 
 

@@ -68,6 +68,8 @@ def export_hugging_face(
 def _origin(trained: Trained, original: Path | None) -> Origin:
     found = origin_in(trained.header)
     if original is not None:
+        if not original.is_dir():  # transformers would look for it on the hub
+            raise CheckpointError(f"--model {original}: no such directory; name the one with the model's config.json")
         return {**origin(empty_model(original), original), "conversions": (found or {}).get("conversions")}
     if found is None:
         raise CheckpointError(
