@@ -256,24 +256,22 @@ def register_autoep_adapter(name: str, adapter: Any) -> None:
     registry._PRESET_ADAPTERS[name] = adapter
 
 
-# transformers ---------------------------------------------------------------------------------------------------------
+def allow_frozen_experts() -> None:
+    """ZeRO-1 and 2 refuse an optimizer without experts where a model has some. Afterwards they take it as one of dense
+    parameters, which it is where all experts are frozen (read in 0.19.8)."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as kind
 
-
-def accept_names_of_recorders() -> None:
-    """From 5.24 on, transformers' registry of what models record is asked with a model (read in 5.24.0). DeepSpeed
-    0.19.8 asks with the name of a class and a default: `TypeError: _CanRecordRegistry.get()`. Both work afterwards."""
-    from transformers.utils import output_capturing
-
-    kind = type(getattr(output_capturing, "_CAN_RECORD_REGISTRY", {}))
-    if kind is dict or getattr(kind.get, "takes_names", False):
+    configure = kind._configure_moe_settings
+    if getattr(configure, "allows_frozen_experts", False):
         return
-    by_model = kind.get
 
-    def get(self: Any, model: Any, default: Any = None) -> Any:
-        return dict.get(self, model, default) if isinstance(model, str) else by_model(self, model)
+    def configure_if_any(self: Any) -> None:
+        self.has_moe_layers = any(self.is_moe_group(group) for group in self.optimizer.param_groups)
+        if self.has_moe_layers:
+            configure(self)
 
-    get.takes_names = True  # type: ignore[attr-defined]
-    kind.get = get  # type: ignore[method-assign]  # on purpose
+    configure_if_any.allows_frozen_experts = True  # type: ignore[attr-defined]
+    kind._configure_moe_settings = configure_if_any
 
 
 # megatron-core --------------------------------------------------------------------------------------------------------

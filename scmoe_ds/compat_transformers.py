@@ -1,4 +1,4 @@
-"""Every touch of a private name of transformers by which weights are read and written, and the version it was read in.
+"""Every touch of a private name of transformers, and the version it was read in.
 
 compat.py has those of the other packages. transformers is imported where it is used.
 """
@@ -57,3 +57,24 @@ def revert_conversion(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, state))
+
+
+def accept_names_of_recorders() -> None:
+    """From 5.24 on, transformers' registry of what models record is asked with a model (read in 5.24.0). DeepSpeed
+    0.19.8 asks, and puts an entry back, with the name of a class. `get` raised a TypeError, and the entry went to
+    another place: models of the class that were there before recorded nothing. Both ways work afterwards."""
+    from transformers.utils import output_capturing
+
+    kind = type(getattr(output_capturing, "_CAN_RECORD_REGISTRY", {}))
+    if kind is dict or getattr(kind.get, "takes_names", False):
+        return
+    by_model, put_by_model = kind.get, kind.__setitem__
+
+    def get(self: Any, model: Any, default: Any = None) -> Any:
+        return dict.get(self, model, default) if isinstance(model, str) else by_model(self, model)
+
+    def put(self: Any, model: Any, value: Any) -> None:
+        (dict.__setitem__ if isinstance(model, str) else put_by_model)(self, model, value)
+
+    get.takes_names = True  # type: ignore[attr-defined]
+    kind.get, kind.__setitem__ = get, put  # type: ignore[method-assign]  # on purpose

@@ -24,7 +24,8 @@ import transformers
 import scmoe_ds
 from benchmarks.harness.measure import environment
 from lab.distributed import run_distributed
-from scmoe_ds.compat import accept_names_of_recorders, forget_process_groups
+from scmoe_ds.compat import forget_process_groups
+from scmoe_ds.compat_transformers import accept_names_of_recorders
 
 SHAPE = {
     "vocab_size": 8192,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.harness.autoep_parts import autoep_layers
-from scmoe_ds.compat import accept_names_of_recorders
+from scmoe_ds.compat_transformers import accept_names_of_recorders
 from scmoe_ds.replace import longcat
 from scmoe_ds.replace.presets import offer_presets
 

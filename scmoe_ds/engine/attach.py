@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from torch import nn
 
-from scmoe_ds.compat import accept_names_of_recorders
+from scmoe_ds.compat_transformers import accept_names_of_recorders
 from scmoe_ds.config.deepspeed_gradients import check_norm
 from scmoe_ds.config.expert_parallel import autoep_size, idle_settings, uses_autoep
 from scmoe_ds.config.section import ScMoEConfig
@@ -64,10 +64,10 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
         the calibrator, which is `engine.overlap` from then on.
 
     Raises:
-        ScMoEConfigError: nothing to schedule in the model, or a setting that does not fit it.
+        ScMoEConfigError: nothing to schedule in the model, a setting that does not fit it, or a second call.
     """
     assert uses_autoep(whole)
-    from scmoe_ds.replace.autoep import autoep_layers, schedule
+    from scmoe_ds.replace.autoep import ScheduledAutoEP, autoep_layers, schedule
 
     found = autoep_layers(engine.module)
     if not found:
@@ -75,6 +75,8 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
             f"expert_parallel: AutoEP has found no MoE block in {type(engine.module).__name__}; remove the section, or "
             "name the blocks in expert_parallel.moe_layer_pattern"
         )
+    if any(isinstance(layer, ScheduledAutoEP) for _, layer in found):
+        raise ScMoEConfigError("attach: the engine's layers run under schedules already; attach once")
     check_loaded(engine.module, found[0][1].ep_size)
     remember(engine.module)
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]

@@ -83,6 +83,12 @@ def with_expert_groups(optimizer: Any, scheduler: Any = None) -> Any:
     return optimizer
 
 
+def trainable(model: nn.Module, given: Any) -> Any:
+    """The user's parameters; if there are none, those that require a gradient when DeepSpeed asks for them, which is
+    after AutoEP has replaced some."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad) if given is None else given
+
+
 class AfterReplacement:
     """An optimizer of the user's for DeepSpeed's AutoEP, whose parameters are there only later.
 

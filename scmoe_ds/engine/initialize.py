@@ -14,6 +14,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
+from scmoe_ds.compat import allow_frozen_experts
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
@@ -23,7 +24,7 @@ from scmoe_ds.config.loading import LoadedConfig, Source
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.config.unread_section import section_is_read
 from scmoe_ds.engine.attach import attach, overlap_of, prepare_autoep
-from scmoe_ds.engine.client_optimizer import add_new_parameters, after_replacement, in_groups, listed
+from scmoe_ds.engine.client_optimizer import add_new_parameters, after_replacement, in_groups, listed, trainable
 from scmoe_ds.engine.deepspeed_errors import errors_name_the_section
 from scmoe_ds.engine.pairs import applied_to
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
@@ -88,7 +89,7 @@ def initialize(
         return result
 
     if uses_autoep(whole):
-        result = start(after_replacement(optimizer, lr_scheduler), model_parameters)
+        result = start(after_replacement(optimizer, lr_scheduler), trainable(model, model_parameters))
         attach(result[0], whole, section)
         return result
     applied, section, layout = _prepare(model, whole, section, mpu, optimizer, model_parameters)
@@ -116,6 +117,7 @@ def _check(whole: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
     check_filled_in(whole)
     check_accelerator(whole)
     check_model_and_optimizer(whole, model, optimizer)
+    allow_frozen_experts()
     if uses_autoep(whole):
         prepare_autoep(model, whole)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.module_inject.auto_ep_presets.registry import (
     PRESET_MODELS,
     preset_name_for_hf_model_type,
@@ -28,9 +29,14 @@ def check_model_for_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
     """Says which preset of ours is used, if one is.
 
     Raises:
-        ScMoEConfigError: no experts, a family without a preset, sizes that do not divide, adapters of peft on or above
-            a MoE block, or a block or experts that two places of the model share.
+        ScMoEConfigError: an engine's model, no experts, a family without a preset, sizes that do not divide, adapters
+            of peft on or above a MoE block, or a block or experts that two places of the model share.
     """
+    if any(isinstance(module, AutoEPMoELayer) for module in model.modules()):
+        raise ScMoEConfigError(
+            f"{PATH}: the blocks of {type(model).__name__} are AutoEP layers already, of an engine that was made of "
+            "it; use that engine, or make the model anew"
+        )
     blocks = list(_blocks(model))
     if not blocks:
         raise ScMoEConfigError(f"{PATH}: {type(model).__name__} has no block with experts; remove the section")

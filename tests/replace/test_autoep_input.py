@@ -11,6 +11,7 @@ from torch import nn
 
 import scmoe_ds
 from lab.moe_families import tiny
+from scmoe_ds.compat_transformers import accept_names_of_recorders
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.attach import prepare_autoep
 from scmoe_ds.errors import ScMoEConfigError
@@ -114,6 +115,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         r'moe_layer_pattern to "base_model\\\\\.model\\\\\.layers\\\\\.\\\\d\+\\\\\.mlp"',
     ),
 }
+
+
+def test_deepspeed_puts_an_entry_back_where_it_was() -> None:
+    """With another model's entry, models that were there before record no router logits."""
+    capturing = pytest.importorskip("transformers.utils.output_capturing")
+    if type(registry := capturing._CAN_RECORD_REGISTRY) is dict:
+        pytest.skip("an earlier transformers, which is asked with names")
+    accept_names_of_recorders()
+    model = tiny("mixtral").model
+    name = str(type(model))
+    original = registry.get(name)
+    assert "router_logits" in original
+    dict.update(registry, {name: {}})  # as DeepSpeed does, for a moment
+    registry[name] = original
+    assert registry.get(model) is original
+    assert str(str) not in registry
 
 
 def test_clipping_without_zero() -> None:

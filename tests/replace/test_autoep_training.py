@@ -18,7 +18,9 @@ import scmoe_ds
 from benchmarks.quality.autoep_parity import compared, config, mistakes, worst_of_ranks
 from lab.distributed import run_distributed
 from lab.moe_families import batch, tiny
-from scmoe_ds.engine.attach import prepare_autoep
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.engine.attach import attach, prepare_autoep
+from scmoe_ds.errors import ScMoEConfigError
 
 SECTION = {"overlap": {"calibration_steps": 0, "num_chunks": 2}}
 
@@ -53,6 +55,35 @@ def routed(engine: Any) -> float:
     return float(sum(each.tokens_per_expert.sum() for each in engine.module.modules() if hasattr(each, "pair")))
 
 
+def attention_alone() -> nn.Module:
+    """All else is frozen, routers and experts too."""
+    model = tiny("deepseek_v3")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("self_attn" in name)
+    return model
+
+
+def trained_alone() -> list[float]:
+    """By DeepSpeed, in the stage in which it knows frozen experts."""
+    model = attention_alone()
+    trained = (each for each in model.parameters() if each.requires_grad)
+    return losses(deepspeed.initialize(model=model, model_parameters=trained, config=config(2, 3))[0])
+
+
+def refusals(engine: Any) -> list[str]:
+    whole, found = config(2, 1) | {"scmoe": SECTION}, []
+    section = ScMoEConfig.from_deepspeed(whole)
+    for again in (
+        lambda: attach(engine, whole, section),
+        lambda: scmoe_ds.initialize(model=engine.module, config=whole),
+    ):
+        try:
+            again()
+        except ScMoEConfigError as error:
+            found.append(str(error))
+    return found
+
+
 def everything(directory: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     rank, found = dist.get_rank(), {}
@@ -74,7 +105,12 @@ def everything(directory: str) -> dict[str, Any]:
     found["balancing loss"] = losses_differ(theirs, engine_for(tiny("mixtral", **with_logits)))
     found["without it"] = losses_differ(theirs, engine_for(tiny("mixtral")))
 
+    theirs = trained_alone()
+    found["attention alone"] = losses_differ(theirs, engine_for(attention_alone()))
+    found["all of it"] = losses_differ(theirs, engine_for(tiny("deepseek_v3")))
+
     theirs, ours = (engine_for(tiny("deepseek_v3"), ours=each) for each in (False, True))
+    found["again"] = refusals(ours)
     losses(theirs), losses(ours)
     ours.save_checkpoint(directory, tag="1")
     before = losses(ours, first=3)
@@ -101,6 +137,10 @@ def test_trains_as_under_autoep_alone(tmp_path: Path) -> None:
     assert mistakes(worst_of_ranks([each.pop("parity") for each in found])) == []
     for each in found:
         assert each.pop("without it") > 0.1
+        assert each.pop("all of it") > 1e-3
+        attached, made = each.pop("again")
+        assert attached == "attach: the engine's layers run under schedules already; attach once"
+        assert "DeepseekV3ForCausalLM are AutoEP layers already, of an engine that was made of it; use that" in made
         assert each.pop("generated alike")
         for name in ("counted False", "counted True"):  # once, although the pass was repeated
             assert each.pop(name) == 3 * 2 * 2 * 16 * 3
