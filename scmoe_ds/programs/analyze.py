@@ -198,7 +198,8 @@ def _gradients_of(args: argparse.Namespace, load: str, path: str) -> dict[str, A
     architecture = _architecture(loaded.trained.config)
     sequences = _sequences(args, gpt_subject(loaded.model), loaded.tokenizer)
     found = gradients.measure(loaded.model, sequences.labelled_batches(args.batch_size, args.micro_batches))
-    label = f"{load} ({' '.join(filter(None, architecture.values()))})"
+    late = "late join" if loaded.trained.config.join == "late" else None
+    label = f"{load} ({' '.join(filter(None, [*architecture.values(), late]))})"
     return {
         "model": str(loaded.trained.path),
         "iteration": iteration_of(loaded.trained.path.name),

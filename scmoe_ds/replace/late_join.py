@@ -136,7 +136,8 @@ def join_late(model: nn.Module, pairs: Sequence[Any]) -> None:
             pair.late = LateJoin(pair.name, f"{name}.{child}", attention, block)
             own, _ = _attention(blocks[place], model.get_submodule(blocks[place]))
             following = pairs[number + 1].tap if number + 1 < len(pairs) else None
-            pair.late_window = LateWindow((own,), following is not None and following.module is block)
+            at_entrance = following is not None and following.module is block and following.side == "input"
+            pair.late_window = LateWindow((own,), at_entrance)
         pair.check_anew()
 
 

@@ -284,6 +284,10 @@ def test_a_checkpoint_that_says_nothing_of_its_model(
         export_hugging_face(tmp_path / "checkpoint", tmp_path / "out", original=tmp_path / "nowhere")
     assert main(["residual-to-scmoe", str(tmp_path / "checkpoint"), str(tmp_path / "out")]) == 2
     assert "scmoe convert export --format hf writes it" in capsys.readouterr().err
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "zero_pp_rank_1_mp_rank_00_model_states.pt").touch()
+    with pytest.raises(CheckpointError, match="lost: has no model file of rank 0"):
+        export_hugging_face(tmp_path / "lost", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
     wider = shutil.copytree(source, tmp_path / "wider")
     config = json.loads((wider / "config.json").read_text())

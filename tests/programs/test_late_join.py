@@ -20,6 +20,7 @@ from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.overlap.executor import Activations
+from scmoe_ds.programs import analyze
 from tests.helpers.exports import greedy, whole_model, write_export
 from tests.programs.test_bad_input import run
 
@@ -70,6 +71,26 @@ def test_what_an_analysis_picks_up() -> None:
         assert not torch.equal(values["block 2 attention"], attended), "the routed output has joined"
         assert torch.equal(values["block 2 attention"], behind.late(Activations(attended)).hidden)
     assert torch.equal(model.final_norm(values["block 3 MoE"]), model.final_norm(last))
+
+
+def test_an_analysis_says_which_join_a_model_has(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for join in ("end", "late"):
+        write_export(tmp_path / join, whole_model(SETTINGS, {"num_experts": 4, "join": join}))
+    (tmp_path / "text.txt").write_text("gradients point uphill; " * 9)
+    loads = ["--load", str(tmp_path / "end"), "--load", str(tmp_path / "late")]
+    text = [
+        "--text-file",
+        str(tmp_path / "text.txt"),
+        "--seq-length",
+        "16",
+        "--batch-size",
+        "2",
+        "--micro-batches",
+        "2",
+    ]
+    assert analyze.main(["gradients", *loads, *text, "--output", str(tmp_path / "out.json")]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/late (scmoe pos2 late join): attention" in out and f"{tmp_path}/end (scmoe pos2): " in out
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:

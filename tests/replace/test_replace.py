@@ -172,6 +172,13 @@ def test_a_dropout_behind_an_attention_is_not_the_attention() -> None:
     assert last.late_window is None
 
 
+def test_a_dispatch_that_leaves_behind_the_next_block_is_not_beside_its_attention() -> None:
+    for tap, is_beside in (("{previous}:input", True), ("{previous}:output", False)):
+        model = make(use_residual=True)
+        replace_moe_layers(model, section(join="late", tap=tap))
+        assert replaced_layers(model)[0].pair.late_window.after_dispatch == is_beside
+
+
 def test_an_activation_checkpoint_may_not_end_before_a_late_join() -> None:
     model = make(use_residual=True)
     replace_moe_layers(model, section(join="late"))

@@ -80,6 +80,9 @@ class Trained:
                 self._require(int(match[2]) == 0, "is of a tensor-parallel run; set tensor_parallel.autotp_size to 1")
                 self._names[match[3]][int(match[1])] = file.name
         self.is_partitioned = not (path / _MODEL).is_file()
+        self._require(
+            not self.is_partitioned or 0 in self._names["model"], "has no model file of rank 0; copy it again"
+        )
         self.header = self._read(self._names["model"][0] if self.is_partitioned else _MODEL)
         self.layers = {each["module_path"]: each for each in self.header.get("ds_autoep_layers") or ()}
         self._require(bool(self.layers), "has no AutoEP layers; only runs with expert_parallel are exported so")
