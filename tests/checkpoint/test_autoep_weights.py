@@ -28,6 +28,7 @@ from lab.moe_families import EXPERTS, FAMILIES, batch, tiny
 from scmoe_ds.checkpoint.autoep import shards
 from scmoe_ds.checkpoint.autoep.export import export_hugging_face
 from scmoe_ds.checkpoint.autoep.loading import _load
+from scmoe_ds.checkpoint.autoep.trained import Trained
 from scmoe_ds.compat import forget_process_groups
 from scmoe_ds.engine.attach import prepare_autoep
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError
@@ -199,6 +200,29 @@ def test_two_ranks_write_all_experts(tmp_path: Path) -> None:
             assert all(wide[key].dtype == torch.float32 for key in parameters)
             assert all(torch.equal(wide[key].bfloat16(), after[key]) for key in parameters)
             assert any(not torch.equal(wide[key], after[key].float()) for key in parameters)
+
+
+def test_frozen_experts_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks under ZeRO-3, two of which share the experts: of each weight a rank holds a half."""
+    name = "mlp.experts.w1"
+    trained = Trained.__new__(Trained)
+    trained.path, trained.config, trained._shapes = Path("run"), {}, {}
+    trained.layers = {"mlp": {"ep_size": 2, "expert_key_prefix": "mlp.experts"}}
+    trained._names = {kind: {rank: str(rank) for rank in range(4)} for kind in ("optim", "model")}
+    pieces = {str(rank): torch.tensor([rank % 2 * 10.0 + rank // 2]) for rank in range(4)}
+    dense = {str(rank): torch.tensor([float(rank)]) for rank in range(4)}
+    files = {
+        file: {
+            "frozen_param_fragments": {name: pieces[file], "gate": dense[file]},
+            "frozen_param_shapes": {name: torch.Size([2]), "gate": torch.Size([4])},
+        }
+        for file in pieces
+    }
+    monkeypatch.setattr(trained, "_read", files.get)
+    trained._pieces = {}
+    trained._index_frozen(trained._pieces)
+    assert [trained._assembled(name, ep_rank).tolist() for ep_rank in range(2)] == [[0.0, 1.0], [10.0, 11.0]]
+    assert trained._assembled("gate").tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def _ids(names: dict[str, Tensor]) -> list[int]:

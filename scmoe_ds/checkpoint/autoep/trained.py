@@ -175,13 +175,20 @@ class Trained:
                 start += size
 
     def _index_frozen(self, found: dict[str, list[_Piece]]) -> None:
-        """ZeRO-3 keeps weights without a gradient in the model files."""
+        """ZeRO-3 keeps weights without a gradient in the model files. The ranks that share experts hold other experts
+        each, under the same name."""
+        ep_size = next(iter(self.layers.values()))["ep_size"]
+        experts = tuple(each["expert_key_prefix"] for each in self.layers.values())
         for rank, name in sorted(self._names["model"].items()):
             header = self._read(name)
             for parameter, fragment in (header.get("frozen_param_fragments") or {}).items():
                 shape = header["frozen_param_shapes"][parameter]
                 self._shapes[parameter] = shape
-                before = sum(each.numel for each in found.get(parameter, ()))
+                peers = next(each for each in map(self._ranks_of, range(ep_size)) if rank in each)
+                same = [
+                    each for each in found.get(parameter, ()) if each.rank in peers or not parameter.startswith(experts)
+                ]
+                before = sum(each.numel for each in same)
                 own = min(fragment.numel(), math.prod(shape) - before)
                 found.setdefault(parameter, []).append(_Piece(rank, fragment.flatten(), 0, own))
 
