@@ -1,7 +1,7 @@
 """Writes the model weights of a checkpoint of pretrain_gpt_scmoe.py as safetensors. --load starts a run with them.
 
 scmoe convert export checkpoints/run out --dtype bf16
-scmoe convert export checkpoints/run out --format hf        # AutoModelForCausalLM.from_pretrained("out", …) loads it
+scmoe convert export checkpoints/run hf_model --format hf   # AutoModelForCausalLM.from_pretrained("hf_model", …)
 scmoe convert residual-to-scmoe checkpoints/residual_moe out_scmoe --position pos2
 
 export --format hf takes DeepSpeed's checkpoints of Hugging Face models with AutoEP layers, too.

@@ -85,6 +85,7 @@ def bytes_beside_autoep() -> tuple[int, int, int]:
     section = {"overlap": {"calibration_steps": 0}}
     config = {
         "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0,
         "expert_parallel": {"enabled": True, "autoep_size": 2},
         "scmoe": section,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 import scmoe_ds
@@ -14,6 +15,7 @@ from tests.helpers.hugging_face import VOCABULARY, gpt2
 
 def test_accelerate_trains_a_replaced_model_with_overlap() -> None:
     connect()
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have made one, with Trainer
     torch.manual_seed(0)
     section = {"num_experts": 4, "overlap": {"expert_slot": 2, "num_chunks": 1, "calibration_steps": 0}}
     model = scmoe_ds.moe_from_dense(gpt2(), scmoe_ds.ScMoEConfig.from_deepspeed({"scmoe": section}), noise=0.01)

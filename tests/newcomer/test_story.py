@@ -73,7 +73,7 @@ def test_2_text_of_my_own_with_a_tokenizer_of_my_own(terminal: Terminal) -> None
     said = terminal.do(f"scmoe preprocess --input texts --output-prefix data/corpus --append-eod {TOKENIZER}")
     assert f"{len(list(Path('texts').iterdir()))} documents" in said
     first = min(Path("texts").iterdir()).read_text()
-    assert repr(first[:30])[:-1] in said  # the first document, decoded
+    assert repr(first[:30])[1:-1] in said  # the first document, decoded; which quotes depends on the rest
 
 
 def test_3_training_stops_at_ctrl_c_and_goes_on_with_the_same_losses(terminal: Terminal) -> None:
