@@ -14,6 +14,7 @@ from scmoe_ds.compat_transformers import accept_names_of_recorders
 from scmoe_ds.config.deepspeed_gradients import check_norm
 from scmoe_ds.config.expert_parallel import autoep_size, idle_settings, uses_autoep
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.engine.other_checkpoints import refuse_other_models
 from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
 from scmoe_ds.engine.routers import monitor_loads, serve_routers
 from scmoe_ds.errors import ScMoEConfigError
@@ -79,6 +80,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
         raise ScMoEConfigError("attach: the engine's layers run under schedules already; attach once")
     check_loaded(engine.module, found[0][1].ep_size)
     remember(engine.module)
+    refuse_other_models(engine)
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
     first = layers[0]
     _give_pairs(engine.module, layers, section)

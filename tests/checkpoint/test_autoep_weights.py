@@ -324,6 +324,20 @@ def test_a_checkpoint_that_says_nothing_of_its_model(
     assert_same(tmp_path / "out", source)
 
 
+def test_an_engine_loads_no_checkpoint_of_another_family(tmp_path: Path, one_process: None) -> None:
+    for family in ("qwen3_moe", "olmoe"):
+        engine, *_ = scmoe_ds.initialize(model=tiny(family), config=whole(1))
+        if family == "qwen3_moe":
+            engine.save_checkpoint(str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match="is a checkpoint of Qwen3MoeForCausalLM; the model is a OlmoeForCausalLM"
+    ):
+        engine.load_checkpoint(str(tmp_path))
+    Path(tmp_path, "latest").write_text("nothing")
+    with pytest.raises(AssertionError):  # what is no checkpoint stays DeepSpeed's matter
+        engine.load_checkpoint(str(tmp_path))
+
+
 def test_a_converted_model_is_written_with_a_warning(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     """Its weights are the model's; its function is not what transformers computes."""
     scmoe = {"architecture": "scmoe", "position": "pos1"}
