@@ -15,7 +15,7 @@ import transformers
 
 import scmoe_ds
 
-BATCH, LENGTH, DENSE_STEPS, STEPS = 8, 64, 40, 80
+BATCH, LENGTH, DENSE_STEPS, STEPS = 8, 64, 20, 60
 RANKS_PER_LAYER = next((int(each) for each in sys.argv[1:] if each.isdigit()), 1)
 TEXT = torch.tensor(list("".join(pydoc_data.topics.topics.values()).encode()))
 CONFIG = {

@@ -23,7 +23,7 @@ from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.parallel import tensor
 from scmoe_ds.training.loop import seed_micro_batch
 
-STEPS, VOCABULARY, SEQUENCE, MICRO_BATCHES = 8, 64, 32, 4
+STEPS, VOCABULARY, SEQUENCE, MICRO_BATCHES = 6, 64, 32, 4
 
 
 def micro_batch(number: int) -> Tensor:

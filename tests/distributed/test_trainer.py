@@ -215,12 +215,15 @@ def check_accelerate(directory: Path) -> dict[str, Any]:
     }
 
 
+CASES = [("autoep", 2), ("moe_from_dense", 1)]
+"""The engine that the callback makes is `scmoe_ds.initialize`'s, whose tests have the other stages."""
+
+
 def job(directory: str) -> dict[str, Any]:
     root = Path(directory)
     found: dict[str, Any] = {}
-    for kind in SECTIONS:
-        for stage in (1, 2):
-            found[f"{kind} {stage}"] = check_trainer(kind, stage, root / f"{kind}{stage}")
+    for kind, stage in CASES:
+        found[f"{kind} {stage}"] = check_trainer(kind, stage, root / f"{kind}{stage}")
     return {**found, "accelerate": check_accelerate(root)}
 
 
@@ -229,8 +232,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_distributed(job, 2, str(tmp_path_factory.mktemp("trainer")))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("kind", SECTIONS)
+@pytest.mark.parametrize(("kind", "stage"), CASES)
 def test_trainer(kind: str, stage: int, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         found = rank[f"{kind} {stage}"]
