@@ -1,0 +1,39 @@
+"""Flags of scmoe adapt."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from scmoe_ds.programs.flags.parser import FlagParser
+
+_POSITIONS = ["pos1", "pos2", "pos3"]
+
+
+def build_parser() -> FlagParser:
+    """The command line."""
+    parser = FlagParser(
+        prog="scmoe adapt",
+        description="Make a trained MoE model a ScMoE: the weights are kept, the routed experts read a preceding "
+        "layer. scmoe pretrain --load goes on with the result.",
+        example="scmoe adapt checkpoints/residual_moe --output scmoe --position pos2 --join late",
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a checkpoint, a directory of them (the latest), or an export"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="an empty or new directory for the weights")
+    _add_model(parser)
+    group = parser.add_argument_group("files")
+    group.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="fp32 loses nothing (default: fp32)")
+    group.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, in 10^9 bytes")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the ScMoE")
+    group.add_argument("--position", choices=_POSITIONS, help="where the shortcut is taken; default: pos2")
+    group.add_argument("--first-layer-position", choices=_POSITIONS, help="of the first MoE layer's shortcut")
+    group.add_argument("--merge", choices=["add", "cg1", "cg2"], help="default: as in the source, else cg1")
+    group.add_argument("--join", choices=["end", "late"], help="late: after the next block's attention; default: end")
+    group.add_argument("--top-k", type=int, help="routed experts per token; default: as in the source")
+    group.add_argument("--shortcut-norm", choices=["own", "shared"], help="own (default): starts as a copy")
