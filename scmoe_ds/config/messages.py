@@ -66,8 +66,12 @@ def explain(
 
 
 def _is_key(section: Mapping[str, Any], location: tuple[int | str, ...], key: int | str) -> bool:
-    nested = [section[str(parent)] for parent in location if isinstance(section.get(str(parent)), Mapping)]
-    return isinstance(key, str) and any(key in keys for keys in [section, *nested])
+    objects = [section]
+    for parent in location:
+        inner = objects[-1].get(str(parent))
+        if isinstance(inner, Mapping):
+            objects.append(inner)
+    return isinstance(key, str) and any(key in keys for keys in objects)
 
 
 def _unknown_key(path: str, keys: list[str], valid: Mapping[str, Collection[str]]) -> str:

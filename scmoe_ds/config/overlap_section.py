@@ -37,7 +37,7 @@ class Section(DeepSpeedConfigModel):
         # pydantic would read "8" and true as the integers 8 and 1; in a hand-written file they are mistakes.
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
-            is_object = info.field_name in ("overlap", "router")
+            is_object = info.field_name in ("overlap", "router", "adapt", "base", "distill")
             remedy = "an object, {…}" if is_object else "a number or a name"
             raise ValueError(f"is true or false; write {remedy}")
         if isinstance(value, int) and abs(value) >= 2**63:

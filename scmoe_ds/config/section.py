@@ -12,6 +12,7 @@ from typing import Any, Literal, Union
 
 from pydantic import Field, ValidationError, model_validator
 
+from scmoe_ds.config.adapt_section import OBJECTS_OF_ADAPT, AdaptConfig
 from scmoe_ds.config.deepspeed_json import AnyConfig, load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_settings
 from scmoe_ds.config.expert_parallel import with_autoep
@@ -29,7 +30,7 @@ from scmoe_ds.config.names import (
 )
 from scmoe_ds.config.overlap_section import OverlapConfig, Section
 from scmoe_ds.config.router_section import RouterConfig
-from scmoe_ds.config.section_rules import Rule, rules_of_layers, rules_of_router, rules_of_slots
+from scmoe_ds.config.section_rules import Rule, rules_of_adapt, rules_of_layers, rules_of_router, rules_of_slots
 from scmoe_ds.errors import ScMoEConfigError
 
 _AUTO_FIELDS = ("top_k", "merge", "drop_tokens")
@@ -137,6 +138,9 @@ class ScMoEConfig(Section):
     shared_from: Union[int, Literal["fresh", "mean"]] = Field(
         "fresh", description="Shared expert of a replaced MoE that has none: new, mean of its experts, or one of them."
     )
+    adapt: Union[AdaptConfig, None] = Field(
+        None, description="A trained model becomes this ScMoE; null: the model is one already, or starts from nothing."
+    )
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
 
     @classmethod
@@ -180,6 +184,8 @@ class ScMoEConfig(Section):
             super().__init__(**section)
         except ValidationError as error:
             objects = {"overlap": OverlapConfig.model_fields, "router": RouterConfig.model_fields}
+            objects |= {"adapt": AdaptConfig.model_fields}
+            objects |= {f"adapt.{name}": fields for name, fields in OBJECTS_OF_ADAPT.items()}
             fields = {"": type(self).model_fields, **objects}
             raise ScMoEConfigError(explain(error, section, fields)) from None
 
@@ -194,7 +200,7 @@ class ScMoEConfig(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> ScMoEConfig:
-        self._require([*rules_of_layers(self), *rules_of_slots(self), *rules_of_router(self)])
+        self._require([*rules_of_layers(self), *rules_of_slots(self), *rules_of_router(self), *rules_of_adapt(self)])
         return self
 
     def _require(self, rules: Iterable[Rule]) -> None:

@@ -81,3 +81,12 @@ def rules_of_router(section: Any) -> Iterator[Rule]:
     yield "top2_2nd_expert_sampling", section.top2_2nd_expert_sampling, kept
     groups = section.architecture == "dgmoe" and section.router.num_expert_groups is not None
     yield "router.num_expert_groups", groups, "dgmoe's second choice may need another group; remove it"
+
+
+def rules_of_adapt(section: Any) -> Iterator[Rule]:
+    """What becomes of a trained model."""
+    if section.adapt is None:
+        return
+    yield "architecture", section.architecture != "scmoe", 'scmoe.adapt makes a ScMoE; set "scmoe", or remove adapt'
+    for field, broken, rule in section.adapt.rules():
+        yield f"adapt.{field}", broken, rule

@@ -143,3 +143,28 @@ def test_schema_lists_every_field_with_a_description() -> None:
     described = [name for name, field in fields.items() if "description" in field or "$ref" in field]
     assert sorted(described) == sorted(fields)
     assert schema["properties"]["scmoe"]["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("adapt", "said"),
+    [
+        ({"layer": [1]}, 'scmoe.adapt.layer: unknown key (did you mean "layers"?)'),
+        ({"distill": {"alfa": 1.0}}, 'scmoe.adapt.distill.alfa: unknown key (did you mean "alpha"?)'),
+        ({"distill": {"alpha": -1.0}}, "scmoe.adapt.distill.alpha = -1.0: must be greater than or equal to 0"),
+        ({"distill": {"alpha": 0.0}}, "scmoe.adapt.distill.alpha = 0.0: all three weights are 0"),
+        ({"distill": {"gamma": 1.0, "teacher_logits": "d"}}, "scmoe.adapt.distill.gamma = 1.0: stored logits hold no"),
+        ({"distill": True}, "scmoe.adapt.distill = true: is true or false; write an object, {…}"),
+        ({"base": {"architecture": "topk"}}, 'scmoe.adapt.base.architecture = "topk": must be'),
+        ({"layers": [1, 1]}, "scmoe.adapt.layers = [1, 1]: name each MoE layer once"),
+        ({"layers": [-1]}, "scmoe.adapt.layers = [-1]: MoE layers are numbered from 0"),
+    ],
+)
+def test_errors_of_adapt_name_their_path(adapt: dict[str, Any], said: str) -> None:
+    with pytest.raises(ScMoEConfigError) as error:
+        ScMoEConfig(adapt=adapt)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_adapt_makes_a_scmoe_only() -> None:
+    with pytest.raises(ScMoEConfigError, match=r'scmoe\.architecture = "topk": scmoe\.adapt makes a ScMoE'):
+        ScMoEConfig(architecture="topk", adapt={})
