@@ -15,12 +15,13 @@ from weakref import WeakKeyDictionary
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.config.unread_section import is_read
 from scmoe_ds.engine.client_optimizer import follow_groups
 from scmoe_ds.engine.initialize import initialize
+from scmoe_ds.engine.taught_model import share_of_tokens
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.parallel.output import log
 from scmoe_ds.replace.upcycle import MoEFeedForward, load_balancing_loss
@@ -126,14 +127,3 @@ class _WithBalancingLoss:
                 level=logging.WARNING,
             )
             self._has_warned = True
-
-
-def share_of_tokens(labels: Tensor | None, items: Any) -> Any:
-    """This micro-batch's share of the tokens of all. Trainer adds up the losses of micro-batches over all their tokens,
-    so that a loss which is a mean by itself is weighed by them.
-
-    Args:
-        labels: [B, S], -100 where no loss is computed.
-        items: `num_items_in_batch`; None: the loss is a mean.
-    """
-    return 1 if items is None or labels is None else (labels[..., 1:] != -100).sum() / items

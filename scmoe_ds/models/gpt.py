@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.models.distillation import TEXT_ALONE, Targets, masked_mean
 from scmoe_ds.models.layers import GPTSettings, make_norm
 from scmoe_ds.models.pairs import PlainPair, StagedPair, make_pair
 from scmoe_ds.models.parallel_layers import (
@@ -38,11 +39,12 @@ class GPTOutput(ModelOutput):
     """What a forward pass returns: a dict (without what is None) in which DeepSpeed and Hugging Face find the tensors.
 
     Attributes:
-        loss: lm_loss + aux_loss_coefficient * moe_loss (scalar fp32), or None without labels.
+        loss: lm_loss, or the loss of `targets`, + aux_loss_coefficient * moe_loss (scalar fp32); None without labels.
         lm_loss: mean cross entropy over the unmasked tokens, in nats (scalar fp32), or None without labels.
         moe_loss: sum of the MoE layers' load-balancing losses (scalar fp32).
         exp_counts: per MoE layer, [E] tokens per expert before drops.
         logits: [B, S, V], or None with labels.
+        kl, match: of self-distillation (models/distillation.py), or None.
     """
 
     loss: Tensor | None = None
@@ -50,6 +52,8 @@ class GPTOutput(ModelOutput):
     moe_loss: Tensor = None  # type: ignore[assignment]  # always given; a ModelOutput wants defaults
     exp_counts: tuple[Tensor, ...] = None  # type: ignore[assignment]  # the same
     logits: Tensor | None = None
+    kl: Tensor | None = None
+    match: Tensor | None = None
 
     @property
     def task_loss(self) -> Tensor | None:
@@ -114,6 +118,7 @@ class GPT(nn.Module):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         used_token: Tensor | None = None,
+        targets: Targets | None = None,
     ) -> GPTOutput:
         """
         Args:
@@ -123,6 +128,7 @@ class GPT(nn.Module):
             used_token: [B, S], 0 for padding, which stands on the right of each sequence: no token looks at it, and it
                 goes to no routed expert. It counts neither in the balancing loss nor in an expert's capacity. Default:
                 there is none.
+            targets: what a teacher says of the same tokens; None: the text alone teaches.
         """
         outputs = list(self._through_pairs(tokens, None, used_token))
         hidden, counts = outputs[-1].hidden, tuple(output.exp_counts for output in outputs)
@@ -131,9 +137,14 @@ class GPT(nn.Module):
         if labels is None:
             logits = gather_vocabulary(logits_BSV, self.group)
             return GPTOutput(moe_loss=moe_loss, exp_counts=counts, logits=logits)
-        lm_loss = masked_mean(vocabulary_cross_entropy(logits_BSV, labels, self.group), loss_mask)
-        loss = lm_loss + self.config.aux_loss_coefficient * moe_loss
-        return GPTOutput(loss, apart(lm_loss), apart(moe_loss), counts)
+
+        def lm_loss() -> Tensor:
+            return masked_mean(vocabulary_cross_entropy(logits_BSV, labels, self.group), loss_mask)
+
+        parts = (targets or TEXT_ALONE).loss(logits_BSV, lm_loss, loss_mask, self.group)
+        loss = parts.total + self.config.aux_loss_coefficient * moe_loss
+        kl, match = (None if each is None else apart(each) for each in (parts.kl, parts.match))
+        return GPTOutput(loss, apart(parts.lm), apart(moe_loss), counts, kl=kl, match=match)
 
     def hidden_states(
         self, tokens: Tensor, positions: Tensor | None = None, used_token: Tensor | None = None
@@ -154,6 +165,10 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] of `hidden_states` → [..., V], the whole vocabulary on every rank."""
         return gather_vocabulary(self._own_logits(hidden), self.group)
+
+    def local_logits(self, tokens: Tensor, used_token: Tensor | None = None) -> Tensor:
+        """[B, S] int64 → [B, S, V / ranks]: the logits of this rank's range of the vocabulary."""
+        return self._own_logits(self.hidden_states(tokens, used_token=used_token))
 
     def _through_pairs(
         self, tokens: Tensor, positions: Tensor | None, used_token: Tensor | None
@@ -204,11 +219,3 @@ def apart(part: Tensor) -> Tensor:
     tensor itself. A part through which the loss's gradient passes would divide it again.
     """
     return part.view_as(part)
-
-
-def masked_mean(losses_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor:
-    """Mean over the tokens whose mask is not zero; 0 if there is none."""
-    if loss_mask_BS is None:
-        return losses_BS.mean()
-    mask_BS = loss_mask_BS.float()
-    return (losses_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1)

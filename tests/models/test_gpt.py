@@ -13,7 +13,8 @@ from torch import nn
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import parameter_groups
-from scmoe_ds.models.gpt import GPT, masked_mean
+from scmoe_ds.models.distillation import masked_mean
+from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, RotaryEmbedding, fused_layer_norm_class
 from scmoe_ds.models.parallel_layers import vocabulary_cross_entropy
