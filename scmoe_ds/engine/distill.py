@@ -54,9 +54,7 @@ class Distillation:
         ScMoEConfigError: a teacher that cannot be, see `Teacher` and `Streams`.
     """
 
-    def __init__(
-        self, engine: Any, conversion: Conversion, section: ScMoEConfig, stored: Stored | None = None
-    ) -> None:
+    def __init__(self, engine: Any, conversion: Conversion, section: ScMoEConfig, stored: Stored | None = None) -> None:
         assert section.adapt is not None and section.adapt.distill is not None
         self.weights, self._model, self._stored = section.adapt.distill, engine.module, stored
         is_taught = self.weights.alpha > 0 or self.weights.gamma > 0

@@ -60,8 +60,8 @@ class Streams:
         assert len(streams) == self._count, "a pass that has begun keeps every stream"
         if torch.is_grad_enabled() and not all(stream.requires_grad for stream in streams):
             raise ScMoEConfigError(
-                "scmoe.adapt.distill.gamma: reentrant activation checkpointing hides the gradient of what MoE blocks put "
-                'out; use gradient_checkpointing_kwargs={"use_reentrant": False}, or set gamma to 0'
+                "scmoe.adapt.distill.gamma: reentrant activation checkpointing hides the gradients of MoE blocks' "
+                'outputs; use gradient_checkpointing_kwargs={"use_reentrant": False}, or set gamma to 0'
             )
         return streams
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
-from torch import Tensor, nn
+from torch import nn
 
 from scmoe_ds.engine.pairs import pairs_of
 from scmoe_ds.errors import ScMoEConfigError

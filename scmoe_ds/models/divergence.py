@@ -43,8 +43,13 @@ class WholeDistribution(NamedTuple):
 
 
 class BestTokens(NamedTuple):
-    """A teacher on disk. ids: [B, S, N] integers, of the whole vocabulary; log_p: [B, S, N] at the temperature; log_rest:
-    [B, S] of all other tokens together. Every rank holds all of it."""
+    """A teacher on disk; every rank holds all of it.
+
+    Attributes:
+        ids: [B, S, N] integers, of the whole vocabulary.
+        log_p_of_ids: [B, S, N] log-probabilities at the temperature.
+        log_rest: [B, S] log-probability of all other tokens together.
+    """
 
     ids: Tensor
     log_p_of_ids: Tensor
