@@ -78,7 +78,7 @@ class Streams:
 
 
 def _of_gpt(model: GPT, section: ScMoEConfig) -> list[_Place]:
-    places = [_Place(pair, "output") for pair in model.runs]  # type: ignore[arg-type]  # they are modules
+    places = [_Place(pair, "output") for pair in model.runs]
     if section.join == "late":
         for number, following in enumerate(model.runs[1:]):
             places[number] = _Place(following.blocks[0].mlp_norm, "input")
