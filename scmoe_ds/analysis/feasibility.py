@@ -215,24 +215,38 @@ def study(description: Description, times: OperatorTimes) -> KindStudy:
 
 
 def _study(position: str, times: OperatorTimes, top_k: int) -> PositionStudy:
-    known = [each.kind for each in times.backbone]
-    backbone: list[OperatorTime] = []
-    missing, source = [], "its operators as timed"
-    for place, name in enumerate(reversed(BACKBONES[position]), start=1):
-        if place <= len(known) and known[-place] == name:
-            backbone.insert(0, times.backbone[-place])
-        elif name in known:  # all blocks of a model are alike, and so are their attentions
-            backbone.insert(0, times.backbone[known.index(name)])
-            source = f"its operators as timed, one {name} standing for two"
-        else:
-            missing.append(name)
-    if missing:
-        return PositionStudy(None, "not timed: " + ", ".join(dict.fromkeys(missing)), {})
+    backbone, source = timed_backbone(BACKBONES[position], times)
+    if backbone is None:
+        return PositionStudy(None, source, {})
     late = times.late
-    if late is not None and len(known) > 2:  # otherwise there is an MoE in every block, and one position
+    if late is not None and len(times.backbone) > 2:  # otherwise there is an MoE in every block, and one position
         late = late.model_copy(update={"after_dispatch": position == "pos3"})
     own = times.model_copy(update={"backbone": tuple(backbone), "late": late})
     return PositionStudy(backbone, source, {mode: _predict(own, top_k, mode) for mode in MODES})
+
+
+def timed_backbone(kinds: Sequence[str], times: OperatorTimes) -> tuple[list[OperatorTime] | None, str]:
+    """Operators of these kinds as they were timed in a backbone that may be another position's, and where from; None
+    and the missing kinds if one was not timed."""
+    known = [_kind(each) for each in times.backbone]
+    backbone: list[OperatorTime] = []
+    missing, source = [], "its operators as timed"
+    for place, kind in enumerate(reversed(kinds), start=1):
+        if place <= len(known) and known[-place] == kind:
+            backbone.insert(0, times.backbone[-place])
+        elif kind in known:  # all blocks of a model are alike, and so are their attentions
+            backbone.insert(0, times.backbone[known.index(kind)])
+            source = f"its operators as timed, one {kind} standing for two"
+        else:
+            missing.append(kind)
+    if missing:
+        return None, "not timed: " + ", ".join(dict.fromkeys(missing))
+    return backbone, source
+
+
+def _kind(operator: OperatorTime) -> str:
+    """Of a model that others wrote, too: its attention is called "self_attn" or the like."""
+    return "attention" if "attn" in operator.kind or "attention" in operator.kind else operator.kind
 
 
 def _predict(times: OperatorTimes, top_k: int, mode: Mode) -> Prediction:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import itertools
 import json
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from scmoe_ds.analysis import markdown
+from scmoe_ds.analysis import page
 from scmoe_ds.analysis.feasibility import MODES, QUALITY_RUNS, KindStudy, Prediction, conclude
+from scmoe_ds.analysis.page import Part
 from scmoe_ds.analysis.similarity import POSITIONS
-from scmoe_ds.errors import AnalysisError, reason_of
 from scmoe_ds.figure_style import OPERATORS, WIDTH, coloured_as, png, styled
 from scmoe_ds.planner.schedule_text import schedule_text
 from scmoe_ds.planner.speed_text import compared
 
-Part = str | tuple[str, Any]
-"""A paragraph, an HTML tag ("h1", "h2", "pre", "img") and its text, or "table" and its rows."""
 _PHASES = ("forward", "backward")
 _DRAWN = {
     "attention": "attention",
@@ -31,10 +26,6 @@ _DRAWN = {
     "dispatch": "dispatch",
     "combine": "combine",
 }
-_STYLE = (
-    "body{font:15px sans-serif;max-width:70em;margin:auto}table{border-collapse:collapse}img{max-width:100%}"
-    "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}"
-)
 
 
 def _title(position: str) -> str:
@@ -49,17 +40,17 @@ def parts(record: dict[str, Any], kinds: list[KindStudy]) -> list[Part]:
     """The page from top to bottom."""
     named = [f", kind {n} of {len(kinds)} of MoE layers" if len(kinds) > 1 else "" for n in range(1, len(kinds) + 1)]
     sizes = ", ".join(f"{name}: {value}" for name, value in record["identity"].items())
-    page: list[Part] = [
+    found: list[Part] = [
         ("h1", "Would ScMoE pay?"),
         f"Similarity was measured in {record['model']}, times in a model of the same sizes ({sizes}). A JSON has one "
         "position for all kinds of MoE layers.",
         ("h2", "Conclusion"),
         *_conclusion(kinds, record["verdict"], named),
     ]
-    page += [("h2", "Similarity, a hint"), *_similarity(record["verdict"])]
+    found += [("h2", "Similarity, a hint"), *_similarity(record["verdict"])]
     for name, kind in zip(named, kinds, strict=True):
-        page += [("h2", f"Times{name}"), *_times(kind), ("h2", f"Predictions{name}"), *_predictions(kind)]
-    return [*page, ("h2", "Windows and communication"), ("img", "window against communication by position, measured")]
+        found += [("h2", f"Times{name}"), *_times(kind), ("h2", f"Predictions{name}"), *_predictions(kind)]
+    return [*found, ("h2", "Windows and communication"), ("img", "window against communication by position, measured")]
 
 
 def _conclusion(kinds: list[KindStudy], verdict: dict[str, Any], named: list[str]) -> list[Part]:
@@ -193,38 +184,6 @@ def figure(kinds: list[KindStudy]) -> Figure:
     return drawn
 
 
-def _markdown(part: Part, picture: str) -> str:
-    """Escapes all text: the model's name, the descriptions and the verdict come from foreign files."""
-    tag, value = ("p", part) if isinstance(part, str) else part
-    if tag == "table":
-        return "\n".join(markdown.table(value[0], value[1:]))
-    if tag == "pre":
-        return f"```json\n{value}\n```"
-    if tag == "img":
-        return f"![{markdown.escape(value)}]({quote(picture)})"
-    return {"h1": "# ", "h2": "## "}.get(tag, "") + markdown.paragraph(value)
-
-
-def _html(part: Part, picture: bytes) -> str:
-    tag, value = ("p", part) if isinstance(part, str) else part
-    if tag == "table":
-        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in value]
-        return "<table><tr>" + "</tr>\n<tr>".join([rows[0].replace("td>", "th>"), *rows[1:]]) + "</tr></table>"
-    if tag == "img":
-        return f'<img alt="{html.escape(value)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-    return f"<{tag}>{html.escape(value)}</{tag}>"
-
-
 def write(record: dict[str, Any], kinds: list[KindStudy], prefix: str) -> list[Path]:
     """Writes <prefix>.md, .html and .png. Raises an AnalysisError if they cannot be written."""
-    picture, page = png(figure(kinds)), parts(record, kinds)
-    text, web, beside = (Path(prefix + suffix) for suffix in (".md", ".html", ".png"))
-    head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ScMoE</title><style>{_STYLE}</style>'
-    body = "\n".join(_html(part, picture) for part in page)
-    try:
-        text.write_text("\n\n".join(_markdown(part, beside.name) for part in page) + "\n", encoding="utf-8")
-        web.write_text(f"{head}</head><body>\n{body}\n</body></html>\n", encoding="utf-8")
-        beside.write_bytes(picture)
-    except OSError as error:
-        raise AnalysisError(f"--output-prefix {prefix} cannot be written ({reason_of(error)})") from None
-    return [text, web, beside]
+    return page.write(parts(record, kinds), png(figure(kinds)), prefix, "ScMoE")

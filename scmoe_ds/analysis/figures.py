@@ -219,3 +219,42 @@ def _gradient_dots(checkpoints: list[dict[str, Any]], names: list[str], labels: 
 def _value(checkpoint: dict[str, Any], branch: str, key: str) -> float:
     """NaN, which is not drawn, for a branch without a gradient."""
     return checkpoint["branches"].get(branch, {}).get(key) or math.nan
+
+
+@styled
+def adaptation(record: dict[str, Any]) -> Figure:
+    """Loss against time saved, for sets of converted layers: the cheapest layers of each way, and the Pareto front."""
+    is_timed = any("saved_ms" in layer for way in record["ways"] for layer in way["layers"])
+    figure = Figure(figsize=(WIDTH, 4.8))
+    axes, source = figure.subplots(), record["loss"]
+    for number, way in enumerate(record["ways"]):
+        by_layer = {each["layer"]: each for each in way["layers"]}
+        places, losses = [0.0], [0.0]
+        for layer in way["order"]:
+            places.append(places[-1] + (by_layer[layer].get("saved_ms", 0.0) if is_timed else 1.0))
+            losses.append(losses[-1] + 100 * by_layer[layer]["increase"] / source)
+        name, colour = _way_name(way), LINES[number % len(LINES)]
+        axes.plot(places, losses, color=colour, marker=MARKERS[number % len(MARKERS)], label=f"{name}, summed")
+        of_all = 100 * (way["all"]["loss"] / source - 1)
+        axes.plot([places[-1]], [of_all], linestyle="", marker="*", markersize=11, color=colour)
+    key = "saved_ms" if is_timed else "converted"
+    front = [(each[key], 100 * (each["loss"] / source - 1)) for each in record["front"]]
+    axes.plot(
+        *zip(*front, strict=True), color=GREY, linestyle="", marker="o", markersize=11, fillstyle="none", label="front"
+    )
+    axes.plot([], [], color=INK, linestyle="", marker="*", markersize=11, label="all layers, measured")
+    if (choice := record["choice"]) is not None:
+        place = choice["saved_ms"] if is_timed else len(choice["layers"])
+        increase = 100 * (choice["loss"] / source - 1)
+        axes.plot([place], [increase], color=INK, linestyle="", marker="X", markersize=10, label="chosen, measured")
+    axes.set(
+        xlabel="saved per micro-batch by the simulation, ms" if is_timed else "converted MoE layers",
+        ylabel="loss increase before training, %",
+    )
+    axes.set_title(f"{_name(record['model'])}: what converting its MoE layers costs")
+    axes.legend()
+    return figure
+
+
+def _way_name(way: dict[str, Any]) -> str:
+    return f"Pos-{way['position'][-1]}" + (", late join" if way["join"] == "late" else "")

@@ -18,6 +18,7 @@ from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.errors import AnalysisError, imports_of, one_line, reason_of
 
 KINDS = ("similarity", "gating", "gradients")
+"""Sub-commands of scmoe analyze. scmoe adapt --measure writes "adaptation"."""
 
 
 def heading(kind: str, command: str | None = None) -> dict[str, Any]:
@@ -70,7 +71,12 @@ def draw(record: dict[str, Any], json_path: Path) -> Path:
     with imports_of("plots", f"the figure of {json_path}"):
         from scmoe_ds.analysis import figures  # matplotlib takes a second to import
 
-    drawn = {"similarity": figures.similarity, "gating": figures.gating, "gradients": figures.gradients}
+    drawn = {
+        "similarity": figures.similarity,
+        "gating": figures.gating,
+        "gradients": figures.gradients,
+        "adaptation": figures.adaptation,
+    }
     picture = json_path.with_suffix(".png")
     try:
         figure_style.save(drawn[record["kind"]](record), picture)
