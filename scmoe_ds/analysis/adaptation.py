@@ -2,8 +2,6 @@
 
 The loss is the honest cost: the model's loss on a text with that one layer converted. The similarity of the two ends of
 a shortcut, which one forward pass of the source gives for all layers, is only a hint.
-
-Shape suffixes: B rows, S tokens of each, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,46 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from scmoe_ds.analysis.adaptation_choice import Budget, Choice, Chooser, Cost, best, front
 from scmoe_ds.analysis.adaptation_times import LayerTime, Way, hidden_share
-from scmoe_ds.errors import AnalysisError
-from scmoe_ds.evaluation.scoring import Scorer
-from scmoe_ds.evaluation.windows import SlidingWindow, row_of
 from scmoe_ds.moe.conversion import Conversion
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The text of the losses: every token is predicted once, in windows without overlap, as `scmoe evaluate --text-file
-    TEXT --seq-length S --stride S` does.
-
-    Attributes:
-        tokens: [N] ids of any integer dtype.
-        seq_length: of a window, S.
-        end_of_document: id of the token that the first window begins with.
-        source: flag and file, for errors.
-    """
-
-    tokens: np.ndarray
-    seq_length: int
-    end_of_document: int
-    source: str
-
-    def loss(self, scorer: Scorer) -> float:
-        """Nats per token. Raises an AnalysisError if it is not finite."""
-        rule = SlidingWindow(self.seq_length, self.seq_length)
-        rows = [row_of(self.tokens, window, self.end_of_document) for window in rule.windows(len(self.tokens))]
-        loss = float(scorer.score_all(rows)[:, 0].sum()) / len(self.tokens)
-        if not np.isfinite(loss):
-            raise AnalysisError(
-                f"{self.source}: the loss is {loss}; the weights are not finite, or --dtype cannot hold what the model "
-                "computes; give --dtype fp32"
-            )
-        return loss
 
 
 @dataclass(frozen=True)
@@ -60,32 +21,11 @@ class Student:
 
     Attributes:
         conversion: of its layers.
-        scorer: over its model.
+        loss: measures its held-out loss, nats per token, as it is converted at the time of the call.
     """
 
     conversion: Conversion
-    scorer: Scorer
-
-
-class LogitsOf:
-    """A causal model of transformers as a `Scorer` sees a GPT.
-
-    Args:
-        model: in evaluation mode. Its own forward gives the logits, with whatever scale its family has.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.embedding: nn.Module = model.get_input_embeddings()
-
-    def hidden_states(self, tokens_BS: Tensor, used_token: Tensor | None = None) -> Tensor:
-        """[B, S, V] logits in the place of hidden states. Padding, on the right, is seen by no other token."""
-        mask_BS = None if used_token is None else used_token.long()
-        logits: Tensor = self._model(tokens_BS, attention_mask=mask_BS, use_cache=False).logits
-        return logits
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return hidden
+    loss: Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -130,11 +70,10 @@ class Adaptation:
         return any(way.all_layers.saved_ms is not None for way in self.ways)
 
 
-@torch.inference_mode()
 def measure(
     open_student: Callable[[Way], Student],
     ways: Sequence[Way],
-    text: HeldOut,
+    tokens: int,
     cosines: Mapping[str, Mapping[int, float]],
     times: Callable[[Way, int], LayerTime | None],
     budget: Budget,
@@ -146,15 +85,12 @@ def measure(
     Args:
         open_student: the source after surgery for a way, with all layers convertible.
         ways: those that the model can have, at least one.
-        text: held out.
+        tokens: of the held-out text.
         cosines: by position, of each MoE layer that can have it; from `similarity_of_ends`.
         times: before and after of an MoE layer in a way; None: not known.
         budget: if it is set, a choice is made.
         origin: of the times.
         progress: is told what has been measured.
-
-    Raises:
-        AnalysisError: a loss that is not finite.
     """
     source, found, choices = 0.0, list[WayCosts](), list[Choice]()
     for way in ways:
@@ -162,7 +98,7 @@ def measure(
 
         def loss(layers: Sequence[int], student: Student = student) -> float:
             student.conversion.only(layers)
-            return text.loss(student.scorer)
+            return student.loss()
 
         if not found:
             source = loss(())
@@ -178,7 +114,7 @@ def measure(
         if budget.is_set:
             choices.append(chooser.choose(budget))
     choice = best(choices, budget) if choices else None
-    return Adaptation(source, len(text.tokens), tuple(found), choice, budget, origin)
+    return Adaptation(source, tokens, tuple(found), choice, budget, origin)
 
 
 def similarity_of_ends(
@@ -218,7 +154,8 @@ def pareto(found: Adaptation) -> Iterator[tuple[Way, tuple[int, ...], float, flo
 def prefixes(way: WayCosts, source: float, is_timed: bool) -> list[tuple[Way, tuple[int, ...], float, float]]:
     """Of one way, from none to all layers: way, layers, gain and summed loss."""
     by_layer = {each.layer: each for each in way.costs}
-    gain, loss, sets = 0.0, source, [(way.way, (), 0.0, source)]
+    gain, loss = 0.0, source
+    sets: list[tuple[Way, tuple[int, ...], float, float]] = [(way.way, (), gain, loss)]
     for place, layer in enumerate(way.order, start=1):
         cost = by_layer[layer]
         gain += (cost.time.saved_ms if cost.time is not None else 0.0) if is_timed else 1.0

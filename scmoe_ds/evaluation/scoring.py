@@ -33,7 +33,7 @@ class Scorer:
     """Scores rows with a model of `scmoe_ds.inference.model.load_model`.
 
     Args:
-        model: this rank's part, in evaluation mode.
+        model: this rank's part, in evaluation mode; a GPT, or what is called like one.
         batch_size: rows that this rank reads together.
         vocab_size: tokens of the tokenizer; greedy decoding never chooses padding tokens. Log likelihoods are over the
             whole padded vocabulary, as in training. None means no padding.

@@ -1,6 +1,7 @@
 """Makes a trained MoE model a ScMoE: the same weights, and routed experts that read a preceding layer.
 
 scmoe adapt checkpoints/residual_moe --output scmoe --position pos2 --join late
+scmoe adapt report checkpoints/student --teacher-run checkpoints/teacher --output-prefix report
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from scmoe_ds.checkpoint.export import residual_to_scmoe
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.model import DTYPES
+from scmoe_ds.programs.adapt_report import write_report
 from scmoe_ds.programs.flags.adapt import build_parser
 from scmoe_ds.programs.run import run_alone
 
@@ -22,6 +24,8 @@ FIELDS = ("position", "first_layer_position", "merge", "join", "top_k", "shortcu
 def main(argv: Sequence[str] | None = None) -> int:
     """Adapts; returns the exit code."""
     args = build_parser().parse_args(argv)
+    if args.command == "report":
+        return run_alone("scmoe adapt report", lambda: write_report(args), argv)
     return run_alone("scmoe adapt", lambda: _adapt(args), argv)
 
 

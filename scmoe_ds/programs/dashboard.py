@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _write(args: argparse.Namespace) -> None:
     from scmoe_ds.analysis.dashboard import page
 
-    runs = {os.path.abspath(_directory(path)): _read(path) for path in args.runs}
+    runs = {os.path.abspath(_directory(path)): read_run(path) for path in args.runs}
     names = short_names(runs)
     out = args.output or _directory(args.runs[0]) / "dashboard.html"
     try:
@@ -43,7 +43,8 @@ def _directory(path: Path) -> Path:
     return path.parent if path.name == FILE_NAME else path
 
 
-def _read(path: Path) -> RunRecord:
+def read_run(path: Path) -> RunRecord:
+    """The record of a --save directory. Raises an AnalysisError if there is none."""
     try:
         record = read_record(path)
     except FileNotFoundError:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
+from scmoe_ds.programs.flags import adapt_report
 from scmoe_ds.programs.flags.parser import FlagParser
 
 _POSITIONS = ["pos1", "pos2", "pos3"]
 
 
+class _Parser(FlagParser):
+    """`scmoe adapt report …` is a command of its own, beside `scmoe adapt SOURCE …`."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if words[:1] == ["report"]:
+            return adapt_report.build_parser().parse_args(words[1:], namespace)
+        return super().parse_args(words, namespace)
+
+
 def build_parser() -> FlagParser:
     """The command line."""
-    parser = FlagParser(
+    parser = _Parser(
         prog="scmoe adapt",
         description="Make a trained MoE model a ScMoE: the weights are kept, the routed experts read a preceding "
         "layer. scmoe pretrain --load goes on with the result.",
@@ -22,6 +35,7 @@ def build_parser() -> FlagParser:
         "source", type=Path, metavar="SOURCE", help="a checkpoint, a directory of them (the latest), or an export"
     )
     parser.add_argument("--output", type=Path, required=True, help="an empty or new directory for the weights")
+    parser.set_defaults(command="adapt")
     _add_model(parser)
     group = parser.add_argument_group("files")
     group.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="fp32 loses nothing (default: fp32)")
