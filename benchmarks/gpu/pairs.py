@@ -17,7 +17,8 @@ from benchmarks.gpu.setting import LayerShape
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.initialization import initialize_parameters
-from scmoe_ds.models.pairs import StagedPair, make_pair
+from scmoe_ds.models.make_pairs import make_pair
+from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.parallel.process import device as own_device
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.times import OperatorTimes

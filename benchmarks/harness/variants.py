@@ -17,7 +17,7 @@ from benchmarks.harness.no_link import LocalCopy
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.models.pairs import make_pair
+from scmoe_ds.models.make_pairs import make_pair
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.planner.plan import Count, Slots
 

@@ -32,7 +32,8 @@ from lab.distributed import run_distributed
 from scmoe_ds import ScMoE
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.models.pairs import StagedPair, make_pair
+from scmoe_ds.models.make_pairs import make_pair
+from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.planner.rounds import Spread, interleave
 

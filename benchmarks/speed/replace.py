@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.harness.measure import environment
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
-from scmoe_ds.models.pairs import make_pair
+from scmoe_ds.models.make_pairs import make_pair
 from scmoe_ds.planner.rounds import Spread, interleave
 from scmoe_ds.replace import replace_moe_layers
 from scmoe_ds.replace.upcycle import MoEFeedForward

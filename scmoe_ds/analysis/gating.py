@@ -81,8 +81,8 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
     layers = []
     for number, pair in enumerate(model.runs if isinstance(model, GPT) else ()):
         blocks = pair.blocks
-        first, last = number * len(blocks), blocks[-1]
-        tap = _tap(trained, number)
+        first, last, section = number * len(blocks), blocks[-1], trained.of_layer(number)
+        tap = _tap(section, number)
         tapped = blocks[tap // 2]
         read = tapped.where_read("mlp" if tap % 2 else "attention")
         if (own_norm := getattr(pair, "shortcut_norm", None)) is not None:
@@ -95,7 +95,7 @@ def gate_layers(model: nn.Module, trained: ScMoEConfig) -> list[GateLayer]:
             factor = trained.capacity_factor if trained.drop_tokens else None
             preceding = Probe(kind if block or tap % 2 else Representation("input", 0), (read,))
             probe, least = Probe(current, (last.where_read("mlp"),)), trained.min_capacity
-            layers.append(GateLayer(current.block, preceding, probe, gate, trained.architecture, factor, least))
+            layers.append(GateLayer(current.block, preceding, probe, gate, section.architecture, factor, least))
     if not layers:
         raise AnalysisError("the model has no MoE layers with at least two experts: there is no gate to analyse")
     return layers

@@ -59,7 +59,8 @@ def gpt_subject(model: GPT, moe_every: int | None = None) -> Subject:
     """
     settings, config = model.settings, model.config
     blocks = moe_blocks(settings.num_layers, moe_every or config.moe_every)
-    is_trained = config.has_shortcut and config.first_layer_position in (None, config.position)
+    everywhere = all(pair.running.config.has_shortcut for pair in model.scheduled_pairs())
+    is_trained = config.has_shortcut and everywhere and config.first_layer_position in (None, config.position)
     return Subject(
         gpt_probes(model),
         model.hidden_states,

@@ -71,6 +71,10 @@ TABLE: dict[str, Outcome] = {
     "scmoe.router.load_balance_*": Outcome.TAKEN_OVER,
     "scmoe.router.z_loss_coefficient": Outcome.TAKEN_OVER,
     "scmoe.router*": Outcome.CHANGES_THE_RUN,
+    "scmoe.adapt.base*": Outcome.FREE,  # `description.check_model` compares it, and the layers
+    "scmoe.adapt.layers": Outcome.FREE,
+    "scmoe.adapt.shared_expert": Outcome.FREE,  # it is one by now
+    "scmoe.adapt*": Outcome.CHANGES_THE_RUN,
     "scmoe.wire_dtype": Outcome.TAKEN_OVER,
     "scmoe.expert_*": Outcome.FREE,
     "scmoe.dispatch": Outcome.FREE,

@@ -32,6 +32,7 @@ BINDING_SECTION_FIELDS = (
     "join",
 )
 CORRECTED = "a correction bias (scmoe.router.load_balance_coeff)"
+ADAPTED = "scmoe.adapt"
 _BEFORE = {
     "norm_placement": "pre",
     "residual_scale": 1.0,
@@ -40,6 +41,7 @@ _BEFORE = {
     "scmoe.moe_ffn_hidden_size": None,
     "scmoe.moe_shared_expert_intermediate_size": None,
     CORRECTED: False,
+    ADAPTED: None,
 }
 """Values of fields that the descriptions of older checkpoints lack."""
 
@@ -98,7 +100,19 @@ def rebuild(description: Mapping[str, Any]) -> tuple[GPTSettings, ScMoEConfig]:
 def _model(gpt: Mapping[str, Any], config: ScMoEConfig) -> dict[str, Any]:
     shape = {key: value for key, value in gpt.items() if key not in FREE_MODEL_FIELDS}
     section = {f"scmoe.{key}": getattr(config, key) for key in BINDING_SECTION_FIELDS}
-    return {**shape, **section, CORRECTED: config.router.has_bias}
+    return {**shape, **section, CORRECTED: config.router.has_bias, ADAPTED: _adapted(config)}
+
+
+def _adapted(config: ScMoEConfig) -> dict[str, Any] | None:
+    """What tensors and function of a model depend on because it was adapted. A model of which all layers are converted
+    is a plain ScMoE, unless it keeps its base's coefficient network."""
+    adapt = config.adapt
+    if adapt is None or adapt.base is None:
+        return None
+    if adapt.layers is None and not adapt.base.keeps_coefficient(config.merge):
+        return None
+    layers = None if adapt.layers is None else sorted(adapt.layers)
+    return {"base": adapt.base.model_dump(), "layers": layers}
 
 
 def check_model(saved: Mapping[str, Any], current: Mapping[str, Any], name: str) -> None:

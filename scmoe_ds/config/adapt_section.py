@@ -13,6 +13,8 @@ from scmoe_ds.config.overlap_section import Section
 from scmoe_ds.errors import ScMoEConfigError
 
 SharedExpert = Literal["mean", "busiest", "fit", "none"]
+SAME_LAYER = {"topk": "pipelined_topk", "shared_expert": "overlapped_shared_expert"}
+"""DeepSpeed's own layers to those of this package with the same parameters and the same function."""
 
 
 class BaseConfig(Section):
@@ -23,6 +25,11 @@ class BaseConfig(Section):
     )
     top_k: int = Field(2, ge=1, strict=True, description="Routed experts per token.")
     merge: Merge = Field("add", description="How a source with a shared expert adds both outputs.")
+
+    def keeps_coefficient(self, merge: Merge) -> bool:
+        """Whether the base needs a coefficient network of its own, beside that of the ScMoE's merge."""
+        shared = self.architecture == "overlapped_shared_expert"
+        return shared and self.merge not in ("add", merge)
 
 
 class DistillConfig(Section):
@@ -87,6 +94,31 @@ class AdaptConfig(Section):
         yield "layers", len(set(layers)) < len(layers), "name each MoE layer once"
         for field, broken, rule in self.distill.rules() if self.distill is not None else ():
             yield f"distill.{field}", broken, rule
+
+
+def base_of(section: Any) -> BaseConfig:
+    """How the layers of a ScMoEConfig run, as the base of what they become. DeepSpeed's shared expert merges by cg2."""
+    merge = "cg2" if section.architecture == "shared_expert" else section.merge
+    architecture = SAME_LAYER.get(section.architecture, section.architecture)
+    alone = architecture == "pipelined_topk"
+    return BaseConfig(architecture=architecture, top_k=section.top_k, merge="add" if alone else merge)
+
+
+def section_of_base(section: Any) -> Any:
+    """The section of layers that are not converted, of a ScMoEConfig whose base is known.
+
+    A slot that the section fixes is one of the ScMoE's operators: it says nothing here.
+    """
+    base, overlap = section.adapt.base, section.overlap
+    routed_alone = base.architecture == "pipelined_topk"
+    changes = {
+        **base.model_dump(),
+        "join": "end",
+        "adapt": None,
+        "overlap": overlap.model_copy(update={"expert_slot": "auto"}),
+        "moe_shared_expert_intermediate_size": None if routed_alone else section.moe_shared_expert_intermediate_size,
+    }
+    return section.model_copy(update=changes)
 
 
 OBJECTS_OF_ADAPT = {"base": BaseConfig.model_fields, "distill": DistillConfig.model_fields}

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union
 
 from pydantic import Field, ValidationError, model_validator
 
-from scmoe_ds.config.adapt_section import OBJECTS_OF_ADAPT, AdaptConfig
+from scmoe_ds.config.adapt_section import OBJECTS_OF_ADAPT, AdaptConfig, section_of_base
 from scmoe_ds.config.deepspeed_json import AnyConfig, load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_settings
 from scmoe_ds.config.expert_parallel import with_autoep
@@ -30,7 +30,14 @@ from scmoe_ds.config.names import (
 )
 from scmoe_ds.config.overlap_section import OverlapConfig, Section
 from scmoe_ds.config.router_section import RouterConfig
-from scmoe_ds.config.section_rules import Rule, rules_of_adapt, rules_of_layers, rules_of_router, rules_of_slots
+from scmoe_ds.config.section_rules import (
+    Rule,
+    rules_of_adapt,
+    rules_of_depth,
+    rules_of_layers,
+    rules_of_router,
+    rules_of_slots,
+)
 from scmoe_ds.errors import ScMoEConfigError
 
 _AUTO_FIELDS = ("top_k", "merge", "drop_tokens")
@@ -250,23 +257,23 @@ class ScMoEConfig(Section):
         counts = self.num_experts
         return counts[min(moe_layer, len(counts) - 1)] if isinstance(counts, list) else counts
 
+    def of_layer(self, moe_layer: int) -> ScMoEConfig:
+        """What an MoE layer, from 0, follows: this section, or that of its base if it is never converted."""
+        adapt = self.adapt
+        if adapt is None or adapt.base is None or adapt.layers is None or moe_layer in adapt.layers:
+            return self
+        base: ScMoEConfig = section_of_base(self)
+        return base
+
     def check_model(self, num_layers: int) -> None:
         """Rules that need the model's depth.
 
         Raises:
-            ScMoEConfigError: a depth that moe_every does not divide, or a pyramid of another length.
+            ScMoEConfigError: a depth that moe_every does not divide, a pyramid of another length, or converted layers
+                that the model does not have.
         """
         layers = self.moe_layers(num_layers)
-        self._require(
-            [
-                ("moe_every", num_layers % self.moe_every > 0, f"must divide --num-layers {num_layers}"),
-                (
-                    "pairs_per_moe",
-                    layers % self.pairs_per_moe > 0,
-                    f"must divide the {layers} pairs of --num-layers {num_layers}",
-                ),
-            ]
-        )
+        self._require(rules_of_depth(self, num_layers, layers))
         self.experts_of_layers(layers)
 
     def check_world(self, world_size: int, tensor_parallel_size: int = 1) -> None:

@@ -88,5 +88,18 @@ def rules_of_adapt(section: Any) -> Iterator[Rule]:
     if section.adapt is None:
         return
     yield "architecture", section.architecture != "scmoe", 'scmoe.adapt makes a ScMoE; set "scmoe", or remove adapt'
+    counts = section.num_experts if isinstance(section.num_experts, list) else [section.num_experts]
+    many = section.adapt.base is not None and section.adapt.base.top_k > min(counts, default=1)
+    yield "adapt.base.top_k", many, f"cannot exceed the number of experts ({min(counts, default=1)})"
     for field, broken, rule in section.adapt.rules():
         yield f"adapt.{field}", broken, rule
+
+
+def rules_of_depth(section: Any, num_layers: int, moe_layers: int) -> Iterator[Rule]:
+    """What the model's depth allows."""
+    depth, pairs = f"--num-layers {num_layers}", f"the {moe_layers} pairs of --num-layers {num_layers}"
+    yield "moe_every", num_layers % section.moe_every > 0, f"must divide {depth}"
+    yield "pairs_per_moe", moe_layers % section.pairs_per_moe > 0, f"must divide {pairs}"
+    layers = (section.adapt.layers if section.adapt is not None else None) or []
+    there = f"the model has the MoE layers 0 … {moe_layers - 1}"
+    yield "adapt.layers", max(layers, default=-1) >= moe_layers, f"{there}; name those"

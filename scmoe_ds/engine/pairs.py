@@ -49,7 +49,7 @@ def pairs_of(model: nn.Module) -> list[ModelPair]:
     pairs: list[ModelPair] = []
     for module in model.modules():
         if isinstance(module, StagedPair):
-            pairs.append(module)
+            pairs.append(module.running)
         elif isinstance(pair := getattr(module, "pair", None), (HookedPair, AsIsPair)):
             pairs.append(pair)
     return pairs
@@ -106,11 +106,12 @@ def _plain_layers(model: nn.Module, config: ScMoEConfig, found: list[tuple[str, 
 
 def _check_sizes(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
     for index, (name, layer) in enumerate(layers):
+        own = config.of_layer(index)
         sizes: dict[str, tuple[Any, Any]] = {
-            "num_experts": (config.experts_of(index), layer.num_experts),
-            "top_k": (config.top_k, layer.deepspeed_moe.gate.k),
-            "expert_parallel_size": (config.expert_parallel_size, layer.ep_size),
-            "merge": (config.merge, getattr(layer, "merge", config.merge)),
+            "num_experts": (own.experts_of(index), layer.num_experts),
+            "top_k": (own.top_k, layer.deepspeed_moe.gate.k),
+            "expert_parallel_size": (own.expert_parallel_size, layer.ep_size),
+            "merge": (own.merge, getattr(layer, "merge", own.merge)),
         }
         for field, (asked, has) in sizes.items():
             if field in config.written and asked != has:

@@ -115,7 +115,8 @@ def _load_model(
     stores: list[ExpertStore] = []
 
     def offload(model: GPT) -> None:
-        places = places_on_device(offloading.cache, model, 2 * config.top_k, dtype)
+        most = max(pair.layer.top_k for pair in model.scheduled_pairs())
+        places = places_on_device(offloading.cache, model, 2 * most, dtype)
         stores.append(offload_experts(model, trained, offloading.mode, places, dtype, device(), offloading.tier))
 
     model = load_model(trained, config, dtype, device(), offload)

@@ -16,6 +16,7 @@ from scmoe_ds.checkpoint.export import open_weights
 from scmoe_ds.checkpoint.parsing import parse, without_memory
 from scmoe_ds.checkpoint.reshard import Weights, check_parameters, own_part
 from scmoe_ds.checkpoint.tokenizer_files import KEY
+from scmoe_ds.config.adapt_section import SAME_LAYER
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import CheckpointError
@@ -30,8 +31,6 @@ from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.simulation import Mode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SAME_LAYER = {"topk": "pipelined_topk", "shared_expert": "overlapped_shared_expert"}
-"""DeepSpeed's own layers to those of this package with the same parameters and the same function."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def serving_config(
     """
     section = trained.model_dump(mode="json")
     changes = {
-        "architecture": _SAME_LAYER.get(trained.architecture, trained.architecture),
+        "architecture": SAME_LAYER.get(trained.architecture, trained.architecture),
         "merge": "cg2" if trained.architecture == "shared_expert" else trained.merge,
         "expert_parallel_size": expert_parallel_size,
         "expert_tensor_parallelism": expert_tensor_parallelism,

@@ -16,9 +16,12 @@ position biases, which runs once per batch, is left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.models.swin import SwinMoE, routing_of_stage
 from scmoe_ds.models.swin_settings import STAGES, SwinSettings
 
@@ -29,11 +32,13 @@ _COEFFICIENTS = {"add": 0, "cg1": 1, "cg2": 2}
 def forward_flops(model: GPT | SwinMoE) -> float:
     """Operations of the whole model, on all ranks together: per token of a GPT, per image of a SwinV2-MoE."""
     if isinstance(model, GPT):
-        return _gpt(model.settings, model.config, model.sequence)
+        pairs = [pair.running if isinstance(pair, StagedPair) else pair for pair in model.runs]
+        return _gpt(model.settings, [pair.config for pair in pairs], model.config, model.sequence)
     return _swin(model.settings, model.config)
 
 
-def _gpt(settings: GPTSettings, config: ScMoEConfig, sequence: int) -> float:
+def _gpt(settings: GPTSettings, sections: Sequence[ScMoEConfig], config: ScMoEConfig, sequence: int) -> float:
+    """`sections`: what each MoE layer follows."""
     D, H = settings.hidden_size, settings.head_size
     queries, keys = settings.num_attention_heads * H, settings.num_key_value_heads * H
     attention = 2 * D * (2 * queries + 2 * keys) + 2 * sequence * queries
@@ -41,10 +46,10 @@ def _gpt(settings: GPTSettings, config: ScMoEConfig, sequence: int) -> float:
     mlp = per_width * width
     expert = per_width * (config.moe_ffn_hidden_size or width)
     shared = per_width * (config.moe_shared_expert_intermediate_size or width)
-    moes = config.moe_layers(settings.num_layers)
+    moes = len(sections)
     of_moes = sum(
-        _moe(config, config.architecture, config.top_k, D, expert, shared, num_experts)
-        for num_experts in config.experts_of_layers(moes)
+        _moe(section, section.architecture, section.top_k, D, expert, shared, num_experts)
+        for section, num_experts in zip(sections, config.experts_of_layers(moes), strict=True)
     )
     dense = settings.num_layers * attention + (settings.num_layers - moes) * mlp
     return dense + of_moes + 2 * D * settings.vocab_size

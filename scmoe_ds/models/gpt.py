@@ -20,7 +20,8 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.distillation import TEXT_ALONE, Targets, masked_mean
 from scmoe_ds.models.layers import GPTSettings, make_norm
-from scmoe_ds.models.pairs import PlainPair, StagedPair, make_pair
+from scmoe_ds.models.make_pairs import conversion_of, make_pairs
+from scmoe_ds.models.pairs import PlainPair, StagedPair
 from scmoe_ds.models.parallel_layers import (
     Group,
     column_parallel,
@@ -72,6 +73,9 @@ class GPT(nn.Module):
         group: the tensor-parallel ranks (scmoe_ds.parallel.tensor); None: every rank holds whole layers.
         recompute: what the backward pass computes again instead of keeping it, see models/recompute.py.
 
+    Attributes:
+        conversion: which MoE layers run as ScMoE and which as in the source; it has none unless the model is adapted.
+
     Raises:
         ScMoEConfigError: a depth that the placement does not divide, or a late join that the model cannot have.
         ValueError: sizes that the tensor-parallel ranks do not divide.
@@ -98,15 +102,8 @@ class GPT(nn.Module):
         self.embedding = vocabulary_embedding(V, D, group)
         learned = settings.position_embedding == "learned_absolute"
         self.positions = nn.Embedding(settings.max_position_embeddings, D) if learned else None
-        pairs: list[PlainPair | StagedPair] = []
-        numbers = config.experts_of_layers(config.moe_layers(settings.num_layers))
-        for layer, num_experts in enumerate(numbers):
-            position = (config.first_layer_position if layer == 0 else None) or config.position
-            shared_moe = pairs[-1].last.moe if layer % config.pairs_per_moe else None
-            following = config.position if layer + 1 < len(numbers) else None
-            pair = make_pair(settings, config, num_experts, position, sequence, group, shared_moe, following)
-            pair.recompute = recompute
-            pairs.append(pair)
+        pairs = make_pairs(settings, config, sequence, group, recompute)
+        self.conversion = conversion_of(pairs)
         # The name that they have in checkpoints.
         self.runs = cast(Sequence[PlainPair | StagedPair], nn.ModuleList(pairs))
         self.final_norm = make_norm(settings)
@@ -193,8 +190,8 @@ class GPT(nn.Module):
         return [pair.last.moe for pair in self.runs]
 
     def scheduled_pairs(self) -> Sequence[StagedPair]:
-        """The pairs that a schedule drives; empty for the baselines."""
-        return [pair for pair in self.runs if isinstance(pair, StagedPair)]
+        """The pairs that a schedule drives, as they run now; empty for the baselines."""
+        return [pair.running for pair in self.runs if isinstance(pair, StagedPair)]
 
 
 def _check_late_join(settings: GPTSettings, config: ScMoEConfig, recompute: Recompute | None) -> None:

@@ -5,8 +5,8 @@
     PipelinedPair       a top-k MoE on the current layer, which hides behind its own chunks alone (Tutel's strategy)
     SharedExpertPair    the same beside the two halves of a shared expert (Megatron-core's --moe-shared-expert-overlap)
 
-All but the first are pairs that the executor runs. A pair says which operators it has, where among them its shortcut is
-taken, and how the MoE begins and joins.
+All but the first run in the executor. A pair says which operators it has, where its shortcut is taken, and how the MoE
+begins and joins.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.blocks import Block, make_blocks
+from scmoe_ds.models.blocks import Block
 from scmoe_ds.models.layers import GPTSettings, make_norm
-from scmoe_ds.models.parallel_layers import Group
 from scmoe_ds.models.recompute import Recompute, recompute_operator, recompute_pair
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.routed import RoutedTokens
@@ -47,16 +45,17 @@ class BlockPair(nn.Module):
     """What all pairs have in common.
 
     Attributes:
+        config: the section that the pair follows.
         recompute: what is computed again in the backward pass instead of being kept, see models/recompute.py.
         tap: the shortcut is taken before operator number `tap`, from 0. Without a shortcut, all dense operators and the
             norm behind them come before it.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], config: ScMoEConfig) -> None:
         super().__init__()
         self.recompute: Recompute | None = None
         self.tap = 2 * len(blocks)
-        self.blocks = blocks
+        self.blocks, self.config = blocks, config
 
     @property
     def last(self) -> Block:
@@ -119,7 +118,7 @@ class StagedPair(BlockPair):
         sequence: int,
         following: str | None,
     ) -> None:
-        super().__init__(blocks)
+        super().__init__(blocks, config)
         self.joins_late, self.is_last = config.join == "late", following is None
         if config.has_shortcut:
             self.tap = tap_of(config, position)
@@ -153,6 +152,11 @@ class StagedPair(BlockPair):
             return executor.run(self, hidden, schedule, next(recorders, SILENT), used_token)
 
         return recompute_pair(forward, hidden)
+
+    @property
+    def running(self) -> StagedPair:
+        """The pair that runs now: this one, or where it is not converted (models/converted.py) its base."""
+        return self
 
     @property
     def layer(self) -> StagedMoE:
@@ -269,32 +273,3 @@ class SharedExpertPair(PipelinedPair):
 
     def _shared_out(self, activations: Activations) -> Activations:
         return activations._replace(shared=self.layer.mlp.output(activations.shared_inner), shared_inner=None)
-
-
-def make_pair(
-    settings: GPTSettings,
-    config: ScMoEConfig,
-    num_experts: int,
-    position: str,
-    sequence: int,
-    group: Group = None,
-    shared_moe: MoE | None = None,
-    following: str | None = None,
-) -> PlainPair | StagedPair:
-    """The pair that `config.architecture` names.
-
-    Args:
-        position: of the shortcut, if there is one: "pos1", "pos2" or "pos3".
-        sequence: tokens per sequence, for the FLOPs behind the "auto" slot.
-        group: the tensor-parallel ranks.
-        shared_moe: an earlier pair's MoE layer, which this pair uses too.
-        following: the next pair's position; None: this pair is the last one.
-    """
-    blocks = make_blocks(settings, config, num_experts, group, shared_moe)
-    if not config.is_scheduled:
-        return PlainPair(blocks)
-    if config.has_shortcut:
-        kind: type[StagedPair] = ShortcutPair
-    else:
-        kind = PipelinedPair if config.architecture == "pipelined_topk" else SharedExpertPair
-    return kind(blocks, settings, config, position, sequence, following)

@@ -8,6 +8,7 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.moe.converted import ConvertedMoE
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.shortcut import DGMoE, ScMoE
@@ -61,4 +62,6 @@ def build_moe(
         return DGMoE(**arguments)
     if architecture == "pipelined_topk":
         return StagedMoE(**arguments)
+    if config.adapt is not None and config.adapt.base is not None:
+        return ConvertedMoE(merge=config.merge, base=config.adapt.base, **arguments)
     return ScMoE(merge=config.merge, **arguments)

@@ -159,6 +159,10 @@ class ScMoE(StagedMoE):
         output = self.mlp(hidden_states)
         return output[0] if isinstance(output, tuple) else output
 
+    def merging(self) -> tuple[Merge, nn.Linear | None]:
+        """How `finish` merges, and the coefficient network for it."""
+        return self.merge, self.coefficient
+
     def finish(
         self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +185,8 @@ class ScMoE(StagedMoE):
             shared = self.shared(hidden_states)
         collected = routed.collect()
         shared, collected, hidden_states = routed.exchange.recorder.open("merge", shared, collected, hidden_states)
-        output = merge_outputs(self.merge, shared, collected, hidden_states, self.coefficient)
+        merge, coefficient = self.merging()
+        output = merge_outputs(merge, shared, collected, hidden_states, coefficient)
         (output,) = routed.exchange.recorder.close("merge", output)
         return output, routed.routing.l_aux, routed.routing.exp_counts
 
@@ -192,7 +197,8 @@ class ScMoE(StagedMoE):
         if shared is None:
             shared = self.shared(hidden_states)
         shared, hidden_states = recorder.open("merge", shared, hidden_states)
-        shared_weight, routed_weight = merge_weights(self.merge, hidden_states, self.coefficient)
+        merge, coefficient = self.merging()
+        shared_weight, routed_weight = merge_weights(merge, hidden_states, coefficient)
         known, routed_weight = recorder.close("merge", weighted(shared, shared_weight), routed_weight)
 
         def late() -> Tensor:

@@ -67,7 +67,7 @@ def test_auto_merge_is_the_one_of_the_architecture_and_counts_as_not_given() -> 
 )
 def test_number_of_operators_is_what_the_model_has(fields: dict, operators: int) -> None:
     from scmoe_ds.models.layers import GPTSettings
-    from scmoe_ds.models.pairs import make_pair
+    from scmoe_ds.models.make_pairs import make_pair
     from scmoe_ds.overlap.executor import backbone
 
     config = section(**fields)

@@ -18,7 +18,8 @@ from scmoe_ds.comm.transport import Transport
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.models.pairs import PlainPair, StagedPair, make_pair
+from scmoe_ds.models.make_pairs import make_pair
+from scmoe_ds.models.pairs import PlainPair, StagedPair
 from scmoe_ds.overlap.executor import Operator, backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.trace.recorder import Recorder, Span

@@ -10,7 +10,8 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.models.pairs import StagedPair, make_pair
+from scmoe_ds.models.make_pairs import make_pair
+from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.overlap.executor import backbone
 from tests.helpers import reference
 

@@ -16,7 +16,8 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.models.pairs import StagedPair, make_pair
+from scmoe_ds.models.make_pairs import make_pair
+from scmoe_ds.models.pairs import StagedPair
 
 WIDTH, EXPERTS, SEQUENCE = 16, 4, 12
 SECTION = {

@@ -21,7 +21,8 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import MLP, GPTSettings
-from scmoe_ds.models.pairs import StagedPair, make_pair
+from scmoe_ds.models.make_pairs import make_pair
+from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.moe.shortcut import ScMoE
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.planner.auto import NCCL_MARGIN, choose_all_to_all
