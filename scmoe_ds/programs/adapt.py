@@ -1,6 +1,7 @@
 """Makes a trained MoE model a ScMoE: the same weights, and routed experts that read a preceding layer.
 
-scmoe adapt checkpoints/residual_moe --output scmoe --position pos2 --join late
+scmoe adapt checkpoints/top2 --output scmoe --position pos2 --join late
+scmoe adapt checkpoints/top2 --output scmoe --layers 1 3 --shared-expert busiest --text-file book.txt
 scmoe adapt report checkpoints/student --teacher-run checkpoints/teacher --output-prefix report
 """
 
@@ -10,12 +11,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from scmoe_ds.checkpoint.export import residual_to_scmoe
+import torch.distributed as dist
+
+from scmoe_ds.analysis.tokens import TokenSequences
+from scmoe_ds.checkpoint import description as fields
+from scmoe_ds.checkpoint.export import write_export
+from scmoe_ds.checkpoint.source_model import SourceModel
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.data.text_file import read_text
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.inference.load import load_trained
 from scmoe_ds.inference.model import DTYPES
+from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.adapt_report import write_report
-from scmoe_ds.programs.flags.adapt import build_parser
-from scmoe_ds.programs.run import run_alone
+from scmoe_ds.programs.flags.adapt import build_parser, check
+from scmoe_ds.programs.run import run_alone, run_program
+from scmoe_ds.training.expert_counts import busiest_experts
 
 FIELDS = ("position", "first_layer_position", "merge", "join", "top_k", "shortcut_norm")
 """Flags that are fields of the "scmoe" section, too."""
@@ -26,16 +37,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.command == "report":
         return run_alone("scmoe adapt report", lambda: write_report(args), argv)
-    return run_alone("scmoe adapt", lambda: _adapt(args), argv)
+
+    def parse(_: Sequence[str] | None) -> tuple[argparse.Namespace]:
+        check(args)
+        return (args,)
+
+    return run_program("scmoe adapt", argv, adapt, parse)
 
 
-def _adapt(args: argparse.Namespace) -> None:
-    if args.shard_gb <= 0:
-        raise ArgumentError(f"--shard-gb {args.shard_gb}: must be above 0")
+def adapt(args: argparse.Namespace) -> None:
+    """One job in a process group of one."""
+    if dist.get_world_size() > 1:
+        raise ArgumentError("scmoe adapt runs in one process: start it without a launcher")
+    source = SourceModel.open(args.source)
     changes = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
-    dtype = DTYPES[args.dtype or "fp32"]
-    shards = residual_to_scmoe(args.source, args.output, changes, dtype, int(args.shard_gb * 10**9))
-    print(f"wrote {args.output} of {args.source} ({shards} file(s) of weights); train it: --load {args.output}")
+    config = source.student(changes, args.layers)
+    busiest = None
+    if args.shared_expert is not None and source.has_shared_expert:
+        raise ArgumentError(f"--shared-expert {args.shared_expert}: {args.source} has shared experts, which are kept")
+    if args.shared_expert == "busiest":
+        busiest = _busiest(args)
+        print(f"busiest experts of MoE layer 0, 1, …: {', '.join(map(str, busiest))}")
+    description = {**source.description, **fields.describe_model(source.settings, config)}
+    weights, dtype = source.surgery(config, busiest), DTYPES[args.dtype or "fp32"]
+    shards = write_export(args.output, weights, description, dtype, int(args.shard_gb * 10**9), args.format == "hf")
+    print(f"wrote {args.output} of {source.weights.path} ({shards} file(s) of weights): {_text(source, config)}")
+    print(f"train it: scmoe pretrain --load {args.output} …")
+
+
+def _busiest(args: argparse.Namespace) -> list[int]:
+    loaded = load_trained(args.source)
+    settings = loaded.trained.settings
+    length = args.seq_length or settings.max_position_embeddings
+    text = read_text(args.text_file, loaded.tokenizer, settings.vocab_size)
+    sequences = TokenSequences(text.tokens, length, args.max_tokens, f"--text-file {args.text_file}")
+    return busiest_experts(loaded.model, (batch.to(device()) for batch in sequences.batches(args.batch_size)))
+
+
+def _text(source: SourceModel, config: ScMoEConfig) -> str:
+    layers = config.moe_layers(source.settings.num_layers)
+    number = sum(config.of_layer(layer).has_shortcut for layer in range(layers))
+    return (
+        f"{number} of {layers} MoE layers are ScMoE, {config.position}, top-{config.top_k}, merge {config.merge}, "
+        f"join {config.join}"
+    )
 
 
 if __name__ == "__main__":

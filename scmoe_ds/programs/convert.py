@@ -2,7 +2,6 @@
 
 scmoe convert export checkpoints/run out --dtype bf16
 scmoe convert export checkpoints/run hf_model --format hf   # AutoModelForCausalLM.from_pretrained("hf_model", …)
-scmoe convert residual-to-scmoe checkpoints/residual_moe out_scmoe --position pos2
 
 export --format hf takes DeepSpeed's checkpoints of Hugging Face models with AutoEP layers, too.
 """
@@ -17,7 +16,7 @@ import torch
 
 from scmoe_ds.checkpoint.autoep.trained import is_of_autoep
 from scmoe_ds.checkpoint.directories import locate
-from scmoe_ds.checkpoint.export import export, residual_to_scmoe
+from scmoe_ds.checkpoint.export import export
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.programs.flags.convert import build_parser
 from scmoe_ds.programs.run import run_alone
@@ -39,17 +38,12 @@ def _convert(args: argparse.Namespace) -> None:
     if is_of_autoep(args.source):
         _export_hugging_face(args, size)
         return
-    if args.command == "export":
-        if args.model is not None:
-            raise CheckpointError(
-                f"--model {args.model}: is for a checkpoint of a Hugging Face model with AutoEP layers, and "
-                f"{args.source} is not one; remove it"
-            )
-        shards = export(args.source, args.out, dtype, size, args.format == "hf")
-    else:
-        names = ("position", "first_layer_position", "shortcut_norm", "join")
-        changes = {name: getattr(args, name) for name in names}
-        shards = residual_to_scmoe(args.source, args.out, changes, dtype, size)
+    if args.model is not None:
+        raise CheckpointError(
+            f"--model {args.model}: is for a checkpoint of a Hugging Face model with AutoEP layers, and "
+            f"{args.source} is not one; remove it"
+        )
+    shards = export(args.source, args.out, dtype, size, args.format == "hf")
     source = locate(args.source)
     print(f"wrote {args.out} of {source} ({shards} file(s) of weights); start a run with them: --load {args.out}")
 
@@ -57,7 +51,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _export_hugging_face(args: argparse.Namespace, size: int) -> None:
     from scmoe_ds.checkpoint.autoep.export import export_hugging_face
 
-    if args.command != "export" or args.format != "hf":
+    if args.format != "hf":
         raise CheckpointError(
             f"{args.source}: is of a Hugging Face model with AutoEP layers; scmoe convert export --format hf writes it"
         )

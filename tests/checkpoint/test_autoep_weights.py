@@ -306,7 +306,7 @@ def test_a_checkpoint_that_says_nothing_of_its_model(
         export_hugging_face(tmp_path / "checkpoint", tmp_path / "out", original=other)
     with pytest.raises(CheckpointError, match=r"--model .*nowhere: no such directory; name the one with"):
         export_hugging_face(tmp_path / "checkpoint", tmp_path / "out", original=tmp_path / "nowhere")
-    assert main(["residual-to-scmoe", str(tmp_path / "checkpoint"), str(tmp_path / "out")]) == 2
+    assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "out")]) == 2
     assert "scmoe convert export --format hf writes it" in capsys.readouterr().err
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "zero_pp_rank_1_mp_rank_00_model_states.pt").touch()

@@ -23,7 +23,6 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.programs.convert import main
-from tests.helpers.exports import whole_model, write_export
 
 SETTINGS = GPTSettings(
     4, 16, 2, 32, 16, normalization="RMSNorm", swiglu=True, ffn_hidden_size=24, layernorm_epsilon=1e-3
@@ -125,46 +124,6 @@ def test_bf16_export(residual: tuple[str, dict[str, Tensor], Tensor], tmp_path: 
         assert torch.equal(parameter, weights[name].bfloat16().float())
 
 
-@pytest.mark.parametrize("norm", ["own", "shared"])
-@pytest.mark.parametrize(
-    ("position", "copied"),
-    [("pos1", "blocks.1.attention_norm"), ("pos2", "blocks.0.mlp_norm"), ("pos3", "blocks.0.attention_norm")],
-)
-def test_residual_to_scmoe(
-    position: str, copied: str, norm: str, residual: tuple[str, dict[str, Tensor], Tensor], tmp_path: Path
-) -> None:
-    save, weights, before = residual
-    out = tmp_path / "out"
-    assert main(["residual-to-scmoe", save, str(out), "--position", position, "--shortcut-norm", norm]) == 0
-    whole = make_json(architecture="scmoe", merge="cg2", position=position, shortcut_norm=norm)
-    converted = logits(start_with(out, whole).module)
-    # Independently: the same weights in a model that reads the tap through the backbone's norm.
-    shared = make_json(architecture="scmoe", merge="cg2", position=position, shortcut_norm="shared")
-    model = GPT(SETTINGS, ScMoEConfig.from_deepspeed(shared))
-    model.load_state_dict(weights)
-    assert torch.equal(converted, logits(model))
-    assert not torch.allclose(converted, before), "the experts read another layer now"
-    if norm == "own":
-        tensors = load_file(out / "model-00001-of-00001.safetensors")
-        for run in (0, 1):
-            assert torch.equal(tensors[f"runs.{run}.shortcut_norm.weight"], weights[f"runs.{run}.{copied}.weight"])
-
-
-@pytest.mark.parametrize("architecture", ["shared_expert", "overlapped_shared_expert"])
-def test_post_norm_has_no_norm_to_start_from(
-    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    section = {"architecture": architecture, "num_experts": 4}
-    model = whole_model(replace(SETTINGS, norm_placement="post"), section)
-    source, out = str(write_export(tmp_path / "residual", model)), str(tmp_path / "out")
-    assert main(["residual-to-scmoe", source, out, "--position", "pos1", "--shortcut-norm", "own"]) == 2
-    assert "is a post-norm model: it has no norm that the shortcut's own norm could copy" in capsys.readouterr().err
-    assert main(["residual-to-scmoe", source, out, "--position", "pos1", "--shortcut-norm", "shared"]) == 0
-    weights = load_file(Path(out) / "model-00001-of-00001.safetensors")
-    expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
-
-
 def test_a_description_from_before_norm_placement_is_of_a_pre_norm_model() -> None:
     then = describe(make_json())
     for key in ("norm_placement", "residual_scale"):
@@ -175,16 +134,6 @@ def test_a_description_from_before_norm_placement_is_of_a_pre_norm_model() -> No
         checkpoint.description.check_model(then, now, "it")
 
 
-def test_another_position_for_the_first_layer(residual: tuple[str, dict[str, Tensor], Tensor], tmp_path: Path) -> None:
-    save, weights, _ = residual
-    out = tmp_path / "out"
-    flags = ["--position", "pos2", "--first-layer-position", "pos3"]
-    assert main(["residual-to-scmoe", save, str(out), *flags]) == 0
-    tensors = load_file(out / "model-00001-of-00001.safetensors")
-    assert torch.equal(tensors["runs.0.shortcut_norm.weight"], weights["runs.0.blocks.0.attention_norm.weight"])
-    assert torch.equal(tensors["runs.1.shortcut_norm.weight"], weights["runs.1.blocks.0.mlp_norm.weight"])
-
-
 def test_bad_input(
     residual: tuple[str, dict[str, Tensor], Tensor], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -193,14 +142,12 @@ def test_bad_input(
     Path(used).mkdir()
     (Path(used) / "file").touch()
     Path(nothing).mkdir()
-    assert main(["residual-to-scmoe", save, str(tmp_path / "scmoe")]) == 0
     cases = [
         (["export", nothing, out], r"neither a checkpoint nor a directory of them nor an export"),
         (["export", save, used], r"is not empty; name another directory"),
         (["export", save, out, "--shard-gb", "0"], r"--shard-gb 0.0: must be above 0"),
         (["export", save, out, "--model", used], f"--model {used}: is for a checkpoint of a Hugging Face model"),
         (["export", save, used + "/file/out"], r"the export was not written"),
-        (["residual-to-scmoe", str(tmp_path / "scmoe"), out], r'architecture "scmoe"; only a Residual MoE'),
     ]
     for argv, message in cases:
         capsys.readouterr()

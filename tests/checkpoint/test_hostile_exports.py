@@ -27,6 +27,7 @@ from scmoe_ds.inference.model import TrainedModel
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin import SwinMoE
 from scmoe_ds.models.swin_settings import SwinSettings
+from scmoe_ds.programs import adapt as adapt_program
 from scmoe_ds.programs import analyze as analyze_program
 from scmoe_ds.programs import convert as convert_checkpoint
 from scmoe_ds.programs import evaluate as evaluate_program
@@ -170,7 +171,7 @@ def test_every_program(case: str, good: Path, tmp_path: Path, capsys: pytest.Cap
     ]
     if case != "wide":  # a conversion builds no model
         runs.append(lambda: convert_checkpoint.main(["export", path, str(tmp_path / "out")]))
-        runs.append(lambda: convert_checkpoint.main(["residual-to-scmoe", path, str(tmp_path / "other")]))
+        runs.append(lambda: adapt_program.main([path, "--output", str(tmp_path / "other")]))
     for run in runs:
         assert run() == 2
         message = errors(capsys)

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scmoe_ds.errors import ArgumentError
 from scmoe_ds.programs.flags import adapt_report
+from scmoe_ds.programs.flags.checks import check_ranges
 from scmoe_ds.programs.flags.parser import FlagParser
 
 _POSITIONS = ["pos1", "pos2", "pos3"]
@@ -29,7 +31,7 @@ def build_parser() -> FlagParser:
         prog="scmoe adapt",
         description="Make a trained MoE model a ScMoE: the weights are kept, the routed experts read a preceding "
         "layer. scmoe pretrain --load goes on with the result.",
-        example="scmoe adapt checkpoints/residual_moe --output scmoe --position pos2 --join late",
+        example="scmoe adapt checkpoints/top2 --output scmoe --position pos2 --join late",
     )
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="a checkpoint, a directory of them (the latest), or an export"
@@ -37,10 +39,31 @@ def build_parser() -> FlagParser:
     parser.add_argument("--output", type=Path, required=True, help="an empty or new directory for the weights")
     parser.set_defaults(command="adapt")
     _add_model(parser)
+    group = parser.add_argument_group("shared expert", "of a source that has none")
+    group.add_argument(
+        "--shared-expert",
+        choices=["mean", "busiest"],
+        help="starts from the mean of a layer's experts (default), or from the one that a text keeps busiest",
+    )
+    group.add_argument("--text-file", help="a UTF-8 text, for --shared-expert busiest")
+    group.add_argument("--seq-length", type=int, help="tokens of a sequence of the text; default: the model's context")
+    group.add_argument("--batch-size", type=int, default=8, help="sequences of a batch")
+    group.add_argument("--max-tokens", type=int, help="most tokens to read of the text; default: all")
     group = parser.add_argument_group("files")
     group.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="fp32 loses nothing (default: fp32)")
     group.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, in 10^9 bytes")
+    group.add_argument("--format", choices=["scmoe", "hf"], default="scmoe", help="hf: transformers loads it, too")
+    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises an ArgumentError for flags that are out of range, or that do not go together."""
+    check_ranges(args)
+    if args.shard_gb <= 0:
+        raise ArgumentError(f"--shard-gb {args.shard_gb}: must be above 0")
+    if (args.shared_expert == "busiest") != (args.text_file is not None):
+        raise ArgumentError("--shared-expert busiest and --text-file go together: give both, or neither")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +71,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--position", choices=_POSITIONS, help="where the shortcut is taken; default: pos2")
     group.add_argument("--first-layer-position", choices=_POSITIONS, help="of the first MoE layer's shortcut")
     group.add_argument("--merge", choices=["add", "cg1", "cg2"], help="default: as in the source, else cg1")
+    group.add_argument("--layers", type=int, nargs="+", help="MoE layers to convert, from 0; default: all")
     group.add_argument("--join", choices=["end", "late"], help="late: after the next block's attention; default: end")
     group.add_argument("--top-k", type=int, help="routed experts per token; default: as in the source")
     group.add_argument("--shortcut-norm", choices=["own", "shared"], help="own (default): starts as a copy")

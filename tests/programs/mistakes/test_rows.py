@@ -170,10 +170,9 @@ ROWS: dict[str, tuple[str, str]] = {
     "convert: nowhere": ("convert export absent out", rf"absent {_NEITHER} \(no such directory\)"),
     "convert: over a run": ("convert export saved saved", r"saved is not empty; name another directory"),
     "convert: onto a file": ("convert export saved data.bin", r"data\.bin: the export was not written \(File exists\)"),
-    "convert: no Residual MoE": (
-        "convert residual-to-scmoe saved out",
-        r'.*of architecture "scmoe"; only a Residual MoE',
-    ),
+    "adapt: a ScMoE": ("adapt saved --output out", r'saved: is a ScMoE already \(architecture "scmoe"\); go on'),
+    "adapt: nowhere": ("adapt absent --output out", rf"absent {_NEITHER} \(no such directory\)"),
+    "adapt: no text": ("adapt saved --output out --shared-expert busiest", r"--shared-expert busiest and --text-file"),
     "check: nothing": ("check", r"--deepspeed_config.* missing"),
     "check: another card": (
         "check --deepspeed_config ds.json --preset gpt2-moe-small --card A8",
