@@ -18,7 +18,15 @@ import torch
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 240
-PRELOADED = ["torch", "deepspeed", "scmoe_ds", "scmoe_ds.models.gpt", "scmoe_ds.training.loop", "megatron.core"]
+PRELOADED = [
+    "pytest",
+    "torch",
+    "deepspeed",
+    "megatron.core",
+    "transformers.modeling_utils",
+    "scmoe_ds.programs.pretrain_gpt",
+    "scmoe_ds.replace",
+]
 
 
 def free_port() -> int:
@@ -40,6 +48,11 @@ def environment_of_one() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in joined}
 
 
+def preload() -> None:
+    """Says what the server imports; without effect once it runs."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+
+
 def run_distributed(
     function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = TIMEOUT_S
 ) -> list[Any]:
@@ -52,7 +65,7 @@ def run_distributed(
         RuntimeError: a rank failed (with its traceback), or did not end in time.
     """
     with tempfile.TemporaryDirectory() as directory:
-        multiprocessing.set_forkserver_preload(PRELOADED)
+        preload()
         context = mp.start_processes(
             _worker,
             (dict(os.environ), ranks, free_port(), directory, function, arguments),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import fetch_hostfile
 from deepspeed.launcher.runner import parse_args as launcher_arguments
 
+from lab import programs
 from scmoe_ds.programs.flags.gpt import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -30,16 +29,7 @@ QUOTED = ["replace_moe", "upcycle_gpt2"]
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_an_example_runs_anywhere_and_its_loss_falls(name: str, tmp_path: Path) -> None:
-    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    run = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *RUNNABLE[name]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env=alone,
-    )
+    run = programs.run([str(EXAMPLES / f"{name}.py"), *RUNNABLE[name]], 1, tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     losses = [float(each) for each in re.findall(r"^(?:ScMoE, )?step.* ([\d.]+)$", run.stdout, re.MULTILINE)]
     assert len(losses) >= 6

@@ -17,13 +17,16 @@ position biases, which runs once per batch, is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.pairs import StagedPair
-from scmoe_ds.models.swin import SwinMoE, routing_of_stage
-from scmoe_ds.models.swin_settings import STAGES, SwinSettings
+from scmoe_ds.models.swin_settings import STAGES, SwinSettings, routing_of_stage
+
+if TYPE_CHECKING:  # transformers' Swinv2 takes a second to import
+    from scmoe_ds.models.swin import SwinMoE
 
 _SHARED = ("shared_expert", "overlapped_shared_expert", "scmoe")
 _COEFFICIENTS = {"add": 0, "cg1": 1, "cg2": 2}

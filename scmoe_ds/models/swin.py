@@ -35,7 +35,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import apart
 from scmoe_ds.models.initialization import initialize_parameters
-from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings
+from scmoe_ds.models.swin_settings import MOE_STAGES, SwinSettings, routing_of_stage
 from scmoe_ds.moe.build import build_moe
 from scmoe_ds.parallel.output import log
 from scmoe_ds.replace import load_balancing_loss
@@ -226,16 +226,6 @@ def _make_moe(swin: Swinv2Config, settings: SwinSettings, config: ScMoEConfig, s
     # What a ScMoE routes, the replacement decides.
     own = "shared_expert" if architecture == "shared_expert" else "topk"
     return build_moe(config, width, expert, num_experts, architecture=own, top_k=top_k)
-
-
-def routing_of_stage(config: ScMoEConfig, stage: int) -> tuple[str, int]:
-    """Architecture and top-k of the MoE layers of a stage, counted from 0: stage 4 keeps its standard MoE.
-
-    Without a shared expert a token needs a second routed one.
-    """
-    if config.architecture == "scmoe" and stage != MOE_STAGES[0]:
-        return "topk", 2
-    return config.architecture, config.top_k
 
 
 def _transformers_config(settings: SwinSettings) -> Swinv2Config:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # flags are read before torch is imported
+    from scmoe_ds.config.section import ScMoEConfig
 
 STAGES = 4
 MOE_STAGES = (2, 3)
@@ -124,3 +127,13 @@ SWIN_PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values of the flags of scmoe pretrain-swin. The paper is silent on stochastic depth: 0.2 is Swin-MoE's own.
 Weights of 0.02 suit hundreds of inputs: with 16, a norm enlarges its branch's output, and gradients, a hundredfold."""
+
+
+def routing_of_stage(config: ScMoEConfig, stage: int) -> tuple[str, int]:
+    """Architecture and top-k of the MoE layers of a stage, counted from 0: stage 4 keeps its standard MoE.
+
+    Without a shared expert a token needs a second routed one.
+    """
+    if config.architecture == "scmoe" and stage != MOE_STAGES[0]:
+        return "topk", 2
+    return config.architecture, config.top_k

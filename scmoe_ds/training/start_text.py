@@ -13,7 +13,7 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from scmoe_ds.config.loading import LoadedConfig
-from scmoe_ds.models.swin import SwinMoE
+from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.parallel.groups import nodes_of_ranks
 from scmoe_ds.parallel.tensor import data_parallel_size, tensor_parallel_size
@@ -62,7 +62,7 @@ def start_facts(trainer: Trainer, loaded: LoadedConfig, data: TrainingData) -> d
     return {
         "iteration": trainer.iteration,
         "train_iters": settings.train_iters,
-        "model": "SwinV2-MoE" if isinstance(model, SwinMoE) else "GPT",
+        "model": "GPT" if isinstance(model, GPT) else "SwinV2-MoE",
         "architecture": config.architecture,
         "position": config.position if config.has_shortcut else None,
         "merge": config.merge if config.architecture == "scmoe" else None,

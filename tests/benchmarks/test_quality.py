@@ -31,7 +31,7 @@ from benchmarks.quality.text_corpus import (
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import DataError
 from scmoe_ds.training.record import RecordWriter, read_record
-from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, some_documents, tiny_settings
+from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, fork_runs, some_documents, tiny_settings
 
 SETTINGS = Path(quality.__file__).with_name("quality.json")
 VARIANTS = list(json.loads(SETTINGS.read_text(encoding="utf-8"))["variants"])
@@ -360,6 +360,7 @@ def test_two_variants_with_two_seeds_stopped_and_resumed(
         assert quality.main(flags) == 130
     assert not Record.read(tmp_path / "out.json", "benchmarks.quality.compare").content["runs"]
     assert quality.main([*flags, "--budget-minutes", "1e-9"]) == 1  # nothing starts after the time is over
+    fork_runs(monkeypatch)
     assert quality.main([*flags, "--parallel", "2"]) == 0
     record = Record.read(tmp_path / "out.json", "benchmarks.quality.compare").content
     runs = {(run["variant"], run["seed"]): run for run in record["runs"]}

@@ -23,7 +23,7 @@ from scmoe_ds.evaluation.windows import Row
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.planner.times import ChunkTimes, OperatorTime, OperatorTimes, PassTimes
 from tests.helpers.exports import whole_model
-from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, some_documents, tiny_settings
+from tests.helpers.tiny_quality import ITERATIONS, SEQUENCE, fork_runs, some_documents, tiny_settings
 
 SETTINGS = Path(stress.__file__).with_suffix(".json")
 
@@ -184,6 +184,7 @@ def test_a_small_run_and_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "--seeds",
         "1",
     ]
+    fork_runs(monkeypatch)
     assert stress.main([*flags, "--parallel", "2"]) == 0
     record = Record.read(tmp_path / "out.json", "benchmarks.quality.stress").content
     assert {run["variant"] for run in record["runs"]} == {

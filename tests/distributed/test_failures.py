@@ -9,8 +9,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lab.distributed import free_port, rank_environment, run_distributed
+from lab.programs import Rank, ranks_of
 from lab.training_log import step_line
 from scmoe_ds import compat
 from scmoe_ds.data.dataset import DataSettings, build_datasets
@@ -149,44 +148,19 @@ def test_deepspeeds_own_words_for_an_exhausted_loss_scale() -> None:
 
 
 @contextlib.contextmanager
-def ranks_of_a_job(arguments: Sequence[str], directory: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def ranks_of_a_job(arguments: Sequence[str], directory: Path) -> Iterator[list[Rank]]:
     """Two processes of the main job; yielded when they have trained a few iterations."""
-    port, processes = free_port(), []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            **rank_environment(rank, 2, port),
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(ROOT / "pretrain_gpt_scmoe.py"), *arguments]
-        with open(directory / f"errors{rank}", "w") as errors:
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env={**environment, "PYTHONPATH": str(ROOT)},
-                    cwd=directory,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                )
-            )
-    try:
-        assert processes[0].stdout is not None
-        assert any(re.match(step_line(3), line) for line in processes[0].stdout)
+    with ranks_of([str(ROOT / "pretrain_gpt_scmoe.py"), *arguments], 2, directory) as processes:
+        processes[0].wait_for(step_line(3))
         yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_with_a_sentence(victim: int, tmp_path: Path) -> None:
     with ranks_of_a_job(prepare(tmp_path, "--train-iters", "100000"), tmp_path) as processes:
-        processes[victim].kill()
+        processes[victim].send_signal(signal.SIGKILL)
         assert processes[1 - victim].wait(60) == 1
-    lines = (tmp_path / f"errors{1 - victim}").read_text().splitlines()
+        lines = processes[1 - victim].stderr.read_text().splitlines()
     assert any(line.startswith("Traceback") for line in lines)
     found = re.match(
         r"pretrain_gpt_scmoe.py: error: rank (\d) \(host \S+\), iteration \d+: (.*) ranks 0, 1 failed: "
@@ -205,9 +179,9 @@ def test_a_stopped_process_is_named_and_ended(tmp_path: Path) -> None:
         processes[0].send_signal(signal.SIGSTOP)
         assert processes[1].wait(60) == 1
         assert processes[0].wait(60) == -signal.SIGKILL
-    last = (tmp_path / "errors1").read_text().splitlines()[-1]
-    assert re.search(r"rank 1 .* failed: .*\. Rank 0 \(host \S+\) has not said why \(.*\): look at", last), last
-    assert "(it is stopped) and was killed" in (tmp_path / "errors0").read_text()
+        last = processes[1].stderr.read_text().splitlines()[-1]
+        assert re.search(r"rank 1 .* failed: .*\. Rank 0 \(host \S+\) has not said why \(.*\): look at", last), last
+        assert "(it is stopped) and was killed" in processes[0].stderr.read_text()
 
 
 def run_with_a_signal_in_a_validation(arguments: list[str]) -> tuple[int, list[int]]:
@@ -260,7 +234,7 @@ def test_ctrl_c_is_no_error(tmp_path: Path) -> None:
         for process in processes:
             process.send_signal(signal.SIGINT)
         assert [process.wait(60) for process in processes] == [130, 130]
-    errors = [(tmp_path / f"errors{rank}").read_text() for rank in (0, 1)]
+        errors = [process.stderr.read_text() for process in processes]
     assert errors[0].splitlines()[-1] == "pretrain_gpt_scmoe.py: interrupted"
     assert not any("Traceback" in text for text in errors)
 

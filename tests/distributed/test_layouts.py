@@ -23,7 +23,7 @@ from scmoe_ds.models.recompute import Recompute
 from scmoe_ds.parallel import tensor
 from scmoe_ds.training.loop import seed_micro_batch
 
-STEPS, VOCABULARY, SEQUENCE, MICRO_BATCHES = 6, 64, 32, 4
+STEPS, VOCABULARY, SEQUENCE, MICRO_BATCHES = 4, 64, 32, 4
 
 
 def micro_batch(number: int) -> Tensor:
@@ -65,7 +65,7 @@ def train(
         for micro_step in range(MICRO_BATCHES // replicas):
             number = micro_step * replicas + replica
             seed_micro_batch(1, step, number)
-            tokens = micro_batch(step % 2 * MICRO_BATCHES + number)  # seen again, so that the loss falls soon
+            tokens = micro_batch(step % 2 * MICRO_BATCHES + number)  # seen again by the third step
             output = engine(tokens[:, :-1], labels=tokens[:, 1:])
             engine.backward(output.loss)
             engine.step()
@@ -219,7 +219,7 @@ def test_layouts_train_alike(layout: Case) -> None:
     """Losses, norms and weights of every rank against those of one process; all experts are somewhere."""
     [(losses, norms, weights)] = results(1)[layout.alone]
     by_rank = results(layout.ranks)[layout]
-    assert losses[-1] < losses[0]
+    assert losses[2] < losses[0], "the same tokens"
     for split_losses, split_norms, split_weights in by_rank:
         assert split_losses == pytest.approx(losses, rel=1e-5)
         assert split_norms == pytest.approx(norms, rel=1e-5)

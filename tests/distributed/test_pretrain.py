@@ -1,4 +1,4 @@
-"""The main job as users run it: the deepspeed launcher, two expert-parallel processes, a JSON, real text."""
+"""The main job as users run it: two expert-parallel processes, a JSON, real text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from lab import programs
 from lab.distributed import free_port
 from lab.training_log import losses, step_line, steps, validations
 from scmoe_ds.training.record import read_record
@@ -31,17 +32,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("corpus"))
 
 
-def launch(directory: Path, corpus: str, *flags: str, **changes: Any) -> subprocess.CompletedProcess:
-    command, environment = job(directory, corpus, *flags, **changes)
-    return subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
+def train(
+    directory: Path, corpus: str, *flags: str, ranks: int = 2, accumulation: int = 1, **changes: Any
+) -> subprocess.CompletedProcess[str]:
+    return programs.run(job(directory, corpus, *flags, accumulation=accumulation, **changes), ranks, directory)
 
 
-def job(
-    directory: Path, corpus: str, *flags: str, ranks: int = 2, accumulation: int = 1, **changes: object
-) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a training job; `changes` are fields of the "scmoe" section."""
+def job(directory: Path, corpus: str, *flags: str, accumulation: int = 1, **changes: object) -> list[str]:
+    """Script and flags of a training job; `changes` are fields of the "scmoe" section."""
     whole = {
         **CONFIG,
         "tensorboard": {"enabled": True, "output_path": str(directory / "board"), "job_name": "job"},
@@ -50,18 +48,8 @@ def job(
         "scmoe": {**CONFIG["scmoe"], **changes},
     }
     (directory / "ds.json").write_text(json.dumps(whole))
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-    ]
     arguments = ["--deepspeed_config", str(directory / "ds.json"), "--corpus-dir", corpus, *FLAGS, *flags]
-    command = [*launcher, str(ROOT / "pretrain_gpt_scmoe.py"), *arguments]
-    return command, {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return [str(ROOT / "pretrain_gpt_scmoe.py"), *arguments]
 
 
 def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: str) -> None:
@@ -71,13 +59,11 @@ def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path: Path, corpus: st
     save = str(tmp_path / "saved")
     # The number of chunks would change the last bits of sums, and two runs may measure and choose differently.
     overlap = {"num_chunks": 1, "calibration_steps": 2}
-    whole = launch(directories["whole"], corpus, "--train-iters", "8", "--scmoe-trace", "2", overlap=overlap)
-    first = launch(
+    whole = train(directories["whole"], corpus, "--train-iters", "8", "--scmoe-trace", "2", overlap=overlap)
+    first = train(
         directories["first"], corpus, "--train-iters", "8", "--save", save, "--exit-interval", "4", overlap=overlap
     )
-    second = launch(
-        directories["second"], corpus, "--train-iters", "8", "--save", save, "--load", save, overlap=overlap
-    )
+    second = train(directories["second"], corpus, "--train-iters", "8", "--save", save, "--load", save, overlap=overlap)
     for done in (whole, first, second):
         assert done.returncode == 0, done.stdout + done.stderr
     assert list(losses(first.stdout)) == [1, 2, 3, 4] and list(losses(second.stdout)) == [5, 6, 7, 8]
@@ -142,7 +128,7 @@ def test_one_process_that_accumulates_prints_what_two_processes_print(tmp_path: 
         directory = tmp_path / str(ranks)
         directory.mkdir()
         flags = ("--train-iters", "6", "--log-interval", "2", "--save", str(directory / "saved"))
-        done = launch(directory, corpus, *flags, ranks=ranks, accumulation=4 // ranks, expert_parallel_size=ranks)
+        done = train(directory, corpus, *flags, ranks=ranks, accumulation=4 // ranks, expert_parallel_size=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
         record = read_record(directory / "saved")
         noted.append([entry[name] for entry in record.steps.values() for name in columns])
@@ -152,32 +138,48 @@ def test_one_process_that_accumulates_prints_what_two_processes_print(tmp_path: 
     assert validated[1] == pytest.approx(validated[0], rel=0.1), "validation reads other batches on two ranks"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_and_stops_all(number: signal.Signals, tmp_path: Path, corpus: str) -> None:
+def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, corpus: str) -> None:
+    """Under the launcher, which then ends with 0."""
     save = tmp_path / "saved"
-    command, environment = job(tmp_path, corpus, "--train-iters", "100000", "--save", str(save))
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as launcher:
-        assert launcher.stdout is not None
-        lines = iter(launcher.stdout.readline, "")
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port())]
+    words = job(tmp_path, corpus, "--train-iters", "100000", "--save", str(save))
+    command, environment = [sys.executable, *launcher, *words], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
         assert any(re.match(step_line(3), line) for line in lines)
         ranks = [
             child
-            for child in psutil.Process(launcher.pid).children(recursive=True)
+            for child in psutil.Process(process.pid).children(recursive=True)
             if "--local_rank=1" in child.cmdline()
         ]
         assert len(ranks) == 1
-        ranks[0].send_signal(number)
+        ranks[0].send_signal(signal.SIGTERM)
         rest = "".join(lines)
-        assert launcher.wait(60) == 0, rest
-    stopped = re.search(rf"stopping at iteration (\d+): {number.name} received", rest)
-    assert stopped, rest
+        assert process.wait(60) == 0, rest
+    check_stopped(rest, "SIGTERM", save)
+
+
+def test_another_signal_to_one_rank(tmp_path: Path, corpus: str) -> None:
+    save = tmp_path / "saved"
+    words = job(tmp_path, corpus, "--train-iters", "100000", "--save", str(save))
+    with programs.ranks_of(words, 2, tmp_path) as (first, second):
+        first.wait_for(step_line(3))
+        second.send_signal(signal.SIGUSR1)
+        assert [first.wait(60), second.wait(60)] == [0, 0]
+        check_stopped(first.stdout.read_text(), "SIGUSR1", save)
+
+
+def check_stopped(output: str, name: str, save: Path) -> None:
+    stopped = re.search(rf"stopping at iteration (\d+): {name} received", output)
+    assert stopped, output
     assert (save / "latest").read_text() == f"global_step{stopped[1]}"
-    assert "validation" not in rest.split("finished at")[0], "whoever wants the machine back is not kept waiting"
+    assert "validation" not in output.split("finished at")[0], "whoever wants the machine back is not kept waiting"
 
 
 def test_a_limit_of_time(tmp_path: Path, corpus: str) -> None:
     save = str(tmp_path / "saved")
-    done = launch(tmp_path, corpus, "--train-iters", "100000", "--save", save, "--exit-duration-in-mins", "0.0001")
+    done = train(tmp_path, corpus, "--train-iters", "100000", "--save", save, "--exit-duration-in-mins", "0.0001")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopping at iteration 1: --exit-duration-in-mins is over" in done.stdout
     assert (tmp_path / "saved" / "latest").read_text() == "global_step1"
@@ -185,7 +187,7 @@ def test_a_limit_of_time(tmp_path: Path, corpus: str) -> None:
 
 def test_validation_loss_falls_below_the_unigram_entropy(tmp_path: Path, corpus: str) -> None:
     flags = ("--train-iters", "150", "--hidden-size", "64", "--seq-length", "128", "--hidden-dropout", "0")
-    done = launch(tmp_path, corpus, *flags, "--eval-iters", "10")
+    done = train(tmp_path, corpus, *flags, "--eval-iters", "10")
     assert done.returncode == 0, done.stdout + done.stderr
     loss = float(re.search(r"validation loss +(\S+)", done.stdout)[1])  # type: ignore[index]
     entropy = float(re.search(r"unigram entropy +(\S+)", done.stdout)[1])  # type: ignore[index]
@@ -194,9 +196,9 @@ def test_validation_loss_falls_below_the_unigram_entropy(tmp_path: Path, corpus:
 
 def test_a_file_that_is_missing_on_one_rank_is_one_message(tmp_path: Path, corpus: str) -> None:
     save = str(tmp_path / "saved")
-    assert launch(tmp_path, corpus, "--train-iters", "1", "--save", save).returncode == 0
+    assert train(tmp_path, corpus, "--train-iters", "1", "--save", save).returncode == 0
     (tmp_path / "saved" / "global_step1" / "layer_0_expert_3_mp_rank_00_model_states.pt").unlink()
-    done = launch(tmp_path, corpus, "--train-iters", "2", "--load", save)
+    done = train(tmp_path, corpus, "--train-iters", "2", "--load", save)
     assert done.returncode != 0
     errors = [line for line in (done.stdout + done.stderr).splitlines() if "pretrain_gpt_scmoe.py: error" in line]
     assert len(errors) == 1 and "layer_0_expert_3_mp_rank_00_model_states.pt is missing" in errors[0]
@@ -204,14 +206,14 @@ def test_a_file_that_is_missing_on_one_rank_is_one_message(tmp_path: Path, corpu
 
 @pytest.mark.parametrize("architecture", ["scmoe", "shared_expert", "topk", "dgmoe", "pipelined_topk"])
 def test_one_line_of_json_changes_the_architecture(architecture: str, tmp_path: Path, corpus: str) -> None:
-    done = launch(tmp_path, corpus, "--train-iters", "30", architecture=architecture)
+    done = train(tmp_path, corpus, "--train-iters", "30", architecture=architecture)
     assert done.returncode == 0, done.stdout + done.stderr
     values = [float(loss) for loss in losses(done.stdout).values()]
     assert values[-1] < values[0] - 0.5, "30 steps on real text"
 
 
 def test_a_bad_setting_ends_the_job_with_one_message(tmp_path: Path, corpus: str) -> None:
-    done = launch(tmp_path, corpus, "--train-iters", "1", expert_parallel_size=4)
+    done = train(tmp_path, corpus, "--train-iters", "1", expert_parallel_size=4)
     assert done.returncode != 0
     errors = [line for line in (done.stdout + done.stderr).splitlines() if "pretrain_gpt_scmoe.py: error" in line]
     assert len(errors) == 1 and "scmoe.expert_parallel_size = 4: must divide the world size 2" in errors[0]

@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
-from lab.distributed import free_port
-from tests.distributed.test_pretrain import CONFIG, ROOT
+from lab import programs
+from tests.distributed.test_pretrain import CONFIG
 
 FLAGS = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64".split()
 
 
-def report(directory: Path, ranks: int, *flags: str, **changes: object) -> subprocess.CompletedProcess:
+def report(directory: Path, ranks: int, *flags: str, **changes: object) -> CompletedProcess[str]:
     whole = {**CONFIG, "tensorboard": {"enabled": False}, "scmoe": {**CONFIG["scmoe"], **changes}}
     (directory / "ds.json").write_text(json.dumps(whole))
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    program = ["--module", "scmoe_ds.programs.report"] if ranks > 1 else ["-m", "scmoe_ds.programs.report"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), *program]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "--deepspeed_config", str(directory / "ds.json"), *FLAGS, *flags],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    words = ["-m", "scmoe_ds.programs.report", "--deepspeed_config", str(directory / "ds.json"), *FLAGS, *flags]
+    return programs.run(words, ranks, directory)
 
 
 def test_report_says_what_overlap_is_worth(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     done = report(tmp_path, 2, "--details", overlap={"calibration_steps": 3, "calibration_file": str(file)})
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if not re.match(r"\[\d{4}-", line)]  # the launcher's
+    lines = done.stdout.splitlines()
     pattern = r"overlap hides \d+ % of the communication; a step .* DeepSpeed's top-2(, measured)?"
     assert re.fullmatch(pattern, lines[0]), done.stdout  # what it is worth is a matter of the measured times
     for part in (

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import IO
+
+import pytest
 
 from benchmarks.quality import compare as quality
 from benchmarks.quality.text_corpus import Document
+from lab import programs
 from scmoe_ds.data.default_corpus import standard_library_documents
 
 ITERATIONS, SEQUENCE = 6, 32
@@ -40,3 +44,15 @@ def tiny_settings(path: Path) -> Path:
     cpu["deepspeed"]["scheduler"]["params"]["warmup_num_steps"] = 2
     path.write_text(json.dumps(whole), encoding="utf-8")
     return path
+
+
+def fork_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are forked instead of started anew; they cannot be stopped then."""
+
+    def wait(crew: quality.Crew, task: Path, stream: IO[str]) -> int:
+        done = programs.run(["-m", "benchmarks.quality.run", str(task)], 1, task.parent)
+        stream.write(done.stdout + done.stderr)
+        stream.flush()
+        return done.returncode
+
+    monkeypatch.setattr(quality.Crew, "_wait", wait)

@@ -7,6 +7,7 @@ every command there as a process of its own. It needs a package index and minute
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import programs
 from tests.helpers import shell
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +43,14 @@ class Terminal:
         code, text = self._in_this_process(line) if self.bin is None else self._as_a_process(line)
         assert code == 0, f"{line}\nexit code {code}\n{text[-3000:]}"
         return text
+
+    def do_on_two_ranks(self, module: str, line: str) -> None:
+        """Runs a module under the launcher; in the short form in forked processes without it."""
+        if self.bin is not None:
+            self.do(f"deepspeed --num_accelerators 2 --module {module} {line}")
+        else:
+            done = programs.run(["-m", module, *shlex.split(line)], 2, self.home)
+            assert done.returncode == 0, done.stderr[-3000:]
 
     def start(self, line: str) -> subprocess.Popen[str]:
         """Starts a command line as a process, in both forms."""

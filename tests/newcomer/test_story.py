@@ -129,8 +129,7 @@ def test_6_would_it_pay(terminal: Terminal) -> None:
     whole = json.loads((ROOT / "ds_configs/gpt_small_cpu.json").read_text())
     whole["scmoe"]["overlap"] = {"calibration_file": "times.json"}
     Path("two_ranks.json").write_text(json.dumps(whole))
-    report = f"--module scmoe_ds.programs.report {SIZES} {TOKENIZER} --deepspeed_config two_ranks.json"
-    assert terminal.start(f"deepspeed --num_accelerators 2 {report}").wait(300) == 0
+    terminal.do_on_two_ranks("scmoe_ds.programs.report", f"{SIZES} {TOKENIZER} --deepspeed_config two_ranks.json")
     records = "--similarity similarity.json --calibration times.json"
     assert "pay" in terminal.do(f"scmoe analyze feasibility {records} --output-prefix answer")
     for name in ("similarity.png", "gating.png", "gradients.png", "answer.md", "answer.png", "answer.html"):
