@@ -33,9 +33,9 @@ $(STAMP): pyproject.toml requirements.txt constraints.txt
 
 setup: $(STAMP)  ## install everything into .venv, this package editable
 
-# Two files at a time: many tests wait for processes more than they compute.
+# Two files at a time: many tests wait for processes more than they compute. In tests/conftest.py's order: the longest file first.
 test: $(STAMP)  ## all tests; those that need a GPU skip themselves
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Not part of .ci/run: several GB per set. docs/versions.md has the table.
 test-versions:  ## the fast tests on the oldest and the newest packages allowed, each in an environment of its own

@@ -58,10 +58,15 @@ def write_files(directory: Path) -> None:
     (directory / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
 
 
-def command(directory: Path, launcher: Sequence[str], *flags: str) -> list[str]:
-    """The launcher's command line for a job whose files are in `directory`, with the corpus beside them."""
+def program(directory: Path, *flags: str) -> list[str]:
+    """Script and flags of a job whose files are in `directory`, with the corpus beside them."""
     arguments = ["--deepspeed_config", str(directory / "ds.json"), "--corpus-dir", str(directory / "corpus")]
-    return [*DEEPSPEED, *launcher, str(ROOT / "pretrain_gpt_scmoe.py"), *arguments, *FLAGS, *flags]
+    return [str(ROOT / "pretrain_gpt_scmoe.py"), *arguments, *FLAGS, *flags]
+
+
+def command(directory: Path, launcher: Sequence[str], *flags: str) -> list[str]:
+    """The launcher's command line for such a job."""
+    return [*DEEPSPEED, *launcher, *program(directory, *flags)]
 
 
 def remove_buffers(port: int) -> None:

@@ -41,6 +41,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Minutes of waiting for timeouts, beside which the other worker computes; last, it would be alone.
+    items.sort(key=lambda item: not item.path.match("cluster/test_faults.py"))
     for item in items:
         if isinstance(item, pytest.Function) and spawns(item):
             item.add_marker("spawns")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from lab import cluster, training_log
-from lab.distributed import free_port
+from lab import cluster, programs, training_log
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +20,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reference(files: Path) -> dict[int, str]:
     """Losses of two processes on one node, from the first iteration on."""
-    port, flags = free_port(), ("--exit-interval", str(cluster.REFERENCE_ITERATIONS))
-    line = cluster.command(files, ["--num_accelerators", "2", "--master_port", str(port)], *flags)
-    environment = {**os.environ, **cluster.ENVIRONMENT}
-    done = subprocess.run(line, cwd=files, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    cluster.remove_buffers(port)
+    words = cluster.program(files, "--exit-interval", str(cluster.REFERENCE_ITERATIONS))
+    done = programs.run(words, 2, files, cluster.ENVIRONMENT)
     losses = training_log.losses(done.stdout)
     assert done.returncode == 0 and list(losses) == [*range(1, cluster.REFERENCE_ITERATIONS + 1)], done.stderr
     assert len(set(losses.values())) == len(losses), "each iteration has its own loss"

@@ -189,25 +189,6 @@ def test_a_fault_ends_the_job(fault: str, training: Training) -> None:
     assert training.step > 0
 
 
-def test_a_short_cut_of_the_link_and_a_signal_to_one_rank(training: Training) -> None:
-    """The job stalls and goes on after the first, and ends as asked after the second."""
-    job = training.start(timeout_s=60)  # TCP tries again at growing intervals
-    job.wait_for_steps(2)
-    job.machines.link(False)
-    before = max(training_log.losses(job.text))
-    time.sleep(5)
-    stalled_at = max(training_log.losses(job.text))
-    job.machines.link(True)
-    job.wait_for(training_log.step_line(stalled_at + 3))
-    assert stalled_at <= before + 1, "the link was not down"
-    (rank,) = job.machines.pids(1, RANK)
-    assert training.end_after(lambda: os.kill(rank, signal.SIGTERM), job) == 0, job.text
-    stopped = re.search(r"stopping at iteration (\d+): SIGTERM received", job.text)
-    assert stopped, job.text
-    training.check(job)
-    assert training.step == int(stopped[1]), "all is saved"
-
-
 def test_a_truncated_file_and_a_rank_killed_during_a_save(training: Training) -> None:
     damaged = training.damage_newest(lambda data: data[: len(data) // 2])
     job = training.start()
@@ -239,11 +220,23 @@ def test_a_flipped_bit_and_a_full_disk_during_a_save(training: Training) -> None
     assert training.step >= newest
 
 
-def test_after_all_of_it_the_job_ends_well(training: Training) -> None:
-    job = training.start(TIMEOUT_S, "--exit-interval", "3")
-    job.wait_for("finished at iteration")
-    assert job.end(time.monotonic() + 120) == 0, job.text
+def test_a_short_cut_of_the_link_and_a_signal_to_one_rank(training: Training) -> None:
+    """After all that is above: the job stalls and goes on after the first, and ends as asked after the second."""
+    job = training.start(timeout_s=60)  # TCP tries again at growing intervals
+    job.wait_for_steps(2)
+    job.machines.link(False)
+    before = max(training_log.losses(job.text))
+    time.sleep(5)
+    stalled_at = max(training_log.losses(job.text))
+    job.machines.link(True)
+    job.wait_for(training_log.step_line(stalled_at + 3))
+    assert stalled_at <= before + 1, "the link was not down"
+    (rank,) = job.machines.pids(1, RANK)
+    assert training.end_after(lambda: os.kill(rank, signal.SIGTERM), job) == 0, job.text
+    stopped = re.search(r"stopping at iteration (\d+): SIGTERM received", job.text)
+    assert stopped, job.text
     training.check(job)
+    assert training.step == int(stopped[1]), "all is saved"
 
 
 def stop_in_a_save(job: Job, save: Path) -> int:
