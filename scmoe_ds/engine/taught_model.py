@@ -9,6 +9,7 @@ or this micro-batch's share of the tokens where Trainer divides by those of all 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -16,16 +17,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.distill import Distillation
+from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.moe.conversion import Conversion
 from scmoe_ds.parallel.output import log
 
 
-def teach_model(model: nn.Module, distillation: Distillation) -> None:
-    """Registers the hooks, before all others: the calibration does not time the teacher, and z-losses follow the loss
-    that is minimised."""
-    hooks = _Hooks(distillation)
-    model.register_forward_pre_hook(hooks.before, prepend=True, with_kwargs=True)
-    model.register_forward_hook(hooks.after, prepend=True, with_kwargs=True)
+def teach_model(engine: Any, conversion: Conversion, section: ScMoEConfig) -> None:
+    """Makes `engine.distill`, if the section asks for it, and registers the hooks.
+
+    They come before all others: the calibration does not time the teacher, and z-losses follow the loss that is
+    minimised.
+
+    Raises:
+        ScMoEConfigError: nothing that could be taught, or a setting that the model cannot have.
+    """
+    distill = None if section.adapt is None else section.adapt.distill
+    if distill is None:
+        return
+    if not conversion.numbers:
+        raise ScMoEConfigError(
+            "scmoe.adapt.distill: no MoE layer of the model is converted, and it would be its own teacher; remove it"
+        )
+    if distill.teacher_logits is not None:
+        raise ScMoEConfigError(
+            f"scmoe.adapt.distill.teacher_logits = {json.dumps(distill.teacher_logits)}: only scmoe pretrain numbers its "
+            "samples, by which logits are kept; remove it, and the teacher is in memory"
+        )
+    engine.distill = Distillation(engine, conversion, section)
+    if (distill.alpha, distill.beta, distill.gamma) == (0, 1, 0):
+        return
+    hooks = _Hooks(engine.distill)
+    engine.module.register_forward_pre_hook(hooks.before, prepend=True, with_kwargs=True)
+    engine.module.register_forward_hook(hooks.after, prepend=True, with_kwargs=True)
 
 
 def share_of_tokens(labels: Tensor | None, items: Any) -> Any:

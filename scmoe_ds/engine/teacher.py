@@ -12,7 +12,7 @@ DeepSpeed does not see the pass: it goes past the model's own hooks, where timer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -20,7 +20,6 @@ import torch
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from torch import nn
 
-from scmoe_ds.engine.pairs import pairs_of
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.conversion import Conversion
 from scmoe_ds.trace.recorder import SILENT
@@ -34,7 +33,6 @@ class Teacher:
     Args:
         engine: DeepSpeed's, of a model that `conversion` belongs to. ZeRO 1 or 2, or none.
         conversion: of the model.
-        keep: a parameter that the student trains → whether the source reads it.
 
     Attributes:
         copied_bytes: of this rank.
@@ -89,7 +87,7 @@ def as_source(engine: Any, conversion: Conversion) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
         stack.enter_context(_in_evaluation(model))
-        stack.enter_context(_unrecorded(model))
+        stack.enter_context(_unrecorded(engine.overlap.pairs))
         stack.enter_context(conversion.as_source())
         stack.enter_context(autocast_if_enabled(engine))
         torch.clear_autocast_cache()  # its casts are known by parameter, not by data
@@ -110,8 +108,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _unrecorded(model: nn.Module) -> Iterator[None]:
-    pairs = pairs_of(model)
+def _unrecorded(pairs: Sequence[Any]) -> Iterator[None]:
     recorders = [pair.recorder for pair in pairs]
     for pair in pairs:
         pair.recorder = SILENT

@@ -64,6 +64,7 @@ class Calibrator:
         timing: of the passes that are timed, as long as they are; see `calibrating`.
         comparison: of training with and without overlap, as long as it goes on.
         measured: its result; None: not known.
+        waits: passes are neither timed nor compared yet: layers are still to be converted (engine/stepwise.py).
 
     Raises:
         ScMoEConfigError: a `calibration_file` that cannot be read or written, or is of another model.
@@ -88,6 +89,7 @@ class Calibrator:
         self.timing: TimedPasses | None = None
         self.comparison: Comparison | None = None
         self.measured: Measured | None = None
+        self.waits = False
         self._is_watched = False  # somebody records the pass
         self._hook: Any = None
         if not (leaves_a_choice(settings) and any(pair.layer.transport.size > 1 for pair in pairs)):
@@ -213,7 +215,8 @@ class Calibrator:
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            self.begin()
+            if not self.waits:
+                self.begin()
         else:
             self.record(None)
 

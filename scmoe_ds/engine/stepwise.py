@@ -1,0 +1,47 @@
+"""Progressive conversion: one MoE layer more every N optimizer steps (`scmoe.adapt.convert_every`).
+
+Before each training pass the steps that the engine has made say how many layers are converted, so that a resumed run
+goes on with as many. Validations run what the last training pass ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.moe.conversion import Conversion
+from scmoe_ds.parallel.output import log
+from scmoe_ds.planner.schedule_text import layers_text
+
+
+def convert_stepwise(engine: Any, conversion: Conversion, section: ScMoEConfig) -> None:
+    """Starts with one layer, if the section asks for it: the first of `adapt.layers`, or the model's last one."""
+    adapt = section.adapt
+    if adapt is None or not adapt.convert_every or not conversion.numbers:
+        return
+    order = conversion.numbers[::-1] if adapt.layers is None else adapt.layers
+    steps = _Steps(engine, conversion, order, adapt.convert_every)
+    steps.convert()
+    engine.module.register_forward_pre_hook(steps.before, prepend=True)
+
+
+class _Steps:
+    def __init__(self, engine: Any, conversion: Conversion, order: Sequence[int], every: int) -> None:
+        self._engine, self._conversion, self._order, self._every = engine, conversion, list(order), every
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.convert()
+
+    def convert(self) -> None:
+        now = self._order[: 1 + self._engine.global_steps // self._every]
+        if sorted(now) == self._conversion.converted:
+            return
+        self._conversion.only(now)
+        # The times of pairs that do not run cannot be measured. All ranks count the same steps.
+        self._engine.overlap.waits = len(now) < len(self._order)
+        log(f"conversion: MoE layer {layers_text(sorted(now))} of {len(self._order)} to convert run as ScMoE")
