@@ -41,6 +41,9 @@ class DistillConfig(Section):
         0.0, ge=0, description="Weight of the relative squared distance from what the teacher's MoE blocks put out."
     )
     temperature: float = Field(1.0, gt=0, description="By which both models' logits are divided in the divergence.")
+    teacher_top_n: int = Field(
+        64, ge=1, strict=True, description="Best tokens of each place that stored logits keep; the rest is one number."
+    )
     teacher_logits: Union[str, None] = Field(
         None, description="Directory of the teacher's best logits, so that no teacher is in memory; made if need be."
     )

@@ -32,8 +32,8 @@ from scmoe_ds.models.divergence import BestTokens, WholeDistribution
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.conversion import Conversion
 
-Stored = Callable[[range], BestTokens]
-"""What a teacher has said of some samples of the training data, [B, S, …] on the model's device."""
+Stored = Callable[[range, Tensor], BestTokens]
+"""What a teacher on disk says of some samples of the training data and their tokens [B, S]; on the tokens' device."""
 
 
 class Distillation:
@@ -71,8 +71,9 @@ class Distillation:
             samples: numbers in the training data, for a teacher on disk.
         """
         if self.teacher is None:
-            known = self._stored is not None and samples is not None and self.weights.alpha > 0
-            return Targets(self.weights, self._stored(samples) if known else None)  # type: ignore[arg-type, misc]
+            if self._stored is None or samples is None:  # the text alone teaches
+                return Targets(self.weights)
+            return Targets(self.weights, self._stored(samples, args[0]))
         if self._streams is not None:
             self._streams.begin()
         logits = self.teacher.run(lambda: self._logits(*args, **kwargs))

@@ -42,8 +42,8 @@ def teach_model(engine: Any, conversion: Conversion, section: ScMoEConfig) -> No
         )
     if distill.teacher_logits is not None:
         raise ScMoEConfigError(
-            f"scmoe.adapt.distill.teacher_logits = {json.dumps(distill.teacher_logits)}: only scmoe pretrain numbers its "
-            "samples, by which logits are kept; remove it, and the teacher is in memory"
+            f"scmoe.adapt.distill.teacher_logits = {json.dumps(distill.teacher_logits)}: logits are kept by the "
+            "numbers of scmoe pretrain's samples, and your own loop has none; remove it, and the teacher is in memory"
         )
     engine.distill = Distillation(engine, conversion, section)
     if (distill.alpha, distill.beta, distill.gamma) == (0, 1, 0):

@@ -57,7 +57,7 @@ class ImageTrainer(Trainer):
         self.log.accuracy = hits / images
         return loss / images
 
-    def _forward(self, batch: dict[str, Tensor]) -> SwinOutput:
+    def _forward(self, batch: dict[str, Tensor], samples: range | None = None) -> SwinOutput:
         on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
         output: SwinOutput = self.engine(on_device["images"], labels=on_device["labels"])
         return output

@@ -23,6 +23,9 @@ from scmoe_ds.training.settings import TrainingSettings
 from scmoe_ds.training.step_text import step_line, validation_line
 from scmoe_ds.training.utilization import Utilization, peak_memory_gib
 
+OF_TEACHER = ("kl", "match")
+"""Parts of a loss that a teacher's model has; see models.distillation.LossParts."""
+
 
 class TrainingOutput(Protocol):
     """What a model's forward pass returns for a training loop; see models.gpt.GPTOutput."""
@@ -46,6 +49,7 @@ class _Sums:
 
     Attributes:
         gates: of the MoE layers, in the order of `exp_counts`; None where a layer's counts are those of two gates.
+        of_teacher: "kl" and "match", where the model learns from a teacher.
     """
 
     gates: list[Any]
@@ -55,11 +59,15 @@ class _Sums:
     moe_loss: Tensor | float = 0.0
     dropped: Tensor | int = 0
     exp_counts: list[Tensor] = field(default_factory=list)
+    of_teacher: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, output: TrainingOutput, share: float) -> None:
         assert output.task_loss is not None
         self.task_loss = self.task_loss + output.task_loss.detach() * share
         self.moe_loss = self.moe_loss + output.moe_loss.detach() * share
+        for name in OF_TEACHER:
+            if (part := getattr(output, name, None)) is not None:
+                self.of_teacher[name] = self.of_teacher.get(name, 0.0) + part.detach() * share
         counts = [count.detach().to(device()).clone() for count in output.exp_counts]
         for gate, of_layer in zip(self.gates, counts, strict=True):
             self.dropped = self.dropped + (0 if gate is None else dropped_choices(gate, of_layer))
@@ -131,12 +139,14 @@ class TrainingLog:
         norm = self.engine.get_global_grad_norm()
         norm = None if norm is None or not math.isfinite(norm) else float(norm)
         measured = self.communication.take() or HiddenShare(0.0, 0.0)
-        losses = [sums.task_loss / sums.steps, sums.moe_loss / sums.steps]
-        of_rank = [*losses, sums.dropped, measured.communication_ms, measured.exposed_ms, *sums.exp_counts]
-        task_loss, moe_loss, dropped, communication_ms, exposed_ms, *counts = means_over_ranks(of_rank)
+        losses = [each / sums.steps for each in (sums.task_loss, sums.moe_loss, *sums.of_teacher.values())]
+        of_rank = [sums.dropped, measured.communication_ms, measured.exposed_ms, *losses, *sums.exp_counts]
+        dropped, communication_ms, exposed_ms, task_loss, moe_loss, *rest = means_over_ranks(of_rank)
+        of_teacher, counts = dict(zip(sums.of_teacher, rest, strict=False)), rest[len(sums.of_teacher) :]
         load = _load_shares(counts, [len(of_layer) for of_layer in sums.exp_counts])
         scalars = {
             self.loss_name: task_loss,
+            **of_teacher,
             "moe_loss": moe_loss,
             "learning_rate": self.learning_rate,
             "grad_norm": norm,

@@ -66,6 +66,7 @@ class Trainer:
         self.data_rank, self.data_ranks = data_parallel_rank(), data_parallel_size()
         batch_size = settings.rank_batch_size * self.data_ranks
         self.log = self.log_class(engine, settings, batch_size * settings.seq_length)
+        self._distill = getattr(engine, "distill", None)
         self.health = StepHealth(engine, settings.accumulation_steps * self.data_ranks)
         self._stop: StopRequest | None = None
         self._told_to_stop = False  # in the middle of a validation
@@ -154,7 +155,7 @@ class Trainer:
                 self._watch(self.iteration + 1)
             number = micro_step * self.data_ranks + self.data_rank
             seed_micro_batch(settings.seed, self.iteration, number)
-            output = self._forward(next(batches))
+            output = self._forward(next(batches), self._samples(number))
             assert output.loss is not None
             self.health.note(output.loss, number)
             self.engine.backward(output.loss)
@@ -203,9 +204,7 @@ class Trainer:
         settings = self.settings
         micro_step, data_rank = divmod(number, self.data_ranks)
         place = f"micro-batch {micro_step + 1} of {settings.accumulation_steps} on data-parallel rank {data_rank}"
-        before = self.consumed_samples - settings.rank_batch_size * self.data_ranks
-        first = before + number * settings.micro_batch_size
-        samples = range(first, first + settings.micro_batch_size)
+        samples = self._samples(number - settings.accumulation_steps * self.data_ranks)
         raise not_finite(what, self.iteration, place, samples, documents_of(self.train_set, samples))
 
     def evaluate(self, data: Any) -> float | None:
@@ -234,9 +233,18 @@ class Trainer:
                 return
             yield batch
 
-    def _forward(self, batch: dict[str, Tensor]) -> TrainingOutput:
+    def _samples(self, number: int) -> range:
+        """The training samples of an iteration's micro-batch, counted over all data-parallel ranks."""
+        first = self.consumed_samples + number * self.settings.micro_batch_size
+        return range(first, first + self.settings.micro_batch_size)
+
+    def _forward(self, batch: dict[str, Tensor], samples: range | None = None) -> TrainingOutput:
+        """`samples`: of a training pass."""
         on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
-        return self.engine(on_device["tokens"], labels=on_device["labels"], loss_mask=on_device["loss_mask"])
+        tokens, given = on_device["tokens"], {name: on_device[name] for name in ("labels", "loss_mask")}
+        if self._distill is not None and samples is not None:
+            given["targets"] = self._distill.teach(tokens, samples=samples)
+        return self.engine(tokens, **given)
 
     def _batches(self, data: Any, consumed_samples: int) -> Iterator[dict[str, Tensor]]:
         loader = pretraining_batches(

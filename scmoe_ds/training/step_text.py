@@ -54,6 +54,7 @@ def step_line(iteration: int, train_iters: int, unit: str, values: Mapping[str, 
     parts = [
         f"iter {iteration:{len(str(train_iters))}d}/{train_iters}",
         f"loss {long(loss)}",
+        *(f"{name} {long(values[name])}" for name in ("kl", "match") if name in values),
         f"lr {short(values['learning_rate'])}",
         f"grad {UNKNOWN if norm is None else long(norm)}",
         f"{short(values[f'{unit}_per_second'])} {'tok' if unit == 'tokens' else 'img'}/s",

@@ -17,6 +17,7 @@ from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.programs.flags import megatron as megatron_flags
 from scmoe_ds.programs.flags.checks import check_ranges, check_training, require_flags
 from scmoe_ds.programs.flags.data import add_data, resolve_data_flags
+from scmoe_ds.programs.flags.distill import add_distill
 from scmoe_ds.programs.flags.megatron_refused import REFUSED
 from scmoe_ds.programs.flags.parser import FlagParser, started_as
 from scmoe_ds.programs.flags.tokenizer import set_tokenizer_type
@@ -55,6 +56,7 @@ def build_parser() -> FlagParser:
         add_training,
         _add_of_gpt,
         add_moe,
+        add_distill,
         add_deepspeed,
         megatron_flags.add_megatron_flags,
     ):

@@ -15,6 +15,7 @@ from scmoe_ds.config.deepspeed_json import load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_program
 from scmoe_ds.config.loading import LoadedConfig, load
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.programs.flags.distill import merge_distill
 from scmoe_ds.programs.flags.megatron import (
     JSON_FLAGS,
     LENGTH_FLAGS,
@@ -106,7 +107,12 @@ def _merge_section_flags(merged: _Merged, args: argparse.Namespace) -> None:
                 )
             value = value[0] if len(value) == 1 else value
         merged.set(f"scmoe.{path}", value, section_flag(name))
-    merge_router(args, merged.whole, lambda path, value, flag: merged.set(f"scmoe.{path}", value, flag))
+
+    def put(path: str, value: Any, flag: str) -> None:
+        merged.set(f"scmoe.{path}", value, flag)
+
+    merge_router(args, merged.whole, put)
+    merge_distill(args, merged.whole.get("scmoe"), put)
 
 
 def _merge_json_flags(merged: _Merged, args: argparse.Namespace) -> None:

@@ -1,0 +1,61 @@
+"""Flags of pretraining for `scmoe.adapt`: who teaches the model, by which loss, and which layers are converted."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+FIELDS: dict[str, str] = {
+    "distill_from": "adapt.source",
+    "adapt_layers": "adapt.layers",
+    "convert_every": "adapt.convert_every",
+    "distill_alpha": "adapt.distill.alpha",
+    "distill_beta": "adapt.distill.beta",
+    "distill_gamma": "adapt.distill.gamma",
+    "distill_temperature": "adapt.distill.temperature",
+    "teacher_logits": "adapt.distill.teacher_logits",
+    "teacher_top_n": "adapt.distill.teacher_top_n",
+}
+"""Flag (as argparse stores it) to field of the "scmoe" section."""
+
+
+def add_distill(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    group = parser.add_argument_group(
+        "conversion and self-distillation",
+        'set fields of "scmoe.adapt" in the JSON; loss: alpha * T^2 * KL(teacher || student) + beta * LM + gamma * match',
+    )
+    group.add_argument(
+        "--distill-from", metavar="SOURCE", help="start from a trained model's weights as a ScMoE, and learn from it"
+    )
+    group.add_argument("--distill-alpha", type=float, help="weight of the divergence from the teacher; default: 1")
+    group.add_argument("--distill-beta", type=float, help="weight of the language-model loss; default: 0")
+    group.add_argument(
+        "--distill-gamma", type=float, help="weight of the distance from the teacher's MoE blocks; default: 0"
+    )
+    group.add_argument("--distill-temperature", type=float, help="T, which divides both models' logits; default: 1")
+    group.add_argument(
+        "--teacher-logits", metavar="DIR", help="keep the teacher's best logits there, and no teacher in memory"
+    )
+    group.add_argument("--teacher-top-n", type=int, help="tokens per place in --teacher-logits; default: 64")
+    group.add_argument("--adapt-layers", type=int, nargs="+", help="MoE layers to convert, from 0; default: all")
+    group.add_argument("--convert-every", type=int, help="convert one more layer every N iterations; default: all now")
+
+
+def merge_distill(args: argparse.Namespace, section: Any, put: Callable[[str, Any, str], None]) -> None:
+    """Puts what the flags say into the section.
+
+    Args:
+        section: the JSON's "scmoe" so far.
+        put: takes a field of the section, its value, and the flag.
+    """
+    given = {name: value for name in FIELDS if (value := getattr(args, name, None)) is not None}
+    if not given or not isinstance(section, dict):
+        return
+    adapt = section["adapt"] = section.get("adapt") or {}
+    teaches = any("distill" in f"{name} {FIELDS[name]}" for name in given)
+    if teaches and isinstance(adapt, dict):
+        adapt["distill"] = adapt.get("distill") or {}
+    for name, value in given.items():
+        put(FIELDS[name], value, "--" + name.replace("_", "-"))

@@ -1,0 +1,95 @@
+"""Starts self-distillation of this package's GPT: a teacher in memory, or its logits on disk.
+
+Called when the model holds the source's weights, before a checkpoint of the student is loaded: the teacher of a resumed
+run is the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from scmoe_ds.config.adapt_section import DistillConfig
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.data.teacher_logits import TeacherLogits, open_directory
+from scmoe_ds.engine.distill import Distillation
+from scmoe_ds.errors import DataError
+from scmoe_ds.models.divergence import BestTokens
+from scmoe_ds.parallel.agreement import from_rank_zero, run_together
+from scmoe_ds.parallel.output import log
+from scmoe_ds.training.teacher_pass import TeacherPass
+
+
+def needs_source(section: ScMoEConfig) -> bool:
+    """Whether a run learns from a teacher, so that the model has to hold the source's weights at its start, even where
+    it goes on from a checkpoint of its own."""
+    distill = None if section.adapt is None else section.adapt.distill
+    return distill is not None and (distill.alpha > 0 or distill.gamma > 0)
+
+
+def distil(
+    engine: Any, section: ScMoEConfig, data: Any, micro_batch_size: int, made_of: Mapping[str, Any]
+) -> Distillation | None:
+    """Makes `engine.distill`, if the section asks for it. Collective.
+
+    Args:
+        engine: its module is a GPT with the source's weights, of which no layer was trained yet.
+        data: the training set.
+        micro_batch_size: samples of one pass.
+        made_of: name → value of all that a teacher's logits depend on, beside the section: corpus, tokenizer, ….
+
+    Raises:
+        ScMoEConfigError: a teacher that cannot be, see `engine.teacher.Teacher` and `engine.streams.Streams`.
+        DataError: `teacher_logits` of something else, see `data.teacher_logits`.
+    """
+    distill = None if section.adapt is None else section.adapt.distill
+    if distill is None:
+        return None
+    conversion, stored = engine.module.conversion, None
+    if distill.teacher_logits is not None and distill.alpha > 0:
+        store = _open(distill, made_of, micro_batch_size)
+        TeacherPass(engine, conversion, data, store, distill, micro_batch_size).run()
+
+        def stored(samples: range, tokens: Tensor) -> BestTokens:
+            return BestTokens(*(each.to(tokens.device) for each in store.read(samples, tokens)))
+
+    engine.distill = Distillation(engine, conversion, section, stored)
+    log(_text(engine.distill))
+    return engine.distill
+
+
+def _open(distill: DistillConfig, made_of: Mapping[str, Any], micro_batch_size: int) -> TeacherLogits:
+    assert distill.teacher_logits is not None
+    directory, flag = Path(distill.teacher_logits), "--teacher-logits"
+    whole = {**made_of, "temperature": distill.temperature, "teacher_top_n": distill.teacher_top_n}
+    whole = json.loads(json.dumps(whole))  # as a manifest gives it back
+    store = from_rank_zero(lambda: open_directory(directory, flag, whole, micro_batch_size))
+
+    def check_shared() -> None:
+        if not directory.is_dir():
+            raise DataError(f"{flag} {directory}: is not there on all nodes; name a directory that all of them share")
+
+    run_together(check_shared)
+    return store
+
+
+def _text(distillation: Distillation) -> str:
+    weights = distillation.weights
+    parts = {
+        f"{weights.alpha:g} · KL at temperature {weights.temperature:g}": weights.alpha,
+        f"{weights.beta:g} · LM": weights.beta,
+        f"{weights.gamma:g} · match of the MoE blocks": weights.gamma,
+    }
+    loss = " + ".join(text for text, weight in parts.items() if weight)
+    if distillation.teacher is not None:
+        return (
+            f"distillation: {loss}; the teacher shares the model, {distillation.teacher.copied_bytes / 1e9:.3g} GB more"
+        )
+    where = (
+        f"its logits are in {weights.teacher_logits}" if weights.alpha and weights.teacher_logits else "the text alone"
+    )
+    return f"distillation: {loss}; {where}"
