@@ -87,7 +87,7 @@ def _text(distillation: Distillation) -> str:
     loss = " + ".join(text for text, weight in parts.items() if weight)
     if distillation.teacher is not None:
         size = distillation.teacher.copied_bytes / 1e9
-        return f"distillation: {loss}; the teacher shares the model, {size:.3g} GB of weights on each rank are its own"
+        return f"distillation: {loss}; the teacher shares the model, {size:.3g} GB of weights a rank are its own"
     return f"distillation: {loss}" + (
         f"; the teacher's logits are in {weights.teacher_logits}" if weights.alpha else ""
     )

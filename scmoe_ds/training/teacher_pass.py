@@ -83,8 +83,8 @@ class TeacherPass:
         run_together(partial(self.store.write, numbers, tokens, of_teacher) if writes else lambda: None)
 
     def _passes(self, numbers: range) -> list[Tensor]:
-        """Tokens, best ids, their log-probabilities and that of the rest, [B, S, …] on the CPU. Every file takes as many
-        passes: samples that the last one lacks are repeated."""
+        """Tokens, best ids, their log-probabilities and that of the rest, [B, S, …] on the CPU. Every file takes
+        as many passes: samples that the last one lacks are repeated."""
         model, size, parts = self.engine.module, self.micro_batch_size, []
         for first in range(0, self.store.samples_of_file, size):
             places = [numbers[min(place, len(numbers) - 1)] for place in range(first, first + size)]
