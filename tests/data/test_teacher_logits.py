@@ -39,9 +39,9 @@ def fill(store: TeacherLogits, samples: int) -> None:
 def test_what_is_written_is_read_over_the_borders_of_files(tmp_path: Path) -> None:
     store = opened(tmp_path)
     assert store.samples_of_file == 72  # whole micro-batches of 24
-    assert store.missing(150) == [range(0, 72), range(72, 144), range(144, 150)]
+    assert store.missing(150) == [range(72), range(72, 144), range(144, 150)]
     fill(store, 150)
-    for numbers in (range(0, 2), range(70, 75), range(144, 150)):
+    for numbers in (range(2), range(70, 75), range(144, 150)):
         ids, log_p, log_rest = opened(tmp_path).read(numbers, tokens(numbers))
         exact = of_teacher(numbers)
         assert torch.equal(ids, exact[0].int()) and torch.equal(log_rest, exact[2])
@@ -85,7 +85,7 @@ def test_other_samples_under_the_same_numbers_are_refused(tmp_path: Path) -> Non
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "of teacher").mkdir()
     (tmp_path / "of teacher" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds notes.txt, but no manifest.json"):
+    with pytest.raises(DataError, match=r"holds notes\.txt, but no manifest\.json"):
         opened(tmp_path)
 
 
@@ -103,4 +103,4 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
     (file,) = store.directory.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(DataError, match=f"{file.name} cannot be read .*; remove it, and the next start"):
-        store.read(range(0, 2), tokens(range(0, 2)))
+        store.read(range(2), tokens(range(2)))

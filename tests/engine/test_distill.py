@@ -134,5 +134,5 @@ def test_the_text_alone_is_plain_training_bit_by_bit() -> None:
 def test_parameters_in_pieces_have_no_teacher() -> None:
     model = adapted("top-k")
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]  # ZeRO-3's mark
-    with pytest.raises(ScMoEConfigError, match="zero_optimization.stage = 3: .*set stage 1 or 2"):
+    with pytest.raises(ScMoEConfigError, match=r"zero_optimization.stage = 3: .*set stage 1 or 2"):
         taught(model)

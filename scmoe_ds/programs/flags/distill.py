@@ -24,7 +24,7 @@ def add_distill(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
     group = parser.add_argument_group(
         "conversion and self-distillation",
-        'set fields of "scmoe.adapt"; the loss is alpha * T^2 * KL(teacher || student) + beta * LM + gamma * match',
+        'set fields of the JSON\'s "scmoe.adapt"; the loss is alpha * KL + beta * LM + gamma * match',
     )
     group.add_argument(
         "--distill-from", metavar="SOURCE", help="start from a trained model's weights as a ScMoE, and learn from it"

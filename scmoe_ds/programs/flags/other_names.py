@@ -33,6 +33,7 @@ _BY_TOOL = {
         ckpt-format: checkpoints are DeepSpeed's
         dist-ckpt-format: checkpoints are DeepSpeed's
         use-mcore-models: the model is scmoe_ds.models.gpt
+        export-kd-teacher-load: --distill-from
         mock-data: leave out --data-path: a corpus is made
         """,
     "Hugging Face's TrainingArguments and generate": """
@@ -143,11 +144,14 @@ _BY_TOOL = {
         dropout: --hidden-dropout
         trace: --scmoe-trace
         profile: --scmoe-trace
+        teacher: --distill-from
+        teacher-model: --distill-from
         """,
 }
 _NO_FLAG = """
     first_layer_position shortcut_distance pairs_per_moe use_rts gate_softmax shortcut_norm post_norm dispatch
     all_to_all wire_dtype replace tap shared_from overlap router num_chunks calibration_steps calibration_file enabled
+    adapt
     """
 """Fields of the "scmoe" section without a flag."""
 
