@@ -17,8 +17,10 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.other_checkpoints import refuse_other_models
 from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
 from scmoe_ds.engine.routers import monitor_loads, serve_routers
+from scmoe_ds.engine.stepwise import convert_stepwise
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.identity import identity
+from scmoe_ds.moe.conversion import Conversion
 from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import from_rank_zero, require_agreement
@@ -153,4 +155,6 @@ def overlap_of(engine: Any, section: ScMoEConfig, layout: Layout, micro_batch_si
     )
     overlap.watch(model)
     log(*describe_schedules(pairs, model, overlap))
+    conversion = getattr(engine, "conversion", None) or getattr(model, "conversion", Conversion({}))
+    convert_stepwise(engine, conversion, section)
     return overlap
