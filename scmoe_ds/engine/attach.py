@@ -155,6 +155,6 @@ def overlap_of(engine: Any, section: ScMoEConfig, layout: Layout, micro_batch_si
     )
     overlap.watch(model)
     log(*describe_schedules(pairs, model, overlap))
-    conversion = getattr(engine, "conversion", None) or getattr(model, "conversion", Conversion({}))
+    conversion: Any = getattr(engine, "conversion", None) or getattr(model, "conversion", None) or Conversion({})
     convert_stepwise(engine, conversion, section)
     return overlap
