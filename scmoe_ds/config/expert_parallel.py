@@ -20,7 +20,6 @@ _MODEL = "the Hugging Face model decides it"
 _NO_CAPACITY = "no token is dropped"
 _DECIDED = {
     "num_experts": _MODEL,
-    "top_k": _MODEL,
     "moe_ffn_hidden_size": _MODEL,
     "moe_shared_expert_intermediate_size": _MODEL,
     "moe_every": _MODEL,
@@ -47,6 +46,7 @@ MODELS_OWN = "model"
 """The score function of a router that is the model's."""
 _OF_SCMOE = {"position": "pos1", "first_layer_position": None, "merge": "add", "shortcut_norm": "shared", "join": "end"}
 """Fields that change the model's mathematics, and their defaults: those that add no parameter, for an MoE per block."""
+_CHANGES = 'changes the model\'s mathematics, which "as_is" keeps; set "architecture": "scmoe", or remove it'
 
 
 def uses_autoep(whole: Mapping[str, Any]) -> bool:
@@ -60,7 +60,7 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     Raises:
         ScMoEConfigError: a field that is decided elsewhere, or an architecture for the one case in the other.
     """
-    architecture = given.get("architecture")
+    architecture = given.get("architecture") or ("scmoe" if given.get("adapt") is not None else None)
     if not uses_autoep(whole):
         if architecture == "as_is":
             rule = f'is for Hugging Face models that DeepSpeed\'s AutoEP distributes; add "{PATH}": {{"enabled": true}}'
@@ -72,10 +72,9 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     if architecture is not None and architecture not in _ARCHITECTURES:
         rule = f'with {PATH}, use "as_is" (the model\'s mathematics) or "scmoe"; or remove the {PATH} section'
         raise fail("scmoe.architecture", architecture, rule)
-    for field in ("join", "first_layer_position") if architecture != "scmoe" else ():
-        if given.get(field) not in (None, "end"):
-            rule = 'changes the model\'s mathematics, which "as_is" keeps; set "architecture": "scmoe", or remove it'
-            raise fail(f"scmoe.{field}", given[field], rule)
+    for field in ("join", "first_layer_position", "top_k", "adapt") if architecture != "scmoe" else ():
+        if given.get(field) not in (None, "end", "auto"):
+            raise fail(f"scmoe.{field}", given[field], _CHANGES)
     for field, rule in _DECIDED.items():
         if field in given and given[field] not in ("auto", None):
             raise fail(f"scmoe.{field}", given[field], f"with {PATH} (AutoEP), {rule}; remove one of them")
@@ -84,12 +83,8 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     router = _router(given.get("router", {}))
     if architecture != "scmoe":
         return {"architecture": "as_is", **given, "router": router}
-    for field in ("merge", "shortcut_norm"):
-        if given.get(field) not in (None, "auto", _OF_SCMOE[field]):
-            rule = f'would add parameters to a model that AutoEP distributes; use "{_OF_SCMOE[field]}", or remove it'
-            raise fail(f"scmoe.{field}", given[field], rule)
     # Hooks drive the layers, as those of "replace".
-    hooked = {"replace": True, "router": router}
+    hooked = {"architecture": "scmoe", "replace": True, "router": router}
     return {**_OF_SCMOE, **{name: value for name, value in given.items() if value != "auto"}, **hooked}
 
 

@@ -20,7 +20,8 @@ def rules_of_layers(section: Any) -> Iterator[Rule]:
     yield "num_experts", fewest < 1, "each number must be at least 1"
     yield "num_experts", any(n % ep for n in counts), f"must be divisible by scmoe.expert_parallel_size = {ep}"
     yield "top_k", k < 1, "must be at least 1"
-    yield "top_k", k > fewest, f"cannot exceed the number of experts ({fewest})"
+    of_model = section.replace and "num_experts" not in section.model_fields_set  # layers that exist have their numbers
+    yield "top_k", k > fewest and not of_model, f"cannot exceed the number of experts ({fewest})"
     yield "top_k", dgmoe and k != 1, "dgmoe routes one expert from each of two layers; set 1"
     yield "num_experts", dgmoe and fewest < 2, "dgmoe's two choices are distinct experts; it needs at least 2"
     narrow = section.moe_shared_expert_intermediate_size is not None

@@ -12,6 +12,7 @@ from torch import nn
 
 from scmoe_ds.compat_transformers import accept_names_of_recorders
 from scmoe_ds.config.deepspeed_gradients import check_norm
+from scmoe_ds.config.deepspeed_json import section as json_section
 from scmoe_ds.config.expert_parallel import autoep_size, idle_settings, uses_autoep
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.other_checkpoints import refuse_other_models
@@ -37,13 +38,18 @@ UNKNOWN_SEQUENCE = 1024
 """Tokens of a sequence for the probe of the all-to-all, in a model that does not say how many it has."""
 
 
-def prepare_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
+def prepare_autoep(model: nn.Module, whole: Mapping[str, Any], section: ScMoEConfig | None = None) -> None:
     """Before `deepspeed.initialize`, where the JSON has "expert_parallel": offers presets of ours, lets DeepSpeed and
-    transformers go together, and checks the model.
+    transformers go together, checks the model, and gives it the parameters that a ScMoE has more. Collective.
+
+    Args:
+        section: the JSON's "scmoe" section; None: the model keeps the parameters that it has.
 
     Raises:
-        ScMoEConfigError: a model that AutoEP would not replace, or not rightly.
+        ScMoEConfigError: a model that AutoEP would not replace, or not rightly, or that cannot have what the section
+            asks for.
     """
+    from scmoe_ds.replace.adapted_parts import prepare_parts
     from scmoe_ds.replace.autoep_model import check_model_for_autoep  # AutoEP may be missing in this DeepSpeed
     from scmoe_ds.replace.presets import offer_presets
 
@@ -51,6 +57,8 @@ def prepare_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
     accept_names_of_recorders()
     offer_presets()
     check_model_for_autoep(model, whole)
+    if section is not None:
+        prepare_parts(model, section, json_section(whole, "expert_parallel"))
 
 
 def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calibrator:
@@ -64,7 +72,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
         section: its "scmoe" section.
 
     Returns:
-        the calibrator, which is `engine.overlap` from then on.
+        the calibrator, which is `engine.overlap` from then on. `engine.conversion` says which layers run as ScMoE.
 
     Raises:
         ScMoEConfigError: nothing to schedule in the model, a setting that does not fit it, or a second call.
@@ -86,7 +94,8 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
     first = layers[0]
     _give_pairs(engine.module, layers, section)
-    sizes = {"expert_parallel_size": first.ep_size, "num_experts": first.num_experts, "top_k": first.top_k}
+    engine.conversion = Conversion({number: each for number, each in enumerate(layers) if each.student is not None})
+    sizes = {"expert_parallel_size": first.ep_size, "num_experts": first.num_experts}
     shared = "with" if any(layer.shared_experts is not None for layer in layers) else "without"
     applied = (
         f'the "scmoe" section applies to {len(layers)} AutoEP layers ({names_text([name for name, _ in found])}), '
@@ -107,6 +116,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
 
 def _give_pairs(model: nn.Module, layers: list[Any], section: ScMoEConfig) -> None:
     """Every layer's pair, which runs its stages, and what the section adds to its router."""
+    from scmoe_ds.replace.adapted_parts import converted_numbers
     from scmoe_ds.replace.as_is import AsIsPair
     from scmoe_ds.replace.autoep_router import extend_router
     from scmoe_ds.replace.autoep_shortcuts import connect_shortcuts
@@ -118,11 +128,16 @@ def _give_pairs(model: nn.Module, layers: list[Any], section: ScMoEConfig) -> No
         from scmoe_ds.replace.longcat_pair import schedule_blocks  # needs transformers ≥ 5
 
         schedule_blocks(model, section)
-    elif section.architecture == "scmoe":
-        log(*connect_shortcuts(model, [(layer.name, layer) for layer in layers], section))
-    else:
-        for layer in layers:
-            layer.pair = AsIsPair(layer, section.overlap)
+        return
+    paths = [layer.name for layer in layers]
+    numbers = converted_numbers(section, len(layers))
+    # A slot counts the operators behind the tap of a ScMoE.
+    overlap = section.overlap.model_copy(update={"expert_slot": "auto"}) if numbers else section.overlap
+    for layer in layers:
+        layer.base = AsIsPair(layer, overlap)
+    if numbers:
+        chosen = {number: (paths[number], layers[number]) for number in numbers}
+        log(*connect_shortcuts(model, chosen, section, paths))
 
 
 def _experts_text(layer: Any) -> str:

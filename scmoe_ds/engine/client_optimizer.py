@@ -18,6 +18,7 @@ from torch import nn
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.checks import check_model
 from scmoe_ds.replace.layer import HookedScMoE
+from scmoe_ds.replace.modeling_adapted import ShortcutParts
 
 _ORIGINS: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
 """Of an optimizer whose groups were split: the number of the former group behind each present one."""
@@ -189,7 +190,8 @@ def _unnamed(parameter: Any) -> Any:
 def add_new_parameters(groups: list[Any], model: nn.Module, old: set[int]) -> None:
     """Puts each parameter that has come with a replacement of layers into the group of its like.
 
-    The shared expert follows the routed experts, everything else the gate, a vector the norm that reads the tap.
+    The shared expert follows the routed experts, everything else the gate, a vector the norm that reads the tap. What a
+    decoder layer of others gets follows a parameter of that layer with as many dimensions.
 
     Args:
         groups: dicts with "params", or parameters; changed in place.
@@ -217,6 +219,11 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 def _new_parameters(model: nn.Module, old: set[int]) -> Iterator[tuple[nn.Parameter, list[Any]]]:
     """Each new parameter, and those that it is like, the nearest first."""
+    for block in [module for module in model.modules() if isinstance(getattr(module, "shortcut", None), ShortcutParts)]:
+        there = [each for each in block.parameters() if id(each) in old]
+        for parameter in block.shortcut.parameters():  # type: ignore[union-attr]
+            if id(parameter) not in old:
+                yield parameter, [like for like in there if (like.ndim > 1) == (parameter.ndim > 1)]
     for layer in [module for module in model.modules() if isinstance(module, HookedScMoE)]:
         experts = dict(layer.deepspeed_moe.experts.deepspeed_experts[0].named_parameters())
         gate, vector = layer.deepspeed_moe.gate.wg.weight, None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -75,9 +76,9 @@ def initialize(
     show_by_default()
     model = _module(model)
     whole, section = _agreed(_json_of(args, config, config_params))
-    _check(whole, model, optimizer)
-    mpu = _model_parallel_unit(mpu)
     model_parameters = listed(model_parameters)
+    _check(whole, section, model, optimizer, model_parameters)
+    mpu = _model_parallel_unit(mpu)
     handed_on = (training_data, lr_scheduler, distributed_port, mpu, dist_init_required, collate_fn)
     own = [name for name, each in (("optimizer", optimizer), ("scheduler", lr_scheduler)) if each is not None]
     sources = (_on_this_rank(whole, own), mesh_param)
@@ -105,7 +106,8 @@ def _prepare(
     """The model's layers as the section says: what it applies to in words, the section with their sizes, and who shares
     them."""
     if section.replace and not is_replaced(model):
-        _replace(model, section, getattr(optimizer, "param_groups", None), model_parameters)
+        with _new_parameters_in(model, getattr(optimizer, "param_groups", None), model_parameters):
+            replace_moe_layers(model, section)
     applied, section = applied_to(model, section)
     layout = _checked_layout(whole, section, mpu)
     if layout.tensor_size > 1 and not layout.divided_experts:
@@ -113,13 +115,16 @@ def _prepare(
     return applied, section, layout
 
 
-def _check(whole: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
+def _check(
+    whole: Mapping[str, Any], section: ScMoEConfig, model: nn.Module, optimizer: Any, model_parameters: Any
+) -> None:
     check_filled_in(whole)
     check_accelerator(whole)
     check_model_and_optimizer(whole, model, optimizer)
     allow_frozen_experts()
     if uses_autoep(whole):
-        prepare_autoep(model, whole)
+        with _new_parameters_in(model, getattr(optimizer, "param_groups", None), model_parameters):
+            prepare_autoep(model, whole, section)
 
 
 def _module(model: Any) -> nn.Module:
@@ -175,10 +180,12 @@ def _on_this_rank(whole: Mapping[str, Any], own: Sequence[str]) -> dict[str, Any
     return without_full_disks(whole)
 
 
-def _replace(model: nn.Module, section: ScMoEConfig, *handed_over: Any) -> None:
-    """Replaces the model's layers; the lists of parameters or groups that the user has handed over get the new ones."""
+@contextmanager
+def _new_parameters_in(model: nn.Module, *handed_over: Any) -> Iterator[None]:
+    """Parameters that the model gets within the block come into the lists of parameters or groups that the user has
+    handed over."""
     old = {id(parameter) for parameter in model.parameters()}
-    replace_moe_layers(model, section)
+    yield
     for given in handed_over:
         if isinstance(given, list):
             add_new_parameters(given, model, old)

@@ -188,7 +188,7 @@ def describe_schedules(pairs: Sequence[ModelPair], model: nn.Module, overlap: Ca
     for pair in pairs:
         if isinstance(pair, HookedPair) and pair.first_pass is not None:
             pair.first_pass.origin = overlap.origin
-    own = [pair for pair in pairs if not isinstance(pair, HookedPair)]
+    own = {number: pair for number, pair in enumerate(pairs) if not isinstance(pair, HookedPair)}
     if not pairs and any(isinstance(module, StagedMoE) for module in model.modules()):
         return ["no schedule: the experts run where your model calls run_experts, or without overlap in forward"]
     if own and overlap.timing is not None:

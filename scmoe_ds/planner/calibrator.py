@@ -243,7 +243,9 @@ class Calibrator:
         modes: tuple[Mode, ...] = ("train", "forward") if self.mode == "train" else (self.mode,)
         for kind, measured in zip(self.kinds, times, strict=True):
             kind.times = measured
-            kind.plans = {mode: plan(measured, mode, slots, chunks) for mode in modes}
+            # In a partly converted model the slot counts a converted layer's operators, and the others have fewer.
+            is_beyond = isinstance(slots, int) and slots > len(measured.backbone) + 1
+            kind.plans = {mode: plan(measured, mode, "auto" if is_beyond else slots, chunks) for mode in modes}
             for layer in kind.layers:
                 pair, self.schedules[layer] = self.pairs[layer], kind.plans[self.mode].schedule
                 pair.schedule = self.schedules[layer]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from scmoe_ds.config.overlap_section import OverlapConfig
@@ -18,16 +18,16 @@ class Scheduled(Backbone, Protocol):
     schedule: Schedule
 
 
-def schedule_lines(pairs: Sequence[Scheduled], origin: str) -> list[str]:
+def schedule_lines(pairs: Mapping[int, Scheduled], origin: str) -> list[str]:
     """One line per distinct schedule: the layers, their backbone, and the experts' place in it.
 
     Args:
-        pairs: of the model, in order.
+        pairs: number of an MoE layer to its pair, in order.
         origin: who has chosen the schedules, see `origin_of`.
     """
     layers: dict[str, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        layers.setdefault(_line(labels_of(pair), pair.schedule, origin), []).append(index)
+    for number, pair in pairs.items():
+        layers.setdefault(_line(labels_of(pair), pair.schedule, origin), []).append(number)
     lines = []
     for text, indices in layers.items():
         names = [name for index in indices if (name := getattr(pairs[index], "name", ""))]

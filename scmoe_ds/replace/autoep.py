@@ -26,7 +26,6 @@ from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.grouped import GroupedRows
 from scmoe_ds.moe.identity import without_identity_rows
 from scmoe_ds.moe.order import ByExpert
-from scmoe_ds.moe.parts import Parts
 from scmoe_ds.moe.routed import Exchange, RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.moe.z_loss import ZLoss
@@ -43,7 +42,9 @@ class ScheduledAutoEP(AutoEPMoELayer):
 
     Attributes:
         balance, z_loss: what the "scmoe" section adds to the model's router (replace/autoep_router.py); None: nothing.
-        pair: who runs the stages: an `AsIsPair` inside of the layer's own forward, a `HookedPair` from a tap on.
+        base: runs the stages inside of the layer's own forward, as the model has it.
+        student: runs them as a ScMoE, from a tap on; None: the layer cannot be converted.
+        converted: which of the two runs the passes that begin from now on; see `moe.conversion.Convertible`.
     """
 
     name: str
@@ -51,9 +52,26 @@ class ScheduledAutoEP(AutoEPMoELayer):
     slices: TokenSlices
     wire_dtype: str | None
     dispatch = "exact"
-    pair: Any
+    base: Any
+    student: HookedPair | None = None
+    converted: bool = False
     balance: BiasBalance | None = None
     z_loss: ZLoss | None = None
+    _first_pass_was: bool | None = None
+
+    @property
+    def pair(self) -> Any:
+        """Who runs the stages of a pass that begins now."""
+        return self.student if self.converted and self.student is not None else self.base
+
+    @property
+    def runs_converted(self) -> bool:
+        """Whether the pass that is going on runs as a ScMoE: what activation checkpointing repeats, as it ran first."""
+        if is_repeated() and self._first_pass_was is not None:
+            return self._first_pass_was
+        if torch.is_grad_enabled():
+            self._first_pass_was = self.converted
+        return self.converted
 
     def begin(
         self,
@@ -63,14 +81,17 @@ class ScheduledAutoEP(AutoEPMoELayer):
         blocking: bool = False,
         num_chunks: int = 1,
         recorder: PairRecorder = SILENT,
+        top_k: int | None = None,
     ) -> RoutedTokens:
         """Routes and encodes tokens and sends them to their experts; see `StagedMoE.begin`.
 
         Args:
             shortcut: [..., D] what the router and the experts read.
             used_token: None; AutoEP routes every token.
+            top_k: routed experts per token; None: as many as the model has.
         """
         check_input("shortcut", shortcut, self.hidden_size)
+        self.router.top_k = self.top_k if top_k is None else top_k
         tokens_TD = shortcut.reshape(-1, self.hidden_size)
         (gated_TD,) = recorder.open("gate", tokens_TD)
         routing = self._route(gated_TD)
@@ -94,11 +115,6 @@ class ScheduledAutoEP(AutoEPMoELayer):
         expert_KT, counts_E = expert_TK.t().contiguous(), rows_E.long()
         choices = Choices(expert_KT, None, ByExpert.of(expert_KT), counts_E, counts_E)
         return Routing(choices, weight_TK.t().contiguous(), len(tokens_TD), weight_TK.new_zeros(()))
-
-    @property
-    def shared_module(self) -> nn.Module | None:
-        """The shared experts; None: the layer has none."""
-        return self.shared_experts
 
     def shared(self, hidden_states: Tensor) -> Tensor:
         """The shared experts with their gate, if there is one: [B, S, D] → the same, or [T, D]."""
@@ -127,23 +143,16 @@ class ScheduledAutoEP(AutoEPMoELayer):
             output = output + shared.reshape(output.shape)
         return output, routed.routing.l_aux, routed.routing.exp_counts
 
-    def finish_in_parts(self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None) -> Parts:
-        """As `finish`, without waiting for the combine. Without shared experts, zeros are what is known."""
-        if shared is None:
-            shared = torch.zeros_like(hidden_states) if self.shared_experts is None else self.shared(hidden_states)
-        shape = (-1, self.hidden_size) if self.moe_output_shape == "flat" else hidden_states.shape
-        return Parts(shared.reshape(shape), routed.collect, routed.routing.l_aux, routed.routing.exp_counts)
-
     def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """As AutoEP's: [B, S, D] → the output, or (output, router logits [T, E]) where the model expects both."""
         read = hidden_states
-        if isinstance(self.pair, HookedPair):
-            current = self.pair.arrive(hidden_states)
-            output, *_ = current.join(self, hidden_states, self.pair.late)
+        if self.student is not None and self.runs_converted:
+            current = self.student.arrive(hidden_states)
+            output, *_ = current.join(self.student.layer, hidden_states, self.student.late)
             read = current.shortcut
         else:
-            recorder = SILENT if is_repeated() else self.pair.recorder
-            output = executor.run(self.pair, hidden_states, self.pair.schedule_now(), recorder).hidden
+            recorder = SILENT if is_repeated() else self.base.recorder
+            output = executor.run(self.base, hidden_states, self.base.schedule_now(), recorder).hidden
         if not self.return_router_logits:
             return output
         return output, self._logits(read.reshape(-1, self.hidden_size))

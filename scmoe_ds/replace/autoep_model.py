@@ -20,9 +20,9 @@ from torch import nn
 from scmoe_ds.config.deepspeed_json import at
 from scmoe_ds.config.expert_parallel import PATH, autoep_size
 from scmoe_ds.config.messages import fail, more_ranks
-from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.errors import ScMoEConfigError, one_line
 from scmoe_ds.parallel.output import log
-from scmoe_ds.replace.presets import is_ours
+from scmoe_ds.replace.presets import is_ours, offer_presets
 
 
 def check_model_for_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
@@ -44,6 +44,28 @@ def check_model_for_autoep(model: nn.Module, whole: Mapping[str, Any]) -> None:
     _check_size(blocks[0], autoep_size(whole), dist.get_world_size())
     _check_adapters(model, whole)
     _check_shared(model)
+
+
+def moe_specs(model: nn.Module, expert_parallel: Mapping[str, Any]) -> list[Any]:
+    """What AutoEP finds out about the MoE blocks of a model, in their order; DeepSpeed's MoELayerSpec each.
+
+    Raises:
+        ScMoEConfigError: it finds none, or does not know the family.
+    """
+    from deepspeed.module_inject.auto_ep import AutoEP
+    from deepspeed.module_inject.auto_ep_config import parse_autoep_config
+
+    offer_presets()
+    try:
+        found = AutoEP(model, parse_autoep_config(dict(expert_parallel))).ep_parser()
+    except ValueError as error:
+        raise ScMoEConfigError(f"{PATH}: {one_line(error, 600)}") from None
+    if not found:
+        raise ScMoEConfigError(
+            f"{PATH}: AutoEP finds no MoE block in {type(model).__name__}; remove the section, or name the blocks in "
+            f"{PATH}.moe_layer_pattern"
+        )
+    return list(found)
 
 
 def _check_preset(model: nn.Module, whole: Mapping[str, Any]) -> None:

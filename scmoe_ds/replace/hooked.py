@@ -5,6 +5,8 @@
     hook after every operator        Interleaving.after: the first one sends the tokens
     the MoE layer's own forward      the shared expert, Interleaving.rest, finish
 
+In a pass that the layer runs as its source has it, the hooks do nothing.
+
 Operators are the children of the blocks between tap and layer that have parameters and are no norms. Which of them run,
 and in which order, shows in the first forward pass. That pass runs in one piece: everything is done in the layer,
 without overlap.
@@ -28,6 +30,7 @@ from scmoe_ds.planner.auto import first_schedule
 from scmoe_ds.planner.plan import slot_that_halves
 from scmoe_ds.planner.times import LateWindow
 from scmoe_ds.replace.calls import Call, first_hidden, operators_in
+from scmoe_ds.replace.converted import ConvertedLayer
 from scmoe_ds.replace.first_pass import FirstPass
 from scmoe_ds.replace.hooked_pass import HookedPass, hooked_operators
 from scmoe_ds.replace.late_join import LateJoin
@@ -59,7 +62,7 @@ class HookedPair:
 
     Args:
         name: the layer's path.
-        layer: calls `join`; a ScMoE or a `replace.autoep.ScheduledAutoEP`.
+        layer: calls `join`, or has `arrive` called; a HookedScMoE or a `replace.converted.ConvertedLayer`.
         tap: where its shortcut comes from.
         norm: what the tapped value goes through; None: nothing.
         overlap: the section's "overlap".
@@ -85,7 +88,7 @@ class HookedPair:
         self._begins = False
         self._seen: dict[bool, _Seen] = {}  # by whether there are gradients
         self._recomputation = Recomputation(name, tap)
-        self._check = None if tap.is_users else TapCheck(name, tap)  # until the first pass is over
+        self._check = None if tap.is_users else self._new_check()  # until the first pass is over
         self._sizes = {kind: _size(module) for kind, module in self._modules()}
         self._handles = self._attach()
 
@@ -125,10 +128,14 @@ class HookedPair:
         """Puts the check of the tap behind hooks that were registered since."""
         if self._check is not None:
             self._check.remove()
-            self._check = TapCheck(self.name, self.tap)
+            self._check = self._new_check()
+
+    def _new_check(self) -> TapCheck:
+        return TapCheck(self.name, self.tap, self.layer)
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
-        return [each for _, block in self.tap.blocks for each in operators_in(block, self.layer)]
+        module = self.layer.layer if isinstance(self.layer, ConvertedLayer) else self.layer
+        return [each for _, block in self.tap.blocks for each in operators_in(block, module)]
 
     def _attach(self) -> list[Any]:
         module = self.tap.module
@@ -149,7 +156,9 @@ class HookedPair:
         self._take(first_hidden((output,), {}))
 
     def _take(self, value: Tensor | None) -> None:
-        if self._begins:  # the tapped norm is called for the shortcut
+        if (
+            self._begins or not self.layer.runs_converted
+        ):  # the tapped norm is called for the shortcut; or no pass is ours
             return
         if value is None:
             raise RuntimeError(

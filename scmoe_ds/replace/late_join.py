@@ -32,13 +32,14 @@ class LateJoin:
         name: the layer's path, for errors.
         place, module: whose output it is added to.
         block: around the module; None: the module is the last block itself.
+        layer: says by `runs_converted` whether a pass of it joins late.
 
     Raises:
         ScMoEConfigError: a block without a norm that would show whether it adds the attention's output as it is.
     """
 
-    def __init__(self, name: str, place: str, module: nn.Module, block: nn.Module | None) -> None:
-        self.name, self.place = name, place
+    def __init__(self, name: str, place: str, module: nn.Module, block: nn.Module | None, layer: Any) -> None:
+        self.name, self.place, self.layer = name, place, layer
         self._late: Callable[[], Tensor] | None = None
         self._region: object = None  # the activation checkpoint around the layer
         self._entered: Tensor | None = None  # of the first pass, until it is checked
@@ -76,6 +77,8 @@ class LateJoin:
     def _join(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         late, self._late = self._late, None
         if late is None:
+            if not self.layer.runs_converted:
+                return output
             raise RuntimeError(
                 f"{self.place} ran, but not {self.name} before it, whose routed output joins there: activation "
                 f"checkpointing repeats a part of the model. Turn it off, or {_END}"
@@ -129,11 +132,11 @@ def join_late(model: nn.Module, pairs: Sequence[Any]) -> None:
         if place is None:
             raise ScMoEConfigError(f'scmoe.join = "late": {pair.name} is among no blocks; {_END}')
         if place + 1 == len(blocks):
-            pair.late = LateJoin(pair.name, blocks[-1], model.get_submodule(blocks[-1]), None)
+            pair.late = LateJoin(pair.name, blocks[-1], model.get_submodule(blocks[-1]), None, pair.layer)
         else:
             name, block = blocks[place + 1], model.get_submodule(blocks[place + 1])
             child, attention = _attention(name, block)
-            pair.late = LateJoin(pair.name, f"{name}.{child}", attention, block)
+            pair.late = LateJoin(pair.name, f"{name}.{child}", attention, block, pair.layer)
             own, _ = _attention(blocks[place], model.get_submodule(blocks[place]))
             following = pairs[number + 1].tap if number + 1 < len(pairs) else None
             at_entrance = following is not None and following.module is block and following.side == "input"

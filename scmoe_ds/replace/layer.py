@@ -15,8 +15,10 @@ class HookedScMoE(ScMoE):
     Attributes:
         pair: None: the routed experts read the layer's own input, as DeepSpeed's do.
         replaced: the layer whose place it takes, and its number of experts per token.
+        runs_converted: whether the pass that is going on runs as a ScMoE; all of them do.
     """
 
+    runs_converted = True
     pair: HookedPair | None = None
     replaced: tuple[MoE, int]
     shortcut_norm: nn.Module | None  # a default here would hide the module of that name

@@ -119,7 +119,7 @@ class ScheduledLongCatLayer(LongcatFlashDecoderLayer):
         call = dict(bound.arguments)
         del call["self"]
         hidden, more = call.pop("hidden_states"), call.pop("kwargs", {})
-        return self.mlp.pair.run(hidden, {**call, **more})
+        return self.mlp.base.run(hidden, {**call, **more})
 
 
 def schedule_blocks(model: nn.Module, section: ScMoEConfig) -> None:
@@ -136,7 +136,7 @@ def schedule_blocks(model: nn.Module, section: ScMoEConfig) -> None:
     for block in model.modules():
         if isinstance(block, LongcatFlashDecoderLayer):
             block.__class__ = ScheduledLongCatLayer
-            block.mlp.pair = LongCatPair(block, section.overlap)
+            block.mlp.base = LongCatPair(block, section.overlap)
 
 
 def _size(module: nn.Module) -> int:

@@ -73,9 +73,15 @@ def mark(model: nn.Module, own: OwnExperts, experts: list[nn.Module]) -> None:
             module.register_forward_pre_hook(refuse)
 
 
+def own_experts_of(model: nn.Module) -> OwnExperts | None:
+    """What was loaded of a model; None: all of it, by others."""
+    found: OwnExperts | None = getattr(model, _MARK, None)
+    return found
+
+
 def check_loaded(model: nn.Module, ep_size: int) -> None:
     """Compares what was loaded with the size of a JSON. Raises a ScMoEConfigError if they differ."""
-    own = getattr(model, _MARK, None)
+    own = own_experts_of(model)
     if own is not None and own.ep_size not in (1, ep_size):
         raise ScMoEConfigError(
             f"expert_parallel.autoep_size = {ep_size}: the model was loaded for {own.ep_size} by "

@@ -82,7 +82,7 @@ def replaced_layers(model: nn.Module, config: ScMoEConfig) -> list[HookedScMoE]:
         except ScMoEConfigError:
             undo_replacement(model)
             raise
-    first_pass = FirstPass(pairs)
+    first_pass = FirstPass(dict(enumerate(pairs)))
     for pair in pairs:
         pair.first_pass = first_pass
     return [layer for layer, _ in layers]

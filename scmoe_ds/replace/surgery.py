@@ -58,15 +58,15 @@ def start_shared_expert(shared: SharedExpert, gate_up: Tensor, down: Tensor, sha
         shared.down_proj.weight.copy_(down * share)
 
 
-def mean_of(weights: Tensor, added_up: Callable[[Tensor], Tensor] = lambda own: own, copies: int = 1) -> Tensor:
+def mean_of(weights: Tensor, added_up: Callable[[Tensor], Tensor] = lambda own: own, of: int | None = None) -> Tensor:
     """The mean over experts in fp32, [E, …] → […].
 
     Args:
-        weights: of all experts; where a rank holds its own alone, the others are zero.
+        weights: of all experts, or of a rank's own.
         added_up: sums over ranks.
-        copies: how many ranks hold each expert.
+        of: how many experts the ranks have added up; None: those of `weights`.
     """
-    return added_up(weights.sum(0, dtype=torch.float32)) / (len(weights) * copies)
+    return added_up(weights.sum(0, dtype=torch.float32)) / (len(weights) if of is None else of)
 
 
 def start_parts(parts: ShortcutParts, merge: Merge, experts: Callable[[], tuple[Tensor, Tensor]]) -> None:

@@ -44,10 +44,11 @@ class TapCheck:
     Args:
         layer_name: the MoE layer's path, for errors.
         tap: found by name; one that the user names in scmoe.tap is the user's own choice.
+        layer: says by `runs_converted` whether a pass is to be watched.
     """
 
-    def __init__(self, layer_name: str, tap: Tap) -> None:
-        self.layer_name, self.tap = layer_name, tap
+    def __init__(self, layer_name: str, tap: Tap, layer: Any) -> None:
+        self.layer_name, self.tap, self.layer = layer_name, tap, layer
         self._entered: _Seen | None = None
         self._branches: list[tuple[bool, _Seen]] = []  # is it a norm's output
         self._normed: list[_Seen] = []
@@ -106,17 +107,17 @@ class TapCheck:
         )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = first_hidden(args, kwargs)
+        found = first_hidden(args, kwargs) if self.layer.runs_converted else None
         self._entered, self._branches, self._tapped = None if found is None else _Seen.of(found), [], False
 
     def _branch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found = first_hidden((output,), {})
-        if found is not None and not self._tapped:
+        if found is not None and self._entered is not None and not self._tapped:
             self._branches.append(("norm" in type(module).__name__.lower(), _Seen.of(found)))
 
     def _norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = first_hidden(args, kwargs)
-        if found is not None:
+        if found is not None and self.layer.runs_converted:
             self._normed.append(_Seen.of(found))
 
 

@@ -182,6 +182,13 @@ def blocks_around(model: nn.Module, moe_name: str) -> list[str]:
     return []
 
 
+def block_of(model: nn.Module, moe_name: str) -> nn.Module | None:
+    """The block that holds a layer; None: the model shows no blocks."""
+    blocks = blocks_around(model, moe_name)
+    place = _place(blocks, moe_name)
+    return None if place is None else model.get_submodule(blocks[place])
+
+
 def _children(model: nn.Module, name: str) -> list[str]:
     return [f"{name}.{child}" if name else child for child, _ in model.get_submodule(name).named_children()]
 

@@ -179,8 +179,6 @@ def test_scmoe_on_autoeps_layers() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"merge": "cg1"}, 'scmoe.merge = "cg1": would add parameters to a model that AutoEP distributes'),
-        ({"shortcut_norm": "own"}, 'scmoe.shortcut_norm = "own": would add parameters'),
         ({"architecture": "as_is", "join": "late"}, 'scmoe.join = "late": changes the model\'s mathematics'),
         (
             {"architecture": "as_is", "first_layer_position": "pos2"},

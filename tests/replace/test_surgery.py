@@ -46,9 +46,8 @@ def test_the_first_weights_of_shared_and_routed(merge: Merge, added: bool, weigh
 
 def test_the_mean_of_experts_that_several_ranks_hold() -> None:
     experts = torch.randn(E, 2 * F, D).bfloat16()
-    of_ranks = [torch.where(torch.arange(E).view(E, 1, 1) % 2 == rank % 2, experts, 0) for rank in range(4)]
-    total = sum(each.float().sum(0) for each in of_ranks)
-    for own in of_ranks:
-        found = mean_of(own, lambda own: total, copies=2)
+    total = experts.float().sum(0) * 2  # of two ranks with expert 0 and two ranks with the others
+    for own in (experts[:1], experts[1:]):
+        found = mean_of(own, lambda own: total, of=2 * E)
         torch.testing.assert_close(found, experts.float().mean(0))
     assert torch.equal(mean_of(experts), experts.sum(0, dtype=torch.float32) / E)

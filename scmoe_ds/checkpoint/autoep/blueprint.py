@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from scmoe_ds.compat_transformers import revert_conversion, tied_names
-from scmoe_ds.errors import CheckpointError, one_line
-from scmoe_ds.replace.presets import offer_presets
+from scmoe_ds.errors import CheckpointError
+from scmoe_ds.replace.autoep_model import moe_specs
 
 State = dict[str, Tensor]
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
@@ -88,12 +88,12 @@ class Blueprint:
         expert_parallel: the section of the DeepSpeed JSON.
 
     Raises:
-        CheckpointError: AutoEP finds no MoE block, or does not know the family.
+        ScMoEConfigError: AutoEP finds no MoE block, or does not know the family.
     """
 
     def __init__(self, model: nn.Module, expert_parallel: Mapping[str, Any]) -> None:
         self.model = model
-        self.blocks = [Block(spec, model) for spec in _specs(model, expert_parallel)]
+        self.blocks = [Block(spec, model) for spec in moe_specs(model, expert_parallel)]
 
     @cached_property
     def expert_names(self) -> set[str]:
@@ -143,20 +143,3 @@ _ANY_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 def _renumbered(name: str, first: int) -> str:
     return _ANY_EXPERT.sub(lambda found: str(int(found[0]) + first), name) if first else name
-
-
-def _specs(model: nn.Module, expert_parallel: Mapping[str, Any]) -> list[Any]:
-    from deepspeed.module_inject.auto_ep import AutoEP
-    from deepspeed.module_inject.auto_ep_config import parse_autoep_config
-
-    offer_presets()
-    try:
-        found = AutoEP(model, parse_autoep_config(dict(expert_parallel))).ep_parser()
-    except ValueError as error:
-        raise CheckpointError(f"expert_parallel: {one_line(error, 600)}") from None
-    if not found:
-        raise CheckpointError(
-            f"expert_parallel: AutoEP finds no MoE block in {type(model).__name__}; remove the section, or name the "
-            "blocks in expert_parallel.moe_layer_pattern"
-        )
-    return list(found)

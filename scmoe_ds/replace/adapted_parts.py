@@ -1,0 +1,152 @@
+"""What the "scmoe" section adds to a Hugging Face model, before DeepSpeed's AutoEP takes its MoE blocks away.
+
+The parts are children of the decoder layers: AutoEP puts a layer of its own in the place of the MoE block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scmoe_ds.config.messages import fail
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.parallel.process import device
+from scmoe_ds.replace.autoep_model import moe_specs
+from scmoe_ds.replace.modeling_adapted import ShortcutParts, add_parts
+from scmoe_ds.replace.own_experts import own_experts_of
+from scmoe_ds.replace.surgery import mean_of, start_parts
+
+
+def settings_of(section: ScMoEConfig) -> dict[str, Any]:
+    """What a converted model computes, as the "scmoe" object of its config.json has it (see `modeling_adapted`)."""
+    fields = ("position", "first_layer_position", "join", "merge", "shortcut_norm")
+    layers, shared = (None, None) if section.adapt is None else (section.adapt.layers, section.adapt.shared_expert)
+    return {
+        **{name: getattr(section, name) for name in fields},
+        "top_k": section.top_k if "top_k" in section.written else None,
+        "adapt": {"layers": layers, "shared_expert": shared},
+    }
+
+
+def converted_numbers(section: ScMoEConfig, count: int) -> list[int]:
+    """The MoE layers that the section converts, of so many.
+
+    Raises:
+        ScMoEConfigError: a layer that the model does not have.
+    """
+    if section.architecture != "scmoe":
+        return []
+    layers = None if section.adapt is None else section.adapt.layers
+    if layers is not None and max(layers, default=0) >= count:
+        raise fail("scmoe.adapt.layers", layers, f"the model has {count} MoE layers, which are numbered from 0")
+    return list(range(count)) if layers is None else sorted(layers)
+
+
+def has_parts(section: ScMoEConfig) -> bool:
+    """Whether the section's ScMoE has parameters that its source has not."""
+    added = section.adapt is not None and section.adapt.shared_expert not in (None, "none")
+    return section.architecture == "scmoe" and (added or section.merge != "add" or section.shortcut_norm == "own")
+
+
+def prepare_parts(model: nn.Module, section: ScMoEConfig, expert_parallel: Mapping[str, Any]) -> None:
+    """Gives the decoder layers of converted MoE layers their `shortcut`. One that is there already stays as it is.
+
+    The norm starts as a copy, an added shared expert as the mean of the routed ones, see `replace.surgery`. Where ranks
+    hold their own experts alone, the mean is that of all. Collective.
+
+    Raises:
+        ScMoEConfigError: what the model cannot have, or parts that are there and differ from the section.
+    """
+    if not has_parts(section):
+        return
+    specs = moe_specs(model, expert_parallel)
+    numbers = converted_numbers(section, len(specs))
+    if section.tap is not None and section.shortcut_norm == "own":
+        raise fail("scmoe.shortcut_norm", "own", 'copies the norm of the position; with scmoe.tap, use "shared"')
+    _require_whole_weights(model)
+    there = {id(module) for module in model.modules() if isinstance(module, ShortcutParts)}
+    try:
+        parts = add_parts(model, settings_of(section))
+    except ValueError as error:
+        raise ScMoEConfigError(f"scmoe: {error}") from None
+    kind = None if section.adapt is None else section.adapt.shared_expert
+    for number in numbers:
+        if id(parts[number]) not in there:
+            start_parts(parts[number], section.merge, partial(_expert, model, specs[number], kind))
+
+
+def check_parts(name: str, parts: ShortcutParts | None, section: ScMoEConfig, has_shared: bool) -> None:
+    """Compares what a decoder layer has with the section.
+
+    Args:
+        name: path of its MoE layer.
+        has_shared: whether the source has a shared expert.
+
+    Raises:
+        ScMoEConfigError: a part that the section asks for is missing, or another one is there.
+    """
+    kind = None if section.adapt is None else section.adapt.shared_expert
+    rows = getattr(getattr(parts, "coefficient", None), "out_features", 0)
+    has = {
+        "shortcut_norm": "own" if getattr(parts, "norm", None) is not None else "shared",
+        "merge": ("add", "cg1", "cg2")[rows],
+    }
+    asked: dict[str, str] = {"shortcut_norm": section.shortcut_norm, "merge": section.merge}
+    for field, value in asked.items():
+        if has[field] != value:
+            rule = f'the block of {name} has parts for "{has[field]}"; set that, or let scmoe_ds.initialize add them'
+            raise fail(f"scmoe.{field}", value, rule)
+    is_added = getattr(parts, "shared_expert", None) is not None
+    if is_added != (kind not in (None, "none")):
+        rule = f"the block of {name} has {'an' if is_added else 'no'} added shared expert; set what it has"
+        raise fail("scmoe.adapt.shared_expert", kind, rule)
+    if section.merge != "add" and not (is_added or has_shared):
+        rule = f'{name} has no shared expert to weigh; use "add", or set scmoe.adapt.shared_expert'
+        raise fail("scmoe.merge", section.merge, rule)
+
+
+def _require_whole_weights(model: nn.Module) -> None:
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ScMoEConfigError(
+            "scmoe.adapt: surgery needs whole weights, and the model was made under deepspeed.zero.Init; load it by "
+            "scmoe_ds.from_pretrained, of which a rank holds its own experts alone"
+        )
+
+
+def _expert(model: nn.Module, spec: Any, kind: str | None) -> tuple[Tensor, Tensor]:
+    """gate_up [2F, D] and down [D, F] of an added shared expert."""
+    if kind != "mean":
+        rule = 'is measured on text; let "scmoe adapt" convert the model, or use "mean"'
+        raise fail("scmoe.adapt.shared_expert", kind, rule)
+    path = f"{spec.moe_module_name}.{spec.experts_name}"
+    if spec.expert_storage != "fused_3d" or spec.expert_w3_name is not None or spec.expert_activation != "swiglu":
+        rule = f"the experts of {path} are no fused SwiGLU MLPs, of which one could be made; use none"
+        raise fail("scmoe.adapt.shared_expert", kind, rule)
+    with torch.no_grad():
+        gate_up, down = (
+            _mean(model, model.get_parameter(f"{path}.{name}")[: spec.num_experts])
+            for name in (spec.expert_w1_name, spec.expert_w2_name)
+        )
+    is_hidden_first = gate_up.shape[1] == 2 * down.shape[0]
+    return (gate_up.t(), down.t()) if is_hidden_first else (gate_up, down)
+
+
+def _mean(model: nn.Module, weights: Tensor) -> Tensor:
+    """Over all experts; their sum over ranks, where each holds its own."""
+    own = own_experts_of(model)
+    if own is None or own.ep_size == 1:
+        return mean_of(weights)
+    count, copies = len(weights) // own.ep_size, dist.get_world_size() // own.ep_size
+
+    def added_up(found: Tensor) -> Tensor:
+        there = found.to(device())
+        dist.all_reduce(there)
+        return there.to(found.device)
+
+    return mean_of(weights.narrow(0, own.ep_rank * count, count), added_up, of=len(weights) * copies)

@@ -1,0 +1,180 @@
+"""Converted layers of AutoEP models against the same model in one process, with transformers' own modules and hooks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import scmoe_ds
+from lab.distributed import run_distributed
+from lab.moe_families import SEQUENCE, VOCABULARY, tiny
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.replace.adapted_parts import prepare_parts, settings_of
+from scmoe_ds.replace.as_is import AsIsPair
+from scmoe_ds.replace.autoep import ScheduledAutoEP
+from scmoe_ds.replace.hooked import HookedPair
+from scmoe_ds.replace.modeling_adapted import ShortcutParts, install
+from tests.replace.test_autoep_shortcuts import BEHIND_DENSE, whole
+
+ADDED = {"shortcut_norm": "own", "adapt": {"shared_expert": "mean"}}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "half of the layers, fewer experts": (
+        "qwen3_moe",
+        {"num_hidden_layers": 3},
+        {"top_k": 2, "join": "late", "adapt": {"layers": [0, 2]}},
+    ),
+    "an added shared expert": ("qwen3_moe", {}, {**ADDED, "merge": "add"}),
+    "the same, weighed": ("mixtral", {}, {**ADDED, "merge": "cg2", "join": "late"}),
+    "the source's shared expert, weighed": ("qwen2_moe", {}, {"merge": "cg1", "adapt": {"layers": [1]}}),
+    "behind a dense block": (
+        "deepseek_v2",
+        BEHIND_DENSE,
+        {"merge": "cg2", "join": "late", "shortcut_norm": "own", "first_layer_position": "pos2"},
+    ),
+    "groups of experts": ("glm4_moe", {}, {"merge": "cg1", "top_k": 1}),
+}
+
+
+def tokens_of(rank: int) -> Tensor:
+    return torch.randint(VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(rank))
+
+
+def passed(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradients of all parameters by their names."""
+    logits = model(input_ids=tokens, use_cache=False).logits
+    loss = (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum()
+    named = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return logits.detach(), dict(zip(named, found, strict=True))
+
+
+def parts_of(model: nn.Module) -> list[ShortcutParts]:
+    return [each for each in model.modules() if isinstance(each, ShortcutParts)]
+
+
+def both(family: str, settings: dict[str, Any], given: dict[str, Any]) -> tuple[Any, nn.Module]:
+    """The engine, and the model in one process, with the same weights; those of the parts are random."""
+    model = tiny(family, **settings).double()
+    section = ScMoEConfig.from_deepspeed(given)
+    prepare_parts(model, section, given["expert_parallel"])
+    torch.manual_seed(5)
+    for parts in parts_of(model):
+        for parameter in parts.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    eager: Any = copy.deepcopy(model)
+    eager.set_experts_implementation("eager")  # the others know no fp64
+    install(eager, settings_of(section))
+    return scmoe_ds.initialize(model=model, config=given)[0], eager
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1e-3))
+
+
+def require_eager(engine: Any, eager: nn.Module, case: str) -> None:
+    """Dense gradients are of a rank's own tokens, and those of its experts of all ranks'."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    expected = [passed(eager, tokens_of(each)) for each in range(ranks)]
+    for schedule in (None, Schedule(2), Schedule((1, 2), 2)):
+        for pair in engine.overlap.pairs:
+            if schedule is not None and isinstance(pair, HookedPair):
+                pair.schedule = schedule
+        logits, found = passed(engine.module, tokens_of(rank))
+        assert close(logits, expected[rank][0]), case
+        for name, gradient in found.items():
+            path, _, last = name.rpartition(".")
+            if path.endswith(".experts") and last in ("w1", "w2", "w3"):
+                whole = sum(each[1][f"{path}.{'down_proj' if last == 'w2' else 'gate_up_proj'}"] for each in expected)
+                whole = whole if last == "w2" else whole.chunk(2, dim=1)[last == "w3"]
+                own = len(gradient)
+                assert close(gradient, whole[rank * own :][:own]), (case, name)
+            else:
+                there = name.replace("router.gate", "gate").replace("shared_experts_gate", "shared_expert_gate")
+                there = there if there in expected[rank][1] else there.replace("shared_experts.", "shared_expert.")
+                assert close(gradient, expected[rank][1][there]), (case, name)
+
+
+def compare() -> None:
+    for case, (family, settings, section) in CASES.items():
+        engine, eager = both(family, settings, whole(**section))
+        require_eager(engine, eager, case)
+
+
+def as_the_source(stage: int) -> None:
+    """No layer is converted: the same bits as "as_is", whether from the start or for a while."""
+    given, tokens = whole(stage, adapt={"layers": []}), tokens_of(dist.get_rank())
+    as_is, converted = whole(stage, architecture="as_is"), whole(stage, join="late", **ADDED)
+    expected, by_name = passed(scmoe_ds.initialize(model=tiny("qwen3_moe"), config=as_is)[0].module, tokens)
+    for config in (given, converted):
+        engine = scmoe_ds.initialize(model=tiny("qwen3_moe"), config=config)[0]
+        if engine.conversion.numbers:
+            assert not torch.equal(passed(engine.module, tokens)[0], expected)
+        with engine.conversion.as_source():
+            logits, found = passed(engine.module, tokens)
+        assert torch.equal(logits, expected)
+        for name, gradient in found.items():
+            assert torch.equal(gradient, by_name[name]) if name in by_name else not gradient.any(), name
+    engine.conversion.only([1])
+    assert [type(layer.pair) for layer in layers_of(engine)] == [AsIsPair, HookedPair]
+
+
+def layers_of(engine: Any) -> list[Any]:
+    return [each for each in engine.module.modules() if isinstance(each, ScheduledAutoEP)]
+
+
+def everything() -> None:
+    compare()
+    as_the_source(1)
+
+
+def test_converted_layers_are_the_eager_models() -> None:
+    run_distributed(everything, 2)
+
+
+def repeated(converted: list[int], checkpointing: bool) -> dict[str, Tensor]:
+    section = {"adapt": {"layers": [0, 1], "shared_expert": "mean"}, "merge": "cg1", "top_k": 2}
+    engine = scmoe_ds.initialize(model=tiny("qwen3_moe"), config=whole(ep=1, **section))[0]
+    engine.conversion.only(converted)
+    engine.module.train()
+    if checkpointing:
+        engine.module.gradient_checkpointing_enable()
+    model, tokens = engine.module, tokens_of(0)
+    passed(model, tokens)  # the first pass, in one piece
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    engine.conversion.only([1])  # what is repeated runs as it ran first
+    with torch.no_grad(), engine.conversion.as_source():
+        model(input_ids=tokens, use_cache=False)
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, found, strict=True))
+
+
+@pytest.mark.parametrize("converted", [[0], [0, 1]])
+def test_activation_checkpointing_repeats_what_ran(converted: list[int]) -> None:
+    scmoe_ds.connect()
+    one, other = repeated(converted, False), repeated(converted, True)
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("family", "section", "message"),
+    [
+        ("qwen3_moe", {"merge": "cg1"}, 'merge "cg1": model.layers.0.mlp has no shared expert'),
+        ("qwen2_moe", ADDED, "model.layers.0.mlp has a shared expert already"),
+        ("qwen3_moe", {"adapt": {"layers": [2]}}, "scmoe.adapt.layers = [2]: the model has 2 MoE layers"),
+        ("qwen3_moe", {"adapt": {"shared_expert": "busiest"}}, 'shared_expert = "busiest": is measured on text'),
+        ("qwen3_moe", {"top_k": 4}, "scmoe.top_k = 4: model.layers.0.mlp routes a token to 3 experts"),
+        ("qwen3_moe", {"architecture": "as_is", "top_k": 2}, "scmoe.top_k = 2: changes the model's mathematics"),
+    ],
+)
+def test_what_a_model_cannot_have(family: str, section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScMoEConfigError) as caught:
+        scmoe_ds.initialize(model=tiny(family), config=whole(ep=1, **section))
+    assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
