@@ -144,20 +144,20 @@ class Shortcut:
 
     def routed(self, shortcut: Tensor) -> Tensor:
         """Router and routed experts alone, of [B, S, D]: the layer's own forward with its shared expert silent."""
-        home, name = self.mlp._modules, self.shared_name
-        routers = [each for each in (self.mlp, getattr(self.mlp, "gate", None)) if hasattr(each, "top_k")]
+        name = self.shared_name
+        routers: list[Any] = [each for each in (self.mlp, getattr(self.mlp, "gate", None)) if hasattr(each, "top_k")]
         before = [each.top_k for each in routers]
-        shared = None if name is None else home[name]
+        shared = None if name is None else getattr(self.mlp, name)
         try:
             if name is not None:
-                home[name] = _Silent()
+                setattr(self.mlp, name, _Silent())
             for each in routers:
                 each.top_k = each.top_k if self.top_k is None else self.top_k
             output: Tensor = self._of_source(shortcut)
             return output
         finally:
             if name is not None:
-                home[name] = shared
+                setattr(self.mlp, name, shared)
             for each, top_k in zip(routers, before, strict=True):
                 each.top_k = top_k
 
@@ -172,9 +172,7 @@ class Shortcut:
         gate = getattr(self.mlp, "shared_expert_gate", None)
         return output if gate is None else torch.sigmoid(gate(hidden_states)) * output
 
-    def _weighted(
-        self, hidden_states: Tensor, shared: Tensor | None, routed: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
+    def _weighted(self, hidden_states: Tensor, shared: Tensor | None, routed: Tensor) -> tuple[Tensor | None, Tensor]:
         """Both outputs times their weights."""
         coefficient = self.parts.coefficient
         if coefficient is None or shared is None:
@@ -244,7 +242,8 @@ def uninstall(model: Any) -> None:
 def add_parts(model: Any, scmoe: Mapping[str, Any]) -> dict[int, ShortcutParts]:
     """Gives the converted layers' blocks their child `shortcut`, with what `scmoe` asks for; see `install`.
 
-    New norms are copies; a shared expert and a coefficient have torch's initial values.
+    A new norm is a copy of the one before the MoE, behind which the routed experts were trained. A shared expert and a
+    coefficient have torch's initial values.
     """
     blocks, adapt = blocks_of(model), scmoe.get("adapt") or {}
     layers, found = moe_blocks(blocks), {}
@@ -256,16 +255,15 @@ def add_parts(model: Any, scmoe: Mapping[str, Any]) -> dict[int, ShortcutParts]:
         check_position(blocks, place, position_of(scmoe, number))
         block = blocks[place][1]
         if not hasattr(block, "shortcut"):
-            tapped = block if position_of(scmoe, number) == "pos1" else blocks[place - 1][1]
-            norm = getattr(tapped, TAPS[position_of(scmoe, number)])
-            block.shortcut = _parts(model, name, block, norm, scmoe)
+            block.shortcut = _parts(model, name, block, scmoe)
         found[number] = block.shortcut
     return found
 
 
-def _parts(model: Any, name: str, block: Any, norm: Any, scmoe: Mapping[str, Any]) -> ShortcutParts:
+def _parts(model: Any, name: str, block: Any, scmoe: Mapping[str, Any]) -> ShortcutParts:
+    norm = block.post_attention_layernorm
     hidden_size, like = norm.weight.shape[0], {"device": norm.weight.device, "dtype": norm.weight.dtype}
-    own_norm = _copy_of(norm) if scmoe.get("shortcut_norm") == "own" else None
+    own_norm = copy.deepcopy(norm) if scmoe.get("shortcut_norm") == "own" else None
     kind, merge = (scmoe.get("adapt") or {}).get("shared_expert"), scmoe.get("merge") or "add"
     has_shared, shared = any(hasattr(block.mlp, each) for each in SHARED), None
     if kind not in (None, "none"):
@@ -277,12 +275,6 @@ def _parts(model: Any, name: str, block: Any, norm: Any, scmoe: Mapping[str, Any
         raise ValueError(f'merge "{merge}": {name}.mlp has no shared expert; use "add", or add a shared expert')
     coefficient = nn.Linear(hidden_size, ROWS[merge], **like) if ROWS[merge] else None
     return ShortcutParts(own_norm, shared, coefficient)
-
-
-def _copy_of(norm: nn.Module) -> nn.Module:
-    """A copy without hooks, which belong to the norm that they were given to."""
-    hooks = norm._forward_hooks, norm._forward_pre_hooks
-    return copy.deepcopy(norm, {id(each): type(each)() for each in hooks})
 
 
 def blocks_of(model: Any) -> list[tuple[str, Any]]:
