@@ -121,11 +121,11 @@ def test_isinstance_asks_no_protocol() -> None:
     assert [name for name, tree in TREES.items() if "runtime_checkable" in ast.dump(tree)] == []
 
 
-PYTHONS_OWN = {"_exit", "_current_frames"} | set(
+PYTHONS_OWN = {"_exit", "_current_frames", "_replace"} | set(
     "_ArgumentGroup _AppendAction _SubParsersAction _subparsers _actions _option_string_actions _action_groups "
     "_group_actions _get_positional_actions _print_message".split()
 )
-"""Of the standard library; argparse offers its flags and groups under no other names."""
+"""Of the standard library; NamedTuple, and argparse for flags and groups, offer no other names."""
 
 OVERRIDES = {"data.megatron_classes": {"_build_megatron_dataset_splits"}}
 """A subclass overrides private methods of megatron-core in its body, and calls one of its siblings."""
