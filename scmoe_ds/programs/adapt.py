@@ -2,6 +2,7 @@
 
 scmoe adapt checkpoints/top2 --output scmoe --position pos2 --join late
 scmoe adapt checkpoints/top2 --output scmoe --layers 1 3 --shared-expert busiest --text-file book.txt
+scmoe adapt models/qwen3_moe --output models/qwen3_scmoe --text-file book.txt  # of Hugging Face
 scmoe adapt report checkpoints/student --teacher-run checkpoints/teacher --output-prefix report
 """
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from scmoe_ds.analysis.tokens import TokenSequences
 from scmoe_ds.checkpoint import description as fields
+from scmoe_ds.checkpoint.adapted.source import is_hugging_face
 from scmoe_ds.checkpoint.export import write_export
 from scmoe_ds.checkpoint.source_model import SourceModel
 from scmoe_ds.config.section import ScMoEConfig
@@ -23,6 +25,7 @@ from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.load import load_trained
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.parallel.process import device
+from scmoe_ds.programs import adapt_hugging_face
 from scmoe_ds.programs.adapt_report import write_report
 from scmoe_ds.programs.flags.adapt import build_parser, check
 from scmoe_ds.programs.run import run_alone, run_program
@@ -49,8 +52,12 @@ def adapt(args: argparse.Namespace) -> None:
     """One job in a process group of one."""
     if dist.get_world_size() > 1:
         raise ArgumentError("scmoe adapt runs in one process: start it without a launcher")
-    source = SourceModel.open(args.source)
     changes = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
+    if is_hugging_face(args.source):
+        adapt_hugging_face.adapt(args, changes)
+        return
+    _check_of_gpt(args)
+    source = SourceModel.open(args.source)
     config = source.student(changes, args.layers)
     busiest = None
     if args.shared_expert is not None and source.has_shared_expert:
@@ -63,6 +70,15 @@ def adapt(args: argparse.Namespace) -> None:
     shards = write_export(args.output, weights, description, dtype, int(args.shard_gb * 10**9), args.format == "hf")
     print(f"wrote {args.output} of {source.weights.path} ({shards} file(s) of weights): {_text(source, config)}")
     print(f"train it: scmoe pretrain --load {args.output} …")
+
+
+def _check_of_gpt(args: argparse.Namespace) -> None:
+    if args.experts is not None:
+        raise ArgumentError(f"--experts {args.experts}: is for dense models of Hugging Face; remove it")
+    if args.shared_expert == "none":
+        raise ArgumentError("--shared-expert none: a ScMoE of this package has a shared expert; use mean or busiest")
+    if args.text_file is not None and args.shared_expert != "busiest":
+        raise ArgumentError(f"--text-file {args.text_file}: is for --shared-expert busiest; give both, or neither")
 
 
 def _busiest(args: argparse.Namespace) -> list[int]:

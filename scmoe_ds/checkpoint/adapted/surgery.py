@@ -19,7 +19,7 @@ from torch import Tensor
 from scmoe_ds.checkpoint.adapted.experts import ExpertsInFiles
 from scmoe_ds.checkpoint.adapted.family import MODELING_FILE, adapted_config, modeling_file
 from scmoe_ds.checkpoint.adapted.source import SourceDirectory
-from scmoe_ds.checkpoint.adapted.text import Text
+from scmoe_ds.checkpoint.adapted.text import Text, TextSettings
 from scmoe_ds.checkpoint.autoep import shards
 from scmoe_ds.checkpoint.autoep.tensor_slices import LazyTensor, close
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
@@ -33,7 +33,7 @@ DEFAULTS = {"position": "pos1", "first_layer_position": None, "join": "end", "sh
 
 
 def adapt_hugging_face(
-    path: Path, out: Path, fields: Mapping[str, Any], dtype: torch.dtype | None = None, text: Path | None = None
+    path: Path, out: Path, fields: Mapping[str, Any], dtype: torch.dtype | None = None, text: TextSettings | None = None
 ) -> list[str]:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)` loads.
 
@@ -60,7 +60,7 @@ def adapt_hugging_face(
         said = [f"{source.model.config.model_type}: {_described(source, scmoe, list(parts))}"]
         kind = scmoe["adapt"]["shared_expert"]
         if kind == "busiest" and measured is None:
-            raise ArgumentError("--shared-expert busiest: is measured on text; name a file by --text, or use mean")
+            raise ArgumentError("--shared-expert busiest: is measured on text; name a file by --text-file, or use mean")
         if kind == "fit":
             raise ArgumentError("--shared-expert fit: is for this package's GPT; use mean, busiest or none")
         before = None if measured is None else measured.loss()
@@ -73,9 +73,11 @@ def adapt_hugging_face(
             _write(source, part, state, scmoe, dtype)
             shards.publish(part, out)
         said.append(f"{len(state)} new weights, {sum(each.numel() for each in state.values()):,} parameters")
-        if measured is not None:
+        if measured is not None and text is not None:
             after = measured.loss_of(scmoe, state)
-            said.append(f"loss on {text} ({measured.tokens:,} tokens): {before:.4f} before, {after:.4f} after surgery")
+            said.append(
+                f"loss on {text.file} ({measured.tokens:,} tokens): {before:.4f} before, {after:.4f} after surgery"
+            )
         return said
     finally:
         close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,23 @@ from scmoe_ds.errors import CheckpointError, DataError, one_line
 from scmoe_ds.replace.modeling_adapted import blocks_of, install, moe_blocks
 
 WINDOW, MOST_TOKENS = 512, 1 << 15
-"""Tokens of a sequence, and of all together."""
+"""Tokens of a sequence, and of all together, if nothing else is said."""
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """A text file, and how much of it is read.
+
+    Attributes:
+        file: UTF-8.
+        seq_length, batch_size: tokens of a sequence, sequences of a batch.
+        max_tokens: of all together.
+    """
+
+    file: Path
+    seq_length: int | None = None
+    batch_size: int = 8
+    max_tokens: int | None = None
 
 
 class Text:
@@ -23,7 +40,7 @@ class Text:
 
     Args:
         source: its directory, with its tokenizer.
-        file: UTF-8.
+        settings: the file, and how much of it is read.
 
     Attributes:
         tokens: how many are read.
@@ -33,8 +50,8 @@ class Text:
         CheckpointError: the directory has no tokenizer.
     """
 
-    def __init__(self, source: SourceDirectory, file: Path) -> None:
-        self._ids = _windows(source, file)
+    def __init__(self, source: SourceDirectory, settings: TextSettings) -> None:
+        self._ids, self._batch_size = _windows(source, settings), settings.batch_size
         self.tokens = self._ids.numel()
         from transformers import AutoModelForCausalLM
 
@@ -79,9 +96,8 @@ class Text:
     def _loss(self) -> float:
         total = 0.0
         with torch.no_grad():
-            for window in self._ids:
-                batch = window[None]
-                total += float(self.model(input_ids=batch, labels=batch, use_cache=False).loss)
+            for batch in self._ids.split(self._batch_size):
+                total += float(self.model(input_ids=batch, labels=batch, use_cache=False).loss) * len(batch)
         return total / len(self._ids)
 
     def _count(self, number: int, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,25 +106,28 @@ class Text:
         counts += torch.bincount(chosen.flatten(), minlength=len(counts))[: len(counts)]
 
 
-def _windows(source: SourceDirectory, file: Path) -> Tensor:
+def _windows(source: SourceDirectory, settings: TextSettings) -> Tensor:
     """[number of sequences, tokens of each]."""
     from transformers import AutoTokenizer
 
+    file, most = settings.file, settings.max_tokens or MOST_TOKENS
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise DataError(f"--text {file}: cannot be read ({one_line(error)}); name a text file in UTF-8") from None
+        raise DataError(f"--text-file {file}: cannot be read ({one_line(error)}); name a text file in UTF-8") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
-            f"{source.path}: has no tokenizer for --text ({one_line(error)}); add its files"
+            f"{source.path}: has no tokenizer for --text-file ({one_line(error)}); add its files"
         ) from None
-    most = min(WINDOW, getattr(source.model.config, "max_position_embeddings", None) or WINDOW)
-    ids = torch.tensor(tokenizer(text[: 16 * MOST_TOKENS], add_special_tokens=False)["input_ids"][:MOST_TOKENS])
-    window = min(most, len(ids))
+    context = getattr(source.model.config, "max_position_embeddings", None) or WINDOW
+    if (settings.seq_length or 2) > context:
+        raise DataError(f"--seq-length {settings.seq_length}: the model's context has {context} tokens")
+    ids = torch.tensor(tokenizer(text[: 16 * most], add_special_tokens=False)["input_ids"][:most])
+    window = min(settings.seq_length or min(WINDOW, context), len(ids))
     if window < 2:
-        raise DataError(f"--text {file}: holds {len(ids)} tokens; name a longer text")
+        raise DataError(f"--text-file {file}: holds {len(ids)} tokens; name a longer text")
     if int(ids.max()) >= source.model.config.vocab_size:
         raise DataError(
             f"{source.path}: its tokenizer has ids up to {int(ids.max())}, the model {source.model.config.vocab_size} "

@@ -34,7 +34,10 @@ def build_parser() -> FlagParser:
         example="scmoe adapt checkpoints/top2 --output scmoe --position pos2 --join late",
     )
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a checkpoint, a directory of them (the latest), or an export"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a checkpoint, a directory of them (the latest), an export, or a Hugging Face model's directory",
     )
     parser.add_argument("--output", type=Path, required=True, help="an empty or new directory for the weights")
     parser.set_defaults(command="adapt")
@@ -42,17 +45,29 @@ def build_parser() -> FlagParser:
     group = parser.add_argument_group("shared expert", "of a source that has none")
     group.add_argument(
         "--shared-expert",
-        choices=["mean", "busiest"],
-        help="starts from the mean of a layer's experts (default), or from the one that a text keeps busiest",
+        choices=["mean", "busiest", "none"],
+        help="starts from the mean of a layer's experts (default), or from the one that a text keeps busiest; none: "
+        "of a Hugging Face model (its default)",
     )
-    group.add_argument("--text-file", help="a UTF-8 text, for --shared-expert busiest")
+    group.add_argument(
+        "--text-file", help="a UTF-8 text, for --shared-expert busiest and the losses of a Hugging Face model"
+    )
     group.add_argument("--seq-length", type=int, help="tokens of a sequence of the text; default: the model's context")
     group.add_argument("--batch-size", type=int, default=8, help="sequences of a batch")
     group.add_argument("--max-tokens", type=int, help="most tokens to read of the text; default: all")
     group = parser.add_argument_group("files")
-    group.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="fp32 loses nothing (default: fp32)")
+    group.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], help="default: fp32, of a Hugging Face model its own"
+    )
     group.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, in 10^9 bytes")
     group.add_argument("--format", choices=["scmoe", "hf"], default="scmoe", help="hf: transformers loads it, too")
+    group = parser.add_argument_group(
+        "dense source", "Llama and Mistral (→ Mixtral), Qwen2, Qwen3 (→ their MoE families)"
+    )
+    group.add_argument(
+        "--experts", type=int, help="of each MoE layer, copies of its MLP; --top-k of them, 2 by default"
+    )
+    group.add_argument("--noise", type=float, default=0.0, help="on the experts' weights, relative to their size")
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 
@@ -62,13 +77,15 @@ def check(args: argparse.Namespace) -> None:
     check_ranges(args)
     if args.shard_gb <= 0:
         raise ArgumentError(f"--shard-gb {args.shard_gb}: must be above 0")
-    if (args.shared_expert == "busiest") != (args.text_file is not None):
-        raise ArgumentError("--shared-expert busiest and --text-file go together: give both, or neither")
+    if args.shared_expert == "busiest" and args.text_file is None:
+        raise ArgumentError("--shared-expert busiest: is measured on text; name a file by --text-file, or use mean")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the ScMoE")
-    group.add_argument("--position", choices=_POSITIONS, help="where the shortcut is taken; default: pos2")
+    group.add_argument(
+        "--position", choices=_POSITIONS, help="where the shortcut is taken; default: pos2, of Hugging Face pos1"
+    )
     group.add_argument("--first-layer-position", choices=_POSITIONS, help="of the first MoE layer's shortcut")
     group.add_argument("--merge", choices=["add", "cg1", "cg2"], help="default: as in the source, else cg1")
     group.add_argument("--layers", type=int, nargs="+", help="MoE layers to convert, from 0; default: all")
