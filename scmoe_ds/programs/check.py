@@ -21,6 +21,7 @@ from scmoe_ds.check.step import Place, Subject, check_step
 from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.data.tokenizer import pad_vocab_size
 from scmoe_ds.errors import ArgumentError, DataError
+from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin import SwinMoE, initialize_swin
 from scmoe_ds.programs.flags.check import parse_arguments
 from scmoe_ds.programs.flags.gpt import gpt_settings
@@ -29,6 +30,7 @@ from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.pretrain_gpt import build_model
 from scmoe_ds.programs.quiet import filter_prints_and_warnings
 from scmoe_ds.programs.run import run_alone
+from scmoe_ds.training.adapted_start import with_base
 from scmoe_ds.training.images import ImageTrainer
 from scmoe_ds.training.loop import Trainer
 
@@ -46,6 +48,8 @@ def check(argv: Sequence[str] | None = None) -> None:
     """
     filter_prints_and_warnings()
     args, loaded, images = parse_arguments(argv)
+    if not images:
+        loaded = with_base(loaded, _shape(args), None)
     place = Place(
         args.rank,
         args.world_size,
@@ -75,10 +79,14 @@ def _without_info() -> Iterator[None]:
 
 
 def _text(args: argparse.Namespace, loaded: LoadedConfig) -> Subject:
-    shape = gpt_settings(args, pad_vocab_size(_vocab_size(args), args.make_vocab_size_divisible_by))
+    shape = _shape(args)
     tokens = ((args.seq_length,), torch.int64)
     sample = {"tokens": tokens, "labels": tokens, "loss_mask": ((args.seq_length,), torch.float32)}
     return Subject(lambda: build_model(shape, loaded.section, args), Trainer, sample, args.seq_length)
+
+
+def _shape(args: argparse.Namespace) -> GPTSettings:
+    return gpt_settings(args, pad_vocab_size(_vocab_size(args), args.make_vocab_size_divisible_by))
 
 
 def _vocab_size(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch.distributed as dist
 
@@ -43,6 +44,7 @@ from scmoe_ds.programs.flags.parser import started_as
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
+from scmoe_ds.training.adapted_start import first_batches, put_source, with_base
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.settings import Summary, TrainingSettings
 from scmoe_ds.training.start_text import TrainingData, announce
@@ -56,16 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     """One training job in a process group that exists."""
-    whole, config = loaded.whole, loaded.section
-    ranks = dist.get_world_size()
+    whole, ranks, given = loaded.whole, dist.get_world_size(), loaded
     require_same_flags(args, whole)
     check_accelerator(whole)
-    config.check_world(ranks, args.tensor_model_parallel_size)
+    loaded.section.check_world(ranks, args.tensor_model_parallel_size)
     tensor.start_tensor_parallel(args.tensor_model_parallel_size)
     replicas = tensor.data_parallel_size()
     settings = training_settings(args, whole, replicas, args.seq_length)
     tokenizer = tokenizer_of(args)
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
+    loaded = run_together(lambda: with_base(given, shape, describe(tokenizer)))
+    config = loaded.section
+    require_agreement("scmoe.adapt", str(config.adapt))
     data = data_settings(args, tokenizer)
     carried = run_on_rank_zero(lambda: carried_files(tokenizer)) if args.save else None
     train_data, valid_data = identify_paths(data)
@@ -91,6 +95,9 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     model = build_model(shape, config, args)
     engine, *_ = scmoe_ds.initialize(model=model, config=loaded)
 
+    if source is None and config.adapt is not None and config.adapt.source is not None:
+        first = partial(first_batches, datasets.train, settings.micro_batch_size)
+        put_source(engine, config, first)
     iteration, consumed_samples = checkpoint.load(engine, source)
     if args.log_gating_interval:
         GatingMonitor(engine, args.log_gating_interval)

@@ -13,10 +13,12 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from scmoe_ds.config.loading import LoadedConfig
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.parallel.groups import nodes_of_ranks
 from scmoe_ds.parallel.tensor import data_parallel_size, tensor_parallel_size
+from scmoe_ds.planner.schedule_text import layers_text
 from scmoe_ds.training.log import say
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.record import FILE_NAME
@@ -67,6 +69,7 @@ def start_facts(trainer: Trainer, loaded: LoadedConfig, data: TrainingData) -> d
         "position": config.position if config.has_shortcut else None,
         "merge": config.merge if config.architecture == "scmoe" else None,
         "join": config.join,
+        "converted_layers": _converted(config, len(experts)),
         "shape": shape,
         "experts": experts,
         "top_k": config.top_k,
@@ -95,6 +98,12 @@ def start_facts(trainer: Trainer, loaded: LoadedConfig, data: TrainingData) -> d
         "memory_there_gib": memory_there_gib(),
         **_places(settings.save, settings.save_interval, whole),
     }
+
+
+def _converted(config: ScMoEConfig, layers: int) -> list[int] | None:
+    """Numbers of the MoE layers that are ScMoE; None: all are, or none is to be."""
+    found = [layer for layer in range(layers) if config.of_layer(layer).has_shortcut]
+    return None if len(found) in (0, layers) and config.adapt is None else found
 
 
 def parameters_of(model: nn.Module, tensor_parallel: int) -> tuple[int, int, int, int]:
@@ -201,7 +210,8 @@ def _model_text(facts: Mapping[str, Any]) -> str:
     else:
         size = f"{'-'.join(map(str, shape['depths']))} blocks from {shape['embed_dim']}, {shape['image_size']} pixels"
     plural = "s" if len(experts) > 1 else ""
-    return f"{kind}: {size}; {len(experts)} MoE layer{plural} of {numbers} experts, top-{facts['top_k']}"
+    adapted = "" if facts["converted_layers"] is None else f"; converted: {layers_text(facts['converted_layers'])}"
+    return f"{kind}: {size}; {len(experts)} MoE layer{plural} of {numbers} experts, top-{facts['top_k']}{adapted}"
 
 
 def _peak_text(facts: Mapping[str, Any]) -> str:
