@@ -188,12 +188,6 @@ def test_sources_that_cannot_become_the_model(sources: dict[str, tuple[str, GPT]
         CheckpointError, match=r"differs in more than .* \(num_layers 4 → 8\); set that as in the source"
     ):
         opened.check(replace(SETTINGS, num_layers=8), config)
-    with pytest.raises(ScMoEConfigError, match=r"scmoe\.adapt\.base = .*top_k 1.*: the layers of .* are .*top_k 2"):
-        opened.with_base(
-            config.model_copy(update={"adapt": opened.student({"top_k": 1}, [0]).adapt}).model_copy(
-                update={"adapt": type(opened.student({}, [0]).adapt)(base={"top_k": 1})}
-            )
-        )
     with pytest.raises(ScMoEConfigError, match=r"moe_shared_expert_intermediate_size = 48: .* has no shared expert"):
         opened.check(SETTINGS, config.model_copy(update={"moe_shared_expert_intermediate_size": 48}))
     model = whole_model(replace(SETTINGS, norm_placement="post"), SOURCES["shared"])

@@ -1,4 +1,5 @@
-"""Late join on two ranks: bits, chunks, expert parallelism, the order of transfers, and what the calibration measures."""
+"""Late join on two ranks: bits, chunks, expert parallelism, the order of transfers, and what the calibration measures;
+between layers that are converted and layers that are not, too."""
 
 from __future__ import annotations
 
@@ -18,18 +19,22 @@ from scmoe_ds.moe.placement import global_names
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.trace.recorder import Recorder
+from scmoe_ds.training.expert_counts import busiest_experts
 
+BASE = {"architecture": "overlapped_shared_expert", "top_k": 2, "merge": "cg2"}
+IN_PART = {"position": "pos1", "moe_every": 1, "merge": "cg1", "adapt": {"base": BASE, "layers": [0, 2]}}
 SECTIONS: dict[str, dict[str, Any]] = {
     "two on the way": {"position": "pos1", "moe_every": 1, "merge": "cg2"},
     "pos3": {"position": "pos3", "post_norm": True},
     "pos2": {"position": "pos2", "dispatch": "padded"},
     "dgmoe": {"architecture": "dgmoe"},
     "top-k": {"architecture": "pipelined_topk"},
+    "adapted in part": IN_PART,
 }
 
 
 def build(ep: int, dropout: float = 0.0, **section: Any) -> GPT:
-    config = ScMoEConfig(num_experts=4, expert_parallel_size=ep, join="late", **section)
+    config = ScMoEConfig(num_experts=4, expert_parallel_size=ep, **{"join": "late", **section})
     model = GPT(GPTSettings(3 * config.moe_every, 16, 4, 64, 12, hidden_dropout=dropout), config)
     initialize_parameters(model, 3, 0.4, 1)
     for layer in model.moe_layers():
@@ -106,6 +111,24 @@ def check_order() -> None:
     assert order("backward") == [mirrored.get(each, each) for each in reversed(forward)]
 
 
+def check_teacher() -> None:
+    """An adapted model of which no layer is converted is the source, to the last bit, and counts its experts."""
+    model, source = build(2, **{**IN_PART, "adapt": {"base": BASE}}), build(2, **BASE, moe_every=1, join="end")
+    own = dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        if "base_coefficient" in name:
+            parameter.data.copy_(own[name.replace("base_coefficient", "coefficient")])
+    torch.manual_seed(dist.get_rank())
+    tokens = torch.randint(64, (2, 12))
+    expected = source.eval()(tokens)
+    with model.conversion.as_source():
+        assert torch.equal(model.eval()(tokens).logits, expected.logits)
+    counts = torch.stack(expected.exp_counts)
+    dist.all_reduce(counts)
+    assert busiest_experts(model, [tokens]) == counts.argmax(1).tolist()
+    assert model.conversion.converted == [0, 1, 2]
+
+
 def calibrated(**section: Any) -> tuple[list[Any], list[Schedule], list[str]]:
     """Times and schedules of a short training, and what the log says of them."""
     whole = {
@@ -139,6 +162,10 @@ def everything() -> tuple[Any, Any]:
         check_schedules(name)
         check_expert_parallelism(name)
     check_order()
+    check_teacher()
+    kinds, schedules, _ = calibrated(**IN_PART)
+    assert [layers for layers, _ in kinds] == [[0], [1], [2]] and len(schedules) == 3
+    assert [late is not None for _, late in kinds] == [True, False, False], "a layer as in the source joins at its end"
     return calibrated(moe_every=1, position="pos1"), calibrated(position="pos2")
 
 

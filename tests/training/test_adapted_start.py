@@ -1,0 +1,128 @@
+"""Training that starts from a source's weights, and that goes on from a checkpoint of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import scmoe_ds
+from scmoe_ds import checkpoint
+from scmoe_ds.checkpoint.tokenizer_files import describe
+from scmoe_ds.config.loading import LoadedConfig, load
+from scmoe_ds.data.tokenizer import ByteTokenizer
+from scmoe_ds.engine import connect
+from scmoe_ds.errors import CheckpointError, UserError
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.training.adapted_start import put_source, with_base
+from tests.helpers.exports import whole_model, write_export
+
+SETTINGS = GPTSettings(4, 16, 2, 320, 16)
+TOKENS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(3))
+FREE = {"num_experts": 4, "drop_tokens": False, "use_rts": False, "min_capacity": 0}
+BYTES = describe(ByteTokenizer())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world_of_one() -> None:
+    connect()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT]:
+    model = whole_model(SETTINGS, {"architecture": "topk", "top_k": 2, "num_experts": 4})
+    return write_export(tmp_path_factory.mktemp("source") / "export", model), model
+
+
+def settings_of(path: Path, **section: Any) -> LoadedConfig:
+    adapt = {"source": str(path), "layers": [1], "shared_expert": "busiest"}
+    scmoe = {**FREE, "top_k": 2, "position": "pos3", "merge": "cg2", **section}
+    return load(
+        {
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+            "zero_optimization": {"stage": 1},
+            "scmoe": {**scmoe, "adapt": {**adapt, **section.get("adapt", {})}},
+        }
+    )
+
+
+def engine_of(loaded: LoadedConfig) -> Any:
+    model = GPT(SETTINGS, loaded.section)
+    initialize_parameters(model, 9, 0.3, 4)
+    return scmoe_ds.initialize(model=model, config=loaded)[0]
+
+
+def step(engine: Any) -> Tensor:
+    loss = engine(TOKENS, labels=TOKENS.roll(-1, 1)).loss
+    engine.backward(loss)
+    engine.step()
+    return loss.detach()
+
+
+def test_it_starts_as_the_source_says_and_resumes_by_itself(source: tuple[Path, GPT], tmp_path: Path) -> None:
+    path, before = source
+    loaded = with_base(settings_of(path), SETTINGS, BYTES)
+    assert loaded.section.adapt is not None and loaded.section.adapt.base is not None
+    assert load(loaded.whole).section == loaded.section, "the JSON that DeepSpeed gets says the same"
+    assert loaded.section.adapt.base.model_dump() == {"architecture": "pipelined_topk", "top_k": 2, "merge": "add"}
+    engine, old = engine_of(loaded), before.state_dict()
+    put_source(engine, loaded.section, lambda: iter([TOKENS]))
+    with torch.no_grad():
+        chosen = before(TOKENS).exp_counts[1].argmax()
+    moe = "runs.1.blocks.1.moe."
+    shared, experts = f"{moe}mlp.", f"{moe}deepspeed_moe.experts.deepspeed_experts.{chosen}."
+    for name, each in engine.module.named_parameters():
+        if name.startswith(shared):
+            assert torch.equal(each, old[name.replace(shared, experts)])
+        elif "shortcut_norm" in name:
+            assert torch.equal(each, old[name.replace("shortcut_norm", "blocks.0.attention_norm")])
+        elif "coefficient" not in name:
+            assert torch.equal(each, old[name]), name
+    step(engine)
+    description = checkpoint.describe(SETTINGS, loaded.section, 1, loaded.whole)
+    checkpoint.save(engine, str(tmp_path), 1, 2, description)
+    expected = [step(engine), step(engine)]
+    resumed = engine_of(loaded)
+    checkpoint.load(resumed, checkpoint.choose(str(tmp_path), None, False, description))
+    assert torch.equal(torch.stack([step(resumed), step(resumed)]), torch.stack(expected))
+    other = checkpoint.describe(
+        SETTINGS, with_base(settings_of(path, adapt={"layers": [0]}), SETTINGS, None).section, 1, {}
+    )
+    with pytest.raises(CheckpointError, match=r"another model: scmoe\.adapt: \{.*'layers': \[1\]\} in the checkpoint"):
+        checkpoint.choose(str(tmp_path), None, False, other)
+
+
+def test_sources_that_do_not_fit(source: tuple[Path, GPT], tmp_path: Path) -> None:
+    path, _ = source
+    plain = load({**settings_of(path).whole, "scmoe": dict(FREE)})
+    assert with_base(plain, SETTINGS, BYTES) is plain
+    other = {**BYTES, "identity": {**BYTES["identity"], "vocabulary_sha256": "0"}}
+    cases: list[tuple[Any, GPTSettings, Any, str]] = [
+        ({}, SETTINGS, other, r"this run's tokenizer is .*, but scmoe\.adapt\.source .* was trained with"),
+        ({}, replace(SETTINGS, hidden_size=32), None, r"\(hidden_size 16 → 32\); set that as in the source"),
+        ({"num_experts": 8}, SETTINGS, None, r"scmoe\.num_experts 4 → 8"),
+        (
+            {"adapt": {"layers": [2]}},
+            SETTINGS,
+            None,
+            r"scmoe\.adapt\.layers = \[2\]: the model has the MoE layers 0 … 1",
+        ),
+        ({"adapt": {"source": str(tmp_path)}}, SETTINGS, None, r"is neither a checkpoint .* \(it is empty\)"),
+        (
+            {"adapt": {"shared_expert": "none"}},
+            SETTINGS,
+            None,
+            r"shared_expert = \"none\": .* always has a shared expert",
+        ),
+        ({"adapt": {"base": {"top_k": 1}}}, SETTINGS, None, r"scmoe\.adapt\.base = .*: the layers of .* are .*top_k 2"),
+    ]
+    for section, settings, tokenizer, said in cases:
+        with pytest.raises(UserError, match=said):
+            with_base(settings_of(path, **section), settings, tokenizer)
