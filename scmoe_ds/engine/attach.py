@@ -15,7 +15,7 @@ from scmoe_ds.config.deepspeed_gradients import check_norm
 from scmoe_ds.config.deepspeed_json import section as json_section
 from scmoe_ds.config.expert_parallel import autoep_size, idle_settings, uses_autoep
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.other_checkpoints import refuse_other_models
+from scmoe_ds.engine.other_checkpoints import note_conversion, refuse_other_models
 from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
 from scmoe_ds.engine.routers import monitor_loads, serve_routers
 from scmoe_ds.engine.stepwise import convert_stepwise
@@ -31,7 +31,7 @@ from scmoe_ds.parallel.process import device
 from scmoe_ds.planner.auto import choose_all_to_all
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.schedule_text import names_text
-from scmoe_ds.replace.origin import remember
+from scmoe_ds.replace.origin import note_settings, remember
 from scmoe_ds.replace.own_experts import check_loaded
 
 UNKNOWN_SEQUENCE = 1024
@@ -78,6 +78,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
         ScMoEConfigError: nothing to schedule in the model, a setting that does not fit it, or a second call.
     """
     assert uses_autoep(whole)
+    from scmoe_ds.replace.adapted_parts import settings_for_files
     from scmoe_ds.replace.autoep import ScheduledAutoEP, autoep_layers, schedule
 
     found = autoep_layers(engine.module)
@@ -91,10 +92,12 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     check_loaded(engine.module, found[0][1].ep_size)
     remember(engine.module)
     refuse_other_models(engine)
+    note_settings(engine.module, settings_for_files(engine.module, section))
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
     first = layers[0]
     _give_pairs(engine.module, layers, section)
     engine.conversion = Conversion({number: each for number, each in enumerate(layers) if each.student is not None})
+    note_conversion(engine)
     sizes = {"expert_parallel_size": first.ep_size, "num_experts": first.num_experts}
     shared = "with" if any(layer.shared_experts is not None for layer in layers) else "without"
     applied = (

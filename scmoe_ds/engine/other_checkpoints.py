@@ -1,33 +1,64 @@
-"""`engine.load_checkpoint` of another model's checkpoint: one sentence instead of all the names that differ."""
+"""What an engine's checkpoints say about their model: `engine.load_checkpoint` of another model's is one sentence."""
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from scmoe_ds.errors import CheckpointError
-from scmoe_ds.replace.origin import origin_in, origin_of
+from scmoe_ds.replace.adapted_parts import settings_now
+from scmoe_ds.replace.origin import Origin, is_converted, note_settings, origin_in, origin_of, settings_noted
+
+
+def note_conversion(engine: Any) -> None:
+    """From here on, a checkpoint says which layers were converted when it was written."""
+    save = engine.save_checkpoint
+    settings = settings_noted(engine.module)
+
+    def save_noted(*args: Any, **kwargs: Any) -> Any:
+        note_settings(engine.module, settings_now(settings, engine.conversion))
+        return save(*args, **kwargs)
+
+    engine.save_checkpoint = save_noted
 
 
 def refuse_other_models(engine: Any) -> None:
-    """From here on, an engine's `load_checkpoint` that fails says so where the checkpoint is of another class.
+    """From here on, an engine's `load_checkpoint` that fails says so where the checkpoint is of another class. One of a
+    model that was adapted otherwise has the same names and shapes, and is refused, too.
 
     Raises, in `load_checkpoint`:
-        CheckpointError: the class of the checkpoint's model, and that of the engine's.
+        CheckpointError: the class of the checkpoint's model, and that of the engine's; or a setting that differs.
     """
     load = engine.load_checkpoint
 
     def load_own(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         try:
-            return load(load_dir, tag, *args, **kwargs)
+            result = load(load_dir, tag, *args, **kwargs)
         except Exception as error:
             own, other = origin_of(engine.module)["class"], _class_in(engine, Path(load_dir), tag)
             if other in (None, own):
                 raise
             raise CheckpointError(f"{load_dir}: is a checkpoint of {other}; the model is a {own}") from error
+        if result[0] is not None:
+            _check_settings(load_dir, origin_in(result[1]), origin_of(engine.module))
+        return result
 
     engine.load_checkpoint = load_own
+
+
+def _check_settings(directory: Any, there: Origin | None, here: Origin) -> None:
+    """Which layers were converted may differ: they are converted step by step."""
+    if there is None or not is_converted(there):
+        return
+    own = here.get("scmoe") or {}
+    for field, value in there["scmoe"].items():
+        if field != "adapt" and own.get(field) != value:
+            raise CheckpointError(
+                f"{directory}: was trained with scmoe.{field} = {json.dumps(value)}, and the model has "
+                f"{json.dumps(own.get(field))}; set the same"
+            )
 
 
 def _class_in(engine: Any, directory: Path, tag: Any) -> str | None:

@@ -5,6 +5,7 @@ The parts are children of the decoder layers: AutoEP puts a layer of its own in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from scmoe_ds.config.messages import fail
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.moe.conversion import Conversion
 from scmoe_ds.parallel.process import device
 from scmoe_ds.replace.autoep_model import moe_specs
-from scmoe_ds.replace.modeling_adapted import ShortcutParts, add_parts
+from scmoe_ds.replace.modeling_adapted import ShortcutParts, add_parts, blocks_of
 from scmoe_ds.replace.own_experts import own_experts_of
 from scmoe_ds.replace.surgery import mean_of, start_parts
 
@@ -32,6 +34,55 @@ def settings_of(section: ScMoEConfig) -> dict[str, Any]:
         "top_k": section.top_k if "top_k" in section.written else None,
         "adapt": {"layers": layers, "shared_expert": shared},
     }
+
+
+def settings_for_files(model: nn.Module, section: ScMoEConfig) -> dict[str, Any] | None:
+    """The same, if one file with the model's class can compute it; None: hooks of this package alone can."""
+    if section.architecture != "scmoe" or section.tap is not None:
+        return None
+    try:
+        blocks_of(model)
+    except ValueError:
+        return None
+    return settings_of(section)
+
+
+def settings_now(settings: Mapping[str, Any] | None, conversion: Conversion | None) -> Mapping[str, Any] | None:
+    """Settings with the layers that are converted now."""
+    if settings is None or conversion is None or conversion.converted == conversion.numbers:
+        return settings
+    return {**settings, "adapt": {**settings["adapt"], "layers": conversion.converted}}
+
+
+def as_adapted(whole: Mapping[str, Any], scmoe: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A JSON whose section has all that a model was adapted with.
+
+    Args:
+        whole: as the user wrote it.
+        scmoe: see `settings_of`.
+        what: the model or its directory, for the error.
+
+    Raises:
+        ScMoEConfigError: a field that says otherwise.
+    """
+    own, given = {"architecture": "scmoe", **scmoe}, dict(whole.get("scmoe") or {})
+    own_adapt, adapt = own.pop("adapt", None) or {}, dict(given.get("adapt") or {})
+
+    def differ(field: str, value: object, known: object) -> ScMoEConfigError:
+        return fail(f"scmoe.{field}", value, f"{what} was adapted with {json.dumps(known)}; set that, or remove it")
+
+    for field, known in own.items():
+        if given.get(field) not in (None, "auto", known):
+            raise differ(field, given[field], known)
+    layers, known_layers = adapt.get("layers"), own_adapt.get("layers")
+    if layers is not None and (known_layers is None or sorted(layers) != sorted(known_layers)):
+        raise differ("adapt.layers", layers, known_layers)
+    shared = own_adapt.get("shared_expert") or "none"
+    if adapt.get("shared_expert") not in (None, shared):
+        raise differ("adapt.shared_expert", adapt["shared_expert"], shared)
+    adapt |= {"layers": known_layers if layers is None else layers, "shared_expert": shared}
+    known = {name: value for name, value in own.items() if value is not None}
+    return {**whole, "scmoe": {**given, **known, "adapt": adapt}}
 
 
 def converted_numbers(section: ScMoEConfig, count: int) -> list[int]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import scmoe_ds
 from lab.distributed import run_distributed
-from lab.moe_families import SEQUENCE, VOCABULARY, tiny
+from lab.moe_families import SEQUENCE, VOCABULARY, batch, tiny
+from scmoe_ds.checkpoint.autoep.export import export_hugging_face
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.errors import CheckpointError, ScMoEConfigError
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace.adapted_parts import prepare_parts, settings_of
 from scmoe_ds.replace.as_is import AsIsPair
@@ -129,13 +134,107 @@ def layers_of(engine: Any) -> list[Any]:
     return [each for each in engine.module.modules() if isinstance(each, ScheduledAutoEP)]
 
 
-def everything() -> None:
+def trained(config: dict[str, Any], model: nn.Module) -> Any:
+    engine, rank = scmoe_ds.initialize(model=model, config=config)[0], dist.get_rank()
+    for step in range(2):
+        engine.backward(engine(**batch(step, rank)).loss)
+        engine.step()
+    return engine
+
+
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
+    return found
+
+
+def contents(directory: Path) -> dict[str, Tensor]:
+    return {name: each for file in directory.glob("*.safetensors") for name, each in load_file(file).items()}
+
+
+def files(out: Path) -> None:
+    """What is written loads in transformers alone and back into training, as the ScMoE that it is."""
+    section = {**ADDED, "merge": "cg2", "join": "late", "top_k": 2}
+    section["adapt"] = {"layers": [2, 0], "shared_expert": "mean"}
+    given, tokens = whole(2, **section), tokens_of(dist.get_rank())
+    engine = trained(given, tiny("qwen3_moe", num_hidden_layers=3))
+    expected = logits_of(engine.module, tokens)
+    scmoe_ds.save_pretrained(engine, out / "saved")
+    engine.save_checkpoint(str(out / "checkpoint"))
+    engine.conversion.only([2])
+    one, parts = logits_of(engine.module, tokens), len(parts_of(engine.module))
+    scmoe_ds.save_pretrained(engine, out / "one")
+    engine.conversion.only([])
+    scmoe_ds.save_pretrained(engine, out / "none")
+    for name, logits in (("saved", expected), ("one", one)):
+        alone = transformers.AutoModelForCausalLM.from_pretrained(out / name, trust_remote_code=True)
+        assert close(logits_of(alone, tokens), logits)
+    assert parts == 2 and len(parts_of_state(out / "one")) * 2 == len(parts_of_state(out / "saved"))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(out / "none")
+    assert type(plain).__name__ == "Qwen3MoeForCausalLM" and not parts_of_state(out / "none")
+    assert close(logits_of(plain, tokens), logits_of(engine.module, tokens))
+
+    without = {**given, "scmoe": {"overlap": {"calibration_steps": 0}}}
+    again = scmoe_ds.initialize(model=scmoe_ds.from_pretrained(out / "saved", without), config=without)[0]
+    assert torch.equal(logits_of(again.module, tokens), expected)
+    again.load_checkpoint(str(out / "checkpoint"))
+    other = scmoe_ds.initialize(model=tiny("qwen3_moe", num_hidden_layers=3), config=whole(2, **section | {"top_k": 1}))
+    with pytest.raises(CheckpointError, match=r"was trained with scmoe.top_k = 2, and the model has 1"):
+        other[0].load_checkpoint(str(out / "checkpoint"))
+    for field, value in (("architecture", "as_is"), ("position", "pos3"), ("adapt", {"layers": [0]})):
+        with pytest.raises(ScMoEConfigError, match=rf"scmoe.{field}.*saved was adapted with") as caught:
+            scmoe_ds.from_pretrained(out / "saved", {**given, "scmoe": {field: value}})
+        assert len(str(caught.value).splitlines()) == 1
+    section = {**section, "adapt": {"layers": [1], "shared_expert": "mean"}}
+    mean = scmoe_ds.initialize(model=scmoe_ds.from_pretrained(out / "none", given), config=whole(2, **section))[0]
+    (shared,) = (each.shared_expert for each in parts_of(mean.module))
+    assert shared is not None
+    experts = plain.model.layers[1].mlp.experts
+    gate, up = experts.gate_up_proj.mean(0).chunk(2)
+    for linear, weight in (
+        (shared.gate_proj, gate),
+        (shared.up_proj, up),
+        (shared.down_proj, experts.down_proj.mean(0)),
+    ):
+        assert torch.allclose(linear.weight, weight, atol=1e-6)  # of the experts of both ranks
+    if dist.get_rank() == 0:
+        export_hugging_face(out / "checkpoint", out / "exported")
+        saved, exported = contents(out / "saved"), contents(out / "exported")
+        assert saved.keys() == exported.keys() and all(torch.equal(saved[name], exported[name]) for name in saved)
+        for file in ("config.json", "modeling_adapted.py"):
+            assert (out / "saved" / file).read_text() == (out / "exported" / file).read_text()
+
+
+def parts_of_state(directory: Path) -> list[str]:
+    return [name for name in contents(directory) if ".shortcut." in name]
+
+
+def stages() -> None:
+    """The new parameters train alike under every ZeRO, with gradients averaged over ranks."""
+    found = []
+    for stage in (1, 2, 3):
+        engine = trained(whole(stage, **ADDED, merge="cg1"), tiny("qwen3_moe"))
+        gradients = {}
+        engine.backward(engine(**batch(2, dist.get_rank())).loss)
+        for name, parameter in engine.module.named_parameters():
+            if ".shortcut." in name:
+                gradients[name] = safe_get_full_grad(parameter).clone(), safe_get_full_fp32_param(parameter).clone()
+        assert len(gradients) == 2 * 6 and all(gradient.any() for gradient, _ in gradients.values())
+        found.append(gradients)
+    for name, values in found[0].items():
+        for other in found[1:]:
+            assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(values, other[name], strict=True)), name
+
+
+def everything(out: Path) -> None:
     compare()
     as_the_source(1)
+    stages()
+    files(out)
 
 
-def test_converted_layers_are_the_eager_models() -> None:
-    run_distributed(everything, 2)
+def test_converted_layers_are_the_eager_models(tmp_path: Path) -> None:
+    run_distributed(everything, 2, tmp_path)
 
 
 def repeated(converted: list[int], checkpointing: bool) -> dict[str, Tensor]:

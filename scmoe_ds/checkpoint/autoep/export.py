@@ -12,11 +12,13 @@ import transformers
 
 from scmoe_ds.checkpoint.autoep import shards
 from scmoe_ds.checkpoint.autoep.blueprint import Blueprint
-from scmoe_ds.checkpoint.autoep.loading import empty_model
+from scmoe_ds.checkpoint.autoep.loading import adapted_in, empty_model
 from scmoe_ds.checkpoint.autoep.trained import Trained, locate
 from scmoe_ds.compat_transformers import alone_and_in_turn, use_conversions
+from scmoe_ds.config.deepspeed_json import at
 from scmoe_ds.errors import CheckpointError, one_line
-from scmoe_ds.replace.origin import Origin, origin, origin_in
+from scmoe_ds.replace.modeling_adapted import add_parts
+from scmoe_ds.replace.origin import Origin, is_converted, origin, origin_in
 
 
 def export_hugging_face(
@@ -60,7 +62,7 @@ def export_hugging_face(
             states = (shards.read_unit(unit, trained, blueprint) for unit in shard.units)
             total += shards.write_shard(shard, part, states)
         shards.write_index(laid_out, part, total)
-        shards.write_others(part, note, trained.dtype, trained.config)
+        shards.write_others(part, note, model, trained.dtype, trained.config)
         shards.publish(part, out)
     return len(laid_out)
 
@@ -70,7 +72,8 @@ def _origin(trained: Trained, original: Path | None) -> Origin:
     if original is not None:
         if not original.is_dir():  # transformers would look for it on the hub
             raise CheckpointError(f"--model {original}: no such directory; name the one with the model's config.json")
-        return {**origin(empty_model(original), original), "conversions": (found or {}).get("conversions")}
+        kept = {name: (found or {}).get(name) for name in ("conversions", "scmoe")}
+        return {**origin(empty_model(original), original, adapted_in(original)), **kept}
     if found is None:
         raise CheckpointError(
             f"{trained.path}: does not say which model it is of; name the directory with the model's config.json by "
@@ -83,6 +86,8 @@ def _check_names(trained: Trained, blueprint: Blueprint) -> None:
     """What the model would leave out makes the checkpoint another model's; a block keeps more than its weights."""
     known = {*blueprint.other_names.values(), *blueprint.model.state_dict()}
     blocks = tuple(f"{block.path}." for block in blueprint.blocks)
+    if at(trained.config, "scmoe.architecture") == "scmoe":  # what a layer that is not converted yet has more
+        known |= {name for name in trained.header["module"] if ".shortcut." in name}
     if others := [name for name in trained.header["module"] if name not in known and not name.startswith(blocks)]:
         raise CheckpointError(
             f"{trained.path}: holds {others[0]}, which {type(blueprint.model).__name__} does not have; it is of "
@@ -97,8 +102,12 @@ def _empty(note: Origin) -> Any:
         kind = getattr(transformers, note["class"], None)
         with torch.device("meta"), alone_and_in_turn():
             if kind is None:
-                return transformers.AutoModelForCausalLM.from_config(config)
-            return kind(config if kind.config_class is type(config) else config.get_text_config())
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            else:
+                model = kind(config if kind.config_class is type(config) else config.get_text_config())
+            if is_converted(note):
+                add_parts(model, note["scmoe"])
+            return model
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{note['class']}: transformers makes no model of its config ({one_line(error)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
+from scmoe_ds.checkpoint.adapted.family import is_adapted, source_config
 from scmoe_ds.checkpoint.autoep import tensor_slices
 from scmoe_ds.checkpoint.autoep.blueprint import Block, Blueprint
 from scmoe_ds.checkpoint.autoep.tensor_slices import LazyTensor, tensors_in
@@ -22,8 +24,10 @@ from scmoe_ds.config.loading import LoadedConfig, Source
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError, first_line, one_line
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.process import connect
+from scmoe_ds.replace.adapted_parts import as_adapted
 from scmoe_ds.replace.autoep_model import check_model_for_autoep
-from scmoe_ds.replace.origin import remember
+from scmoe_ds.replace.modeling_adapted import add_parts
+from scmoe_ds.replace.origin import CONFIG_FILE, Adapted, remember
 from scmoe_ds.replace.own_experts import OwnExperts, mark, widen
 from scmoe_ds.replace.presets import offer_presets
 
@@ -42,7 +46,8 @@ def from_pretrained(
     """A Hugging Face MoE model whose experts are this rank's alone, for `scmoe_ds.initialize` with the same JSON.
 
     As transformers' `AutoModelForCausalLM.from_pretrained`, without ever holding the other ranks' experts. Every rank
-    reads all other weights. Until the engine exists, the model cannot compute. Collective.
+    reads all other weights. Until the engine exists, the model cannot compute. A directory of `scmoe adapt` gives the
+    trained model's class with the ScMoE's weights, and the engine runs it as the ScMoE that it is. Collective.
 
     Args:
         source: a directory with config.json and safetensors, or an id on the Hugging Face hub.
@@ -52,7 +57,8 @@ def from_pretrained(
         settings: handed on to transformers, such as attn_implementation.
 
     Raises:
-        ScMoEConfigError: the JSON does not use AutoEP, or its size does not fit.
+        ScMoEConfigError: the JSON does not use AutoEP, its size does not fit, or its section differs from what the
+            directory was adapted with.
         CheckpointError: on every rank: files that are missing, damaged, pickles, or of another model.
     """
     whole = config.whole if isinstance(config, LoadedConfig) else load_deepspeed_json(config)
@@ -109,7 +115,9 @@ def _load(
     dtype: str | torch.dtype,
     settings: Mapping[str, Any],
 ) -> nn.Module:
-    empty = empty_model(directory, settings)
+    empty, adapted = empty_model(directory, settings), adapted_in(directory)
+    if adapted is not None:
+        as_adapted(whole, adapted.scmoe, str(directory))
     offer_presets()  # the check asks for them
     check_model_for_autoep(empty, whole)
     blueprint = Blueprint(empty, section(whole, "expert_parallel"))
@@ -121,7 +129,7 @@ def _load(
                 f"{block.path}"
             )
     state = _own_tensors(tensors_in(directory), blocks, own)
-    kind = _with_own_experts(type(blueprint.model), blocks, own)
+    kind = _with_own_experts(type(blueprint.model), blocks, own, None if adapted is None else adapted.scmoe)
     dtype = _dtype(dtype, blueprint.model.config, state)
     try:
         with alone_and_in_turn():
@@ -136,7 +144,8 @@ def _load(
     finally:
         tensor_slices.close()
     model.__class__ = type(blueprint.model)
-    if lost := sorted(blueprint.expert_names & set(found["missing_keys"])):
+    parts = {name for name in found["missing_keys"] if ".shortcut." in name}
+    if lost := sorted(blueprint.expert_names & set(found["missing_keys"]) | parts):
         raise CheckpointError(
             f"{source}: holds no weights of {lost[0]} and {len(lost) - 1} more; its files are of another model than "
             f"its config.json ({model.config.model_type})"
@@ -147,14 +156,29 @@ def _load(
         for name, rows in ((block.gate_up, block.rows), (block.down, block.num_experts)):
             widen(experts, name.rpartition(".")[2], rows, first)
     mark(model, own, [model.get_submodule(block.experts) for block in blocks])
-    _finish(model, directory, source)
+    _finish(model, directory, source, adapted)
     return model
 
 
-def empty_model(directory: Path, settings: Mapping[str, Any] | None = None) -> Any:
-    """The model of a directory's config.json, on the meta device."""
+def adapted_in(directory: Path) -> Adapted | None:
+    """What an adapted directory was made of, and what it was adapted with; None: the directory is none."""
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # which transformers says better
+    if not isinstance(config, Mapping) or not is_adapted(config):
+        return None
+    return Adapted(source_config(config), config["scmoe"])
+
+
+def empty_model(directory: Path, settings: Mapping[str, Any] | None = None) -> Any:
+    """The model of a directory's config.json on the meta device, for an adapted one that of the trained model."""
+    adapted = adapted_in(directory)
+    try:
+        if adapted is None:
+            config = transformers.AutoConfig.from_pretrained(directory)
+        else:
+            config = transformers.AutoConfig.for_model(**adapted.config)
         with torch.device("meta"), alone_and_in_turn():
             return transformers.AutoModelForCausalLM.from_config(config, **(settings or {}))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -183,11 +207,14 @@ def _numbers(path: str) -> tuple[str, ...]:
     return tuple(part for part in path.split(".") if part.isdigit())
 
 
-def _with_own_experts(kind: type, blocks: list[Block], own: OwnExperts) -> Any:
-    """The model's class, whose new models have room for this rank's experts alone: transformers compares shapes."""
+def _with_own_experts(kind: type, blocks: list[Block], own: OwnExperts, scmoe: Mapping[str, Any] | None) -> Any:
+    """The model's class, whose new models have room for this rank's experts alone, and for an adapted model's parts:
+    transformers compares names and shapes."""
 
     def make(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        if scmoe is not None:
+            add_parts(self, scmoe)
         for block in blocks:
             for name in (block.gate_up, block.down):
                 owner, _, last = name.rpartition(".")
@@ -217,9 +244,9 @@ def _dtype(asked: str | torch.dtype, config: Any, state: Mapping[str, LazyTensor
     return dtype
 
 
-def _finish(model: Any, directory: Path, source: str) -> None:
+def _finish(model: Any, directory: Path, source: str, adapted: Adapted | None) -> None:
     """What transformers adds where it knows the directory."""
     model.name_or_path = model.config.name_or_path = source
     if model.can_generate() and (directory / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    remember(model, directory)
+    remember(model, directory, adapted)

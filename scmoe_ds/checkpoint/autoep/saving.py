@@ -23,7 +23,9 @@ from scmoe_ds.checkpoint.whole_model import save_whole_model
 from scmoe_ds.compat_transformers import use_conversions
 from scmoe_ds.errors import CheckpointError, reason_of
 from scmoe_ds.parallel.agreement import from_rank_zero, gather, run_on_rank_zero, run_together
-from scmoe_ds.replace.origin import Origin, origin_of
+from scmoe_ds.replace.adapted_parts import settings_now
+from scmoe_ds.replace.modeling_adapted import add_parts
+from scmoe_ds.replace.origin import Origin, is_converted, origin_of
 
 
 def save_pretrained(engine: Any, directory: str | os.PathLike[str], shard_bytes: int = 5 * 10**9) -> None:
@@ -31,6 +33,8 @@ def save_pretrained(engine: Any, directory: str | os.PathLike[str], shard_bytes:
 
     Of a model with DeepSpeed MoE or ScMoE layers, which transformers has no class for, it writes the same files, with
     the experts under global numbers: `load_state_dict` of a model on one rank takes them.
+
+    Of a model with converted layers it writes config.json and the file of classes of an adapted directory.
 
     Every expert-parallel rank writes its own experts, rank 0 all other weights. No rank holds more than a shard beside
     its model. The directory gets its name when all ranks' files are on the disk. Collective: all ranks call it, with
@@ -51,6 +55,7 @@ def save_pretrained(engine: Any, directory: str | os.PathLike[str], shard_bytes:
         return
     weights = Running(engine)
     note = origin_of(engine.module)
+    note = {**note, "scmoe": settings_now(note.get("scmoe"), getattr(engine, "conversion", None))}
     blueprint = _blueprint(engine, note)
     most = shard_bytes // weights.dtype.itemsize
     laid_out = shards.lay_out(_by_owner(shards.units_of(blueprint, weights.ep_size, most)), most)
@@ -63,13 +68,15 @@ def save_pretrained(engine: Any, directory: str | os.PathLike[str], shard_bytes:
     with shards.one_sentence(out):
         run_together(lambda: _raise(failures))
         total = sum(gather(total))
-        run_on_rank_zero(lambda: _finish(engine.module, note, weights, laid_out, part, out, total))
+        run_on_rank_zero(lambda: _finish(engine.module, blueprint, note, weights, laid_out, part, out, total))
 
 
 def _blueprint(engine: Any, note: Origin) -> Blueprint:
     model = engine.module
     with torch.device("meta"):
         empty = type(model)(model.config)
+        if is_converted(note):
+            add_parts(empty, note["scmoe"])
     use_conversions(empty, note["conversions"])
     return Blueprint(empty, engine.config["expert_parallel"])
 
@@ -99,10 +106,17 @@ def _raise(failures: list[str]) -> None:
 
 
 def _finish(
-    model: Any, note: Origin, weights: Running, laid_out: list[Shard], part: Path, out: Path, total: int
+    model: Any,
+    blueprint: Blueprint,
+    note: Origin,
+    weights: Running,
+    laid_out: list[Shard],
+    part: Path,
+    out: Path,
+    total: int,
 ) -> None:
     shards.write_index(laid_out, part, total)
-    shards.write_others(part, note, weights.dtype, weights.config)
+    shards.write_others(part, note, blueprint.model, weights.dtype, weights.config)
     if model.can_generate():
         model.generation_config.save_pretrained(part)
     shards.publish(part, out)

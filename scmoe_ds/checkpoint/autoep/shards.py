@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scmoe_ds.checkpoint.adapted.family import MODELING_FILE, adapted_config, modeling_file
 from scmoe_ds.checkpoint.autoep.blueprint import Block, Blueprint, State
 from scmoe_ds.checkpoint.files import PART
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
@@ -27,7 +28,7 @@ from scmoe_ds.config.deepspeed_json import at
 from scmoe_ds.data.durable_files import flush
 from scmoe_ds.errors import CheckpointError, reason_of
 from scmoe_ds.parallel.output import log
-from scmoe_ds.replace.origin import CONFIG_FILE, Origin
+from scmoe_ds.replace.origin import CONFIG_FILE, Origin, is_converted
 
 CARRIED = (
     "tokenizer*",
@@ -186,14 +187,18 @@ def write_index(shards: Iterable[Shard], directory: Path, total_bytes: int) -> N
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def write_others(directory: Path, origin: Origin, dtype: torch.dtype, whole: Mapping[str, Any]) -> None:
-    """Writes config.json, and copies tokenizer and generation settings from where the model came from.
+def write_others(directory: Path, origin: Origin, model: Any, dtype: torch.dtype, whole: Mapping[str, Any]) -> None:
+    """Writes config.json, for an adapted model the file of its classes, and copies tokenizer and generation settings
+    from where the model came from.
 
     Args:
+        model: of the class that the origin names.
         dtype: of the weights; the rest of config.json stays as it was.
         whole: the DeepSpeed JSON of the run.
     """
     (directory / CONFIG_FILE).write_text(_config(origin, dtype, whole), encoding="utf-8")
+    if is_converted(origin):
+        (directory / MODELING_FILE).write_text(modeling_file(model), encoding="utf-8")
     original = Path(origin["directory"] or "")
     found = {file for pattern in CARRIED for file in original.glob(pattern)} if origin["directory"] else set()
     for file in filter(Path.is_file, found):
@@ -210,7 +215,9 @@ def _config(origin: Origin, dtype: torch.dtype, whole: Mapping[str, Any]) -> str
     after = {**before, "torch_dtype" if "torch_dtype" in before else "dtype": str(dtype).removeprefix("torch.")}
     if not before.get("architectures"):
         after["architectures"] = [origin["class"]]
-    if at(whole, "scmoe.architecture") == "scmoe":
+    if is_converted(origin):
+        after = adapted_config(after, origin["scmoe"])
+    elif at(whole, "scmoe.architecture") == "scmoe" and origin.get("scmoe") is None:
         after["scmoe"] = dict(whole["scmoe"])
         log(
             'the model was trained with scmoe.architecture = "scmoe": transformers alone computes the unconverted '
