@@ -339,11 +339,11 @@ def test_an_engine_loads_no_checkpoint_of_another_family(tmp_path: Path, one_pro
 
 
 def test_a_converted_model_is_written_with_a_warning(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """Its weights are the model's; its function is not what transformers computes."""
-    scmoe = {"architecture": "scmoe", "position": "pos1"}
+    """One whose shortcuts only hooks of this package can lay: its function is not what transformers computes."""
+    scmoe = {"architecture": "scmoe", "tap": "{block}.input_layernorm:input"}
     origin = {"class": "OlmoeForCausalLM", "config": '{"model_type": "olmoe", "dtype": "float32"}', "directory": None}
     with caplog.at_level(logging.WARNING, logger="scmoe_ds"):
-        shards.write_others(tmp_path, origin, torch.bfloat16, {"scmoe": scmoe})
+        shards.write_others(tmp_path, origin, None, torch.bfloat16, {"scmoe": scmoe})
     assert "transformers alone computes the unconverted function" in caplog.text
     written = json.loads((tmp_path / "config.json").read_text())
     assert written == {

@@ -37,7 +37,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
     },
     "autoep": {
         "expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "qwen3_moe"},
-        "scmoe": {"overlap": FIXED},
+        "scmoe": {
+            "architecture": "scmoe",
+            "merge": "cg1",
+            "shortcut_norm": "own",
+            "adapt": {"layers": [1], "shared_expert": "mean"},  # the other layer is as it is
+            "overlap": FIXED,
+        },
     },
 }
 QWEN = dict(
@@ -156,7 +162,7 @@ def is_whole(kind: str, engine: Any, directory: Path) -> float:
     model = engine.module.eval()
     if kind == "autoep":
         tokens = torch.stack([each["input_ids"] for each in sequences()[dist.get_rank() :: 8]])
-        again = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        again = transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
         with torch.no_grad():
             return (again(input_ids=tokens).logits - model(input_ids=tokens).logits).abs().max().item()
     saved = weights_in(directory)
