@@ -86,7 +86,7 @@ def measure(
         open_student: the source after surgery for a way, with all layers convertible.
         ways: those that the model can have, at least one.
         tokens: of the held-out text.
-        cosines: by position, of each MoE layer that can have it; from `similarity_of_ends`.
+        cosines: by position and MoE layer, from `similarity_of_ends`.
         times: before and after of an MoE layer in a way; None: not known.
         budget: if it is set, a choice is made.
         origin: of the times.
@@ -104,10 +104,10 @@ def measure(
             source = loss(())
             progress(f"as it is: loss {source:.4f}")
         costs = []
-        for layer in [each for each in student.conversion.numbers if each in cosines[way.position]]:
-            alone = loss([layer])
+        for layer in student.conversion.numbers:
+            alone, cosine = loss([layer]), cosines[way.at(layer)][layer]
             progress(f"MoE layer {layer} at {way.text}: loss {alone:.4f} ({alone - source:+.4f})")
-            costs.append(Cost(layer, cosines[way.position][layer], alone, alone - source, times(way, layer)))
+            costs.append(Cost(layer, cosine, alone, alone - source, times(way, layer)))
         chooser = Chooser(way, costs, source, loss)
         order = tuple(each.layer for each in chooser.in_order)
         found.append(WayCosts(way, tuple(costs), order, chooser.all()))
@@ -183,6 +183,7 @@ def record(found: Adaptation) -> dict[str, Any]:
 def _way_record(way: WayCosts) -> dict[str, Any]:
     return {
         **asdict(way.way),
+        "text": way.way.text,
         "order": list(way.order),
         "most_similar": most_similar({each.layer: each.cosine for each in way.costs}, len(way.costs)),
         "hidden_before": hidden_before(way),

@@ -51,8 +51,8 @@ def front_table(found: Adaptation) -> Rows:
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """As --layers takes them."""
-    return ",".join(map(str, layers))
+    """Their numbers."""
+    return ", ".join(map(str, layers))
 
 
 def _increase(nats: float, source: float) -> str:
@@ -116,7 +116,9 @@ def command(source: str, choice: Choice, output: str | None, more: Sequence[str]
     """The command that converts what was chosen."""
     words = ["scmoe", "adapt", source, "--output", output or "DIR"]
     words += ["--position", choice.way.position, "--join", choice.way.join]
-    return shlex.join([*words, "--layers", layers_text(sorted(choice.layers)), *more])
+    if choice.way.first_layer_position is not None:
+        words += ["--first-layer-position", choice.way.first_layer_position]
+    return shlex.join([*words, "--layers", *map(str, sorted(choice.layers)), *more])
 
 
 def aligned(rows: Rows) -> list[str]:

@@ -19,15 +19,22 @@ from scmoe_ds.planner.times import SHARED, ChunkTimes, LateTimes, OperatorTime, 
 
 @dataclass(frozen=True)
 class Way:
-    """How a layer is converted: where its shortcut is taken, and where the routed output is added."""
+    """How layers are converted: where the shortcut is taken (of the first MoE layer, if it has another position), and
+    where the routed output is added. The names are those of the "scmoe" section."""
 
     position: Position
     join: Join
+    first_layer_position: Position | None = None
+
+    def at(self, layer: int) -> Position:
+        """Of an MoE layer."""
+        return (self.first_layer_position if layer == 0 else None) or self.position
 
     @property
     def text(self) -> str:
         """For tables."""
-        return f"Pos-{self.position[-1]}" + (", late join" if self.join == "late" else "")
+        first = "" if self.first_layer_position is None else f", layer 0 Pos-{self.first_layer_position[-1]}"
+        return f"Pos-{self.position[-1]}{first}" + (", late join" if self.join == "late" else "")
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ def layer_time(times: Times, shape: Shape, way: Way, layer: int) -> LayerTime | 
     """
     description, measured = _kind_of(times, shape.experts[layer])
     scale = [k / int(description.get("top_k", 1)) for k in shape.top_k]
-    after_kinds, before_kinds = (shape.operators(way.position, shared) for shared in shape.shared[::-1])
+    position = way.at(layer)
+    after_kinds, before_kinds = (shape.operators(position, shared) for shared in shape.shared[::-1])
     backbone, missing = timed_backbone(after_kinds, measured)
     plain, also_missing = timed_backbone(before_kinds, measured)
     if backbone is None or plain is None:
@@ -88,7 +96,7 @@ def layer_time(times: Times, shape: Shape, way: Way, layer: int) -> LayerTime | 
     late = None
     if way.join == "late" and layer + 1 < len(shape.experts):
         attention = next(each for each, kind in zip(backbone, after_kinds, strict=True) if kind == "attention")
-        late = LateTimes(operators=(attention,), after_dispatch=way.position == "pos3" or shape.moe_every == 1)
+        late = LateTimes(operators=(attention,), after_dispatch=way.at(layer + 1) == "pos3" or shape.moe_every == 1)
     after = plan(_with(measured, backbone, late, scale[1]), "train").predicted
     return LayerTime(_before(measured, plain, late, scale[0]), after)
 

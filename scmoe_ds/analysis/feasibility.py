@@ -171,7 +171,11 @@ class Times:
 
 def read_times(path: str) -> Times:
     """Raises an AnalysisError if the file has no times, or does not say of which model."""
-    saved, source = read_json("--calibration", path), f"--calibration {path}"
+    return times_of(read_json("--calibration", path), f"--calibration {path}")
+
+
+def times_of(saved: Any, source: str) -> Times:
+    """Of what `Calibrator.state` gave, from the source of that name. Raises an AnalysisError as `read_times`."""
     if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):
         raise AnalysisError(
             f"{source} is not a calibration (a JSON list of objects): give the file that "
@@ -245,8 +249,7 @@ def timed_backbone(kinds: Sequence[str], times: OperatorTimes) -> tuple[list[Ope
 
 
 def _kind(operator: OperatorTime) -> str:
-    """Of a model that others wrote, too: its attention is called "self_attn" or the like."""
-    return "attention" if "attn" in operator.kind or "attention" in operator.kind else operator.kind
+    return "attention" if "attn" in operator.kind else operator.kind  # in models that others wrote: "self_attn"
 
 
 def _predict(times: OperatorTimes, top_k: int, mode: Mode) -> Prediction:

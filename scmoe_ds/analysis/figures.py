@@ -233,7 +233,7 @@ def adaptation(record: dict[str, Any]) -> Figure:
         for layer in way["order"]:
             places.append(places[-1] + (by_layer[layer].get("saved_ms", 0.0) if is_timed else 1.0))
             losses.append(losses[-1] + 100 * by_layer[layer]["increase"] / source)
-        name, colour = _way_name(way), LINES[number % len(LINES)]
+        name, colour = way["text"], LINES[number % len(LINES)]
         axes.plot(places, losses, color=colour, marker=MARKERS[number % len(MARKERS)], label=f"{name}, summed")
         of_all = 100 * (way["all"]["loss"] / source - 1)
         axes.plot([places[-1]], [of_all], linestyle="", marker="*", markersize=11, color=colour)
@@ -254,7 +254,3 @@ def adaptation(record: dict[str, Any]) -> Figure:
     axes.set_title(f"{_name(record['model'])}: what converting its MoE layers costs")
     axes.legend()
     return figure
-
-
-def _way_name(way: dict[str, Any]) -> str:
-    return f"Pos-{way['position'][-1]}" + (", late join" if way["join"] == "late" else "")

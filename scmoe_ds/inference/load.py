@@ -71,7 +71,7 @@ def load_trained(
         print(f"loading {trained.path}", file=sys.stderr)
     config = serving_config(trained.config, layout.expert_size, layout.divided_experts)
     config.check_world(layout.ranks, layout.tensor_size)
-    found = run_together(lambda: _tokenizer(path, trained, tokenizer))
+    found = run_together(lambda: trained_tokenizer(path, trained, tokenizer))
     tensor.start_tensor_parallel(layout.tensor_size)
     try:
         model, store = _load_model(trained, config, DTYPES[dtype or trained.dtype], offloading)
@@ -82,8 +82,9 @@ def load_trained(
     return Loaded(trained, model, config, layout, found, store)
 
 
-def _tokenizer(path: str | Path, trained: TrainedModel, named: Tokenizer | None) -> Tokenizer:
-    """The tokenizer that the checkpoint records; one that the caller names must be the same."""
+def trained_tokenizer(path: str | Path, trained: TrainedModel, named: Tokenizer | None) -> Tokenizer:
+    """The tokenizer that the checkpoint records; one that the caller names must be the same. Raises an ArgumentError, a
+    CheckpointError or a DataError if it does not fit."""
     record = trained.tokenizer
     if named is not None and record is not None:
         described = tokenizer_files.describe(named)

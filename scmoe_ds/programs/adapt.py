@@ -1,9 +1,10 @@
 """Makes a trained MoE model a ScMoE: the same weights, and routed experts that read a preceding layer.
 
 scmoe adapt checkpoints/top2 --output scmoe --position pos2 --join late
-scmoe adapt checkpoints/top2 --output scmoe --layers 1 3 --shared-expert busiest --text-file book.txt
+scmoe adapt checkpoints/top2 --output scmoe --layers 0 --shared-expert busiest --text-file book.txt
 scmoe adapt models/qwen3_moe --output models/qwen3_scmoe --text-file book.txt  # of Hugging Face
-scmoe adapt report checkpoints/student --teacher-run checkpoints/teacher --output-prefix report
+scmoe adapt checkpoints/top2 --measure book.txt --calibration times.json
+scmoe adapt report checkpoints/scmoe --teacher-run checkpoints/top2 --output-prefix report
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 
@@ -26,7 +28,9 @@ from scmoe_ds.inference.load import load_trained
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs import adapt_hugging_face
+from scmoe_ds.programs.adapt_measure import measured
 from scmoe_ds.programs.adapt_report import write_report
+from scmoe_ds.programs.adapt_sources import gpt_source
 from scmoe_ds.programs.flags.adapt import build_parser, check
 from scmoe_ds.programs.run import run_alone, run_program
 from scmoe_ds.training.expert_counts import busiest_experts
@@ -52,19 +56,22 @@ def adapt(args: argparse.Namespace) -> None:
     """One job in a process group of one."""
     if dist.get_world_size() > 1:
         raise ArgumentError("scmoe adapt runs in one process: start it without a launcher")
-    changes = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
     if is_hugging_face(args.source):
-        adapt_hugging_face.adapt(args, changes)
+        if args.measure is not None:
+            raise ArgumentError(f"--measure: {args.source} is of Hugging Face; only a GPT of this package is measured")
+        adapt_hugging_face.adapt(args, _changes(args))
         return
     _check_of_gpt(args)
     source = SourceModel.open(args.source)
-    config = source.student(changes, args.layers)
     busiest = None
     if args.shared_expert is not None and source.has_shared_expert:
         raise ArgumentError(f"--shared-expert {args.shared_expert}: {args.source} has shared experts, which are kept")
     if args.shared_expert == "busiest":
         busiest = _busiest(args)
         print(f"busiest experts of MoE layer 0, 1, …: {', '.join(map(str, busiest))}")
+    if args.measure is not None and not measured(args, gpt_source(args, source, _changes(args), busiest)):
+        return
+    config = source.student(_changes(args), args.layers)
     description = {**source.description, **fields.describe_model(source.settings, config)}
     weights, dtype = source.surgery(config, busiest), DTYPES[args.dtype or "fp32"]
     shards = write_export(args.output, weights, description, dtype, int(args.shard_gb * 10**9), args.format == "hf")
@@ -79,6 +86,10 @@ def _check_of_gpt(args: argparse.Namespace) -> None:
         raise ArgumentError("--shared-expert none: a ScMoE of this package has a shared expert; use mean or busiest")
     if args.text_file is not None and args.shared_expert != "busiest":
         raise ArgumentError(f"--text-file {args.text_file}: is for --shared-expert busiest; give both, or neither")
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
 
 
 def _busiest(args: argparse.Namespace) -> list[int]:

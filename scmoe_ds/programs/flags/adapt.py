@@ -9,10 +9,13 @@ from typing import Any
 
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.programs.flags import adapt_report
+from scmoe_ds.programs.flags.adapt_measure import add_measure, check_measure
 from scmoe_ds.programs.flags.checks import check_ranges
 from scmoe_ds.programs.flags.parser import FlagParser
 
 _POSITIONS = ["pos1", "pos2", "pos3"]
+_OFTEN = """output position join layers merge top-k measure calibration max-loss-increase min-hidden most-similar
+output-prefix shared-expert text-file seq-length""".split()
 
 
 class _Parser(FlagParser):
@@ -32,6 +35,7 @@ def build_parser() -> FlagParser:
         description="Make a trained MoE model a ScMoE: the weights are kept, the routed experts read a preceding "
         "layer. scmoe pretrain --load goes on with the result.",
         example="scmoe adapt checkpoints/top2 --output scmoe --position pos2 --join late",
+        often=[f"--{name}" for name in _OFTEN],
     )
     parser.add_argument(
         "source",
@@ -39,9 +43,10 @@ def build_parser() -> FlagParser:
         metavar="SOURCE",
         help="a checkpoint, a directory of them (the latest), an export, or a Hugging Face model's directory",
     )
-    parser.add_argument("--output", type=Path, required=True, help="an empty or new directory for the weights")
+    parser.add_argument("--output", type=Path, help="an empty or new directory for the weights")
     parser.set_defaults(command="adapt")
     _add_model(parser)
+    add_measure(parser)
     group = parser.add_argument_group("shared expert", "of a source that has none")
     group.add_argument(
         "--shared-expert",
@@ -52,9 +57,10 @@ def build_parser() -> FlagParser:
     group.add_argument(
         "--text-file", help="a UTF-8 text, for --shared-expert busiest and the losses of a Hugging Face model"
     )
-    group.add_argument("--seq-length", type=int, help="tokens of a sequence of the text; default: the model's context")
+    group = parser.add_argument_group("how a text is read")
+    group.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the model's context")
     group.add_argument("--batch-size", type=int, default=8, help="sequences of a batch")
-    group.add_argument("--max-tokens", type=int, help="most tokens to read of the text; default: all")
+    group.add_argument("--max-tokens", type=int, help="most tokens to read; default: all")
     group = parser.add_argument_group("files")
     group.add_argument(
         "--dtype", choices=["bf16", "fp16", "fp32"], help="default: fp32, of a Hugging Face model its own"
@@ -75,6 +81,11 @@ def build_parser() -> FlagParser:
 def check(args: argparse.Namespace) -> None:
     """Raises an ArgumentError for flags that are out of range, or that do not go together."""
     check_ranges(args)
+    check_measure(args)
+    if args.output is None and args.measure is None:
+        raise ArgumentError(
+            "--output is missing: name an empty or new directory for the weights, or give --measure TEXT"
+        )
     if args.shard_gb <= 0:
         raise ArgumentError(f"--shard-gb {args.shard_gb}: must be above 0")
     if args.shared_expert == "busiest" and args.text_file is None:

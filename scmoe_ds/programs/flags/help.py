@@ -67,7 +67,7 @@ def help_text(parser: Any, everything: bool) -> str:
     closing = parser.epilog
     if parser.often and not everything:
         groups = [("flags that are used most", None, [parser._option_string_actions[flag] for flag in parser.often])]
-        closing = f"--help-all shows all {len(shown)} flags."
+        closing = f"--help-all shows all {sum(bool(each.option_strings) for each in shown)} flags."
     formatter = parser.formatter_class(prog=parser.prog)
     for title, text, actions in groups:
         formatter.start_section(title)
