@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 # DeepSpeed compiles its CPU collectives at the first run; they belong to this environment alone.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(BIN):$(PATH)
+# Tests start hundreds of processes, which all would compile this package anew.
+unexport PYTHONDONTWRITEBYTECODE
 # One thread per rank: more of them fight for the cores of the other ranks.
 export OMP_NUM_THREADS ?= 1
 

@@ -45,9 +45,7 @@ _HEADER = (
 def page(record: dict[str, Any]) -> str:
     """All cells that are in the record."""
     cells = sorted(record["cells"], key=_place)
-    hardware = {", ".join(escape(f"{key} {value}") for key, value in cell["environment"].items()) for cell in cells}
-    lines = ["# AutoEP on two nodes: all rows", "", code("python -m benchmarks.speed.autoep"), ""]
-    lines += [*sorted(hardware), "Two network namespaces, one pinned rank each.", "", _NOTE, ""]
+    lines = ["# AutoEP on two nodes: all rows", "", code("python -m benchmarks.speed.autoep"), "", *_measured_on(cells)]
     even = [cell for cell in cells if cell["settings"]["skew"] == 1]
     for mode, title in _TITLES.items():
         lines += [f"## Speed-up, {title}", "", *_summary(even, mode), ""]
@@ -57,6 +55,22 @@ def page(record: dict[str, Any]) -> str:
     for cell in cells:
         lines += [cell_text(cell), ""]
     return "\n".join(lines)
+
+
+def adapted_page(record: dict[str, Any]) -> str:
+    """Converted models and their teacher under AutoEP."""
+    cells = sorted(record["cells"], key=_place)
+    lines = ["# Converted models on two nodes: a training step against the teacher's under AutoEP", ""]
+    lines += [*sorted({code(cell["command"]) for cell in cells}), "", *_measured_on(cells)]
+    lines += ["The teacher is the row AutoEP. The top-k of the other rows is the teacher's, where none is named.", ""]
+    for cell in cells:
+        lines += [cell_text(cell), ""]
+    return "\n".join(lines)
+
+
+def _measured_on(cells: Sequence[dict[str, Any]]) -> list[str]:
+    hardware = {", ".join(escape(f"{key} {value}") for key, value in cell["environment"].items()) for cell in cells}
+    return [*sorted(hardware), "Two network namespaces, one pinned rank each.", "", _NOTE, ""]
 
 
 def _place(cell: dict[str, Any]) -> tuple[int, float, float]:
@@ -99,7 +113,7 @@ def cell_text(cell: dict[str, Any]) -> str:
     """One family at one share of the all-to-all."""
     settings, link, loads = cell["settings"], cell["link"], cell["loads"]
     family = FAMILIES[settings["family"]]
-    cut = family.cut(settings["share"])
+    cut, blocks = family.cut(settings["share"]), settings.get("blocks") or family.blocks
     title = f"{family.name}, all-to-all {100 * settings['share']:.0f} % of AutoEP's layers, skew {settings['skew']:g}"
     measured = ""
     if "share" in link:
@@ -108,7 +122,7 @@ def cell_text(cell: dict[str, Any]) -> str:
     lines = [
         f"## {title}",
         "",
-        f"Widths / {cut.width}, {cut.tokens} tokens per rank, {family.blocks} blocks; {link['rate_mbit']:.0f} Mbit/s"
+        f"Widths / {cut.width}, {cut.tokens} tokens per rank, {blocks} blocks; {link['rate_mbit']:.0f} Mbit/s"
         f"{measured}; busiest expert {loads['busiest_expert_over_mean']:.2f} × the mean, busiest rank "
         f"{loads['busiest_rank_over_mean']:.2f} ×; {settings['rounds']} rounds. as_is differs from AutoEP's output by "
         f"{max(cell['differences'].values(), default=0.0):.0e} of its largest value.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import statistics
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from benchmarks.harness.families import Family
 from benchmarks.harness.no_link import Arrived, LocalCopy, without_link
 from benchmarks.harness.parts import CPU
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.engine.attach import give_pairs
 from scmoe_ds.moe import routed
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.auto import chunk_counts
@@ -25,8 +27,7 @@ from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.rounds import over_ranks
 from scmoe_ds.planner.simulation import Mode, total_ms
 from scmoe_ds.replace import autoep, longcat
-from scmoe_ds.replace.as_is import AsIsPair
-from scmoe_ds.replace.longcat_pair import schedule_blocks
+from scmoe_ds.replace.adapted_parts import has_parts
 from scmoe_ds.trace.recorder import SILENT, Recorder
 
 AUTOEP, AGAIN = "AutoEP", "AutoEP again (A/A)"
@@ -42,7 +43,7 @@ class Row:
         architecture: "autoep" (DeepSpeed's own layers), "as_is" or "scmoe".
         overlap: fields of the section's "overlap" that differ from their defaults.
         one_copy: a token travels once to each rank; otherwise once for each of its experts.
-        join: the section's "join".
+        fields: others of the section.
         limit: name of the row that computes the same without communication.
         blocking: name of the row that communicates the same, and waits for it.
         communicates: False: nothing is sent.
@@ -52,11 +53,29 @@ class Row:
     architecture: str
     overlap: dict[str, Any] = field(default_factory=dict, hash=False)
     one_copy: bool = True
-    join: str = "end"
+    fields: dict[str, Any] = field(default_factory=dict, hash=False)
     limit: str | None = None
     blocking: str | None = None
     communicates: bool = True
     modes: tuple[Mode, ...] = ("train", "forward")
+
+    @property
+    def section(self) -> ScMoEConfig:
+        """The "scmoe" section of this package's rows."""
+        written = {"overlap": self.overlap, **self.fields}
+        written["architecture"] = "as_is" if self.architecture == "autoep" else self.architecture
+        return ScMoEConfig.from_deepspeed({"expert_parallel": {"enabled": True}, "scmoe": written})
+
+    @property
+    def parts(self) -> str:
+        """Rows of equal parts have the same parameters."""
+        if not has_parts(self.section):
+            return ""
+        return json.dumps([self.fields.get(name) for name in ("merge", "shortcut_norm", "adapt")])
+
+
+SHORTCUT = {"position": "pos1", "merge": "add", "shortcut_norm": "shared"}
+LATE = {"join": "late"}
 
 
 def table(family: Family) -> dict[str, Row]:
@@ -83,11 +102,34 @@ def _shortcuts() -> dict[str, Row]:
     """The routed experts read the preceding block's output, beside attention and shared experts. Another function."""
     serial, bare = "scmoe Pos-1, blocking", "scmoe Pos-1, no communication"
     return {
-        serial: Row("scmoe", {"enabled": False}, limit=bare, modes=("train",)),
-        "scmoe Pos-1": Row("scmoe", limit=bare, blocking=serial),
-        "scmoe Pos-1, late join": Row("scmoe", join="late", limit=bare, blocking=serial),
-        bare: Row("scmoe", {"num_chunks": 1}, communicates=False),
+        serial: Row("scmoe", {"enabled": False}, fields=SHORTCUT, limit=bare, modes=("train",)),
+        "scmoe Pos-1": Row("scmoe", fields=SHORTCUT, limit=bare, blocking=serial),
+        "scmoe Pos-1, late join": Row("scmoe", fields=SHORTCUT | LATE, limit=bare, blocking=serial),
+        bare: Row("scmoe", {"num_chunks": 1}, fields=SHORTCUT, communicates=False),
     }
+
+
+def adapted(family: Family) -> dict[str, Row]:
+    """The teacher, and what `scmoe adapt` makes of it: norms of the shortcuts' own, all layers or every second, with
+    and without a shared expert that the teacher has not."""
+    top_k = family.config(family.slow).num_experts_per_tok
+    kinds = {
+        "": {},
+        "half of the layers": {"adapt": {"layers": list(range(1, family.blocks, 2))}},
+        **{
+            f"shared expert, top-{k}": {"merge": "cg1", "top_k": k, "adapt": {"shared_expert": "mean"}}
+            for k in (top_k - 1, top_k)
+        },
+    }
+    rows = {AUTOEP: Row("autoep"), AGAIN: Row("autoep"), "as_is": Row("as_is")}
+    for name, more in kinds.items():
+        fields, behind = {**SHORTCUT, "shortcut_norm": "own", **more}, f", {name}" if name else ""
+        blocking, bare = f"blocking{behind}", f"no communication{behind}"
+        rows[blocking] = Row("scmoe", {"enabled": False}, fields=fields, limit=bare)
+        rows[f"Pos-1{behind}"] = Row("scmoe", fields=fields, limit=bare, blocking=blocking)
+        rows[f"late join{behind}"] = Row("scmoe", fields=fields | LATE, limit=bare, blocking=blocking)
+        rows[bare] = Row("scmoe", {"num_chunks": 1}, fields=fields, communicates=False)
+    return rows
 
 
 class Run:
@@ -109,17 +151,14 @@ class Run:
         self._arrived = Arrived()
         if row.architecture == "autoep":
             return
-        written: dict[str, Any] = {"architecture": row.architecture, "overlap": row.overlap}
-        if row.architecture == "scmoe":
-            written |= {"position": "pos1", "merge": "add", "shortcut_norm": "shared", "join": row.join}
-        section = ScMoEConfig.from_deepspeed({"expert_parallel": {"enabled": True}, "scmoe": written})
+        section = row.section
         self.overlap = section.overlap
-        for number, layer in enumerate(autoep_layers(self.model)):
-            staged = autoep.schedule(f"MoE layer {number}", layer, None)
-            kind = type(staged.transport) if row.communicates else LocalCopy
-            staged.transport = kind(staged.transport.group, method)
-        _connect(self.model, section)
-        self.pairs = [layer.pair for layer in autoep_layers(self.model)]
+        layers = [autoep.schedule(name, layer, None) for name, layer in autoep.autoep_layers(self.model)]
+        for layer in layers:
+            kind = type(layer.transport) if row.communicates else LocalCopy
+            layer.transport = kind(layer.transport.group, method)
+        give_pairs(self.model, layers, section)
+        self.pairs = [layer.pair for layer in layers]
 
     def step(self, hidden: Tensor, train: bool) -> Step:
         """One forward pass of the blocks, or one forward and backward pass; no all-reduce of dense gradients.
@@ -210,20 +249,6 @@ class Run:
             pair.forward_schedule if mode == "forward" and pair.forward_schedule is not None else pair.schedule
             for pair in self.pairs
         ]
-
-
-def _connect(model: nn.Module, section: ScMoEConfig) -> None:
-    """As `engine.attach` does."""
-    found = autoep.autoep_layers(model)
-    if found[0][1].model_family == longcat.FAMILY:
-        schedule_blocks(model, section)
-    elif section.architecture == "scmoe":
-        from scmoe_ds.replace.autoep_shortcuts import connect_shortcuts
-
-        connect_shortcuts(model, found, section)
-    else:
-        for _, layer in found:
-            layer.pair = AsIsPair(layer, section.overlap)
 
 
 def _same_weights(model: nn.Module) -> nn.Module:

@@ -22,7 +22,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.harness.autoep_parts import autoep_layers
 from scmoe_ds.compat_transformers import accept_names_of_recorders
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.replace import longcat
+from scmoe_ds.replace.adapted_parts import prepare_parts
 from scmoe_ds.replace.presets import offer_presets
 
 SEQUENCE = 128
@@ -150,14 +152,17 @@ FAMILIES = {
 }
 
 
-def build_model(family: Family, cut: Cut) -> nn.Module:
-    """The family's model, the same on every rank, with AutoEP's layers in it as DeepSpeed's engine puts them there."""
+def build_model(family: Family, cut: Cut, section: ScMoEConfig) -> nn.Module:
+    """The family's model, the same on every rank, with AutoEP's layers in it as DeepSpeed's engine puts them there, and
+    with what the section's ScMoE has more."""
     accept_names_of_recorders()
     offer_presets()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family.config(cut), attn_implementation="sdpa")
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    auto_ep = AutoEP(model, parse_autoep_config({"enabled": True, "autoep_size": ranks}))
+    expert_parallel = {"enabled": True, "autoep_size": ranks}
+    prepare_parts(model, section, expert_parallel)
+    auto_ep = AutoEP(model, parse_autoep_config(expert_parallel))
     auto_ep.replace_moe_layers(auto_ep.ep_parser(), ranks, rank)
     for layer in autoep_layers(model):
         layer.set_deepspeed_parallelism()

@@ -2,6 +2,8 @@
 
     python -m benchmarks.speed.autoep --output benchmarks/results
     python -m benchmarks.speed.autoep --families qwen3 --shares 0.6 --rounds 6
+    python -m benchmarks.speed.autoep --adapted --families qwen3 --blocks 4 --shares 0.5 --modes train \\
+        --output benchmarks/results
 
 Two nodes are made in this machine (root, Linux), one pinned rank on each, joined by a link whose rate is searched so
 that the all-to-alls take `--shares` of the time of AutoEP's MoE layers in a training step. A model is a few of
@@ -19,6 +21,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ import torch.distributed as dist
 
 from benchmarks.harness import autoep_page
 from benchmarks.harness.autoep_parts import Step, peak_bytes, record_layers
-from benchmarks.harness.autoep_rows import AUTOEP, Row, Run, table
+from benchmarks.harness.autoep_rows import AUTOEP, Row, Run, adapted, table
 from benchmarks.harness.families import FAMILIES, SEQUENCE, build_model, skew_router
 from benchmarks.harness.link import find_rate
 from benchmarks.harness.measure import EVICTED_BYTES, cold
@@ -51,15 +54,17 @@ class Bench:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings, self.family = settings, FAMILIES[settings["family"]]
-        cut = self.family.cut(settings["share"])
-        model: Any = build_model(self.family, cut)
+        self.settings, family = settings, FAMILIES[settings["family"]]
+        self.family = replace(family, blocks=settings["blocks"] or family.blocks)
+        cut, rows = self.family.cut(settings["share"]), (adapted if settings["adapted"] else table)(self.family)
+        self.rows = {name: row for name, row in rows.items() if _is_chosen(name, settings["only"])}
+        sections = {row.parts: row.section for row in reversed(self.rows.values())}
+        models: dict[str, Any] = {parts: build_model(self.family, cut, each) for parts, each in sections.items()}
+        teacher = models[self.rows[AUTOEP].parts]
         torch.manual_seed(1 + dist.get_rank())
-        self.hidden = torch.randn(cut.sequences, SEQUENCE, model.config.hidden_size)
-        self.loads = skew_router(model, self.hidden, settings["skew"])
-        only = settings["only"]
-        self.rows = {name: row for name, row in table(self.family).items() if _is_chosen(name, only)}
-        self.runs = {name: Run(row, model, settings["method"]) for name, row in self.rows.items()}
+        self.hidden = torch.randn(cut.sequences, SEQUENCE, teacher.config.hidden_size)
+        self.loads = skew_router(teacher, self.hidden, settings["skew"])
+        self.runs = {name: Run(row, models[row.parts], settings["method"]) for name, row in self.rows.items()}
         self._other = torch.zeros(EVICTED_BYTES // 4)
 
     def cell(self) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def rank_main(settings: dict[str, Any]) -> None:
 def cells(args: argparse.Namespace, family: str) -> list[dict[str, Any]]:
     """The shares and skews of a family that are measured in one go; a skew comes after its share without one."""
     found = [{"family": family, "share": share, "skew": 1.0} for share in args.shares]
-    if family == args.skewed_family:
+    if family == args.skewed_family and not args.adapted:
         of_all = {"family": family, "share": args.skewed_share, "modes": ["train"], "only": args.only or SKEWED_ROWS}
         found += [{**of_all, "skew": skew} for skew in args.skews]
     return found
@@ -196,14 +201,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=METHODS, default="collective", help="AutoEP's own is the collective")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="only rows whose name has a PART")
+    parser.add_argument("--adapted", action="store_true", help="rows of converted models; record: autoep_adapted")
+    parser.add_argument("--blocks", type=int, help="decoder layers; default: two, of LongCat one")
     parser.add_argument("--again", action="store_true", help="measure again what the record has")
-    parser.add_argument("--output", type=Path, help="directory for autoep_rows.json and .md")
+    parser.add_argument("--output", type=Path, help="directory for the record, autoep_rows.json and .md")
     return parser
 
 
 def main() -> None:
     args, settings = parse(build_parser(), rank_main)
-    file = args.output / "autoep_rows.json" if args.output else None
+    file = args.output / f"autoep_{'adapted' if args.adapted else 'rows'}.json" if args.output else None
+    page = autoep_page.adapted_page if args.adapted else autoep_page.page
     record = json.loads(file.read_text()) if file and file.exists() else {"cells": []}
     for family in args.families:
         missing = [cell for cell in cells(args, family) if args.again or not _find(record, cell)]
@@ -220,7 +228,7 @@ def main() -> None:
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(record, indent=1) + "\n")
-            file.with_suffix(".md").write_text(autoep_page.page(record))
+            file.with_suffix(".md").write_text(page(record))
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     note_settings(engine.module, settings_for_files(engine.module, section))
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
     first = layers[0]
-    _give_pairs(engine.module, layers, section)
+    give_pairs(engine.module, layers, section)
     engine.conversion = Conversion({number: each for number, each in enumerate(layers) if each.student is not None})
     note_conversion(engine)
     sizes = {"expert_parallel_size": first.ep_size, "num_experts": first.num_experts}
@@ -117,7 +117,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     return overlap_of(engine, section, layout, micro_batch_size, applied)
 
 
-def _give_pairs(model: nn.Module, layers: list[Any], section: ScMoEConfig) -> None:
+def give_pairs(model: nn.Module, layers: list[Any], section: ScMoEConfig) -> None:
     """Every layer's pair, which runs its stages, and what the section adds to its router."""
     from scmoe_ds.replace.adapted_parts import converted_numbers
     from scmoe_ds.replace.as_is import AsIsPair

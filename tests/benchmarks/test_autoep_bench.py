@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import ANY
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.harness import autoep_page
-from benchmarks.harness.autoep_rows import AGAIN, AUTOEP, table
-from benchmarks.harness.families import FAMILIES, Cut
+from benchmarks.harness.autoep_rows import AGAIN, AUTOEP, Row, adapted, table
+from benchmarks.harness.families import FAMILIES, Cut, Family
 from benchmarks.harness.no_link import Arrived
 
 
@@ -27,18 +28,18 @@ def test_a_family_is_cut_in_width_and_batch_only(name: str):
         assert getattr(small, field) == max(value // 4, 1)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_limit_is_the_same_without_communication(name: str):
-    rows = table(FAMILIES[name])
+@pytest.mark.parametrize(("name", "rows_of"), [*((name, table) for name in FAMILIES), ("qwen3", adapted)])
+def test_a_limit_is_the_same_without_communication(name: str, rows_of: Callable[[Family], dict[str, Row]]):
+    rows = rows_of(FAMILIES[name])
     assert rows[AUTOEP].architecture == rows[AGAIN].architecture == "autoep"
     for row in rows.values():
         if row.limit is not None:
             limit = rows[row.limit]
             assert row.communicates and not limit.communicates
-            assert limit.architecture == row.architecture
+            assert limit.architecture == row.architecture and limit.parts == row.parts
             assert "train" in limit.modes
         if row.blocking is not None:
-            assert rows[row.blocking] == replace(row, overlap={"enabled": False}, blocking=None, join=ANY, modes=ANY)
+            assert rows[row.blocking] == replace(row, overlap={"enabled": False}, blocking=None, fields=ANY, modes=ANY)
 
 
 def test_without_a_link_counts_and_indices_are_those_that_arrived_and_hidden_states_are_as_many():
