@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scmoe_ds.checkpoint import files, hugging_face, tokenizer_files
 from scmoe_ds.checkpoint.directories import locate
+from scmoe_ds.checkpoint.finished import finished
 from scmoe_ds.checkpoint.parsing import check_counts, parse
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export, write_weights
@@ -54,7 +55,7 @@ def export(
     Args:
         for_transformers: adds what `AutoModelForCausalLM.from_pretrained` needs to load the same directory.
     """
-    weights, description = open_weights(source)
+    weights, description = finished(*open_weights(source))
     return write_export(out, weights, description, dtype, shard_bytes, for_transformers)
 
 

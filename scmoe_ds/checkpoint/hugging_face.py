@@ -14,6 +14,7 @@ from typing import Any
 
 from scmoe_ds.checkpoint import tokenizer_files
 from scmoe_ds.checkpoint.parsing import Parsed
+from scmoe_ds.config.adapt_section import section_of_base
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import CheckpointError, one_line
@@ -91,8 +92,25 @@ def describe_for_transformers(parsed: Parsed, tokenizer: Mapping[str, Any] | Non
         "merge": "cg2" if config.architecture == "shared_expert" else config.merge,  # DeepSpeed's own
         "gate_softmax": _gate_softmax(config),
         "router": _router(config),
+        **_converted(config),
         **end,
     }
+
+
+def _converted(config: ScMoEConfig) -> dict[str, Any]:
+    """Of a model that is converted in part: which pairs are, and what differs in the others."""
+    if config.adapt is None or config.adapt.base is None or config.adapt.layers is None:
+        return {}
+    base = section_of_base(config)
+    others = {
+        "moe_architecture": _SAME_FUNCTION[base.architecture],
+        "num_experts_per_tok": base.top_k,
+        "merge": base.merge,
+        "join": base.join,
+        "gate_softmax": _gate_softmax(base),
+        "router": _router(base),
+    }
+    return {"scmoe_layers": sorted(config.adapt.layers), "other_layers": others}
 
 
 def _gate_softmax(config: ScMoEConfig) -> str:

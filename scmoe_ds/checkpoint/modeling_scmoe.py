@@ -22,6 +22,7 @@ K experts per token, N query heads, G key/value heads, H head size.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,8 @@ class ScMoEConfig(PretrainedConfig):
         moe_intermediate_size, shared_expert_intermediate_size: widths of routed and shared experts; None: as the MLP's.
         post_norm: a norm behind the merge.
         pairs_per_moe: consecutive pairs that share one MoE.
+        scmoe_layers: pairs that are ScMoE, from 0, in a model that was converted in part; None: all are alike.
+        other_layers: fields of this configuration that differ in its other pairs.
         norm_placement: "pre": x + f(norm(x)); "post": norm(x + f(x)).
         residual_scale: factor on each f.
     """
@@ -103,6 +106,8 @@ class ScMoEConfig(PretrainedConfig):
         join: str = "end",
         post_norm: bool = False,
         pairs_per_moe: int = 1,
+        scmoe_layers: list[int] | None = None,
+        other_layers: dict[str, Any] | None = None,
         router_aux_loss_coef: float = 0.01,
         use_cache: bool = True,
         **others: Any,
@@ -114,6 +119,15 @@ class ScMoEConfig(PretrainedConfig):
         for name, value in fields.items():
             setattr(self, name, value)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+
+    def of_pair(self, pair: int) -> ScMoEConfig:
+        """What a pair follows: this configuration, unless the pair is none of the converted ones."""
+        if self.scmoe_layers is None or pair in self.scmoe_layers:
+            return self
+        other = copy.copy(self)
+        for name, value in self.other_layers.items():
+            setattr(other, name, value)
+        return other
 
     @property
     def has_shortcut(self) -> bool:
@@ -347,6 +361,7 @@ class Pair(GradientCheckpointingLayer):
 
     def __init__(self, config: ScMoEConfig, number: int, shared_moe: MoE | None) -> None:
         super().__init__()
+        config = config.of_pair(number)
         size, own = config.moe_every, shared_moe is None
         moe = MoE(config, config.experts(number)) if own else shared_moe
         moes = [None] * (size - 1) + [moe]
@@ -407,6 +422,7 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Pair"]  # noqa: RUF012
     _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected = [r"\.base_coefficient\."]  # noqa: RUF012  # scmoe_ds: how layers ran before
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
     def __init__(self, config: ScMoEConfig) -> None:

@@ -90,6 +90,14 @@ class AdaptConfig(Section):
             fields = {"": type(self).model_fields, **OBJECTS_OF_ADAPT}
             raise ScMoEConfigError(explain(error, section, fields, "scmoe.adapt")) from None
 
+    def converted_after(self, steps: int, moe_layers: int) -> list[int]:
+        """The MoE layers that run as ScMoE after some optimizer steps, in a model with so many of them.
+
+        Without `layers` the last layer of the model is converted first.
+        """
+        order = list(range(moe_layers))[::-1] if self.layers is None else self.layers
+        return sorted(order[: 1 + steps // self.convert_every] if self.convert_every else order)
+
     def rules(self) -> Iterator[tuple[str, bool, str]]:
         """A field, whether its value breaks the rule, and the rule with the remedy."""
         layers = self.layers or []

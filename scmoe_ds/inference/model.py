@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from scmoe_ds.checkpoint.description import ITERATION
 from scmoe_ds.checkpoint.export import open_weights
 from scmoe_ds.checkpoint.parsing import parse, without_memory
 from scmoe_ds.checkpoint.reshard import Weights, check_parameters, own_part
@@ -43,6 +44,7 @@ class TrainedModel:
         settings, config: of the model; the section as it was trained.
         dtype: in which it was saved or exported.
         tokenizer: its record of `scmoe_ds.checkpoint.tokenizer_files`; None: of an earlier version, or not from text.
+        converted: MoE layers that ran as ScMoE when an adapted model was saved; None: all that it has.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class TrainedModel:
     config: ScMoEConfig
     dtype: str
     tokenizer: Any = None
+    converted: Sequence[int] | None = None
 
     @classmethod
     def open(cls, path: str | Path, contents: bool = True) -> TrainedModel:
@@ -66,7 +69,12 @@ class TrainedModel:
         found = parse(description, weights.path)
         if not isinstance(found.settings, GPTSettings):
             raise CheckpointError(f"{path} is not a checkpoint of a GPT; only text models can be loaded here")
-        return cls(weights.path, weights, found.settings, found.config, found.dtype, description.get(KEY))
+        adapt, converted = found.config.adapt, None
+        if adapt is not None and adapt.convert_every:
+            layers = found.config.moe_layers(found.settings.num_layers)
+            converted = adapt.converted_after(int(description.get(ITERATION, 0)), layers)
+        tokenizer = description.get(KEY)
+        return cls(weights.path, weights, found.settings, found.config, found.dtype, tokenizer, converted)
 
 
 def serving_config(
@@ -137,6 +145,8 @@ def load_model(
         _put(model, name, nn.Parameter(value.to(device, dtype, copy=True), requires_grad=False))
     for name in correction_biases(model):
         _put(model, name, trained.weights.read(name).to(device, copy=True))
+    if trained.converted is not None and model.conversion.numbers:
+        model.conversion.only(trained.converted)
     if offload is not None:
         offload(model)
     return model.eval()

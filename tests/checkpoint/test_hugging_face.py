@@ -49,6 +49,10 @@ DEEPSEEK = dict(
     group_score_func="max",
     load_balance_coeff=0.001,
 )
+IN_PART = {
+    "adapt": {"base": {"architecture": "overlapped_shared_expert", "top_k": 2, "merge": "cg2"}, "layers": [2, 0]},
+    **dict(join="late", position="pos1", moe_every=1),
+}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
     ({}, dict(position="pos1", merge="add", shortcut_norm="shared")),
@@ -69,6 +73,11 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (
         LLAMA,
         dict(top_k=3, num_experts=8, router=DEEPSEEK, moe_ffn_hidden_size=8, moe_shared_expert_intermediate_size=40),
+    ),
+    ({}, IN_PART),
+    (
+        LLAMA,
+        dict(router=dict(score_func="sigmoid"), top_k=1, adapt={"base": {"top_k": 3}, "layers": [1]}),
     ),
 ]
 
@@ -128,7 +137,7 @@ def left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-@pytest.mark.parametrize("style, section", [(LLAMA, {"top_k": 2}), ({}, {"architecture": "dgmoe"})])
+@pytest.mark.parametrize("style, section", [(LLAMA, {"top_k": 2}), ({}, {"architecture": "dgmoe"}), ({}, IN_PART)])
 def test_batches_with_padding_generate_what_scmoe_generate_does(
     style: dict[str, Any], section: dict[str, Any], tmp_path: Path
 ) -> None:

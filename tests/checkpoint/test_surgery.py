@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scmoe_ds import checkpoint
+from scmoe_ds.checkpoint.export import export
 from scmoe_ds.checkpoint.source_model import SourceModel
 from scmoe_ds.config.names import Merge
+from scmoe_ds.data.durable_files import file_entry
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError
+from scmoe_ds.inference.load import load_trained
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.merge import coefficient_network, merge_outputs
@@ -147,6 +150,39 @@ def test_layers_convert_in_part(sources: dict[str, tuple[str, GPT]], tmp_path: P
     assert [pair.config.has_shortcut for pair in model.runs] == [False, True]
     model.conversion.only([])
     torch.testing.assert_close(logits(model), logits(before), rtol=1e-6, atol=2e-6)
+
+
+def test_a_finished_adaptation_is_a_plain_scmoe(sources: dict[str, tuple[str, GPT]], tmp_path: Path) -> None:
+    """What was converted step by step keeps its base while it goes on, and loses it in an export of the end."""
+    opened, free = SourceModel.open(Path(sources["shared"][0])), {"drop_tokens": False, "use_rts": False}
+    config = opened.with_base(opened.student({"merge": "cg1", **free}))
+    assert config.adapt is not None
+    adapt, weights = config.adapt.model_copy(update={"convert_every": 10}), opened.surgery(config)
+    config = config.model_copy(update={"adapt": adapt})
+    assert [adapt.converted_after(steps, 2) for steps in (0, 9, 10, 99)] == [[1], [1], [0, 1], [0, 1]]
+    model = GPT(SETTINGS, config)
+    model.load_state_dict({name: weights.read(name) for name in weights.names()})
+    path = write_export(tmp_path / "saved", model)
+
+    def at(iteration: int) -> None:
+        """As a checkpoint of that iteration."""
+        whole = json.loads((path / "config.json").read_text()) | {"iteration": iteration}
+        (path / "config.json").write_text(json.dumps(whole))
+        manifest = json.loads((path / "scmoe_files.json").read_text())
+        manifest["config.json"] = file_entry(path / "config.json")
+        (path / "scmoe_files.json").write_text(json.dumps(manifest))
+
+    at(9)
+    with pytest.raises(CheckpointError, match=r"1 of 2 layers are converted so far \(.*convert_every = 10\); export a"):
+        export(path, tmp_path / "early")
+    model.conversion.only([1])
+    assert torch.equal(logits(load_trained(path).model), logits(model))
+    at(10)
+    export(path, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["scmoe"]["adapt"] is None
+    model.conversion.only([0, 1])
+    assert torch.equal(logits(written(tmp_path / "out")), logits(model))
+    assert torch.equal(logits(load_trained(path).model), logits(model))
 
 
 def merged(merge: Merge, network: tuple[Tensor, Tensor] | None, shared: Tensor, routed: Tensor, x: Tensor) -> Tensor:
