@@ -220,7 +220,7 @@ def test_what_cannot_be_adapted_is_one_sentence(sources: Path, tmp_path: Path) -
         (source, {"layers": [2]}, "there is no MoE layer 2; the model has 0 … 1"),
         (source, {"layers": [0, 0]}, "name each MoE layer once"),
         (source, {"merge": "cg2"}, "has no shared expert"),
-        (source, {"top_k": 9}, "--top-k 9: the model has 8 experts"),
+        (source, {"top_k": 4}, "routes a token to 3 experts; use 1 … 3"),
         (source, {"shared_expert": "busiest"}, "is measured on text"),
         (sources / "deepseek_v3", {"shared_expert": "mean"}, "has a shared expert already"),
     ]

@@ -94,9 +94,10 @@ def settings_of(source: SourceDirectory, fields: Mapping[str, Any]) -> dict[str,
     merge = "add" if adapt["shared_expert"] == "none" else "cg1"
     scmoe = {**DEFAULTS, "merge": merge, **given, "adapt": adapt}
     experts = source.model.get_submodule(f"{source.blocks[source.layers[0]][0]}.mlp.experts").num_experts
-    top_k = 1 if scmoe["top_k"] is None else scmoe["top_k"]
-    if not 1 <= top_k <= experts:
-        raise ArgumentError(f"--top-k {top_k}: the model has {experts} experts; use 1 … {experts}")
+    most = source.model.config.num_experts_per_tok
+    top_k = most if scmoe["top_k"] is None else scmoe["top_k"]
+    if not 1 <= top_k <= most:
+        raise ArgumentError(f"--top-k {top_k}: {source.path} routes a token to {most} experts; use 1 … {most}")
     checked = {"architecture": "scmoe", "num_experts": experts, **scmoe, "top_k": top_k}
     ScMoEConfig(**{name: value for name, value in checked.items() if value is not None})
     return scmoe
