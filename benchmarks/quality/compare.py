@@ -23,7 +23,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.quality.crew import Crew, locked
-from benchmarks.quality.record import QualityError, Record, load_plan
+from benchmarks.quality.record import Plan, QualityError, Record, load_plan
 from benchmarks.quality.table import figure, markdown
 from benchmarks.quality.text_corpus import CorpusSettings, describe, prepare_corpus
 from scmoe_ds.errors import DataError
@@ -39,6 +39,8 @@ class Benchmark:
         text: of its --help.
         settings: default of --settings.
         markdown, figure: made of a record's content.
+        load: the plan of --settings and --preset.
+        crew: who runs it.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Benchmark:
     settings: Path
     markdown: Callable[[dict[str, Any]], str]
     figure: Callable[[dict[str, Any]], Figure]
+    load: Callable[[Path, str], Plan] = load_plan
+    crew: type[Crew] = Crew
 
     def save_tables(self, record: Record, output: Path) -> None:
         """`output` with .md and .png in place of its suffix."""
@@ -113,7 +117,7 @@ def measure(benchmark: Benchmark, args: argparse.Namespace, command: str) -> int
         QualityError, DataError: what a user can correct.
         KeyboardInterrupt: stopped; the same command goes on.
     """
-    plan = load_plan(args.settings, args.preset)
+    plan = benchmark.load(args.settings, args.preset)
     variants = plan.select(args.only)
     work = args.work_dir.resolve() / args.preset
     output = Path(args.output or work / benchmark.settings.stem)
@@ -124,12 +128,8 @@ def measure(benchmark: Benchmark, args: argparse.Namespace, command: str) -> int
         record = Record.open(Path(f"{output}.json"), plan, corpus.record, benchmark.name)
         record.want(args.seeds, command)
         record.save()  # claims may have been added since the last run
-        unfinished = [
-            pair
-            for pair in ((variant, seed) for seed in args.seeds for variant in variants)
-            if record.lacks(*pair, args.retry_failed)
-        ]
-        crew = Crew(
+        unfinished = [pair for pair in plan.order(variants, args.seeds) if record.lacks(*pair, args.retry_failed)]
+        crew = benchmark.crew(
             plan, corpus, record, work / plan.fingerprint(corpus.record), args.parallel, args.budget_minutes, inherited
         )
         crew.work(unfinished)

@@ -55,6 +55,7 @@ class Crew:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.stopping, self._record_lock = threading.Event(), threading.Lock()
         self._children: set[subprocess.Popen[str]] = set()
+        self._programs: dict[Path, str] = {}  # by the path of their task
         self.threads = max(1, (os.cpu_count() or 1) // parallel)
         self._environment = {**environment(), "threads": str(self.threads), "runs at a time": str(parallel)}
 
@@ -90,26 +91,35 @@ class Crew:
         directory = self.place(variant, seed)
         directory.mkdir(parents=True, exist_ok=True)
         task, result = self._task(variant, seed, directory), directory / "result.json"
-        task.save(directory / "task.json")
-        result.unlink(missing_ok=True)
-        started, log = time.monotonic(), directory / "log.txt"
-        with log.open("a", encoding="utf-8") as stream:
-            code = self._wait(directory / "task.json", stream)
         run: dict[str, Any] = {"variant": variant, "seed": seed}
-        run |= {"seconds": round(time.monotonic() - started, 1)}
-        text = log.read_text(encoding="utf-8", errors="replace")
+        run |= self._carried_out(task, directory)
         if result.is_file():
             found = self._found(directory)
             run |= {"status": "finished", "loss": statistics.fmean(found["sequence_losses"]), **found}
         elif self.stopping.is_set():
             return None
         else:
-            run |= {"status": "failed", "error": f"exit code {code}: …{text[-_LAST_CHARACTERS:]}"}
+            text = (directory / "log.txt").read_text(encoding="utf-8", errors="replace")
+            run |= {"status": "failed", "error": f"exit code {run['exit_code']}: …{text[-_LAST_CHARACTERS:]}"}
+        del run["exit_code"]
         with self._record_lock:
             self.record.add(run | {"environment": self.record.environment_number(self._environment)})
         if run["status"] == "finished":
-            self._clear(directory)
+            self._clear(variant, directory)
         return run
+
+    def _carried_out(self, task: Any, directory: Path) -> dict[str, Any]:
+        """Runs a task's process, unless its result is there and an earlier program only had no time to note it."""
+        path, result, started = directory / "task.json", directory / "result.json", time.monotonic()
+        before = path.read_text(encoding="utf-8") if path.is_file() else None
+        task.save(path)
+        self._programs[path] = task.program
+        code = 0
+        if path.read_text(encoding="utf-8") != before or not result.is_file():
+            result.unlink(missing_ok=True)
+            with (directory / "log.txt").open("a", encoding="utf-8") as stream:
+                code = self._wait(path, stream)
+        return {"seconds": round(time.monotonic() - started, 1), "exit_code": code}
 
     def place(self, variant: str, seed: int) -> Path:
         """The directory of a run."""
@@ -120,7 +130,7 @@ class Crew:
         found = json.loads((directory / "result.json").read_text(encoding="utf-8"))
         return {**found, **curves(read_record(directory / "checkpoints"), self.plan.tokens_per_iteration)}
 
-    def _clear(self, directory: Path) -> None:
+    def _clear(self, variant: str, directory: Path) -> None:
         """Removes what is in the record now, and is of no further use."""
         shutil.rmtree(directory)
 
@@ -166,7 +176,7 @@ class Crew:
         }
         # A session of its own: Ctrl-C at a terminal reaches this process alone, which lets the others save.
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.quality.run", str(task)],
+            [sys.executable, "-m", self._programs[task], str(task)],
             cwd=task.parent,
             env=environ,
             stdout=stream,

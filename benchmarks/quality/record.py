@@ -83,7 +83,7 @@ class Plan:
 
     def identity(self, corpus: Mapping[str, Any]) -> dict[str, Any]:
         """What the runs of one record have in common, beside the variants."""
-        return {"preset": self.name, **self.preset, "corpus": {key: corpus[key] for key in _CORPUS_IDENTITY}}
+        return {"preset": self.name, **self.preset, "corpus": identity_of(corpus)}
 
     def fingerprint(self, corpus: Mapping[str, Any]) -> str:
         """Names the directory of checkpoints: those of other sizes must not be resumed."""
@@ -101,6 +101,17 @@ class Plan:
             "parameters": sum(each.numel() for each in model.parameters()),
         }
 
+    def variants(self, vocab_size: int) -> dict[str, dict[str, Any]]:
+        """What the record says of each variant."""
+        return {
+            name: {"section": section, "flags": self.flags[name], **self.compute(name, vocab_size)}
+            for name, section in self.sections.items()
+        }
+
+    def order(self, variants: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+        """Pairs of variant and seed in the order in which they run: whole seeds."""
+        return [(variant, seed) for seed in seeds for variant in variants]
+
     def num_layers(self, variant: str) -> int:
         """Blocks of a variant."""
         return int(self._arguments(variant).num_layers)
@@ -111,6 +122,11 @@ class Plan:
         if name:
             parser.set_defaults(**PRESETS[name].arguments)
         return parser.parse_args(self.model_flags(variant))
+
+
+def identity_of(corpus: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes it this corpus and no other."""
+    return {key: corpus[key] for key in _CORPUS_IDENTITY}
 
 
 def load_plan(path: Path, preset: str) -> Plan:
@@ -218,10 +234,7 @@ class Record:
             QualityError: the file is of other sizes, data or variants; runs of both cannot be compared.
         """
         identity = plan.identity(corpus)
-        variants = {
-            name: {"section": section, "flags": plan.flags[name], **plan.compute(name, corpus["vocab_size"])}
-            for name, section in plan.sections.items()
-        }
+        variants = plan.variants(corpus["vocab_size"])
         content: dict[str, Any] = {
             "benchmark": benchmark,
             "commands": [],
@@ -238,8 +251,8 @@ class Record:
             for key, expected in identity.items():
                 _require_same(path, key, content["identity"].get(key), expected)
             for name in variants.keys() & content["variants"].keys():
-                _require_same(path, f"variant {name}", content["variants"][name]["section"], plan.sections[name])
-                _require_same(path, f"variant {name}", content["variants"][name]["flags"], plan.flags[name])
+                for key in ("section", "flags"):
+                    _require_same(path, f"variant {name}", content["variants"][name][key], variants[name][key])
             content["variants"] = {
                 **variants,
                 **{name: each for name, each in content["variants"].items() if name not in variants},

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class Task:
         result: path of the JSON with their losses.
     """
 
+    program: ClassVar[str] = "benchmarks.quality.run"
     flags: list[str]
     sequences: int
     batch_size: int
