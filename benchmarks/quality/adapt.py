@@ -87,7 +87,7 @@ class AdaptCrew(Crew):
             **self.plan.schedule(run),
             batch_size=preset["batch_size"],
             seq_length=preset["seq_length"],
-            sequences=sizes["sequences"],
+            sequences=sizes["sequences" if run.is_teacher else "sequences_of_students"],
             **self._student(run),
         )
 
@@ -128,11 +128,14 @@ class AdaptCrew(Crew):
             path = directory / "deepspeed.json"
             path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             words += ["--deepspeed_config", str(path)]
-            return Task(words, sizes["sequences"], sizes["batch_size"], 0, result)
+            sequences = sizes["sequences" if run.is_teacher else "sequences_of_students"]
+            return Task(words, sequences, sizes["batch_size"], 0, result)
         source = str(self.place(teacher_name(run.teacher), seed) / "checkpoints")
         if "adapt" in config["scmoe"]:
             config["scmoe"]["adapt"]["source"] = source
-        return StudentTask(words, source, config, sizes["sequences"], sizes["batch_size"], result, **student)
+        return StudentTask(
+            words, source, config, sizes["sequences_of_students"], sizes["batch_size"], result, **student
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

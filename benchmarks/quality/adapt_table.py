@@ -47,6 +47,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 def _setting(record: Mapping[str, Any]) -> list[str]:
     identity, corpus = record["identity"], record["corpus"]
     environments = "; ".join(map(environment_text, record["environments"]))
+    sizes = identity["evaluation"]
     tokens = identity["batch_size"] * identity["seq_length"]
     return [
         *(code(command) for command in record["commands"]),
@@ -56,11 +57,11 @@ def _setting(record: Mapping[str, Any]) -> list[str]:
         "",
         f"Text: library and installed packages of Python {corpus['python']} ({corpus['tokens']['train'] / 1e6:.2f} M "
         f"training and {corpus['tokens']['validation'] / 1e6:.2f} M validation tokens, split by document; sha256 "
-        f"{corpus['sha256'][:12]}), BPE of {corpus['vocab_size']} tokens. Losses are of the same "
-        f"{identity['evaluation']['sequences']} held-out sequences for all runs, those on the way of the first "
-        f"{identity['evaluation']['sequences_on_the_way']}. Students of one seed see the same batches, in an order of "
-        "the documents that is not their teacher's. What is shown on the way to 10 % has the learning rate of that "
-        "moment, not of an end.",
+        f"{corpus['sha256'][:12]}), BPE of {corpus['vocab_size']} tokens. Teachers' losses are of {sizes['sequences']} "
+        f"held-out sequences, all others of the first {sizes['sequences_of_students']} of them, those on the way of "
+        f"{sizes['sequences_on_the_way']}; differences are of the same sequences. Students of one seed see the same "
+        "batches, in an order of the documents that is not their teacher's. What is shown on the way has the learning "
+        "rate of that moment, not of an end.",
     ]
 
 
