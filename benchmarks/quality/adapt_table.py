@@ -157,7 +157,7 @@ def _verdicts(record: Mapping[str, Any]) -> list[str]:
             rows.append([claim, below(over, within), _percent(over), _interval(over, 100, " %"), _seeds(over)])
             pair = paired(dict(record), name, f"{teacher}: {conversion}, {FINE_TUNED}")
             cells = ["–" if pair is None else difference_cell(pair), _interval(pair, 1, ""), _seeds(pair)]
-            rows.append([f"{name} < {FINE_TUNED}, nats per token", verdict(pair, "<", 0.0), *cells])
+            rows.append([f"{name}, ends lower than {FINE_TUNED}, nats per token", verdict(pair, "<", 0.0), *cells])
     return table(["claim", "verdict", "found", "95 % interval", "seeds"], rows)
 
 

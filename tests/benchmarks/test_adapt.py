@@ -110,16 +110,16 @@ def test_verdict_on_one_per_cent(plan: AdaptPlan, over: float, noise: float, exp
     assert over_teacher(record, f"{QWEN}: Pos-1, distilled, 20 %") is None  # its teacher was not trained on as long
     page = markdown(record)
     assert f"within 1 % of the teacher trained on as long | {expected} | " in page
-    assert "| Qwen3-MoE: Pos-1, distilled < fine-tuned, nats per token | confirmed | -0.1000 ± 0.0000" in page
+    assert "| Qwen3-MoE: Pos-1, distilled, ends lower than fine-tuned, nats per token | confirmed | -0.1000 ± 0.0000" in page
     assert "| Qwen3-MoE: Pos-1 | KL alone | +0.0100 ± 0.0000" in page
-    assert "| top-2 GPT: Pos-1, distilled < fine-tuned, nats per token | not decided" in page
+    assert "| top-2 GPT: Pos-1, distilled, ends lower than fine-tuned, nats per token | not decided" in page
     # Before: 9 minus the teacher's 5, 6 and 7; on the way: 5 minus the first sequences' 4.9, 5.9 and 6.9.
     assert "+3.0000 ± 0.5774 | 2 %: -0.9000 ± 0.5774" in page
 
 
 def test_figure_has_a_panel_for_each_teacher_and_skips_what_is_not_there(plan: AdaptPlan):
     drawn = figure(a_record(plan, 0.002, 0.001))
-    assert [axes.get_title() for axes in drawn.axes] == [QWEN, GPT]
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == [QWEN, GPT]
     assert [line.get_label() for line in drawn.axes[0].lines[:3]] == [
         "trained on",
         "Pos-1, distilled",
