@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from scmoe_ds.checkpoint.source_model import SourceModel
 
 from benchmarks.quality.adapt_layers import by_similarity
 from benchmarks.quality.run import held_out_rows, sequence_losses
 from scmoe_ds.analysis.subjects import gpt_subject
 from scmoe_ds.checkpoint.export import export
+from scmoe_ds.checkpoint.source_model import SourceModel
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.engine import device

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.compare import ROOT, locked
+from benchmarks.quality.crew import ROOT, locked
 from benchmarks.quality.record import Plan, QualityError, load_plan
 from benchmarks.quality.text_corpus import Corpus, CorpusSettings, describe, prepare_corpus
 from scmoe_ds.errors import DataError
