@@ -110,7 +110,10 @@ def test_verdict_on_one_per_cent(plan: AdaptPlan, over: float, noise: float, exp
     assert over_teacher(record, f"{QWEN}: Pos-1, distilled, 20 %") is None  # its teacher was not trained on as long
     page = markdown(record)
     assert f"within 1 % of the teacher trained on as long | {expected} | " in page
-    assert "| Qwen3-MoE: Pos-1, distilled, ends lower than fine-tuned, nats per token | confirmed | -0.1000 ± 0.0000" in page
+    assert (
+        "| Qwen3-MoE: Pos-1, distilled, ends lower than fine-tuned, nats per token | confirmed | -0.1000 ± 0.0000"
+        in page
+    )
     assert "| Qwen3-MoE: Pos-1 | KL alone | +0.0100 ± 0.0000" in page
     assert "| top-2 GPT: Pos-1, distilled, ends lower than fine-tuned, nats per token | not decided" in page
     # Before: 9 minus the teacher's 5, 6 and 7; on the way: 5 minus the first sequences' 4.9, 5.9 and 6.9.
