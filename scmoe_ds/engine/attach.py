@@ -19,6 +19,7 @@ from scmoe_ds.engine.other_checkpoints import note_conversion, refuse_other_mode
 from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
 from scmoe_ds.engine.routers import monitor_loads, serve_routers
 from scmoe_ds.engine.stepwise import convert_stepwise
+from scmoe_ds.engine.taught_model import teach_model
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.identity import identity
 from scmoe_ds.moe.conversion import Conversion
@@ -114,7 +115,9 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     section = section.model_copy(update=sizes)
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
     monitor_loads(engine, layers)
-    return overlap_of(engine, section, layout, micro_batch_size, applied)
+    overlap = overlap_of(engine, section, layout, micro_batch_size, applied)
+    teach_model(engine, engine.conversion, section)
+    return overlap
 
 
 def give_pairs(model: nn.Module, layers: list[Any], section: ScMoEConfig) -> None:
