@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from scmoe_ds.errors import EvaluationError
@@ -57,23 +58,34 @@ class HeldOut:
         return loss
 
 
-class LogitsOf:
+class CausalModel:
     """A causal model of transformers as a `Scorer` sees a GPT.
 
+    Where the family's logits are those of its head alone, they are computed in pieces, as those of a GPT. A family that
+    scales them gives them itself.
+
     Args:
-        model: in evaluation mode. Its own forward gives the logits, with whatever scale its family has.
+        model: in evaluation mode.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self._model, head = model, model.get_output_embeddings()
         self.embedding: nn.Module = model.get_input_embeddings()
+        probe = torch.zeros(1, 2, dtype=torch.int64, device=self.embedding.weight.device)
+        with torch.inference_mode():
+            plain = head(model.base_model(probe, use_cache=False).last_hidden_state)
+            self._head = head if torch.equal(plain, model(probe, use_cache=False).logits) else nn.Identity()
 
-    def hidden_states(self, tokens_BS: Tensor, used_token: Tensor | None = None) -> Tensor:
-        """[B, S, V] logits in the place of hidden states. Padding is on the right, where no other token sees it."""
-        mask_BS = None if used_token is None else used_token.long()
-        logits_BSV: Tensor = self._model(tokens_BS, attention_mask=mask_BS, use_cache=False).logits
-        return logits_BSV
+    def hidden_states(self, tokens: Tensor, used_token: Tensor | None = None) -> Tensor:
+        """[B, S] → what `logits` reads. Padding is on the right, where no other token sees it."""
+        how = {"attention_mask": None if used_token is None else used_token.long(), "use_cache": False}
+        if isinstance(self._head, nn.Identity):
+            scaled: Tensor = self._model(tokens, **how).logits
+            return scaled
+        hidden_BSD: Tensor = self._model.base_model(tokens, **how).last_hidden_state
+        return hidden_BSD
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What `hidden_states` gave, as it is."""
-        return hidden
+        """[..., D] of `hidden_states` → [..., V]."""
+        found: Tensor = self._head(hidden)
+        return found

@@ -57,8 +57,6 @@ def adapt(args: argparse.Namespace) -> None:
     if dist.get_world_size() > 1:
         raise ArgumentError("scmoe adapt runs in one process: start it without a launcher")
     if is_hugging_face(args.source):
-        if args.measure is not None:
-            raise ArgumentError(f"--measure: {args.source} is of Hugging Face; only a GPT of this package is measured")
         adapt_hugging_face.adapt(args, _changes(args))
         return
     _check_of_gpt(args)

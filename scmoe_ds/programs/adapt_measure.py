@@ -33,7 +33,7 @@ from scmoe_ds.data.text_file import read_text
 from scmoe_ds.errors import AnalysisError, ArgumentError, imports_of, reason_of
 from scmoe_ds.evaluation.held_out import HeldOut
 from scmoe_ds.evaluation.scoring import Scorer
-from scmoe_ds.models.identity import differences, identity
+from scmoe_ds.models.identity import Identity, differences
 from scmoe_ds.programs.adapt_sources import AdaptSource, Opened
 from scmoe_ds.programs.flags.checks import flag_of
 
@@ -55,7 +55,7 @@ def measured(args: argparse.Namespace, source: AdaptSource) -> bool:
     """
     first = source.open(source.ways[0])
     text = _text(args, source, first)
-    times, origin = _times(args, source, identity(first.model))
+    times, origin = _times(args, source, first.identity)
     cosines = _similarity(args, first, text)
     opened = {source.ways[0]: first}
     del first
@@ -106,7 +106,7 @@ def _similarity(args: argparse.Namespace, first: Opened, text: HeldOut) -> dict[
     return similarity_of_ends(verdict, first.subject.moe_blocks)
 
 
-def _times(args: argparse.Namespace, source: AdaptSource, own: dict[str, object]) -> tuple[Times | None, str]:
+def _times(args: argparse.Namespace, source: AdaptSource, own: Identity) -> tuple[Times | None, str]:
     """Measured times and where they are from; None and why there are none."""
     if args.calibration is not None:
         times, name = read_times(args.calibration), f"--calibration {args.calibration}"

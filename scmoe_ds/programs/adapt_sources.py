@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from scmoe_ds.analysis.adaptation_times import Shape, Way
-from scmoe_ds.analysis.subjects import Subject, gpt_subject
+from scmoe_ds.analysis.subjects import Subject, gpt_subject, hugging_face_subject
+from scmoe_ds.checkpoint.adapted.student import HuggingFaceStudent
+from scmoe_ds.checkpoint.adapted.text import TextSettings
 from scmoe_ds.checkpoint.parsing import without_memory
 from scmoe_ds.checkpoint.source_model import SourceModel
 from scmoe_ds.config.names import Join, Position
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.data.tokenizer import Tokenizer, build_tokenizer
+from scmoe_ds.errors import CheckpointError, ScMoEConfigError, UserError
+from scmoe_ds.evaluation.held_out import CausalModel
 from scmoe_ds.inference.load import trained_tokenizer
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.identity import Identity, identity
 from scmoe_ds.moe.conversion import Conversion
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.tokenizer import named_tokenizer
@@ -32,14 +38,16 @@ class Opened:
     """A student in memory, with no layer converted.
 
     Attributes:
-        model: in evaluation mode; it is called like a GPT.
+        model: in evaluation mode, as a `Scorer` calls it.
         conversion: of its MoE layers.
         subject: where its representations are. Unconverted, they are the source's.
+        identity: its sizes, as a calibration has them.
     """
 
     model: Any
     conversion: Conversion
     subject: Subject
+    identity: Identity
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class AdaptSource:
     Attributes:
         ways: that it can be converted in, all of those that the flags leave open; at least one.
         default: the one that is taken where nobody chooses.
-        open: the source after surgery for a way.
+        open: the source after surgery for a way. What it has opened before may not be used any more.
         tokenizer: of the model.
         shape: what the times of its pairs depend on.
         stored_times: what a checkpoint has kept of a calibration; None: nothing.
@@ -77,13 +85,14 @@ def default_way(args: argparse.Namespace, ways: Sequence[Way], position: Positio
 
 
 def possible(ways: Sequence[Way], attempt: Callable[[Way], object]) -> list[Way]:
-    """The ways for which `attempt` raises no ScMoEConfigError. Raises the first one's if there is none."""
-    found, errors = [], []
+    """The ways for which `attempt` raises no error of a setting. Raises the first one's if there is none."""
+    found: list[Way] = []
+    errors: list[UserError] = []
     for way in ways:
         try:
             attempt(way)
             found.append(way)
-        except ScMoEConfigError as error:
+        except (ScMoEConfigError, CheckpointError) as error:
             errors.append(error)
     if not found:
         raise errors[0]
@@ -118,7 +127,7 @@ def gpt_source(
         student = dataclasses.replace(trained, weights=source.surgery(config, busiest), config=config)
         model = load_model(student, serving_config(config), DTYPES[args.dtype or trained.dtype], device())
         model.conversion.only(())
-        return Opened(model, model.conversion, gpt_subject(model))
+        return Opened(model, model.conversion, gpt_subject(model), identity(model))
 
     ways = possible(asked_ways(args), attempt)
     config = config_of(ways[0])
@@ -133,3 +142,34 @@ def gpt_source(
     stored = getattr(source.weights, "header", {}).get("overlap")
     position: Position = "pos1" if config.moe_every == 1 else "pos2"
     return AdaptSource(ways, default_way(args, ways, position), open_, tokenizer, shape, stored)
+
+
+def hugging_face_source(args: argparse.Namespace, path: Path, fields: Mapping[str, Any]) -> AdaptSource:
+    """A model of transformers with MoE layers, which is in memory once, whatever way it is converted in.
+
+    Args:
+        args: the flags.
+        path: its directory.
+        fields: of the "scmoe" section, as for `adapt_hugging_face`; those of a `Way` are not read.
+
+    Raises:
+        CheckpointError, DataError, ScMoEConfigError: what a user can correct.
+    """
+    text = None
+    if args.text_file is not None:
+        text = TextSettings(Path(args.text_file), args.seq_length, args.batch_size, args.max_tokens)
+    kept = {name: value for name, value in fields.items() if name not in (*Way.__annotations__, "layers")}
+    tokenizer = named_tokenizer(args) or build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(path))
+    student = HuggingFaceStudent(path, kept, DTYPES[args.dtype] if args.dtype else None, device(), text)
+    ways = possible(asked_ways(args), lambda way: student.convert(dataclasses.asdict(way)))
+    model = CausalModel(student.model)
+
+    def open_(way: Way) -> Opened:
+        conversion = Conversion(student.convert(dataclasses.asdict(way)))
+        conversion.only(())
+        return Opened(model, conversion, hugging_face_subject(student.model), identity(student.model))
+
+    blocks = [block for _, block in hugging_face_subject(student.model).moe_blocks]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(blocks)]
+    shape = Shape(student.experts, min(gaps, default=1), 1, student.top_k, student.shared_expert)
+    return AdaptSource(ways, default_way(args, ways, "pos1"), open_, tokenizer, shape)

@@ -55,7 +55,7 @@ def adapt_hugging_face(
     source = SourceDirectory(path)
     try:
         scmoe = settings_of(source, fields)
-        parts = _empty_parts(source, scmoe)
+        parts = empty_parts(source, scmoe)
         measured = None if text is None else Text(source, text)
         said = [f"{source.model.config.model_type}: {_described(source, scmoe, list(parts))}"]
         kind = scmoe["adapt"]["shared_expert"]
@@ -66,7 +66,7 @@ def adapt_hugging_face(
         before = None if measured is None else measured.loss()
         state: dict[str, Tensor] = {}
         for number, each in parts.items():
-            state |= _started(source, number, each, scmoe, measured)
+            state |= start_of(source, number, each, scmoe, measured)
             said += [] if kind != "busiest" or measured is None else [measured.of_busiest(number)]
         part = shards.claim(out)
         with shards.one_sentence(out):
@@ -103,14 +103,15 @@ def settings_of(source: SourceDirectory, fields: Mapping[str, Any]) -> dict[str,
     return scmoe
 
 
-def _empty_parts(source: SourceDirectory, scmoe: Mapping[str, Any]) -> dict[int, ShortcutParts]:
+def empty_parts(source: SourceDirectory, scmoe: Mapping[str, Any]) -> dict[int, ShortcutParts]:
+    """The parts of each layer that is converted, by its number, without memory."""
     try:
         return add_parts(source.model, scmoe)
     except ValueError as error:
         raise CheckpointError(f"{source.path}: {error}") from None
 
 
-def _started(
+def start_of(
     source: SourceDirectory, number: int, parts: ShortcutParts, scmoe: Mapping[str, Any], measured: Text | None
 ) -> dict[str, Tensor]:
     """The new weights of a layer, by their names in the files."""
