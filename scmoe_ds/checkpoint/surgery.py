@@ -3,13 +3,14 @@
 Gate, experts and all dense layers keep their weights and names. What a converted layer has more:
 
     shortcut norm    starts as a copy of the norm through which the backbone reads the tapped value
-    shared expert    the source's; of a source without one the mean of the layer's experts, or the busiest of them
+    shared expert    the source's; of a source without one the mean of the layer's experts, or the busiest of them, or
+                     fitted (scmoe_ds.training.expert_fit)
     coefficient      see scmoe_ds.moe.merge_start
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from scmoe_ds.config.names import Merge
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.pairs import tap_of
-from scmoe_ds.moe.merge_start import SHARE, start_of_merge
+from scmoe_ds.moe.merge_start import FITTED_SHARE, SHARE, start_of_merge
 
 
 class _Made(NamedTuple):
@@ -40,6 +41,8 @@ class Surgery:
         old: its section.
         config: the ScMoE's. Layers that are not converted keep all of their parameters.
         busiest: for each MoE layer, the expert that becomes the shared one; None: their mean does.
+        fitted: parameters of shared experts that were fitted to a text, by name; the others are as of the mean. None:
+            there are none, and a new shared expert has a small weight.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class Surgery:
         old: ScMoEConfig,
         config: ScMoEConfig,
         busiest: Sequence[int] | None = None,
+        fitted: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.path, self._source, self._config, self._busiest = source.path, source, config, busiest
+        self._share = SHARE if fitted is None else FITTED_SHARE[config.merge]
         self._width, self._names = settings.hidden_size, source.names()
         base = base_of(old)
         self._before: Merge | None = None if base.architecture == "pipelined_topk" else base.merge
@@ -58,6 +63,8 @@ class Surgery:
         for layer in range(config.moe_layers(settings.num_layers)):
             if config.of_layer(layer).has_shortcut:
                 self._convert(layer)
+        for name, value in (fitted or {}).items():
+            self._made[name] = _Made(value.shape, value.clone)
 
     def names(self) -> list[str]:
         return sorted(self._made)
@@ -90,7 +97,7 @@ class Surgery:
         everyone = range(self._config.experts_of(layer))
         chosen = list(everyone) if self._busiest is None else [self._busiest[layer]]
         for part in self._parts_of(f"{experts}0."):
-            scale = SHARE if self._config.merge == "add" and part.startswith("output.") else 1.0
+            scale = self._share if self._config.merge == "add" and part.startswith("output.") else 1.0
             names = [f"{experts}{number}.{part}" for number in chosen]
             self._made[f"{moe}mlp.{part}"] = _Made(self._source.shape(names[0]), partial(self._mean, names, scale))
 
@@ -110,7 +117,7 @@ class Surgery:
             self._made |= {f"{moe}base_coefficient.{part}": made for part, made in old.items()}
 
         network = (old["weight"].read(), old["bias"].read()) if old else None
-        first = start_of_merge(merge, before, network, self._width)
+        first = start_of_merge(merge, before, network, self._width, self._share)
         if first is not None:
             for part, value in zip(("weight", "bias"), first, strict=True):
                 self._made[f"{moe}coefficient.{part}"] = _Made(value.shape, value.clone)

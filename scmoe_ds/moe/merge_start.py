@@ -23,11 +23,15 @@ from scmoe_ds.moe.merge import OUTPUTS
 
 SHARE = 0.05
 """Weight of a new shared expert at the start."""
+FITTED_SHARE = {"add": 1.0, "cg1": 0.5, "cg2": 0.2}
+"""The same, of one that is fitted to what the routed experts leave: the larger, the smaller its own weights."""
 Coefficient = tuple[Tensor, Tensor]
 """Weight [rows, D] and bias [rows] of a coefficient network."""
 
 
-def start_of_merge(merge: Merge, before: Merge | None, old: Coefficient | None, hidden_size: int) -> Coefficient | None:
+def start_of_merge(
+    merge: Merge, before: Merge | None, old: Coefficient | None, hidden_size: int, share: float = SHARE
+) -> Coefficient | None:
     """Weight and bias of the coefficient network; None for "add", which has none.
 
     Args:
@@ -35,6 +39,7 @@ def start_of_merge(merge: Merge, before: Merge | None, old: Coefficient | None, 
         before: of the layer that it was; None: it had no shared expert.
         old: its coefficient network; None: it had none.
         hidden_size: D.
+        share: weight of a new shared expert.
     """
     rows = OUTPUTS[merge]
     if not rows:
@@ -42,11 +47,11 @@ def start_of_merge(merge: Merge, before: Merge | None, old: Coefficient | None, 
     if merge == before:
         return old
     weight, bias = torch.zeros(rows, hidden_size), torch.zeros(rows)
-    logit = math.log(SHARE / (1 - SHARE))
     if before is None:  # the routed output's row of cg2 is the first
+        logit = math.log(share / (1 - share))
         bias[0] = logit if merge == "cg1" else -logit
     elif before == "add" and merge == "cg1":
-        bias[0] = -logit
+        bias[0] = math.log((1 - SHARE) / SHARE)
     elif old is not None:
         before_weight, before_bias = (each.float() for each in old)
         if merge == "cg1":  # softmax of two is the sigmoid of their difference

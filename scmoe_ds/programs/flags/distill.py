@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 FIELDS: dict[str, str] = {
+    "adapt_from": "adapt.source",
     "distill_from": "adapt.source",
     "adapt_layers": "adapt.layers",
     "convert_every": "adapt.convert_every",
@@ -26,9 +27,8 @@ def add_distill(parser: argparse.ArgumentParser) -> None:
         "conversion and self-distillation",
         'set fields of the JSON\'s "scmoe.adapt"; the loss is alpha * KL + beta * LM + gamma * match',
     )
-    group.add_argument(
-        "--distill-from", metavar="SOURCE", help="start from a trained model's weights as a ScMoE, and learn from it"
-    )
+    group.add_argument("--adapt-from", metavar="SOURCE", help="start from a trained model's weights as a ScMoE")
+    group.add_argument("--distill-from", metavar="SOURCE", help="as --adapt-from, and learn from the model that it was")
     group.add_argument("--distill-alpha", type=float, help="weight of the divergence from the teacher; default: 1")
     group.add_argument("--distill-beta", type=float, help="weight of the language-model loss; default: 0")
     group.add_argument(
