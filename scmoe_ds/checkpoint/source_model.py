@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from scmoe_ds.checkpoint import description as fields
 from scmoe_ds.checkpoint.export import open_weights
 from scmoe_ds.checkpoint.parsing import parse
@@ -120,9 +122,14 @@ class SourceModel:
             )
         return config.model_copy(update={"adapt": adapt.model_copy(update={"base": base})})
 
-    def surgery(self, config: ScMoEConfig, busiest: Sequence[int] | None = None) -> Surgery:
+    def surgery(
+        self,
+        config: ScMoEConfig,
+        busiest: Sequence[int] | None = None,
+        fitted: Mapping[str, Tensor] | None = None,
+    ) -> Surgery:
         """The weights of the ScMoE of a section; see `Surgery`."""
-        return Surgery(self.weights, self.settings, self.config, config, busiest)
+        return Surgery(self.weights, self.settings, self.config, config, busiest, fitted)
 
     def check(self, settings: GPTSettings, config: ScMoEConfig) -> None:
         """Whether a ScMoE can be made of this model.
@@ -157,10 +164,15 @@ class SourceModel:
                 f"scmoe.{shared} = {getattr(config, shared)}: {path} has no shared expert, and that of the ScMoE "
                 f"starts from routed ones; set {widths[1]}"
             )
-        if config.adapt is not None and config.adapt.shared_expert == "none":
+        self._check_shared_expert(None if config.adapt is None else config.adapt.shared_expert)
+
+    def _check_shared_expert(self, start: str | None) -> None:
+        asked = f'scmoe.adapt.shared_expert = "{start}"'
+        if start is not None and self.has_shared_expert:
+            raise ScMoEConfigError(f"{asked}: {self.weights.path} has shared experts, which are kept; remove the field")
+        if start == "none":
             raise ScMoEConfigError(
-                'scmoe.adapt.shared_expert = "none": a ScMoE of this package\'s GPT always has a shared expert; set '
-                '"mean" or "busiest"'
+                f'{asked}: a ScMoE of this package\'s GPT always has a shared expert; set "mean", "busiest" or "fit"'
             )
 
 

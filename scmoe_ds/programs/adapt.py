@@ -10,11 +10,14 @@ scmoe adapt report checkpoints/scmoe --teacher-run checkpoints/top2 --output-pre
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from scmoe_ds.analysis.tokens import TokenSequences
 from scmoe_ds.checkpoint import description as fields
@@ -23,9 +26,11 @@ from scmoe_ds.checkpoint.export import write_export
 from scmoe_ds.checkpoint.source_model import SourceModel
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.text_file import read_text
+from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.inference.load import load_trained
-from scmoe_ds.inference.model import DTYPES
+from scmoe_ds.inference.load import load_trained, trained_tokenizer
+from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
+from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs import adapt_hugging_face
 from scmoe_ds.programs.adapt_measure import measured
@@ -34,6 +39,7 @@ from scmoe_ds.programs.adapt_sources import gpt_source
 from scmoe_ds.programs.flags.adapt import build_parser, check
 from scmoe_ds.programs.run import run_alone, run_program
 from scmoe_ds.training.expert_counts import busiest_experts
+from scmoe_ds.training.expert_fit import fit_shared_experts
 
 FIELDS = ("position", "first_layer_position", "merge", "join", "top_k", "shortcut_norm")
 """Flags that are fields of the "scmoe" section, too."""
@@ -71,7 +77,8 @@ def adapt(args: argparse.Namespace) -> None:
         return
     config = source.student(_changes(args), args.layers)
     description = {**source.description, **fields.describe_model(source.settings, config)}
-    weights, dtype = source.surgery(config, busiest), DTYPES[args.dtype or "fp32"]
+    fitted = _fitted(args, source, config) if args.shared_expert == "fit" else None
+    weights, dtype = source.surgery(config, busiest, fitted), DTYPES[args.dtype or "fp32"]
     shards = write_export(args.output, weights, description, dtype, int(args.shard_gb * 10**9), args.format == "hf")
     print(f"wrote {args.output} of {source.weights.path} ({shards} file(s) of weights): {_text(source, config)}")
     print(f"train it: scmoe pretrain --load {args.output} …")
@@ -81,9 +88,11 @@ def _check_of_gpt(args: argparse.Namespace) -> None:
     if args.experts is not None:
         raise ArgumentError(f"--experts {args.experts}: is for dense models of Hugging Face; remove it")
     if args.shared_expert == "none":
-        raise ArgumentError("--shared-expert none: a ScMoE of this package has a shared expert; use mean or busiest")
-    if args.text_file is not None and args.shared_expert != "busiest":
-        raise ArgumentError(f"--text-file {args.text_file}: is for --shared-expert busiest; give both, or neither")
+        raise ArgumentError(
+            "--shared-expert none: a ScMoE of this package has a shared expert; use mean, busiest or fit"
+        )
+    if args.text_file is not None and args.shared_expert not in ("busiest", "fit"):
+        raise ArgumentError(f"--text-file {args.text_file}: is for --shared-expert busiest or fit; give both, or none")
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,11 +101,22 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
 
 def _busiest(args: argparse.Namespace) -> list[int]:
     loaded = load_trained(args.source)
-    settings = loaded.trained.settings
+    return busiest_experts(loaded.model, _batches(args, loaded.trained.settings, loaded.tokenizer))
+
+
+def _fitted(args: argparse.Namespace, source: SourceModel, config: ScMoEConfig) -> dict[str, Tensor]:
+    config, trained = source.with_base(config), TrainedModel.open(args.source, contents=False)
+    student = dataclasses.replace(trained, weights=source.surgery(config, fitted={}), config=config)
+    model = load_model(student, serving_config(config), torch.float32, device())
+    batches = _batches(args, source.settings, trained_tokenizer(args.source, trained, None))
+    return fit_shared_experts(model, list(batches))
+
+
+def _batches(args: argparse.Namespace, settings: GPTSettings, tokenizer: Tokenizer) -> Iterator[Tensor]:
     length = args.seq_length or settings.max_position_embeddings
-    text = read_text(args.text_file, loaded.tokenizer, settings.vocab_size)
+    text = read_text(args.text_file, tokenizer, settings.vocab_size)
     sequences = TokenSequences(text.tokens, length, args.max_tokens, f"--text-file {args.text_file}")
-    return busiest_experts(loaded.model, (batch.to(device()) for batch in sequences.batches(args.batch_size)))
+    return (batch.to(device()) for batch in sequences.batches(args.batch_size))
 
 
 def _text(source: SourceModel, config: ScMoEConfig) -> str:

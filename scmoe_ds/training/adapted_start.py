@@ -20,9 +20,10 @@ from scmoe_ds.parallel.output import log
 from scmoe_ds.parallel.process import device
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
 from scmoe_ds.training.expert_counts import busiest_experts
+from scmoe_ds.training.expert_fit import fit_shared_experts
 
 _MICRO_BATCHES = 16
-"""Of each rank, on which the busiest experts are counted."""
+"""Of each rank, on which the busiest experts are counted, or new ones fitted."""
 
 
 def with_base(loaded: LoadedConfig, settings: GPTSettings, tokenizer: Mapping[str, Any] | None) -> LoadedConfig:
@@ -68,18 +69,23 @@ def put_source(engine: Any, section: ScMoEConfig, batches: Callable[[], Iterable
 
     Args:
         engine: of a GPT with that section.
-        batches: this rank's tokens [B, S], on which the busiest experts are counted.
+        batches: this rank's tokens [B, S], on which the busiest experts are counted, or new ones fitted.
 
     Raises:
         CheckpointError: the source is damaged.
+        ScMoEConfigError: shared experts that cannot be fitted.
     """
     adapt = section.adapt
     assert adapt is not None and adapt.source is not None
     path, text = Path(adapt.source), ""
-    source = run_together(lambda: SourceModel.open(path))
-    run_together(lambda: reshard.put_weights(engine, source.surgery(section)))
-    if adapt.shared_expert == "busiest" and not source.has_shared_expert:
+    source, fits = run_together(lambda: SourceModel.open(path)), adapt.shared_expert == "fit"
+    run_together(lambda: reshard.put_weights(engine, source.surgery(section, fitted={} if fits else None)))
+    if adapt.shared_expert == "busiest":
         busiest = busiest_experts(engine.module, batches())
         run_together(lambda: reshard.put_weights(engine, source.surgery(section, busiest)))
         text = f"; shared experts are the experts {', '.join(map(str, busiest))}, the busiest of MoE layer 0, 1, …"
+    if fits:
+        fitted = fit_shared_experts(engine.module, list(batches()))
+        run_together(lambda: reshard.put_weights(engine, source.surgery(section, fitted=fitted)))
+        text = "; shared experts are fitted to what the routed ones leave"
     log(f"scmoe.adapt.source {source.weights.path}: weights of the model that is adapted{text}")

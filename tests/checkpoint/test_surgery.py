@@ -140,6 +140,38 @@ def test_a_new_shared_expert_is_the_mean_or_the_busiest(sources: dict[str, tuple
             torch.testing.assert_close(tensors_of(scaled)[f"{moe}mlp.{part}"].float(), small, rtol=8e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("join", ["end", "late"])
+def test_a_fitted_shared_expert_makes_up_for_the_moved_tap(
+    join: str, sources: dict[str, tuple[str, GPT]], tmp_path: Path
+) -> None:
+    (path, before), text, out = sources["topk"], tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("".join(chr(32 + 7 * place % 90) for place in range(320)))
+    tokens = torch.tensor(list(text.read_bytes())).view(-1, 16)
+    flags = ["--text-file", str(text), "--shared-expert", "fit", "--batch-size", "4", "--join", join]
+    assert main([path, "--output", str(out), *flags]) == 0
+    assert main([path, "--output", str(tmp_path / "mean"), "--join", join]) == 0
+    seen: dict[str, Tensor] = {}
+    for place, block in enumerate(before.runs[0].blocks):
+        block.mlp_norm.register_forward_hook(lambda _, __, value, place=place: seen.update({str(place): value}))
+    with torch.no_grad():
+        expected = before(tokens).logits
+        moe = before.runs[0].last.moe
+        missing_TD = (moe(seen["1"])[0] - moe(seen["0"])[0]).flatten(0, 1)
+        mean, fitted = (tensors_of(tmp_path / name) for name in ("mean", "out"))
+        name = "runs.0.blocks.1.moe.mlp."
+        inner = F.linear(seen["1"].flatten(0, 1), mean[f"{name}input.weight"], mean[f"{name}input.bias"])
+        gate, up = inner.chunk(2, dim=1)
+        inner_TF = 0.5 * torch.cat([F.silu(gate) * up, torch.ones(len(inner), 1)], dim=1)
+        ridge = (1e-3 * inner_TF.square().sum(0).mean()).sqrt() * torch.eye(25)
+        by_rows = torch.cat([inner_TF, ridge]).double(), torch.cat([missing_TD, torch.zeros(25, 16)]).double()
+        solution_FD = torch.linalg.lstsq(*by_rows).solution.float()
+    torch.testing.assert_close(fitted[f"{name}output.weight"], solution_FD[:-1].t(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fitted[f"{name}output.bias"], solution_FD[-1], rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        far, near = ((written(tmp_path / each)(tokens).logits - expected).norm() for each in ("mean", "out"))
+    assert near < far
+
+
 def test_layers_convert_in_part(sources: dict[str, tuple[str, GPT]], tmp_path: Path) -> None:
     path, before = sources["shared"]
     out = tmp_path / "out"

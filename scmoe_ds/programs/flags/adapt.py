@@ -50,12 +50,12 @@ def build_parser() -> FlagParser:
     group = parser.add_argument_group("shared expert", "of a source that has none")
     group.add_argument(
         "--shared-expert",
-        choices=["mean", "busiest", "none"],
-        help="starts from the mean of a layer's experts (default), or from the one that a text keeps busiest; none: "
-        "of a Hugging Face model (its default)",
+        choices=["mean", "busiest", "fit", "none"],
+        help="starts from the mean of a layer's experts (default), from the one that a text keeps busiest, or fitted "
+        "to what the change takes away; none: of a Hugging Face model (its default)",
     )
     group.add_argument(
-        "--text-file", help="a UTF-8 text, for --shared-expert busiest and the losses of a Hugging Face model"
+        "--text-file", help="a UTF-8 text, for --shared-expert busiest and fit, and the losses of a Hugging Face model"
     )
     group = parser.add_argument_group("how a text is read")
     group.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the model's context")
@@ -88,8 +88,10 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.shard_gb <= 0:
         raise ArgumentError(f"--shard-gb {args.shard_gb}: must be above 0")
-    if args.shared_expert == "busiest" and args.text_file is None:
-        raise ArgumentError("--shared-expert busiest: is measured on text; name a file by --text-file, or use mean")
+    if args.shared_expert in ("busiest", "fit") and args.text_file is None:
+        raise ArgumentError(
+            f"--shared-expert {args.shared_expert}: is measured on text; name a file by --text-file, or use mean"
+        )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
