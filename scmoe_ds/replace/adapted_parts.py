@@ -19,6 +19,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.conversion import Conversion
 from scmoe_ds.parallel.process import device
+from scmoe_ds.replace import longcat
 from scmoe_ds.replace.autoep_model import moe_specs
 from scmoe_ds.replace.modeling_adapted import ShortcutParts, add_parts, blocks_of
 from scmoe_ds.replace.own_experts import own_experts_of
@@ -117,6 +118,8 @@ def prepare_parts(model: nn.Module, section: ScMoEConfig, expert_parallel: Mappi
     if not has_parts(section):
         return
     specs = moe_specs(model, expert_parallel)
+    if specs[0].model_family == longcat.FAMILY:  # it has shortcuts, as `schedule_blocks` says
+        return
     numbers = converted_numbers(section, len(specs))
     if section.tap is not None and section.shortcut_norm == "own":
         raise fail("scmoe.shortcut_norm", "own", 'copies the norm of the position; with scmoe.tap, use "shared"')

@@ -70,6 +70,10 @@ def moe_specs(model: nn.Module, expert_parallel: Mapping[str, Any]) -> list[Any]
 
 def _check_preset(model: nn.Module, whole: Mapping[str, Any]) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    if str(kind).startswith("scmoe_"):
+        raise ScMoEConfigError(
+            f"{PATH}: {type(model).__name__} runs in transformers alone; load its directory by scmoe_ds.from_pretrained"
+        )
     own, by_hand = preset_name_for_hf_model_type(str(kind)), at(whole, f"{PATH}.preset_model")
     if by_hand in PRESET_MODELS and own not in (None, by_hand):
         rule = f'the model is of the family "{own}"; set that, or leave it out'

@@ -19,6 +19,7 @@ from lab.distributed import run_distributed
 from lab.moe_families import SEQUENCE, VOCABULARY, batch, tiny
 from scmoe_ds.checkpoint.autoep.export import export_hugging_face
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.engine.attach import prepare_autoep
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace.adapted_parts import prepare_parts, settings_of
@@ -277,3 +278,16 @@ def test_what_a_model_cannot_have(family: str, section: dict[str, Any], message:
     with pytest.raises(ScMoEConfigError) as caught:
         scmoe_ds.initialize(model=tiny(family), config=whole(ep=1, **section))
     assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_models_that_surgery_cannot_change() -> None:
+    scmoe_ds.connect()
+    section = ScMoEConfig.from_deepspeed(given := whole(ep=1, **ADDED))
+    model: Any = tiny("qwen3_moe")
+    model.lm_head.weight.ds_id = 0  # as deepspeed.zero.Init leaves it
+    with pytest.raises(ScMoEConfigError, match=r"the model was made under deepspeed\.zero\.Init; load it by"):
+        prepare_autoep(model, given, section)
+    model = tiny("qwen3_moe")
+    model.config.model_type = "scmoe_qwen3_moe"
+    with pytest.raises(ScMoEConfigError, match=r"runs in transformers alone; load its directory by scmoe_ds.from_pre"):
+        prepare_autoep(model, given, section)

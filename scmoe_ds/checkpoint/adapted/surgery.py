@@ -25,9 +25,10 @@ from scmoe_ds.checkpoint.autoep.tensor_slices import LazyTensor, close
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ArgumentError, CheckpointError
+from scmoe_ds.moe.merge_start import SHARE
 from scmoe_ds.replace.modeling_adapted import SHARED, ShortcutParts, add_parts
 from scmoe_ds.replace.origin import CONFIG_FILE
-from scmoe_ds.replace.surgery import SHARE, start_parts
+from scmoe_ds.replace.surgery import start_parts
 
 DEFAULTS = {"position": "pos1", "first_layer_position": None, "join": "end", "shortcut_norm": "own", "top_k": None}
 
