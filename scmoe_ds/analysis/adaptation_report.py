@@ -11,13 +11,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scmoe_ds.analysis.records import read_json
 from scmoe_ds.errors import AnalysisError
-from scmoe_ds.training.record import RunRecord
+from scmoe_ds.training.record import TEACHERS_LOSS, RunRecord
 
 Who = Literal["teacher", "before", "after"]
 WHO: tuple[Who, ...] = ("teacher", "before", "after")
 """The source; the student before its training, and after."""
-TEACHERS_LOSS = "teacher_lm_loss"
-"""Of a validation in the record of a distillation."""
 
 
 class Evaluated(BaseModel):

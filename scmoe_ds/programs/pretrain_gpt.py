@@ -44,7 +44,7 @@ from scmoe_ds.programs.flags.parser import started_as
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
-from scmoe_ds.training.adapted_start import first_batches, put_source, with_base
+from scmoe_ds.training.adapted_start import first_batches, put_source, validate_first, with_base
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.settings import Summary, TrainingSettings
 from scmoe_ds.training.start_text import TrainingData, announce
@@ -95,7 +95,8 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     model = build_model(shape, config, args)
     engine, *_ = scmoe_ds.initialize(model=model, config=loaded)
 
-    if source is None and config.adapt is not None and config.adapt.source is not None:
+    starts_anew = source is None and config.adapt is not None and config.adapt.source is not None
+    if starts_anew:
         first = partial(first_batches, datasets.train, settings.micro_batch_size)
         put_source(engine, config, first)
     iteration, consumed_samples = checkpoint.load(engine, source)
@@ -105,6 +106,8 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
         engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples, carried
     )
     announce(trainer, loaded, TrainingData(train_data["shown"], training_sizes(datasets.train)))
+    if starts_anew:
+        validate_first(trainer)
     summary = trainer.run()
     test_loss = None
     if datasets.test is not None and summary.iteration >= args.train_iters:

@@ -89,3 +89,25 @@ def put_source(engine: Any, section: ScMoEConfig, batches: Callable[[], Iterable
         run_together(lambda: reshard.put_weights(engine, source.surgery(section, fitted=fitted)))
         text = "; shared experts are fitted to what the routed ones leave"
     log(f"scmoe.adapt.source {source.weights.path}: weights of the model that is adapted{text}")
+
+
+def validate_first(trainer: Any) -> None:
+    """Validates what a training from `adapt.source` starts from, for its record: the source, and the ScMoE with all of
+    its layers converted. Collective; before the first step, when no weight has changed.
+
+    Args:
+        trainer: a training.loop.Trainer of a GPT.
+    """
+    conversion, data = trainer.engine.module.conversion, trainer.valid_set
+    if data is None or not conversion.numbers:
+        return
+    before = conversion.converted
+    try:
+        conversion.only(())
+        teachers = trainer.evaluate(data)
+        conversion.only(conversion.numbers)
+        own = trainer.evaluate(data)
+    finally:
+        conversion.only(before)
+    if own is not None:
+        trainer.log.write_validation(0, 0, own, teachers)

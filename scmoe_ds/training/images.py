@@ -20,8 +20,10 @@ class ImageLog(TrainingLog):
     loss_name, unit = "class_loss", "images"
     accuracy: float | None = None
 
-    def write_validation(self, iteration: int, consumed_samples: int, loss: float) -> None:
-        """Writes the result of a validation; loss in nats per image."""
+    def write_validation(
+        self, iteration: int, consumed_samples: int, loss: float, teachers: float | None = None
+    ) -> None:
+        """Writes the result of a validation; loss in nats per image. A Swin has no source."""
         assert self.accuracy is not None
         self._validation(iteration, consumed_samples, {"accuracy": self.accuracy}, loss)
 

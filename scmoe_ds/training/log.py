@@ -18,7 +18,7 @@ from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.parallel.process import device
 from scmoe_ds.trace.spans import HiddenShare
 from scmoe_ds.training.communication import CommunicationSample, schedule_entries
-from scmoe_ds.training.record import RecordWriter
+from scmoe_ds.training.record import TEACHERS_LOSS, RecordWriter
 from scmoe_ds.training.settings import TrainingSettings
 from scmoe_ds.training.step_text import step_line, validation_line
 from scmoe_ds.training.utilization import Utilization, peak_memory_gib
@@ -166,9 +166,13 @@ class TrainingLog:
         self.record.write("step", iteration, consumed_samples=consumed_samples, **scalars, expert_load=load)
         self._monitor("Train", consumed_samples, scalars)
 
-    def write_validation(self, iteration: int, consumed_samples: int, loss: float) -> None:
-        """Writes the result of a validation; the loss is in nats per token."""
-        self._validation(iteration, consumed_samples, {"perplexity": math.exp(loss) if loss < 700 else math.inf}, loss)
+    def write_validation(
+        self, iteration: int, consumed_samples: int, loss: float, teachers: float | None = None
+    ) -> None:
+        """Writes the result of a validation, and that of the model's source; losses are in nats per token."""
+        values = {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        values |= {} if teachers is None else {TEACHERS_LOSS: teachers}
+        self._validation(iteration, consumed_samples, values, loss)
 
     def _validation(self, iteration: int, consumed_samples: int, values: dict[str, float], loss: float) -> None:
         values = {self.loss_name: loss, **values}

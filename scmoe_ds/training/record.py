@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "log.jsonl"
+TEACHERS_LOSS = "teacher_lm_loss"
+"""Of a validation before the first step of a training from another model's weights: the loss of that model."""
 Entry = dict[str, Any]
 logger = logging.getLogger("scmoe_ds")
 

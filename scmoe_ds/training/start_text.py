@@ -72,6 +72,7 @@ def start_facts(trainer: Trainer, loaded: LoadedConfig, data: TrainingData) -> d
         "converted_layers": _converted(config, len(experts)),
         "shape": shape,
         "experts": experts,
+        "adapt": None if config.adapt is None else config.adapt.model_dump(mode="json"),
         "top_k": config.top_k,
         "parameters": total,
         "active_parameters": active,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from scmoe_ds.training.record import TEACHERS_LOSS
+
 UNKNOWN = "–"
 
 
@@ -79,4 +81,5 @@ def validation_line(iteration: int, values: Mapping[str, float], precise: bool =
     )
     if "accuracy" in values:
         return f"{line}  accuracy {100 * values['accuracy']:.2f} %"
-    return f"{line}  perplexity {show(values['perplexity'])}"
+    line = f"{line}  perplexity {show(values['perplexity'])}"
+    return line if TEACHERS_LOSS not in values else f"{line}  loss of the source {show(values[TEACHERS_LOSS])}"

@@ -20,7 +20,7 @@ from scmoe_ds.errors import CheckpointError, UserError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.training.adapted_start import put_source, with_base
+from scmoe_ds.training.adapted_start import put_source, validate_first, with_base
 from tests.helpers.exports import whole_model, write_export
 
 SETTINGS = GPTSettings(4, 16, 2, 320, 16)
@@ -97,6 +97,42 @@ def test_it_starts_as_the_source_says_and_resumes_by_itself(source: tuple[Path, 
     )
     with pytest.raises(CheckpointError, match=r"another model: scmoe\.adapt: \{.*'layers': \[1\]\} in the checkpoint"):
         checkpoint.choose(str(tmp_path), None, False, other)
+
+
+class Trained:
+    """What `validate_first` asks of a trainer; it validates on TOKENS."""
+
+    valid_set = TOKENS
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.log, self.written = engine, self, list[tuple[Any, ...]]()
+
+    @torch.no_grad()
+    def evaluate(self, data: Tensor) -> float:
+        self.engine.eval()
+        return float(self.engine(data, labels=data.roll(-1, 1)).lm_loss)
+
+    def write_validation(self, *written: Any) -> None:
+        self.written.append(written)
+
+
+def test_the_first_validation_is_of_source_and_student(source: tuple[Path, GPT]) -> None:
+    """The student is compared with one that is a ScMoE throughout, before and after which one layer is converted."""
+    path, before = source
+    loaded = with_base(settings_of(path, adapt={"layers": None, "shared_expert": "mean"}), SETTINGS, BYTES)
+    engine = engine_of(loaded)
+    put_source(engine, loaded.section, lambda: iter([TOKENS]))
+    trainer = Trained(engine)
+    engine.module.conversion.only([1])
+    validate_first(trainer)
+    assert engine.module.conversion.converted == [1]
+    plain = GPT(SETTINGS, loaded.section.model_copy(update={"adapt": None}))
+    plain.load_state_dict(engine.module.state_dict())
+    with torch.no_grad():
+        expected = [float(each.eval()(TOKENS, labels=TOKENS.roll(-1, 1)).lm_loss) for each in (plain, before)]
+    ((iteration, samples, *losses),) = trainer.written
+    assert (iteration, samples) == (0, 0) and losses == pytest.approx(expected, abs=1e-6)
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_sources_that_do_not_fit(source: tuple[Path, GPT], tmp_path: Path) -> None:
