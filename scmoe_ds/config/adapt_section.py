@@ -51,6 +51,8 @@ class DistillConfig(Section):
     def rules(self) -> Iterator[tuple[str, bool, str]]:
         """A field, whether its value breaks the rule, and the rule with the remedy."""
         yield "alpha", not (self.alpha or self.beta or self.gamma), "all three weights are 0; nothing would be learnt"
+        idle = self.alpha == 0 and self.teacher_logits is not None
+        yield "teacher_logits", idle, "with alpha = 0 nothing is learnt from logits; remove it, or set alpha"
         stored = self.gamma > 0 and self.teacher_logits is not None
         yield "gamma", stored, "stored logits hold no outputs of MoE blocks; set 0, or remove teacher_logits"
 

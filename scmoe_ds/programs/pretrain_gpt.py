@@ -10,6 +10,8 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -36,7 +38,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.agreement import require_agreement, run_on_rank_zero, run_together
+from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, require_agreement, run_on_rank_zero, run_together
 from scmoe_ds.programs.flags.checks import require_same_flags
 from scmoe_ds.programs.flags.data import SPLIT_FLAGS
 from scmoe_ds.programs.flags.gpt import gpt_settings, parse_arguments
@@ -45,6 +47,7 @@ from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.adapted_start import first_batches, put_source, validate_first, with_base
+from scmoe_ds.training.distillation import distil, fingerprint_of_source, needs_source
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.settings import Summary, TrainingSettings
 from scmoe_ds.training.start_text import TrainingData, announce
@@ -95,10 +98,11 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     model = build_model(shape, config, args)
     engine, *_ = scmoe_ds.initialize(model=model, config=loaded)
 
-    starts_anew = source is None and config.adapt is not None and config.adapt.source is not None
-    if starts_anew:
-        first = partial(first_batches, datasets.train, settings.micro_batch_size)
-        put_source(engine, config, first)
+    origin = None if config.adapt is None else config.adapt.source
+    if origin is not None and (source is None or needs_source(config)):
+        put_source(engine, config, partial(first_batches, datasets.train, settings.micro_batch_size))
+    facts = facts_of_teacher(args, origin, tokenizer, train_data["content"])
+    distil(engine, config, datasets.train, settings.micro_batch_size, facts)
     iteration, consumed_samples = checkpoint.load(engine, source)
     if args.log_gating_interval:
         GatingMonitor(engine, args.log_gating_interval)
@@ -106,7 +110,7 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
         engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples, carried
     )
     announce(trainer, loaded, TrainingData(train_data["shown"], training_sizes(datasets.train)))
-    if starts_anew:
+    if origin is not None and source is None:
         validate_first(trainer)
     summary = trainer.run()
     test_loss = None
@@ -115,6 +119,20 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     if dist.get_rank() == 0:
         report(summary, datasets, test_loss)
     return summary
+
+
+def facts_of_teacher(
+    args: argparse.Namespace, source: str | None, tokenizer: Tokenizer, corpus: Sequence[str]
+) -> dict[str, Any]:
+    """What a teacher's logits on disk depend on, beside the section. Collective."""
+    return {
+        "the corpus": corpus,
+        "the tokenizer": fingerprint(describe(tokenizer)["identity"]),
+        "the teacher": from_rank_zero(lambda: source and fingerprint_of_source(Path(source))),
+        "--seq-length": args.seq_length,
+        "--seed": args.seed,
+        "--split": split_shares(args.split) if args.split else None,
+    }
 
 
 def build_model(shape: GPTSettings, config: ScMoEConfig, args: argparse.Namespace) -> GPT:

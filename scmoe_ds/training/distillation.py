@@ -13,15 +13,31 @@ from typing import Any
 
 from torch import Tensor
 
-from scmoe_ds.config.adapt_section import DistillConfig
+from scmoe_ds.checkpoint.directories import locate
+from scmoe_ds.checkpoint.files import read_manifest
+from scmoe_ds.config.adapt_section import DistillConfig, section_of_base
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.teacher_logits import TeacherLogits, open_directory
 from scmoe_ds.engine.distill import Distillation
 from scmoe_ds.errors import DataError
 from scmoe_ds.models.divergence import BestTokens
-from scmoe_ds.parallel.agreement import from_rank_zero, run_together
+from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, run_together
 from scmoe_ds.parallel.output import log
 from scmoe_ds.training.teacher_pass import TeacherPass
+
+_OF_ROUTING = {
+    "architecture",
+    "top_k",
+    "merge",
+    "router",
+    "eval_capacity_factor",
+    "min_capacity",
+    "drop_tokens",
+    "use_rts",
+    "top2_2nd_expert_sampling",
+    "gate_softmax",
+}
+"""Fields of the section that decide what a source says, beside its weights."""
 
 
 def needs_source(section: ScMoEConfig) -> bool:
@@ -29,6 +45,15 @@ def needs_source(section: ScMoEConfig) -> bool:
     it goes on from a checkpoint of its own."""
     distill = None if section.adapt is None else section.adapt.distill
     return distill is not None and (distill.alpha > 0 or distill.gamma > 0)
+
+
+def fingerprint_of_source(path: Path) -> str:
+    """Of the files of a source, by their checksums. Reads no weights.
+
+    Raises:
+        CheckpointError: it has no list of its files.
+    """
+    return fingerprint(read_manifest(locate(path), "scmoe.adapt.source"))
 
 
 def distil(
@@ -51,7 +76,7 @@ def distil(
         return None
     conversion, stored = engine.module.conversion, None
     if distill.teacher_logits is not None and distill.alpha > 0:
-        store = _open(distill, made_of, micro_batch_size)
+        store = _open(section, distill, made_of, micro_batch_size)
         TeacherPass(engine, conversion, data, store, distill, micro_batch_size).run()
 
         def stored(samples: range, tokens: Tensor) -> BestTokens:
@@ -62,10 +87,14 @@ def distil(
     return engine.distill
 
 
-def _open(distill: DistillConfig, made_of: Mapping[str, Any], micro_batch_size: int) -> TeacherLogits:
+def _open(
+    section: ScMoEConfig, distill: DistillConfig, made_of: Mapping[str, Any], micro_batch_size: int
+) -> TeacherLogits:
     assert distill.teacher_logits is not None
     directory, flag = Path(distill.teacher_logits), "--teacher-logits"
-    whole = {**made_of, "temperature": distill.temperature, "teacher_top_n": distill.teacher_top_n}
+    routing = section_of_base(section).model_dump(mode="json", include=_OF_ROUTING)
+    own = {"temperature": distill.temperature, "teacher_top_n": distill.teacher_top_n}
+    whole = {**made_of, "the section's fingerprint": fingerprint(routing), **own}
     whole = json.loads(json.dumps(whole))  # as a manifest gives it back
     store = from_rank_zero(lambda: open_directory(directory, flag, whole, micro_batch_size))
 

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from scmoe_ds.errors import ScMoEConfigError
+
 FIELDS: dict[str, str] = {
     "adapt_from": "adapt.source",
     "distill_from": "adapt.source",
@@ -41,6 +43,20 @@ def add_distill(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--teacher-top-n", type=int, help="tokens per place in --teacher-logits; default: 64")
     group.add_argument("--adapt-layers", type=int, nargs="+", help="MoE layers to convert, from 0; default: all")
     group.add_argument("--convert-every", type=int, help="convert one more layer every N iterations; default: all now")
+
+
+def check_teacher(section: Any) -> None:
+    """Refuses a `ScMoEConfig` that asks for a teacher and names none.
+
+    Raises:
+        ScMoEConfigError: `adapt.distill` without `adapt.source`.
+    """
+    adapt = section.adapt
+    if adapt is not None and adapt.distill is not None and adapt.source is None:
+        raise ScMoEConfigError(
+            "scmoe.adapt.source = null: scmoe.adapt.distill needs the trained model that teaches; name it, or give "
+            "--distill-from SOURCE"
+        )
 
 
 def merge_distill(args: argparse.Namespace, section: Any, put: Callable[[str, Any, str], None]) -> None:
