@@ -19,6 +19,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError
 from scmoe_ds.models.layers import GPTSettings
 
+_SHARED_WIDTH = "moe_shared_expert_intermediate_size"
 _OF_THE_SCMOE = {
     "architecture",
     "position",
@@ -28,7 +29,7 @@ _OF_THE_SCMOE = {
     "merge",
     "shortcut_norm",
     "join",
-    "moe_shared_expert_intermediate_size",
+    _SHARED_WIDTH,
 }
 """Fields that decide on tensors or function, and that the surgery may change."""
 
@@ -104,7 +105,7 @@ class SourceModel:
             **changes,
         }
         if not self.has_shared_expert:
-            section["moe_shared_expert_intermediate_size"] = old.moe_ffn_hidden_size
+            section[_SHARED_WIDTH] = old.moe_ffn_hidden_size
         if layers is not None and sorted(layers) != every:
             section["adapt"] = {"base": base_of(old).model_dump(), "layers": list(layers)}
         config = ScMoEConfig.from_deepspeed({"scmoe": section})
@@ -112,15 +113,27 @@ class SourceModel:
         return config
 
     def with_base(self, config: ScMoEConfig) -> ScMoEConfig:
-        """A section whose `adapt` has this model's base."""
-        adapt = config.adapt or AdaptConfig()
-        base = base_of(self.config)
+        """A section whose `adapt` has this model's base. Fields that the section leaves out and that decide on the
+        weights are the source's.
+
+        Raises:
+            ScMoEConfigError: another base, or fields that contradict the source's.
+        """
+        old, base, adapt = self.config, base_of(self.config), config.adapt or AdaptConfig()
         if adapt.base not in (None, base):
             raise ScMoEConfigError(
                 f"scmoe.adapt.base = {_text(adapt.base)}: the layers of {self.weights.path} are {_text(base)}; remove "
                 "the field, it is filled in"
             )
-        return config.model_copy(update={"adapt": adapt.model_copy(update={"base": base})})
+        kept = {*fields.BINDING_SECTION_FIELDS, "router", "gate_softmax"} - _OF_THE_SCMOE
+        section = old.model_dump(mode="json", include=kept) | {"top_k": old.top_k}
+        if self.has_shared_expert:
+            section |= {"merge": base.merge, _SHARED_WIDTH: getattr(old, _SHARED_WIDTH)}
+        else:
+            section[_SHARED_WIDTH] = old.moe_ffn_hidden_size
+        section |= config.model_dump(mode="json", exclude_unset=True)
+        section["adapt"] = adapt.model_copy(update={"base": base}).model_dump(mode="json")
+        return ScMoEConfig.from_deepspeed({"scmoe": section})
 
     def surgery(
         self,
@@ -139,7 +152,7 @@ class SourceModel:
             ScMoEConfigError: layers that the model does not have, or a shared expert that has nothing to start from.
         """
         config.check_model(settings.num_layers)
-        path, shared = self.weights.path, "moe_shared_expert_intermediate_size"
+        path, shared = self.weights.path, _SHARED_WIDTH
         kept = {f"scmoe.{name}" for name in _OF_THE_SCMOE} | {fields.ADAPTED}
         kept -= {f"scmoe.{shared}"} if self.has_shared_expert else set()
         then, now = (

@@ -27,7 +27,8 @@ _MICRO_BATCHES = 16
 
 
 def with_base(loaded: LoadedConfig, settings: GPTSettings, tokenizer: Mapping[str, Any] | None) -> LoadedConfig:
-    """The JSON whose section says how the layers of its `adapt.source` ran.
+    """The JSON whose section says how the layers of its `adapt.source` ran, and has the source's values of fields that
+    it leaves out and that decide on the weights.
 
     Args:
         settings: the shape of the model that is to be trained.
@@ -44,11 +45,9 @@ def with_base(loaded: LoadedConfig, settings: GPTSettings, tokenizer: Mapping[st
     if record is not None and tokenizer is not None:
         flag = "scmoe.adapt.source"
         tokenizer_files.check_same(source.weights.path, record, tokenizer, flag, "this run's tokenizer")
-    source.check(settings, section)
-    config, scmoe = source.with_base(section), loaded.whole["scmoe"]
-    assert config.adapt is not None and config.adapt.base is not None
-    adapt = {**scmoe["adapt"], "base": config.adapt.base.model_dump()}
-    return LoadedConfig({**loaded.whole, "scmoe": {**scmoe, "adapt": adapt}}, config)
+    config = source.with_base(section)
+    source.check(settings, config)
+    return LoadedConfig({**loaded.whole, "scmoe": config.model_dump(mode="json", exclude_unset=True)}, config)
 
 
 def first_batches(data: Any, micro_batch_size: int) -> Iterator[Tensor]:

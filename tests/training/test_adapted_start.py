@@ -25,7 +25,7 @@ from tests.helpers.exports import whole_model, write_export
 
 SETTINGS = GPTSettings(4, 16, 2, 320, 16)
 TOKENS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(3))
-FREE = {"num_experts": 4, "drop_tokens": False, "use_rts": False, "min_capacity": 0}
+FREE = {"drop_tokens": False, "use_rts": False, "min_capacity": 0}
 BYTES = describe(ByteTokenizer())
 
 
@@ -42,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT]:
 
 def settings_of(path: Path, **section: Any) -> LoadedConfig:
     adapt = {"source": str(path), "layers": [1], "shared_expert": "busiest"}
-    scmoe = {**FREE, "top_k": 2, "position": "pos3", "merge": "cg2", **section}
+    scmoe = {**FREE, "position": "pos3", "merge": "cg2", **section}
     return load(
         {
             "train_micro_batch_size_per_gpu": 2,
@@ -69,6 +69,7 @@ def step(engine: Any) -> Tensor:
 def test_it_starts_as_the_source_says_and_resumes_by_itself(source: tuple[Path, GPT], tmp_path: Path) -> None:
     path, before = source
     loaded = with_base(settings_of(path), SETTINGS, BYTES)
+    assert (loaded.section.num_experts, loaded.section.top_k) == (4, 2), "as in the source"
     assert loaded.section.adapt is not None and loaded.section.adapt.base is not None
     assert load(loaded.whole).section == loaded.section, "the JSON that DeepSpeed gets says the same"
     assert loaded.section.adapt.base.model_dump() == {"architecture": "pipelined_topk", "top_k": 2, "merge": "add"}
