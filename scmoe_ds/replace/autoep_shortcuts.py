@@ -64,7 +64,8 @@ def _pair(model: nn.Module, name: str, layer: Any, tap: Tap, section: ScMoEConfi
 
 def _text(pairs: list[HookedPair], numbers: list[int], section: ScMoEConfig, count: int) -> str:
     """Which layers are converted, and into what, in one line."""
-    which = "" if len(pairs) == count else f" of MoE layer {layers_text(numbers)} (the other layers are as they were)"
+    named = f"MoE layer{'s' * (len(pairs) > 1)} {layers_text(numbers)}"
+    which = "" if len(pairs) == count else f" of {named} (the other layers are as they were)"
     places = names_text([pair.tap.module_name for pair in pairs])
     own = section.shortcut_norm == "own"
     norms = names_text([pair.tap.norm_name for pair in pairs if pair.tap.norm_name]) or "no norm"
