@@ -53,10 +53,14 @@ class SharedExpert(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
         self.act_fn = ACT2FN[activation]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        output: torch.Tensor = self.down_proj(inner)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.inner(hidden_states))
         return output
+
+    def inner(self, hidden_states: Tensor) -> Tensor:
+        """What the last projection reads: [..., D] → [..., width]."""
+        activation: Tensor = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return activation
 
 
 class ShortcutParts(nn.Module):
@@ -101,6 +105,9 @@ class Shortcut:
         attention: behind which the routed output joins; None: at the end of the block.
         top_k: routed experts per token; None: as the source.
         crosses: whether tap or join lie in another block.
+
+    Attributes:
+        of_source: the MoE layer's forward as the source has it.
     """
 
     def __init__(
@@ -109,7 +116,7 @@ class Shortcut:
         self.name, self.block, self.mlp, self.parts = name, block, block.mlp, block.shortcut
         self.top_k, self.crosses, self.is_late = top_k, crosses, attention is not None
         self.shared_name = next((each for each in SHARED if hasattr(self.mlp, each)), None)
-        self._of_source = self.mlp.forward
+        self.of_source = self.mlp.forward
         self._shortcut: Tensor | None = None
         self._late: Tensor | None = None
         self.mlp.forward = self.forward
@@ -127,7 +134,7 @@ class Shortcut:
         """The MoE layer's own forward, of [B, S, D]."""
         shortcut, self._shortcut = self._shortcut, None
         if not self.parts.converted:
-            output: Tensor = self._of_source(hidden_states)
+            output: Tensor = self.of_source(hidden_states)
             return output
         if self.crosses and torch.is_grad_enabled() and getattr(self.block, "gradient_checkpointing", False):
             raise ValueError(
@@ -153,7 +160,7 @@ class Shortcut:
                 setattr(self.mlp, name, _Silent())
             for each in routers:
                 each.top_k = each.top_k if self.top_k is None else self.top_k
-            output: Tensor = self._of_source(shortcut)
+            output: Tensor = self.of_source(shortcut)
             return output
         finally:
             if name is not None:

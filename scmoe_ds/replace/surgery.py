@@ -29,18 +29,21 @@ def mean_of(weights: Tensor, added_up: Callable[[Tensor], Tensor] = lambda own: 
     return added_up(weights.sum(0, dtype=torch.float32)) / (len(weights) if of is None else of)
 
 
-def start_parts(parts: ShortcutParts, merge: Merge, experts: Callable[[], tuple[Tensor, Tensor]]) -> None:
+def start_parts(
+    parts: ShortcutParts, merge: Merge, experts: Callable[[], tuple[Tensor, Tensor]], share: float = SHARE
+) -> None:
     """Sets all parts of a layer but its norm, which is a copy already, in place.
 
     Args:
         experts: gives gate_up [2F, D] and down [D, F] for an added shared expert: those of one routed expert, or the
             mean of several.
+        share: weight of an added shared expert.
     """
     coefficient, is_added = parts.coefficient, parts.shared_expert is not None
     if parts.shared_expert is not None:
-        _start_shared_expert(parts.shared_expert, *experts(), share=SHARE if coefficient is None else 1.0)
+        _start_shared_expert(parts.shared_expert, *experts(), share=share if coefficient is None else 1.0)
     if coefficient is not None:
-        start = start_of_merge(merge, None if is_added else "add", None, coefficient.in_features)
+        start = start_of_merge(merge, None if is_added else "add", None, coefficient.in_features, share)
         assert start is not None
         with torch.no_grad():
             for parameter, value in zip((coefficient.weight, coefficient.bias), start, strict=True):

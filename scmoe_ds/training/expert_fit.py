@@ -23,11 +23,9 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.converted import ConvertedPair
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.converted import ConvertedMoE
+from scmoe_ds.moe.least_squares import solve
 from scmoe_ds.moe.merge import merge_weights
 from scmoe_ds.trace.recorder import SILENT
-
-RIDGE = 1e-3
-"""λ, relative to the mean square of an activation."""
 
 
 @torch.no_grad()
@@ -57,7 +55,7 @@ def fit_shared_experts(model: GPT, batches: Sequence[Tensor]) -> dict[str, Tenso
         model.conversion.only(model.conversion.numbers[: place + 1])
         pair = model.runs[layer]
         assert isinstance(pair, ConvertedPair)
-        solution_FD = _solve(*_sums(model, pair, batches)).to(pair.last.moe.mlp.output.weight.dtype)
+        solution_FD = solve(*_sums(model, pair, batches)).to(pair.last.moe.mlp.output.weight.dtype)
         output = pair.last.moe.mlp.output
         name = f"runs.{layer}.blocks.{len(pair.blocks) - 1}.moe.mlp.output."
         weight_FD = solution_FD if output.bias is None else solution_FD[:-1]
@@ -96,11 +94,6 @@ def _sums(model: GPT, pair: ConvertedPair, batches: Sequence[Tensor]) -> tuple[T
         for total in sums:
             dist.all_reduce(total)
     return sums[0], sums[1]
-
-
-def _solve(inner_FF: Tensor, missing_FD: Tensor) -> Tensor:
-    ridge = RIDGE * inner_FF.diagonal().mean()
-    return torch.linalg.solve(inner_FF + ridge * torch.eye(len(inner_FF)).to(inner_FF), missing_FD)
 
 
 class _Listener:

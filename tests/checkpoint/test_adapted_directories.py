@@ -153,6 +153,42 @@ def test_the_new_weights_are_the_norm_of_the_moe_the_mean_and_the_busiest_expert
         assert f"({ids.numel()} tokens): {plain:.4f} before, {after:.4f} after surgery" in said[-1]
 
 
+@pytest.mark.parametrize("merge", ["add", "cg1", "cg2"])
+def test_a_fitted_shared_expert_makes_up_for_the_moved_tap(sources: Path, tmp_path: Path, merge: str) -> None:
+    """The first layer's, by least squares on what hooks of the source and of the mean's model see."""
+    source, text = sources / "qwen3_moe", TextSettings(sources / "text.txt", seq_length=16)
+    fields = {"merge": merge, "layers": [0], "shared_expert": "fit"}
+    adapt_hugging_face(source, tmp_path / "fit", fields, text=text)
+    model, seen = loaded(tmp_path / "fit"), {}
+    block = model.model.layers[0]
+    block.post_attention_layernorm.register_forward_hook(lambda _, args, output: seen.update(hidden=output))
+    block.mlp.experts.register_forward_hook(lambda _, args, output: seen.update(routed=output))
+    ids = torch.tensor(tokenizer()(TEXT)["input_ids"])
+    model(input_ids=ids[: len(ids) // 16 * 16].view(-1, 16), use_cache=False)
+    hidden, routed, parts = seen["hidden"].flatten(0, 1), seen["routed"], block.shortcut
+    old = loaded(source).model.layers[0].mlp(seen["hidden"]).flatten(0, 1)
+    of_shared, of_routed = {"add": (1.0, 1.0), "cg1": (0.5, 1.0), "cg2": (0.2, 0.8)}[merge]
+    if merge != "add":
+        logits = parts.coefficient(hidden)
+        found = logits.sigmoid() if merge == "cg1" else logits.softmax(-1)
+        expected = torch.tensor([[of_shared]] if merge == "cg1" else [[of_routed, of_shared]])
+        assert torch.allclose(found, expected.expand_as(found), atol=1e-6)
+    shared = parts.shared_expert
+    gate, up = shared.gate_proj(hidden), shared.up_proj(hidden)
+    inner = (of_shared * torch.nn.functional.silu(gate) * up).double()
+    missing = (old - of_routed * routed.view_as(old)).double()
+    ridge = 1e-3 * (inner**2).sum(0).mean()
+    rows = torch.cat([inner, ridge.sqrt() * torch.eye(inner.shape[1], dtype=torch.float64)])
+    solution = torch.linalg.lstsq(
+        rows, torch.cat([missing, missing.new_zeros(inner.shape[1], missing.shape[1])])
+    ).solution
+    weight = shared.down_proj.weight.double()
+    assert (weight - solution.t()).abs().max() <= 1e-3 * solution.abs().max()
+    adapt_hugging_face(source, tmp_path / "mean", {**fields, "shared_expert": "mean"})
+    mean = loaded(tmp_path / "mean").model.layers[0].shortcut.shared_expert
+    assert torch.equal(mean.gate_proj.weight, shared.gate_proj.weight)
+
+
 def test_a_dtype_is_that_of_all_weights_but_the_routers_bias(sources: Path, tmp_path: Path) -> None:
     adapt_hugging_face(sources / "deepseek_v3", tmp_path / "out", {}, torch.bfloat16)
     for name, value in weights_of(tmp_path / "out").items():
@@ -195,7 +231,7 @@ def test_the_moe_sibling_of_a_dense_model_computes_the_same(
 def test_what_cannot_be_adapted_is_one_sentence(sources: Path, tmp_path: Path) -> None:
     source, out = sources / "qwen3_moe", tmp_path / "out"
     adapt_hugging_face(source, tmp_path / "done", {})
-    for name in ("dense", "pickles", "many", "empty", "damaged", "olmo2", "other"):
+    for name in ("dense", "pickles", "many", "empty", "damaged", "olmo2", "other", "fp8"):
         (tmp_path / name).mkdir()
     transformers.LlamaConfig(**SHAPE).save_pretrained(tmp_path / "dense")
     transformers.GPT2Config().save_pretrained(tmp_path / "other")
@@ -206,6 +242,7 @@ def test_what_cannot_be_adapted_is_one_sentence(sources: Path, tmp_path: Path) -
         shutil.copy(source / "config.json", tmp_path / name)
     (tmp_path / "pickles" / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"x" * 20)
+    (tmp_path / "fp8" / "config.json").write_text('{"model_type": "deepseek_v3", "quantization_config": {}}')
     (tmp_path / "many" / "config.json").write_text('{"model_type": "qwen3_5_moe", "text_config": {}}')
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (tmp_path / "done", {}, "is adapted already; name the model that it was made of"),
@@ -221,7 +258,9 @@ def test_what_cannot_be_adapted_is_one_sentence(sources: Path, tmp_path: Path) -
         (source, {"layers": [0, 0]}, "name each MoE layer once"),
         (source, {"merge": "cg2"}, "has no shared expert"),
         (source, {"top_k": 4}, "routes a token to 3 experts; use 1 … 3"),
-        (source, {"shared_expert": "busiest"}, "is measured on text"),
+        (source, {"shared_expert": "busiest"}, "busiest: is measured on text"),
+        (source, {"shared_expert": "fit"}, "fit: is measured on text"),
+        (tmp_path / "fp8", {}, "its weights are quantized"),
         (sources / "deepseek_v3", {"shared_expert": "mean"}, "has a shared expert already"),
     ]
     for path, fields, text in cases:

@@ -41,6 +41,10 @@ class SourceDirectory:
                 f"{path}: {kind} is more than a language model; save its text model alone by transformers' "
                 "AutoModelForCausalLM.from_pretrained and save_pretrained, and adapt that"
             )
+        if "quantization_config" in self.config:
+            raise CheckpointError(
+                f"{path}: its weights are quantized, and could not be trained further; name a directory of bf16 weights"
+            )
         if kind == longcat.FAMILY:
             raise CheckpointError(f"{path}: {kind} has a shortcut of its own already; it needs no surgery")
         self.tensors = tensors_in(path)

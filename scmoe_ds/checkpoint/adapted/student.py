@@ -51,7 +51,7 @@ class HuggingFaceStudent:
             if kind == "busiest" and text is None:
                 raise ArgumentError("--shared-expert busiest: is measured on text; name a file by --text-file")
             if kind == "fit":
-                raise ArgumentError("--shared-expert fit: is for this package's GPT; use mean, busiest or none")
+                raise ArgumentError("--shared-expert fit: --measure takes mean, busiest or none; use one of them")
             measured = Text(source, text) if text is not None and kind == "busiest" else None
             if measured is not None:
                 measured.loss()

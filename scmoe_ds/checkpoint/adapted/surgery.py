@@ -25,11 +25,12 @@ from scmoe_ds.checkpoint.autoep.tensor_slices import LazyTensor, close
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ArgumentError, CheckpointError
-from scmoe_ds.moe.merge_start import SHARE
+from scmoe_ds.moe.merge_start import FITTED_SHARE, SHARE
 from scmoe_ds.replace.modeling_adapted import SHARED, ShortcutParts, add_parts
 from scmoe_ds.replace.origin import CONFIG_FILE
 from scmoe_ds.replace.surgery import start_parts
 
+_KINDS = {"none": "none", "mean": "the mean expert", "busiest": "the busiest expert", "fit": "fitted to the text"}
 DEFAULTS = {"position": "pos1", "first_layer_position": None, "join": "end", "shortcut_norm": "own", "top_k": None}
 
 
@@ -60,15 +61,15 @@ def adapt_hugging_face(
         measured = None if text is None else Text(source, text)
         said = [f"{source.model.config.model_type}: {_described(source, scmoe, list(parts))}"]
         kind = scmoe["adapt"]["shared_expert"]
-        if kind == "busiest" and measured is None:
-            raise ArgumentError("--shared-expert busiest: is measured on text; name a file by --text-file, or use mean")
-        if kind == "fit":
-            raise ArgumentError("--shared-expert fit: is for this package's GPT; use mean, busiest or none")
+        if kind in ("busiest", "fit") and measured is None:
+            raise ArgumentError(f"--shared-expert {kind}: is measured on text; name a file by --text-file, or use mean")
         before = None if measured is None else measured.loss()
         state: dict[str, Tensor] = {}
         for number, each in parts.items():
             state |= start_of(source, number, each, scmoe, measured)
             said += [] if kind != "busiest" or measured is None else [measured.of_busiest(number)]
+        if kind == "fit" and measured is not None:
+            measured.fit(scmoe, state)
         part = shards.claim(out)
         with shards.one_sentence(out):
             _write(source, part, state, scmoe, dtype)
@@ -119,18 +120,18 @@ def start_of(
     place = source.layers[number]
     begin = source.names_of(place)
     norm = source.read(f"{begin}post_attention_layernorm.weight")
-    parts = parts.to_empty(device="cpu")
+    parts, kind = parts.to_empty(device="cpu"), scmoe["adapt"]["shared_expert"]
 
     def experts() -> tuple[Tensor, Tensor]:
         found = ExpertsInFiles(source, place)
-        if scmoe["adapt"]["shared_expert"] == "mean":
+        if kind in ("mean", "fit"):
             return found.mean()
         assert measured is not None
         return found.read(measured.busiest(number))
 
     if parts.norm is not None:
         parts.norm.load_state_dict({"weight": norm})
-    start_parts(parts, scmoe["merge"], experts)
+    start_parts(parts, scmoe["merge"], experts, FITTED_SHARE[scmoe["merge"]] if kind == "fit" else SHARE)
     return {f"{begin}shortcut.{name}": each.detach().to(norm.dtype) for name, each in parts.state_dict().items()}
 
 
@@ -176,8 +177,8 @@ def _described(source: SourceDirectory, scmoe: Mapping[str, Any], numbers: list[
     """What the surgery does, in a line."""
     which = "all" if len(numbers) == len(source.layers) else ", ".join(map(str, numbers)) or "none"
     kind, has_own = scmoe["adapt"]["shared_expert"], any(map(_has_shared, (block for _, block in source.blocks)))
-    shared = "the source's" if has_own else "none" if kind == "none" else f"the {kind} expert"
-    if kind != "none" and scmoe["merge"] == "add":
+    shared = "the source's" if has_own else _KINDS[kind]
+    if kind not in ("none", "fit") and scmoe["merge"] == "add":
         shared += f", times {SHARE}"
     norm = "a copy of the MoE's norm" if scmoe["shortcut_norm"] == "own" else "the norm of the tapped block"
     return (

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scmoe_ds.checkpoint.adapted.fit import fit_shared_experts
 from scmoe_ds.checkpoint.adapted.source import SourceDirectory
 from scmoe_ds.errors import CheckpointError, DataError, one_line
-from scmoe_ds.replace.modeling_adapted import blocks_of, install, moe_blocks
+from scmoe_ds.replace.modeling_adapted import ShortcutParts, blocks_of, install, moe_blocks
 
 WINDOW, MOST_TOKENS = 512, 1 << 15
 """Tokens of a sequence, and of all together, if nothing else is said."""
@@ -75,13 +76,28 @@ class Text:
 
     def loss_of(self, scmoe: Mapping[str, Any], state: Mapping[str, Tensor]) -> float:
         """The same of the ScMoE with these new weights."""
-        parts = install(self.model, scmoe)
-        blocks = moe_blocks(blocks_of(self.model))
-        for number, each in parts.items():
-            begin = f"layers.{blocks[number][1]}.shortcut."
-            found = {name.partition(begin)[2]: value for name, value in state.items() if begin in name}
-            each.load_state_dict(found)
+        self._convert(scmoe, state)
         return self._loss()
+
+    def fit(self, scmoe: Mapping[str, Any], state: dict[str, Tensor]) -> None:
+        """Fits the added shared experts among the new weights, in place."""
+        parts = self._convert(scmoe, state)
+        fit_shared_experts(self.model, scmoe["merge"], self._ids.split(self._batch_size))
+        for number, each in parts.items():
+            name = next(name for name in state if name.endswith(f"{self._begin(number)}shared_expert.down_proj.weight"))
+            assert each.shared_expert is not None
+            state[name] = each.shared_expert.down_proj.weight.detach().to(state[name])
+
+    def _convert(self, scmoe: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[int, ShortcutParts]:
+        parts = install(self.model, scmoe)
+        for number, each in parts.items():
+            begin = self._begin(number)
+            each.load_state_dict({name.partition(begin)[2]: value for name, value in state.items() if begin in name})
+        return parts
+
+    def _begin(self, number: int) -> str:
+        """What the names of a layer's new weights have in the files, after whatever comes before."""
+        return f"layers.{moe_blocks(blocks_of(self.model))[number][1]}.shortcut."
 
     def busiest(self, number: int) -> int:
         """The expert of an MoE layer that gets most tokens."""
