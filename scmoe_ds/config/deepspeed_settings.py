@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import nn
 
 from scmoe_ds.config.deepspeed_json import at, offloads, section
 from scmoe_ds.config.deepspeed_optimizers import check_optimizer
@@ -124,6 +125,19 @@ def check_model_and_optimizer(whole: Mapping[str, Any], model: object, optimizer
         raise ScMoEConfigError(
             "zero_optimization.offload_optimizer with an optimizer of your own: DeepSpeed requires its CPU Adam there; "
             'set "zero_force_ds_cpu_optimizer": false, or name the optimizer in the DeepSpeed JSON'
+        )
+
+
+def check_trainable(whole: Mapping[str, Any], model: nn.Module) -> None:
+    """Raises a ScMoEConfigError where DeepSpeed would make an optimizer for no parameter at all.
+
+    Args:
+        model: with the parameters that a conversion adds.
+    """
+    if whole.get("optimizer") and not any(each.requires_grad for each in model.parameters()):
+        raise ScMoEConfigError(
+            "optimizer: every parameter of the model is frozen, and nothing is left to train; set requires_grad of "
+            "some, or remove the section and set zero_optimization.stage 0 to evaluate only"
         )
 
 

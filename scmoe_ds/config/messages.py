@@ -21,6 +21,11 @@ def fail(path: str, value: object, rule: str) -> ScMoEConfigError:
     return ScMoEConfigError(f"{path} = {text if len(text) <= _LONGEST else text[:_LONGEST] + ' …'}: {rule}")
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 operator", "2 operators"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def unknown_key(path: str, key: str, valid: Collection[str]) -> str:
     """The line for a key that does not exist: names the nearest that does, or all."""
     near = nearest(key, valid)

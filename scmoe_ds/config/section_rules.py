@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from scmoe_ds.config.messages import counted
+
 Rule = tuple[str, bool, str]
 """A field, whether its value breaks the rule, and the rule with the remedy."""
 
@@ -59,7 +61,7 @@ def rules_of_slots(section: Any) -> Iterator[Rule]:
     yield (
         "overlap.expert_slot",
         not section.replace and highest > last,
-        f"the backbone has {last - 1} operators here; use 1 … {last}",
+        f"the backbone has {counted(last - 1, 'operator')} here; use 1 … {last}",
     )
     yield (
         "overlap.expert_slot",

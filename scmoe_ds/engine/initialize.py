@@ -19,7 +19,13 @@ from scmoe_ds.compat import allow_frozen_experts
 from scmoe_ds.config.batch_sizes import batch_sizes
 from scmoe_ds.config.deepspeed_gradients import check_norm, check_output
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
-from scmoe_ds.config.deepspeed_settings import check_accelerator, check_filled_in, check_model_and_optimizer, warn
+from scmoe_ds.config.deepspeed_settings import (
+    check_accelerator,
+    check_filled_in,
+    check_model_and_optimizer,
+    check_trainable,
+    warn,
+)
 from scmoe_ds.config.expert_parallel import uses_autoep
 from scmoe_ds.config.loading import LoadedConfig, Source
 from scmoe_ds.config.section import ScMoEConfig
@@ -86,6 +92,8 @@ def initialize(
     sources = (_on_this_rank(whole, own), mesh_param)
 
     def start(optimizer: Any, model_parameters: Any) -> tuple[Any, Any, Any, Any]:
+        if "optimizer" not in own:
+            check_trainable(whole, model)
         with section_is_read(), errors_name_the_section(whole, own):
             result = deepspeed.initialize(_without_json(args), model, optimizer, model_parameters, *handed_on, *sources)
         result[0].module.register_forward_hook(check_output)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe_ds.config.messages import counted
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.overlap.executor import Activations, Operator, PairOutput, backbone, numbered
@@ -46,8 +47,8 @@ class AsIsPair:
         if self.schedule.slots[-1] > len(operators) + 1:
             names = ", ".join(operator.label for operator in operators) or "none"
             raise ScMoEConfigError(
-                f"scmoe.overlap.expert_slot = {overlap.expert_slot}: the backbone of {layer.name} has {len(operators)} "
-                f"operators ({names}); use 1 … {len(operators) + 1}"
+                f"scmoe.overlap.expert_slot = {overlap.expert_slot}: the backbone of {layer.name} has "
+                f"{counted(len(operators), 'operator')} ({names}); use 1 … {len(operators) + 1}"
             )
 
     def schedule_now(self) -> Schedule:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scmoe_ds.config.messages import counted
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.overlap.executor import Operator
@@ -267,8 +268,8 @@ class HookedPair:
         elif self.schedule.slots[-1] > len(sizes) + 1:
             names = ", ".join([*current.kinds, *self._last])
             raise ScMoEConfigError(
-                f"scmoe.overlap.expert_slot = {self.overlap.expert_slot}: the backbone of {self.name} has {len(sizes)} "
-                f"operators ({names}); use 1 … {len(sizes) + 1}"
+                f"scmoe.overlap.expert_slot = {self.overlap.expert_slot}: the backbone of {self.name} has "
+                f"{counted(len(sizes), 'operator')} ({names}); use 1 … {len(sizes) + 1}"
             )
         if self.first_pass is not None:
             self.first_pass.of(self, training, is_cut)

@@ -126,6 +126,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: scmoe_ds.initialize(model=WithScMoE(), config=whole(replace=True)),
         r"scmoe\.replace: moe is a ScMoE already; remove the field",
     ),
+    "all is frozen": (
+        lambda: scmoe_ds.initialize(model=WithScMoE().requires_grad_(False), config=whole()),
+        "optimizer: every parameter of the model is frozen",
+    ),
     "a dense model": (lambda: scmoe_ds.initialize(model=nn.Linear(8, 8), config=whole()), "Linear holds no MoE layer"),
     "a MoE of Hugging Face": (
         lambda: scmoe_ds.initialize(model=mixtral(), config=whole()),
