@@ -63,7 +63,7 @@ DISTILL: dict[str, Any] = {
     "stored": {"alpha": 1.0},
 }
 LIMITS = {"teacher": 1.35, "stored": 1.02}
-WARM_UP, STEPS = 2, 2  # the first step makes the optimizer's state
+WARM_UP, STEPS = 1, 1  # the first step makes the optimizer's state
 Step = Callable[[int], None]
 
 
@@ -197,7 +197,7 @@ def page(record: dict[str, Any]) -> str:
             "",
             "`python -m benchmarks.cost.adapt_memory`",
             "",
-            environment_text(record),
+            environment_text({key: value for key, value in record.items() if key != "rows"}),
             "",
             f"{shape}. In brackets: over the model alone. {'; '.join(said)}.",
             "",

@@ -24,8 +24,10 @@ from torch import Tensor
 from scmoe_ds.comm.gather import gather_last_dimension
 from scmoe_ds.models.parallel_layers import Group, gather_vocabulary
 
-_ELEMENTS_AT_ONCE = 1 << 20
-"""Of logits in fp32: 4 MiB, and a few temporaries of that size, which stay in a processor's cache."""
+_ELEMENTS_AT_ONCE = 1 << 18
+"""Of logits in fp32: 1 MiB, and eight temporaries of that size, which stay in a processor's cache."""
+_MOST_CHUNKS = 64
+"""Of many tokens; more of them would be launches of small kernels, and save next to nothing beside the logits."""
 
 
 class WholeDistribution(NamedTuple):
@@ -164,7 +166,8 @@ def _chunks(logits_TV: Tensor, temperature: float) -> Iterator[tuple[slice, Tens
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    return max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])
+    V = logits.shape[-1]
+    return max(1, _ELEMENTS_AT_ONCE // V, logits.numel() // V // _MOST_CHUNKS)
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
