@@ -128,13 +128,14 @@ def check_model_and_optimizer(whole: Mapping[str, Any], model: object, optimizer
         )
 
 
-def check_trainable(whole: Mapping[str, Any], model: nn.Module) -> None:
+def check_trainable(whole: Mapping[str, Any], model: nn.Module, own: Collection[str]) -> None:
     """Raises a ScMoEConfigError where DeepSpeed would make an optimizer for no parameter at all.
 
     Args:
         model: with the parameters that a conversion adds.
+        own: what the user hands over, an "optimizer" for example.
     """
-    if whole.get("optimizer") and not any(each.requires_grad for each in model.parameters()):
+    if whole.get("optimizer") and "optimizer" not in own and not any(each.requires_grad for each in model.parameters()):
         raise ScMoEConfigError(
             "optimizer: every parameter of the model is frozen, and nothing is left to train; set requires_grad of "
             "some, or remove the section and set zero_optimization.stage 0 to evaluate only"

@@ -70,8 +70,7 @@ def initialize(
             `parameter_groups`. Experts get groups of their own. What `"replace": true` adds joins its like's group.
         training_data, lr_scheduler, distributed_port, dist_init_required, collate_fn, mesh_param: as for DeepSpeed.
         mpu: as for DeepSpeed; default: the groups of scmoe_ds.parallel.tensor, if it was started.
-        config, config_params: the DeepSpeed JSON with its "scmoe" section: a path, a dict, or what
-            `scmoe_ds.config.loading.load` has validated.
+        config, config_params: the DeepSpeed JSON with its "scmoe" section: a path, a dict, or a valid `LoadedConfig`.
 
     Returns:
         engine, optimizer, data loader, learning-rate scheduler. `engine.overlap` (a Calibrator) times the first
@@ -92,8 +91,7 @@ def initialize(
     sources = (_on_this_rank(whole, own), mesh_param)
 
     def start(optimizer: Any, model_parameters: Any) -> tuple[Any, Any, Any, Any]:
-        if "optimizer" not in own:
-            check_trainable(whole, model)
+        check_trainable(whole, model, own)
         with section_is_read(), errors_name_the_section(whole, own):
             result = deepspeed.initialize(_without_json(args), model, optimizer, model_parameters, *handed_on, *sources)
         result[0].module.register_forward_hook(check_output)
