@@ -37,6 +37,7 @@ from scmoe_ds.programs.adapt_measure import measured
 from scmoe_ds.programs.adapt_report import write_report
 from scmoe_ds.programs.adapt_sources import gpt_source
 from scmoe_ds.programs.flags.adapt import build_parser, check
+from scmoe_ds.programs.flags.checks import require_same_flags
 from scmoe_ds.programs.run import run_alone, run_program
 from scmoe_ds.training.expert_counts import busiest_experts
 from scmoe_ds.training.expert_fit import fit_shared_experts
@@ -59,9 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def adapt(args: argparse.Namespace) -> None:
-    """One job in a process group of one."""
-    if dist.get_world_size() > 1:
-        raise ArgumentError("scmoe adapt runs in one process: start it without a launcher")
+    """One job in a process group of one, or of several that measure."""
+    require_same_flags(args)
+    if dist.get_world_size() > 1 and (args.measure is None or args.output is not None or is_hugging_face(args.source)):
+        raise ArgumentError(
+            "scmoe adapt runs in one process: start it without a launcher; several ranks are for --measure of a GPT of "
+            "this package, without --output, whose pairs they time"
+        )
     if is_hugging_face(args.source):
         adapt_hugging_face.adapt(args, _changes(args))
         return

@@ -34,12 +34,13 @@ from scmoe_ds.errors import AnalysisError, ArgumentError, imports_of, reason_of
 from scmoe_ds.evaluation.held_out import HeldOut
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.models.identity import Identity, differences
+from scmoe_ds.parallel.agreement import is_rank_zero, run_on_rank_zero
 from scmoe_ds.programs.adapt_sources import AdaptSource, Opened
 from scmoe_ds.programs.flags.checks import flag_of
 
 _NO_TIMES = (
-    "No times are known, so the columns of time are left out: scmoe report, on the training's ranks, measures them "
-    'into the file that "scmoe": {"overlap": {"calibration_file": …}} of its JSON names; give it as --calibration.'
+    "No times are known, so the columns of time are left out: deepspeed --module scmoe_ds.programs.adapt SOURCE "
+    "--measure TEXT, on the training's ranks, measures them; or give a calibration_file of the training as --calibration."
 )
 _SAME = ("merge", "top_k", "shortcut_norm", "shared_expert", "text_file", "dtype")
 """Flags that the command for the choice repeats."""
@@ -48,14 +49,15 @@ _HOW = "Times are of one micro-batch, forward and backward, from tap to join, by
 
 def measured(args: argparse.Namespace, source: AdaptSource) -> bool:
     """Measures, prints and writes. Sets --position, --join and --layers as they were chosen, and returns whether
-    --output is to be written. One job in a process group of one.
+    --output is to be written. Collective.
 
     Raises:
         AnalysisError, ArgumentError, DataError, EvaluationError: what a user can correct.
     """
+    timed = source.time() if source.time is not None and args.calibration is None else None
     first = source.open(source.ways[0])
     text = _text(args, source, first)
-    times, origin = _times(args, source, first.identity)
+    times, origin = _times(args, source, first.identity, timed)
     cosines = _similarity(args, first, text)
     opened = {source.ways[0]: first}
     del first
@@ -106,9 +108,13 @@ def _similarity(args: argparse.Namespace, first: Opened, text: HeldOut) -> dict[
     return similarity_of_ends(verdict, first.subject.moe_blocks)
 
 
-def _times(args: argparse.Namespace, source: AdaptSource, own: Identity) -> tuple[Times | None, str]:
+def _times(
+    args: argparse.Namespace, source: AdaptSource, own: Identity, timed: Times | None
+) -> tuple[Times | None, str]:
     """Measured times and where they are from; None and why there are none."""
-    if args.calibration is not None:
+    if timed is not None:
+        times, name = timed, "random tokens on these ranks"
+    elif args.calibration is not None:
         times, name = read_times(args.calibration), f"--calibration {args.calibration}"
         if found := differences(own, times.identity):
             raise AnalysisError(
@@ -148,7 +154,7 @@ def _most_similar(
         )
     order = most_similar(of_way, len(of_way))
     for layer in order:
-        print(f"MoE layer {layer}: cosine similarity of the ends of {way.text} {of_way[layer]:.4f}", flush=True)
+        _say(f"MoE layer {layer}: cosine similarity of the ends of {way.text} {of_way[layer]:.4f}")
     return way, order[: args.most_similar]
 
 
@@ -159,11 +165,11 @@ def _show(args: argparse.Namespace, found: Adaptation) -> None:
     doing = None if choice is None else command(source, choice, args.output and str(args.output), more)
     lines = [*sentences(found, source, args.measure), "", *aligned(costs_table(found)), ""]
     lines += ["sets of layers that no other beats, by sums of single increases:", *aligned(front_table(found))]
-    print(*lines, sep="\n", flush=True)
+    _say(*lines)
     if choice is not None and choice.fits:
-        print("", *choice_sentences(found, choice), *([] if args.output else [doing]), sep="\n", flush=True)
+        _say("", *choice_sentences(found, choice), *([] if args.output else [doing]))
     if args.output_prefix is not None:
-        _write(args, found, doing)
+        run_on_rank_zero(lambda: _write(args, found, doing))
 
 
 def _write(args: argparse.Namespace, found: Adaptation, doing: str | None) -> None:
@@ -183,5 +189,11 @@ def _write(args: argparse.Namespace, found: Adaptation, doing: str | None) -> No
         print(f"wrote {path}", flush=True)
 
 
+def _say(*lines: str | None) -> None:
+    if is_rank_zero():
+        print(*lines, sep="\n", flush=True)
+
+
 def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if is_rank_zero():
+        print(line, file=sys.stderr, flush=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch.distributed as dist
+
 from scmoe_ds.analysis.adaptation_times import Shape, Way
+from scmoe_ds.analysis.feasibility import Times
 from scmoe_ds.analysis.subjects import Subject, gpt_subject, hugging_face_subject
 from scmoe_ds.checkpoint.adapted.student import HuggingFaceStudent
 from scmoe_ds.checkpoint.adapted.text import TextSettings
@@ -26,7 +30,10 @@ from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_c
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.identity import Identity, identity
 from scmoe_ds.moe.conversion import Conversion
+from scmoe_ds.parallel import tensor
+from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.parallel.process import device
+from scmoe_ds.programs.adapt_times import time_pairs
 from scmoe_ds.programs.flags.tokenizer import named_tokenizer
 
 POSITIONS: tuple[Position, ...] = get_args(Position)
@@ -61,6 +68,7 @@ class AdaptSource:
         tokenizer: of the model.
         shape: what the times of its pairs depend on.
         stored_times: what a checkpoint has kept of a calibration; None: nothing.
+        time: times its pairs on the ranks of this run, collectively; None: nothing to time.
     """
 
     ways: Sequence[Way]
@@ -69,6 +77,7 @@ class AdaptSource:
     tokenizer: Tokenizer
     shape: Shape
     stored_times: Any = None
+    time: Callable[[], Times] | None = None
 
 
 def asked_ways(args: argparse.Namespace) -> list[Way]:
@@ -119,21 +128,36 @@ def gpt_source(
     def config_of(way: Way) -> ScMoEConfig:
         return source.with_base(source.student({**changes, **dataclasses.asdict(way)}))
 
+    ranks, every = (
+        dist.get_world_size(),
+        source.config.experts_of_layers(source.config.moe_layers(source.settings.num_layers)),
+    )
+    layout = Layout(ranks, expert_size=math.gcd(ranks, *every))
+    tensor.start_tensor_parallel(layout.tensor_size)
+
     def attempt(way: Way) -> None:
         without_memory(lambda: GPT(source.settings, serving_config(config_of(way))), trained.path)
 
     def open_(way: Way) -> Opened:
         config = config_of(way)
         student = dataclasses.replace(trained, weights=source.surgery(config, busiest), config=config)
-        model = load_model(student, serving_config(config), DTYPES[args.dtype or trained.dtype], device())
+        model = load_model(
+            student, serving_config(config, layout.expert_size), DTYPES[args.dtype or trained.dtype], device()
+        )
         model.conversion.only(())
         return Opened(model, model.conversion, gpt_subject(model), identity(model))
+
+    def time() -> Times:
+        way = max(ways, key=lambda each: (each.position, each.join == "end"))  # whose window has the others' operators
+        length = args.seq_length or source.settings.max_position_embeddings
+        model = open_(way).model
+        return time_pairs(model, model.config, layout, (args.batch_size, length))
 
     ways = possible(asked_ways(args), attempt)
     config = config_of(ways[0])
     assert config.adapt is not None and config.adapt.base is not None
     shape = Shape(
-        experts=config.experts_of_layers(config.moe_layers(source.settings.num_layers)),
+        experts=every,
         moe_every=config.moe_every,
         distance=config.shortcut_distance,
         top_k=(config.adapt.base.top_k, config.top_k),
@@ -141,7 +165,8 @@ def gpt_source(
     )
     stored = getattr(source.weights, "header", {}).get("overlap")
     position: Position = "pos1" if config.moe_every == 1 else "pos2"
-    return AdaptSource(ways, default_way(args, ways, position), open_, tokenizer, shape, stored)
+    timed = time if layout.expert_size > 1 else None
+    return AdaptSource(ways, default_way(args, ways, position), open_, tokenizer, shape, stored, timed)
 
 
 def hugging_face_source(args: argparse.Namespace, path: Path, fields: Mapping[str, Any]) -> AdaptSource:

@@ -44,6 +44,10 @@ def check_measure(args: argparse.Namespace) -> None:
         return
     if args.layers is not None:
         raise ArgumentError("--layers names the layers, which --measure chooses or leaves open: give one of them")
+    if args.shared_expert == "fit":
+        raise ArgumentError(
+            "--shared-expert fit: depends on which layers are converted; measure mean or busiest, then fit"
+        )
     if args.most_similar is not None and (args.max_loss_increase is not None or args.min_hidden is not None):
         raise ArgumentError(
             "--most-similar chooses by similarity alone: give it without --max-loss-increase and --min-hidden"
