@@ -38,10 +38,7 @@ from scmoe_ds.parallel.agreement import is_rank_zero, run_on_rank_zero
 from scmoe_ds.programs.adapt_sources import AdaptSource, Opened
 from scmoe_ds.programs.flags.checks import flag_of
 
-_NO_TIMES = (
-    "No times are known, so the columns of time are left out: deepspeed --module scmoe_ds.programs.adapt SOURCE "
-    "--measure TEXT, on the training's ranks, measures them; or give a calibration_file of the training as --calibration."
-)
+_NO_TIMES = "No times are known, so the columns of time are left out: "
 _SAME = ("merge", "top_k", "shortcut_norm", "shared_expert", "text_file", "dtype")
 """Flags that the command for the choice repeats."""
 _HOW = "Times are of one micro-batch, forward and backward, from tap to join, by the planner's simulation"
@@ -125,12 +122,12 @@ def _times(
         try:
             times = times_of(source.stored_times, name)
         except AnalysisError as error:
-            return _without_times(args, f"{error}. ")
+            return _without_times(args, source, f"{error}. ")
     else:
-        return _without_times(args)
+        return _without_times(args, source)
     missing = [text for way in source.ways if isinstance(text := layer_time(times, source.shape, way, 0), str)]
     if len(missing) == len(source.ways):
-        return _without_times(args, f"{name}: {missing[0]}; a calibration of a ScMoE has these times. ")
+        return _without_times(args, source, f"{name}: {missing[0]}; a calibration of a ScMoE has these times. ")
     facts = times.kinds[0][0]
     batch = (
         f"{facts.get('micro_batch_size', '?')} × {facts.get('seq_length', '?')} tokens on {facts.get('processes', '?')}"
@@ -138,10 +135,10 @@ def _times(
     return times, f"{_HOW} from {name} (measured at {batch} processes)."
 
 
-def _without_times(args: argparse.Namespace, why: str = "") -> tuple[None, str]:
+def _without_times(args: argparse.Namespace, source: AdaptSource, why: str = "") -> tuple[None, str]:
     if args.min_hidden is not None:
-        raise ArgumentError(f"--min-hidden needs measured times. {why}{_NO_TIMES}")
-    return None, why + _NO_TIMES
+        raise ArgumentError(f"--min-hidden needs measured times. {why}{_NO_TIMES}{source.remedy}")
+    return None, why + _NO_TIMES + source.remedy
 
 
 def _most_similar(

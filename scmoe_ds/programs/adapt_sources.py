@@ -38,6 +38,14 @@ from scmoe_ds.programs.flags.tokenizer import named_tokenizer
 
 POSITIONS: tuple[Position, ...] = get_args(Position)
 JOINS: tuple[Join, ...] = get_args(Join)
+_REMEDY = (
+    "deepspeed --module scmoe_ds.programs.adapt SOURCE --measure TEXT, on the training's ranks, measures them; or give "
+    "a training's calibration_file as --calibration"
+)
+_REMEDY_OF_AUTOEP = (
+    'train a few steps under AutoEP with "architecture": "scmoe" and "overlap": {"calibration_file": …}, and give that '
+    "file as --calibration"
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class AdaptSource:
         open: the source after surgery for a way. What it has opened before may not be used any more.
         tokenizer: of the model.
         shape: what the times of its pairs depend on.
+        remedy: how times come about, where none are known.
         stored_times: what a checkpoint has kept of a calibration; None: nothing.
         time: times its pairs on the ranks of this run, collectively; None: nothing to time.
     """
@@ -76,6 +85,7 @@ class AdaptSource:
     open: Callable[[Way], Opened]
     tokenizer: Tokenizer
     shape: Shape
+    remedy: str
     stored_times: Any = None
     time: Callable[[], Times] | None = None
 
@@ -166,7 +176,7 @@ def gpt_source(
     stored = getattr(source.weights, "header", {}).get("overlap")
     position: Position = "pos1" if config.moe_every == 1 else "pos2"
     timed = time if layout.expert_size > 1 else None
-    return AdaptSource(ways, default_way(args, ways, position), open_, tokenizer, shape, stored, timed)
+    return AdaptSource(ways, default_way(args, ways, position), open_, tokenizer, shape, _REMEDY, stored, timed)
 
 
 def hugging_face_source(args: argparse.Namespace, path: Path, fields: Mapping[str, Any]) -> AdaptSource:
@@ -197,4 +207,4 @@ def hugging_face_source(args: argparse.Namespace, path: Path, fields: Mapping[st
     blocks = [block for _, block in hugging_face_subject(student.model).moe_blocks]
     gaps = [later - earlier for earlier, later in itertools.pairwise(blocks)]
     shape = Shape(student.experts, min(gaps, default=1), 1, student.top_k, student.shared_expert)
-    return AdaptSource(ways, default_way(args, ways, "pos1"), open_, tokenizer, shape)
+    return AdaptSource(ways, default_way(args, ways, "pos1"), open_, tokenizer, shape, _REMEDY_OF_AUTOEP)
