@@ -13,6 +13,7 @@ in the record, and the same command goes on. Teachers stay in --work-dir.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from benchmarks.quality.crew import Crew
 from benchmarks.quality.entropy import entropies
 from benchmarks.quality.run import Task
 
-_SAVES = 8  # checkpoints on the way, where nothing is evaluated there
+_SAVES = 8  # checkpoints of a run that is not evaluated on the way
 _OTHER_ORDER = 1000  # students read the documents in the order of the seed that is so much larger
 
 
@@ -108,7 +109,9 @@ class AdaptCrew(Crew):
     def _gpt(self, run: Run, seed: int, directory: Path) -> Task | StudentTask:
         preset, sizes, schedule = self.plan.preset, self.plan.preset["evaluation"], self.plan.schedule(run)
         student = self._student(run)
-        interval = min([run.steps // _SAVES, *student.get("on_the_way", ())])
+        on_the_way = student.get("on_the_way")
+        # Students are evaluated on the way from their checkpoints.
+        interval = math.gcd(run.steps, *on_the_way) if on_the_way else run.steps // _SAVES
         flags = preset["teachers"][run.teacher]["flags"] | {
             "seq-length": preset["seq_length"],
             "train-iters": run.steps,
