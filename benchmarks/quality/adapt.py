@@ -97,11 +97,12 @@ class AdaptCrew(Crew):
         if run.is_teacher:
             return {}
         conversion, sizes = run.conversion or {}, self.plan.preset["evaluation"]
-        ordered = conversion.get("half") or "convert_over" in run.recipe
         moe_layers = self.plan.preset["teachers"][run.teacher]["moe_layers"]
+        layers = moe_layers // 2 if conversion.get("half") else moe_layers - conversion.get("all_but", 0)
+        ordered = layers < moe_layers or "convert_over" in run.recipe
         return {
             "order_at": conversion["position"] if ordered else None,
-            "layers": moe_layers // 2 if conversion.get("half") else 0,
+            "layers": layers if layers < moe_layers else 0,
             "on_the_way": [step for step in self.plan.preset["students"]["on_the_way"] if step < run.steps],
             "sequences_on_the_way": sizes["sequences_on_the_way"],
         }
