@@ -23,8 +23,8 @@ class Run:
     Attributes:
         name: "<teacher>: <what is done>".
         teacher: key of "teachers" in the settings.
-        conversion: position, join, top_k, and "half" of the layers or "all_but" so many, the most similar ends first; None:
-            the teacher itself, from scratch or trained on.
+        conversion: position, join, top_k, and "half" of the layers or "all_but" so many, the most similar ends first;
+            None: the teacher itself.
         recipe: "distill" (alpha, beta, gamma; None: fine-tuning), "shared_expert", "convert_over" (layer by layer over
             that share of the steps), "scratch".
         steps: optimizer steps.
