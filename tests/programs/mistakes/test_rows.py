@@ -172,7 +172,10 @@ ROWS: dict[str, tuple[str, str]] = {
     "convert: onto a file": ("convert export saved data.bin", r"data\.bin: the export was not written \(File exists\)"),
     "adapt: a ScMoE": ("adapt saved --output out", r'saved: is a ScMoE already \(architecture "scmoe"\); go on'),
     "adapt: nowhere": ("adapt absent --output out", rf"absent {_NEITHER} \(no such directory\)"),
-    "adapt: no text": ("adapt saved --output out --shared-expert busiest", r"--shared-expert busiest and --text-file"),
+    "adapt: no text": (
+        "adapt saved --output out --shared-expert busiest",
+        r"--shared-expert busiest: is measured on text; name a file by --text-file",
+    ),
     "check: nothing": ("check", r"--deepspeed_config.* missing"),
     "check: another card": (
         "check --deepspeed_config ds.json --preset gpt2-moe-small --card A8",
