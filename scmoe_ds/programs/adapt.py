@@ -1,7 +1,7 @@
 """Makes a trained MoE model a ScMoE: the same weights, and routed experts that read a preceding layer.
 
 scmoe adapt checkpoints/top2 --output scmoe --position pos2 --join late
-scmoe adapt checkpoints/top2 --output scmoe --layers 0 --shared-expert busiest --text-file book.txt
+scmoe adapt checkpoints/top2 --output partly --layers 0 --shared-expert busiest --text-file book.txt
 scmoe adapt models/qwen3_moe --output models/qwen3_scmoe --text-file book.txt  # of Hugging Face
 scmoe adapt checkpoints/top2 --measure book.txt --calibration times.json
 scmoe adapt report checkpoints/scmoe --teacher-run checkpoints/top2 --output-prefix report

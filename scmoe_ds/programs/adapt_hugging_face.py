@@ -1,4 +1,4 @@
-"""scmoe adapt of the directory of a Hugging Face model, with an MoE or dense."""
+"""The directory of a Hugging Face model, with an MoE or dense, becomes that of a ScMoE: scmoe adapt."""
 
 from __future__ import annotations
 

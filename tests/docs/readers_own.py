@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 
+from lab.moe_families import tiny
 from scmoe_ds.inference.load import load_trained
 from scmoe_ds.models.identity import identity
 from tests.docs.pages import ROOT
@@ -61,7 +62,7 @@ def _texts_and_tokenizers() -> None:
     own.save_model(".")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(name, f"gpt2-{name}")
-    for name in ("models/llama-2-tokenizer", "models/llama", "models/gpt2"):
+    for name in ("models/llama-2-tokenizer", "models/llama", "models/gpt2", "models/qwen3_moe"):
         transformers.PreTrainedTokenizerFast(tokenizer_object=own._tokenizer, eos_token=END).save_pretrained(name)
 
 
@@ -91,6 +92,7 @@ def _hugging_face() -> None:
     transformers.LlamaForCausalLM(config).save_pretrained("models/llama")
     gpt2 = transformers.GPT2Config(vocab_size=384, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     transformers.GPT2LMHeadModel(gpt2).save_pretrained("models/gpt2")
+    tiny("qwen3_moe", vocab_size=384).save_pretrained("models/qwen3_moe")
 
 
 def _tasks() -> None:
