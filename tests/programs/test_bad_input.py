@@ -46,6 +46,22 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "architecture": ({"scmoe.architecture": "moe"}, {}, r'scmoe\.architecture = "moe": .*dgmoe'),
     "position": ({"scmoe.position": "pos4"}, {}, r'scmoe\.position = "pos4"'),
     "position of every block": ({"scmoe.moe_every": 1}, {}, r'scmoe\.position = "pos2": .*use pos1'),
+    "teacher without a name": ({"scmoe.adapt": {"distill": {}}}, {}, r"scmoe\.adapt\.source = null: .*--distill-from"),
+    "logits without their weight": (
+        {"scmoe.adapt": {"distill": {"alpha": 0, "beta": 1, "teacher_logits": "d"}}},
+        {},
+        r'scmoe\.adapt\.distill\.teacher_logits = "d": with alpha = 0',
+    ),
+    "stored logits and layers": (
+        {"scmoe.adapt": {"source": "s", "distill": {}}},
+        {"--distill-gamma": "1", "--teacher-logits": "d"},
+        r"scmoe\.adapt\.distill\.gamma = 1\.0: stored logits hold no outputs",
+    ),
+    "another teacher": (
+        {"scmoe.adapt": {"source": "s"}},
+        {"--distill-from": "t"},
+        r'--distill-from asks for scmoe\.adapt\.source = "t", but .* has "s"',
+    ),
     "first layer position": (
         {"scmoe.position": "pos1", "scmoe.first_layer_position": "pos2", "scmoe.moe_every": 1},
         {},
