@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils.data import Subset
 
 import scmoe_ds
 from scmoe_ds import checkpoint
@@ -98,11 +99,8 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     model = build_model(shape, config, args)
     engine, *_ = scmoe_ds.initialize(model=model, config=loaded)
 
-    origin = None if config.adapt is None else config.adapt.source
-    if origin is not None and (source is None or needs_source(config)):
-        put_source(engine, config, partial(first_batches, datasets.train, settings.micro_batch_size))
-    facts = facts_of_teacher(args, origin, tokenizer, train_data["content"])
-    distil(engine, config, datasets.train, settings.micro_batch_size, facts)
+    if is_adapted := config.adapt is not None and config.adapt.source is not None:
+        start_adapted(args, engine, config, source, datasets.train, settings, tokenizer, train_data["content"])
     iteration, consumed_samples = checkpoint.load(engine, source)
     if args.log_gating_interval:
         GatingMonitor(engine, args.log_gating_interval)
@@ -110,7 +108,7 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
         engine, datasets.train, datasets.valid, settings, description, iteration, consumed_samples, carried
     )
     announce(trainer, loaded, TrainingData(train_data["shown"], training_sizes(datasets.train)))
-    if origin is not None and source is None:
+    if is_adapted and source is None:
         validate_first(trainer)
     summary = trainer.run()
     test_loss = None
@@ -121,18 +119,35 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     return summary
 
 
-def facts_of_teacher(
-    args: argparse.Namespace, source: str | None, tokenizer: Tokenizer, corpus: Sequence[str]
-) -> dict[str, Any]:
-    """What a teacher's logits on disk depend on, beside the section. Collective."""
-    return {
+def start_adapted(
+    args: argparse.Namespace,
+    engine: Any,
+    config: ScMoEConfig,
+    source: checkpoint.Source | None,
+    train: Any,
+    settings: TrainingSettings,
+    tokenizer: Tokenizer,
+    corpus: Sequence[str],
+) -> None:
+    """The weights of `adapt.source`, and the teacher that it is, before the run's own checkpoint is loaded.
+
+    Collective.
+    """
+    assert config.adapt is not None and config.adapt.source is not None
+    origin = Path(config.adapt.source)
+    if source is None or needs_source(config):
+        put_source(engine, config, partial(first_batches, train, settings.micro_batch_size))
+    per_iteration = settings.rank_batch_size * tensor.data_parallel_size()
+    samples = checkpoint.samples_of_run(source, args.train_iters, per_iteration)  # a data set has whole epochs
+    made_of = {
         "the corpus": corpus,
         "the tokenizer": fingerprint(describe(tokenizer)["identity"]),
-        "the teacher": from_rank_zero(lambda: source and fingerprint_of_source(Path(source))),
+        "the teacher": from_rank_zero(lambda: fingerprint_of_source(origin)),
         "--seq-length": args.seq_length,
         "--seed": args.seed,
         "--split": split_shares(args.split) if args.split else None,
     }
+    distil(engine, config, Subset(train, range(samples)), settings.micro_batch_size, made_of)
 
 
 def build_model(shape: GPTSettings, config: ScMoEConfig, args: argparse.Namespace) -> GPT:

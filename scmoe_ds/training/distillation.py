@@ -63,7 +63,7 @@ def distil(
 
     Args:
         engine: its module is a GPT with the source's weights, of which no layer was trained yet.
-        data: the training set.
+        data: the training samples of the whole run.
         micro_batch_size: samples of one pass.
         made_of: name → value of all that a teacher's logits depend on, beside the section: corpus, tokenizer, ….
 

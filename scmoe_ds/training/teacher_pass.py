@@ -34,7 +34,7 @@ class TeacherPass:
     Args:
         engine: its module is a GPT with the source's weights.
         conversion: of that model.
-        data: the training set.
+        data: the training samples of the whole run.
         store: where to.
         distill: temperature, and tokens that are kept.
         micro_batch_size: samples of one pass.
