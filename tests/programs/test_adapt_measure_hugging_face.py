@@ -82,12 +82,11 @@ def written(model: Path, out: Path, *flags: object) -> Path:
 @pytest.mark.parametrize(
     ("family", "flags", "layers"),
     [
-        ("qwen3_moe", ["--position", "pos1"], [0]),
         ("qwen3_moe", ["--join", "late", "--shared-expert", "mean", "--merge", "cg2", "--top-k", 2], [0]),
         ("qwen2_moe", ["--join", "end", "--merge", "cg1"], [1]),
         ("deepseek_v2", ["--first-layer-position", "pos2", "--join", "late"], [0]),
     ],
-    ids=["plain", "an added shared expert", "its own shared expert", "behind a dense block"],
+    ids=["an added shared expert", "its own shared expert", "behind a dense block"],
 )
 def test_losses_are_the_written_models(
     family: str, flags: list[object], layers: list[int], files: Path, tmp_path: Path
