@@ -90,8 +90,9 @@ class DenseDirectory:
         sibling = SIBLINGS.get(self.config.model_type)
         if sibling is None:
             raise CheckpointError(
-                f"{path}: {self.config.model_type} has no MoE, and no MoE sibling that is known here "
-                f"({', '.join(SIBLINGS)} have); scmoe_ds.moe_from_dense makes MoE layers of it in your own program"
+                f"--experts {experts}: {path} is a {self.config.model_type}, and only {', '.join(SIBLINGS)} have an "
+                "MoE sibling that is known here; remove the flag for a model with an MoE; of other dense ones, "
+                "scmoe_ds.moe_from_dense makes MoE layers in your own program"
             )
         self.sibling = sibling
         self._check()
