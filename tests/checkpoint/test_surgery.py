@@ -76,7 +76,7 @@ def written(directory: Path) -> GPT:
 @pytest.mark.parametrize("norm", ["own", "shared"])
 @pytest.mark.parametrize(
     ("position", "copied"),
-    [("pos1", "blocks.1.attention_norm"), ("pos2", "blocks.0.mlp_norm"), ("pos3", "blocks.0.attention_norm")],
+    [("pos1", "blocks.1.mlp_norm"), ("pos2", "blocks.1.mlp_norm"), ("pos3", "blocks.0.attention_norm")],
 )
 def test_with_the_sources_shared_expert_the_tap_alone_moves(
     position: str, copied: str, norm: str, sources: dict[str, tuple[str, GPT]], tmp_path: Path
@@ -88,10 +88,10 @@ def test_with_the_sources_shared_expert_the_tap_alone_moves(
     new = {f"runs.{run}.shortcut_norm.weight": old[f"runs.{run}.{copied}.weight"] for run in (0, 1)}
     assert weights.keys() - old.keys() == (new.keys() if norm == "own" else set())
     assert all(torch.equal(weights[name], value) for name, value in new.items() if norm == "own")
-    # Independently: the same weights in a model that reads the tap through the backbone's norm.
-    section = {"architecture": "scmoe", "merge": "cg2", "position": position, "shortcut_norm": "shared"}
+    # Independently: the same weights in a model that was built as a ScMoE.
+    section = {"architecture": "scmoe", "merge": "cg2", "position": position, "shortcut_norm": norm}
     plain = whole_model(SETTINGS, {**section, "num_experts": 4})
-    plain.load_state_dict(old)
+    plain.load_state_dict({**old, **(new if norm == "own" else {})})
     assert torch.equal(logits(written(out)), logits(plain))
     assert not torch.allclose(logits(plain), logits(before)), "the experts read another layer now"
 
@@ -151,15 +151,16 @@ def test_a_fitted_shared_expert_makes_up_for_the_moved_tap(
     assert main([path, "--output", str(out), *flags]) == 0
     assert main([path, "--output", str(tmp_path / "mean"), "--join", join]) == 0
     seen: dict[str, Tensor] = {}
-    for place, block in enumerate(before.runs[0].blocks):
-        block.mlp_norm.register_forward_hook(lambda _, __, value, place=place: seen.update({str(place): value}))
+    first, last = (block.mlp_norm for block in before.runs[0].blocks)
+    first.register_forward_hook(lambda _, given, __: seen.update({"tap": given[0]}))
+    last.register_forward_hook(lambda _, __, value: seen.update({"current": value}))
     with torch.no_grad():
         expected = before(tokens).logits
         moe = before.runs[0].last.moe
-        missing_TD = (moe(seen["1"])[0] - moe(seen["0"])[0]).flatten(0, 1)
+        missing_TD = (moe(seen["current"])[0] - moe(last.forward(seen["tap"]))[0]).flatten(0, 1)
         mean, fitted = (tensors_of(tmp_path / name) for name in ("mean", "out"))
         name = "runs.0.blocks.1.moe.mlp."
-        inner = F.linear(seen["1"].flatten(0, 1), mean[f"{name}input.weight"], mean[f"{name}input.bias"])
+        inner = F.linear(seen["current"].flatten(0, 1), mean[f"{name}input.weight"], mean[f"{name}input.bias"])
         gate, up = inner.chunk(2, dim=1)
         inner_TF = 0.5 * torch.cat([F.silu(gate) * up, torch.ones(len(inner), 1)], dim=1)
         ridge = (1e-3 * inner_TF.square().sum(0).mean()).sqrt() * torch.eye(25)
