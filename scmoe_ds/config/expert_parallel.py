@@ -75,6 +75,10 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     for field in ("join", "first_layer_position", "top_k", "adapt") if architecture != "scmoe" else ():
         if given.get(field) not in (None, "end", "auto"):
             raise fail(f"scmoe.{field}", given[field], _CHANGES)
+    for field in ("source", "base"):
+        if at(given, f"adapt.{field}") is not None:
+            rule = f"is for scmoe pretrain's GPT; with {PATH}, the model that you hand over is the source; remove it"
+            raise fail(f"scmoe.adapt.{field}", at(given, f"adapt.{field}"), rule)
     for field, rule in _DECIDED.items():
         if field in given and given[field] not in ("auto", None):
             raise fail(f"scmoe.{field}", given[field], f"with {PATH} (AutoEP), {rule}; remove one of them")

@@ -14,6 +14,7 @@ from scmoe_ds.compat_transformers import accept_names_of_recorders
 from scmoe_ds.config.deepspeed_gradients import check_norm
 from scmoe_ds.config.deepspeed_json import section as json_section
 from scmoe_ds.config.expert_parallel import autoep_size, idle_settings, uses_autoep
+from scmoe_ds.config.messages import fail
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.other_checkpoints import note_conversion, refuse_other_models
 from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
@@ -32,7 +33,7 @@ from scmoe_ds.parallel.process import device
 from scmoe_ds.planner.auto import choose_all_to_all
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.schedule_text import names_text
-from scmoe_ds.replace.origin import note_settings, remember
+from scmoe_ds.replace.origin import note_settings, remember, settings_noted
 from scmoe_ds.replace.own_experts import check_loaded
 
 UNKNOWN_SEQUENCE = 1024
@@ -92,6 +93,9 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
         raise ScMoEConfigError("attach: the engine's layers run under schedules already; attach once")
     check_loaded(engine.module, found[0][1].ep_size)
     remember(engine.module)
+    if section.architecture != "scmoe" and settings_noted(engine.module) is not None:
+        rule = 'the model is of an adapted directory, and would run as its source; set what "scmoe" in config.json says'
+        raise fail("scmoe.architecture", section.architecture, rule)
     refuse_other_models(engine)
     note_settings(engine.module, settings_for_files(engine.module, section))
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]

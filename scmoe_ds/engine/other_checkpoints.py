@@ -42,23 +42,32 @@ def refuse_other_models(engine: Any) -> None:
                 raise
             raise CheckpointError(f"{load_dir}: is a checkpoint of {other}; the model is a {own}") from error
         if result[0] is not None:
-            _check_settings(load_dir, origin_in(result[1]), origin_of(engine.module))
+            _check_settings(load_dir, origin_in(result[1]), engine)
         return result
 
     engine.load_checkpoint = load_own
 
 
-def _check_settings(directory: Any, there: Origin | None, here: Origin) -> None:
-    """Which layers were converted may differ: they are converted step by step."""
+def _check_settings(directory: Any, there: Origin | None, engine: Any) -> None:
+    """Fewer layers may have been converted than can be: they are converted step by step."""
     if there is None or not is_converted(there):
         return
-    own = here.get("scmoe") or {}
+    own = origin_of(engine.module).get("scmoe") or {}
     for field, value in there["scmoe"].items():
         if field != "adapt" and own.get(field) != value:
             raise CheckpointError(
                 f"{directory}: was trained with scmoe.{field} = {json.dumps(value)}, and the model has "
                 f"{json.dumps(own.get(field))}; set the same"
             )
+    from scmoe_ds.replace.autoep import autoep_layers  # AutoEP may be missing in this DeepSpeed
+
+    layers = (there["scmoe"].get("adapt") or {}).get("layers")
+    can_be = set(engine.conversion.numbers)
+    lost = sorted(set(range(len(autoep_layers(engine.module))) if layers is None else layers) - can_be)
+    if lost:
+        raise CheckpointError(
+            f"{directory}: was trained with MoE layer {lost[0]} converted, which scmoe.adapt.layers leaves out; name it"
+        )
 
 
 def _class_in(engine: Any, directory: Path, tag: Any) -> str | None:

@@ -1,7 +1,7 @@
 """Progressive conversion: one MoE layer more every N optimizer steps (`scmoe.adapt.convert_every`).
 
 Before each training pass the steps that the engine has made say how many layers are converted, so that a resumed run
-goes on with as many. Validations run what the last training pass ran.
+goes on with as many, and so does an evaluation of what was loaded. Validations run what the last training pass ran.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ def convert_stepwise(engine: Any, conversion: Conversion, section: ScMoEConfig) 
     steps = _Steps(engine, conversion, order, adapt.convert_every)
     steps.convert()
     engine.module.register_forward_pre_hook(steps.before, prepend=True)
+    load = engine.load_checkpoint
+
+    def load_and_convert(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        steps.convert()
+        return result
+
+    engine.load_checkpoint = load_and_convert
 
 
 class _Steps:

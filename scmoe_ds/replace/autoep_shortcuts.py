@@ -19,7 +19,7 @@ from scmoe_ds.replace.converted import ConvertedLayer
 from scmoe_ds.replace.first_pass import FirstPass
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.late_join import join_late
-from scmoe_ds.replace.modeling_adapted import ShortcutParts
+from scmoe_ds.replace.modeling_adapted import ShortcutParts, balance_for
 from scmoe_ds.replace.taps import Tap, block_of, find_tap, reads_raw_stream
 
 
@@ -48,6 +48,8 @@ def connect_shortcuts(
         layer.student, layer.converted, pair.first_pass = pair, True, first_pass
     if section.join == "late":
         join_late(model, pairs)
+    if "top_k" in section.written:
+        balance_for(model, section.top_k)
     return [_text(pairs, list(layers), section, len(every))]
 
 

@@ -157,9 +157,10 @@ class HookedPair:
         self._take(first_hidden((output,), {}))
 
     def _take(self, value: Tensor | None) -> None:
-        if (
-            self._begins or not self.layer.runs_converted
-        ):  # the tapped norm is called for the shortcut; or no pass is ours
+        if self._begins:  # the tapped norm is called for the shortcut
+            return
+        if not self.layer.runs_converted:
+            self._pass = None  # of a pass that has failed
             return
         if value is None:
             raise RuntimeError(

@@ -76,9 +76,9 @@ class LateJoin:
 
     def _join(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         late, self._late = self._late, None
+        if not self.layer.runs_converted:  # what is on its way then is of a pass that has failed
+            return output
         if late is None:
-            if not self.layer.runs_converted:
-                return output
             raise RuntimeError(
                 f"{self.place} ran, but not {self.name} before it, whose routed output joins there: activation "
                 f"checkpointing repeats a part of the model. Turn it off, or {_END}"

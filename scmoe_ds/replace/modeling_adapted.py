@@ -132,7 +132,7 @@ class Shortcut:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The MoE layer's own forward, of [B, S, D]."""
-        shortcut, self._shortcut = self._shortcut, None
+        shortcut, self._shortcut, self._late = self._shortcut, None, None  # a pass that failed may have left the latter
         if not self.parts.converted:
             output: Tensor = self.of_source(hidden_states)
             return output
@@ -143,6 +143,7 @@ class Shortcut:
             )
         if shortcut is None or shortcut.shape != hidden_states.shape:
             raise RuntimeError(f"{self.name}: the block was not called as a whole, so that nothing was tapped for it")
+        shortcut = shortcut.to(hidden_states.device)  # from a block that may be on another one
         known, routed = self._weighted(hidden_states, self.shared(hidden_states), self.routed(shortcut))
         if not self.is_late:
             return routed if known is None else known + routed
@@ -235,8 +236,8 @@ def install(model: Any, scmoe: Mapping[str, Any]) -> dict[int, ShortcutParts]:
         tap = getattr(tapped, TAPS[position])
         shortcuts.append(Shortcut(f"{name}.mlp", block, tap, attention, top_k, is_late or tapped is not block))
     model.scmoe_shortcuts = shortcuts
-    if top_k is not None and hasattr(model, "num_experts_per_tok") and parts:
-        model.num_experts_per_tok = top_k  # which the model's balancing loss reads
+    if top_k is not None and parts:
+        balance_for(model, top_k)
     return parts
 
 
@@ -244,6 +245,13 @@ def uninstall(model: Any) -> None:
     """Takes the hooks of `install` away; the parts stay, for who drives the layers instead."""
     for each in model.__dict__.pop("scmoe_shortcuts", ()):
         each.detach()
+        balance_for(model, None)
+
+
+def balance_for(model: Any, top_k: int | None) -> None:
+    """Tells a model with a balancing loss how many experts a token is routed to; None: as many as in the source."""
+    if hasattr(model, "num_experts_per_tok"):
+        model.num_experts_per_tok = model.config.num_experts_per_tok if top_k is None else top_k
 
 
 def add_parts(model: Any, scmoe: Mapping[str, Any]) -> dict[int, ShortcutParts]:

@@ -58,17 +58,22 @@ def widen(experts: nn.Module, name: str, experts_in_all: int, first: int) -> Non
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def mark(model: nn.Module, own: OwnExperts, experts: list[nn.Module]) -> None:
-    """Remembers what was loaded. From here on the experts refuse to compute, until AutoEP has replaced their block."""
+def mark(model: nn.Module, own: OwnExperts, experts: list[nn.Module], is_adapted: bool) -> None:
+    """Remembers what was loaded. From here on the experts refuse to compute, until AutoEP has replaced their block.
+
+    Args:
+        is_adapted: the weights are a ScMoE's, and the model's own class would compute another function of them.
+    """
 
     def refuse(module: nn.Module, *_: Any) -> None:
+        of_rank = f"holds the weights of expert-parallel rank {own.ep_rank} of {own.ep_size} alone"
+        what = of_rank if own.ep_size > 1 else "has the weights of a ScMoE, which only the engine makes of it"
         raise ScMoEConfigError(
-            f"{type(module).__name__} holds the weights of expert-parallel rank {own.ep_rank} of {own.ep_size} alone; "
-            "give the model to scmoe_ds.initialize before its first forward pass"
+            f"{type(module).__name__} {what}; give the model to scmoe_ds.initialize before its first forward pass"
         )
 
     setattr(model, _MARK, own)
-    if own.ep_size > 1:
+    if own.ep_size > 1 or is_adapted:
         for module in experts:
             module.register_forward_pre_hook(refuse)
 

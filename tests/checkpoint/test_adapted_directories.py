@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from torch import Tensor
 from lab.moe_families import TOP_K, VOCABULARY, tiny
 from scmoe_ds.checkpoint.adapted.dense import DenseDirectory, as_moe
 from scmoe_ds.checkpoint.adapted.surgery import adapt_hugging_face
-from scmoe_ds.checkpoint.adapted.text import TextSettings
+from scmoe_ds.checkpoint.adapted.text import TextSettings, trained_model
 from scmoe_ds.errors import UserError
+from scmoe_ds.programs.flags.adapt import build_parser, check
 from scmoe_ds.replace.modeling_adapted import install
 
 ALONE = """
@@ -270,7 +272,32 @@ def test_what_cannot_be_adapted_is_one_sentence(sources: Path, tmp_path: Path) -
         assert not out.exists() and not out.with_name("out.partial").exists()
     with pytest.raises(UserError, match="is not empty"):
         adapt_hugging_face(source, tmp_path / "done", {})
-    for path, text in (("dense", "--experts N makes"), ("other", "moe_from_dense makes MoE layers")):
-        experts = None if path == "dense" else 4
-        with pytest.raises(UserError, match=text), as_moe(tmp_path / path, out, {}, experts, 0.0):
+    (tmp_path / "packed").mkdir()
+    transformers.LlamaConfig(**SHAPE, quantization_config={"quant_method": "fp8"}).save_pretrained(tmp_path / "packed")
+    dense_cases: list[tuple[Path, int | None, str]] = [
+        (tmp_path / "dense", None, "--experts N makes"),
+        (tmp_path / "other", 4, "moe_from_dense makes MoE layers"),
+        (tmp_path / "packed", 4, "its weights are quantized"),
+        (source, 4, r"--experts 4: .* is a qwen3_moe, with experts; remove it"),
+    ]
+    for path, experts, text in dense_cases:
+        with pytest.raises(UserError, match=text), as_moe(path, out, {}, experts, 0.0):
             pass
+
+
+def test_what_a_text_cannot_measure_is_one_sentence_before_anything_is_measured(sources: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", TextSettings(sources / "text.txt", seq_length=16)
+    words = shutil.copytree(sources / "qwen3_moe", tmp_path / "words")
+    (words / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="has no tokenizer for --text-file"):
+        adapt_hugging_face(words, out, {}, text=text)
+    (words / "model.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(UserError, match="words: transformers does not load it"):
+        trained_model(words)
+    for flags, said in (
+        (["--output", str(words)], "words: is not empty; name another directory"),
+        (["--output", str(sources / "text.txt")], "text.txt: is not empty; name another directory"),
+        (["--output", str(out), "--noise", "0.1"], "--noise 0.1: is for the experts that --experts makes"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            check(build_parser().parse_args([str(words), *flags]))

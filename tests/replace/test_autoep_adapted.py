@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 import scmoe_ds
 from lab.distributed import run_distributed
 from lab.moe_families import SEQUENCE, VOCABULARY, batch, tiny
+from scmoe_ds.checkpoint.adapted.surgery import adapt_hugging_face
 from scmoe_ds.checkpoint.autoep.export import export_hugging_face
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.engine.attach import prepare_autoep
+from scmoe_ds.engine.attach import attach, prepare_autoep
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.replace.adapted_parts import prepare_parts, settings_of
@@ -270,6 +272,7 @@ def test_activation_checkpointing_repeats_what_ran(converted: list[int]) -> None
         ("qwen3_moe", {"adapt": {"layers": [2]}}, "scmoe.adapt.layers = [2]: the model has 2 MoE layers"),
         ("qwen3_moe", {"adapt": {"shared_expert": "busiest"}}, 'shared_expert = "busiest": is measured on text'),
         ("qwen3_moe", {"top_k": 4}, "scmoe.top_k = 4: model.layers.0.mlp routes a token to 3 experts"),
+        ("qwen3_moe", {"adapt": {"source": "trained"}}, 'scmoe.adapt.source = "trained": is for scmoe pretrain'),
         ("qwen3_moe", {"architecture": "as_is", "top_k": 2}, "scmoe.top_k = 2: changes the model's mathematics"),
     ],
 )
@@ -277,6 +280,47 @@ def test_what_a_model_cannot_have(family: str, section: dict[str, Any], message:
     with pytest.raises(ScMoEConfigError) as caught:
         scmoe_ds.initialize(model=tiny(family), config=whole(ep=1, **section))
     assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_pass_that_failed_leaves_the_source_nothing_and_a_checkpoint_names_its_layers(tmp_path: Path) -> None:
+    scmoe_ds.connect()
+    engine = scmoe_ds.initialize(model=tiny("qwen3_moe"), config=whole(ep=1, join="late", top_k=2))[0]
+    model, tokens = engine.module, tokens_of(0)
+    assert model.num_experts_per_tok == 2  # which the balancing loss reads, as in the eager model
+    with engine.conversion.as_source():
+        expected = logits_of(model, tokens)
+    of_student = [logits_of(model, tokens) for _ in range(2)]
+    for broken in (model.model.layers[0].post_attention_layernorm, model.model.layers[1].input_layernorm):
+
+        def fail(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = broken.register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            logits_of(model, tokens)
+        hook.remove()
+        with engine.conversion.as_source():
+            assert torch.equal(logits_of(model, tokens), expected)
+    assert torch.equal(logits_of(model, tokens), of_student[-1])
+    engine.save_checkpoint(str(tmp_path))
+    half = whole(ep=1, join="late", top_k=2, adapt={"layers": [1]})
+    with pytest.raises(CheckpointError, match=r"with MoE layer 0 converted, which scmoe\.adapt\.layers leaves out"):
+        scmoe_ds.initialize(model=tiny("qwen3_moe"), config=half)[0].load_checkpoint(str(tmp_path))
+
+
+def test_an_adapted_directory_never_runs_as_its_source(tmp_path: Path) -> None:
+    scmoe_ds.connect()
+    tiny("qwen3_moe").save_pretrained(tmp_path / "source")  # type: ignore[operator]
+    adapt_hugging_face(tmp_path / "source", tmp_path / "adapted", {})
+    given = whole(ep=1)
+    model = scmoe_ds.from_pretrained(tmp_path / "adapted", given)
+    with pytest.raises(ScMoEConfigError, match=r"weights of a ScMoE, .* give the model to scmoe_ds.initialize"):
+        logits_of(model, tokens_of(0))
+    as_is = whole(ep=1, architecture="as_is")
+    prepare_autoep(model, as_is)
+    engine = deepspeed.initialize(model=model, config={**as_is, "scmoe": {}})[0]
+    with pytest.raises(ScMoEConfigError, match=r'architecture = "as_is": the model is of an adapted directory'):
+        attach(engine, as_is, ScMoEConfig.from_deepspeed(as_is))
 
 
 def test_models_that_surgery_cannot_change() -> None:

@@ -169,6 +169,23 @@ def test_the_balancing_loss_is_that_of_the_students_choices() -> None:
     scores = torch.cat(list(output.router_logits)).softmax(-1)
     counts = torch.bincount(scores.argmax(-1), minlength=EXPERTS) / len(scores)
     assert output.aux_loss.item() == pytest.approx(float(EXPERTS * (counts * scores.mean(0)).sum()), rel=1e-5)
+    uninstall(model)
+    assert model.num_experts_per_tok == model.config.num_experts_per_tok > 1
+
+
+def test_a_pass_that_failed_leaves_the_source_nothing() -> None:
+    model = some("qwen3_moe")
+    of_source, conversion = model(input_ids=tokens()).logits, converted(model, {"join": "late"})
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].input_layernorm.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=tokens())
+    hook.remove()
+    with conversion.as_source():
+        assert torch.equal(model(input_ids=tokens()).logits, of_source)
 
 
 def test_gradient_checkpointing_within_the_block_repeats_and_across_blocks_is_refused() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from deepspeed.module_inject.auto_ep_presets.registry import preset_name_for_hf_model_type
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -31,6 +32,7 @@ from scmoe_ds.checkpoint.autoep.tensor_slices import LazyTensor, close, tensors_
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.errors import ArgumentError, CheckpointError, one_line
 from scmoe_ds.replace.origin import CONFIG_FILE
+from scmoe_ds.replace.presets import offer_presets
 
 _SHARD_BYTES = 5 * 10**9
 _QWEN = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
@@ -83,11 +85,14 @@ class DenseDirectory:
     ) -> None:
         self.path, self.experts, self.top_k, self.moe_every = path, experts, top_k, moe_every
         self.noise, self.seed = noise, seed
+        offer_presets()
         try:
             self.config = transformers.AutoConfig.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: transformers knows no such config.json ({one_line(error)})") from None
         sibling = SIBLINGS.get(self.config.model_type)
+        if sibling is None and preset_name_for_hf_model_type(self.config.model_type) is not None:
+            raise ArgumentError(f"--experts {experts}: {path} is a {self.config.model_type}, with experts; remove it")
         if sibling is None:
             raise CheckpointError(
                 f"--experts {experts}: {path} is a {self.config.model_type}, and only {', '.join(SIBLINGS)} have an "

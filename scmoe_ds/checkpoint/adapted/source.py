@@ -41,10 +41,6 @@ class SourceDirectory:
                 f"{path}: {kind} is more than a language model; save its text model alone by transformers' "
                 "AutoModelForCausalLM.from_pretrained and save_pretrained, and adapt that"
             )
-        if "quantization_config" in self.config:
-            raise CheckpointError(
-                f"{path}: its weights are quantized, and could not be trained further; name a directory of bf16 weights"
-            )
         if kind == longcat.FAMILY:
             raise CheckpointError(f"{path}: {kind} has a shortcut of its own already; it needs no surgery")
         self.tensors = tensors_in(path)
@@ -93,7 +89,7 @@ def config_of(path: Path) -> dict[str, Any]:
     """config.json of a directory.
 
     Raises:
-        CheckpointError: there is none, or it is none of transformers'.
+        CheckpointError: there is none, it is none of transformers', or the weights are quantized.
     """
     file = path / CONFIG_FILE
     try:
@@ -104,4 +100,8 @@ def config_of(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}); copy it again") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(f"{file}: names no model_type, which transformers' own do")
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{path}: its weights are quantized, and could not be trained further; name a directory of bf16 weights"
+        )
     return config

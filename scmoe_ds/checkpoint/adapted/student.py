@@ -10,9 +10,9 @@ import torch
 
 from scmoe_ds.checkpoint.adapted.source import SourceDirectory
 from scmoe_ds.checkpoint.adapted.surgery import empty_parts, settings_of, start_of
-from scmoe_ds.checkpoint.adapted.text import Text, TextSettings
+from scmoe_ds.checkpoint.adapted.text import Text, TextSettings, trained_model
 from scmoe_ds.checkpoint.autoep.tensor_slices import close
-from scmoe_ds.errors import ArgumentError, CheckpointError, one_line
+from scmoe_ds.errors import ArgumentError, CheckpointError
 from scmoe_ds.replace.modeling_adapted import ShortcutParts, install
 
 
@@ -41,8 +41,6 @@ class HuggingFaceStudent:
         device: torch.device,
         text: TextSettings | None = None,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.path, self._fields = path, dict(fields)
         try:
             source = SourceDirectory(path)
@@ -61,11 +59,7 @@ class HuggingFaceStudent:
         finally:
             close()
         del measured
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by file
-            raise CheckpointError(f"{path}: transformers does not load it ({one_line(error, 300)})") from None
-        self.model: Any = model.to(device=device, dtype=dtype).eval()
+        self.model: Any = trained_model(path).to(device=device, dtype=dtype)
 
     def convert(self, way: Mapping[str, Any]) -> dict[int, ShortcutParts]:
         """Makes the model's MoE layers ScMoE in this way, whatever they were before.

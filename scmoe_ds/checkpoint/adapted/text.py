@@ -36,6 +36,16 @@ class TextSettings:
     max_tokens: int | None = None
 
 
+def trained_model(path: Path) -> Any:
+    """The model of a directory, in evaluation mode. Raises a CheckpointError if transformers does not load it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by file
+        raise CheckpointError(f"{path}: transformers does not load it ({one_line(error, 300)})") from None
+
+
 class Text:
     """A trained model on a text file. The model is in memory until this object is gone.
 
@@ -48,15 +58,13 @@ class Text:
 
     Raises:
         DataError: a file that cannot be read or is too short.
-        CheckpointError: the directory has no tokenizer.
+        CheckpointError: the directory has no tokenizer, or transformers does not load the model.
     """
 
     def __init__(self, source: SourceDirectory, settings: TextSettings) -> None:
         self._ids, self._batch_size = _windows(source, settings), settings.batch_size
         self.tokens = self._ids.numel()
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(source.path).eval()
+        self.model = trained_model(source.path)
         self._counts: dict[int, Tensor] = {}
 
     def loss(self) -> float:
@@ -106,7 +114,7 @@ class Text:
     def of_busiest(self, number: int) -> str:
         """A line about it."""
         counts = self._counts[number]
-        share = float(counts.max() / counts.sum())
+        share = float(counts.max() / self.tokens)
         return f"MoE layer {number}: expert {self.busiest(number)} of {len(counts)} gets {share:.1%} of the tokens"
 
     def _loss(self) -> float:
@@ -133,7 +141,7 @@ def _windows(source: SourceDirectory, settings: TextSettings) -> Tensor:
         raise DataError(f"--text-file {file}: cannot be read ({one_line(error)}); name a text file in UTF-8") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # OSError, ValueError, …; the tokenizers package raises Exception itself
         raise CheckpointError(
             f"{source.path}: has no tokenizer for --text-file ({one_line(error)}); add its files"
         ) from None

@@ -155,7 +155,7 @@ def _load(
         first = own.ep_rank * (block.num_experts // own.ep_size)
         for name, rows in ((block.gate_up, block.rows), (block.down, block.num_experts)):
             widen(experts, name.rpartition(".")[2], rows, first)
-    mark(model, own, [model.get_submodule(block.experts) for block in blocks])
+    mark(model, own, [model.get_submodule(block.experts) for block in blocks], adapted is not None)
     _finish(model, directory, source, adapted)
     return model
 

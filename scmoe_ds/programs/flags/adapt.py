@@ -82,10 +82,15 @@ def check(args: argparse.Namespace) -> None:
     """Raises an ArgumentError for flags that are out of range, or that do not go together."""
     check_ranges(args)
     check_measure(args)
+    output = args.output
+    if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ArgumentError(f"--output {output}: is not empty; name another directory")  # before the long part
     if args.output is None and args.measure is None:
         raise ArgumentError(
             "--output is missing: name an empty or new directory for the weights, or give --measure TEXT"
         )
+    if args.noise and args.experts is None:
+        raise ArgumentError(f"--noise {args.noise}: is for the experts that --experts makes; give both, or none")
     if args.shard_gb <= 0:
         raise ArgumentError(f"--shard-gb {args.shard_gb}: must be above 0")
     if args.shared_expert in ("busiest", "fit") and args.text_file is None:

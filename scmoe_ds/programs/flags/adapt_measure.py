@@ -42,8 +42,6 @@ def check_measure(args: argparse.Namespace) -> None:
         if given := [name for name in _ONLY if getattr(args, name) is not None]:
             raise ArgumentError(f"{flag_of(given[0])} goes with --measure TEXT: add it, or remove the flag")
         return
-    if args.output is not None and args.output.is_dir() and any(args.output.iterdir()):
-        raise ArgumentError(f"--output {args.output}: is not empty; name another directory")  # before the long part
     if args.layers is not None:
         raise ArgumentError("--layers names the layers, which --measure chooses or leaves open: give one of them")
     if args.shared_expert == "fit":
