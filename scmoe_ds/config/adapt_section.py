@@ -36,7 +36,7 @@ class DistillConfig(Section):
     """`scmoe.adapt.distill`: the loss alpha · KL(teacher ‖ student) + beta · LM + gamma · match."""
 
     alpha: float = Field(1.0, ge=0, description="Weight of the divergence from the teacher's distribution.")
-    beta: float = Field(0.0, ge=0, description="Weight of the language-model loss of the text itself.")
+    beta: float = Field(1.0, ge=0, description="Weight of the language-model loss of the text itself.")
     gamma: float = Field(
         0.0, ge=0, description="Weight of the relative squared distance from what the teacher's MoE blocks put out."
     )

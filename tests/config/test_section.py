@@ -151,7 +151,7 @@ def test_schema_lists_every_field_with_a_description() -> None:
         ({"layer": [1]}, 'scmoe.adapt.layer: unknown key (did you mean "layers"?)'),
         ({"distill": {"alfa": 1.0}}, 'scmoe.adapt.distill.alfa: unknown key (did you mean "alpha"?)'),
         ({"distill": {"alpha": -1.0}}, "scmoe.adapt.distill.alpha = -1.0: must be greater than or equal to 0"),
-        ({"distill": {"alpha": 0.0}}, "scmoe.adapt.distill.alpha = 0.0: all three weights are 0"),
+        ({"distill": {"alpha": 0.0, "beta": 0.0}}, "scmoe.adapt.distill.alpha = 0.0: all three weights are 0"),
         ({"distill": {"gamma": 1.0, "teacher_logits": "d"}}, "scmoe.adapt.distill.gamma = 1.0: stored logits hold no"),
         ({"distill": True}, "scmoe.adapt.distill = true: is true or false; write an object, {…}"),
         ({"base": {"architecture": "topk"}}, 'scmoe.adapt.base.architecture = "topk": must be'),

@@ -203,7 +203,7 @@ def test_scripts_with_a_teacher_end_in_one_line(tmp_path: Path, capsys: pytest.C
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     for flag in re.findall(r"--\S+", TEACHER):
-        assert f"{flag} is not taken here: there is no distillation" in message
+        assert f"{flag} is not taken here: the model that was is the only teacher" in message
 
 
 def test_dense_scripts_end_in_one_sentence(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def add_distill(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapt-from", metavar="SOURCE", help="start from a trained model's weights as a ScMoE")
     group.add_argument("--distill-from", metavar="SOURCE", help="as --adapt-from, and learn from the model that it was")
     group.add_argument("--distill-alpha", type=float, help="weight of the divergence from the teacher; default: 1")
-    group.add_argument("--distill-beta", type=float, help="weight of the language-model loss; default: 0")
+    group.add_argument("--distill-beta", type=float, help="weight of the language-model loss; default: 1")
     group.add_argument(
         "--distill-gamma", type=float, help="weight of the distance from the teacher's MoE blocks; default: 0"
     )

@@ -53,7 +53,7 @@ _REFUSED = {
         --log-params-norm --log-num-zeros-in-grad""",
     "send SIGTERM to a rank, or use --exit-duration-in-mins": "--kill-switch-file",
     "wandb takes it from its own variable WANDB_DIR": "--wandb-save-dir",
-    "there is no distillation": """
+    "the model that was is the only teacher: --distill-from": """
         --mos --kd --load-teacher --num-layers-teacher --num-experts-teacher --hidden-size-teacher
         --num-attention-heads-teacher --kd-alpha-ce --kd-beta-ce --kd-temp --reset-iteration""",
     "belongs to models other than the GPT": """
