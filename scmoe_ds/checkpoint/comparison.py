@@ -74,6 +74,8 @@ TABLE: dict[str, Outcome] = {
     "scmoe.adapt.base*": Outcome.FREE,  # `description.check_model` compares it, and the layers
     "scmoe.adapt.layers": Outcome.FREE,
     "scmoe.adapt.shared_expert": Outcome.FREE,  # it is one by now
+    "scmoe.adapt.source": Outcome.FREE,  # wherever it lies; "the teacher" is a fingerprint of its files
+    "the teacher": Outcome.CHANGES_THE_RUN,
     "scmoe.adapt*": Outcome.CHANGES_THE_RUN,
     "scmoe.wire_dtype": Outcome.TAKEN_OVER,
     "scmoe.expert_*": Outcome.FREE,

@@ -53,6 +53,7 @@ class DistillConfig(Section):
         yield "alpha", not (self.alpha or self.beta or self.gamma), "all three weights are 0; nothing would be learnt"
         idle = self.alpha == 0 and self.teacher_logits is not None
         yield "teacher_logits", idle, "with alpha = 0 nothing is learnt from logits; remove it, or set alpha"
+        yield "teacher_logits", self.teacher_logits == "", "name a directory, or remove it"
         stored = self.gamma > 0 and self.teacher_logits is not None
         yield "gamma", stored, "stored logits hold no outputs of MoE blocks; set 0, or remove teacher_logits"
 
@@ -103,6 +104,7 @@ class AdaptConfig(Section):
     def rules(self) -> Iterator[tuple[str, bool, str]]:
         """A field, whether its value breaks the rule, and the rule with the remedy."""
         layers = self.layers or []
+        yield "source", self.source == "", "name the trained model's directory, or remove it"
         yield "layers", min(layers, default=0) < 0, "MoE layers are numbered from 0"
         yield "layers", len(set(layers)) < len(layers), "name each MoE layer once"
         for field, broken, rule in self.distill.rules() if self.distill is not None else ():

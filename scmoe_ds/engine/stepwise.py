@@ -6,12 +6,12 @@ goes on with as many, and so does an evaluation of what was loaded. Validations 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from scmoe_ds.config.adapt_section import AdaptConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.moe.conversion import Conversion
 from scmoe_ds.parallel.output import log
@@ -23,8 +23,7 @@ def convert_stepwise(engine: Any, conversion: Conversion, section: ScMoEConfig) 
     adapt = section.adapt
     if adapt is None or not adapt.convert_every or not conversion.numbers:
         return
-    order = conversion.numbers[::-1] if adapt.layers is None else adapt.layers
-    steps = _Steps(engine, conversion, order, adapt.convert_every)
+    steps = _Steps(engine, conversion, adapt)
     steps.convert()
     engine.module.register_forward_pre_hook(steps.before, prepend=True)
     load = engine.load_checkpoint
@@ -38,18 +37,19 @@ def convert_stepwise(engine: Any, conversion: Conversion, section: ScMoEConfig) 
 
 
 class _Steps:
-    def __init__(self, engine: Any, conversion: Conversion, order: Sequence[int], every: int) -> None:
-        self._engine, self._conversion, self._order, self._every = engine, conversion, list(order), every
+    def __init__(self, engine: Any, conversion: Conversion, adapt: AdaptConfig) -> None:
+        self._engine, self._conversion, self._adapt = engine, conversion, adapt
 
     def before(self, module: nn.Module, args: Any) -> None:
         if module.training and torch.is_grad_enabled():
             self.convert()
 
     def convert(self) -> None:
-        now = self._order[: 1 + self._engine.global_steps // self._every]
-        if sorted(now) == self._conversion.converted:
+        number = len(self._conversion.numbers)
+        now = self._adapt.converted_after(self._engine.global_steps, number)
+        if now == self._conversion.converted:
             return
         self._conversion.only(now)
         # The times of pairs that do not run cannot be measured. All ranks count the same steps.
-        self._engine.overlap.waits = len(now) < len(self._order)
-        log(f"conversion: MoE layer {layers_text(sorted(now))} of {len(self._order)} to convert run as ScMoE")
+        self._engine.overlap.waits = len(now) < number
+        log(f"conversion: MoE layer {layers_text(now)} of {number} to convert run as ScMoE")

@@ -18,6 +18,7 @@ from scmoe_ds.checkpoint.autoep.trained import is_of_autoep
 from scmoe_ds.checkpoint.directories import locate
 from scmoe_ds.checkpoint.export import export
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.programs.flags.checks import check_ranges
 from scmoe_ds.programs.flags.convert import build_parser
 from scmoe_ds.programs.run import run_alone
 
@@ -31,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    if args.shard_gb <= 0:
-        raise CheckpointError(f"--shard-gb {args.shard_gb}: must be above 0")
+    check_ranges(args)
     size = int(args.shard_gb * 10**9)
     dtype = DTYPES[args.dtype or "fp32"]
     if is_of_autoep(args.source):

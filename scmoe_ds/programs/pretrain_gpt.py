@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -39,7 +38,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, require_agreement, run_on_rank_zero, run_together
+from scmoe_ds.parallel.agreement import fingerprint, require_agreement, run_on_rank_zero, run_together
 from scmoe_ds.programs.flags.checks import require_same_flags
 from scmoe_ds.programs.flags.data import SPLIT_FLAGS
 from scmoe_ds.programs.flags.gpt import gpt_settings, parse_arguments
@@ -47,8 +46,8 @@ from scmoe_ds.programs.flags.parser import started_as
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
-from scmoe_ds.training.adapted_start import first_batches, put_source, validate_first, with_base
-from scmoe_ds.training.distillation import distil, fingerprint_of_source, needs_source
+from scmoe_ds.training.adapted_start import convert_as_saved, first_batches, put_source, validate_first, with_base
+from scmoe_ds.training.distillation import distil, needs_source, teacher_of
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.settings import Summary, TrainingSettings
 from scmoe_ds.training.start_text import TrainingData, announce
@@ -89,7 +88,7 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
         train_iters=args.train_iters,
         valid_data_path=valid_data,
     )
-    description = checkpoint.describe(shape, config, ranks, whole, run)
+    description = checkpoint.describe(shape, config, ranks, whole, run | teacher_of(config))
     description["tokenizer"] = record(describe(tokenizer), carried or {})
     if args.save:
         checkpoint.claim(args.save)
@@ -102,6 +101,7 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     if is_adapted := config.adapt is not None and config.adapt.source is not None:
         start_adapted(args, engine, config, source, datasets.train, settings, tokenizer, train_data["content"])
     iteration, consumed_samples = checkpoint.load(engine, source)
+    convert_as_saved(model, iteration)
     if args.log_gating_interval:
         GatingMonitor(engine, args.log_gating_interval)
     trainer = Trainer(
@@ -133,8 +133,6 @@ def start_adapted(
 
     Collective.
     """
-    assert config.adapt is not None and config.adapt.source is not None
-    origin = Path(config.adapt.source)
     if source is None or needs_source(config):
         put_source(engine, config, partial(first_batches, train, settings.micro_batch_size))
     per_iteration = settings.rank_batch_size * tensor.data_parallel_size()
@@ -142,7 +140,7 @@ def start_adapted(
     made_of = {
         "the corpus": corpus,
         "the tokenizer": fingerprint(describe(tokenizer)["identity"]),
-        "the teacher": from_rank_zero(lambda: fingerprint_of_source(origin)),
+        **teacher_of(config),
         "--seq-length": args.seq_length,
         "--seed": args.seed,
         "--split": split_shares(args.split) if args.split else None,

@@ -14,6 +14,7 @@ from scmoe_ds.checkpoint.source_model import SourceModel
 from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.sampler import pretraining_batches
+from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.output import log
@@ -88,6 +89,18 @@ def put_source(engine: Any, section: ScMoEConfig, batches: Callable[[], Iterable
         run_together(lambda: reshard.put_weights(engine, source.surgery(section, fitted=fitted)))
         text = "; shared experts are fitted to what the routed ones leave"
     log(f"scmoe.adapt.source {source.weights.path}: weights of the model that is adapted{text}")
+
+
+def convert_as_saved(model: GPT, iteration: int) -> None:
+    """Converts the layers of a model with `adapt.convert_every` that ran converted in the last step before its
+    checkpoint. The next training step may convert one more; a validation before that must not find fewer.
+
+    Args:
+        iteration: of the checkpoint; 0: there is none.
+    """
+    adapt = model.config.adapt
+    if adapt is not None and adapt.convert_every and iteration and model.conversion.numbers:
+        model.conversion.only(adapt.converted_after(iteration - 1, len(model.runs)))
 
 
 def validate_first(trainer: Any) -> None:

@@ -47,13 +47,19 @@ def needs_source(section: ScMoEConfig) -> bool:
     return distill is not None and (distill.alpha > 0 or distill.gamma > 0)
 
 
-def fingerprint_of_source(path: Path) -> str:
-    """Of the files of a source, by their checksums. Reads no weights.
+def teacher_of(section: ScMoEConfig) -> dict[str, str]:
+    """{"the teacher": fingerprint of its files, by their checksums}; empty without a teacher. Reads no weights.
+
+    A run that goes on has the same teacher, wherever it lies. Collective.
 
     Raises:
-        CheckpointError: it has no list of its files.
+        CheckpointError: the source has no list of its files.
     """
-    return fingerprint(read_manifest(locate(path), "scmoe.adapt.source"))
+    source = None if section.adapt is None else section.adapt.source
+    if source is None or not needs_source(section):
+        return {}
+    path, flag = Path(source), "scmoe.adapt.source"
+    return {"the teacher": from_rank_zero(lambda: fingerprint(read_manifest(locate(path), flag)))}
 
 
 def distil(

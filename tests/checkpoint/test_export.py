@@ -145,7 +145,7 @@ def test_bad_input(
     cases = [
         (["export", nothing, out], r"neither a checkpoint nor a directory of them nor an export"),
         (["export", save, used], r"is not empty; name another directory"),
-        (["export", save, out, "--shard-gb", "0"], r"--shard-gb 0.0: must be above 0"),
+        (["export", save, out, "--shard-gb", "inf"], r"--shard-gb inf: must be a finite number above 0"),
         (["export", save, out, "--model", used], f"--model {used}: is for a checkpoint of a Hugging Face model"),
         (["export", save, used + "/file/out"], r"the export was not written"),
     ]

@@ -279,7 +279,8 @@ def test_sources_that_cannot_become_the_model(sources: dict[str, tuple[str, GPT]
         (["--layers", "1", "1"], "scmoe.adapt.layers = [1, 1]: name each MoE layer once"),
         (["--top-k", "5"], "scmoe.top_k = 5: cannot exceed the number of experts (4)"),
         (["--shared-expert", "mean"], "--shared-expert mean: "),
-        (["--shard-gb", "0"], "--shard-gb 0.0: must be above 0"),
+        (["--shard-gb", "nan"], "--shard-gb nan: must be a finite number above 0"),
+        (["--noise", "nan"], "--noise nan: must be a finite number of at least 0"),
     ],
 )
 def test_bad_input(

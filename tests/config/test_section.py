@@ -156,6 +156,8 @@ def test_schema_lists_every_field_with_a_description() -> None:
         ({"distill": True}, "scmoe.adapt.distill = true: is true or false; write an object, {…}"),
         ({"base": {"architecture": "topk"}}, 'scmoe.adapt.base.architecture = "topk": must be'),
         ({"layers": [1, 1]}, "scmoe.adapt.layers = [1, 1]: name each MoE layer once"),
+        ({"source": ""}, 'scmoe.adapt.source = "": name the trained model'),
+        ({"distill": {"teacher_logits": ""}}, 'scmoe.adapt.distill.teacher_logits = "": name a directory'),
         ({"layers": [-1]}, "scmoe.adapt.layers = [-1]: MoE layers are numbered from 0"),
     ],
 )

@@ -46,6 +46,21 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "architecture": ({"scmoe.architecture": "moe"}, {}, r'scmoe\.architecture = "moe": .*dgmoe'),
     "position": ({"scmoe.position": "pos4"}, {}, r'scmoe\.position = "pos4"'),
     "position of every block": ({"scmoe.moe_every": 1}, {}, r'scmoe\.position = "pos2": .*use pos1'),
+    "layers of nothing": (
+        {"scmoe.adapt": {}},
+        {"--adapt-layers": "0"},
+        r"scmoe\.adapt\.layers = \[0\]: how the other layers run is not known; .*--adapt-from",
+    ),
+    "no layer": (
+        {"scmoe.adapt": {"source": "s", "layers": []}},
+        {},
+        r"scmoe\.adapt\.layers = \[\]: names no MoE layer",
+    ),
+    "student over its source": (
+        {"scmoe.adapt": {"source": "s"}},
+        {"--save": "s"},
+        r"--save s: is the source \(scmoe\.adapt\.source\), whose checkpoints",
+    ),
     "teacher without a name": ({"scmoe.adapt": {"distill": {}}}, {}, r"scmoe\.adapt\.source = null: .*--distill-from"),
     "logits without their weight": (
         {"scmoe.adapt": {"distill": {"alpha": 0, "beta": 1, "teacher_logits": "d"}}},

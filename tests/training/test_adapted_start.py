@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import scmoe_ds
 from scmoe_ds import checkpoint
+from scmoe_ds.checkpoint.comparison import differences
 from scmoe_ds.checkpoint.tokenizer_files import describe
 from scmoe_ds.config.loading import LoadedConfig, load
 from scmoe_ds.data.tokenizer import ByteTokenizer
@@ -20,7 +22,8 @@ from scmoe_ds.errors import CheckpointError, UserError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.training.adapted_start import put_source, validate_first, with_base
+from scmoe_ds.training.adapted_start import convert_as_saved, put_source, validate_first, with_base
+from scmoe_ds.training.distillation import teacher_of
 from tests.helpers.exports import whole_model, write_export
 
 SETTINGS = GPTSettings(4, 16, 2, 320, 16)
@@ -98,6 +101,29 @@ def test_it_starts_as_the_source_says_and_resumes_by_itself(source: tuple[Path, 
     )
     with pytest.raises(CheckpointError, match=r"another model: scmoe\.adapt: \{.*'layers': \[1\]\} in the checkpoint"):
         checkpoint.choose(str(tmp_path), None, False, other)
+
+
+def test_a_validation_after_a_resume_runs_the_layers_of_the_last_step(source: tuple[Path, GPT]) -> None:
+    path, _ = source
+    loaded = with_base(settings_of(path, adapt={"layers": [1, 0], "convert_every": 2}), SETTINGS, BYTES)
+    conversion = (engine := engine_of(loaded)).module.conversion
+    assert conversion.converted == [1]
+    for iteration, converted in ((0, [1]), (2, [1]), (3, [0, 1]), (9, [0, 1])):
+        convert_as_saved(engine.module, iteration)
+        assert conversion.converted == converted, iteration
+
+
+def test_a_teacher_is_known_by_its_files(source: tuple[Path, GPT], tmp_path: Path) -> None:
+    path, _ = source
+    assert teacher_of(settings_of(path).section) == {}, "without distillation"
+    copied = shutil.copytree(path, tmp_path / "elsewhere")
+    other = write_export(tmp_path / "other", whole_model(SETTINGS, {"architecture": "topk", "num_experts": 8}))
+    own, same, another = (
+        checkpoint.describe(SETTINGS, section, 1, {}, teacher_of(section))
+        for section in (settings_of(each, adapt={"distill": {}}).section for each in (path, copied, other))
+    )
+    assert not differences(own, same), "the same teacher at another place"
+    assert [each.name for each in differences(own, another)] == ["the teacher"]
 
 
 class Trained:

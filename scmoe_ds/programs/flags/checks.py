@@ -31,13 +31,14 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("num_workers", lambda value: value <= 1024, "must be at most 1024"),
     ("micro_batches", lambda value: value >= 2, "noise is between at least 2"),
     (
-        "layernorm_epsilon rotary_base init_method_std exit_duration_in_mins",
+        "layernorm_epsilon rotary_base init_method_std exit_duration_in_mins shard_gb",
         lambda value: 0 < value < math.inf,
         "must be a finite number above 0",
     ),
     # Clocks and timeouts of torch overflow long after two years.
     ("distributed_timeout_minutes", lambda value: 0 < value <= 10**6, "must be above 0 and at most 1000000"),
     ("attention_dropout hidden_dropout drop_path_rate", lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    ("noise", lambda value: 0 <= value < math.inf, "must be a finite number of at least 0"),
     ("lr_warmup_fraction", lambda value: 0 <= value <= 1, "must be in 0 … 1"),
 ]
 """Flags of all programs, whether a value is in their range, and the rule."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from scmoe_ds.errors import ScMoEConfigError
+from scmoe_ds.errors import ArgumentError, ScMoEConfigError
 
 FIELDS: dict[str, str] = {
     "adapt_from": "adapt.source",
@@ -45,17 +46,37 @@ def add_distill(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--convert-every", type=int, help="convert one more layer every N iterations; default: all now")
 
 
-def check_teacher(section: Any) -> None:
-    """Refuses a `ScMoEConfig` that asks for a teacher and names none.
+def check_adapt(section: Any, save: str | None) -> None:
+    """Refuses a `ScMoEConfig` with an `adapt` that would do nothing, or harm.
+
+    Args:
+        save: --save.
 
     Raises:
-        ScMoEConfigError: `adapt.distill` without `adapt.source`.
+        ScMoEConfigError: `adapt.distill` without `adapt.source`, layers to convert without what they are converted
+            from, or none of them.
+        ArgumentError: checkpoints of the student would be saved among its source's.
     """
     adapt = section.adapt
-    if adapt is not None and adapt.distill is not None and adapt.source is None:
+    if adapt is None:
+        return
+    if save and adapt.source is not None and Path(save).resolve() == Path(adapt.source).resolve():
+        raise ArgumentError(
+            f"--save {save}: is the source (scmoe.adapt.source), whose checkpoints the student's would replace; name "
+            "another directory"
+        )
+    if adapt.layers == []:
+        raise ScMoEConfigError("scmoe.adapt.layers = []: names no MoE layer to convert; name some, or null for all")
+    if adapt.distill is not None and adapt.source is None:
         raise ScMoEConfigError(
             "scmoe.adapt.source = null: scmoe.adapt.distill needs the trained model that teaches; name it, or give "
             "--distill-from SOURCE"
+        )
+    if adapt.source is None and adapt.base is None and (adapt.layers is not None or adapt.convert_every):
+        field = "layers" if adapt.layers is not None else "convert_every"
+        raise ScMoEConfigError(
+            f"scmoe.adapt.{field} = {getattr(adapt, field)}: how the other layers run is not known; name the trained "
+            "model by --adapt-from SOURCE, or take scmoe.adapt.base from the section of the model that you load"
         )
 
 

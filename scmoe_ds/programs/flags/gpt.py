@@ -17,7 +17,7 @@ from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.programs.flags import megatron as megatron_flags
 from scmoe_ds.programs.flags.checks import check_ranges, check_training, require_flags
 from scmoe_ds.programs.flags.data import add_data, resolve_data_flags
-from scmoe_ds.programs.flags.distill import add_distill, check_teacher
+from scmoe_ds.programs.flags.distill import add_distill, check_adapt
 from scmoe_ds.programs.flags.megatron_refused import REFUSED
 from scmoe_ds.programs.flags.parser import FlagParser, started_as
 from scmoe_ds.programs.flags.tokenizer import set_tokenizer_type
@@ -141,7 +141,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     whole = merge_schedule(whole, args)
     config = load_merged(args, whole)
     config.section.check_model(args.num_layers)
-    check_teacher(config.section)
+    check_adapt(config.section, args.save)
     if (line := megatron_flags.without_effect(args)) and os.environ.get("RANK", "0") == "0":
         logger.info(line)
     return args, config

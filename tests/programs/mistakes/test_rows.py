@@ -172,6 +172,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "convert: onto a file": ("convert export saved data.bin", r"data\.bin: the export was not written \(File exists\)"),
     "adapt: a ScMoE": ("adapt saved --output out", r'saved: is a ScMoE already \(architecture "scmoe"\); go on'),
     "adapt: nowhere": ("adapt absent --output out", rf"absent {_NEITHER} \(no such directory\)"),
+    "adapt: over a run": ("adapt saved --output saved", r"--output saved: is not empty; name another"),
     "adapt: no text": (
         "adapt saved --output out --shared-expert busiest",
         r"--shared-expert busiest: is measured on text; name a file by --text-file",
