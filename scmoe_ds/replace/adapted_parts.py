@@ -21,7 +21,7 @@ from scmoe_ds.moe.conversion import Conversion
 from scmoe_ds.parallel.process import device
 from scmoe_ds.replace import longcat
 from scmoe_ds.replace.autoep_model import moe_specs
-from scmoe_ds.replace.modeling_adapted import ShortcutParts, add_parts, blocks_of
+from scmoe_ds.replace.modeling_adapted import ShortcutParts, add_parts, blocks_of, moe_blocks
 from scmoe_ds.replace.own_experts import own_experts_of
 from scmoe_ds.replace.surgery import mean_of, start_parts
 
@@ -126,6 +126,10 @@ def prepare_parts(model: nn.Module, section: ScMoEConfig, expert_parallel: Mappi
     _require_whole_weights(model)
     there = {id(module) for module in model.modules() if isinstance(module, ShortcutParts)}
     try:
+        if [spec.moe_module_name for spec in specs] != [f"{name}.mlp" for name, _ in moe_blocks(blocks_of(model))]:
+            raise ValueError(
+                "AutoEP takes other MoE layers than the model has; remove expert_parallel.moe_layer_pattern"
+            )
         parts = add_parts(model, settings_of(section))
     except ValueError as error:
         raise ScMoEConfigError(f"scmoe: {error}") from None

@@ -212,7 +212,7 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
     ],
 )
 def test_the_moe_sibling_of_a_dense_model_computes_the_same(
-    family: str, more: dict[str, Any], every: int, tmp_path: Path
+    family: str, more: dict[str, Any], every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     dense = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SHAPE, **more))
@@ -225,7 +225,8 @@ def test_the_moe_sibling_of_a_dense_model_computes_the_same(
         worst = (moe(input_ids=tokens()).logits - expected).abs().max()
         assert worst < 1e-6 if noise == 0 else worst > 1e-4
     position = "pos1" if every == 1 else "pos2"
-    with as_moe(tmp_path / "dense", tmp_path / "out", {"position": position, "top_k": 1}, 4, 0.0) as moe:
+    monkeypatch.chdir(tmp_path / "dense")
+    with as_moe(Path(), tmp_path / "out", {"position": position, "top_k": 1}, 4, 0.0) as moe:
         adapt_hugging_face(moe, tmp_path / "out", {"position": position})
     assert loaded(tmp_path / "out").model.layers[-1].mlp.gate.top_k == 1
 
@@ -278,8 +279,15 @@ def test_what_cannot_be_adapted_is_one_sentence(sources: Path, tmp_path: Path) -
         (tmp_path / "dense", None, "--experts N makes"),
         (tmp_path / "other", 4, "moe_from_dense makes MoE layers"),
         (tmp_path / "packed", 4, "its weights are quantized"),
-        (source, 4, r"--experts 4: .* is a qwen3_moe, with experts; remove it"),
+        (source, 4, r"--experts 4: .* is a qwen3_moe, and only llama.* remove the flag for a model with an MoE"),
     ]
+    (tmp_path / "file").write_text("")
+    transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "real")
+    with (
+        pytest.raises(UserError, match="the weights were not written"),
+        as_moe(tmp_path / "real", tmp_path / "file" / "out", {}, 2, 0.0),
+    ):
+        pass
     for path, experts, text in dense_cases:
         with pytest.raises(UserError, match=text), as_moe(path, out, {}, experts, 0.0):
             pass

@@ -330,6 +330,9 @@ def test_models_that_surgery_cannot_change() -> None:
     model.lm_head.weight.ds_id = 0  # as deepspeed.zero.Init leaves it
     with pytest.raises(ScMoEConfigError, match=r"the model was made under deepspeed\.zero\.Init; load it by"):
         prepare_autoep(model, given, section)
+    one = {**given["expert_parallel"], "preset_model": "qwen3_moe", "moe_layer_pattern": r"model\.layers\.1\.mlp"}
+    with pytest.raises(ScMoEConfigError, match=r"takes other MoE layers than the model has"):
+        prepare_parts(tiny("qwen3_moe"), section, one)
     model = tiny("qwen3_moe")
     model.config.model_type = "scmoe_qwen3_moe"
     with pytest.raises(ScMoEConfigError, match=r"runs in transformers alone; load its directory by scmoe_ds.from_pre"):

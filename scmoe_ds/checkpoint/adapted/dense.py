@@ -14,25 +14,23 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from deepspeed.module_inject.auto_ep_presets.registry import preset_name_for_hf_model_type
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from scmoe_ds.checkpoint.adapted.source import config_of
-from scmoe_ds.checkpoint.autoep.shards import CARRIED
+from scmoe_ds.checkpoint.autoep.shards import CARRIED, one_sentence
 from scmoe_ds.checkpoint.autoep.tensor_slices import LazyTensor, close, tensors_in
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.errors import ArgumentError, CheckpointError, one_line
 from scmoe_ds.replace.origin import CONFIG_FILE
-from scmoe_ds.replace.presets import offer_presets
 
 _SHARD_BYTES = 5 * 10**9
 _QWEN = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
@@ -85,14 +83,11 @@ class DenseDirectory:
     ) -> None:
         self.path, self.experts, self.top_k, self.moe_every = path, experts, top_k, moe_every
         self.noise, self.seed = noise, seed
-        offer_presets()
         try:
             self.config = transformers.AutoConfig.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: transformers knows no such config.json ({one_line(error)})") from None
         sibling = SIBLINGS.get(self.config.model_type)
-        if sibling is None and preset_name_for_hf_model_type(self.config.model_type) is not None:
-            raise ArgumentError(f"--experts {experts}: {path} is a {self.config.model_type}, with experts; remove it")
         if sibling is None:
             raise CheckpointError(
                 f"--experts {experts}: {path} is a {self.config.model_type}, and only {', '.join(SIBLINGS)} have an "
@@ -216,11 +211,13 @@ def as_moe(path: Path, out: Path, fields: Mapping[str, Any], experts: int | None
     top_k = 2 if fields.get("top_k") is None else fields["top_k"]
     every = 1 if fields.get("position") in (None, "pos1") else 2
     dense = DenseDirectory(path, experts, top_k, every, noise)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as directory:
-        moe = Path(directory) / path.name
-        dense.write(moe)
-        close()
+    with ExitStack() as stack:
+        with one_sentence(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            directory = stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent))
+            moe = Path(directory) / path.resolve().name  # of "." it has one
+            dense.write(moe)
+            close()
         yield moe
 
 
