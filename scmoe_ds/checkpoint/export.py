@@ -18,21 +18,27 @@ from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export, write_weights
 from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.parallel.agreement import run_together
 
 Readers = dict[str, Callable[[], Tensor]]
 
 
 def open_weights(path: Path, contents: bool = True) -> tuple[Weights, dict[str, Any]]:
     """Whole parameters and description of a checkpoint, of the latest checkpoint of a directory, or of an export.
+    Collective.
 
     Args:
         contents: whether to compare checksums, which reads all files; otherwise only sizes are compared.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        CheckpointError: on every rank: there is no such checkpoint, or it is damaged.
     """
-    path = locate(path)
-    files.verify(path, "reading", contents)
+    found = run_together(lambda: locate(path))
+    files.verify(found, "reading", contents)
+    return run_together(lambda: _open(found))
+
+
+def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
     export = is_export(path)
     description = files.read_description(path, CONFIG_FILE if export else files.DESCRIPTION_FILE, "reading")
     if not export and "layout" not in description:

@@ -18,6 +18,7 @@ from scmoe_ds.config.adapt_section import AdaptConfig, base_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.parallel.agreement import run_together
 
 _SHARED_WIDTH = "moe_shared_expert_intermediate_size"
 _OF_THE_SCMOE = {
@@ -51,15 +52,20 @@ class SourceModel:
 
     @classmethod
     def open(cls, path: Path, contents: bool = True) -> SourceModel:
-        """
+        """Collective.
+
         Args:
             path: a checkpoint, a directory of them (its latest), or an export.
             contents: compare all files with their checksums; otherwise only their sizes.
 
         Raises:
-            CheckpointError: none of these, damaged, or a model that cannot become a ScMoE.
+            CheckpointError: on every rank: none of these, damaged, or a model that cannot become a ScMoE.
         """
         weights, description = open_weights(path, contents)
+        return run_together(lambda: cls._of(path, weights, description))
+
+    @classmethod
+    def _of(cls, path: Path, weights: Weights, description: Mapping[str, Any]) -> SourceModel:
         parsed = parse(description, weights.path)
         if not isinstance(parsed.settings, GPTSettings):
             raise CheckpointError(f"{path}: is a checkpoint of a Swin; only text models can be adapted")

@@ -66,7 +66,7 @@ def load_trained(
     """
     layout = layout or Layout(dist.get_world_size())
     # Experts that stay in their files are not read before they are needed.
-    trained = run_together(lambda: TrainedModel.open(path, contents=offloading is None))
+    trained = TrainedModel.open(path, contents=offloading is None)
     if dist.get_rank() == 0:
         print(f"loading {trained.path}", file=sys.stderr)
     config = serving_config(trained.config, layout.expert_size, layout.divided_experts)

@@ -57,7 +57,8 @@ class TrainedModel:
 
     @classmethod
     def open(cls, path: str | Path, contents: bool = True) -> TrainedModel:
-        """
+        """Collective.
+
         Args:
             path: a checkpoint of pretrain_gpt_scmoe.py, a directory of them (its latest), or an export.
             contents: compare all files with their checksums, which reads them once; otherwise only their sizes.

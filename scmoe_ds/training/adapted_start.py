@@ -78,7 +78,7 @@ def put_source(engine: Any, section: ScMoEConfig, batches: Callable[[], Iterable
     adapt = section.adapt
     assert adapt is not None and adapt.source is not None
     path, text = Path(adapt.source), ""
-    source, fits = run_together(lambda: SourceModel.open(path)), adapt.shared_expert == "fit"
+    source, fits = SourceModel.open(path), adapt.shared_expert == "fit"
     run_together(lambda: reshard.put_weights(engine, source.surgery(section, fitted={} if fits else None)))
     if adapt.shared_expert == "busiest":
         busiest = busiest_experts(engine.module, batches())
