@@ -30,7 +30,7 @@ def finished(weights: Weights, description: Mapping[str, Any]) -> tuple[Weights,
     if adapt is None or adapt.base is None or not isinstance(settings, GPTSettings):
         return weights, description
     layers = config.moe_layers(settings.num_layers)
-    now = adapt.converted_after(int(description.get(fields.ITERATION, 0)), layers)
+    now = adapt.converted_at(int(description.get(fields.ITERATION, 0)), layers)
     number = layers if adapt.layers is None else len(adapt.layers)
     if len(now) < number:
         raise CheckpointError(

@@ -101,6 +101,10 @@ class AdaptConfig(Section):
         order = list(range(moe_layers))[::-1] if self.layers is None else self.layers
         return sorted(order[: 1 + steps // self.convert_every] if self.convert_every else order)
 
+    def converted_at(self, iteration: int, moe_layers: int) -> list[int]:
+        """Those that ran as ScMoE in the step that a checkpoint of this iteration ends with; 0: before the first."""
+        return self.converted_after(max(iteration - 1, 0), moe_layers)
+
     def rules(self) -> Iterator[tuple[str, bool, str]]:
         """A field, whether its value breaks the rule, and the rule with the remedy."""
         layers = self.layers or []

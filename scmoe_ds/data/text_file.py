@@ -35,13 +35,14 @@ class Text:
     digest: str
 
 
-def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
-    """The text of --text-file; an empty file has no tokens.
+def read_text(path: str, tokenizer: Tokenizer, vocab_size: int, flag: str = "--text-file") -> Text:
+    """The text that a flag names; an empty file has no tokens.
 
     Tokenizers other than ByteTokenizer may look any distance ahead, so the whole text is read and tokenized at once.
 
     Args:
         vocab_size: of the model; every id is below it.
+        flag: for errors.
 
     Raises:
         DataError: the file is missing or not UTF-8, or the tokenizer belongs to another model.
@@ -67,12 +68,12 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int) -> Text:
         elif is_bytes:
             tokens = np.frombuffer("".join(kept).encode(), dtype=np.uint8)
     except (*STREAM_ERRORS, UnicodeError) as error:
-        raise DataError(f"--text-file {path} cannot be read as UTF-8 text: {reason_of(error)}") from None
+        raise DataError(f"{flag} {path} cannot be read as UTF-8 text: {reason_of(error)}") from None
     if not is_bytes:
         tokens = np.array(tokenizer.tokenize("".join(kept)), dtype=np.int32)
     if num_bytes and not len(tokens):  # transformers makes an empty tokenizer of a directory without one
         raise DataError(
-            f"--tokenizer-type {tokenizer.name} finds no token in --text-file {path}: its vocabulary is "
+            f"--tokenizer-type {tokenizer.name} finds no token in {flag} {path}: its vocabulary is "
             "empty; name the model's tokenizer with --tokenizer-type and its files"
         )
     if len(tokens) and int(tokens.max()) >= vocab_size:

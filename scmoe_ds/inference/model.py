@@ -73,7 +73,7 @@ class TrainedModel:
         adapt, converted = found.config.adapt, None
         if adapt is not None and adapt.convert_every:
             layers = found.config.moe_layers(found.settings.num_layers)
-            converted = adapt.converted_after(int(description.get(ITERATION, 0)), layers)
+            converted = adapt.converted_at(int(description.get(ITERATION, 0)), layers)
         tokenizer = description.get(KEY)
         return cls(weights.path, weights, found.settings, found.config, found.dtype, tokenizer, converted)
 

@@ -93,7 +93,7 @@ def _text(args: argparse.Namespace, source: AdaptSource, first: Opened) -> HeldO
         raise ArgumentError("--seq-length is missing: the model does not say how long its context is")
     if context is not None and length > context:
         raise ArgumentError(f"--seq-length {length} exceeds the model's context of {context} tokens; give at most that")
-    tokens = read_text(args.measure, source.tokenizer, vocab_size).tokens[: args.max_tokens]
+    tokens = read_text(args.measure, source.tokenizer, vocab_size, "--measure").tokens[: args.max_tokens]
     return HeldOut(tokens, length, source.tokenizer.eod, f"--measure {args.measure}")
 
 

@@ -100,7 +100,7 @@ def convert_as_saved(model: GPT, iteration: int) -> None:
     """
     adapt = model.config.adapt
     if adapt is not None and adapt.convert_every and iteration and model.conversion.numbers:
-        model.conversion.only(adapt.converted_after(iteration - 1, len(model.runs)))
+        model.conversion.only(adapt.converted_at(iteration, len(model.runs)))
 
 
 def validate_first(trainer: Any) -> None:

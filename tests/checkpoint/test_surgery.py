@@ -205,12 +205,12 @@ def test_a_finished_adaptation_is_a_plain_scmoe(sources: dict[str, tuple[str, GP
         manifest["config.json"] = file_entry(path / "config.json")
         (path / "scmoe_files.json").write_text(json.dumps(manifest))
 
-    at(9)
+    at(10)  # its layer 0 has never run as ScMoE
     with pytest.raises(CheckpointError, match=r"1 of 2 layers are converted so far \(.*convert_every = 10\); export a"):
         export(path, tmp_path / "early")
     model.conversion.only([1])
     assert torch.equal(logits(load_trained(path).model), logits(model))
-    at(10)
+    at(11)
     export(path, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["scmoe"]["adapt"] is None
     model.conversion.only([0, 1])

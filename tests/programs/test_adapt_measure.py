@@ -194,6 +194,7 @@ def test_what_a_user_can_get_wrong(files: Path, capsys: pytest.CaptureFixture[st
         ([source, *text, "--output-prefix", files / "no" / "x"], "name files in a directory that is there"),
         ([source, "--output", files / "new", "--min-hidden", "80%"], "--min-hidden goes with --measure TEXT"),
         ([source], "--output is missing"),
+        ([source, "--measure", files / "no"], f"--measure {files / 'no'} cannot be read as UTF-8 text"),
         ([source, *text, "--output", files], "is not empty; name another directory"),
         ([source, *text, "--shared-expert", "fit", "--text-file", "x"], "measure mean or busiest"),
         ([source, *text, "--layers", 1], "--layers names the layers, which --measure"),

@@ -89,8 +89,6 @@ def check(args: argparse.Namespace) -> None:
         raise ArgumentError(
             "--output is missing: name an empty or new directory for the weights, or give --measure TEXT"
         )
-    if args.output is not None and args.output.is_dir() and any(args.output.iterdir()):
-        raise ArgumentError(f"--output {args.output}: is not empty; name another directory")  # before the long part
     if args.noise and args.experts is None:
         raise ArgumentError(f"--noise {args.noise}: is for the experts that --experts makes; give both, or none")
     if args.shared_expert in ("busiest", "fit") and args.text_file is None:
