@@ -23,7 +23,7 @@ from scmoe_ds.analysis.markdown import code
 
 DISTILLED, FINE_TUNED = "distilled", "fine-tuned"
 CLAIMED = ("Pos-1", "late join")
-"""Conversions of all layers, for which the issue names numbers."""
+"""Conversions of all layers for which the verdict compares with the teacher and with fine-tuning."""
 _RULE = (
     "Rule: differences are paired by seed. A run is *confirmed* to be within the limit where the whole 95 % interval "
     "(Student's t over the seeds) of its loss over the teacher's, trained on for as many steps, lies below the limit, "

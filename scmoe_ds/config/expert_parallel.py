@@ -46,6 +46,8 @@ MODELS_OWN = "model"
 """The score function of a router that is the model's."""
 _OF_SCMOE = {"position": "pos1", "first_layer_position": None, "merge": "add", "shortcut_norm": "shared", "join": "end"}
 """Fields that change the model's mathematics, and their defaults: those that add no parameter, for an MoE per block."""
+_OF_SURGERY = {**_OF_SCMOE, "shortcut_norm": "own"}
+"""The same for a section with "adapt", which asks for a surgery as that of `scmoe adapt`. A tap has no norm to copy."""
 _CHANGES = 'changes the model\'s mathematics, which "as_is" keeps; set "architecture": "scmoe", or remove it'
 
 
@@ -89,7 +91,8 @@ def with_autoep(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
         return {"architecture": "as_is", **given, "router": router}
     # Hooks drive the layers, as those of "replace".
     hooked = {"architecture": "scmoe", "replace": True, "router": router}
-    return {**_OF_SCMOE, **{name: value for name, value in given.items() if value != "auto"}, **hooked}
+    defaults = _OF_SCMOE if given.get("adapt") is None or given.get("tap") is not None else _OF_SURGERY
+    return {**defaults, **{name: value for name, value in given.items() if value != "auto"}, **hooked}
 
 
 def _router(given: Any) -> Any:

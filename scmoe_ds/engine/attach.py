@@ -14,7 +14,6 @@ from scmoe_ds.compat_transformers import accept_names_of_recorders
 from scmoe_ds.config.deepspeed_gradients import check_norm
 from scmoe_ds.config.deepspeed_json import section as json_section
 from scmoe_ds.config.expert_parallel import autoep_size, idle_settings, uses_autoep
-from scmoe_ds.config.messages import fail
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.other_checkpoints import note_conversion, refuse_other_models
 from scmoe_ds.engine.pairs import describe_pair, describe_schedules, pairs_of
@@ -33,7 +32,7 @@ from scmoe_ds.parallel.process import device
 from scmoe_ds.planner.auto import choose_all_to_all
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.schedule_text import names_text
-from scmoe_ds.replace.origin import note_settings, remember, settings_noted
+from scmoe_ds.replace.origin import note_settings, remember
 from scmoe_ds.replace.own_experts import check_loaded
 
 UNKNOWN_SEQUENCE = 1024
@@ -51,7 +50,7 @@ def prepare_autoep(model: nn.Module, whole: Mapping[str, Any], section: ScMoECon
         ScMoEConfigError: a model that AutoEP would not replace, or not rightly, or that cannot have what the section
             asks for.
     """
-    from scmoe_ds.replace.adapted_parts import prepare_parts
+    from scmoe_ds.replace.adapted_parts import of_adapted, prepare_parts
     from scmoe_ds.replace.autoep_model import check_model_for_autoep  # AutoEP may be missing in this DeepSpeed
     from scmoe_ds.replace.presets import offer_presets
 
@@ -60,6 +59,7 @@ def prepare_autoep(model: nn.Module, whole: Mapping[str, Any], section: ScMoECon
     offer_presets()
     check_model_for_autoep(model, whole)
     if section is not None:
+        whole, section = of_adapted(model, whole, section)
         prepare_parts(model, section, json_section(whole, "expert_parallel"))
 
 
@@ -71,7 +71,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     Args:
         engine: DeepSpeed's.
         whole: the JSON that it was made from, with "expert_parallel".
-        section: its "scmoe" section.
+        section: its "scmoe" section. Of a model of an adapted directory, what is left out is as it was adapted.
 
     Returns:
         the calibrator, which is `engine.overlap` from then on. `engine.conversion` says which layers run as ScMoE.
@@ -80,7 +80,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
         ScMoEConfigError: nothing to schedule in the model, a setting that does not fit it, or a second call.
     """
     assert uses_autoep(whole)
-    from scmoe_ds.replace.adapted_parts import settings_for_files
+    from scmoe_ds.replace.adapted_parts import of_adapted, settings_for_files
     from scmoe_ds.replace.autoep import ScheduledAutoEP, autoep_layers, schedule
 
     found = autoep_layers(engine.module)
@@ -93,11 +93,9 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
         raise ScMoEConfigError("attach: the engine's layers run under schedules already; attach once")
     check_loaded(engine.module, found[0][1].ep_size)
     remember(engine.module)
-    if section.architecture != "scmoe" and settings_noted(engine.module) is not None:
-        rule = 'the model is of an adapted directory, and would run as its source; set what "scmoe" in config.json says'
-        raise fail("scmoe.architecture", section.architecture, rule)
-    refuse_other_models(engine)
-    note_settings(engine.module, settings_for_files(engine.module, section))
+    whole, section = of_adapted(engine.module, whole, section)
+    refuse_other_models(engine, section)
+    note_settings(engine.module, settings_for_files(engine.module, section, [name for name, _ in found]))
     layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
     first = layers[0]
     give_pairs(engine.module, layers, section)

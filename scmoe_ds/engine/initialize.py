@@ -41,8 +41,6 @@ from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.parallel.output import log, show_by_default, without_full_disks
 from scmoe_ds.parallel.process import connect
-from scmoe_ds.replace.adapted_parts import as_adapted
-from scmoe_ds.replace.origin import settings_noted
 from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers
 
 
@@ -82,7 +80,7 @@ def initialize(
     """
     show_by_default()
     model = _module(model)
-    whole, section = _of_adapted(model, *_agreed(_json_of(args, config, config_params)))
+    whole, section = _agreed(_json_of(args, config, config_params))
     model_parameters = listed(model_parameters)
     _check(whole, section, model, optimizer, model_parameters)
     mpu = _model_parallel_unit(mpu)
@@ -154,15 +152,6 @@ def _agreed(source: Source) -> tuple[Mapping[str, Any], ScMoEConfig]:
     connect()
     require_agreement("the DeepSpeed JSON", fingerprint(whole))
     return whole, ScMoEConfig.from_deepspeed(source if isinstance(source, LoadedConfig) else whole)
-
-
-def _of_adapted(model: nn.Module, whole: Mapping[str, Any], section: ScMoEConfig) -> tuple[Any, ScMoEConfig]:
-    """The same for a model that `from_pretrained` read from an adapted directory: with what it was adapted with."""
-    settings = settings_noted(model)
-    if settings is None or not uses_autoep(whole):
-        return whole, section
-    whole = as_adapted(whole, settings, type(model).__name__)
-    return whole, ScMoEConfig.from_deepspeed(whole)
 
 
 def _model_parallel_unit(mpu: Any) -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.parallel.output import log
+from scmoe_ds.planner.schedule_text import layers_text
 from scmoe_ds.replace.adapted_parts import settings_now
 from scmoe_ds.replace.origin import Origin, is_converted, note_settings, origin_in, origin_of, settings_noted
 
@@ -24,9 +28,10 @@ def note_conversion(engine: Any) -> None:
     engine.save_checkpoint = save_noted
 
 
-def refuse_other_models(engine: Any) -> None:
+def refuse_other_models(engine: Any, section: ScMoEConfig) -> None:
     """From here on, an engine's `load_checkpoint` that fails says so where the checkpoint is of another class. One of a
-    model that was adapted otherwise has the same names and shapes, and is refused, too.
+    model that was adapted otherwise has the same names and shapes, and is refused, too. The log says which layers are
+    converted only now.
 
     Raises, in `load_checkpoint`:
         CheckpointError: the class of the checkpoint's model, and that of the engine's; or a setting that differs.
@@ -42,7 +47,10 @@ def refuse_other_models(engine: Any) -> None:
                 raise
             raise CheckpointError(f"{load_dir}: is a checkpoint of {other}; the model is a {own}") from error
         if result[0] is not None:
-            _check_settings(load_dir, origin_in(result[1]), engine)
+            there = origin_in(result[1])
+            _check_settings(load_dir, there, engine)
+            if section.adapt is None or not section.adapt.convert_every:  # which says how many are
+                _log_newly_converted(load_dir, there, engine)
         return result
 
     engine.load_checkpoint = load_own
@@ -67,6 +75,17 @@ def _check_settings(directory: Any, there: Origin | None, engine: Any) -> None:
     if lost:
         raise CheckpointError(
             f"{directory}: was trained with MoE layer {lost[0]} converted, which scmoe.adapt.layers leaves out; name it"
+        )
+
+
+def _log_newly_converted(directory: Any, there: Origin | None, engine: Any) -> None:
+    converted = (((there or {}).get("scmoe") or {}).get("adapt") or {}).get("layers")
+    if converted is not None and (new := sorted(set(engine.conversion.converted) - set(converted))):
+        before = f"MoE layer {layers_text(converted)}" if converted else "no MoE layer"
+        log(
+            f"conversion: {directory} was trained with {before} converted; MoE layer {layers_text(new)} runs as ScMoE "
+            "from here on, too, as scmoe.adapt.layers says",
+            level=logging.WARNING,
         )
 
 

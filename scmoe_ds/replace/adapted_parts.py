@@ -6,7 +6,8 @@ The parts are children of the decoder layers: AutoEP puts a layer of its own in 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scmoe_ds.config.expert_parallel import PATH
 from scmoe_ds.config.messages import fail
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.conversion import Conversion
+from scmoe_ds.parallel.output import log
 from scmoe_ds.parallel.process import device
 from scmoe_ds.replace import longcat
 from scmoe_ds.replace.autoep_model import moe_specs
 from scmoe_ds.replace.modeling_adapted import ShortcutParts, add_parts, blocks_of, moe_blocks
+from scmoe_ds.replace.origin import settings_noted
 from scmoe_ds.replace.own_experts import own_experts_of
 from scmoe_ds.replace.surgery import mean_of, start_parts
 
@@ -37,15 +41,48 @@ def settings_of(section: ScMoEConfig) -> dict[str, Any]:
     }
 
 
-def settings_for_files(model: nn.Module, section: ScMoEConfig) -> dict[str, Any] | None:
-    """The same, if one file with the model's class can compute it; None: hooks of this package alone can."""
-    if section.architecture != "scmoe" or section.tap is not None:
+def settings_for_files(model: nn.Module, section: ScMoEConfig, layers: Sequence[str]) -> dict[str, Any] | None:
+    """The same, if one file with the model's class can compute it; None: hooks of this package alone can, and the log
+    says so.
+
+    Args:
+        layers: paths of the MoE layers that AutoEP has found, which the section numbers.
+
+    Raises:
+        ScMoEConfigError: a model of an adapted directory, whose numbers are of other layers.
+    """
+    if section.architecture != "scmoe":
         return None
+    unsaid = _not_for_files(model, section, layers)
+    if unsaid is None:
+        return settings_of(section)
+    log(
+        f"{unsaid}: save_pretrained and scmoe convert export will write the class of the source, which computes "
+        "without shortcuts",
+        level=logging.WARNING,
+    )
+    return None
+
+
+def _not_for_files(model: nn.Module, section: ScMoEConfig, layers: Sequence[str]) -> str | None:
+    """Why no file with the model's class can compute it; None: one can."""
+    if section.tap is not None:
+        return "scmoe.tap is a place that no file of a model has"
     try:
-        blocks_of(model)
-    except ValueError:
+        every = _paths_of(blocks_of(model))
+    except ValueError as error:
+        return str(error)
+    if list(layers) == every:
         return None
-    return settings_of(section)
+    if settings_noted(model) is not None:
+        rule = "leaves out MoE layers of a model that was adapted with all of them numbered; remove it"
+        raise ScMoEConfigError(f"{PATH}.moe_layer_pattern: {rule}")
+    return f"{PATH}.moe_layer_pattern leaves out MoE layers, which a file would number, too"
+
+
+def _paths_of(blocks: list[tuple[str, Any]]) -> list[str]:
+    """Of their MoE layers."""
+    return [f"{name}.mlp" for name, _ in moe_blocks(blocks)]
 
 
 def settings_now(settings: Mapping[str, Any] | None, conversion: Conversion | None) -> Mapping[str, Any] | None:
@@ -84,6 +121,21 @@ def as_adapted(whole: Mapping[str, Any], scmoe: Mapping[str, Any], what: str) ->
     adapt |= {"layers": known_layers if layers is None else layers, "shared_expert": shared}
     known = {name: value for name, value in own.items() if value is not None}
     return {**whole, "scmoe": {**given, **known, "adapt": adapt}}
+
+
+def of_adapted(
+    model: nn.Module, whole: Mapping[str, Any], section: ScMoEConfig
+) -> tuple[Mapping[str, Any], ScMoEConfig]:
+    """A JSON and its section; for a model of an adapted directory, with what it was adapted with.
+
+    Raises:
+        ScMoEConfigError: a field that says otherwise.
+    """
+    settings = settings_noted(model)
+    if settings is None:
+        return whole, section
+    whole = as_adapted(whole, settings, type(model).__name__)
+    return whole, ScMoEConfig.from_deepspeed(whole)
 
 
 def converted_numbers(section: ScMoEConfig, count: int) -> list[int]:
@@ -126,9 +178,10 @@ def prepare_parts(model: nn.Module, section: ScMoEConfig, expert_parallel: Mappi
     _require_whole_weights(model)
     there = {id(module) for module in model.modules() if isinstance(module, ShortcutParts)}
     try:
-        if [spec.moe_module_name for spec in specs] != [f"{name}.mlp" for name, _ in moe_blocks(blocks_of(model))]:
+        if [spec.moe_module_name for spec in specs] != _paths_of(blocks_of(model)):
             raise ValueError(
-                "AutoEP takes other MoE layers than the model has; remove expert_parallel.moe_layer_pattern"
+                "AutoEP takes other MoE layers than the model has; remove expert_parallel.moe_layer_pattern, or "
+                'let the section add no parameters ("shortcut_norm": "shared", "merge": "add")'
             )
         parts = add_parts(model, settings_of(section))
     except ValueError as error:

@@ -14,6 +14,8 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer
 
 from lab.moe_families import tiny
+from scmoe_ds.checkpoint.adapted import student
+from scmoe_ds.checkpoint.adapted.source import SourceDirectory
 from scmoe_ds.engine import connect
 from scmoe_ds.programs import adapt, analyze
 from tests.analysis.test_feasibility import entry
@@ -103,11 +105,20 @@ def test_losses_are_the_written_models(
     assert way["all"]["loss"] == pytest.approx(loss_of(target, files), abs=1e-6)
 
 
-def test_similarity_and_choice(files: Path, tmp_path: Path) -> None:
-    """An MoE in every block has Pos-1 alone. The choice is written at once."""
+def test_similarity_and_choice(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MoE in every block has Pos-1 alone. The choice is written at once. All ways have the source opened once."""
+    opened: list[Path] = []
+
+    class Noted(SourceDirectory):
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(student, "SourceDirectory", Noted)
     source, target = files / "qwen3_moe", tmp_path / "chosen"
     flags = ["--calibration", files / "times.json", "--max-loss-increase", "100%", "--output", target]
     found = measured(source, files, tmp_path, *flags)
+    assert opened == [source]
     assert [(way["position"], way["join"]) for way in found["ways"]] == [("pos1", "end"), ("pos1", "late")]
     assert found["choice"]["loss"] == pytest.approx(loss_of(target, files), abs=1e-6)
     # The source blocks: gate 2, attention 16, experts 9, transfers 20. One transfer of each pass runs beside attention.

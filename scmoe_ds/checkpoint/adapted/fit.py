@@ -44,8 +44,9 @@ def _sums(model: Any, shortcut: Shortcut, merge: Merge, batches: list[Tensor]) -
     shared = parts.shared_expert
     assert isinstance(shared, SharedExpert)
     width, hidden_size = shared.down_proj.in_features, shared.down_proj.out_features
-    inner_FF = torch.zeros(width, width, dtype=torch.float64)
-    missing_FD = torch.zeros(width, hidden_size, dtype=torch.float64)
+    weight = shared.down_proj.weight
+    inner_FF = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+    missing_FD = torch.zeros(width, hidden_size, dtype=torch.float64, device=weight.device)
     try:
         for batch in batches:
             model(input_ids=batch, use_cache=False)

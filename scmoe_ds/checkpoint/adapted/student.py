@@ -43,7 +43,7 @@ class HuggingFaceStudent:
     ) -> None:
         self.path, self._fields = path, dict(fields)
         try:
-            source = SourceDirectory(path)
+            source = self._source = SourceDirectory(path)
             scmoe = settings_of(source, fields)
             kind = scmoe["adapt"]["shared_expert"]
             if kind == "busiest" and text is None:
@@ -74,11 +74,7 @@ class HuggingFaceStudent:
             CheckpointError: a position or join that the model cannot have.
             ScMoEConfigError: one that no model can have.
         """
-        try:
-            source = SourceDirectory(self.path)
-            scmoe = settings_of(source, {**self._fields, **way})
-        finally:
-            close()
+        scmoe = settings_of(self._source, {**self._fields, **way})
         try:
             parts = install(self.model, scmoe)
         except ValueError as error:

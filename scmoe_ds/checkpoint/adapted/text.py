@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scmoe_ds.checkpoint.adapted.fit import fit_shared_experts
 from scmoe_ds.checkpoint.adapted.source import SourceDirectory
 from scmoe_ds.errors import CheckpointError, DataError, one_line
+from scmoe_ds.parallel.process import device
 from scmoe_ds.replace.modeling_adapted import ShortcutParts, blocks_of, install, moe_blocks
 
 WINDOW, MOST_TOKENS = 512, 1 << 15
@@ -47,7 +48,7 @@ def trained_model(path: Path) -> Any:
 
 
 class Text:
-    """A trained model on a text file. The model is in memory until this object is gone.
+    """A trained model on a text file, on the accelerator if there is one. It is in memory until this object is gone.
 
     Args:
         source: its directory, with its tokenizer.
@@ -62,16 +63,17 @@ class Text:
     """
 
     def __init__(self, source: SourceDirectory, settings: TextSettings) -> None:
-        self._ids, self._batch_size = _windows(source, settings), settings.batch_size
+        self._ids, self._batch_size = _windows(source, settings).to(device()), settings.batch_size
         self.tokens = self._ids.numel()
-        self.model = trained_model(source.path)
+        self.model = trained_model(source.path).to(device())
         self._counts: dict[int, Tensor] = {}
 
     def loss(self) -> float:
         """Mean over tokens of the model as it is; counts each expert's tokens."""
         blocks = blocks_of(self.model)
         layers = [self.model.get_submodule(f"{name}.mlp.experts") for name, _ in moe_blocks(blocks)]
-        self._counts = {number: torch.zeros(each.num_experts, dtype=torch.long) for number, each in enumerate(layers)}
+        none = torch.zeros((), dtype=torch.long, device=self._ids.device)
+        self._counts = {number: none.repeat(each.num_experts) for number, each in enumerate(layers)}
         hooks = [
             each.register_forward_pre_hook(partial(self._count, number), with_kwargs=True)
             for number, each in enumerate(layers)
