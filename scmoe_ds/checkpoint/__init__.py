@@ -13,15 +13,17 @@ from scmoe_ds.checkpoint.description import describe, rebuild
 from scmoe_ds.checkpoint.failure_notes import note as note_failure
 from scmoe_ds.checkpoint.files import DESCRIPTION_FILE, MANIFEST_FILE
 from scmoe_ds.checkpoint.finite import NotFiniteError
-from scmoe_ds.checkpoint.loading import Source, choose, load, samples_of_run
+from scmoe_ds.checkpoint.loading import Candidate, Source, candidate, choose, load, samples_of_run
 from scmoe_ds.checkpoint.lock import release
 from scmoe_ds.checkpoint.saving import claim, save
 
 __all__ = [
     "DESCRIPTION_FILE",
     "MANIFEST_FILE",
+    "Candidate",
     "NotFiniteError",
     "Source",
+    "candidate",
     "choose",
     "claim",
     "describe",

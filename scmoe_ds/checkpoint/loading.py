@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from scmoe_ds.checkpoint.files import DamagedCheckpointError
 from scmoe_ds.checkpoint.hyperparameters import OwnSettings
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, SafetensorsWeights, is_export
 from scmoe_ds.checkpoint.saved_state import SavedState
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.agreement import from_rank_zero, is_rank_zero, require_agreement, run_on_rank_zero, run_together
 
@@ -48,6 +50,40 @@ class Source:
     def differs_in(self, *names: str) -> bool:
         """Whether a setting differs whose name starts with one of these."""
         return any(each.name.startswith(names) for each in self.differences)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The checkpoint that `choose` will take if its files are whole.
+
+    Attributes:
+        path: its directory.
+        description, config: its own; the section is checked.
+    """
+
+    path: Path
+    description: Mapping[str, Any]
+    config: ScMoEConfig
+
+
+def candidate(load: str | None, save: str | None, auto_resume: bool) -> Candidate | None:
+    """What `choose` will take, before this run's model is known; None: nothing that can be read. Collective."""
+
+    def find() -> Candidate | None:
+        root, paths = Path(save or ""), list[Path]()
+        if auto_resume and save:
+            paths = [root / tag for tag in files.newest_first(root) if failure_notes.read(root / tag) is None]
+        if not paths and load:
+            with suppress(CheckpointError):  # which `choose` raises
+                paths = [locate(Path(load))]
+        for path in paths:
+            with suppress(CheckpointError):
+                name = CONFIG_FILE if is_export(path) else files.DESCRIPTION_FILE
+                saved = files.read_description(path, name, "reading")
+                return Candidate(path, saved, parsing.parse(saved, path).config)
+        return None
+
+    return from_rank_zero(find)
 
 
 def choose(load: str | None, save: str | None, auto_resume: bool, description: Mapping[str, Any]) -> Source | None:

@@ -14,7 +14,7 @@ from scmoe_ds.checkpoint.export import open_weights
 from scmoe_ds.checkpoint.parsing import parse
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.surgery import Surgery
-from scmoe_ds.config.adapt_section import AdaptConfig, base_of
+from scmoe_ds.config.adapt_section import AdaptConfig, BaseConfig, base_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError
 from scmoe_ds.models.layers import GPTSettings
@@ -125,21 +125,7 @@ class SourceModel:
         Raises:
             ScMoEConfigError: another base, or fields that contradict the source's.
         """
-        old, base, adapt = self.config, base_of(self.config), config.adapt or AdaptConfig()
-        if adapt.base not in (None, base):
-            raise ScMoEConfigError(
-                f"scmoe.adapt.base = {_text(adapt.base)}: the layers of {self.weights.path} are {_text(base)}; remove "
-                "the field, it is filled in"
-            )
-        kept = {*fields.BINDING_SECTION_FIELDS, "router", "gate_softmax"} - _OF_THE_SCMOE
-        section = old.model_dump(mode="json", include=kept) | {"top_k": old.top_k}
-        if self.has_shared_expert:
-            section |= {"merge": base.merge, _SHARED_WIDTH: getattr(old, _SHARED_WIDTH)}
-        else:
-            section[_SHARED_WIDTH] = old.moe_ffn_hidden_size
-        section |= config.model_dump(mode="json", exclude_unset=True)
-        section["adapt"] = adapt.model_copy(update={"base": base}).model_dump(mode="json")
-        return ScMoEConfig.from_deepspeed({"scmoe": section})
+        return with_base_of(config, self.config, base_of(self.config), self.weights.path)
 
     def surgery(
         self,
@@ -193,6 +179,31 @@ class SourceModel:
             raise ScMoEConfigError(
                 f'{asked}: a ScMoE of this package\'s GPT always has a shared expert; set "mean", "busiest" or "fit"'
             )
+
+
+def with_base_of(config: ScMoEConfig, old: ScMoEConfig, base: BaseConfig, path: Path) -> ScMoEConfig:
+    """See `SourceModel.with_base`.
+
+    Args:
+        old: section of the source, or of a ScMoE that was made of it: the fields that are taken are the same.
+        base: how the source's layers run.
+        path: of the model whose section `old` is, for the message.
+    """
+    adapt = config.adapt or AdaptConfig()
+    if adapt.base not in (None, base):
+        raise ScMoEConfigError(
+            f"scmoe.adapt.base = {_text(adapt.base)}: the layers of {path} are {_text(base)}; remove the field, it is "
+            "filled in"
+        )
+    kept = {*fields.BINDING_SECTION_FIELDS, "router", "gate_softmax"} - _OF_THE_SCMOE
+    section = old.model_dump(mode="json", include=kept) | {"top_k": base.top_k}
+    if base.architecture == "overlapped_shared_expert":
+        section |= {"merge": base.merge, _SHARED_WIDTH: getattr(old, _SHARED_WIDTH)}
+    else:
+        section[_SHARED_WIDTH] = old.moe_ffn_hidden_size
+    section |= config.model_dump(mode="json", exclude_unset=True)
+    section["adapt"] = adapt.model_copy(update={"base": base}).model_dump(mode="json")
+    return ScMoEConfig.from_deepspeed({"scmoe": section})
 
 
 def _text(base: Any) -> str:

@@ -36,6 +36,8 @@ class Section(DeepSpeedConfigModel):
     def _no_quiet_conversions(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic would read "8" and true as the integers 8 and 1; in a hand-written file they are mistakes.
         kind = cls.model_fields[str(info.field_name)].annotation
+        for number in value if isinstance(value, list) else ():
+            _check_number_of_list(number)
         if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
             is_object = info.field_name in ("overlap", "router", "adapt", "base", "distill")
             remedy = "an object, {…}" if is_object else "a number or a name"
@@ -45,6 +47,16 @@ class Section(DeepSpeedConfigModel):
         if isinstance(value, str) and str not in get_args(kind) and unquoted(value) is not None:
             raise ValueError("is a string; write the number without quotes")
         return value
+
+
+def _check_number_of_list(value: Any) -> None:
+    """All of our lists are of whole numbers."""
+    if isinstance(value, bool):
+        raise ValueError("has true or false in it; write numbers")
+    if isinstance(value, str) and unquoted(value) is not None:
+        raise ValueError("has a string in it; write the numbers without quotes")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("has a number that is too large")
 
 
 class OverlapConfig(Section):

@@ -35,7 +35,7 @@ from scmoe_ds.parallel.process import device
 from scmoe_ds.programs import adapt_hugging_face
 from scmoe_ds.programs.adapt_measure import measured
 from scmoe_ds.programs.adapt_report import write_report
-from scmoe_ds.programs.adapt_sources import gpt_source
+from scmoe_ds.programs.adapt_sources import asked_ways, gpt_source, possible
 from scmoe_ds.programs.flags.adapt import build_parser, check
 from scmoe_ds.programs.flags.checks import require_same_flags
 from scmoe_ds.programs.run import run_alone, run_program
@@ -75,6 +75,7 @@ def adapt(args: argparse.Namespace) -> None:
     busiest = None
     if args.shared_expert is not None and source.has_shared_expert:
         raise ArgumentError(f"--shared-expert {args.shared_expert}: {args.source} has shared experts, which are kept")
+    _check_student(args, source)
     if args.shared_expert == "busiest":
         busiest = _busiest(args)
         print(f"busiest experts of MoE layer 0, 1, …: {', '.join(map(str, busiest))}")
@@ -98,6 +99,14 @@ def _check_of_gpt(args: argparse.Namespace) -> None:
         )
     if args.text_file is not None and args.shared_expert not in ("busiest", "fit"):
         raise ArgumentError(f"--text-file {args.text_file}: is for --shared-expert busiest or fit; give both, or none")
+
+
+def _check_student(args: argparse.Namespace, source: SourceModel) -> None:
+    """Before text and model are read. Raises a ScMoEConfigError or CheckpointError if no student can be made."""
+    if args.measure is None:
+        source.student(_changes(args), args.layers)
+    else:
+        possible(asked_ways(args), lambda way: source.student({**_changes(args), **dataclasses.asdict(way)}))
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:

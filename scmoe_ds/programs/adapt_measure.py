@@ -28,6 +28,7 @@ from scmoe_ds.analysis.adaptation_text import (
 from scmoe_ds.analysis.adaptation_times import LayerTime, Way, layer_time
 from scmoe_ds.analysis.feasibility import Times, read_times, times_of
 from scmoe_ds.analysis.tokens import TokenSequences
+from scmoe_ds.config.messages import counted
 from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.data.text_file import read_text
 from scmoe_ds.errors import AnalysisError, ArgumentError, imports_of, reason_of
@@ -38,7 +39,7 @@ from scmoe_ds.parallel.agreement import is_rank_zero, run_on_rank_zero
 from scmoe_ds.programs.adapt_sources import AdaptSource, Opened
 from scmoe_ds.programs.flags.checks import flag_of
 
-_NO_TIMES = "No times are known, so the columns of time are left out: "
+_NO_TIMES = "No times are known, so the columns of time are left out"
 _SAME = ("merge", "top_k", "shortcut_norm", "shared_expert", "text_file", "dtype")
 """Flags that the command for the choice repeats."""
 _HOW = "Times are of one micro-batch, forward and backward, from tap to join, by the planner's simulation"
@@ -137,8 +138,11 @@ def _times(
 
 def _without_times(args: argparse.Namespace, source: AdaptSource, why: str = "") -> tuple[None, str]:
     if args.min_hidden is not None:
-        raise ArgumentError(f"--min-hidden needs measured times. {why}{_NO_TIMES}{source.remedy}")
-    return None, why + _NO_TIMES + source.remedy
+        raise ArgumentError(
+            f"--min-hidden {args.min_hidden:g}: needs measured times. {why or 'None are known. '}Without them "
+            f"nothing says what is hidden: {source.remedy}"
+        )
+    return None, f"{why}{_NO_TIMES}: {source.remedy}"
 
 
 def _most_similar(
@@ -147,7 +151,8 @@ def _most_similar(
     of_way = {layer: cosines[way.at(layer)][layer] for layer in cosines[way.position] | cosines[way.at(0)]}
     if not 1 <= args.most_similar <= len(of_way):
         raise ArgumentError(
-            f"--most-similar {args.most_similar}: the model has {len(of_way)} MoE layers; give 1 … that"
+            f"--most-similar {args.most_similar}: the model has {counted(len(of_way), 'MoE layer')}; give "
+            + ("1" if len(of_way) == 1 else f"1 … {len(of_way)}")
         )
     order = most_similar(of_way, len(of_way))
     for layer in order:

@@ -30,7 +30,7 @@ from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.pretrain_gpt import build_model
 from scmoe_ds.programs.quiet import filter_prints_and_warnings
 from scmoe_ds.programs.run import run_alone
-from scmoe_ds.training.adapted_start import with_base
+from scmoe_ds.training.adapted_start import own_checkpoint, with_base
 from scmoe_ds.training.images import ImageTrainer
 from scmoe_ds.training.loop import Trainer
 
@@ -49,7 +49,7 @@ def check(argv: Sequence[str] | None = None) -> None:
     filter_prints_and_warnings()
     args, loaded, images = parse_arguments(argv)
     if not images:
-        loaded = with_base(loaded, _shape(args), None)
+        loaded = with_base(loaded, _shape(args), None, own_checkpoint(args, loaded.section))
     place = Place(
         args.rank,
         args.world_size,

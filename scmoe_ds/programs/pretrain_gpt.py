@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,14 @@ from scmoe_ds.programs.flags.parser import started_as
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.flags.training import training_settings
 from scmoe_ds.programs.run import run_program
-from scmoe_ds.training.adapted_start import convert_as_saved, first_batches, put_source, validate_first, with_base
+from scmoe_ds.training.adapted_start import (
+    convert_as_saved,
+    first_batches,
+    own_checkpoint,
+    put_source,
+    validate_first,
+    with_base,
+)
 from scmoe_ds.training.distillation import distil, needs_source, teacher_of
 from scmoe_ds.training.loop import Trainer
 from scmoe_ds.training.settings import Summary, TrainingSettings
@@ -70,7 +77,8 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     settings = training_settings(args, whole, replicas, args.seq_length)
     tokenizer = tokenizer_of(args)
     shape = gpt_settings(args, pad_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by))
-    loaded = run_together(lambda: with_base(given, shape, describe(tokenizer)))
+    own = own_checkpoint(args, given.section)
+    loaded = run_together(lambda: with_base(given, shape, describe(tokenizer), own))
     config = loaded.section
     require_agreement("scmoe.adapt", str(config.adapt))
     data = data_settings(args, tokenizer)
@@ -88,7 +96,7 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
         train_iters=args.train_iters,
         valid_data_path=valid_data,
     )
-    description = checkpoint.describe(shape, config, ranks, whole, run | teacher_of(config))
+    description = checkpoint.describe(shape, config, ranks, whole, run | (teacher := teacher_of(config, own)))
     description["tokenizer"] = record(describe(tokenizer), carried or {})
     if args.save:
         checkpoint.claim(args.save)
@@ -99,7 +107,8 @@ def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     engine, *_ = scmoe_ds.initialize(model=model, config=loaded)
 
     if is_adapted := config.adapt is not None and config.adapt.source is not None:
-        start_adapted(args, engine, config, source, datasets.train, settings, tokenizer, train_data["content"])
+        made_of = taught(args, tokenizer, train_data["content"]) | teacher
+        start_adapted(args, engine, config, source, datasets.train, settings, made_of)
     iteration, consumed_samples = checkpoint.load(engine, source)
     convert_as_saved(model, iteration)
     if args.log_gating_interval:
@@ -126,26 +135,28 @@ def start_adapted(
     source: checkpoint.Source | None,
     train: Any,
     settings: TrainingSettings,
-    tokenizer: Tokenizer,
-    corpus: Sequence[str],
+    made_of: Mapping[str, Any],
 ) -> None:
     """The weights of `adapt.source`, and the teacher that it is, before the run's own checkpoint is loaded.
 
     Collective.
     """
-    if source is None or needs_source(config):
-        put_source(engine, config, partial(first_batches, train, settings.micro_batch_size))
-    per_iteration = settings.rank_batch_size * tensor.data_parallel_size()
+    size, per_iteration = settings.micro_batch_size, settings.rank_batch_size * tensor.data_parallel_size()
     samples = checkpoint.samples_of_run(source, args.train_iters, per_iteration)  # a data set has whole epochs
-    made_of = {
+    if source is None or needs_source(config, samples, size, made_of):
+        put_source(engine, config, partial(first_batches, train, size))
+    distil(engine, config, Subset(train, range(samples)), size, made_of)
+
+
+def taught(args: argparse.Namespace, tokenizer: Tokenizer, corpus: Sequence[str]) -> dict[str, Any]:
+    """What the teacher reads: a run that reads its logits from disk must read the same."""
+    return {
         "the corpus": corpus,
         "the tokenizer": fingerprint(describe(tokenizer)["identity"]),
-        **teacher_of(config),
         "--seq-length": args.seq_length,
         "--seed": args.seed,
         "--split": split_shares(args.split) if args.split else None,
     }
-    distil(engine, config, Subset(train, range(samples)), settings.micro_batch_size, made_of)
 
 
 def build_model(shape: GPTSettings, config: ScMoEConfig, args: argparse.Namespace) -> GPT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from scmoe_ds.checkpoint import reshard, tokenizer_files
-from scmoe_ds.checkpoint.source_model import SourceModel
+from scmoe_ds.checkpoint import Candidate, candidate, reshard, tokenizer_files
+from scmoe_ds.checkpoint.source_model import SourceModel, with_base_of
 from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.sampler import pretraining_batches
@@ -20,6 +21,7 @@ from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.output import log
 from scmoe_ds.parallel.process import device
 from scmoe_ds.parallel.tensor import data_parallel_rank, data_parallel_size
+from scmoe_ds.training.distillation import has_teacher_in_memory
 from scmoe_ds.training.expert_counts import busiest_experts
 from scmoe_ds.training.expert_fit import fit_shared_experts
 
@@ -27,13 +29,29 @@ _MICRO_BATCHES = 16
 """Of each rank, on which the busiest experts are counted, or new ones fitted."""
 
 
-def with_base(loaded: LoadedConfig, settings: GPTSettings, tokenizer: Mapping[str, Any] | None) -> LoadedConfig:
+def own_checkpoint(args: argparse.Namespace, section: ScMoEConfig) -> Candidate | None:
+    """What a run with `adapt.source` goes on from, by its --load, --save and --auto-resume. Collective."""
+    if section.adapt is None or section.adapt.source is None:
+        return None
+    return candidate(args.load, args.save, args.auto_resume)
+
+
+def with_base(
+    loaded: LoadedConfig,
+    settings: GPTSettings,
+    tokenizer: Mapping[str, Any] | None,
+    own: Candidate | None = None,
+) -> LoadedConfig:
     """The JSON whose section says how the layers of its `adapt.source` ran, and has the source's values of fields that
     it leaves out and that decide on the weights.
+
+    A run that goes on finds them in its checkpoint. Without a teacher in memory it does not need the source, which may
+    be gone by then.
 
     Args:
         settings: the shape of the model that is to be trained.
         tokenizer: `tokenizer_files.describe` of this run's; None: it is not known.
+        own: the checkpoint that the run goes on from.
 
     Raises:
         CheckpointError, ScMoEConfigError: no such source, or one that cannot become this model.
@@ -41,6 +59,11 @@ def with_base(loaded: LoadedConfig, settings: GPTSettings, tokenizer: Mapping[st
     section = loaded.section
     if section.adapt is None or section.adapt.source is None:
         return loaded
+    saved = None if own is None or own.config.adapt is None else own.config.adapt.base
+    if own is not None and saved is not None and not has_teacher_in_memory(section):
+        config = with_base_of(section, own.config, saved, own.path)
+        config.check_model(settings.num_layers)
+        return _with_section(loaded, config)
     source = SourceModel.open(Path(section.adapt.source), contents=False)
     record = source.description.get(tokenizer_files.KEY)
     if record is not None and tokenizer is not None:
@@ -48,6 +71,10 @@ def with_base(loaded: LoadedConfig, settings: GPTSettings, tokenizer: Mapping[st
         tokenizer_files.check_same(source.weights.path, record, tokenizer, flag, "this run's tokenizer")
     config = source.with_base(section)
     source.check(settings, config)
+    return _with_section(loaded, config)
+
+
+def _with_section(loaded: LoadedConfig, config: ScMoEConfig) -> LoadedConfig:
     return LoadedConfig({**loaded.whole, "scmoe": config.model_dump(mode="json", exclude_unset=True)}, config)
 
 

@@ -13,18 +13,21 @@ from typing import Any
 
 from torch import Tensor
 
+from scmoe_ds.checkpoint import Candidate
 from scmoe_ds.checkpoint.directories import locate
 from scmoe_ds.checkpoint.files import read_manifest
 from scmoe_ds.config.adapt_section import DistillConfig, section_of_base
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.teacher_logits import TeacherLogits, open_directory
 from scmoe_ds.engine.distill import Distillation
-from scmoe_ds.errors import DataError
+from scmoe_ds.errors import CheckpointError, DataError
 from scmoe_ds.models.divergence import BestTokens
 from scmoe_ds.parallel.agreement import fingerprint, from_rank_zero, run_together
 from scmoe_ds.parallel.output import log
 from scmoe_ds.training.teacher_pass import TeacherPass
 
+TEACHER = "the teacher"
+"""Its name among the settings of a run, and in what stored logits are made of."""
 _OF_ROUTING = {
     "architecture",
     "top_k",
@@ -40,26 +43,62 @@ _OF_ROUTING = {
 """Fields of the section that decide what a source says, beside its weights."""
 
 
-def needs_source(section: ScMoEConfig) -> bool:
-    """Whether a run learns from a teacher, so that the model has to hold the source's weights at its start, even where
-    it goes on from a checkpoint of its own."""
+def has_teacher(section: ScMoEConfig) -> bool:
+    """Whether a run learns from a teacher."""
     distill = None if section.adapt is None else section.adapt.distill
     return distill is not None and (distill.alpha > 0 or distill.gamma > 0)
 
 
-def teacher_of(section: ScMoEConfig) -> dict[str, str]:
+def has_teacher_in_memory(section: ScMoEConfig) -> bool:
+    """Whether that teacher's logits are not on disk."""
+    distill = None if section.adapt is None else section.adapt.distill
+    return has_teacher(section) and distill is not None and distill.teacher_logits is None
+
+
+def needs_source(section: ScMoEConfig, samples: int, micro_batch_size: int, made_of: Mapping[str, Any]) -> bool:
+    """Whether the model has to hold the source's weights at the start of a run that goes on from its own checkpoint:
+    the teacher is in memory, or some of its logits are not yet on disk. Collective.
+
+    Args:
+        samples: of the whole run.
+        micro_batch_size, made_of: as of `distil`.
+
+    Raises:
+        DataError: `teacher_logits` of something else.
+    """
+    distill = None if section.adapt is None else section.adapt.distill
+    if distill is None or distill.teacher_logits is None:
+        return has_teacher(section)
+    store = _open(section, distill, made_of, micro_batch_size)
+    return bool(from_rank_zero(lambda: store.missing(samples)))
+
+
+def teacher_of(section: ScMoEConfig, own: Candidate | None = None) -> dict[str, str]:
     """{"the teacher": fingerprint of its files, by their checksums}; empty without a teacher. Reads no weights.
 
     A run that goes on has the same teacher, wherever it lies. Collective.
+
+    Args:
+        own: the checkpoint that the run goes on from, which knows a teacher that is gone and whose logits are on disk.
 
     Raises:
         CheckpointError: the source has no list of its files.
     """
     source = None if section.adapt is None else section.adapt.source
-    if source is None or not needs_source(section):
+    if source is None or not has_teacher(section):
         return {}
     path, flag = Path(source), "scmoe.adapt.source"
-    return {"the teacher": from_rank_zero(lambda: fingerprint(read_manifest(locate(path), flag)))}
+    known = None if own is None or has_teacher_in_memory(section) else (own.description.get("run") or {}).get(TEACHER)
+
+    def find() -> str:
+        try:
+            return fingerprint(read_manifest(locate(path), flag))
+        except CheckpointError:
+            if not isinstance(known, str):
+                raise
+            return known
+
+    return {TEACHER: from_rank_zero(find)}
 
 
 def distil(
@@ -98,8 +137,11 @@ def _open(
 ) -> TeacherLogits:
     assert distill.teacher_logits is not None
     directory, flag = Path(distill.teacher_logits), "--teacher-logits"
-    routing = section_of_base(section).model_dump(mode="json", include=_OF_ROUTING)
+    base = section_of_base(section)
+    routing = base.model_dump(mode="json", include=_OF_ROUTING)
     own = {"temperature": distill.temperature, "teacher_top_n": distill.teacher_top_n}
+    if base.drop_tokens:  # which tokens an expert accepts depends on the others of their micro-batch
+        own["the micro-batch size"] = micro_batch_size
     whole = {**made_of, "the section's fingerprint": fingerprint(routing), **own}
     whole = json.loads(json.dumps(whole))  # as a manifest gives it back
     store = from_rank_zero(lambda: open_directory(directory, flag, whole, micro_batch_size))

@@ -158,6 +158,9 @@ def test_schema_lists_every_field_with_a_description() -> None:
         ({"layers": [1, 1]}, "scmoe.adapt.layers = [1, 1]: name each MoE layer once"),
         ({"source": ""}, 'scmoe.adapt.source = "": name the trained model'),
         ({"distill": {"teacher_logits": ""}}, 'scmoe.adapt.distill.teacher_logits = "": name a directory'),
+        ({"layers": [True]}, "scmoe.adapt.layers = [true]: has true or false in it; write numbers"),
+        ({"layers": ["1"]}, 'scmoe.adapt.layers = ["1"]: has a string in it; write the numbers without quotes'),
+        ({"layers": [2**63]}, "scmoe.adapt.layers = [9223372036854775808]: has a number that is too large"),
         ({"layers": [-1]}, "scmoe.adapt.layers = [-1]: MoE layers are numbered from 0"),
     ],
 )

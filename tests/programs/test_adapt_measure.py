@@ -176,6 +176,9 @@ def test_without_times_the_columns_are_left_out(files: Path, capsys: pytest.Capt
     assert "No times are known" in out and "ms saved" not in out and "hidden" not in out
 
 
+_BUSIEST = ["--shared-expert", "busiest", "--text-file", "no such text"]
+
+
 def test_what_a_user_can_get_wrong(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, text = files / "top2", ["--measure", files / "text.txt"]
     times = ["--calibration", files / "times.json", "--position", "pos2", "--join", "end"]
@@ -183,13 +186,16 @@ def test_what_a_user_can_get_wrong(files: Path, capsys: pytest.CaptureFixture[st
         ([source, "--measure", files / "short.txt"], "short.txt has 5 tokens, less than one window of 32"),
         ([source, "--measure", files / "no.txt"], "no.txt"),
         ([source, *text, "--seq-length", 64], "--seq-length 64 exceeds the model's context of 32 tokens"),
-        ([source, *text, "--min-hidden", "80%"], "--min-hidden needs measured times. No times are known"),
+        (
+            [source, *text, "--min-hidden", "80%"],
+            "--min-hidden 0.8: needs measured times. None are known. Without them",
+        ),
         (
             [source, *text, *times, "--min-hidden", "99%"],
             "no layers and position keep to it; the nearest is MoE layers",
         ),
         ([source, *text, "--calibration", files / "other.json"], "is of another model (hidden_size 16 and 32)"),
-        ([source, *text, "--most-similar", 4, "--position", "pos2"], "the model has 3 MoE layers; give 1"),
+        ([source, *text, "--most-similar", 4, "--position", "pos2"], "the model has 3 MoE layers; give 1 … 3"),
         ([source, *text, "--most-similar", 1, "--min-hidden", "1%"], "--most-similar chooses by similarity alone"),
         ([source, *text, "--output-prefix", files / "no" / "x"], "name files in a directory that is there"),
         ([source, "--output", files / "new", "--min-hidden", "80%"], "--min-hidden goes with --measure TEXT"),
@@ -197,6 +203,8 @@ def test_what_a_user_can_get_wrong(files: Path, capsys: pytest.CaptureFixture[st
         ([source, "--measure", files / "no"], f"--measure {files / 'no'} cannot be read as UTF-8 text"),
         ([source, *text, "--output", files], "is not empty; name another directory"),
         ([source, *text, "--shared-expert", "fit", "--text-file", "x"], "measure mean or busiest"),
+        ([source, *text, *_BUSIEST, "--top-k", 99], "scmoe.top_k = 99: cannot exceed the number of experts"),
+        ([source, *_BUSIEST, "--output", files / "new", "--layers", 99], "scmoe.adapt.layers = [99]: the model has"),
         ([source, *text, "--layers", 1], "--layers names the layers, which --measure"),
     ):
         assert adapt.main(list(map(str, words))) == 2

@@ -77,6 +77,11 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
         {"--distill-from": "t"},
         r'--distill-from asks for scmoe\.adapt\.source = "t", but .* has "s"',
     ),
+    "two teachers": (
+        {},
+        {"--adapt-from": "s", "--distill-from": "t"},
+        r'--distill-from asks for scmoe\.adapt\.source = "t", but --adapt-from asks for "s"; remove one of them',
+    ),
     "first layer position": (
         {"scmoe.position": "pos1", "scmoe.first_layer_position": "pos2", "scmoe.moe_every": 1},
         {},
@@ -95,6 +100,12 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
     "pyramid of another length": ({"scmoe.num_experts": [4, 4]}, {}, r"needs 1 numbers, one per MoE layer"),
     "top_k too large": ({"scmoe.top_k": 5}, {}, r"scmoe\.top_k = 5: cannot exceed the number of experts \(4\)"),
     "top_k zero": ({"scmoe.top_k": 0}, {}, r"scmoe\.top_k = 0: must be at least 1"),
+    "experts true": ({"scmoe.num_experts": [True]}, {}, r"scmoe\.num_experts = \[true\]: has true or false in it"),
+    "slots true": (
+        {"scmoe.overlap": {"expert_slot": [True, 2]}},
+        {},
+        r"scmoe\.overlap\.expert_slot = \[true, 2\]: has true or false in it",
+    ),
     "top_k true": ({"scmoe.top_k": True}, {}, r"scmoe\.top_k = true: is true or false"),
     "dgmoe with top_k 2": ({"scmoe.architecture": "dgmoe", "scmoe.top_k": 2}, {}, r"scmoe\.top_k = 2: dgmoe"),
     "a shared MoE of another architecture": ({"scmoe.pairs_per_moe": 2}, {}, r"scmoe\.pairs_per_moe = 2: only dgmoe"),

@@ -16,6 +16,7 @@ from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint.comparison import differences
 from scmoe_ds.checkpoint.tokenizer_files import describe
 from scmoe_ds.config.loading import LoadedConfig, load
+from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError, UserError
@@ -62,6 +63,11 @@ def engine_of(loaded: LoadedConfig) -> Any:
     return scmoe_ds.initialize(model=model, config=loaded)[0]
 
 
+def with_source(section: ScMoEConfig, path: Path) -> ScMoEConfig:
+    assert section.adapt is not None
+    return section.model_copy(update={"adapt": section.adapt.model_copy(update={"source": str(path)})})
+
+
 def step(engine: Any) -> Tensor:
     loss = engine(TOKENS, labels=TOKENS.roll(-1, 1)).loss
     engine.backward(loss)
@@ -96,6 +102,12 @@ def test_it_starts_as_the_source_says_and_resumes_by_itself(source: tuple[Path, 
     resumed = engine_of(loaded)
     checkpoint.load(resumed, checkpoint.choose(str(tmp_path), None, False, description))
     assert torch.equal(torch.stack([step(resumed), step(resumed)]), torch.stack(expected))
+    gone = settings_of(tmp_path / "gone")
+    own = checkpoint.candidate(str(tmp_path), None, False)
+    again = with_base(gone, SETTINGS, BYTES, own).section
+    assert again == with_source(loaded.section, tmp_path / "gone"), "the checkpoint says what the source did"
+    with pytest.raises(CheckpointError, match="gone is neither"):
+        with_base(settings_of(tmp_path / "gone", adapt={"distill": {}}), SETTINGS, BYTES, own)
     other = checkpoint.describe(
         SETTINGS, with_base(settings_of(path, adapt={"layers": [0]}), SETTINGS, None).section, 1, {}
     )
@@ -124,6 +136,15 @@ def test_a_teacher_is_known_by_its_files(source: tuple[Path, GPT], tmp_path: Pat
     )
     assert not differences(own, same), "the same teacher at another place"
     assert [each.name for each in differences(own, another)] == ["the teacher"]
+    moved = tmp_path / "moved"
+    on_disk, in_memory = (
+        settings_of(moved, adapt={"distill": each}).section for each in ({"teacher_logits": "logits"}, {})
+    )
+    known = checkpoint.Candidate(tmp_path, own, on_disk)
+    assert teacher_of(on_disk, known) == {"the teacher": own["run"]["the teacher"]}
+    for section, checkpoint_of_run in ((on_disk, None), (in_memory, known)):
+        with pytest.raises(CheckpointError, match="moved is neither"):
+            teacher_of(section, checkpoint_of_run)
 
 
 class Trained:

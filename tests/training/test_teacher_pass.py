@@ -12,7 +12,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import DataError
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.training.distillation import distil
+from scmoe_ds.training.distillation import distil, needs_source
 from tests.engine.test_distill import engine_of
 from tests.models.test_converted import adapted
 
@@ -97,3 +97,27 @@ def test_logits_of_another_base_are_refused(tmp_path: Path) -> None:
     other = other.model_copy(update={"eval_capacity_factor": 1.0})
     with pytest.raises(DataError, match="made with the section's fingerprint"):
         distil(engine_of(model), other, data, 32, MADE_OF)
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_where_tokens_are_dropped_the_micro_batch_counts(drops: bool, tmp_path: Path) -> None:
+    model, data = adapted("top-k"), Data()
+    section = section_of(model, teacher_logits=str(tmp_path), teacher_top_n=4)
+    section = section.model_copy(update={"drop_tokens": drops})
+    distil(engine_of(model), section, data, 32, MADE_OF)
+    if drops:
+        with pytest.raises(DataError, match="made with the micro-batch size 32, but this run has 16"):
+            distil(engine_of(model), section, data, 16, MADE_OF)
+    else:
+        distil(engine_of(model), section, data, 16, MADE_OF)
+
+
+def test_the_source_is_needed_until_all_logits_are_on_disk(tmp_path: Path) -> None:
+    model, data = adapted("top-k"), Data()
+    section = section_of(model, teacher_logits=str(tmp_path), teacher_top_n=4)
+    assert needs_source(section, SAMPLES, 32, MADE_OF)
+    distil(engine_of(model), section, data, 32, MADE_OF)
+    assert not needs_source(section, SAMPLES, 32, MADE_OF)
+    assert needs_source(section, SAMPLES + 1, 32, MADE_OF), "a longer run"
+    assert needs_source(section_of(model), SAMPLES, 32, MADE_OF), "a teacher in memory"
+    assert not needs_source(section_of(model, alpha=0.0), SAMPLES, 32, MADE_OF), "no teacher"

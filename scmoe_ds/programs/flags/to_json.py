@@ -39,6 +39,7 @@ class _Merged:
     def __init__(self, whole: dict[str, Any], source: str) -> None:
         self.whole: dict[str, Any] = copy.deepcopy(whole)
         self.source = source
+        self._flags: dict[str, str] = {}  # which have set a path
         self._conflicts: dict[str, str] = {}
 
     def set(self, path: str, value: Any, flag: str) -> None:
@@ -52,9 +53,11 @@ class _Merged:
         before = target.get(key)
         if before in (None, "auto"):
             target[key] = value
+            self._flags[path] = flag
         elif not _same(before, value):
             asked = f"{flag} asks for {path} = {json.dumps(value)}"
-            self._conflicts.setdefault(flag, f"{asked}, but {self.source} has {json.dumps(before)}")
+            other = f"{self._flags[path]} asks for" if path in self._flags else f"{self.source} has"
+            self._conflicts.setdefault(flag, f"{asked}, but {other} {json.dumps(before)}")
 
     def finish(self) -> dict[str, Any]:
         """The whole JSON.
