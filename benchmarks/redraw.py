@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.cost import scaling
-from benchmarks.quality import stress_table
+from benchmarks.quality import adapt_figure, stress_table
 from benchmarks.quality import table as quality_table
 from benchmarks.serving import figures as serving
 from benchmarks.speed import bars, timeline
@@ -23,7 +23,11 @@ from scmoe_ds.figure_style import save
 
 _OF_A_KIND = {"similarity": analysis.similarity, "gating": analysis.gating, "gradients": analysis.gradients}
 _OF_A_TABLE = {"main": bars.stacked, "slots": bars.slots, "crossing": bars.crossing}
-_OF_A_BENCHMARK = {"benchmarks.quality": quality_table.figure, "benchmarks.stress": stress_table.figure}
+_OF_A_BENCHMARK = {
+    "benchmarks.quality": quality_table.figure,
+    "benchmarks.quality.adapt": adapt_figure.figure,
+    "benchmarks.stress": stress_table.figure,
+}
 
 
 def drawing(record: Any) -> Callable[[Any], Figure] | None:

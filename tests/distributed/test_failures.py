@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,8 +72,8 @@ def poisoned_run(arguments: list[str]) -> tuple[int, str]:
     """Exit code and messages of a run whose 2nd micro-batch of iteration 3 has a bad loss on rank 1."""
     original, calls = Trainer._forward, iter(range(10**6))
 
-    def poisoned(trainer: Trainer, batch: dict[str, torch.Tensor]) -> GPTOutput:
-        output = original(trainer, batch)
+    def poisoned(trainer: Trainer, batch: dict[str, torch.Tensor], *samples: Any) -> GPTOutput:
+        output = original(trainer, batch, *samples)
         bad = dist.get_rank() == 1 and next(calls) == 2 * 2 + 1
         assert output.loss is not None
         return replace(output, loss=output.loss * float("nan")) if bad else output
@@ -188,12 +189,12 @@ def run_with_a_signal_in_a_validation(arguments: list[str]) -> tuple[int, list[i
     """Exit code, and the iteration of each forward pass in a validation; rank 1 alone gets the signal."""
     original, passes = Trainer._forward, list[int]()
 
-    def forward(trainer: Trainer, batch: dict[str, torch.Tensor]) -> TrainingOutput:
+    def forward(trainer: Trainer, batch: dict[str, torch.Tensor], *samples: Any) -> TrainingOutput:
         if not trainer.engine.module.training:
             passes.append(trainer.iteration)
             if dist.get_rank() == 1 and len(passes) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return original(trainer, batch)
+        return original(trainer, batch, *samples)
 
     Trainer._forward = forward  # type: ignore[method-assign]
     return pretrain_gpt_program.main(arguments), passes

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys, torch, deepspeed.comm
 import scmoe_ds.parallel.process as engine
-names = lambda: [name for name in os.listdir("/dev/shm") if name.split("_")[-2] == os.environ["MASTER_PORT"]]
+names = lambda: [name for name in os.listdir("/dev/shm") if f"_{os.environ['MASTER_PORT']}_" in name]
 forget = engine.forget_names
 engine.forget_names = lambda: (print("named:", len(names())), forget())
 engine.connect()
