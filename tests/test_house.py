@@ -15,6 +15,7 @@ FLOORS = [
     ["engine", "checkpoint"],
     ["models"],
     ["replace"],
+    ["simulate"],
     ["planner"],
     ["moe"],
     ["overlap"],
@@ -65,6 +66,14 @@ def test_imports_point_down() -> None:
 
     pairs = [(name, target) for name, targets in GRAPH.items() for target in targets if name != "__init__"]
     assert [f"{name} -> {target}" for name, target in pairs if goes_up(name, target)] == []
+
+
+def test_the_simulation_needs_the_planner_alone() -> None:
+    """A cluster is planned on a laptop, without torch and DeepSpeed."""
+    rooms = {
+        target.split(".")[0] for name, targets in GRAPH.items() if name.startswith("simulate") for target in targets
+    }
+    assert rooms <= {"simulate", "planner", "errors"}
 
 
 def test_no_imports_in_a_circle() -> None:

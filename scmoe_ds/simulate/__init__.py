@@ -1,0 +1,20 @@
+"""What a training step would take on a cluster that is not here. No torch, and of the package the planner alone.
+
+A description of a cluster and one of a model become work, work becomes times, times become a step:
+
+`cards.py`     GPU types: peaks, memory, launch cost. The only table of them.
+`cluster.py`   nodes, GPUs, links, each figure with its source; JSON with units.
+`profile.py`   what `scmoe probe` measured on a machine, and how it changes a cluster's description.
+`model.py`     sizes of a model, whoever wrote it.
+`method.py`    how its MoE layers run: the rows of every table.
+`layout.py`    EP × DP × TP, ZeRO, micro-batch: one point of the search.
+`work.py`      what one rank computes and sends in a step.
+`step_work.py` model, method and layout to work.
+`memory.py`    the bytes of a rank.
+`routing.py`   how uneven the experts' loads are.
+`kernels.py`   work of the computation to milliseconds.
+`collectives.py` bytes between ranks to milliseconds.
+`price.py`     work to times.
+`times.py`     times of a step's parts: the planner's `OperatorTimes` of every pair, and what surrounds them.
+`step.py`      times to a whole step, on lanes.
+"""

@@ -1,0 +1,144 @@
+"""A cluster: nodes, GPUs, the links inside a node and between nodes. JSON files hold the same fields, with units."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from scmoe_ds.simulate.units import Bandwidth, Bytes, FlopRate, Seconds
+
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Efficiency(_Frozen):
+    """A share of a peak that is reached, and how sure it is.
+
+    Attributes:
+        likely, low, high: of the peak; low ≤ likely ≤ high.
+    """
+
+    likely: Share
+    low: Share
+    high: Share
+
+
+class Curve(_Frozen):
+    """The share of a link's rate that a message reaches, by its size.
+
+    Attributes:
+        points: bytes of the message to one peer, and the share; between two points linear in the logarithm of the size,
+            beyond the ends constant.
+        spread: relative, of the shares: 0.1 is ± 10 %.
+    """
+
+    points: tuple[tuple[float, Share], ...]
+    spread: float = 0.1
+
+
+class Measured(_Frozen):
+    """Efficiency of one kind of kernel at one shape, of a table.
+
+    Attributes:
+        kind: of `work.Kernel`.
+        shape: rows, inner, columns of a product; for other kinds (bytes, 1, 1).
+        share: of the peak (products, attention) or of the memory's bandwidth (all others).
+    """
+
+    kind: str
+    shape: tuple[int, int, int]
+    share: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Gpu(_Frozen):
+    """A GPU type, or what stands in for one.
+
+    Attributes:
+        name: as torch gives it.
+        peak: FLOP/s by precision: "bf16", "fp16", "tf32", "fp32".
+        memory: that torch sees, bytes.
+        bandwidth: of its memory.
+        launch: host time of one kernel launch, which nothing hides when kernels are shorter.
+        communication_share: of the SMs that a running collective takes from the computation beside it.
+        efficiency: by kind of kernel, where `table` has nothing near its shape.
+        table: measured efficiencies.
+        capability: of CUDA; (0, 0) for a CPU.
+    """
+
+    name: str
+    peak: dict[Literal["bf16", "fp16", "tf32", "fp32"], FlopRate]
+    memory: Bytes
+    bandwidth: Bandwidth
+    launch: Seconds
+    communication_share: Annotated[float, Field(ge=0, lt=1)]
+    efficiency: dict[str, Efficiency]
+    table: tuple[Measured, ...] = ()
+    capability: tuple[int, int] = (0, 0)
+
+
+class Inside(_Frozen):
+    """Links between the GPUs of a node.
+
+    Attributes:
+        kind: a switch lets every GPU send at its full rate to any; a mesh splits it over the peers; with PCIe the GPUs
+            of a root complex share its rate towards the others, and rows bounce through the host's memory where
+            `host_bounce` says so. "loopback": processes on one CPU.
+        rate: of one GPU, one direction.
+        latency: of one message.
+        gpus_per_root, root_rate: PCIe alone.
+        host_bounce: whether each byte crosses the host's memory, at `root_rate` there and back.
+        efficiency: of the rate, by message size.
+    """
+
+    kind: Literal["nvlink switch", "nvlink mesh", "pcie", "loopback"]
+    rate: Bandwidth
+    latency: Seconds
+    efficiency: Curve
+    gpus_per_root: Annotated[int, Field(ge=1)] | None = None
+    root_rate: Bandwidth | None = None
+    host_bounce: bool = False
+
+
+class Between(_Frozen):
+    """The network.
+
+    Attributes:
+        nics: per node.
+        nic_rate: of one NIC, one direction.
+        latency: of one message.
+        topology: rail: NIC i of every node hangs on switch i, other rails are reached through NVLink or the spine; fat
+            tree: any NIC to any.
+        oversubscription: of the spine: 1 is full bisection, 2 half; of traffic that leaves a leaf of `nodes_per_leaf`.
+        efficiency: of the rate, by message size.
+    """
+
+    nics: Annotated[int, Field(ge=1)]
+    nic_rate: Bandwidth
+    latency: Seconds
+    efficiency: Curve
+    topology: Literal["rail", "fat tree"] = "fat tree"
+    oversubscription: Annotated[float, Field(ge=1, le=64)] = 1.0
+    nodes_per_leaf: Annotated[int, Field(ge=1)] = 32
+
+
+class Cluster(_Frozen):
+    """A cluster.
+
+    Attributes:
+        between: None for a single node.
+        price: of one GPU for an hour, in any currency; None: costs are given in GPU hours.
+        sources: for every figure, where it is from: path of the field → sentence.
+    """
+
+    name: str
+    nodes: Annotated[int, Field(ge=1, le=10**6)]
+    gpus_per_node: Annotated[int, Field(ge=1, le=1024)]
+    gpu: Gpu
+    inside: Inside
+    between: Between | None = None
+    price: Annotated[float, Field(ge=0)] | None = None
+    sources: dict[str, str] = {}

@@ -1,0 +1,49 @@
+"""How a training step is spread over the ranks: one point of the search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism and batch sizes.
+
+    Attributes:
+        world: ranks, one per GPU; they are numbered node by node.
+        expert_parallel: ranks that share the experts of a layer. They are neighbours: ranks 0 … EP·TP − 1 are a group.
+        tensor_parallel: ranks that share an attention or MLP; neighbours, too.
+        zero_stage: 0 … 3.
+        micro_batch: samples per data-parallel rank in one forward pass.
+        accumulation: micro-batches in a step.
+        precision: of weights in use, activations and what travels.
+        recompute: whether the backward pass computes the blocks' activations again.
+        hierarchical: whether rows to other nodes are gathered inside the node first.
+        copies: what of a token's row is sent: one copy per chosen expert, or per rank that has a chosen expert.
+        training: False: a forward pass alone, of one micro-batch; no gradients, no optimizer.
+    """
+
+    world: int
+    expert_parallel: int = 1
+    tensor_parallel: int = 1
+    zero_stage: int = 1
+    micro_batch: int = 1
+    accumulation: int = 1
+    precision: Precision = "bf16"
+    recompute: bool = False
+    hierarchical: bool = False
+    copies: Literal["choice", "rank"] = "choice"
+    training: bool = True
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that share the dense gradients: world / TP."""
+        return self.world // self.tensor_parallel
+
+    @property
+    def expert_data_parallel(self) -> int:
+        """Ranks that hold the same experts: DP / EP."""
+        return self.data_parallel // self.expert_parallel

@@ -1,0 +1,52 @@
+"""How a model's MoE layers run: a row of every table of `scmoe plan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Architecture = Literal["topk", "shared_expert", "scmoe"]
+Dispatch = Literal["padded", "exact"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to run the MoE layers.
+
+    Attributes:
+        name: as tables show it.
+        architecture: "topk" is a MoE without a shared expert, unless the model has one of its own; "shared_expert" adds
+            one and has one routed expert less; "scmoe" is that with the routed experts at a shortcut.
+        layer: whose layer computes it. DeepSpeed's has products with one-hot masks (einsum) around its all-to-all;
+            AutoEP's sorts rows and computes a shared expert behind the combine.
+        routed: experts that a token is routed to; None: as many as the model says for "topk", one less with a shared
+            expert that this method adds.
+        dispatch: "padded" sends and computes the capacity of every expert, "exact" real rows only.
+        position, join: of the shortcut; join as in the "scmoe" section.
+        overlap: whether communication runs beside computation.
+        most_chunks: of the expert computation, which the planner may choose; 1: no pipelining.
+    """
+
+    name: str
+    architecture: Architecture
+    layer: Literal["deepspeed", "autoep", "scmoe_ds"] = "scmoe_ds"
+    routed: int | None = None
+    dispatch: Dispatch = "exact"
+    position: Literal["pos1", "pos2", "pos3"] | None = None
+    join: Literal["block", "late"] = "block"
+    overlap: bool = True
+    most_chunks: int = 1
+
+
+DEEPSPEED_TOPK = Method("DeepSpeed top-k, padded", "topk", "deepspeed", dispatch="padded", overlap=False)
+AUTOEP = Method("AutoEP", "topk", "autoep", overlap=False)
+PIPELINED = Method("top-k, pipelined", "topk", most_chunks=8)
+SHARED = Method("shared expert", "shared_expert", overlap=False)
+SHARED_OVERLAPPED = Method("shared expert, overlapped", "shared_expert", most_chunks=8)
+SCMOE = tuple(Method(f"ScMoE Pos-{n}", "scmoe", position=f"pos{n}", most_chunks=8) for n in (1, 2, 3))  # type: ignore[arg-type]
+SCMOE_LATE = tuple(
+    Method(f"ScMoE Pos-{n}, late join", "scmoe", position=f"pos{n}", join="late", most_chunks=8)  # type: ignore[arg-type]
+    for n in (1, 2, 3)
+)
+METHODS = (DEEPSPEED_TOPK, AUTOEP, PIPELINED, SHARED, SHARED_OVERLAPPED, *SCMOE, *SCMOE_LATE)
+"""What `scmoe plan` compares, in this order. The first is the one that the others are compared with."""

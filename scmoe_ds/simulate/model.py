@@ -1,0 +1,86 @@
+"""Sizes of a model with MoE layers, whoever wrote it. JSON files hold the same fields."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1, le=10**9, strict=True)]
+CountOrNone = Annotated[int, Field(ge=0, le=10**9, strict=True)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Experts(_Frozen):
+    """The MoE of a block.
+
+    Attributes:
+        num_experts: routed ones.
+        hidden: width inside one routed expert.
+        top_k: routed experts per token.
+        shared_hidden: width inside the shared expert that the model has of its own; 0: none.
+        shared_gate: whether a sigmoid weights it, as in Qwen2-MoE.
+    """
+
+    num_experts: Count
+    hidden: Count
+    top_k: Count = 1
+    shared_hidden: CountOrNone = 0
+    shared_gate: bool = False
+
+
+class Stage(_Frozen):
+    """Blocks of one width: all of a GPT, one stage of a Swin.
+
+    Attributes:
+        layers: blocks.
+        hidden: width of a token's row.
+        tokens: per sample.
+        span: tokens that a token attends to: the sequence, or its window.
+        causal: whether half of them are masked.
+        heads, kv_heads, head_dim: of the attention.
+        attention_parameters: of one attention, where its matrices are not the usual four (MLA); 0: the usual.
+        mlp_hidden: width inside the MLP of a block without an MoE.
+        gated: SwiGLU, three matrices, in MLP and experts alike; False: GELU, two.
+        bias: whether products add a bias.
+        moe_layers: numbers of the blocks with an MoE, from 0 within the stage.
+        experts: of these; None where moe_layers is empty.
+    """
+
+    layers: Count
+    hidden: Count
+    tokens: Count
+    span: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    mlp_hidden: CountOrNone
+    causal: bool = True
+    gated: bool = False
+    bias: bool = True
+    attention_parameters: CountOrNone = 0
+    moe_layers: tuple[CountOrNone, ...] = ()
+    experts: Experts | None = None
+
+
+class Model(_Frozen):
+    """A model.
+
+    Attributes:
+        vocabulary: rows of the embedding and columns of the head; classes of an image model, which has no embedding.
+        tied: whether embedding and head are one matrix.
+        images: whether samples are images: a step is counted in samples, not tokens, and there is no embedding.
+        positions: rows of a learned position embedding; 0: none.
+        source: of the sizes, for the page.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    vocabulary: Count
+    tied: bool = True
+    images: bool = False
+    positions: CountOrNone = 0
+    source: str = ""
