@@ -45,13 +45,16 @@ class Measured(_Frozen):
 
     Attributes:
         kind: of `work.Kernel`.
-        shape: rows, inner, columns of a product; for other kinds (bytes, 1, 1).
-        share: of the peak (products, attention) or of the memory's bandwidth (all others).
+        shape: rows, inner, columns of a product; span, size of a head, heads of all sequences of an attention; for
+            other kinds (bytes, 1, 1).
+        share: of the peak (products, attention) or of the memory's bandwidth (all others). May exceed 1: caches.
+        phase: a kernel of which pass it is of; None: of either.
     """
 
     kind: str
     shape: tuple[int, int, int]
     share: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    phase: Literal["forward", "backward"] | None = None
 
 
 class Gpu(_Frozen):

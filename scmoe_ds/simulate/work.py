@@ -22,7 +22,8 @@ class Kernel:
     Attributes:
         flops: floating-point operations, of all launches; a multiplication and an addition are two.
         bytes: read from and written to memory, of all launches.
-        shape: rows, inner and columns of a product (of one of the group); efficiency is measured by it.
+        shape: rows, inner and columns of a product (of one of the group); tokens that a token attends to, size of a
+            head, and heads of all sequences or windows of an attention. Efficiency is measured by it.
         launches: how many.
     """
 
