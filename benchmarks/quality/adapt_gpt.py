@@ -114,8 +114,11 @@ def _loaded(trained: TrainedModel) -> GPT:
 
 
 def _in_order(teacher: TrainedModel, task: StudentTask) -> list[int]:
-    args, _ = parse_arguments(task.flags)
-    rows = held_out_rows(args.data_path[0], args.split, args.seq_length, task.sequences_on_the_way)
+    flags = argparse.ArgumentParser(allow_abbrev=False)
+    for name, kind in (("--data-path", str), ("--split", str), ("--seq-length", int)):
+        flags.add_argument(name, type=kind, required=True)
+    args, _ = flags.parse_known_args(task.flags)
+    rows = held_out_rows(args.data_path, args.split, args.seq_length, task.sequences_on_the_way)
     assert task.order_at is not None
     layers = by_similarity(gpt_subject(_loaded(teacher)), rows, task.batch_size, task.order_at)
     return layers[: task.layers or None]
