@@ -74,6 +74,8 @@ class Model(_Frozen):
         tied: whether embedding and head are one matrix.
         images: whether samples are images: a step is counted in samples, not tokens, and there is no embedding.
         positions: rows of a learned position embedding; 0: none.
+        autoep: whether it is a Hugging Face model, whose MoE layers DeepSpeed's AutoEP distributes; False: a GPT or a
+            Swin of this package. It decides which methods and layouts can run.
         source: of the sizes, for the page.
     """
 
@@ -83,4 +85,5 @@ class Model(_Frozen):
     tied: bool = True
     images: bool = False
     positions: CountOrNone = 0
+    autoep: bool = False
     source: str = ""
