@@ -104,6 +104,14 @@ class AnalysisError(UserError):
     """A model, data set or record that cannot be analysed; the message says what was found and what to do."""
 
 
+class ClusterError(UserError):
+    """A description of a cluster, or a profile of one, that its user can correct."""
+
+
+class PlanError(UserError):
+    """A model or a question that a plan for a cluster cannot answer; the message says what was found and what to do."""
+
+
 class RankDisagreementError(UserError):
     """Ranks of one run hold different settings or data."""
 

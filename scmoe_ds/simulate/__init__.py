@@ -2,9 +2,11 @@
 
 A description of a cluster and one of a model become work, work becomes times, times become a step:
 
-`cards.py`     GPU types: peaks, memory, launch cost. The only table of them.
+`gpu.py`       a GPU type: peaks, memory, efficiencies.
+`cards.py`     those that are known by name. The only table of them.
 `cluster.py`   nodes, GPUs, links, each figure with its source; JSON with units.
-`profile.py`   what `scmoe probe` measured on a machine, and how it changes a cluster's description.
+`profile.py`   what `scmoe probe` measured on a machine.
+`machine.py`   a cluster with what a profile measured in place of what its description says.
 `model.py`     sizes of a model, whoever wrote it.
 `method.py`    how its MoE layers run: the rows of every table.
 `layout.py`    EP × DP × TP, ZeRO, micro-batch: one point of the search.

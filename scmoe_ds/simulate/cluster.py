@@ -4,30 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from scmoe_ds.simulate.units import Bandwidth, Bytes, FlopRate, Seconds
+from scmoe_ds.simulate.gpu import Efficiency, Frozen, Gpu, Measured, Share, Spread
+from scmoe_ds.simulate.units import Bandwidth, Seconds
 
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+__all__ = ["Between", "Cluster", "Curve", "Efficiency", "Gpu", "Inside", "Measured"]
 
 
-class Efficiency(_Frozen):
-    """A share of a peak that is reached, and how sure it is.
-
-    Attributes:
-        likely, low, high: of the peak; low ≤ likely ≤ high.
-    """
-
-    likely: Share
-    low: Share
-    high: Share
-
-
-class Curve(_Frozen):
+class Curve(Frozen):
     """The share of a link's rate that a message reaches, by its size.
 
     Attributes:
@@ -37,53 +22,10 @@ class Curve(_Frozen):
     """
 
     points: tuple[tuple[float, Share], ...]
-    spread: float = 0.1
+    spread: Spread = 0.1
 
 
-class Measured(_Frozen):
-    """Efficiency of one kind of kernel at one shape, of a table.
-
-    Attributes:
-        kind: of `work.Kernel`.
-        shape: rows, inner, columns of a product; span, size of a head, heads of all sequences of an attention; for
-            other kinds (bytes, 1, 1).
-        share: of the peak (products, attention) or of the memory's bandwidth (all others). May exceed 1: caches.
-        phase: a kernel of which pass it is of; None: of either.
-    """
-
-    kind: str
-    shape: tuple[int, int, int]
-    share: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    phase: Literal["forward", "backward"] | None = None
-
-
-class Gpu(_Frozen):
-    """A GPU type, or what stands in for one.
-
-    Attributes:
-        name: as torch gives it.
-        peak: FLOP/s by precision: "bf16", "fp16", "tf32", "fp32".
-        memory: that torch sees, bytes.
-        bandwidth: of its memory.
-        launch: host time of one kernel launch, which nothing hides when kernels are shorter.
-        communication_share: of the SMs that a running collective takes from the computation beside it.
-        efficiency: by kind of kernel, where `table` has nothing near its shape.
-        table: measured efficiencies.
-        capability: of CUDA; (0, 0) for a CPU.
-    """
-
-    name: str
-    peak: dict[Literal["bf16", "fp16", "tf32", "fp32"], FlopRate]
-    memory: Bytes
-    bandwidth: Bandwidth
-    launch: Seconds
-    communication_share: Annotated[float, Field(ge=0, lt=1)]
-    efficiency: dict[str, Efficiency]
-    table: tuple[Measured, ...] = ()
-    capability: tuple[int, int] = (0, 0)
-
-
-class Inside(_Frozen):
+class Inside(Frozen):
     """Links between the GPUs of a node.
 
     Attributes:
@@ -106,7 +48,7 @@ class Inside(_Frozen):
     host_bounce: bool = False
 
 
-class Between(_Frozen):
+class Between(Frozen):
     """The network.
 
     Attributes:
@@ -128,7 +70,7 @@ class Between(_Frozen):
     nodes_per_leaf: Annotated[int, Field(ge=1)] = 32
 
 
-class Cluster(_Frozen):
+class Cluster(Frozen):
     """A cluster.
 
     Attributes:
@@ -144,4 +86,4 @@ class Cluster(_Frozen):
     inside: Inside
     between: Between | None = None
     price: Annotated[float, Field(ge=0)] | None = None
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field({})

@@ -1,0 +1,65 @@
+"""What `scmoe probe` measured on a machine: figures that take the place of a description's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from scmoe_ds.simulate.gpu import Frozen, Measured, PeakOf, Spread
+
+Positive = Annotated[float, Field(gt=0)]
+Collective = Literal["all-to-all", "all-reduce", "reduce-scatter", "all-gather"]
+
+
+class CollectiveTimes(Frozen):
+    """Times of one collective between the same ranks, by size.
+
+    Attributes:
+        ranks: of the group; neighbours, numbered node by node.
+        nodes: that they are on, the same number on each.
+        ms: bytes and milliseconds, bytes rising. Of an all-to-all the bytes that a rank sends, its own share among
+            them; of the others those of the whole tensor on one rank, before a reduce-scatter or after an all-gather.
+        spread: relative, of the milliseconds: 0.1 is ± 10 %.
+    """
+
+    collective: Collective
+    ranks: Annotated[int, Field(ge=2)]
+    nodes: Annotated[int, Field(ge=1)] = 1
+    ms: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)]
+    spread: Spread = 0.1
+
+
+class Profile(Frozen):
+    """A machine, as it was measured. Figures are in base units: bytes, seconds, FLOP/s; those of collectives in ms.
+
+    Attributes:
+        profile: version of this format.
+        device: GPU or CPU, as torch names it.
+        date, software: of the measurement: "2026-11-28", and versions by package.
+        capability, memory: of the device; bytes.
+        nodes, gpus_per_node: that were measured.
+        peak: of large products, by precision; shares of `table` refer to it.
+        bandwidth: of the memory, of a large copy, read and written bytes together.
+        launch: seconds of one kernel launch.
+        table: efficiencies by kind, precision and shape, of forward and backward passes.
+        spread: relative, of the table's shares.
+        collectives: by group and size.
+        slowed_by: factor on computation while a transfer runs beside it; None: not measured.
+    """
+
+    profile: Literal[1] = 1
+    device: str
+    date: str
+    software: dict[str, str] = Field({})
+    capability: tuple[int, int] = (0, 0)
+    memory: Positive
+    nodes: Annotated[int, Field(ge=1)] = 1
+    gpus_per_node: Annotated[int, Field(ge=1)] = 1
+    peak: Annotated[dict[PeakOf, Positive], Field(min_length=1)]
+    bandwidth: Positive
+    launch: Annotated[float, Field(ge=0)]
+    table: tuple[Measured, ...] = ()
+    spread: Spread = 0.1
+    collectives: tuple[CollectiveTimes, ...] = ()
+    slowed_by: Annotated[float, Field(ge=1)] | None = None
