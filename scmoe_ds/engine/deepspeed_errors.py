@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from scmoe_ds.config.messages import fail
 from scmoe_ds.errors import ScMoEConfigError, first_line
-from scmoe_ds.parallel.failures import failed_collective, mistake_of
+from scmoe_ds.parallel.error_text import mistake_of
+from scmoe_ds.parallel.failures import failed_collective
 
 _PACKAGE = Path(deepspeed.__file__).parent
 _WHOLE = "the DeepSpeed JSON"

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
-from scmoe_ds.errors import ExchangeError, OutOfMemoryError, UserError, mistake_of_path
+from scmoe_ds.errors import ExchangeError
 from scmoe_ds.parallel import watch
 from scmoe_ds.parallel.agreement import gather
+from scmoe_ds.parallel.error_text import in_words, print_stack, short
 from scmoe_ds.parallel.watch import NOTE_LENGTH
 
 _NOTES_WAIT_S = 2.0
@@ -33,11 +33,6 @@ _SIGNS = re.compile(
     r"connection (closed|reset|refused|abort)|timed out|timeout|broken pipe|no route to host|"
     r"network is unreachable|nccl|socket|remote process exited",
     re.IGNORECASE,
-)
-_CPP_FRAMES = re.compile(
-    r"^(Exception raised from .*\(most recent call first\):?|C\+\+ CapturedTraceback:|frame #\d+: .*|"
-    r"#\d+ .* from \S+:\d+|<omitting python frames>)\n",
-    re.MULTILINE,
 )
 
 
@@ -62,25 +57,12 @@ def failed_collective(error: BaseException) -> FailedCollective | None:
     """The collective that an exception is about; None if it is not about communication."""
     for each in _chain(error):
         if isinstance(each, ExchangeError):
-            return FailedCollective(each.collective, each.ranks, each.peers, _short(each.reason))
+            return FailedCollective(each.collective, each.ranks, each.peers, short(each.reason))
     is_sign = isinstance(error, RuntimeError) and _SIGNS.search(str(error)) and "DataLoader" not in str(error)
     if not (isinstance(error, dist.DistError) or is_sign):
         return None
     name, ranks = _in_traceback(error)
-    return FailedCollective(name, ranks, [rank for rank in ranks if rank != dist.get_rank()], _short(str(error)))
-
-
-def mistake_of(error: BaseException) -> UserError | None:
-    """The error as one that a user can correct; None for a fault of a program or library."""
-    if isinstance(error, UserError):
-        return error
-    if mistake := mistake_of_path(error):
-        return mistake
-    exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-    if not exhausted:
-        return None
-    iteration = getattr(error, "scmoe_iteration", None)
-    return OutOfMemoryError("" if iteration is None else f"iteration {iteration}: ", _short(str(error)))
+    return FailedCollective(name, ranks, [rank for rank in ranks if rank != dist.get_rank()], short(str(error)))
 
 
 def at_iteration(error: Exception, iteration: int) -> None:
@@ -218,12 +200,6 @@ def _is_culprit(entry: dict[str, Any]) -> bool:
     return bool(entry.get("is_cause") or (troubled and "note" not in entry))
 
 
-def print_stack(error: BaseException, with_cpp: bool = False) -> None:
-    """Prints an error's traceback; C++ frames, which a library has put into a message, only if asked for."""
-    text = "".join(traceback.format_exception(error))
-    print(text if with_cpp else _CPP_FRAMES.sub("", text), end="", file=sys.stderr, flush=True)
-
-
 def leave(code: int) -> NoReturn:
     """Ends the process without exit handlers, which might wait for ranks that are gone."""
     sys.stdout.flush()
@@ -273,18 +249,3 @@ def _remedy(reason: str) -> str:
     if re.search(r"timed out|timeout", reason, re.IGNORECASE):
         return f"If a rank was only slow, raise --distributed-timeout-minutes; otherwise {resume}"
     return resume[0].upper() + resume[1:]
-
-
-def in_words(error: BaseException) -> str:
-    """An error's class and the first line of its message."""
-    text = _short(str(error))
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _short(text: str) -> str:
-    """A library's message without source lines and advice."""
-    line = next(iter(text.strip().splitlines()), "")
-    line = re.sub(r"^\[[^\]]*\.(cc|cpp|h|hpp):\d+\] ", "", line)
-    if "Application timeout caused pair closure" in line:  # gloo, of all but the first
-        return "timed out, as another exchange with the same rank did just before"
-    return re.split(r"\. This is typically caused|, NCCL version", line)[0][:200]

@@ -36,9 +36,10 @@ from scmoe_ds.programs import adapt_hugging_face
 from scmoe_ds.programs.adapt_measure import measured
 from scmoe_ds.programs.adapt_report import write_report
 from scmoe_ds.programs.adapt_sources import asked_ways, gpt_source, possible
+from scmoe_ds.programs.alone import run_alone
 from scmoe_ds.programs.flags.adapt import build_parser, check
 from scmoe_ds.programs.flags.checks import require_same_flags
-from scmoe_ds.programs.run import run_alone, run_program
+from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.expert_counts import busiest_experts
 from scmoe_ds.training.expert_fit import fit_shared_experts
 

@@ -39,10 +39,11 @@ from scmoe_ds.errors import ArgumentError, imports_of
 from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.models.identity import identity
 from scmoe_ds.parallel.process import device
+from scmoe_ds.programs.alone import run_alone
 from scmoe_ds.programs.flags.analysis import build_parser, check
 from scmoe_ds.programs.flags.checks import flag_of
 from scmoe_ds.programs.flags.tokenizer import named_tokenizer, tokenizer_of
-from scmoe_ds.programs.run import run_alone, run_program
+from scmoe_ds.programs.run import run_program
 from scmoe_ds.training.step_text import number
 
 

@@ -23,13 +23,13 @@ from scmoe_ds.data.tokenizer import pad_vocab_size
 from scmoe_ds.errors import ArgumentError, DataError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin import SwinMoE, initialize_swin
+from scmoe_ds.programs.alone import run_alone
 from scmoe_ds.programs.flags.check import parse_arguments
 from scmoe_ds.programs.flags.gpt import gpt_settings
 from scmoe_ds.programs.flags.swin import swin_settings
 from scmoe_ds.programs.flags.tokenizer import tokenizer_of
 from scmoe_ds.programs.pretrain_gpt import build_model
 from scmoe_ds.programs.quiet import filter_prints_and_warnings
-from scmoe_ds.programs.run import run_alone
 from scmoe_ds.training.adapted_start import own_checkpoint, with_base
 from scmoe_ds.training.images import ImageTrainer
 from scmoe_ds.training.loop import Trainer

@@ -18,9 +18,9 @@ from scmoe_ds.checkpoint.autoep.trained import is_of_autoep
 from scmoe_ds.checkpoint.directories import locate
 from scmoe_ds.checkpoint.export import export
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.programs.alone import run_alone
 from scmoe_ds.programs.flags.checks import check_ranges
 from scmoe_ds.programs.flags.convert import build_parser
-from scmoe_ds.programs.run import run_alone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from scmoe_ds.errors import AnalysisError, one_line
 from scmoe_ds.figure_style import short_names
+from scmoe_ds.programs.alone import run_alone
 from scmoe_ds.programs.flags.dashboard import build_parser
-from scmoe_ds.programs.run import run_alone
 from scmoe_ds.training.record import FILE_NAME, RunRecord, read_record
 
 

@@ -14,12 +14,14 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from scmoe_ds import checkpoint
-from scmoe_ds.parallel.failures import FailureReporter, in_words, leave, mistake_of, print_stack
+from scmoe_ds.parallel.error_text import mistake_of
+from scmoe_ds.parallel.failures import FailureReporter, leave
 from scmoe_ds.parallel.output import show_log, steady_output
 from scmoe_ds.parallel.process import connect, device, prepare_environment
 from scmoe_ds.parallel.stalls import StallWatch
 from scmoe_ds.parallel.watch import Watch
 from scmoe_ds.programs import debug_is_asked
+from scmoe_ds.programs.alone import tell
 from scmoe_ds.programs.quiet import filter_prints_and_warnings
 
 INTERRUPTED = 130
@@ -65,21 +67,10 @@ def run_program(
             return INTERRUPTED
         except Exception as error:
             # Before the ranks have met, each node speaks for itself.
-            return _tell(name, error, debug, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
+            return tell(name, error, debug, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
         timeout = timedelta(minutes=getattr(parsed[0], "distributed_timeout_minutes", 10.0))
         with Watch(name, timeout.total_seconds()) as watch:
             return _run(name, lambda: job(*parsed), timeout, watch, debug)
-
-
-def run_alone(name: str, job: Callable[[], object], argv: Sequence[str] | None = None) -> int:
-    """Runs a job that needs no process group; returns the exit code. `name` and `argv` as for `run_program`."""
-    if not faulthandler.is_enabled():
-        faulthandler.enable(2)  # as in `run_program`
-    try:
-        job()
-    except Exception as error:
-        return _tell(name, error, debug_is_asked(argv))
-    return 0
 
 
 def _run(name: str, job: Callable[[], object], timeout: timedelta, watch: Watch, debug: bool) -> int:
@@ -108,7 +99,7 @@ def _run(name: str, job: Callable[[], object], timeout: timedelta, watch: Watch,
             _end_rank(name, error, reporter)
         if isinstance(error, SystemExit):
             raise
-        code = _tell(name, error, debug, speaks=os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0")
+        code = tell(name, error, debug, speaks=os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0")
     watch.done()
     if connected:
         dist.destroy_process_group()
@@ -124,16 +115,5 @@ def _end_rank(name: str, error: Exception | SystemExit, reporter: FailureReporte
     if mistake is None:
         reporter.end(error)
     if reporter.speaks(mistake.alike, code=2):
-        _tell(name, error, reporter.debug)
+        tell(name, error, reporter.debug)
     leave(2)
-
-
-def _tell(name: str, error: Exception | SystemExit, debug: bool, speaks: bool = True) -> int:
-    """Prints an error, and returns the exit code. Only a fault of the program has its traceback, unless asked for."""
-    mistake = mistake_of(error)
-    if speaks:
-        if debug or mistake is None:
-            print_stack(error, debug)
-        told = mistake or f"{in_words(error)} (see the traceback above)"
-        print(f"{name}: error: {told}", file=sys.stderr, flush=True)
-    return 1 if mistake is None else 2

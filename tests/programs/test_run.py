@@ -14,6 +14,7 @@ import torch
 from scmoe_ds.errors import UserError
 from scmoe_ds.parallel.failures import at_iteration
 from scmoe_ds.programs import run as program
+from scmoe_ds.programs.alone import run_alone
 
 
 def test_a_stream_that_is_closed_before_a_program_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +89,7 @@ def test_a_mistake_is_one_sentence_and_a_fault_has_its_traceback(
     def fail() -> None:
         raise error
 
-    assert program.run_alone("scmoe x", fail, ["--debug"] if debug else []) == code
+    assert run_alone("scmoe x", fail, ["--debug"] if debug else []) == code
     said = capfd.readouterr().err
     assert re.match(rf"scmoe x: error: {message}", said.splitlines()[-1])
     assert ("Traceback" in said) == (stack or debug)
@@ -97,5 +98,5 @@ def test_a_mistake_is_one_sentence_and_a_fault_has_its_traceback(
 
 
 def test_memory_that_the_host_does_not_have(capfd: pytest.CaptureFixture[str]) -> None:
-    assert program.run_alone("scmoe x", lambda: torch.empty(1 << 52), []) == 2
+    assert run_alone("scmoe x", lambda: torch.empty(1 << 52), []) == 2
     assert re.fullmatch(r"scmoe x: error: out of memory \(.*allocate.*\): lower .*\n", capfd.readouterr().err)
