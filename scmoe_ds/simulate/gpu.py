@@ -70,6 +70,8 @@ class Gpu(Frozen):
         table: measured efficiencies.
         spread: relative, of the table's shares: 0.1 is ± 10 %.
         capability: of CUDA; (0, 0) for a CPU.
+        multiprocessors: that compute the tiles of a product at the same time; 0: not known, or a CPU. Shares of small
+            products are lower where they are known.
     """
 
     name: str
@@ -82,3 +84,4 @@ class Gpu(Frozen):
     table: tuple[Measured, ...] = ()
     spread: Spread = 0.1
     capability: tuple[int, int] = (0, 0)
+    multiprocessors: Annotated[int, Field(ge=0, le=4096)] = 0

@@ -25,6 +25,8 @@ class Kernel:
         shape: rows, inner and columns of a product (of one of the group); tokens that a token attends to, size of a
             head, and heads of all sequences or windows of an attention. Efficiency is measured by it.
         launches: how many.
+        tokens: which number of a product's shape counts tokens: 0, its rows, or 1, the inner one of a weight's
+            gradient. It shrinks with a chunk and grows with a rank's load; the matrix of the other two stays as it is.
     """
 
     kind: Kind
@@ -32,6 +34,7 @@ class Kernel:
     bytes: float = 0.0
     shape: tuple[int, int, int] | None = None
     launches: int = 1
+    tokens: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True)
