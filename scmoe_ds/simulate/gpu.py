@@ -47,6 +47,8 @@ class Measured(Frozen):
         share: of the peak (products, attention) or of the memory's bandwidth (all others). May exceed 1: caches.
         phase: a kernel of which pass it is of; None: of either.
         precision: in which it was measured; None: any.
+        ms: median of one call; None: not known.
+        spread: relative, of this share: 0.1 is ± 10 %; None: not known.
     """
 
     kind: str
@@ -54,6 +56,8 @@ class Measured(Frozen):
     share: Annotated[float, Field(gt=0)]
     phase: Literal["forward", "backward"] | None = None
     precision: PeakOf | None = None
+    ms: Annotated[float, Field(gt=0)] | None = None
+    spread: Spread | None = None
 
 
 class Gpu(Frozen):

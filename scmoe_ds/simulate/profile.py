@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -21,12 +23,31 @@ class CollectiveTimes(Frozen):
         ms: bytes and milliseconds, bytes rising. Of an all-to-all the bytes that a rank sends, its own share among
             them; of the others those of the whole tensor on one rank, before a reduce-scatter or after an all-gather.
         spread: relative, of the milliseconds: 0.1 is ± 10 %.
+        method: of an all-to-all, as `comm.transport` calls it; "": of its own.
     """
 
     collective: Collective
     ranks: Annotated[int, Field(ge=2)]
     nodes: Annotated[int, Field(ge=1)] = 1
     ms: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)]
+    spread: Spread = 0.1
+    method: str = ""
+
+
+class Slowdown(Frozen):
+    """Computation beside a running all-to-all.
+
+    Attributes:
+        method, ranks, nodes, bytes: of the all-to-all, as in `CollectiveTimes`.
+        factor: of the computation's time while it runs.
+        spread: relative, of the factor.
+    """
+
+    method: str
+    ranks: Annotated[int, Field(ge=2)]
+    nodes: Annotated[int, Field(ge=1)] = 1
+    bytes: Positive
+    factor: Annotated[float, Field(ge=1)]
     spread: Spread = 0.1
 
 
@@ -44,8 +65,11 @@ class Profile(Frozen):
         launch: seconds of one kernel launch.
         table: efficiencies by kind, precision and shape, of forward and backward passes.
         spread: relative, of the table's shares.
-        collectives: by group and size.
+        collectives: by group and size; all-to-alls by the method that takes least, which training chooses, too.
+        other_methods: all-to-alls by the other method.
+        counts: seconds of an exchange of row counts, until the host has them, over all ranks; None: not measured.
         slowed_by: factor on computation while a transfer runs beside it; None: not measured.
+        slowdowns: the same by method and size.
     """
 
     profile: Literal[1] = 1
@@ -62,4 +86,29 @@ class Profile(Frozen):
     table: tuple[Measured, ...] = ()
     spread: Spread = 0.1
     collectives: tuple[CollectiveTimes, ...] = ()
+    other_methods: tuple[CollectiveTimes, ...] = ()
+    counts: Positive | None = None
     slowed_by: Annotated[float, Field(ge=1)] | None = None
+    slowdowns: tuple[Slowdown, ...] = ()
+
+    def with_method(self, method: str) -> Profile:
+        """The same with all-to-alls by this method, where it was measured."""
+        every = [*self.collectives, *self.other_methods]
+        found = tuple(each for each in every if each.method in ("", method))
+        return self.model_copy(
+            update={
+                "collectives": found,
+                "other_methods": tuple(each for each in every if each.method not in ("", method)),
+                "slowed_by": slowed_by(self.slowdowns, method),
+            }
+        )
+
+
+def slowed_by(slowdowns: Sequence[Slowdown], method: str) -> float | None:
+    """The factor of large messages of a method in the widest group; None: not measured."""
+    of_method = [each for each in slowdowns if each.method == method]
+    if not of_method:
+        return None
+    widest = max((each.nodes, each.ranks) for each in of_method)
+    by_size = sorted((each.bytes, each.factor) for each in of_method if (each.nodes, each.ranks) == widest)
+    return median(factor for _, factor in by_size[-2:])
