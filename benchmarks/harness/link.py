@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.harness.parts import layer_ms, sum_ms
 from lab.nodes import shape_own_end
@@ -13,6 +15,7 @@ from scmoe_ds.trace.recorder import Span
 
 LOWEST_MBIT, HIGHEST_MBIT = 5.0, 8000.0
 REPEATS = 5
+FIRST_MBIT, SEARCHES = 400.0, 6
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,12 @@ def next_rate(rate_mbit: float, communication_ms: float, total_ms: float, share:
     return min(max(rate_mbit * communication_ms / aim_ms, LOWEST_MBIT), HIGHEST_MBIT)
 
 
-def find_rate(record: Callable[[int], list[list[Span]]], share: float, searches: int = 6) -> Link:
+def rates_in(path: str) -> dict[str, float]:
+    """The rates of a benchmark's record by mode, Mbit/s: times at other rates could not be compared with its own."""
+    return {mode: link["rate_mbit"] for mode, link in json.loads(Path(path).read_text())["links"].items()}
+
+
+def find_rate(record: Callable[[int], list[list[Span]]], share: float, fixed_mbit: float | None = None) -> Link:
     """Sets the link so that the all-to-alls take `share` of the time of the baseline's MoE layers.
 
     They are timed in the baseline's own steps. A loop of all-to-alls alone would measure something else: gloo's
@@ -48,8 +56,10 @@ def find_rate(record: Callable[[int], list[list[Span]]], share: float, searches:
 
     Args:
         record: the spans of so many forward passes or training steps of the baseline, without overlap.
+        fixed_mbit: sets this rate, whatever the share is with it.
     """
-    rate = 400.0
+    searches = SEARCHES if fixed_mbit is None else 1
+    rate = fixed_mbit or FIRST_MBIT
     for search in range(searches):
         shape_own_end(rate)
         steps = record(REPEATS + 1)[1:]  # the first pays for connections and allocations

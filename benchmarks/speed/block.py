@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import rows, tables
-from benchmarks.harness.link import Link, find_rate
+from benchmarks.harness.link import Link, find_rate, rates_in
 from benchmarks.harness.measure import EVICTED_BYTES, cold
 from benchmarks.harness.parts import hidden_by_waits, mean_over_ranks, record_steps
 from benchmarks.harness.planned import Calibrated, calibrate_kinds, schedule_of
@@ -98,7 +98,8 @@ class Bench:
 
     def processor_ms(self) -> dict[str, float]:
         """Median processor time of all of a rank's threads in a step of every row, of the busier rank."""
-        times = interleave(self.steps, PROCESSOR_ROUNDS, 1, before=dist.barrier, clock=time.process_time)
+        rounds = max(1, min(PROCESSOR_ROUNDS, self.rounds // 4))
+        times = interleave(self.steps, rounds, 1, before=dist.barrier, clock=time.process_time)
         return {name: 1e3 * over_ranks([statistics.median(values)])[0] for name, values in times.items()}
 
     def prediction(self, name: str, median_ms: float) -> rows.Row:
@@ -130,10 +131,11 @@ class Bench:
 
 
 def link(shape: Shape, mode: Mode, settings: dict[str, Any]) -> Link:
-    """Sets the link's rate by the baseline."""
+    """Sets the link's rate by the baseline, or to that of an earlier record."""
     bench = Bench(baseline(settings["dispatch"]), shape, mode, settings | {"skew": 0.0})
     (name,) = bench.table
-    return find_rate(partial(record_steps, bench.runs[name], bench.cold_steps[name]), settings["share"])
+    steps = partial(record_steps, bench.runs[name], bench.cold_steps[name])
+    return find_rate(steps, settings["share"], settings["rates_of"].get(mode))
 
 
 def speedups(name: str, shape: Shape, mode: Mode, settings: dict[str, Any]) -> dict[str, Any]:
@@ -215,6 +217,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.6,
         help="all-to-all share of the baseline's MoE layer; the crossing chooses its own rates",
+    )
+    parser.add_argument(
+        "--rates-of", type=rates_in, default={}, metavar="RECORD", help="repeats a record at its rates, not at --share"
     )
     parser.add_argument("--dispatch", choices=BASELINES, default="padded", help="of all rows, on both sides")
     parser.add_argument(

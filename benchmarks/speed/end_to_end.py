@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import tables
-from benchmarks.harness.link import find_rate
+from benchmarks.harness.link import find_rate, rates_in
 from benchmarks.harness.parts import record_steps
 from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import AGAIN, BASELINES, Shape, baseline, one_primitive
@@ -223,7 +223,8 @@ def rank_main(settings: dict[str, Any]) -> None:
     with one_primitive(settings["method"]):
         bench = Bench(baseline(settings["dispatch"]), SHAPE, "train", {"rounds": 0, "skew": 0.0, **settings})
         name = BASELINES[settings["dispatch"]]
-        link = find_rate(partial(record_steps, bench.runs[name], bench.cold_steps[name]), settings["share"])
+        steps = partial(record_steps, bench.runs[name], bench.cold_steps[name])
+        link = find_rate(steps, settings["share"], settings["rates_of"].get("train"))
         trainings = {}
         for name, section in architectures(settings["dispatch"]).items():
             trainings[name] = Training(make_engine(section, settings))
@@ -281,6 +282,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--share", type=float, default=0.6, help="all-to-all share of the baseline's MoE layer, training"
+    )
+    parser.add_argument(
+        "--rates-of", type=rates_in, default={}, metavar="RECORD", help="repeats a record at its rate, not at --share"
     )
     parser.add_argument("--dispatch", choices=BASELINES, default="padded")
     parser.add_argument("--method", choices=METHODS, default="collective")
