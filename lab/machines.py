@@ -1,4 +1,4 @@
-"""Two machines in one: `nodes.TwoNodes` whose nodes have their own processes, mounts, hostname and ssh server.
+"""Two machines in one: `nodes.Nodes` whose nodes have their own processes, mounts, hostname and ssh server.
 
     with TwoMachines() as machines:
         job = machines.run_on(0, ["deepspeed", "--hostfile", "hostfile", …], directory=shared, output=log)
@@ -25,7 +25,7 @@ from typing import IO
 
 import psutil
 
-from lab.nodes import _SIGNALS, ADDRESSES, PREFIX, TwoNodes, _kill_all_in, _run
+from lab.nodes import _SIGNALS, ADDRESSES, PREFIX, Nodes, _kill_all_in, _run
 
 HOSTS = ("node0", "node1")
 COMMANDS = {
@@ -69,10 +69,10 @@ exec {sshd} -D -e
 """
 
 
-class TwoMachines(TwoNodes):
-    """Context manager: `TwoNodes` with process, mount, hostname and IPC namespaces and an sshd per node.
+class TwoMachines(Nodes):
+    """Context manager: `Nodes` with process, mount, hostname and IPC namespaces and an sshd per node.
 
-    All of it is gone after the block, in the cases that `TwoNodes` names. Entering raises RuntimeError with what is
+    All of it is gone after the block, in the cases that `Nodes` names. Entering raises RuntimeError with what is
     missing or refused.
     """
 
@@ -177,7 +177,7 @@ class TwoMachines(TwoNodes):
 
     def _write_files(self) -> None:
         """/etc/netns/<namespace>/ of both nodes: hosts, nsswitch.conf, ssh/ with one client key and own host keys."""
-        hosts = "127.0.0.1 localhost\n" + "".join(f"{a} {h}\n" for a, h in zip(ADDRESSES, HOSTS, strict=True))
+        hosts = "127.0.0.1 localhost\n" + "".join(f"{a} {h}\n" for a, h in zip(ADDRESSES, HOSTS, strict=False))
         with tempfile.TemporaryDirectory() as keys:
             for name in ("client_key", *HOSTS):
                 _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", f"{keys}/{name}")

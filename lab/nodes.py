@@ -1,6 +1,6 @@
-"""Two nodes in one machine: network namespaces joined by a veth pair, whose rate `tc` limits.
+"""Nodes in one machine: network namespaces, two joined by a cable, more by a switch; `tc` limits the rate of each.
 
-    with TwoNodes() as nodes:
+    with Nodes() as nodes:
         nodes.set_rate(200)
         results = nodes.launch([sys.executable, "my_ranks.py"])
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-ADDRESSES = ("10.10.0.1", "10.10.0.2")
+ADDRESSES = tuple(f"10.10.0.{number}" for number in range(1, 9))
 PREFIX = "scmoe"
 GRACE_S = 2.0  # what the other ranks have for their own error messages once one has failed
 _CPU_CGROUPS = Path("/sys/fs/cgroup/cpu")  # cgroup version 1
@@ -43,27 +43,29 @@ class RankResult:
     stderr: str
 
 
-class TwoNodes:
-    """Context manager: two network namespaces, each with an `eth0`, at `ADDRESSES`, MTU 9000, TCP reno.
+class Nodes:
+    """Context manager: network namespaces, each with an `eth0`, at `ADDRESSES`, MTU 9000, TCP reno.
+
+    Two are joined by a veth pair, more by a bridge in a namespace of its own.
 
     The nodes and all that runs in them are gone after the block: at its end, after an exception, on SIGINT, SIGTERM and
     SIGHUP. After a SIGKILL the ranks still end with their launcher, and the next instance removes the namespaces.
     Entering raises RuntimeError with what is missing or refused.
 
     Args:
-        high_priority: put the ranks in a CPU cgroup that leaves almost nothing of a contended core to other processes
-            (cgroup version 1 only; `cgroup` is None where that is not possible).
+        high_priority: put the ranks of each core in a CPU cgroup that leaves almost nothing of a contended core to
+            other processes (cgroup version 1 only; nothing is done where that is not possible).
+        count: of nodes, from 2 to 8.
     """
 
-    def __init__(self, high_priority: bool = False) -> None:
+    def __init__(self, high_priority: bool = False, count: int = 2) -> None:
         self._owner = os.getpid()
         self._name = f"{PREFIX}-{self._owner}-{next(_instances)}"
-        self.names = (f"{self._name}-node0", f"{self._name}-node1")
-        shares = _CPU_CGROUPS / "cpu.shares"
-        self.cgroup = _CPU_CGROUPS / self._name if high_priority and os.access(shares, os.W_OK) else None
+        self.names = tuple(f"{self._name}-node{node}" for node in range(count))
+        self._high_priority = high_priority and os.access(_CPU_CGROUPS / "cpu.shares", os.W_OK)
         self._handled: list[signal.Signals] = []
 
-    def __enter__(self) -> TwoNodes:
+    def __enter__(self) -> Nodes:
         for command in ("ip", "tc", "taskset", "setpriv"):
             if shutil.which(command) is None:
                 raise RuntimeError(f"no command {command} (packages iproute2 and util-linux)")
@@ -79,17 +81,13 @@ class TwoNodes:
                     _remove(path.name.removesuffix("-node0"))
             for name in self.names:
                 _run("ip", "netns", "add", name)
-            end0, end1 = (["eth0", "netns", name, "mtu", "9000"] for name in self.names)
-            _run("ip", "link", "add", *end0, "type", "veth", "peer", "name", *end1)
+            self._connect()
             for node, name in enumerate(self.names):
                 _run("ip", "-n", name, "address", "add", f"{ADDRESSES[node]}/24", "dev", "eth0")
                 for link in ("lo", "eth0"):
                     _run("ip", "-n", name, "link", "set", link, "up")
                 with suppress(RuntimeError):  # a kernel without reno: its default then
                     _run(*self.prefix(node), "sh", "-c", "echo reno > /proc/sys/net/ipv4/tcp_congestion_control")
-            if self.cgroup is not None:
-                self.cgroup.mkdir()
-                (self.cgroup / "cpu.shares").write_text("262144")  # the maximum; a process outside has 1024
         except BaseException:
             self.__exit__()
             raise
@@ -108,13 +106,27 @@ class TwoNodes:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
+    def _connect(self) -> None:
+        ends = [["eth0", "netns", name, "mtu", "9000"] for name in self.names]
+        if len(ends) == 2:
+            _run("ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
+            return
+        switch = f"{self._name}-switch"
+        _run("ip", "netns", "add", switch)
+        _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+        for node, end in enumerate(ends):
+            port = [f"port{node}", "netns", switch, "mtu", "9000"]
+            _run("ip", "link", "add", *end, "type", "veth", "peer", "name", *port)
+            _run("ip", "-n", switch, "link", "set", port[0], "master", "bridge", "up")
+        _run("ip", "-n", switch, "link", "set", "bridge", "up")
+
     def prefix(self, node: int) -> list[str]:
         """What to put before a command so that it runs in that node's namespace."""
         return ["ip", "netns", "exec", self.names[node]]
 
     def set_rate(self, mbit: float | None) -> None:
-        """Limits both directions of the link to `mbit` Mbit/s each; None removes the limit."""
-        for node in range(2):
+        """Limits what each node sends to `mbit` Mbit/s; None removes the limit."""
+        for node in range(len(self.names)):
             _shape(mbit, self.prefix(node))
 
     def launch(
@@ -123,11 +135,15 @@ class TwoNodes:
         ranks_per_node: int = 1,
         environment: Mapping[str, str] | None = None,
         timeout_s: float = 300.0,
+        cores: int | None = None,
     ) -> list[RankResult]:
         """Runs `program` once per rank, node by node, each rank pinned to its own core (as far as there are cores).
 
         Every rank gets the variables of `torch.distributed`'s env:// rendezvous, gloo on `eth0`, DeepSpeed's CPU
         accelerator and one thread; `environment` is added last. Whatever runs in the nodes at the end is killed.
+
+        Args:
+            cores: that the ranks take in turn, the first ones; None: all.
 
         Raises:
             RuntimeError: with the last lines of all ranks that failed within `GRACE_S` of the first, or at the timeout.
@@ -135,8 +151,15 @@ class TwoNodes:
         with tempfile.TemporaryDirectory() as directory:
             processes: list[subprocess.Popen[bytes]] = []
             try:
-                for rank in range(2 * ranks_per_node):
-                    processes.append(self._start(rank, ranks_per_node, program, environment or {}, Path(directory)))
+                known = sorted(os.sched_getaffinity(0))[:cores]
+                for rank in range(len(self.names) * ranks_per_node):
+                    core = known[rank % len(known)]
+                    # All of these replace themselves by the next: the process that is started is the rank itself.
+                    command = [*self.prefix(rank // ranks_per_node), "taskset", "-c", str(core)]
+                    command += ["setpriv", "--pdeathsig", "KILL", *program]
+                    variables = self._variables(rank, ranks_per_node) | dict(environment or {})
+                    processes.append(self._start(command, variables, Path(directory, str(rank))))
+                    self._prefer(processes[-1], core)
                 returncodes = _wait_for(processes, timeout_s)
             finally:
                 for process in processes:
@@ -157,45 +180,45 @@ class TwoNodes:
             raise RuntimeError("\n".join(lines))
         return [RankResult(rank, 0, *output) for rank, output in enumerate(outputs)]
 
-    def _start(
-        self, rank: int, ranks_per_node: int, program: Sequence[str], environment: Mapping[str, str], directory: Path
-    ) -> subprocess.Popen[bytes]:
-        node, local_rank = divmod(rank, ranks_per_node)
-        variables = {
+    def _variables(self, rank: int, ranks_per_node: int) -> dict[str, str]:
+        return {
             **os.environ,
             "RANK": str(rank),
-            "LOCAL_RANK": str(local_rank),
-            "WORLD_SIZE": str(2 * ranks_per_node),
+            "LOCAL_RANK": str(rank % ranks_per_node),
+            "WORLD_SIZE": str(len(self.names) * ranks_per_node),
             "LOCAL_WORLD_SIZE": str(ranks_per_node),
             "MASTER_ADDR": ADDRESSES[0],
             "MASTER_PORT": "29500",
             "GLOO_SOCKET_IFNAME": "eth0",
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
-            **environment,
         }
-        cores = sorted(os.sched_getaffinity(0))
-        # All of these replace themselves by the next: the process started here is the rank itself.
-        command = [*self.prefix(node), "taskset", "-c", str(cores[rank % len(cores)])]
-        command += ["setpriv", "--pdeathsig", "KILL", *program]
-        with open(directory / f"{rank}.out", "wb") as out, open(directory / f"{rank}.err", "wb") as err:
-            process = subprocess.Popen(  # a session of its own: a terminal's Ctrl-C is for the launcher alone
+
+    def _start(self, command: Sequence[str], variables: Mapping[str, str], stem: Path) -> subprocess.Popen[bytes]:
+        with open(stem.with_suffix(".out"), "wb") as out, open(stem.with_suffix(".err"), "wb") as err:
+            return subprocess.Popen(  # a session of its own: a terminal's Ctrl-C is for the launcher alone
                 command, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
             )
-        if self.cgroup is not None:
-            with suppress(ProcessLookupError):  # it may have ended already
-                (self.cgroup / "cgroup.procs").write_text(str(process.pid))
-        return process
+
+    def _prefer(self, process: subprocess.Popen[bytes], core: int) -> None:
+        if not self._high_priority:
+            return
+        with suppress(ProcessLookupError):  # it may have ended already
+            # One for each core: a group's shares are divided among the cores that it runs on.
+            cgroup = _CPU_CGROUPS / f"{self._name}-core{core}"
+            cgroup.mkdir(exist_ok=True)
+            (cgroup / "cpu.shares").write_text("262144")  # the maximum; a process outside has 1024
+            (cgroup / "cgroup.procs").write_text(str(process.pid))
 
 
 def shape_own_end(mbit: float | None) -> None:
-    """`TwoNodes.set_rate` for one direction: what the calling process' node sends. For a rank that searches for a rate.
+    """`Nodes.set_rate` for one direction: what the calling process' node sends. For a rank that searches for a rate.
 
     Raises:
         RuntimeError: the caller does not run in a node; the machine's own eth0 is not touched.
     """
     if not _run("ip", "netns", "identify").strip().startswith(f"{PREFIX}-"):
-        raise RuntimeError("shape_own_end() is for processes that TwoNodes.launch() started")
+        raise RuntimeError("shape_own_end() is for processes that Nodes.launch() started")
     _shape(mbit)
 
 
@@ -205,7 +228,7 @@ def available() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces need root"
     try:
-        with TwoNodes() as nodes:
+        with Nodes() as nodes:
             nodes.set_rate(100)
     except RuntimeError as error:
         return str(error)
@@ -255,23 +278,24 @@ def _kill_all_in(namespaces: Sequence[str]) -> None:
 
 
 def _remove(instance: str) -> None:
-    nodes, cgroup = [f"{instance}-node0", f"{instance}-node1"], _CPU_CGROUPS / instance
+    nodes = [path.name for path in Path("/run/netns").glob(f"{instance}-*")]
     _kill_all_in(nodes)
     for command in ("ip -n {} link delete eth0", "ip netns delete {}"):
         for node in nodes:
-            with suppress(RuntimeError):  # the second end of the link goes with the first
+            with suppress(RuntimeError):  # the second end of a link goes with the first; a switch has no eth0
                 _run(*command.format(node).split())
     deadline = time.monotonic() + 5
-    while cgroup.exists() and time.monotonic() < deadline:
-        with suppress(OSError):  # busy until the kernel has buried the last process
-            cgroup.rmdir()
+    for cgroup in _CPU_CGROUPS.glob(f"{instance}-core*"):
+        while cgroup.exists() and time.monotonic() < deadline:
+            with suppress(OSError):  # busy until the kernel has buried the last process
+                cgroup.rmdir()
 
 
 def _check(rates_mbit: Sequence[float | None] = (100, 500, 1000, None)) -> None:
     print("8 MiB each way and a barrier: median ms, and Mbit/s each way. all-to-all: dist.all_to_all_single\n")
     print("| Mbit/s | 0 → 1 | 1 → 0 | irecv + isend | all-to-all |\n|---|---|---|---|---|")
     program = [sys.executable, "-c", "from lab import nodes; nodes._check_rank()"]
-    with TwoNodes(high_priority=True) as nodes:
+    with Nodes(high_priority=True) as nodes:
         for rate in rates_mbit:
             nodes.set_rate(rate)
             row = nodes.launch(program, environment={"PYTHONPATH": str(Path(__file__).parents[1])})[0].stdout

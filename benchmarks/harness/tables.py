@@ -65,7 +65,8 @@ def head(record: dict[str, Any]) -> list[str]:
     )
     hardware = ", ".join(escape(f"{key} {value}") for key, value in record["environment"].items())
     linked = f", linked at: {links}" if links else ""
-    return [code(record["command"]), "", f"{hardware}. Two network namespaces, one pinned rank each{linked}."]
+    nodes = {2: "Two"}.get(count := record.get("settings", {}).get("nodes", 2), str(count))
+    return [code(record["command"]), "", f"{hardware}. {nodes} network namespaces, one pinned rank each{linked}."]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

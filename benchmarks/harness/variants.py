@@ -44,6 +44,7 @@ SHAPES = {
     "swin": Shape(
         "SwinV2-MoE-S stage 3, one expert per rank, 8 windows of 144 tokens per rank", 384, 12, 8, 144, 2, 1.25
     ),
+    "swin-2": Shape("SwinV2-MoE-S stage 3, one expert per rank, 2 windows of 144 tokens", 384, 12, 2, 144, 2, 1.25),
     "gpt2-medium": Shape("GPT2-MoE-Medium, one expert per rank, 128 tokens per rank", 1024, 16, 1, 128, 2, 2.0),
     "gpt": Shape("GPT2-MoE-Medium cut to 512 wide and 4 experts, 4 × 256 tokens per rank", 512, 8, 4, 256, 4, 2.0),
 }

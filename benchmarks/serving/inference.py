@@ -26,7 +26,7 @@ from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
 from benchmarks.harness.no_link import LocalCopy
 from benchmarks.harness.parts import record_steps
-from benchmarks.harness.two_nodes import on_two_nodes, parse, write
+from benchmarks.harness.on_nodes import on_nodes, parse, write
 from benchmarks.harness.variants import AGAIN, SHAPES, Shape, baseline, one_primitive
 from benchmarks.serving.figures import speedups
 from benchmarks.speed.block import Bench
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
     args, settings = parse(parser, rank_main)
-    record = on_two_nodes("benchmarks.serving.inference", settings)
+    record = on_nodes("benchmarks.serving.inference", settings)
     text = markdown(record)
     print(text)
     if args.output:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.measure import environment
-from benchmarks.harness.two_nodes import write
+from benchmarks.harness.on_nodes import write
 from benchmarks.serving.figures import latencies
 from scmoe_ds.analysis.markdown import code, escape
 from scmoe_ds.checkpoint.description import describe_model

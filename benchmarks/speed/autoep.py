@@ -35,7 +35,7 @@ from benchmarks.harness.autoep_rows import AUTOEP, Row, Run, adapted, table
 from benchmarks.harness.families import FAMILIES, SEQUENCE, build_model, skew_router
 from benchmarks.harness.link import find_rate
 from benchmarks.harness.measure import EVICTED_BYTES, cold
-from benchmarks.harness.two_nodes import on_two_nodes, parse
+from benchmarks.harness.on_nodes import on_nodes, parse
 from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
 from scmoe_ds.planner.schedule_text import schedule_text
@@ -219,7 +219,7 @@ def main() -> None:
             continue
         of_family = [each for each in record["cells"] if each["settings"]["family"] == family]
         known = [{key: each[key] for key in ("settings", "link")} for each in of_family if not args.again]
-        found = on_two_nodes("benchmarks.speed.autoep", {**settings, "cells": missing, "known": known})
+        found = on_nodes("benchmarks.speed.autoep", {**settings, "cells": missing, "known": known})
         measured = [{**{key: found[key] for key in ("command", "environment")}, **cell} for cell in found["cells"]]
         kept = [each for each in record["cells"] if not any(_find({"cells": [each]}, cell) for cell in missing)]
         record["cells"] = kept + measured

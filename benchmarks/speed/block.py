@@ -28,9 +28,9 @@ import torch.distributed as dist
 from benchmarks.harness import rows, tables
 from benchmarks.harness.link import Link, find_rate, rates_in
 from benchmarks.harness.measure import EVICTED_BYTES, cold
+from benchmarks.harness.on_nodes import on_nodes, parse, write
 from benchmarks.harness.parts import hidden_by_waits, mean_over_ranks, record_steps
 from benchmarks.harness.planned import Calibrated, calibrate_kinds, schedule_of
-from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import (
     BASELINES,
     SHAPES,
@@ -135,7 +135,7 @@ def link(shape: Shape, mode: Mode, settings: dict[str, Any]) -> Link:
     bench = Bench(baseline(settings["dispatch"]), shape, mode, settings | {"skew": 0.0})
     (name,) = bench.table
     steps = partial(record_steps, bench.runs[name], bench.cold_steps[name])
-    return find_rate(steps, settings["share"], settings["rates_of"].get(mode))
+    return find_rate(steps, settings["share"], settings.get("rates_of", {}).get(mode))
 
 
 def speedups(name: str, shape: Shape, mode: Mode, settings: dict[str, Any]) -> dict[str, Any]:
@@ -228,6 +228,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="collective",
         help="all-to-all of all rows, DeepSpeed's own layers included; theirs is the collective",
     )
+    parser.add_argument(
+        "--nodes", type=int, default=2, help="more than there are cores share them, and compute accordingly slower"
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=["main"])
     parser.add_argument("--modes", nargs="+", choices=["forward", "train"], default=["forward", "train"])
@@ -239,7 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args, settings = parse(build_parser(), rank_main)
-    whole = on_two_nodes("benchmarks.speed.block", settings)
+    whole = on_nodes("benchmarks.speed.block", settings)
     for name, modes in whole.pop("tables").items():
         record = whole | {"table": name, "modes": modes}
         text = tables.markdown(record, SHAPES[args.shape].name)
@@ -249,6 +252,7 @@ def main() -> None:
             suffix = ("" if name == "main" else f"_{name}") + ("_skewed" if args.skew else "")
             drawn = {"main": bars.stacked, "slots": bars.slots, "crossing": bars.crossing}.get(name)
             figure = drawn(record) if drawn else None
+            suffix += "" if args.nodes == 2 else f"_{args.nodes}_nodes"
             write(args.output, f"block_{args.shape}{share}_{args.dispatch}{suffix}", record, text, figure)
 
 

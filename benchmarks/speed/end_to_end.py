@@ -28,8 +28,8 @@ import torch.distributed as dist
 
 from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate, rates_in
+from benchmarks.harness.on_nodes import on_nodes, parse, write
 from benchmarks.harness.parts import record_steps
-from benchmarks.harness.two_nodes import on_two_nodes, parse, write
 from benchmarks.harness.variants import AGAIN, BASELINES, Shape, baseline, one_primitive
 from benchmarks.speed.block import Bench
 from scmoe_ds.comm.transport import METHODS
@@ -197,21 +197,26 @@ def rows_of(micro_batches: Times, evaluations: Times, calibrations: Times, accum
         usual_s = statistics.median(each.of_rounds)
         row: dict[str, Any] = {
             "variant": name,
-            "micro_batch_ms": 1e3 * usual_s,
+            **_ms("micro_batch", each.of_rounds),
             "micro_batch_speedup": vars(Spread.of_ratios(timed[base].of_rounds, each.of_rounds)),
-            "evaluation_ms": 1e3 * statistics.median(evaluations[name]),
+            **_ms("evaluation", evaluations[name]),
             "evaluation_speedup": vars(Spread.of_ratios(evaluations[base], evaluations[name])),
         }
         if each.boundaries:
             row["boundary_extra_ms"] = 1e3 * (statistics.median(each.boundaries) - usual_s)
         if each.iterations:
-            row["iteration_ms"] = 1e3 * statistics.median(each.iterations)
+            row |= _ms("iteration", each.iterations)
             row["iteration_speedup"] = vars(Spread.of_ratios(timed[base].iterations, each.iterations))
         if calibrations[name]:
             row["calibration_micro_batches"] = len(calibrations[name])
             row["calibration_cost_micro_batches"] = sum(calibrations[name]) / usual_s - len(calibrations[name])
         rows.append(row)
     return rows
+
+
+def _ms(kind: str, seconds: Sequence[float]) -> dict[str, float]:
+    spread = Spread.of([1e3 * each for each in seconds])
+    return {f"{kind}_ms": spread.median, f"{kind}_p10_ms": spread.p10, f"{kind}_p90_ms": spread.p90}
 
 
 def rank_main(settings: dict[str, Any]) -> None:
@@ -297,7 +302,7 @@ def main() -> None:
             f"--accumulation {args.accumulation}: the first {WARM_UP} micro-batches, in which schedules are "
             "calibrated, must not end an iteration"
         )
-    record = on_two_nodes("benchmarks.speed.end_to_end", settings)
+    record = on_nodes("benchmarks.speed.end_to_end", settings)
     text = markdown(record)
     print(text)
     if args.output:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.harness.on_nodes import on_nodes, parse
 from benchmarks.harness.parts import record_steps
-from benchmarks.harness.two_nodes import on_two_nodes, parse
 from benchmarks.harness.variants import SHAPES, main_table, one_primitive
 from benchmarks.speed.block import Bench, link
 from scmoe_ds.figure_style import save
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--method", choices=["collective", "send_receive"], default="send_receive")
     parser.add_argument("--output", type=Path, default=Path("."), help="directory for the record and the figures")
     args, settings = parse(parser, rank_main)
-    record = on_two_nodes("benchmarks.speed.timeline", settings | {"rounds": 1, "skew": 0.0})
+    record = on_nodes("benchmarks.speed.timeline", settings | {"rounds": 1, "skew": 0.0})
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"timeline_{args.shape}_{round(100 * args.share)}"
     stem.with_suffix(".json").write_text(json.dumps(record) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.nodes import PREFIX, TwoNodes, available, shape_own_end
+from lab.nodes import PREFIX, Nodes, available, shape_own_end
 
 pytestmark = pytest.mark.skipif(available() is not None, reason=f"no two nodes here: {available()}")
 REPOSITORY = Path(__file__).parents[2]
@@ -29,6 +29,23 @@ print(*received.tolist(), len(os.sched_getaffinity(0)), os.environ["LOCAL_RANK"]
 dist.destroy_process_group()
 """
 
+# Each rank listens at its own address, and greets the next one.
+GREET = """
+import os, socket, time
+from lab.nodes import ADDRESSES
+rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+own = socket.create_server((ADDRESSES[rank], 5000))
+next = None
+while next is None:
+    try:
+        next = socket.create_connection((ADDRESSES[(rank + 1) % ranks], 5000), timeout=5)
+    except OSError:
+        time.sleep(0.05)
+next.sendall(b"from %d" % rank)
+next.close()
+print(own.accept()[0].recv(100).decode(), *os.sched_getaffinity(0))
+"""
+
 # Rank 0 would sleep for ever, and has a child that does so too.
 FAIL = """
 import os, subprocess, sys, time
@@ -42,8 +59,8 @@ sys.exit("rank 1 has no tokens")
 
 HOLD = """
 import time
-from lab.nodes import TwoNodes
-with TwoNodes(high_priority=True) as nodes:
+from lab.nodes import Nodes
+with Nodes(high_priority=True) as nodes:
     print(nodes.names[0], flush=True)
     nodes.launch(["sleep", "1000"])
 """
@@ -53,11 +70,11 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def qdisc_of(nodes: TwoNodes, node: int) -> str:
+def qdisc_of(nodes: Nodes, node: int) -> str:
     return output_of(*nodes.prefix(node), "tc", "qdisc", "show", "dev", "eth0")
 
 
-def pids_in(nodes: TwoNodes) -> list[str]:
+def pids_in(nodes: Nodes) -> list[str]:
     return [pid for name in nodes.names for pid in output_of("ip", "netns", "pids", name).split()]
 
 
@@ -65,7 +82,9 @@ def assert_gone(*names: str) -> None:
     """No namespace, no cgroup, and no end of the link among the links of this machine."""
     assert not set(names) & set(output_of("ip", "netns", "list").split())
     instances = {name.rpartition("-")[0] for name in names}
-    assert not [path for path in Path("/sys/fs/cgroup/cpu").glob(f"{PREFIX}-*") if path.name in instances]
+    assert not [
+        path for path in Path("/sys/fs/cgroup/cpu").glob(f"{PREFIX}-*") if path.name.rpartition("-")[0] in instances
+    ]
     assert not [name for name in names if name in output_of("ip", "link", "show")]
 
 
@@ -77,7 +96,7 @@ def assert_dead(pids: list[int]) -> None:
 
 
 def test_gloo_meets_across_the_nodes_and_a_rank_sets_its_own_rate() -> None:
-    with TwoNodes() as nodes:
+    with Nodes() as nodes:
         environment = {"PYTHONPATH": str(REPOSITORY), "EXTRA": "added"}
         results = nodes.launch([sys.executable, "-c", MEET], environment=environment, timeout_s=60)
         assert [result.stdout for result in results] == ["10.0 11.0 1 0 added\n", "20.0 21.0 1 0 added\n"]
@@ -87,7 +106,7 @@ def test_gloo_meets_across_the_nodes_and_a_rank_sets_its_own_rate() -> None:
 
 
 def test_ranks_of_a_node_follow_each_other() -> None:
-    with TwoNodes(high_priority=True) as nodes:
+    with Nodes(high_priority=True) as nodes:
         program = ["sh", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE $(ip netns identify)"]
         lines = [result.stdout.split() for result in nodes.launch(program, ranks_per_node=2, timeout_s=20)]
         first, second = nodes.names
@@ -100,8 +119,19 @@ def test_ranks_of_a_node_follow_each_other() -> None:
     assert_gone(*nodes.names)
 
 
+def test_more_than_two_nodes_meet_at_a_switch_and_may_share_a_core() -> None:
+    with Nodes(count=3) as nodes:
+        nodes.set_rate(50)
+        assert all("rate 50Mbit" in qdisc_of(nodes, node) for node in range(3))
+        environment = {"PYTHONPATH": str(REPOSITORY)}
+        results = nodes.launch([sys.executable, "-c", GREET], environment=environment, timeout_s=30, cores=1)
+        core = min(os.sched_getaffinity(0))
+        assert [result.stdout for result in results] == [f"from {sender} {core}\n" for sender in (2, 0, 1)]
+    assert_gone(*nodes.names, nodes.names[0].replace("node0", "switch"))
+
+
 def test_a_failing_rank_ends_the_others_and_is_quoted() -> None:
-    with TwoNodes() as nodes:
+    with Nodes() as nodes:
         with pytest.raises(
             RuntimeError, match=r"ranks \[1\] failed\n--- rank 1, exit status 1:\na word before\nrank 1 has no tokens"
         ):
@@ -113,7 +143,7 @@ def test_a_failing_rank_ends_the_others_and_is_quoted() -> None:
 
 
 def test_a_timeout_names_the_ranks_that_still_run() -> None:
-    with TwoNodes() as nodes:
+    with Nodes() as nodes:
         program = ["sh", "-c", "echo rank $RANK waits; [ $RANK = 0 ] || sleep 1000"]
         with pytest.raises(RuntimeError, match=r"ranks \[1\] did not end within 0.5 s\n.*\nrank 1 waits"):
             nodes.launch(program, timeout_s=0.5)
@@ -122,7 +152,7 @@ def test_a_timeout_names_the_ranks_that_still_run() -> None:
 
 
 def test_an_exception_in_the_block_leaves_nothing() -> None:
-    with pytest.raises(KeyError), TwoNodes() as nodes:
+    with pytest.raises(KeyError), Nodes() as nodes:
         sleeper = subprocess.Popen([*nodes.prefix(1), "sleep", "1000"])
         raise KeyError
     assert sleeper.wait(5) == -signal.SIGKILL
@@ -145,7 +175,7 @@ def test_the_next_instance_removes_what_a_killed_launcher_left() -> None:
     holder.wait(10)
     assert_dead(pids)  # the ranks end with their launcher
     assert name in output_of("ip", "netns", "list")
-    with TwoNodes():
+    with Nodes():
         assert_gone(name, name.replace("node0", "node1"))
 
 
@@ -172,7 +202,7 @@ def held() -> tuple[str, list[int], subprocess.Popen[str]]:
 
 
 def test_the_rate_is_on_both_ends_until_it_is_removed() -> None:
-    with TwoNodes() as nodes, TwoNodes() as others:
+    with Nodes() as nodes, Nodes() as others:
         for mbit, shown in ((200, "rate 200Mbit"), (2500, "rate 2500Mbit"), (0.5, "rate 500Kbit burst 128Kb")):
             nodes.set_rate(mbit)
             assert all("qdisc tbf" in qdisc_of(nodes, node) and shown in qdisc_of(nodes, node) for node in range(2))
@@ -186,7 +216,7 @@ def test_the_rate_is_on_both_ends_until_it_is_removed() -> None:
 
 
 def test_the_machines_own_link_is_not_shaped() -> None:
-    with pytest.raises(RuntimeError, match="TwoNodes"):
+    with pytest.raises(RuntimeError, match="Nodes"):
         shape_own_end(100)
 
 

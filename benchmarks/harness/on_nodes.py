@@ -1,4 +1,4 @@
-"""Benchmarks on two nodes in one machine: the program makes the nodes, and every rank runs the same module again."""
+"""Benchmarks on nodes in one machine: the program makes them, and every rank runs the same module again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.harness.measure import environment
-from lab.nodes import TwoNodes, available
+from lab.nodes import Nodes, available
 from scmoe_ds.figure_style import save
 
 
@@ -28,11 +28,15 @@ def parse(
     return args, {key: value for key, value in vars(args).items() if key not in ("output", "rank_settings")}
 
 
-def on_two_nodes(module: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Runs `python -m module --rank-settings …` on both nodes; what rank 0 printed behind "RECORD "."""
+def on_nodes(module: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Runs `python -m module --rank-settings …` on all nodes; what rank 0 printed behind "RECORD ".
+
+    Args:
+        settings: "nodes" says how many.
+    """
     if (reason := available()) is not None:
-        sys.exit(f"two nodes cannot be made here: {reason}")
-    with TwoNodes(high_priority=True) as nodes:
+        sys.exit(f"nodes cannot be made here: {reason}")
+    with Nodes(high_priority=True, count=settings.get("nodes", 2)) as nodes:
         program = [sys.executable, "-m", module, "--rank-settings", json.dumps(settings)]
         output = nodes.launch(program, timeout_s=3600)[0].stdout
     found = next(line for line in output.splitlines() if line.startswith("RECORD "))
