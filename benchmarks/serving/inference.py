@@ -25,8 +25,8 @@ import torch.distributed as dist
 from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
 from benchmarks.harness.no_link import LocalCopy
-from benchmarks.harness.parts import record_steps
 from benchmarks.harness.on_nodes import on_nodes, parse, write
+from benchmarks.harness.parts import record_steps
 from benchmarks.harness.variants import AGAIN, SHAPES, Shape, baseline, one_primitive
 from benchmarks.serving.figures import speedups
 from benchmarks.speed.block import Bench
