@@ -1,24 +1,11 @@
-"""What the check has to know of a card: compute capability and memory. Peaks stand in training/utilization.py."""
+"""What the check has to know of a card: compute capability and memory, from the table of `simulate/cards.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from scmoe_ds.errors import ArgumentError
-
-_CARDS: dict[str, tuple[str, tuple[int, int], float]] = {
-    "A800": ("NVIDIA A800-SXM4-80GB", (8, 0), 79.3),
-    "A100": ("NVIDIA A100-SXM4-80GB", (8, 0), 79.3),
-    "A100-40GB": ("NVIDIA A100-SXM4-40GB", (8, 0), 39.4),
-    "A30": ("NVIDIA A30", (8, 0), 23.5),
-    "H100": ("NVIDIA H100 80GB HBM3", (9, 0), 79.1),
-    "H800": ("NVIDIA H800", (9, 0), 79.1),
-    "H200": ("NVIDIA H200", (9, 0), 139.8),
-    "L40S": ("NVIDIA L40S", (8, 9), 44.4),
-    "RTX4090": ("NVIDIA GeForce RTX 4090", (8, 9), 23.5),
-    "V100": ("Tesla V100-SXM2-32GB", (7, 0), 31.7),
-}
-"""Name of torch, compute capability, GiB that torch sees."""
+from scmoe_ds.simulate.cards import CARDS, find, gpu_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +18,14 @@ class Card:
 
 
 def card_of(name: str) -> Card:
-    """The card of a short name.
+    """The card of a short name, such as "A800", or of a name in a cluster's JSON, such as "A800-PCIe-80GB".
 
     Raises:
         ArgumentError: none of the names.
     """
-    found = _CARDS.get(name.upper())
+    found = find(name)
     if found is None:
-        raise ArgumentError(f"--card {name}: must be one of {', '.join(_CARDS)}")
-    return Card(found[0], found[1], round(found[2] * 2**30))
+        short = ", ".join(sorted(card.short for card in CARDS if card.short))
+        raise ArgumentError(f"--card {name}: must be one of {short}, or a name of scmoe_ds/simulate/cards.py")
+    gpu = gpu_of(found)
+    return Card(gpu.name, gpu.capability, round(gpu.memory))

@@ -9,53 +9,9 @@ from typing import Any
 import torch
 
 from scmoe_ds.parallel.process import device
+from scmoe_ds.simulate.cards import card_named, peaks_of
 
 _GIB = 2**30
-
-# Dense peaks in TFLOP/s: bf16 and fp16 on tensor cores with fp32 accumulation, fp32 without tensor cores. From NVIDIA's
-# and AMD's data sheets and whitepapers; where a sheet gives the number with sparsity, it is halved. Words of the name
-# that torch.cuda.get_device_name gives; the first row counts whose words are all there.
-_PEAKS: tuple[tuple[str, float, float], ...] = (
-    ("GB200", 2500, 80),
-    ("B200", 2250, 80),
-    ("GH200", 989, 67),
-    ("H200 NVL", 835, 60),
-    ("H200", 989, 67),
-    ("H100 NVL", 835, 60),
-    ("H100 PCIe", 756, 51),
-    ("H100", 989, 67),
-    ("H800 PCIe", 756, 51),
-    ("H800", 989, 67),
-    ("H20", 148, 44),
-    ("A100", 312, 19.5),
-    ("A800", 312, 19.5),
-    ("A30", 165, 10.3),
-    ("A40", 149.7, 37.4),
-    ("A10G", 70, 35),
-    ("A10", 125, 31.2),
-    ("L40S", 362, 91.6),
-    ("L40", 181, 90.5),
-    ("L4", 121, 30.3),
-    ("RTX 6000 Ada", 364.2, 91.1),
-    ("RTX A6000", 154.8, 38.7),
-    ("RTX A5000", 111.1, 27.8),
-    ("RTX 5090", 209.5, 104.8),
-    ("RTX 4090", 165.2, 82.6),
-    ("RTX 4080", 97.5, 48.7),
-    ("RTX 3090 Ti", 80, 40),
-    ("RTX 3090", 71, 35.6),
-    ("RTX 3080 Ti", 68.2, 34.1),
-    ("RTX 3080", 59.5, 29.8),
-    ("V100S", 130, 16.4),
-    ("V100 PCIE", 112, 14),
-    ("V100", 125, 15.7),
-    ("T4", 65, 8.1),
-    ("MI300X", 1307.4, 163.4),
-    ("MI250X", 191.5, 23.9),  # a device of torch is one of the card's two dies
-)
-_OTHER_CARDS = {"LAPTOP", "MAX", "MIG", "SUPER", "TI", "D"}
-"""Words with which a name means another card, or a part of one, unless the table's name has them too."""
-_BEFORE_BF16 = ("V100S", "V100 PCIE", "V100", "T4")
 
 
 def peak_tflops(card: str, dtype: torch.dtype, tensor_float_32: bool = False) -> float | None:
@@ -66,14 +22,13 @@ def peak_tflops(card: str, dtype: torch.dtype, tensor_float_32: bool = False) ->
         dtype: of the products: bf16, fp16 or fp32.
         tensor_float_32: fp32 products may run as TF32, which tensor cores do at half the speed of bf16.
     """
-    words = set(card.upper().replace("-", " ").split())
-    for name, half, single in _PEAKS:
-        named = set(name.upper().split())
-        if named <= words and not (words - named) & _OTHER_CARDS:
-            if dtype == torch.float32:
-                return half / 2 if tensor_float_32 and name not in _BEFORE_BF16 else single
-            return None if dtype == torch.bfloat16 and name in _BEFORE_BF16 else half
-    return None
+    found = card_named(card)
+    if found is None:
+        return None
+    peaks = peaks_of(found)
+    if dtype == torch.float32:
+        return peaks.get("tf32", peaks["fp32"]) if tensor_float_32 else peaks["fp32"]
+    return peaks.get("bf16" if dtype == torch.bfloat16 else "fp16")
 
 
 class Utilization:

@@ -180,7 +180,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "check: nothing": ("check", r"--deepspeed_config.* missing"),
     "check: another card": (
         "check --deepspeed_config ds.json --preset gpt2-moe-small --card A8",
-        r"--card A8: must be one of A800",
+        r"--card A8: must be one of A100, A100-40GB, A30, A800",
     ),
     "report: nothing": ("report", r"--deepspeed_config.* missing"),
     "scmoe: misspelt": ("generat", r"generat: no such program; did you mean \"generate\"\?"),
