@@ -81,6 +81,7 @@ class Card(NamedTuple):
         bandwidth: of the memory, GB/s.
         half, single: TFLOP/s.
         capability: where it is not the family's.
+        nvlink: GB/s in one direction; data sheets give both directions together. 0: none, or a bridge between two.
     """
 
     name: str
@@ -93,26 +94,40 @@ class Card(NamedTuple):
     half: float
     single: float
     capability: tuple[int, int] | None = None
+    nvlink: float = 0
 
 
 # The order counts: the first row whose words are all in a name is the one.
 CARDS: tuple[Card, ...] = (
-    Card("GB200", "NVIDIA GB200", "GB200", "", "blackwell", 184.0, 8000, 2500, 80),
-    Card("B200", "NVIDIA B200", "B200", "B200", "blackwell", 178.4, 8000, 2250, 80),
-    Card("GH200-96GB", "NVIDIA GH200 480GB", "GH200", "", "hopper", 94.5, 4000, 989, 67),
+    Card("GB200", "NVIDIA GB200", "GB200", "", "blackwell", 184.0, 8000, 2500, 80, nvlink=900),
+    Card("B200", "NVIDIA B200", "B200", "B200", "blackwell", 178.4, 8000, 2250, 80, nvlink=900),
+    Card("GH200-96GB", "NVIDIA GH200 480GB", "GH200", "", "hopper", 94.5, 4000, 989, 67, nvlink=450),
     Card("H200-NVL", "NVIDIA H200 NVL", "H200 NVL", "", "hopper", 139.8, 4800, 835, 60),
-    Card("H200-SXM", "NVIDIA H200", "H200", "H200", "hopper", 139.8, 4800, 989, 67),
+    Card("H200-SXM", "NVIDIA H200", "H200", "H200", "hopper", 139.8, 4800, 989, 67, nvlink=450),
     Card("H100-NVL", "NVIDIA H100 NVL", "H100 NVL", "", "hopper", 93.1, 3938, 835, 60),
     Card("H100-PCIe-80GB", "NVIDIA H100 PCIe", "H100 PCIe", "", "hopper", 79.1, 2039, 756, 51),
-    Card("H100-SXM5-80GB", "NVIDIA H100 80GB HBM3", "H100", "H100", "hopper", 79.1, 3352, 989, 67),
+    Card("H100-SXM5-80GB", "NVIDIA H100 80GB HBM3", "H100", "H100", "hopper", 79.1, 3352, 989, 67, nvlink=450),
     Card("H800-PCIe-80GB", "NVIDIA H800 PCIe", "H800 PCIe", "", "hopper", 79.1, 2039, 756, 51),
-    Card("H800-SXM5-80GB", "NVIDIA H800", "H800", "H800", "hopper", 79.1, 3352, 989, 67),
-    Card("H20-SXM5-96GB", "NVIDIA H20", "H20", "H20", "h20", 95.1, 4000, 148, 44),
-    Card("A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB", "A100 SXM4 80GB", "A100", "ampere", 79.3, 2039, 312, 19.5),
-    Card("A100-SXM4-40GB", "NVIDIA A100-SXM4-40GB", "A100 SXM4 40GB", "A100-40GB", "ampere", 39.4, 1555, 312, 19.5),
+    Card("H800-SXM5-80GB", "NVIDIA H800", "H800", "H800", "hopper", 79.1, 3352, 989, 67, nvlink=200),
+    Card("H20-SXM5-96GB", "NVIDIA H20", "H20", "H20", "h20", 95.1, 4000, 148, 44, nvlink=450),
+    Card(
+        "A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB", "A100 SXM4 80GB", "A100", "ampere", 79.3, 2039, 312, 19.5, nvlink=300
+    ),
+    Card(
+        "A100-SXM4-40GB",
+        "NVIDIA A100-SXM4-40GB",
+        "A100 SXM4 40GB",
+        "A100-40GB",
+        "ampere",
+        39.4,
+        1555,
+        312,
+        19.5,
+        nvlink=300,
+    ),
     Card("A100-PCIe-80GB", "NVIDIA A100 80GB PCIe", "A100 80GB PCIe", "", "ampere", 79.3, 1935, 312, 19.5),
     Card("A100-PCIe-40GB", "NVIDIA A100-PCIE-40GB", "A100", "", "ampere", 39.4, 1555, 312, 19.5),
-    Card("A800-SXM4-80GB", "NVIDIA A800-SXM4-80GB", "A800 SXM4", "A800", "ampere", 79.3, 2039, 312, 19.5),
+    Card("A800-SXM4-80GB", "NVIDIA A800-SXM4-80GB", "A800 SXM4", "A800", "ampere", 79.3, 2039, 312, 19.5, nvlink=200),
     Card("A800-PCIe-80GB", "NVIDIA A800 80GB PCIe", "A800", "", "ampere", 79.3, 1935, 312, 19.5),
     Card("A30", "NVIDIA A30", "A30", "A30", "ampere", 23.5, 933, 165, 10.3),
     Card("A40", "NVIDIA A40", "A40", "", "ampere", 44.4, 696, 149.7, 37.4, (8, 6)),
@@ -133,7 +148,7 @@ CARDS: tuple[Card, ...] = (
     Card("RTX3080", "NVIDIA GeForce RTX 3080", "RTX 3080", "", "ampere", 9.8, 760, 59.5, 29.8, (8, 6)),
     Card("V100S-PCIe-32GB", "Tesla V100S-PCIE-32GB", "V100S", "", "volta", 31.7, 1134, 130, 16.4),
     Card("V100-PCIe-32GB", "Tesla V100-PCIE-32GB", "V100 PCIE", "", "volta", 31.7, 900, 112, 14),
-    Card("V100-SXM2-32GB", "Tesla V100-SXM2-32GB", "V100", "V100", "volta", 31.7, 900, 125, 15.7),
+    Card("V100-SXM2-32GB", "Tesla V100-SXM2-32GB", "V100", "V100", "volta", 31.7, 900, 125, 15.7, nvlink=150),
     Card("T4", "Tesla T4", "T4", "", "turing", 14.6, 320, 65, 8.1),
     Card("MI300X", "AMD Instinct MI300X", "MI300X", "", "cdna", 191.5, 5300, 1307.4, 163.4),
     # A device of torch is one of the card's two dies.
@@ -192,3 +207,5 @@ def _efficiency(shares: Sequence[float]) -> Efficiency:
 
 GPUS: dict[str, Gpu] = {card.name: gpu_of(card) for card in CARDS}
 """By the name in a cluster's JSON."""
+NAMES = tuple(dict.fromkeys(name for card in CARDS for name in (card.name, card.short) if name))
+"""All that a user may write, the short ones of `scmoe check` among them."""

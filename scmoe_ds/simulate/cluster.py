@@ -2,88 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BaseModel, BeforeValidator, Field
 
-from scmoe_ds.simulate.gpu import Efficiency, Frozen, Gpu, Measured, Share, Spread
-from scmoe_ds.simulate.units import Bandwidth, Seconds
+from scmoe_ds.errors import ClusterError
+from scmoe_ds.simulate.cards import GPUS, NAMES, find
+from scmoe_ds.simulate.gpu import Count, Efficiency, Frozen, Gpu, Measured, in_units
+from scmoe_ds.simulate.interconnect import Between, Curve, Inside
+from scmoe_ds.simulate.json_files import nearest, read_as
+from scmoe_ds.simulate.plausible import beyond_hardware, contradictions
 
 __all__ = ["Between", "Cluster", "Curve", "Efficiency", "Gpu", "Inside", "Measured"]
 
 
-class Curve(Frozen):
-    """The share of a link's rate that a message reaches, by its size.
-
-    Attributes:
-        points: bytes of the message to one peer, and the share; between two points linear in the logarithm of the size,
-            beyond the ends constant.
-        spread: relative, of the shares: 0.1 is ± 10 %.
-    """
-
-    points: tuple[tuple[float, Share], ...]
-    spread: Spread = 0.1
-
-
-class Inside(Frozen):
-    """Links between the GPUs of a node.
-
-    Attributes:
-        kind: a switch lets every GPU send at its full rate to any; a mesh splits it over the peers; with PCIe the GPUs
-            of a root complex share its rate towards the others, and rows bounce through the host's memory where
-            `host_bounce` says so. "loopback": processes on one CPU.
-        rate: of one GPU, one direction.
-        latency: of one message.
-        gpus_per_root, root_rate: PCIe alone.
-        host_bounce: whether each byte crosses the host's memory, at `root_rate` there and back.
-        efficiency: of the rate, by message size.
-    """
-
-    kind: Literal["nvlink switch", "nvlink mesh", "pcie", "loopback"]
-    rate: Bandwidth
-    latency: Seconds
-    efficiency: Curve
-    gpus_per_root: Annotated[int, Field(ge=1)] | None = None
-    root_rate: Bandwidth | None = None
-    host_bounce: bool = False
-
-
-class Between(Frozen):
-    """The network.
-
-    Attributes:
-        nics: per node.
-        nic_rate: of one NIC, one direction.
-        latency: of one message.
-        topology: rail: NIC i of every node hangs on switch i, other rails are reached through NVLink or the spine; fat
-            tree: any NIC to any.
-        oversubscription: of the spine: 1 is full bisection, 2 half; of traffic that leaves a leaf of `nodes_per_leaf`.
-        efficiency: of the rate, by message size.
-    """
-
-    nics: Annotated[int, Field(ge=1)]
-    nic_rate: Bandwidth
-    latency: Seconds
-    efficiency: Curve
-    topology: Literal["rail", "fat tree"] = "fat tree"
-    oversubscription: Annotated[float, Field(ge=1, le=64)] = 1.0
-    nodes_per_leaf: Annotated[int, Field(ge=1)] = 32
+def _whole_gpu(value: Any) -> Any:
+    """A name of the table, or "like" a name with what differs, as all figures of a GPU."""
+    if isinstance(value, str):
+        value = {"like": value}
+    if isinstance(value, Gpu) or (isinstance(value, Mapping) and "like" not in value):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError('must be a name, an object with "like": NAME and what differs, or one with all figures')
+    like = value["like"]
+    card = find(like) if isinstance(like, str) else None
+    if card is None:
+        raise ValueError(f"no GPU type of this name is known; {nearest(str(like), NAMES)}")
+    whole = in_units(GPUS[card.name])
+    changed = {key: each for key, each in value.items() if key != "like"}
+    for key, each in changed.items():  # peaks and efficiencies one by one
+        both = isinstance(each, Mapping) and isinstance(whole.get(key), Mapping)
+        whole[key] = {**whole[key], **each} if both else each
+    return whole
 
 
 class Cluster(Frozen):
     """A cluster.
 
     Attributes:
+        gpu: in JSON also a name of `cards.py`, or an object with "like": NAME and what differs.
         between: None for a single node.
         price: of one GPU for an hour, in any currency; None: costs are given in GPU hours.
         sources: for every figure, where it is from: path of the field → sentence.
     """
 
     name: str
-    nodes: Annotated[int, Field(ge=1, le=10**6)]
-    gpus_per_node: Annotated[int, Field(ge=1, le=1024)]
-    gpu: Gpu
+    nodes: Count
+    gpus_per_node: Annotated[int, Field(ge=1, le=1024, strict=True)]
+    gpu: Annotated[Gpu, BeforeValidator(_whole_gpu)]
     inside: Inside
     between: Between | None = None
-    price: Annotated[float, Field(ge=0)] | None = None
+    price: Annotated[float, Field(ge=0, strict=True)] | None = None
     sources: dict[str, str] = Field({})
+
+
+def read_cluster(path: str | Path) -> Cluster:
+    """The cluster that a JSON file describes.
+
+    Raises:
+        ClusterError: the file cannot be read, or a figure breaks a rule, contradicts another, or cannot be.
+    """
+    cluster = read_as(Cluster, path, ClusterError)
+    if found := [f"{path}: {line}" for line in _findings(cluster)]:
+        raise ClusterError("\n".join(found[:5]))
+    return cluster
+
+
+def _findings(cluster: Cluster) -> Iterator[str]:
+    yield from contradictions(cluster.nodes, cluster.gpus_per_node, cluster.gpu, cluster.inside, cluster.between)
+    yield from beyond_hardware(cluster.gpu, cluster.inside, cluster.between)
+    fields = set(_paths(cluster))
+    for path in cluster.sources:
+        if path not in fields:
+            yield f"sources.{path}: names no field; {nearest(path, fields)}"
+
+
+def _paths(part: BaseModel, before: str = "") -> Iterator[str]:
+    for name in type(part).model_fields:
+        inner = getattr(part, name)
+        yield before + name
+        if isinstance(inner, BaseModel):
+            yield from _paths(inner, f"{before}{name}.")
+        elif isinstance(inner, Mapping):
+            yield from (f"{before}{name}.{key}" for key in inner)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from scmoe_ds.simulate.units import Bandwidth, Bytes, FlopRate, Seconds
 
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Spread = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, strict=True)]
+Spread = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=10**6, strict=True)]
 PeakOf = Literal["bf16", "fp16", "tf32", "fp32"]
 
 
@@ -53,7 +54,7 @@ class Measured(Frozen):
 
     kind: str
     shape: tuple[int, int, int]
-    share: Annotated[float, Field(gt=0)]
+    share: Annotated[float, Field(gt=0, strict=True)]
     phase: Literal["forward", "backward"] | None = None
     precision: PeakOf | None = None
     ms: Annotated[float, Field(gt=0)] | None = None
@@ -83,9 +84,20 @@ class Gpu(Frozen):
     memory: Bytes
     bandwidth: Bandwidth
     launch: Seconds
-    communication_share: Annotated[float, Field(ge=0, lt=1)]
+    communication_share: Annotated[float, Field(ge=0, lt=1, strict=True)]
     efficiency: dict[str, Efficiency]
     table: tuple[Measured, ...] = ()
     spread: Spread = 0.1
     capability: tuple[int, int] = (0, 0)
     multiprocessors: Annotated[int, Field(ge=0, le=4096)] = 0
+
+
+def in_units(gpu: Gpu) -> dict[str, Any]:
+    """A GPU as JSON has it."""
+    return {
+        **gpu.model_dump(mode="json"),
+        "peak": {precision: f"{peak:.12g} FLOP/s" for precision, peak in gpu.peak.items()},
+        "memory": f"{gpu.memory:.12g} B",
+        "bandwidth": f"{gpu.bandwidth:.12g} B/s",
+        "launch": f"{gpu.launch:.12g} s",
+    }
