@@ -20,9 +20,14 @@ class Layout:
         micro_batch: samples per data-parallel rank in one forward pass.
         accumulation: micro-batches in a step.
         precision: of weights in use, activations and what travels.
-        recompute: whether the backward pass computes the blocks' activations again.
+        recompute: what the backward pass computes again. "selective": each dense operator. "full" or True: whole pairs,
+            communication included.
         hierarchical: whether rows to other nodes are gathered inside the node first.
         copies: what of a token's row is sent: one copy per chosen expert, or per rank that has a chosen expert.
+        expert_tensor_parallel: whether a routed expert is divided among the tensor-parallel ranks, too. Otherwise each of
+            them sends a slice of the tokens that they all hold.
+        reduce_bucket, allgather_bucket: elements of DeepSpeed's buffers.
+        states: fp32 values that the optimizer keeps of a parameter beside its fp32 weight; Adam has two.
         training: False: a forward pass alone, of one micro-batch; no gradients, no optimizer.
     """
 
@@ -33,9 +38,13 @@ class Layout:
     micro_batch: int = 1
     accumulation: int = 1
     precision: Precision = "bf16"
-    recompute: bool = False
+    recompute: bool | Literal["selective", "full"] = False
     hierarchical: bool = False
     copies: Literal["choice", "rank"] = "choice"
+    expert_tensor_parallel: bool = False
+    reduce_bucket: int = 500_000_000
+    allgather_bucket: int = 500_000_000
+    states: int = 2
     training: bool = True
 
     @property

@@ -17,14 +17,21 @@ class Method:
         name: as tables show it.
         architecture: "topk" is a MoE without a shared expert, unless the model has one of its own; "shared_expert" adds
             one and has one routed expert less; "scmoe" is that with the routed experts at a shortcut.
-        layer: whose layer computes it. DeepSpeed's has products with one-hot masks (einsum) around its all-to-all;
-            AutoEP's sorts rows and computes a shared expert behind the combine.
+        layer: whose layer computes it. DeepSpeed's finds the places of tokens with masks over all experts, and gathers
+            rows into buffers of the capacity; AutoEP's sorts rows and computes a shared expert behind the combine.
         routed: experts that a token is routed to; None: as many as the model says for "topk", one less with a shared
             expert that this method adds.
         dispatch: "padded" sends and computes the capacity of every expert, "exact" real rows only.
         position, join: of the shortcut; join as in the "scmoe" section.
         overlap: whether communication runs beside computation.
         most_chunks: of the expert computation, which the planner may choose; 1: no pipelining.
+        merge: how shared and routed outputs are added, as in the "scmoe" section.
+        shortcut_norm: whether the shortcut has a norm of its own.
+        post_norm: whether a norm follows the merge.
+        shortcut_distance: how many blocks before the MoE's the shortcut is taken.
+        shared_hidden: width inside the shared expert that this method adds; 0: as one routed expert.
+        capacity_factor, min_capacity: tokens per expert in a padded dispatch: of an even split, and at least.
+        drop_tokens: False: a padded dispatch has as many rows per expert as the busiest one needs.
     """
 
     name: str
@@ -36,6 +43,14 @@ class Method:
     join: Literal["block", "late"] = "block"
     overlap: bool = True
     most_chunks: int = 1
+    merge: Literal["add", "cg1", "cg2"] = "cg1"
+    shortcut_norm: Literal["own", "shared"] = "own"
+    post_norm: bool = False
+    shortcut_distance: int = 1
+    shared_hidden: int = 0
+    capacity_factor: float = 2.0
+    min_capacity: int = 4
+    drop_tokens: bool = True
 
 
 DEEPSPEED_TOPK = Method("DeepSpeed top-k, padded", "topk", "deepspeed", dispatch="padded", overlap=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,10 +42,13 @@ class Stage(_Frozen):
         span: tokens that a token attends to: the sequence, or its window.
         causal: whether half of them are masked.
         heads, kv_heads, head_dim: of the attention.
-        attention_parameters: of one attention, where its matrices are not the usual four (MLA); 0: the usual.
+        value_dim: of a head's values, where they are narrower than its queries (MLA); 0: head_dim.
+        attention_parameters: of one attention, where it has others than the usual four matrices (MLA, norms of queries
+            and keys, biases of some); 0: the usual.
         mlp_hidden: width inside the MLP of a block without an MoE.
         gated: SwiGLU, three matrices, in MLP and experts alike; False: GELU, two.
         bias: whether products add a bias.
+        norm: LayerNorm, with a weight and a bias, or RMSNorm, with a weight alone.
         moe_layers: numbers of the blocks with an MoE, from 0 within the stage.
         experts: of these; None where moe_layers is empty.
     """
@@ -61,6 +64,8 @@ class Stage(_Frozen):
     causal: bool = True
     gated: bool = False
     bias: bool = True
+    norm: Literal["layer", "rms"] = "layer"
+    value_dim: CountOrNone = 0
     attention_parameters: CountOrNone = 0
     moe_layers: tuple[CountOrNone, ...] = ()
     experts: Experts | None = None
@@ -72,8 +77,12 @@ class Model(_Frozen):
     Attributes:
         vocabulary: rows of the embedding and columns of the head; classes of an image model, which has no embedding.
         tied: whether embedding and head are one matrix.
-        images: whether samples are images: a step is counted in samples, not tokens, and there is no embedding.
-        positions: rows of a learned position embedding; 0: none.
+        images: whether samples are images: a step is counted in samples, not tokens, and there is no embedding. Blocks
+            are those of SwinV2: attention in windows, norms behind the branches, four tokens become one from stage to
+            stage.
+        patch: values of an image that become one token.
+        positions: rows of a learned position embedding; 0: rotary ones.
+        dropout: share that is dropped of what a branch adds to the residual stream.
         autoep: whether it is a Hugging Face model, whose MoE layers DeepSpeed's AutoEP distributes; False: a GPT or a
             Swin of this package. It decides which methods and layouts can run.
         source: of the sizes, for the page.
@@ -84,6 +93,8 @@ class Model(_Frozen):
     vocabulary: Count
     tied: bool = True
     images: bool = False
+    patch: CountOrNone = 0
     positions: CountOrNone = 0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     autoep: bool = False
     source: str = ""

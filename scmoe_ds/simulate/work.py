@@ -55,11 +55,18 @@ Part = Union[Kernel, Reduced]
 
 @dataclass(frozen=True)
 class Work:
-    """An operator on one rank. `name` is a label of the planner's: "attention 2", "mlp", "shared", "experts"."""
+    """An operator on one rank.
+
+    Attributes:
+        name: a label of the planner's: "attention 2", "attention before tap", "mlp", "shared", "experts".
+        forward, backward: in their order.
+        kept: bytes that the forward pass keeps for the backward pass.
+    """
 
     name: str
     forward: tuple[Part, ...] = ()
     backward: tuple[Part, ...] = ()
+    kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,9 @@ class Exchange:
         row_bytes: of one row.
         padded: whether every rank sends every other the same, however uneven the routing.
         count_bytes: of the exchange of row counts ahead, which nothing hides; 0: none.
+        combine_rows: that this rank gets with the combine, where these are more than `rows`: whole experts under tensor
+            parallelism, whose ranks send slices and get all results; 0: as many as `rows`. Backward the dispatch has
+            them.
     """
 
     rows: float
@@ -80,6 +90,7 @@ class Exchange:
     row_bytes: float
     padded: bool
     count_bytes: float = 0.0
+    combine_rows: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ class PairWork:
         late_after_dispatch: whether the next pair's dispatch leaves before them.
         parameters: of one such pair.
         num_experts: routed experts of the layer, of all ranks.
+        repeated: whether the backward pass begins with another forward pass of the whole pair, communication included.
     """
 
     method: Method
@@ -121,6 +133,7 @@ class PairWork:
     num_experts: int
     late: tuple[str, ...] = ()
     late_after_dispatch: bool = False
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
