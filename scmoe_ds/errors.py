@@ -104,6 +104,10 @@ class AnalysisError(UserError):
     """A model, data set or record that cannot be analysed; the message says what was found and what to do."""
 
 
+class ModelError(UserError):
+    """Sizes that no model has, or a method or layout that a model cannot run with."""
+
+
 class ClusterError(UserError):
     """A description of a cluster, or a profile of one, that its user can correct."""
 

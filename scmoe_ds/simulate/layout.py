@@ -23,9 +23,10 @@ class Layout:
         recompute: what the backward pass computes again. "selective": each dense operator. "full" or True: whole pairs,
             communication included.
         hierarchical: whether rows to other nodes are gathered inside the node first.
-        copies: what of a token's row is sent: one copy per chosen expert, or per rank that has a chosen expert.
-        expert_tensor_parallel: whether a routed expert is divided among the tensor-parallel ranks, too. Otherwise each of
-            them sends a slice of the tokens that they all hold.
+        copies: what an exact dispatch of this package sends of a token: one row per rank with a chosen expert, as it
+            does, or one per chosen expert. Other layers send one per choice.
+        expert_tensor_parallel: whether a routed expert is divided among the tensor-parallel ranks, too. Otherwise each
+            of them sends a slice of the tokens that they all hold.
         reduce_bucket, allgather_bucket: elements of DeepSpeed's buffers.
         states: fp32 values that the optimizer keeps of a parameter beside its fp32 weight; Adam has two.
         training: False: a forward pass alone, of one micro-batch; no gradients, no optimizer.
@@ -40,7 +41,7 @@ class Layout:
     precision: Precision = "bf16"
     recompute: bool | Literal["selective", "full"] = False
     hierarchical: bool = False
-    copies: Literal["choice", "rank"] = "choice"
+    copies: Literal["choice", "rank"] = "rank"
     expert_tensor_parallel: bool = False
     reduce_bucket: int = 500_000_000
     allgather_bucket: int = 500_000_000

@@ -98,3 +98,8 @@ class Model(_Frozen):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     autoep: bool = False
     source: str = ""
+
+    @property
+    def moe_layers(self) -> int:
+        """How many blocks have an MoE."""
+        return sum(len(stage.moe_layers) for stage in self.stages)

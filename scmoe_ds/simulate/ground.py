@@ -1,0 +1,129 @@
+"""A stage of a model on one rank: the sizes that its operators are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scmoe_ds.simulate.layout import Layout
+from scmoe_ds.simulate.method import Method
+from scmoe_ds.simulate.model import Experts, Model, Stage
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What an operator has to know."""
+
+    model: Model
+    stage: Stage
+    method: Method
+    layout: Layout
+
+    @property
+    def rows(self) -> float:
+        """Tokens of a micro-batch."""
+        return float(self.layout.micro_batch * self.stage.tokens)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of activations and weights."""
+        return 4 if self.layout.precision == "fp32" else 2
+
+    @property
+    def tp(self) -> int:
+        """Ranks that share a layer."""
+        return self.layout.tensor_parallel
+
+    @property
+    def rms(self) -> bool:
+        return self.stage.norm == "rms"
+
+    @property
+    def dropout(self) -> float:
+        """Of what a branch adds."""
+        return self.model.dropout if self.layout.training else 0.0
+
+    @property
+    def row_bytes(self) -> float:
+        """Of all tokens of a micro-batch, once."""
+        return self.rows * self.stage.hidden * self.width
+
+    @property
+    def values(self) -> int:
+        """Size of a head's values."""
+        return self.stage.value_dim or self.stage.head_dim
+
+    @property
+    def experts(self) -> Experts:
+        """Of this stage's MoEs."""
+        assert self.stage.experts is not None
+        return self.stage.experts
+
+    @property
+    def adds_shared(self) -> bool:
+        """Whether the method adds a shared expert to a model that has none."""
+        return self.method.architecture != "topk" and not self.experts.shared_hidden
+
+    @property
+    def shared_hidden(self) -> int:
+        """Width inside the shared expert, the model's or the method's; 0: there is none."""
+        if self.adds_shared:
+            return self.method.shared_hidden or self.experts.hidden
+        return self.experts.shared_hidden
+
+    @property
+    def routed(self) -> int:
+        """Routed experts per token."""
+        if self.method.routed is not None:
+            return self.method.routed
+        return max(self.experts.top_k - 1, 1) if self.adds_shared else self.experts.top_k
+
+    @property
+    def coefficients(self) -> int:
+        """Outputs of the network that weights shared and routed outputs."""
+        if not self.adds_shared:
+            return 0
+        # DeepSpeed's Residual MoE has two.
+        return 2 if self.method.architecture == "shared_expert" else {"add": 0, "cg1": 1, "cg2": 2}[self.method.merge]
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share a routed expert."""
+        return self.tp if self.layout.expert_tensor_parallel else 1
+
+    @property
+    def slices(self) -> int:
+        """Tensor-parallel ranks that each send a slice of the same tokens."""
+        return 1 if self.layout.expert_tensor_parallel else self.tp
+
+    @property
+    def local_experts(self) -> float:
+        """Routed experts on a rank."""
+        return self.experts.num_experts / self.layout.expert_parallel
+
+    @property
+    def capacity(self) -> int:
+        """Rows of a padded buffer."""
+        chosen = self.rows * self.routed / self.experts.num_experts
+        factor = self.method.capacity_factor if self.method.drop_tokens else 1.0
+        return max(-int(-chosen * factor // 1), self.method.min_capacity if self.method.drop_tokens else 1)
+
+    @property
+    def sent(self) -> float:
+        """Rows that a rank sends, for its own experts among them; and with even routing, that its experts compute."""
+        padded = self.method.dispatch == "padded"
+        choices = self.capacity * self.experts.num_experts if padded else self.rows * self.routed
+        return choices / self.slices
+
+    @property
+    def one_row_per_rank(self) -> bool:
+        """Whether exact rows are tokens, one for each rank with any of their experts, and not choices."""
+        exact = self.method.layer == "scmoe_ds" and self.method.dispatch == "exact"
+        return exact and self.routed > 1 and self.layout.expert_parallel > 1 and self.slices == 1
+
+    @property
+    def copies(self) -> float:
+        """Rows that really leave, with even routing."""
+        if not self.one_row_per_rank:
+            return self.sent
+        ranks = self.layout.expert_parallel
+        return self.rows * ranks * (1.0 - (1.0 - 1.0 / ranks) ** self.routed)
