@@ -11,9 +11,9 @@ A description of a cluster and one of a model become work, work becomes times, t
 `method.py`    how its MoE layers run: the rows of every table.
 `layout.py`    EP × DP × TP, ZeRO, micro-batch: one point of the search.
 `work.py`      what one rank computes and sends in a step.
-`step_work.py` model, method and layout to work; `pair_work.py` of a pair, `ground.py` the sizes that operators are made of,
-               `operators*.py` the operators, `parameters.py` and `model_flops.py` their numbers, `refusals.py` what a model
-               cannot run with.
+`step_work.py` model, method and layout to work: `pair_work.py` of a pair, `ground.py` the sizes that operators are made
+               of, `operators*.py` the operators, `parameters.py` and `model_flops.py` their numbers, `refusals.py` what
+               a model cannot run with.
 `memory.py`    the bytes of a rank.
 `routing.py`   how uneven the experts' loads are.
 `kernels.py`   work of the computation to milliseconds.

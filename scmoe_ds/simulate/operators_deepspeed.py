@@ -117,12 +117,12 @@ def sorted_experts(ground: Ground, received: float) -> Cost:
 
 def _stacked(cost: Cost) -> Cost:
     """AutoEP's weights are one tensor already: nothing is stacked, and no copy is kept."""
-    weights = sum(each.bytes / 2 for each in cost.forward if isinstance(each, Kernel) and each.kind == "pointwise")
-    only = [
-        tuple(each for each in parts if isinstance(each, Kernel) and each.kind != "pointwise")
-        for parts in (cost.forward, cost.backward)
-    ]
-    return Cost(*only, cost.kept - weights)
+
+    def products(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple(each for each in parts if isinstance(each, Kernel) and each.kind == "grouped product")
+
+    copied = sum(each.bytes / 2 for each in cost.forward if isinstance(each, Kernel) and each.kind == "pointwise")
+    return Cost(products(cost.forward), products(cost.backward), cost.kept - copied)
 
 
 def sorted_decode(ground: Ground) -> Cost:

@@ -116,7 +116,9 @@ def _around_tap(
         return steps[:tap], [*steps[tap:], ("shared", _input_norm(ground) + _shared(ground))]
     before = steps if ground.model.images else [*steps, ("norm", _input_norm(ground))]
     if ground.method.architecture == "topk":
-        return before, []
+        # The model's own shared expert: beside the exchange here, behind the combine in DeepSpeed's layers.
+        beside = ground.shared_hidden and ground.method.layer == "scmoe_ds"
+        return before, [("shared", _shared(ground))] if beside else []
     return before, _halves(ground)
 
 
@@ -171,8 +173,8 @@ def _experts(ground: Ground) -> Cost:
 
 def _decode(ground: Ground) -> Cost:
     layer, behind = ground.method.layer, Cost()
-    if ground.method.architecture == "topk" and ground.shared_hidden:
-        behind = _shared(ground)  # behind the combine
+    if ground.method.architecture == "topk" and ground.shared_hidden and layer != "scmoe_ds":
+        behind = _shared(ground)
     if layer == "deepspeed":
         return behind + deepspeed.padded_decode(ground)
     if layer == "autoep":
