@@ -169,7 +169,7 @@ class _Prices:
         counts = [count for count in _CHUNKS if count <= pair.method.most_chunks]
         if pair.exchange is None:
             return {1: PassTimes(forward_ms=0.0)}
-        passes, by_count = 1 + self.layout.recompute, {}
+        passes, by_count = 1 + bool(self.layout.recompute), {}
         for count in counts:
             ms, bound = all_to_all_ms(pair.exchange, self.layout, self.machine, pair.num_experts, loads, count)
             if count == 1:
