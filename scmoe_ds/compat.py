@@ -92,6 +92,11 @@ def forget_load_hooks(module: nn.Module) -> None:
     module._load_state_dict_pre_hooks.clear()
 
 
+def keep_gpu_busy(cycles: int) -> None:
+    """A kernel that only waits (read in 2.13)."""
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
+
 def build_directory(extension: str) -> Path:
     """Where torch compiles an extension; creates nothing (read in 2.13)."""
     from torch.utils import cpp_extension

@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "scmoe_ds"
 FLOORS = [
     ["programs"],
-    ["check"],
+    ["check", "probe"],
     ["evaluation", "analysis"],
     ["training", "inference"],
     ["engine", "checkpoint"],

@@ -25,6 +25,7 @@ PROGRAMS = {
     "dashboard": Program("dashboard", "flags.dashboard", "a page that shows how training runs go or went"),
     "report": Program("report", "flags.report", "is a step faster with ScMoE on this machine, and why? Times steps"),
     "check": Program("check", "flags.check", "would a training run, and fit? One step without a GPU"),
+    "probe": Program("probe", "flags.probe", "what does this machine compute and send? A profile for scmoe plan"),
     "preprocess": Program("preprocess", "flags.preprocess", "text to Megatron's indexed datasets"),
     "adapt": Program("adapt", "flags.adapt", "a trained MoE model as a ScMoE, with the same weights"),
     "convert": Program("convert", "flags.convert", "weights out of a checkpoint, as safetensors"),

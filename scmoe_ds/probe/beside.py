@@ -1,0 +1,74 @@
+"""How much slower computation is beside a running all-to-all.
+
+A transfer takes multiprocessors of a GPU, and processor time where the host sends (gloo). It is launched, products of
+half as much again run beside it, and it is waited for. What all of it takes longer than the products alone is time that
+the transfer took from them:
+
+    factor = transfer / (transfer − time that it took)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from scmoe_ds.comm.transport import METHODS, Transport
+from scmoe_ds.parallel.agreement import gather
+from scmoe_ds.probe.bench import Bench
+from scmoe_ds.probe.groups import Exchanging
+from scmoe_ds.probe.trials import Beside, Ladder, Trial
+
+SIZES = (1 << 17, 1 << 20, 1 << 22, 1 << 24)
+ROWS, WIDTH = 256, 512
+LONGER = 1.5
+"""Products take so many times as long as the transfer, which may itself be slower beside them."""
+LARGEST = 20.0
+"""A transfer that leaves less than a twentieth of the time is none to compute beside."""
+
+
+def slowdowns(bench: Bench, between: Exchanging) -> Iterator[Ladder]:
+    """By method and size."""
+    for method in METHODS:
+        yield [
+            Trial(Beside(method, between.ranks, between.nodes, size), _sample(bench, between, method, size))
+            for size in SIZES
+        ]
+
+
+def _sample(bench: Bench, between: Exchanging, method: str, nbytes: int) -> Callable[[], float]:
+    products = 0
+
+    def sample() -> float:
+        nonlocal products
+        group, clock = between.group, bench.clock
+        left, right = bench.take("rows", ROWS, WIDTH), bench.take("weight", WIDTH, WIDTH)
+        transport = Transport(group, method)
+        rows = torch.zeros(transport.size, -(-nbytes // (4 * transport.size)), device=bench.device)
+        received, sizes = torch.empty_like(rows), [1] * transport.size
+
+        def compute() -> None:
+            for _ in range(products):
+                torch.mm(left, right)
+
+        def launch() -> Callable[[], object]:
+            return transport.launch(received, rows, sizes, sizes) if group is not None else lambda: None
+
+        def together() -> None:
+            wait = launch()
+            compute()
+            wait()
+
+        dist.barrier()
+        transfer_ms = clock.host(lambda: launch()())
+        if not products:  # the same number on every rank, and in every round
+            products = 8
+            one_ms = min(gather(clock.host(compute))) / products
+            products = max(1, round(LONGER * max(gather(transfer_ms)) / one_ms))
+        alone_ms = clock.host(compute)
+        dist.barrier()
+        taken_ms = max(0.0, clock.host(together) - alone_ms)
+        return min(LARGEST, transfer_ms / max(transfer_ms - taken_ms, transfer_ms / LARGEST)) if group else 1.0
+
+    return sample

@@ -1,0 +1,69 @@
+"""All measurements of a machine, in turns, to its profile."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+
+from scmoe_ds.parallel.groups import nodes_of_ranks
+from scmoe_ds.parallel.process import device
+from scmoe_ds.probe.attention import attentions
+from scmoe_ds.probe.bench import Bench
+from scmoe_ds.probe.beside import slowdowns
+from scmoe_ds.probe.clock import ColdClock
+from scmoe_ds.probe.collectives import exchanges
+from scmoe_ds.probe.environment import device_bytes, device_name, software
+from scmoe_ds.probe.groups import Exchanging, exchanging
+from scmoe_ds.probe.passes import copies, launches, passes
+from scmoe_ds.probe.products import experts, products
+from scmoe_ds.probe.results import profile_of
+from scmoe_ds.probe.trials import Ladder, climb, in_turns
+from scmoe_ds.simulate.gpu import PeakOf
+from scmoe_ds.simulate.profile import Profile
+
+LONGEST = 1 / 500
+"""Of the whole time, what one trial may take."""
+MOST_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+
+
+def measure(seconds: float, precisions: Sequence[PeakOf]) -> Profile:
+    """Measures this world of ranks. Collective; the same on every rank.
+
+    Args:
+        seconds: that it takes, about; everything is measured five times at least.
+    """
+    started = time.perf_counter()
+    nodes = Counter(nodes_of_ranks())
+    clock = ColdClock(device())
+    benches = [Bench(clock, precision, MOST_BYTES[clock.device.type]) for precision in precisions]
+    trials = climb(ladders(clock, benches, exchanging()), 1e3 * seconds * LONGEST)
+    samples = in_turns(trials, seconds - (time.perf_counter() - started))
+    per_node = max(nodes.values())
+    return profile_of(
+        samples,
+        device=device_name(),
+        software=software(),
+        capability=_capability(),
+        memory=device_bytes(per_node),
+        nodes=len(nodes),
+        gpus_per_node=per_node,
+    )
+
+
+def ladders(clock: ColdClock, benches: Sequence[Bench], groups: Sequence[Exchanging]) -> Iterator[Ladder]:
+    """Everything that is measured: a machine's, each precision's, each group's."""
+    yield copies(clock)
+    yield from launches(clock)
+    for bench in benches:
+        yield from chain(products(bench), experts(bench), attentions(bench), passes(bench))
+    for group in groups:
+        yield from exchanges(clock, group)
+        yield from slowdowns(benches[0], group)
+
+
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if device().type == "cuda" else (0, 0)

@@ -1,0 +1,105 @@
+"""Matrix products by size, in the three forms of a linear layer, and experts as this package computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+from deepspeed.moe.experts import Experts
+from torch import Tensor, nn
+
+from scmoe_ds.moe.experts import run_experts
+from scmoe_ds.probe.bench import Bench
+from scmoe_ds.probe.clock import Run
+from scmoe_ds.probe.trials import Ladder, Phase, Shape
+
+ROWS = (16, 128, 1024, 8192)
+WIDTHS = (128, 512, 2048, 8192)
+EXPERTS = ((4, 512, 2048), (8, 1024, 4096), (16, 2048, 1024))
+"""Local experts, width of a token's row, width inside an expert."""
+
+Operands = Callable[[int, int, int], tuple[Tensor, Tensor]]
+"""Of a product of so many rows, inner and columns; the first has just been written."""
+
+
+def products(bench: Bench) -> Iterator[Ladder]:
+    """A linear layer forward, and the gradients of its input and of its weight, by rows, inner and columns."""
+
+    def layer(rows: int, inner: int, columns: int) -> tuple[Tensor, Tensor]:
+        return bench.take("rows", rows, inner), bench.take("weight", columns, inner).t()
+
+    def of_input(rows: int, inner: int, columns: int) -> tuple[Tensor, Tensor]:
+        return bench.take("rows", rows, inner), bench.take("weight", inner, columns)
+
+    def of_weight(rows: int, inner: int, columns: int) -> tuple[Tensor, Tensor]:
+        return bench.take("rows", inner, rows).t(), bench.take("weight", inner, columns)
+
+    for first, second in product(WIDTHS, WIDTHS):
+        yield _ladder(bench, "forward", layer, [(rows, first, second) for rows in ROWS])
+        yield _ladder(bench, "backward", of_input, [(rows, first, second) for rows in ROWS])
+        yield _ladder(bench, "backward", of_weight, [(first, rows, second) for rows in ROWS])
+
+
+def _ladder(bench: Bench, phase: Phase, operands: Operands, shapes: list[Shape]) -> Ladder:
+    def prepared(shape: Shape) -> Callable[[], Run]:
+        def prepare() -> Run:
+            left, right = operands(*shape)
+            return Run(lambda: torch.mm(left, right), (left,))
+
+        return prepare
+
+    return [
+        bench.trial("product", [shape], phase, prepared(shape), flops=2.0 * shape[0] * shape[1] * shape[2])
+        for shape in shapes
+        if bench.fits(shape[0] * shape[1], shape[1] * shape[2], shape[0] * shape[2])
+    ]
+
+
+class _Projections(nn.Module):
+    """An expert whose activation takes no time: what remains are its products, and what the package does for them."""
+
+    two_projections = True
+
+    def __init__(self, hidden: int, inside: int) -> None:
+        super().__init__()
+        self.input, self.output = nn.Linear(hidden, inside, bias=False), nn.Linear(inside, hidden, bias=False)
+
+    def activate(self, inner: Tensor) -> Tensor:
+        return inner
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.output(self.activate(self.input(rows)))  # type: ignore[no-any-return]
+
+
+def experts(bench: Bench) -> Iterator[Ladder]:
+    """Several local experts, forward and backward, by rows of each."""
+    for local, hidden, inside in EXPERTS:
+        if not bench.fits(local * hidden * inside, local * ROWS[-2] * max(hidden, inside)):
+            continue
+        members = Experts(_Projections(hidden, inside).to(bench.device, bench.dtype), local)
+        for phase in ("forward", "backward"):
+            yield [_expert_trial(bench, members, phase, rows, hidden, inside) for rows in ROWS[:-1]]
+
+
+def _expert_trial(bench: Bench, members: Experts, phase: Phase, rows: int, hidden: int, inside: int):  # type: ignore[no-untyped-def]
+    local = len(members.deepspeed_experts)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        incoming = bench.take("rows", local * rows, hidden).detach().requires_grad_()
+        return incoming, run_experts(members, incoming, [rows] * local)
+
+    def prepare() -> Run:
+        if phase == "forward":
+            return Run(forward, (bench.take("rows", local * rows, hidden),))
+        incoming, output = forward()
+        gradient = bench.take("gradient", local * rows, hidden)
+        wanted = [incoming, *members.parameters()]
+        return Run(lambda: torch.autograd.grad(output, wanted, gradient), (gradient,))
+
+    both = [(rows, hidden, inside), (rows, inside, hidden)]
+    weights = [(hidden, rows, inside), (inside, rows, hidden)]
+    once = 4.0 * local * rows * hidden * inside
+    if phase == "forward":
+        return bench.trial("grouped product", both, phase, prepare, flops=once)
+    return bench.trial("grouped product", [*both, *weights], phase, prepare, flops=2 * once)
