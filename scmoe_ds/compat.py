@@ -94,7 +94,7 @@ def forget_load_hooks(module: nn.Module) -> None:
 
 def keep_gpu_busy(cycles: int) -> None:
     """A kernel that only waits (read in 2.13)."""
-    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(cycles)
 
 
 def build_directory(extension: str) -> Path:

@@ -1,4 +1,4 @@
-"""The profile of two nodes in this machine: `scmoe probe` as the block benchmark runs, at the link rates of a record.
+"""The profile of nodes in this machine: `scmoe probe` as the block benchmark runs, at the link rates of a record.
 
     python -m benchmarks.predict.nodes_profile --rates 0 200 --output benchmarks/results
 
@@ -13,14 +13,14 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness.measure import environment
-from benchmarks.harness.two_nodes import write
-from lab.nodes import TwoNodes, available
+from benchmarks.harness.on_nodes import write
+from lab.nodes import Nodes, available
 from scmoe_ds.probe.text import table
 from scmoe_ds.simulate.profile import Profile
 
 
-def profile_of_nodes(nodes: TwoNodes, rate_mbit: float | None, seconds: float = 60.0) -> Profile:
-    """Runs the probe on both nodes, linked at that rate; None: without a limit."""
+def profile_of_nodes(nodes: Nodes, rate_mbit: float | None, seconds: float = 60.0) -> Profile:
+    """Runs the probe on all nodes, linked at that rate; None: without a limit."""
     nodes.set_rate(rate_mbit)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "profile.json")
@@ -33,11 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0], metavar="MBIT", help="Mbit/s of the link")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each probe")
+    parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--output", type=Path, help="directory for the record and its page")
     args = parser.parse_args()
     if (reason := available()) is not None:
-        sys.exit(f"two nodes cannot be made here: {reason}")
-    with TwoNodes(high_priority=True) as nodes:
+        sys.exit(f"nodes cannot be made here: {reason}")
+    with Nodes(high_priority=True, count=args.nodes) as nodes:
         profiles = {rate: profile_of_nodes(nodes, rate or None, args.seconds) for rate in args.rates}
     command = "python -m benchmarks.predict.nodes_profile " + " ".join(sys.argv[1:])
     record = {
@@ -45,7 +46,7 @@ def main() -> None:
         "environment": environment(),
         "profiles": {f"{rate:g}": profile.model_dump(mode="json") for rate, profile in profiles.items()},
     }
-    lines = ["# What two nodes in this machine compute and send", "", f"`{command}`", ""]
+    lines = ["# What nodes in this machine compute and send", "", f"`{command}`", ""]
     for rate, profile in profiles.items():
         link = f"Link limited to {rate:g} Mbit/s" if rate else "Link without a limit"
         lines += [f"## {link}", "", "```", *table(profile, details=True), "```", ""]

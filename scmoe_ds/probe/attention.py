@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,41 +11,15 @@ from torch import Tensor
 
 from scmoe_ds.probe.bench import Bench
 from scmoe_ds.probe.clock import Run
-from scmoe_ds.probe.trials import Computed, Ladder, Phase, Trial
-
-
-@dataclass(frozen=True)
-class Attended:
-    """Sizes of an attention.
-
-    Attributes:
-        spans: tokens that a token attends to, rising.
-        head: size of one.
-        heads: of one sequence or window.
-        sequences: or windows.
-        causal: half of the scores are masked; False: a bias is added to all of them, as in a window.
-    """
-
-    spans: tuple[int, ...]
-    head: int
-    heads: int
-    sequences: int
-    causal: bool
-
-
-SIZES = (
-    Attended((64, 256, 1024, 4096), 64, 16, 1, True),
-    Attended((64, 256, 1024), 64, 8, 8, True),
-    Attended((256, 1024, 4096), 128, 16, 1, True),
-    Attended((49, 144, 256), 32, 12, 4, False),
-    Attended((49, 144, 256), 32, 12, 64, False),
-)
+from scmoe_ds.probe.sizes import Attended
+from scmoe_ds.probe.trials import Computed, Ladder, Trial
+from scmoe_ds.trace.recorder import PHASES, Phase
 
 
 def attentions(bench: Bench) -> Iterator[Ladder]:
     """Forward and backward."""
-    for sizes in SIZES:
-        for phase in ("forward", "backward"):
+    for sizes in bench.sizes.attended:
+        for phase in PHASES:
             spans = [span for span in sizes.spans if bench.fits(sizes.sequences * sizes.heads * span * sizes.head)]
             yield [_trial(bench, sizes, span, phase) for span in spans]
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.probe.clock import ColdClock, Run
-from scmoe_ds.probe.trials import Computed, Phase, Shape, Trial
+from scmoe_ds.probe.sizes import ALL, Sizes
+from scmoe_ds.probe.trials import Computed, Shape, Trial
 from scmoe_ds.simulate.gpu import PeakOf
+from scmoe_ds.trace.recorder import Phase
 
 DTYPES: dict[PeakOf, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,6 +28,7 @@ class Bench:
     clock: ColdClock
     precision: PeakOf
     most_bytes: int
+    sizes: Sizes = ALL
     _numbers: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -20,7 +20,6 @@ from scmoe_ds.probe.bench import Bench
 from scmoe_ds.probe.groups import Exchanging
 from scmoe_ds.probe.trials import Beside, Ladder, Trial
 
-SIZES = (1 << 17, 1 << 20, 1 << 22, 1 << 24)
 ROWS, WIDTH = 256, 512
 LONGER = 1.5
 """Products take so many times as long as the transfer, which may itself be slower beside them."""
@@ -33,7 +32,7 @@ def slowdowns(bench: Bench, between: Exchanging) -> Iterator[Ladder]:
     for method in METHODS:
         yield [
             Trial(Beside(method, between.ranks, between.nodes, size), _sample(bench, between, method, size))
-            for size in SIZES
+            for size in bench.sizes.beside
         ]
 
 

@@ -16,15 +16,20 @@ from scmoe_ds.probe.clock import ColdClock
 from scmoe_ds.probe.groups import Exchanging
 from scmoe_ds.probe.trials import Ladder, Sent, Trial
 
-SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28)
 LATE_S = 2e-3
 """Ranks that compute in between do not enter a collective together; every other one comes this much later."""
 
 Call = Callable[[], object]
+_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the names from torch 2.13 on
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def exchanges(clock: ColdClock, between: Exchanging) -> Iterator[Ladder]:
-    """All collectives of some groups, by size."""
+def exchanges(clock: ColdClock, between: Exchanging, sizes: Sequence[int]) -> Iterator[Ladder]:
+    """All collectives of some groups.
+
+    Args:
+        sizes: bytes, rising.
+    """
     reduce = last_to_come(between.members)
     for collective, method, make in [
         *(("all-to-all", method, all_to_all(method)) for method in METHODS),
@@ -33,14 +38,14 @@ def exchanges(clock: ColdClock, between: Exchanging) -> Iterator[Ladder]:
         ("all-gather", "", _all_gather),
         ("counts", "", _counts),
     ]:
-        sizes = [1024 * between.ranks] if collective == "counts" else SIZES
+        steps = [1024 * between.ranks] if collective == "counts" else sizes
         yield [
             Trial(
                 Sent(collective, method, between.ranks, between.nodes, _divisible(size, between.ranks)),
                 _sample(clock, between, make, _divisible(size, between.ranks)),
                 reduce,
             )
-            for size in sizes
+            for size in steps
         ]
 
 
@@ -67,12 +72,12 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Call:
 
 def _reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Call:
     part = torch.empty_like(tensor.view(dist.get_world_size(group), -1)[0])
-    return lambda: dist.reduce_scatter_tensor(part, tensor, group=group)
+    return lambda: _scatter(part, tensor, group=group)
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Call:
     part = torch.empty_like(tensor.view(dist.get_world_size(group), -1)[0])
-    return lambda: dist.all_gather_into_tensor(tensor, part, group=group)
+    return lambda: _gather(tensor, part, group=group)
 
 
 def _counts(tensor: Tensor, group: dist.ProcessGroup) -> Call:

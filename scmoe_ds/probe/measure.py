@@ -21,6 +21,7 @@ from scmoe_ds.probe.groups import Exchanging, exchanging
 from scmoe_ds.probe.passes import copies, launches, passes
 from scmoe_ds.probe.products import experts, products
 from scmoe_ds.probe.results import profile_of
+from scmoe_ds.probe.sizes import ALL, Sizes
 from scmoe_ds.probe.trials import Ladder, climb, in_turns
 from scmoe_ds.simulate.gpu import PeakOf
 from scmoe_ds.simulate.profile import Profile
@@ -30,7 +31,7 @@ LONGEST = 1 / 500
 MOST_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
-def measure(seconds: float, precisions: Sequence[PeakOf]) -> Profile:
+def measure(seconds: float, precisions: Sequence[PeakOf], sizes: Sizes = ALL) -> Profile:
     """Measures this world of ranks. Collective; the same on every rank.
 
     Args:
@@ -38,10 +39,10 @@ def measure(seconds: float, precisions: Sequence[PeakOf]) -> Profile:
     """
     started = time.perf_counter()
     nodes = Counter(nodes_of_ranks())
-    clock = ColdClock(device())
-    benches = [Bench(clock, precision, MOST_BYTES[clock.device.type]) for precision in precisions]
+    clock = ColdClock(device(), sizes.evicted)
+    benches = [Bench(clock, precision, MOST_BYTES[clock.device.type], sizes) for precision in precisions]
     trials = climb(ladders(clock, benches, exchanging()), 1e3 * seconds * LONGEST)
-    samples = in_turns(trials, seconds - (time.perf_counter() - started))
+    samples = in_turns(trials, seconds - (time.perf_counter() - started), sizes.rounds)
     per_node = max(nodes.values())
     return profile_of(
         samples,
@@ -56,12 +57,12 @@ def measure(seconds: float, precisions: Sequence[PeakOf]) -> Profile:
 
 def ladders(clock: ColdClock, benches: Sequence[Bench], groups: Sequence[Exchanging]) -> Iterator[Ladder]:
     """Everything that is measured: a machine's, each precision's, each group's."""
-    yield copies(clock)
+    yield copies(clock, benches[0].sizes)
     yield from launches(clock)
     for bench in benches:
         yield from chain(products(bench), experts(bench), attentions(bench), passes(bench))
     for group in groups:
-        yield from exchanges(clock, group)
+        yield from exchanges(clock, group, benches[0].sizes.sent)
         yield from slowdowns(benches[0], group)
 
 

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.probe.bench import Bench
 from scmoe_ds.probe.clock import ColdClock, Run
-from scmoe_ds.probe.trials import Computed, Copy, Ladder, Launch, Phase, Trial
+from scmoe_ds.probe.sizes import Sizes
+from scmoe_ds.probe.trials import Computed, Copy, Ladder, Launch, Trial
+from scmoe_ds.trace.recorder import PHASES, Phase
 
-SIZES = (1 << 16, 1 << 19, 1 << 22, 1 << 25)
-"""Numbers of a tensor."""
-COPIED_BYTES = (1 << 25, 1 << 28)
-HIDDEN = 1024
-VOCABULARY = 32768
 LAUNCHES = 64
 
 Operator = Callable[..., Tensor]
@@ -26,19 +23,15 @@ Operator = Callable[..., Tensor]
 
 def passes(bench: Bench) -> Iterator[Ladder]:
     """Every kind, forward and backward."""
-    norm = nn.LayerNorm(HIDDEN).to(bench.device, bench.dtype)
+    norm = nn.LayerNorm(bench.sizes.hidden).to(bench.device, bench.dtype)
     yield _ladder(bench, "pointwise", None, torch.add, 2, 3)
-    for phase, traffic in (("forward", 2), ("backward", 3)):
-        yield _ladder(bench, "activation", phase, F.gelu, 1, traffic)
-        yield _ladder(bench, "reduction", phase, norm, 1, traffic, parameters=list(norm.parameters()))
-    for phase, traffic in (("forward", 1.5), ("backward", 2.5)):  # half as wide as what it reads
-        yield _ladder(bench, "SwiGLU", phase, _swiglu, 1, traffic)
-    for phase, traffic in (("forward", 2), ("backward", 2)):
-        yield _ladder(bench, "rows", phase, _gather, 1, traffic)
-        yield _ladder(bench, "loss", phase, _loss, 1, traffic, HIDDEN_OF_LOSS)
-
-
-HIDDEN_OF_LOSS = VOCABULARY
+    for phase in PHASES:
+        backward = phase == "backward"  # reads the gradient and writes another beside what the operator read
+        yield _ladder(bench, "activation", phase, F.gelu, 1, 3 if backward else 2)
+        yield _ladder(bench, "SwiGLU", phase, _swiglu, 1, 2.5 if backward else 1.5)  # its output is half as wide
+        yield _ladder(bench, "reduction", phase, norm, 1, 3 if backward else 2, parameters=list(norm.parameters()))
+        yield _ladder(bench, "loss", phase, _loss, 1, 2, bench.sizes.vocabulary)
+        yield _ladder(bench, "rows", phase, _gather, 1, 2)
 
 
 def _swiglu(inner: Tensor) -> Tensor:
@@ -63,15 +56,18 @@ def _ladder(
     operator: Operator,
     inputs: int,
     traffic: float,
-    width: int = HIDDEN,
+    width: int = 0,
     parameters: Sequence[Tensor] = (),
 ) -> Ladder:
     """
     Args:
         inputs: of the operator, [numbers / width, width] each.
+        width: 0: the usual one.
         traffic: tensors of that size that it reads and writes.
         parameters: of the operator, whose gradients are computed too.
     """
+
+    width = width or bench.sizes.hidden
 
     def prepared(numbers: int) -> Callable[[], Run]:
         names = ("rows", "weight")[:inputs]
@@ -89,7 +85,7 @@ def _ladder(
         return prepare
 
     trials: list[Trial[Computed]] = []
-    for numbers in SIZES:
+    for numbers in bench.sizes.numbers:
         if bench.fits(numbers):
             moved = traffic * numbers * bench.width
             trials.append(bench.trial(kind, [(int(moved), 1, 1)], phase, prepared(numbers), moved=moved))
@@ -114,11 +110,11 @@ def launches(clock: ColdClock) -> Iterator[Ladder]:
     yield [Trial(Launch("backward"), backward)]
 
 
-def copies(clock: ColdClock) -> Ladder:
+def copies(clock: ColdClock, sizes: Sizes) -> Ladder:
     """Copies that no cache holds."""
 
     def trial(nbytes: int) -> Trial[Copy]:
         source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=clock.device) for _ in range(2))
         return Trial(Copy(nbytes), lambda: clock.cold(Run(lambda: target.copy_(source))))
 
-    return [trial(nbytes) for nbytes in COPIED_BYTES]
+    return [trial(nbytes) for nbytes in sizes.copied]

@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from scmoe_ds.moe.experts import run_experts
 from scmoe_ds.probe.bench import Bench
 from scmoe_ds.probe.clock import Run
-from scmoe_ds.probe.trials import Ladder, Phase, Shape
-
-ROWS = (16, 128, 1024, 8192)
-WIDTHS = (128, 512, 2048, 8192)
-EXPERTS = ((4, 512, 2048), (8, 1024, 4096), (16, 2048, 1024))
-"""Local experts, width of a token's row, width inside an expert."""
+from scmoe_ds.probe.trials import Computed, Ladder, Shape, Trial
+from scmoe_ds.trace.recorder import PHASES, Phase
 
 Operands = Callable[[int, int, int], tuple[Tensor, Tensor]]
 """Of a product of so many rows, inner and columns; the first has just been written."""
@@ -35,10 +31,10 @@ def products(bench: Bench) -> Iterator[Ladder]:
     def of_weight(rows: int, inner: int, columns: int) -> tuple[Tensor, Tensor]:
         return bench.take("rows", inner, rows).t(), bench.take("weight", inner, columns)
 
-    for first, second in product(WIDTHS, WIDTHS):
-        yield _ladder(bench, "forward", layer, [(rows, first, second) for rows in ROWS])
-        yield _ladder(bench, "backward", of_input, [(rows, first, second) for rows in ROWS])
-        yield _ladder(bench, "backward", of_weight, [(first, rows, second) for rows in ROWS])
+    for first, second in product(bench.sizes.widths, bench.sizes.widths):
+        yield _ladder(bench, "forward", layer, [(rows, first, second) for rows in bench.sizes.rows])
+        yield _ladder(bench, "backward", of_input, [(rows, first, second) for rows in bench.sizes.rows])
+        yield _ladder(bench, "backward", of_weight, [(first, rows, second) for rows in bench.sizes.rows])
 
 
 def _ladder(bench: Bench, phase: Phase, operands: Operands, shapes: list[Shape]) -> Ladder:
@@ -69,20 +65,20 @@ class _Projections(nn.Module):
         return inner
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.output(self.activate(self.input(rows)))  # type: ignore[no-any-return]
+        return self.output(self.activate(self.input(rows)))
 
 
 def experts(bench: Bench) -> Iterator[Ladder]:
     """Several local experts, forward and backward, by rows of each."""
-    for local, hidden, inside in EXPERTS:
-        if not bench.fits(local * hidden * inside, local * ROWS[-2] * max(hidden, inside)):
+    for local, hidden, inside in bench.sizes.experts:
+        if not bench.fits(local * hidden * inside, local * bench.sizes.rows[-2] * max(hidden, inside)):
             continue
         members = Experts(_Projections(hidden, inside).to(bench.device, bench.dtype), local)
-        for phase in ("forward", "backward"):
-            yield [_expert_trial(bench, members, phase, rows, hidden, inside) for rows in ROWS[:-1]]
+        for phase in PHASES:
+            yield [_expert_trial(bench, members, phase, rows, hidden, inside) for rows in bench.sizes.rows[:-1]]
 
 
-def _expert_trial(bench: Bench, members: Experts, phase: Phase, rows: int, hidden: int, inside: int):  # type: ignore[no-untyped-def]
+def _expert_trial(bench: Bench, members: Experts, phase: Phase, rows: int, hidden: int, inside: int) -> Trial[Computed]:
     local = len(members.deepspeed_experts)
 
     def forward() -> tuple[Tensor, Tensor]:

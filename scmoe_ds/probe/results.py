@@ -110,7 +110,7 @@ def _curves(sent: Mapping[Sent, Spread]) -> list[CollectiveTimes]:
 def _by_method(curves: Sequence[CollectiveTimes]) -> tuple[list[CollectiveTimes], list[CollectiveTimes]]:
     """The collectives with the all-to-alls that training would choose, and those that it would not."""
     collective = {(each.ranks, each.nodes): each for each in curves if each.method == "collective"}
-    used, others = [], []
+    used, others = list[CollectiveTimes](), list[CollectiveTimes]()
     for each in curves:
         if each.collective == "all-to-all":
             theirs = collective[each.ranks, each.nodes].ms

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.rounds import Reduction, Spread
 from scmoe_ds.simulate.gpu import PeakOf
+from scmoe_ds.trace.recorder import Phase
 
-Phase = Literal["forward", "backward"]
 Shape = tuple[int, int, int]
 
 
@@ -117,9 +117,7 @@ def _took_ms(trial: Trial[Any]) -> float:
     return max(gather(1e3 * (time.perf_counter() - started)))
 
 
-def in_turns(
-    trials: Sequence[Trial[Any]], seconds: float, rounds: tuple[int, int] = (5, 40)
-) -> Mapping[Any, list[float]]:
+def in_turns(trials: Sequence[Trial[Any]], seconds: float, rounds: tuple[int, int]) -> Mapping[Any, list[float]]:
     """One sample of every trial in each round, of all ranks; rounds start with another trial each. Collective.
 
     Args:
