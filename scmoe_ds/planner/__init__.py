@@ -3,6 +3,9 @@
 `times.py`            what is measured of a pair: one number per operator and pass.
 `plan.py`             the planner: times in, schedule out. It imports neither torch nor a process group.
 `simulation.py`       what a schedule takes, on two simulated lanes. No torch either.
+`pair_program.py`     what the executor does for a pair, as a program for these lanes.
+`lanes.py`            their simulation: ranks run a program and meet in transfers; several classes and lanes.
+`link.py`             transfers on lanes that share a link.
 `schedule_text.py`    a schedule as the log shows it.
 `plan_text.py`        times and plan as the log shows them.
 `speed_text.py`       two speeds compared in words.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.simulation import PHASES, ROW, Mode, Phase, Simulated, ms_of, simulate, total_ms
+from scmoe_ds.planner.simulation import PHASES, ROW, Mode, Pair, Phase, Simulated, ms_of, total_ms
 from scmoe_ds.planner.times import SHARED, OperatorTimes
 
 Count = Union[Literal["auto"], int]
@@ -85,7 +85,8 @@ def plan(times: OperatorTimes, mode: Mode = "train", slots: Slots = "auto", num_
     Raises:
         ValueError: slots and num_chunks that contradict each other, that no schedule can have, or without times.
     """
-    tried = [(schedule, simulate(times, schedule, mode)) for schedule in _schedules(times, slots, num_chunks)]
+    pair = Pair(times)
+    tried = [(schedule, pair.simulate(schedule, mode)) for schedule in _schedules(times, slots, num_chunks)]
     # Without one chunk among them, more were asked for: there is nothing that they would have to gain on.
     unchunked_ms = min((costs.total_ms for schedule, costs in tried if schedule.num_chunks == 1), default=math.inf)
     limit_ms = (1 - MIN_GAIN) * unchunked_ms
@@ -95,8 +96,8 @@ def plan(times: OperatorTimes, mode: Mode = "train", slots: Slots = "auto", num_
     return Plan(
         schedule=schedule,
         predicted=predicted,
-        serial=simulate(times, Schedule(schedule.slots[0], overlap=False), mode),
-        unchunked=tuple((each, simulate(times, each, mode)) for each in map(Schedule, _all_slots(times))),
+        serial=pair.simulate(Schedule(schedule.slots[0], overlap=False), mode),
+        unchunked=tuple((each, pair.simulate(each, mode)) for each in map(Schedule, _all_slots(times))),
         best_per_chunks=tuple(best.values()),
     )
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from scmoe_ds.overlap.schedule import Schedule
 from scmoe_ds.planner.plan import Plan, break_even, idle_window_ms
-from scmoe_ds.planner.schedule_text import next_label, schedule_text, slots_text
+from scmoe_ds.planner.schedule_text import schedule_text, slots_text
 from scmoe_ds.planner.speed_text import change, compared
-from scmoe_ds.planner.times import OperatorTimes, PassTimes
+from scmoe_ds.planner.times import OperatorTimes, PassTimes, next_label
 
 
 def plan_lines(name: str, times: OperatorTimes, train: Plan, forward: Plan) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Protocol
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.overlap.executor import Backbone, backbone
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.times import LateWindow
+from scmoe_ds.planner.times import LateWindow, next_label
 
 
 class Scheduled(Backbone, Protocol):
@@ -40,11 +40,6 @@ def labels_of(pair: Scheduled) -> list[str]:
     """The operators between tap and join. With a late join the last ones are the next pair's."""
     late = () if pair.late_window is None else pair.late_window.operators
     return [*(operator.label for operator in backbone(pair)), *map(next_label, late)]
-
-
-def next_label(label: str) -> str:
-    """An operator of the next pair, beside which a late combine goes on: "next attention"."""
-    return f"next {label.replace(' before tap', '')}"
 
 
 def origin_of(overlap: OverlapConfig, exchanges: bool) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from scmoe_ds.overlap.schedule import Schedule
-from scmoe_ds.planner.schedule_text import next_label
-from scmoe_ds.planner.times import OperatorTimes, PassTimes
+from scmoe_ds.planner.lanes import Event, LaneName, Lanes, Phase
+from scmoe_ds.planner.pair_program import PairEvents, computing
+from scmoe_ds.planner.times import OperatorTimes, PassTimes, next_label
 
-Phase = Literal["forward", "backward"]
 Mode = Literal["train", "forward", "prefill", "decode"]
 ROW = 8
 """Pairs in a row, of periodic times. One more adds what any more adds, or nearly: a lane fills up slowly."""
@@ -52,17 +51,10 @@ class PredictedSpan(NamedTuple):
     """
 
     phase: Phase
-    lane: Literal["compute", "communication", "wait"]
+    lane: LaneName
     name: str
     start_ms: float
     end_ms: float
-
-
-class _Event(NamedTuple):
-    does: Literal["compute", "launch", "wait"]
-    name: str
-    times: PassTimes
-    transfer: int = -1
 
 
 def ms_of(times: PassTimes, phase: Phase) -> float:
@@ -75,89 +67,79 @@ def total_ms(times: PassTimes, mode: Mode) -> float:
     return sum(ms_of(times, phase) for phase in PHASES[mode])
 
 
-def _pair(times: OperatorTimes, schedule: Schedule, number: int = 0) -> tuple[list[_Event], list[_Event]]:
-    """What the executor does for a pair in a forward pass, in order: up to the end of its backbone, and at its join.
+class Pair:
+    """A pair on two lanes, computation and communication, under any schedule. See `simulate`."""
 
-    Args:
-        number: of the pair, so that each has transfers of its own: dispatches, then combines.
-    """
-    count, parts = schedule.num_chunks, times.chunks[schedule.num_chunks]
-    numbers, first = [""] if count == 1 else [f" {chunk}" for chunk in range(count)], 2 * count * number
-    program = [_Event("compute", "gate", times.gate), _Event("compute", "encode", times.encode)]
-    program += [
-        _Event("launch", f"dispatch{each}", parts.dispatch, first + chunk) for chunk, each in enumerate(numbers)
-    ]
-    operators = [_Event("compute", operator.name, operator) for operator in times.backbone]
-    done = 0
-    for chunk, (slot, each) in enumerate(zip(schedule.slots, numbers, strict=True), start=first):
-        program += [*operators[done : slot - 1], _Event("wait", f"dispatch{each}", parts.dispatch, chunk)]
-        program.append(_Event("compute", f"experts{each}", parts.experts))
-        program.append(_Event("launch", f"combine{each}", parts.combine, count + chunk))
-        done = slot - 1
-    join = [
-        _Event("wait", f"combine{each}", parts.combine, first + count + chunk) for chunk, each in enumerate(numbers)
-    ]
-    return program + operators[done:], [*join, _Event("compute", "decode", times.decode)]
+    def __init__(self, times: OperatorTimes) -> None:
+        self.times, self._events = times, PairEvents([times])
+
+    def simulate(self, schedule: Schedule, mode: Mode) -> Simulated:
+        """As the function."""
+        passes = [self._pass(schedule, phase) for phase in PHASES[mode]]
+        return Simulated(
+            sum(one.total_ms for one in passes),
+            sum(one.exposed_ms for one in passes),
+            sum(one.communication_ms for one in passes),
+            min(one.slack_ms for one in passes),
+        )
+
+    def spans(self, schedule: Schedule, mode: Mode) -> list[PredictedSpan]:
+        """As `predicted_spans`."""
+        program = self._row(schedule, ROW + 1, named=True) if self.times.is_periodic else self._program(schedule)
+        spans: list[PredictedSpan] = []
+        for phase in PHASES[mode]:
+            found = _one_pass(program, phase, spans=True).spans()
+            start_ms = min(span.start_ms for span in found)
+            spans += [PredictedSpan(*each[:3], each.start_ms - start_ms, each.end_ms - start_ms) for each in found]
+        return spans
+
+    def _pass(self, schedule: Schedule, phase: Phase) -> Simulated:
+        if not self.times.is_periodic:
+            return _simulated(_one_pass(self._program(schedule), phase))
+        # What one pair more adds to a row.
+        longer, shorter = (_simulated(_one_pass(self._row(schedule, pairs), phase)) for pairs in (ROW + 1, ROW))
+        return Simulated(
+            longer.total_ms - shorter.total_ms,
+            max(0.0, longer.exposed_ms - shorter.exposed_ms),
+            longer.communication_ms - shorter.communication_ms,
+            longer.slack_ms,
+        )
+
+    def _program(self, schedule: Schedule) -> list[Event]:
+        """What the executor does from shortcut to join."""
+        program, join = self._events.program(schedule)
+        late = [] if self.times.late is None else self.times.late.operators
+        return [*program, *(computing(next_label(each.name), [each]) for each in late), *join]
+
+    def _row(self, schedule: Schedule, pairs: int, named: bool = False) -> list[Event]:
+        """The same of a row of pairs, each of which begins before the join of the one before it.
+
+        With names, the last but one has named events. Of the last one, what precedes that join has them, and its
+        dispatch.
+        """
+        assert self.times.late is not None
+        backbone, join = self._events.program(schedule)
+        cut = 1 + backbone.index(self._events.backbone[len(self.times.late.operators) - 1])
+        if not named:
+            return backbone + (backbone[:cut] + join + backbone[cut:]) * (pairs - 1) + join
+        hidden, hidden_join = ([each._replace(name="") for each in events] for events in (backbone, join))
+        following = [
+            each._replace(name=f"next {each.name}" if place < cut or each.name[:8] == "dispatch" else "")
+            for place, each in enumerate(backbone)
+        ]
+        row = hidden + (hidden[:cut] + hidden_join + hidden[cut:]) * (pairs - 3)
+        row += backbone[:cut] + hidden_join + backbone[cut:]
+        return row + following[:cut] + join + following[cut:] + hidden_join
 
 
-def _program(times: OperatorTimes, schedule: Schedule) -> list[_Event]:
-    """What the executor does from shortcut to join."""
-    backbone, join = _pair(times, schedule)
-    late = [] if times.late is None else times.late.operators
-    return [*backbone, *(_Event("compute", next_label(each.name), each) for each in late), *join]
+def _one_pass(program: list[Event], phase: Phase, spans: bool = False) -> Lanes:
+    lanes = Lanes(spans=spans)
+    lanes.run(program, phase)
+    return lanes
 
 
-def _row(times: OperatorTimes, schedule: Schedule, pairs: int) -> list[_Event]:
-    """The same of a row of pairs, each of which begins before the join of the one before it.
-
-    The last but one has named events. Of the last one, what precedes that join has them, and its dispatch.
-    """
-    assert times.late is not None
-    last_before_join = times.backbone[len(times.late.operators) - 1].name
-    program, join = list[_Event](), list[_Event]()
-    for number in range(pairs):
-        backbone, own_join = _pair(times, schedule, number)
-        cut = 1 + [event.name for event in backbone].index(last_before_join)
-        if number != pairs - 2:
-            named = cut if number == pairs - 1 else 0
-            early = [
-                place < named or (named > 0 and each.name[:8] == "dispatch") for place, each in enumerate(backbone)
-            ]
-            names = [f"next {each.name}" if is_early else "" for each, is_early in zip(backbone, early, strict=True)]
-            backbone = [each._replace(name=name) for each, name in zip(backbone, names, strict=True)]
-            own_join = [each._replace(name="") for each in own_join]
-        program += [*backbone[:cut], *join, *backbone[cut:]]
-        join = own_join
-    return program + join
-
-
-def _one_pass(program: list[_Event], phase: Phase, overlap: bool, spans: list[PredictedSpan] | None) -> Simulated:
-    # Autograd runs the nodes in reverse; a wait's node launches the gradient's transfer, a launch's waits for it.
-    events, launch = (program, "launch") if phase == "forward" else (program[::-1], "wait")
-    clock = lane_free = exposed = communication = 0.0
-    slack, ready = math.inf, {}
-
-    def note(lane: Literal["compute", "communication", "wait"], name: str, start_ms: float, end_ms: float) -> None:
-        if spans is not None and name:
-            spans.append(PredictedSpan(phase, lane, name, start_ms, end_ms))
-
-    for event in events:
-        ms = ms_of(event.times, phase)
-        if event.does == "compute":
-            note("compute", event.name, clock, clock + ms)
-            clock += ms
-            continue
-        if event.does == launch:
-            communication += ms
-            ready[event.transfer] = lane_free = max(clock, lane_free) + ms  # one at a time, in order of launch
-            note("communication", event.name, lane_free - ms, lane_free)
-        if event.does != launch or not overlap:
-            early = clock - ready[event.transfer]
-            slack, exposed = min(slack, early), exposed + max(0.0, -early)
-            if early < 0:
-                note("wait", event.name, clock, ready[event.transfer])
-            clock = max(clock, ready[event.transfer])
-    return Simulated(clock, exposed, communication, max(0.0, slack))
+def _simulated(lanes: Lanes) -> Simulated:
+    return Simulated(lanes.clocks[0], lanes.exposed_ms[0][0], lanes.transfers_ms[0], max(0.0, lanes.slack_ms))
 
 
 def simulate(times: OperatorTimes, schedule: Schedule, mode: Mode) -> Simulated:
@@ -172,52 +154,9 @@ def simulate(times: OperatorTimes, schedule: Schedule, mode: Mode) -> Simulated:
     Raises:
         ValueError: no times for this number of chunks; a slot beyond the backbone.
     """
-    passes = _passes(times, schedule, mode)
-    return Simulated(
-        sum(one.total_ms for one in passes),
-        sum(one.exposed_ms for one in passes),
-        sum(one.communication_ms for one in passes),
-        min(one.slack_ms for one in passes),
-    )
+    return Pair(times).simulate(schedule, mode)
 
 
 def predicted_spans(times: OperatorTimes, schedule: Schedule, mode: Mode) -> list[PredictedSpan]:
     """What `simulate` lets run when, on both lanes; phases start at 0. Raises ValueError as it does."""
-    spans: list[PredictedSpan] = []
-    _passes(times, schedule, mode, spans)
-    return spans
-
-
-def _passes(
-    times: OperatorTimes, schedule: Schedule, mode: Mode, spans: list[PredictedSpan] | None = None
-) -> list[Simulated]:
-    if schedule.num_chunks not in times.chunks:
-        raise ValueError(f"num_chunks {schedule.num_chunks}: there are times for {sorted(times.chunks)} chunks only")
-    if schedule.slots[-1] > len(times.backbone) + 1:
-        raise ValueError(f"expert_slot {schedule.slots[-1]}: the backbone has {len(times.backbone)} operators")
-    if times.is_periodic:
-        return [_periodic_pass(times, schedule, phase, spans) for phase in PHASES[mode]]
-    program = _program(times, schedule)
-    return [_one_pass(program, phase, schedule.overlap, spans) for phase in PHASES[mode]]
-
-
-def _periodic_pass(
-    times: OperatorTimes, schedule: Schedule, phase: Phase, spans: list[PredictedSpan] | None
-) -> Simulated:
-    """What one pair more adds to a row."""
-    known = 0 if spans is None else len(spans)
-    longer, shorter = (
-        _one_pass(_row(times, schedule, pairs), phase, schedule.overlap, found)
-        for pairs, found in ((ROW + 1, spans), (ROW, None))
-    )
-    if spans is not None:
-        start_ms = min(span.start_ms for span in spans[known:])
-        spans[known:] = [
-            span._replace(start_ms=span.start_ms - start_ms, end_ms=span.end_ms - start_ms) for span in spans[known:]
-        ]
-    return Simulated(
-        longer.total_ms - shorter.total_ms,
-        max(0.0, longer.exposed_ms - shorter.exposed_ms),
-        longer.communication_ms - shorter.communication_ms,
-        longer.slack_ms,
-    )
+    return Pair(times).spans(schedule, mode)

@@ -50,6 +50,11 @@ def kind_of(label: str) -> str:
     return kind if number.isdecimal() else label
 
 
+def next_label(label: str) -> str:
+    """An operator of the next pair, beside which a late combine goes on: "next attention"."""
+    return f"next {label.replace(' before tap', '')}"
+
+
 class ChunkTimes(_Frozen):
     """One chunk of several: its all-to-alls with nothing beside them, and its expert computation.
 

@@ -29,6 +29,8 @@ class Layout:
             of them sends a slice of the tokens that they all hold.
         reduce_bucket, allgather_bucket: elements of DeepSpeed's buffers.
         states: fp32 values that the optimizer keeps of a parameter beside its fp32 weight; Adam has two.
+        overlap_comm: whether gradients are reduced beside the backward pass, as DeepSpeed's key of this name says.
+            None: its default, with ZeRO-3 alone. Without ZeRO they never are.
         training: False: a forward pass alone, of one micro-batch; no gradients, no optimizer.
     """
 
@@ -46,6 +48,7 @@ class Layout:
     reduce_bucket: int = 500_000_000
     allgather_bucket: int = 500_000_000
     states: int = 2
+    overlap_comm: bool | None = None
     training: bool = True
 
     @property
@@ -57,3 +60,8 @@ class Layout:
     def expert_data_parallel(self) -> int:
         """Ranks that hold the same experts: DP / EP."""
         return self.data_parallel // self.expert_parallel
+
+    @property
+    def reduces_beside(self) -> bool:
+        """Whether gradients are reduced beside the backward pass."""
+        return self.zero_stage > 0 and (self.zero_stage == 3 if self.overlap_comm is None else self.overlap_comm)

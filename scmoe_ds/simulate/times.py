@@ -21,6 +21,8 @@ class PairTimes:
             the backward pass. With ZeRO-2 and 3 in every micro-batch, otherwise in the last of a step.
         gather_ms: of its parameters with ZeRO-3, before its forward pass and again before its backward pass.
         overlapped: whether the method runs communication beside computation.
+        repeated: whether the backward pass first runs the forward pass again, its communication included, as with
+            recomputation of whole pairs. The times here are without it.
     """
 
     count: int
@@ -29,6 +31,7 @@ class PairTimes:
     reduce_ms: float
     gather_ms: float
     overlapped: bool
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class StepTimes:
         optimizer_ms: the update of this rank's parameters.
         update_gather_ms: all-gather of updated parameters with ZeRO-1 and 2.
         slowed_by: factor on computation while a transfer runs beside it, ≥ 1.
+        shared_link: whether all-to-alls and reductions go over the same link. False: expert parallelism stays inside
+            the nodes, and the network bounds the others.
         parts: milliseconds of a micro-batch by what bounds them ("compute", "memory", "launch", "link", "NIC"); for
             the sentence on what limits a step.
     """
@@ -56,4 +61,5 @@ class StepTimes:
     optimizer_ms: float
     update_gather_ms: float
     slowed_by: float = 1.0
+    shared_link: bool = True
     parts: Mapping[str, float] = field(default_factory=dict)
