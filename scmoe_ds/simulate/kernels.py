@@ -33,6 +33,8 @@ _TILES = ((256, 128, 1.0), (128, 128, 0.96), (128, 64, 0.89), (64, 64, 0.83))
 a · b outputs does a·b / (a + b) operations per value read, n; the speeds are n / (n + 12), over that of the first."""
 _INNER = 64
 """Inner numbers that cost as much as filling the pipeline of a tile."""
+_START = 2e-6
+"""Seconds from the end of a kernel to the full speed of the next on a GPU. Estimate; measured shapes contain it."""
 _FAR = 8.0
 """Octaves at which a measured shape counts as much as the expectation."""
 
@@ -51,31 +53,38 @@ def kernel_ms(kernel: Kernel, machine: Machine, precision: Precision, phase: Pha
     gpu = machine.cluster.gpu
     launch = kernel.launches * gpu.launch
     seconds, bound = _seconds(kernel, gpu, precision, phase)
+    if gpu.multiprocessors:
+        seconds += kernel.launches * _START
     return 1e3 * max(seconds, launch), bound if seconds >= launch else "launch"
 
 
 def _seconds(kernel: Kernel, gpu: Gpu, precision: Precision, phase: Phase) -> tuple[float, Bound]:
-    table = [each for each in gpu.table if _is_like(each, kernel.kind, precision, phase)]
-    if kernel.kind not in (*_PRODUCTS, "attention"):
-        at = (max(1, round(kernel.bytes / kernel.launches)), 1, 1)
-        share = _efficiency(gpu, kernel.kind) * _correction(at, table, lambda _: _efficiency(gpu, kernel.kind))
-        return kernel.bytes / (gpu.bandwidth * share), "memory"
-    peak = _peak(gpu, precision)
-    if kernel.shape is None or kernel.kind == "attention":
+    if kernel.kind in _PRODUCTS and kernel.shape is not None:
+        return _product_seconds(kernel, gpu, precision, phase)
+    table = _table(gpu, kernel.kind, precision, phase)
+    if kernel.kind in (*_PRODUCTS, "attention"):
         share = _efficiency(gpu, kernel.kind)
         if kernel.shape is not None:
             share *= _correction(kernel.shape, table, lambda _: _efficiency(gpu, kernel.kind))
+        compute = kernel.flops / (_peak(gpu, precision) * share)
         memory = 0.0 if table else kernel.bytes / (gpu.bandwidth * _efficiency(gpu, "pointwise"))
-        compute = kernel.flops / (peak * share)
         return max(memory, compute), "compute" if compute >= memory else "memory"
-    at_once = max(1.0, kernel.flops / (2 * math.prod(kernel.shape) * kernel.launches))
+    of_one = (max(1, round(kernel.bytes / kernel.launches)), 1, 1)
+    share = _efficiency(gpu, kernel.kind) * _correction(of_one, table, lambda _: _efficiency(gpu, kernel.kind))
+    return kernel.bytes / (gpu.bandwidth * share), "memory"
+
+
+def _product_seconds(kernel: Kernel, gpu: Gpu, precision: Precision, phase: Phase) -> tuple[float, Bound]:
+    assert kernel.shape is not None
+    rows, inner, columns = kernel.shape
+    peak, shape = _peak(gpu, precision), (max(1, rows), max(1, inner), max(1, columns))
+    at_once = max(1.0, kernel.flops / (2 * math.prod(shape) * kernel.launches))
 
     def expected(shape: Shape) -> float:
         return min(_share_of_tiles(kernel.kind, shape, at_once, gpu), _share_of_memory(shape, gpu, peak, precision))
 
-    share = expected(kernel.shape) * _correction(kernel.shape, table, expected)
-    of_memory = _share_of_memory(kernel.shape, gpu, peak, precision)
-    bound: Bound = "memory" if expected(kernel.shape) == of_memory else "compute"
+    share = expected(shape) * _correction(shape, _table(gpu, kernel.kind, precision, phase), expected)
+    bound: Bound = "memory" if expected(shape) == _share_of_memory(shape, gpu, peak, precision) else "compute"
     return kernel.flops / (peak * share), bound
 
 
@@ -123,13 +132,14 @@ def _share_of_tiles(kind: str, shape: Shape, at_once: float, gpu: Gpu) -> float:
     return share * best * inner / (inner + _INNER)
 
 
-def _is_like(measured: Measured, kind: str, precision: Precision, phase: Phase) -> bool:
-    widths = {precision} | ({"bf16", "fp16"} if precision != "fp32" else set())
-    return (
-        measured.kind == kind
-        and measured.phase in (None, phase)
-        and (measured.precision is None or measured.precision in widths)
-    )
+def _table(gpu: Gpu, kind: str, precision: Precision, phase: Phase) -> list[Measured]:
+    """What was measured of a kind. Of bf16 and fp16 one counts for the other."""
+    alike = ("fp32",) if precision == "fp32" else ("bf16", "fp16")
+    return [
+        each
+        for each in gpu.table
+        if each.kind == kind and each.phase in (None, phase) and (each.precision is None or each.precision in alike)
+    ]
 
 
 def _correction(shape: Shape, table: list[Measured], expected: Expected) -> float:

@@ -14,7 +14,8 @@ class Layout:
 
     Attributes:
         world: ranks, one per GPU; they are numbered node by node.
-        expert_parallel: ranks that share the experts of a layer. They are neighbours: ranks 0 … EP·TP − 1 are a group.
+        expert_parallel: ranks that share the experts of a layer. They are neighbours: ranks 0 … EP - 1 are a group;
+            with divided experts every TP-th of ranks 0 … EP·TP - 1.
         tensor_parallel: ranks that share an attention or MLP; neighbours, too.
         zero_stage: 0 … 3.
         micro_batch: samples per data-parallel rank in one forward pass.
@@ -58,8 +59,8 @@ class Layout:
 
     @property
     def expert_data_parallel(self) -> int:
-        """Ranks that hold the same experts: DP / EP."""
-        return self.data_parallel // self.expert_parallel
+        """Ranks that hold the same experts: world / EP, and divided experts the same parts: DP / EP."""
+        return self.world // (self.expert_parallel * (self.tensor_parallel if self.expert_tensor_parallel else 1))
 
     @property
     def reduces_beside(self) -> bool:

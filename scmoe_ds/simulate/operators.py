@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from scmoe_ds.simulate.work import Kernel, Kind, Part, Reduced, Work
 
@@ -80,13 +81,17 @@ def product(
     """
     flops, size = 2.0 * rows * inner * columns, width * (rows * inner + inner * columns + rows * columns)
     of_bias = (Kernel("reduction", bytes=width * rows * columns),) if bias else ()
-    backward = (_matrix(flops, size, rows, columns, inner), _matrix(flops, size, inner, rows, columns), *of_bias)
+    backward = (
+        _matrix(flops, size, rows, columns, inner),
+        _matrix(flops, size, inner, rows, columns, tokens=1),
+        *of_bias,
+    )
     kept = width * rows * inner if keeps_input else 0.0
     return Cost((_matrix(flops, size, rows, inner, columns),), backward, kept)
 
 
-def _matrix(flops: float, size: float, rows: float, inner: float, columns: float) -> Kernel:
-    return Kernel("product", flops, size, (round(rows), round(inner), round(columns)))
+def _matrix(flops: float, size: float, rows: float, inner: float, columns: float, tokens: Literal[0, 1] = 0) -> Kernel:
+    return Kernel("product", flops, size, (round(rows), round(inner), round(columns)), tokens=tokens)
 
 
 def grouped_product(
@@ -100,12 +105,15 @@ def grouped_product(
     flops, weights = 2.0 * rows * inner * columns, width * experts * inner * columns
     size = width * (rows * inner + rows * columns) + weights
     shape = (round(rows / experts), round(inner), round(columns))
-    turned = (shape[0], shape[2], shape[1]), (shape[1], shape[0], shape[2])
+    of_input, of_weight = (shape[0], shape[2], shape[1]), (shape[1], shape[0], shape[2])
     of_bias = (Kernel("pointwise", bytes=2 * width * rows * columns, launches=round(experts)),) if bias else ()
     sums = (Kernel("reduction", bytes=width * rows * columns, launches=round(experts)),) if bias else ()
-    stack = Kernel("pointwise", bytes=2 * weights)
+    stack = Kernel("pointwise", bytes=2 * weights, tokens=None)
     forward = (stack, Kernel("grouped product", flops, size, shape), *of_bias)
-    backward = tuple(Kernel("grouped product", flops, size, each) for each in turned)
+    backward = (
+        Kernel("grouped product", flops, size, of_input),
+        Kernel("grouped product", flops, size, of_weight, tokens=1),
+    )
     return Cost(forward, (*sums, *backward, stack), (width * rows * inner if keeps_input else 0.0) + weights)
 
 

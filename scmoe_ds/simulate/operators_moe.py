@@ -8,6 +8,8 @@ Shape suffixes: T tokens, D hidden, E experts, K routed experts per token, R row
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from scmoe_ds.simulate.ground import Ground
 from scmoe_ds.simulate.operators import (
     Cost,
@@ -137,7 +139,9 @@ def _times(cost: Cost, count: float) -> Cost:
 
     def several(parts: tuple[Part, ...]) -> tuple[Part, ...]:
         return tuple(
-            Kernel(each.kind, each.flops * count, each.bytes * count, each.shape, max(round(each.launches * count), 1))
+            replace(
+                each, flops=each.flops * count, bytes=each.bytes * count, launches=max(round(each.launches * count), 1)
+            )
             for each in parts
             if isinstance(each, Kernel)
         )

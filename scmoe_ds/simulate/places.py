@@ -35,11 +35,12 @@ class Places:
 def places_of(group: Group, layout: Layout, gpus_per_node: int) -> Places:
     """A group as `Layout` describes it; the world fills nodes one by one."""
     tensor, experts = layout.tensor_parallel, layout.expert_parallel
+    divided = tensor if layout.expert_tensor_parallel else 1
     ranks, stride = {
         "tp": (tensor, 1),
         "dp": (layout.data_parallel, tensor),
-        "ep": (experts, tensor),
-        "edp": (layout.expert_data_parallel, tensor * experts),
+        "ep": (experts, divided),
+        "edp": (layout.expert_data_parallel, divided * experts),
     }[group]
     per_node = max(1, min(ranks, gpus_per_node // stride))
     active = min(gpus_per_node, layout.world)

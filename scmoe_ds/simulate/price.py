@@ -23,9 +23,6 @@ from scmoe_ds.simulate.times import PairTimes, StepTimes
 from scmoe_ds.simulate.work import Collective, Kernel, PairWork, Parameters, Part, Reduced, StepWork, Work
 
 _CHUNKS = (1, 2, 4, 8)
-_UPDATE_NUMBERS = 8
-"""Of fp32, that Adam reads or writes per parameter: gradient, weight and two moments are read, the last three written;
-the norm of the gradients reads them once more."""
 
 
 def price(work: StepWork, layout: Layout, machine: Machine, routing: Routing) -> StepTimes:
@@ -76,19 +73,16 @@ class _Prices:
         self.layout, self.machine = layout, machine
         self.parts: dict[str, float] = defaultdict(float)
 
-    def operator(self, work: Work, times: int = 1, noted: bool = True) -> PassTimes:
-        """Forward and backward; with recomputation the backward pass runs the forward pass again.
+    def operator(self, work: Work, times: int = 1, repeated: bool = False) -> PassTimes:
+        """Forward and backward.
 
         Args:
-            times: how often the step has the operator, for `parts`.
+            times: how often a micro-batch has it, for `parts`.
+            repeated: whether the backward pass runs the forward pass again.
         """
-        notes = times if noted else 0
-        forward = self._parts_ms(work.forward, "forward", notes)
-        if not self.layout.training:
-            return PassTimes(forward_ms=forward)
-        backward = self._parts_ms(work.backward, "backward", notes)
-        if self.layout.recompute:
-            backward += self._parts_ms(work.forward, "forward", notes)
+        forward = self._parts_ms(work.forward, "forward", times * (1 + repeated))
+        backward = self._parts_ms(work.backward if self.layout.training else (), "backward", times)
+        backward += forward if repeated else 0.0
         return PassTimes(forward_ms=forward, backward_ms=backward)
 
     def _parts_ms(self, parts: Sequence[Part], phase: Phase, times: int) -> float:
@@ -105,77 +99,79 @@ class _Prices:
 
     def pair(self, pair: PairWork, loads: Loads) -> PairTimes:
         """A pair, and its classes of ranks."""
-        parts = [self.operator(each, pair.count) for each in pair.before]
-        gate, decode = self.operator(pair.gate, pair.count), self.operator(pair.decode, pair.count)
-        encode = self._encode(pair)
-        backbone = tuple(self._named(each, pair.count) for each in pair.backbone)
-        late = None
-        if pair.late:
-            by_name = {each.name: each for each in backbone}
-            late = LateTimes(
-                operators=tuple(by_name[name] for name in pair.late), after_dispatch=pair.late_after_dispatch
-            )
-        transfers = self._transfers(pair, loads)
-        by_class = tuple(
-            OperatorTimes(
-                gate=gate,
-                encode=encode,
-                decode=decode,
-                backbone=backbone,
-                chunks={
-                    count: ChunkTimes(
-                        dispatch=transfer,
-                        experts=self._experts(pair, factor, count, noted=count == 1 and number == 0),
-                        combine=transfer,
-                    )
-                    for count, transfer in transfers.items()
-                },
-                late=late,
-            )
-            for number, factor in enumerate(loads.factors)
+        before, backbone = self._named(pair.before, pair), self._named(pair.backbone, pair)
+        by_name = {each.name: each for each in (*before, *backbone)}
+        late = tuple(by_name[name] for name in pair.late)
+        busiest = OperatorTimes(
+            gate=self.operator(pair.gate, pair.count, pair.repeated),
+            encode=self._encode(pair),
+            decode=self.operator(pair.decode, pair.count, pair.repeated),
+            backbone=backbone,
+            chunks=self._chunks(pair, loads, loads.factors[0], noted=True),
+            late=LateTimes(operators=late, after_dispatch=pair.late_after_dispatch) if late else None,
         )
+        others = [busiest.model_copy(update={"chunks": self._chunks(pair, loads, each)}) for each in loads.factors[1:]]
         return PairTimes(
             count=pair.count,
-            before=_sum(parts),
-            by_class=by_class,
+            before=_sum(before),
+            by_class=(busiest, *others),
             reduce_ms=self.reduce_ms(pair.parameters),
             gather_ms=self.gather_ms(pair.parameters) if self.layout.zero_stage == 3 else 0.0,
             overlapped=pair.method.overlap,
         )
 
-    def _named(self, work: Work, times: int) -> OperatorTime:
-        return OperatorTime(name=work.name, **dict(self.operator(work, times)))
+    def _named(self, works: Sequence[Work], pair: PairWork) -> tuple[OperatorTime, ...]:
+        return tuple(
+            OperatorTime(name=each.name, **dict(self.operator(each, pair.count, pair.repeated))) for each in works
+        )
 
     def _encode(self, pair: PairWork) -> PassTimes:
         """With the exchange of row counts; the backward pass knows them."""
-        times = self.operator(pair.encode, pair.count)
+        times = self.operator(pair.encode, pair.count, pair.repeated)
         if pair.exchange is None:
             return times
         counts = counts_ms(pair.exchange, self.layout, self.machine)
-        self.parts["link"] += pair.count * counts
-        return PassTimes(forward_ms=times.forward_ms + counts, backward_ms=times.backward_ms)
+        again = counts if pair.repeated else 0.0
+        self.parts["link"] += pair.count * (counts + again)
+        return PassTimes(forward_ms=times.forward_ms + counts, backward_ms=times.backward_ms + again)
 
-    def _experts(self, pair: PairWork, factor: float, chunks: int, noted: bool) -> PassTimes:
-        number = bytes_per_number(self.layout.precision)
-        work = Work(
-            pair.experts.name,
-            tuple(_scaled(part, factor / chunks, number) for part in pair.experts.forward),
-            tuple(_scaled(part, factor / chunks, number) for part in pair.experts.backward),
-        )
-        return self.operator(work, pair.count, noted)
-
-    def _transfers(self, pair: PairWork, loads: Loads) -> dict[int, PassTimes]:
-        """Of a dispatch or a combine, by number of chunks. A gradient has as many bytes as what it belongs to."""
-        counts = [count for count in _CHUNKS if count <= pair.method.most_chunks]
-        if pair.exchange is None:
-            return {1: PassTimes(forward_ms=0.0)}
-        passes, by_count = 1 + bool(self.layout.recompute), {}
+    def _chunks(self, pair: PairWork, loads: Loads, factor: float, noted: bool = False) -> dict[int, ChunkTimes]:
+        """Every number of chunks that the method may have; `parts` has one chunk, of the busiest ranks."""
+        counts = [count for count in _CHUNKS if count <= pair.method.most_chunks] if pair.exchange else [1]
+        chunks = {}
         for count in counts:
-            ms, bound = all_to_all_ms(pair.exchange, self.layout, self.machine, pair.num_experts, loads, count)
-            if count == 1:
-                self.parts[bound] += 2 * pair.count * ms * (1 + passes if self.layout.training else 1)
-            by_count[count] = PassTimes(forward_ms=ms, backward_ms=passes * ms if self.layout.training else 0.0)
-        return by_count
+            times = pair.count if count == 1 and noted else 0
+            dispatch, combine = self._transfers(pair, loads, count, times)
+            experts = self.operator(self._experts(pair, factor / count), times, pair.repeated)
+            chunks[count] = ChunkTimes(dispatch=dispatch, experts=experts, combine=combine)
+        return chunks
+
+    def _experts(self, pair: PairWork, factor: float) -> Work:
+        number = bytes_per_number(self.layout.precision)
+        forward, backward = (
+            tuple(_scaled(part, factor, number) for part in parts)
+            for parts in (pair.experts.forward, pair.experts.backward)
+        )
+        return Work(pair.experts.name, forward, backward)
+
+    def _transfers(self, pair: PairWork, loads: Loads, chunks: int, times: int) -> tuple[PassTimes, PassTimes]:
+        """Dispatch and combine. The gradient of one has as many bytes as its forward pass the other way has."""
+        exchange = pair.exchange
+        if exchange is None:
+            return PassTimes(forward_ms=0.0), PassTimes(forward_ms=0.0)
+        back = dataclasses.replace(exchange, rows=exchange.combine_rows) if exchange.combine_rows else exchange
+        (out_ms, bound), (back_ms, _) = (
+            all_to_all_ms(each, self.layout, self.machine, pair.num_experts, loads, chunks) for each in (exchange, back)
+        )
+        again = pair.repeated + self.layout.training
+        self.parts[bound] += times * (out_ms + back_ms) * (1 + again)
+        if not self.layout.training:
+            return PassTimes(forward_ms=out_ms), PassTimes(forward_ms=back_ms)
+        repeated = (out_ms, back_ms) if pair.repeated else (0.0, 0.0)
+        return (
+            PassTimes(forward_ms=out_ms, backward_ms=back_ms + repeated[0]),
+            PassTimes(forward_ms=back_ms, backward_ms=out_ms + repeated[1]),
+        )
 
     def reduce_ms(self, parameters: Parameters) -> float:
         """Of their gradients."""
@@ -200,7 +196,8 @@ class _Prices:
         sharded = self.layout.zero_stage > 0
         own = parameters.dense / (self.layout.data_parallel if sharded else 1)
         own += parameters.experts / (self.layout.expert_data_parallel if sharded else 1)
-        numbers = 4 * _UPDATE_NUMBERS
+        # Weight, gradient and states are read, all but the gradient written; the gradients' norm reads them once more.
+        numbers = 4.0 * (4 + 2 * self.layout.states)
         if self.layout.precision != "fp32":  # the gradients become fp32, the weights 16 bits wide again
             numbers += (2 + 4) + 2
         kernel = Kernel("pointwise", bytes=own * numbers)
@@ -223,13 +220,14 @@ def _scaled(part: Part, factor: float, number: int) -> Part:
     """
     if isinstance(part, Reduced):
         return dataclasses.replace(part, bytes=part.bytes * factor)
+    if part.tokens is None:
+        return part
     fixed, shape = 0.0, part.shape
     if shape is not None and part.kind in ("product", "grouped product"):
-        tokens = shape[part.tokens]
-        products = part.flops / (2 * math.prod(shape))
-        fixed = min(part.bytes, products * math.prod(shape) / tokens * number)
-        shape = (max(1, round(shape[0] * factor)), *shape[1:]) if part.tokens == 0 else shape
-        shape = (shape[0], max(1, round(shape[1] * factor)), shape[2]) if part.tokens == 1 else shape
+        tokens = max(1, shape[part.tokens])
+        fixed = min(part.bytes, part.flops / (2 * tokens) * number)
+        scaled = max(1, round(tokens * factor))
+        shape = (scaled, *shape[1:]) if part.tokens == 0 else (shape[0], scaled, shape[2])
     return dataclasses.replace(
         part, flops=part.flops * factor, bytes=fixed + (part.bytes - fixed) * factor, shape=shape
     )

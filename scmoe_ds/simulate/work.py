@@ -27,6 +27,7 @@ class Kernel:
         launches: how many.
         tokens: which number of a product's shape counts tokens: 0, its rows, or 1, the inner one of a weight's
             gradient. It shrinks with a chunk and grows with a rank's load; the matrix of the other two stays as it is.
+            None: of a kernel that any number of tokens needs as it is.
     """
 
     kind: Kind
@@ -34,7 +35,7 @@ class Kernel:
     bytes: float = 0.0
     shape: tuple[int, int, int] | None = None
     launches: int = 1
-    tokens: Literal[0, 1] = 0
+    tokens: Literal[0, 1] | None = 0
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,9 @@ def test_the_busiest_ranks_are_a_class() -> None:
 
 def test_recomputation_adds_a_forward_pass_to_the_backward_one() -> None:
     once = price(step_work(EXCHANGE), LAYOUT, machine(), EVEN).pairs[0]
-    again = price(step_work(EXCHANGE), dataclasses.replace(LAYOUT, recompute=True), machine(), EVEN).pairs[0]
+    work = step_work(EXCHANGE)
+    repeated = dataclasses.replace(work, pairs=(dataclasses.replace(work.pairs[0], repeated=True),))
+    again = price(repeated, LAYOUT, machine(), EVEN).pairs[0]
     for less, more in (
         (once.before, again.before),
         (once.by_class[0].backbone[1], again.by_class[0].backbone[1]),
@@ -146,7 +148,7 @@ def test_gradients_and_parameters_by_stage(stage: int) -> None:
         reduce_ms("all-gather", size, group, layout, priced)[0] for size, group in ((6.2e7, "dp"), (1.2e8, "edp"))
     ]  # type: ignore[arg-type]
     assert times.update_gather_ms == (close(sum(gathered)) if stage in (1, 2) else 0.0)
-    own = 3.1e7 + 6e7 if stage == 0 else 3.1e7 / 8 + 6e7 / 2
+    own = 3.1e7 + 6e7 if stage == 0 else 3.1e7 / 8 + 6e7 / 2  # parameters
     assert times.optimizer_ms == close(1e3 * own * 40 / 1e12)
 
 
