@@ -9,11 +9,14 @@ from typing import Any
 from scmoe_ds.errors import ModelError
 from scmoe_ds.models.presets import PRESETS
 from scmoe_ds.models.swin_settings import MOE_STAGES, STAGES, SWIN_PRESETS, SwinSettings
-from scmoe_ds.simulate.model import Experts, Model, Stage
+from scmoe_ds.simulate.json_files import validated
+from scmoe_ds.simulate.model import Model, Stage
+from scmoe_ds.simulate.model_files import read_model
 
 VOCABULARIES = {name: 32000 if name == "llama2-moe" else 50257 for name in PRESETS}
 """Of the tokenizers that the presets were trained with: GPT-2's and LLaMA-2's."""
 _DIVISIBLE = 128
+_WITH_SHARED = ("scmoe", "shared_expert", "overlapped_shared_expert")
 _TOP_K = 2
 """Of the paper's baselines: a ScMoE has a shared expert and one routed expert less."""
 _SWIN_EXPERTS = 8
@@ -22,24 +25,84 @@ _DROPOUT = 0.1
 """Megatron's default."""
 
 
-def model_of_preset(name: str, section: Mapping[str, Any] | None = None) -> Model:
+def model_of(args: argparse.Namespace, whole: Mapping[str, Any] | None = None) -> Model:
+    """The model that a command line names: a preset, a file or name of Hugging Face, or sizes.
+
+    Args:
+        args: flags of a training, and --model; what is missing or None is not given.
+        whole: a raw DeepSpeed JSON, whose "scmoe" section has numbers of experts. Flags go before it.
+
+    Raises:
+        ModelError: none of these or several, or sizes that do not fit.
+    """
+    section = (whole or {}).get("scmoe")
+    sizes = _sizes(args, section if isinstance(section, Mapping) else {})
+    preset, named = getattr(args, "preset", None), getattr(args, "model", None)
+    given = vars(args)
+    if named is not None:
+        if preset is not None:
+            raise ModelError(f"--model {named}: --preset {preset} is another model; remove one of them")
+        return read_model(named, given.get("seq_length"))
+    if preset in SWIN_PRESETS:
+        return model_of_swin(str(preset), _over(SWIN_PRESETS[str(preset)], given), sizes)
+    if preset is not None:
+        return model_of_preset(preset, sizes, given)
+    if given.get("embed_dim") is not None:
+        return model_of_swin("SwinV2-MoE", args, sizes)
+    needed = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+    if missing := [f"--{name.replace('_', '-')}" for name in needed if given.get(name) is None]:
+        raise ModelError(
+            f"{missing[0]}: is missing; give --preset, --model or the sizes of a GPT: {', '.join(missing)}"
+        )
+    return model_of_gpt("GPT", args, sizes)
+
+
+def _sizes(args: argparse.Namespace, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of experts as the "scmoe" section has them, under its names."""
+    names = {
+        "num_experts": "num_experts",
+        "expert_interval": "moe_every",
+        "topk": "top_k",
+        "moe_ffn_hidden_size": "moe_ffn_hidden_size",
+    }
+    found = {key: section[key] for key in names.values() if section.get(key) not in (None, "auto")}
+    if section.get("architecture", "scmoe") in _WITH_SHARED and "top_k" in found:
+        found["top_k"] += 1  # beside its shared expert
+    for flag, key in names.items():
+        value = getattr(args, flag, None)
+        if value is not None:
+            found[key] = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return found
+
+
+def _over(below: Mapping[str, Any], given: Mapping[str, Any]) -> argparse.Namespace:
+    """Values of a preset, and those of flags that are given."""
+    return argparse.Namespace(**{**below, **{key: value for key, value in given.items() if value is not None}})
+
+
+def model_of_preset(
+    name: str, section: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None
+) -> Model:
     """One of the paper's models.
 
     Args:
         name: of `PRESETS` or `SWIN_PRESETS`.
-        section: a raw "scmoe" section, whose numbers of experts and frequency go before the preset's.
+        section: sizes of experts, which go before the preset's.
+        given: values of flags, which do, too.
 
     Raises:
         ModelError: no such preset, or sizes that do not fit.
     """
-    section = section or {}
+    section, given = section or {}, given or {}
     if name in SWIN_PRESETS:
-        return model_of_swin(name, argparse.Namespace(**SWIN_PRESETS[name]), section)
+        return model_of_swin(name, _over(SWIN_PRESETS[name], given), section)
     if name not in PRESETS:
         raise ModelError(f"--preset {name}: must be one of {', '.join([*PRESETS, *SWIN_PRESETS])}")
     preset = PRESETS[name]
     sizes = {"num_experts": preset.num_experts, "moe_every": preset.moe_every}
-    args = argparse.Namespace(**preset.arguments, vocab_size=VOCABULARIES[name])
+    args = _over({**preset.arguments, "vocab_size": VOCABULARIES[name]}, given)
+    if given.get("seq_length") is not None and given.get("max_position_embeddings") is None:
+        args.max_position_embeddings = args.seq_length
     return model_of_gpt(name, args, {**sizes, **section})
 
 
@@ -68,7 +131,7 @@ def model_of_gpt(name: str, args: argparse.Namespace, section: Mapping[str, Any]
     inner = flag("ffn_hidden_size") or max(narrow, 64)
     vocabulary, divisible = flag("vocab_size", 50257), flag("make_vocab_size_divisible_by", _DIVISIBLE)
     rotary = flag("position_embedding_type", "learned_absolute") == "rope"
-    stage = Stage(
+    stage = _stage(
         layers=L,
         hidden=D,
         tokens=S,
@@ -81,11 +144,11 @@ def model_of_gpt(name: str, args: argparse.Namespace, section: Mapping[str, Any]
         bias=not flag("disable_bias_linear", False),
         norm="rms" if flag("normalization", "LayerNorm") == "RMSNorm" else "layer",
         moe_layers=tuple(range(every - 1, L, every)),
-        experts=Experts(
-            num_experts=_one_number(section),
-            hidden=section.get("moe_ffn_hidden_size") or inner,
-            top_k=_TOP_K,
-        ),
+        experts={
+            "num_experts": _one_number(section),
+            "hidden": section.get("moe_ffn_hidden_size") or inner,
+            "top_k": section.get("top_k", _TOP_K),
+        },
     )
     return Model(
         name=name,
@@ -131,7 +194,7 @@ def model_of_swin(name: str, args: argparse.Namespace, section: Mapping[str, Any
 def _stage_of_swin(settings: SwinSettings, number: int, places: list[tuple[int, int]], experts: int) -> Stage:
     width, side, heads = settings.width_of(number), settings.side_of(number), settings.num_heads[number]
     inner, moes = int(settings.mlp_ratio * width), tuple(block for stage, block in places if stage == number)
-    return Stage(
+    return _stage(
         layers=settings.depths[number],
         hidden=width,
         tokens=side**2,
@@ -142,7 +205,7 @@ def _stage_of_swin(settings: SwinSettings, number: int, places: list[tuple[int, 
         mlp_hidden=inner,
         causal=False,
         moe_layers=moes,
-        experts=Experts(num_experts=experts, hidden=inner, top_k=_TOP_K) if moes else None,
+        experts={"num_experts": experts, "hidden": inner, "top_k": _TOP_K} if moes else None,
     )
 
 
@@ -150,3 +213,7 @@ def _one_number(section: Mapping[str, Any]) -> int:
     """Experts of every MoE layer; of a pyramid the mean, so that parameters and work add up."""
     number = section.get("num_experts", 8)
     return round(sum(number) / len(number)) if isinstance(number, list) else int(number)
+
+
+def _stage(**sizes: Any) -> Stage:
+    return validated(Stage, sizes, "sizes", ModelError)

@@ -8,6 +8,8 @@ A description of a cluster and one of a model become work, work becomes times, t
 `profile.py`   what `scmoe probe` measured on a machine.
 `machine.py`   a cluster with what a profile measured in place of what its description says.
 `model.py`     sizes of a model, whoever wrote it.
+`hugging_face.py` of a config.json; `model_files.py` of any file that describes a model.
+`settings.py`  a DeepSpeed JSON as method and layout.
 `method.py`    how its MoE layers run: the rows of every table.
 `layout.py`    EP × DP × TP, ZeRO, micro-batch: one point of the search.
 `work.py`      what one rank computes and sends in a step.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=10**9, strict=True)]
 CountOrNone = Annotated[int, Field(ge=0, le=10**9, strict=True)]
@@ -30,6 +30,14 @@ class Experts(_Frozen):
     top_k: Count = 1
     shared_hidden: CountOrNone = 0
     shared_gate: bool = False
+
+    @model_validator(mode="after")
+    def _rules(self) -> Experts:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k = {self.top_k} cannot exceed the number of experts ({self.num_experts})")
+        if self.shared_gate and not self.shared_hidden:
+            raise ValueError("shared_gate = true weights a shared expert; set shared_hidden, or remove it")
+        return self
 
 
 class Stage(_Frozen):
@@ -70,6 +78,26 @@ class Stage(_Frozen):
     moe_layers: tuple[CountOrNone, ...] = ()
     experts: Experts | None = None
 
+    @model_validator(mode="after")
+    def _rules(self) -> Stage:
+        places, behind = self.moe_layers, [each for each in self.moe_layers if each >= self.layers]
+        rules = {
+            "experts are of no block; add moe_layers": self.experts is not None and not places,
+            "moe_layers have no sizes; add experts": self.experts is None and bool(places),
+            f"moe_layers has {behind}; the stage has blocks 0 … {self.layers - 1}": bool(behind),
+            "moe_layers must ascend, each once": list(places) != sorted(set(places)),
+            "mlp_hidden must be at least 1 where a block has no MoE": len(places) < self.layers and not self.mlp_hidden,
+            f"heads = {self.heads} must be divisible by kv_heads = {self.kv_heads}": self.heads % self.kv_heads > 0
+            and self.kv_heads % self.heads > 0,
+            f"span = {self.span} cannot exceed tokens = {self.tokens}": self.span > self.tokens,
+            "value_dim is of an MLA; add its attention_parameters": bool(self.value_dim)
+            and not self.attention_parameters,
+        }
+        for rule, broken in rules.items():
+            if broken:
+                raise ValueError(rule)
+        return self
+
 
 class Model(_Frozen):
     """A model.
@@ -98,6 +126,17 @@ class Model(_Frozen):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     autoep: bool = False
     source: str = ""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Model:
+        if not self.stages:
+            raise ValueError("stages must have at least one; a GPT has one")
+        widths = [stage.hidden for stage in self.stages]
+        if not self.images and len({(stage.hidden, stage.tokens) for stage in self.stages}) > 1:
+            raise ValueError(f"stages of a text model have one width and one number of tokens, not widths {widths}")
+        if self.images and not self.patch:
+            raise ValueError("patch is missing: how many values of an image become one token")
+        return self
 
     @property
     def moe_layers(self) -> int:

@@ -24,7 +24,7 @@ def forward_flops(model: Model, method: Method) -> float:
         if stage.moe_layers:
             per_token += len(stage.moe_layers) * _moe(ground)
         total += stage.tokens * per_token
-        if number:
+        if number and model.images:
             before = grounds[number - 1].stage
             total += stage.tokens * 2.0 * 4 * before.hidden * stage.hidden
     first, last = grounds[0].stage, grounds[-1].stage

@@ -36,9 +36,9 @@ def attention(ground: Ground) -> Cost:
 
 
 def _projected(ground: Ground) -> float:
-    """Columns of the product that makes queries, keys and values; of the chain of products of an MLA, as much."""
+    """Columns of the product that makes queries, keys and values; of a chain of products, as an MLA has, as much."""
     stage = ground.stage
-    if stage.value_dim:
+    if stage.attention_parameters:
         return (stage.attention_parameters / stage.hidden - stage.heads * ground.values) / ground.tp
     return (stage.heads + 2 * stage.kv_heads) * stage.head_dim / ground.tp
 

@@ -90,7 +90,7 @@ def count(model: Model, method: Method, layout: Layout | None = None) -> Paramet
     for before, ground in zip([None, *grounds], grounds, strict=False):
         stage = ground.stage
         dense += (stage.layers - len(stage.moe_layers)) * dense_block(ground)
-        dense += merging_parameters(before.stage, stage) if before else 0
+        dense += merging_parameters(before.stage, stage) if before and model.images else 0
         if stage.experts is not None:
             of_block = moe_block(ground)
             dense += len(stage.moe_layers) * of_block.dense

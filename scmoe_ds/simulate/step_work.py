@@ -61,8 +61,10 @@ def _runs(model: Model, grounds: list[Ground]) -> tuple[list[list[Block]], list[
         stage, places = ground.stage, set(ground.stage.moe_layers)
         windows = model.images and stage.tokens > stage.span
         for layer in range(stage.layers):
-            before = grounds[number - 1] if number and layer == 0 else None
-            run.append(Block(ground, number, layer in places, before, shifted=windows and layer % 2 == 1))
+            before = grounds[number - 1] if model.images and number and layer == 0 else None
+            run.append(
+                Block(ground, model.stages.index(stage), layer in places, before, shifted=windows and layer % 2 == 1)
+            )
             if layer in places:
                 runs.append(run)
                 run = []
