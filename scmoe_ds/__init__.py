@@ -17,11 +17,10 @@ connect, parameter_groups      for loops of your own: join the process group; wh
 ScMoEConfigError               a setting to correct; all errors are in scmoe_ds.errors
 
 The log is logging.getLogger("scmoe_ds"). Names are imported when they are first used: torch and DeepSpeed take seconds,
-and `scmoe --help` needs neither.
+and `scmoe --help` and `scmoe plan` need neither, not even installed.
 """
 
-import re
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from scmoe_ds.config.unread_section import watch_engines
@@ -58,10 +57,9 @@ _HOME = {
     "undo_replacement": "replace",
 }
 
-__version__ = "0.1.0"
+_WITHOUT_DEEPSPEED = ("Schedule", "ScMoEConfigError")
 
-OLDEST_DEEPSPEED = "0.19.4"
-"""Its gate takes `sparse_routes` and returns the expert, place and weight of each choice (moe/deepspeed_gate.py)."""
+__version__ = "0.1.0"
 
 __all__ = [
     "RouterConfig",
@@ -88,6 +86,8 @@ def __getattr__(name: str) -> Any:
         return import_module("scmoe_ds.engine")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _WITHOUT_DEEPSPEED:
+        import_module("scmoe_ds.deepspeed_version")
     return getattr(import_module(f"scmoe_ds.{_HOME[name]}"), name)
 
 
@@ -95,18 +95,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _check_deepspeed() -> None:
-    try:
-        found = metadata.version("deepspeed")
-    except metadata.PackageNotFoundError:
-        found = "none"
-    numbers, oldest = ([int(part) for part in re.findall(r"\d+", each)[:3]] for each in (found, OLDEST_DEEPSPEED))
-    if numbers < oldest:
-        raise ImportError(
-            f"scmoe_ds needs DeepSpeed >= {OLDEST_DEEPSPEED}, whose gate returns sparse routes; found {found}: "
-            f'pip install "deepspeed>={OLDEST_DEEPSPEED},<0.20"'
-        )
-
-
-_check_deepspeed()
 watch_engines()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepspeed.moe import sharded_moe
 
-import scmoe_ds
+from scmoe_ds.deepspeed_version import check
 from scmoe_ds.moe.gate import capacity
 from scmoe_ds.moe.layout import PaddedLayout
 
@@ -49,6 +49,6 @@ def test_an_older_deepspeed_gets_one_sentence(found: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(metadata, "version", version)
     sentence = rf"needs DeepSpeed >= 0\.19\.4, .*; found {found}: pip install \"deepspeed>=0\.19"
     with pytest.raises(ImportError, match=sentence):
-        scmoe_ds._check_deepspeed()
+        check()
     monkeypatch.setattr(metadata, "version", lambda name: "0.19.10+abc1234")
-    scmoe_ds._check_deepspeed()
+    check()

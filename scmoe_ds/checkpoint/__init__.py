@@ -16,6 +16,7 @@ from scmoe_ds.checkpoint.finite import NotFiniteError
 from scmoe_ds.checkpoint.loading import Candidate, Source, candidate, choose, load, samples_of_run
 from scmoe_ds.checkpoint.lock import release
 from scmoe_ds.checkpoint.saving import claim, save
+from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)
 
 __all__ = [
     "DESCRIPTION_FILE",

@@ -4,6 +4,7 @@
 model and says what the section applies to, `whole_experts` is for tensor parallelism.
 """
 
+from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)
 from scmoe_ds.engine.client_optimizer import parameter_groups
 from scmoe_ds.engine.initialize import initialize
 from scmoe_ds.parallel.process import connect, device

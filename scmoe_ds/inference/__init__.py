@@ -8,3 +8,5 @@ finds stop texts.
 there, from files (`expert_files`) or memory (`pinned`), on `readers`. `pregate` guesses which ones a standard MoE will
 need.
 """
+
+from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)

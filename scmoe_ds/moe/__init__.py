@@ -5,3 +5,5 @@
 `placement` says who holds which expert, `slices` what tensor-parallel ranks send. `build` makes the layer that a
 section describes, and `deepspeed_gate` adapts DeepSpeed's own layers, the baselines.
 """
+
+from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)

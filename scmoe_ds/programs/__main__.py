@@ -34,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # --help and a wrong flag end here, before torch is imported.
     parser_of(name).parse_args(flags)
+    if PROGRAMS[name].needs_deepspeed:
+        try:
+            importlib.import_module("scmoe_ds.deepspeed_version")
+        except ImportError as error:
+            print(f"scmoe {name}: error: {error}", file=sys.stderr)
+            return 2
     code: int = importlib.import_module(f"scmoe_ds.programs.{PROGRAMS[name].module}").main(flags)
     return code
 

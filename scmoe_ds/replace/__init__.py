@@ -5,6 +5,7 @@ makes the `layer`. `hooked` is the pair, `hooked_pass` one forward pass of it, `
 checkpointing repeats, `token_mask` the padding. `calls` reads the arguments that a hook sees.
 """
 
+from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)
 from scmoe_ds.replace.replacement import replace_moe_layers, undo_replacement
 from scmoe_ds.replace.upcycle import load_balancing_loss, moe_from_dense
 

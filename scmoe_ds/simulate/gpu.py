@@ -89,7 +89,7 @@ class Gpu(Frozen):
     table: tuple[Measured, ...] = ()
     spread: Spread = 0.1
     capability: tuple[int, int] = (0, 0)
-    multiprocessors: Annotated[int, Field(ge=0, le=4096)] = 0
+    multiprocessors: Annotated[int, Field(ge=0, le=4096, strict=True)] = 0
 
 
 def in_units(gpu: Gpu) -> dict[str, Any]:

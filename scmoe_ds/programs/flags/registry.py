@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 
 
 class Program(NamedTuple):
-    """A program's module and that with the `build_parser` of its flags, both in scmoe_ds.programs; what it does."""
+    """A program's module and that with the `build_parser` of its flags, both in scmoe_ds.programs; what it does.
+
+    Whether it needs DeepSpeed: `scmoe plan` runs where neither that nor torch is installed.
+    """
 
     module: str
     flags: str
     text: str
+    needs_deepspeed: bool = True
 
 
 PROGRAMS = {
