@@ -10,19 +10,17 @@ logarithms of the shape. At a measured shape the measured share counts; far from
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from scmoe_ds.errors import ClusterError
 from scmoe_ds.simulate.gpu import Gpu, Measured
 from scmoe_ds.simulate.layout import Precision
 from scmoe_ds.simulate.machine import Machine
-from scmoe_ds.simulate.work import Kernel
+from scmoe_ds.simulate.work import Kernel, Kind
 
 Bound = Literal["compute", "memory", "launch"]
 Phase = Literal["forward", "backward"]
 Shape = tuple[int, int, int]
-Expected = Callable[[Shape], float]
 
 _PRODUCTS = ("product", "grouped product")
 _LIKE = {"grouped product": "product", "activation": "pointwise", "reduction": "pointwise", "rows": "pointwise"}
@@ -34,7 +32,7 @@ a · b outputs does a·b / (a + b) operations per value read, n; the speeds are 
 _INNER = 64
 """Inner numbers that cost as much as filling the pipeline of a tile."""
 _START = 2e-6
-"""Seconds from the end of a kernel to the full speed of the next on a GPU. Estimate; measured shapes contain it."""
+"""Seconds from the end of a kernel to the full speed of the next on a GPU. Estimate."""
 _FAR = 8.0
 """Octaves at which a measured shape counts as much as the expectation."""
 
@@ -50,52 +48,109 @@ def kernel_ms(kernel: Kernel, machine: Machine, precision: Precision, phase: Pha
     Raises:
         ClusterError: the GPU has no such products.
     """
-    gpu = machine.cluster.gpu
-    launch = kernel.launches * gpu.launch
-    seconds, bound = _seconds(kernel, gpu, precision, phase)
-    if gpu.multiprocessors:
-        seconds += kernel.launches * _START
-    return 1e3 * max(seconds, launch), bound if seconds >= launch else "launch"
+    return Kernels(machine.cluster.gpu, precision).ms(kernel, phase)
 
 
-def _seconds(kernel: Kernel, gpu: Gpu, precision: Precision, phase: Phase) -> tuple[float, Bound]:
-    if kernel.kind in _PRODUCTS and kernel.shape is not None:
-        return _product_seconds(kernel, gpu, precision, phase)
-    table = _table(gpu, kernel.kind, precision, phase)
-    if kernel.kind in (*_PRODUCTS, "attention"):
-        share = _efficiency(gpu, kernel.kind)
-        if kernel.shape is not None:
-            share *= _correction(kernel.shape, table, lambda _: _efficiency(gpu, kernel.kind))
-        compute = kernel.flops / (_peak(gpu, precision) * share)
-        memory = 0.0 if table else kernel.bytes / (gpu.bandwidth * _efficiency(gpu, "pointwise"))
-        return max(memory, compute), "compute" if compute >= memory else "memory"
-    of_one = (max(1, round(kernel.bytes / kernel.launches)), 1, 1)
-    share = _efficiency(gpu, kernel.kind) * _correction(of_one, table, lambda _: _efficiency(gpu, kernel.kind))
-    return kernel.bytes / (gpu.bandwidth * share), "memory"
+class Kernels:
+    """Times of kernels on a GPU in one precision. Remembers them: the chunks of a pair's operators are much alike."""
 
+    def __init__(self, gpu: Gpu, precision: Precision) -> None:
+        self._gpu, self._precision = gpu, precision
+        self._known: dict[tuple[Kernel, Phase], tuple[float, Bound]] = {}
+        self._ratios: dict[tuple[str, Phase, float], list[tuple[list[float], float]]] = {}
+        self._efficiency = {kind: _efficiency(gpu, kind) for kind in get_args(Kind)}
 
-def _product_seconds(kernel: Kernel, gpu: Gpu, precision: Precision, phase: Phase) -> tuple[float, Bound]:
-    assert kernel.shape is not None
-    rows, inner, columns = kernel.shape
-    peak, shape = _peak(gpu, precision), (max(1, rows), max(1, inner), max(1, columns))
-    at_once = max(1.0, kernel.flops / (2 * math.prod(shape) * kernel.launches))
+    def ms(self, kernel: Kernel, phase: Phase) -> tuple[float, Bound]:
+        """As `kernel_ms`."""
+        key = kernel, phase
+        if key not in self._known:
+            seconds, bound = self._seconds(kernel, phase)
+            launch = self._gpu.launch
+            ms = 1e3 * kernel.launches * max(seconds, launch)
+            self._known[key] = ms, bound if seconds >= launch else "launch"
+        return self._known[key]
 
-    def expected(shape: Shape) -> float:
-        return min(_share_of_tiles(kernel.kind, shape, at_once, gpu), _share_of_memory(shape, gpu, peak, precision))
+    def _seconds(self, kernel: Kernel, phase: Phase) -> tuple[float, Bound]:
+        """Of one launch."""
+        flops, size = kernel.flops / kernel.launches, kernel.bytes / kernel.launches
+        if kernel.kind not in (*_PRODUCTS, "attention"):
+            shape: Shape = max(1, round(size)), 1, 1
+            return size / shape[0] * self._expected(kernel.kind, shape, 1.0)[0] * self._ratio(
+                kernel.kind, shape, 1.0, phase
+            ), "memory"
+        if kernel.shape is None:
+            compute, memory = flops / (self._peak() * self._efficiency[kernel.kind]), self._memory(size)
+            return max(compute, memory), "compute" if compute >= memory else "memory"
+        rows, inner, columns = kernel.shape
+        shape = max(1, rows), max(1, inner), max(1, columns)
+        amount = max(1.0, flops / (2 * math.prod(shape))) if kernel.kind in _PRODUCTS else flops
+        seconds, bound = self._expected(kernel.kind, shape, amount)
+        return seconds * self._ratio(kernel.kind, shape, amount, phase), bound
 
-    share = expected(shape) * _correction(shape, _table(gpu, kernel.kind, precision, phase), expected)
-    bound: Bound = "memory" if expected(shape) == _share_of_memory(shape, gpu, peak, precision) else "compute"
-    return kernel.flops / (peak * share), bound
+    def _expected(self, kind: str, shape: Shape, amount: float) -> tuple[float, Bound]:
+        """Seconds of a launch without a measurement.
 
+        Args:
+            amount: of a product, how many of this shape are in it; of an attention, its operations.
+        """
+        start = _START if self._gpu.multiprocessors else 0.0
+        if kind == "attention":
+            return amount / (self._peak() * self._efficiency[kind]) + start, "compute"
+        if kind not in _PRODUCTS:
+            return shape[0] / (self._gpu.bandwidth * self._efficiency[kind]) + start, "memory"
+        rows, inner, columns = shape
+        share = self._efficiency[kind] * _share_of_tiles(shape, amount, self._gpu.multiprocessors)
+        compute = 2 * amount * math.prod(shape) / (self._peak() * share)
+        numbers = rows * inner + inner * columns + rows * columns
+        memory = self._memory(amount * numbers * bytes_per_number(self._precision))
+        return max(compute, memory) + start, "compute" if compute >= memory else "memory"
 
-def _peak(gpu: Gpu, precision: Precision) -> float:
-    peak = gpu.peak.get(precision)
-    if peak is None:
-        known = ", ".join(sorted(gpu.peak))
-        raise ClusterError(
-            f"gpu.peak = {known}: {gpu.name} has no {precision} products; train in one of these, or add its peak"
-        )
-    return peak
+    def _memory(self, size: float) -> float:
+        return size / (self._gpu.bandwidth * self._efficiency["pointwise"])
+
+    def _ratio(self, kind: str, shape: Shape, amount: float, phase: Phase) -> float:
+        """Of measured to expected times near a shape."""
+        key = kind, phase, amount
+        if key not in self._ratios:
+            self._ratios[key] = [
+                (list(map(math.log2, each.shape)), math.log(self._measured(each, amount)))
+                for each in self._table(kind, phase)
+            ]
+        own, total, weights = list(map(math.log2, shape)), 0.0, _FAR**-4
+        for other, ratio in self._ratios[key]:
+            octaves = math.dist(own, other)
+            if octaves < 1e-6:
+                return math.exp(ratio)
+            # The fourth power lets the nearest shapes count, however many others were measured.
+            total, weights = total + ratio * octaves**-4, weights + octaves**-4
+        return math.exp(total / weights)
+
+    def _measured(self, measured: Measured, amount: float) -> float:
+        """Over the expected time."""
+        if measured.kind in _PRODUCTS:
+            ideal = 2 * amount * math.prod(measured.shape) / self._peak()
+        else:
+            ideal = amount / self._peak() if measured.kind == "attention" else measured.shape[0] / self._gpu.bandwidth
+        return ideal / measured.share / self._expected(measured.kind, measured.shape, amount)[0]
+
+    def _table(self, kind: str, phase: Phase) -> list[Measured]:
+        """What was measured of a kind. Of bf16 and fp16 one counts for the other."""
+        alike = (None, "fp32") if self._precision == "fp32" else (None, "bf16", "fp16")
+        return [
+            each
+            for each in self._gpu.table
+            if each.kind == kind and each.phase in (None, phase) and each.precision in alike
+        ]
+
+    def _peak(self) -> float:
+        peak = self._gpu.peak.get(self._precision)
+        if peak is None:
+            known = ", ".join(sorted(self._gpu.peak))
+            raise ClusterError(
+                f"gpu.peak = {known}: {self._gpu.name} has no {self._precision} products; train in one of these, or "
+                f"add its peak"
+            )
+        return peak
 
 
 def _efficiency(gpu: Gpu, kind: str) -> float:
@@ -105,51 +160,19 @@ def _efficiency(gpu: Gpu, kind: str) -> float:
     return _USUAL[_LIKE.get(kind, kind)]
 
 
-def _share_of_memory(shape: Shape, gpu: Gpu, peak: float, precision: Precision) -> float:
-    """Of the peak, that a product gets while its matrices are read and written once."""
-    rows, inner, columns = shape
-    numbers = rows * inner + inner * columns + rows * columns
-    per_second = gpu.bandwidth * _efficiency(gpu, "pointwise") / (numbers * bytes_per_number(precision))
-    return 2 * math.prod(shape) * per_second / peak
-
-
-def _share_of_tiles(kind: str, shape: Shape, at_once: float, gpu: Gpu) -> float:
-    """Of the peak, by the kind and what tiles and waves leave of it.
+def _share_of_tiles(shape: Shape, amount: float, multiprocessors: int) -> float:
+    """What tiles and waves leave of a product's speed.
 
     Args:
-        at_once: products of this shape in a launch.
+        amount: products of this shape in a launch.
     """
-    share, (rows, inner, columns) = _efficiency(gpu, kind), shape
-    if not gpu.multiprocessors:
-        return share
-    best = 0.0
+    if not multiprocessors:
+        return 1.0
+    (rows, inner, columns), best = shape, 0.0
     for tall, wide, speed in _TILES:
-        tiles = at_once * math.ceil(rows / tall) * math.ceil(columns / wide)
+        tiles = amount * math.ceil(rows / tall) * math.ceil(columns / wide)
         # Where few tiles are left to do, a library splits the inner numbers of each among several multiprocessors.
-        pieces = max(1, min(math.floor(gpu.multiprocessors / tiles), inner // (8 * _INNER)))
-        waves = math.ceil(tiles * pieces / gpu.multiprocessors) / pieces
-        best = max(best, speed * at_once * rows * columns / (waves * gpu.multiprocessors * tall * wide))
-    return share * best * inner / (inner + _INNER)
-
-
-def _table(gpu: Gpu, kind: str, precision: Precision, phase: Phase) -> list[Measured]:
-    """What was measured of a kind. Of bf16 and fp16 one counts for the other."""
-    alike = ("fp32",) if precision == "fp32" else ("bf16", "fp16")
-    return [
-        each
-        for each in gpu.table
-        if each.kind == kind and each.phase in (None, phase) and (each.precision is None or each.precision in alike)
-    ]
-
-
-def _correction(shape: Shape, table: list[Measured], expected: Expected) -> float:
-    """By what measured shares near a shape differ from the expected ones."""
-    total, weights = 0.0, _FAR**-4
-    for each in table:
-        octaves2 = sum(math.log2(own / other) ** 2 for own, other in zip(shape, each.shape, strict=True))
-        difference = math.log(each.share / expected(each.shape))
-        if octaves2 < 1e-12:
-            return math.exp(difference)
-        # The fourth power lets the nearest shapes count, however many others were measured.
-        total, weights = total + difference * octaves2**-2, weights + octaves2**-2
-    return math.exp(total / weights)
+        pieces = max(1, min(math.floor(multiprocessors / tiles), inner // (8 * _INNER)))
+        waves = math.ceil(tiles * pieces / multiprocessors) / pieces
+        best = max(best, speed * amount * rows * columns / (waves * multiprocessors * tall * wide))
+    return best * inner / (inner + _INNER)

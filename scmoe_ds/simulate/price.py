@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from scmoe_ds.planner.times import ChunkTimes, LateTimes, OperatorTime, OperatorTimes, PassTimes
 from scmoe_ds.simulate.collectives import all_to_all_ms, counts_ms, reduce_ms
-from scmoe_ds.simulate.kernels import Phase, bytes_per_number, kernel_ms
+from scmoe_ds.simulate.kernels import Kernels, Phase, bytes_per_number
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.machine import Machine
 from scmoe_ds.simulate.places import places_of
@@ -71,6 +71,7 @@ class _Prices:
 
     def __init__(self, layout: Layout, machine: Machine) -> None:
         self.layout, self.machine = layout, machine
+        self.kernels = Kernels(machine.cluster.gpu, layout.precision)
         self.parts: dict[str, float] = defaultdict(float)
 
     def operator(self, work: Work, times: int = 1, repeated: bool = False) -> PassTimes:
@@ -92,7 +93,7 @@ class _Prices:
                 ms, bound = reduce_ms(part.collective, part.bytes, part.group, self.layout, self.machine)
                 self.parts[bound] += times * ms
             else:
-                ms, limit = kernel_ms(part, self.machine, self.layout.precision, phase)
+                ms, limit = self.kernels.ms(part, phase)
                 self.parts[limit] += times * ms
             total += ms
         return total
@@ -201,7 +202,7 @@ class _Prices:
         if self.layout.precision != "fp32":  # the gradients become fp32, the weights 16 bits wide again
             numbers += (2 + 4) + 2
         kernel = Kernel("pointwise", bytes=own * numbers)
-        return kernel_ms(kernel, self.machine, self.layout.precision)[0]
+        return self.kernels.ms(kernel, "forward")[0]
 
 
 def _sum(times: Sequence[PassTimes]) -> PassTimes:
