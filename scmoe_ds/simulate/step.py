@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scmoe_ds.planner.lanes import Lanes, LaneSpan
-from scmoe_ds.planner.plan import Plan, Schedule, plan
-from scmoe_ds.planner.simulation import Simulated, simulate
+from scmoe_ds.planner.plan import MIN_GAIN, Plan, Schedule, plan
+from scmoe_ds.planner.simulation import Simulated, simulate, total_ms
 from scmoe_ds.planner.times import OperatorTimes
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.step_program import ALL_TO_ALL, REDUCTIONS, Mode, StepProgram
@@ -153,5 +153,16 @@ def _pair(pair: PairTimes, schedule: Schedule | None, mode: Mode) -> PairStep:
 
 @functools.lru_cache(maxsize=4096)
 def _planned(times: str, mode: Mode) -> Plan:
-    """Points of a search share most of their pairs."""
-    return plan(OperatorTimes.model_validate_json(times), mode)
+    """Points of a search share most of their pairs. Chunks are tried where they can gain what they have to."""
+    pair = OperatorTimes.model_validate_json(times)
+    unchunked = plan(pair, mode, num_chunks=1)
+    most_ms = unchunked.predicted.exposed_ms + _less_computation_ms(pair, mode)
+    return unchunked if most_ms < MIN_GAIN * unchunked.predicted.total_ms else plan(pair, mode)
+
+
+def _less_computation_ms(pair: OperatorTimes, mode: Mode) -> float:
+    """By what chunks shorten the experts' computation; measured ones may do so."""
+    return max(
+        total_ms(pair.chunks[1].experts, mode) - count * total_ms(each.experts, mode)
+        for count, each in pair.chunks.items()
+    )
