@@ -24,7 +24,8 @@ class Method:
         dispatch: "padded" sends and computes the capacity of every expert, "exact" real rows only.
         position, join: of the shortcut; join as in the "scmoe" section.
         overlap: whether communication runs beside computation.
-        most_chunks: of the expert computation, which the planner may choose; 1: no pipelining.
+        most_chunks: of the expert computation, which the planner may choose; 1: no pipelining. "auto" of the "scmoe"
+            section goes up to 4.
         merge: how shared and routed outputs are added, as in the "scmoe" section.
         shortcut_norm: whether the shortcut has a norm of its own.
         post_norm: whether a norm follows the merge.
@@ -55,12 +56,12 @@ class Method:
 
 DEEPSPEED_TOPK = Method("DeepSpeed top-k, padded", "topk", "deepspeed", dispatch="padded", overlap=False)
 AUTOEP = Method("AutoEP", "topk", "autoep", overlap=False)
-PIPELINED = Method("top-k, pipelined", "topk", most_chunks=8)
+PIPELINED = Method("top-k, pipelined", "topk", most_chunks=4)
 SHARED = Method("shared expert", "shared_expert", overlap=False)
-SHARED_OVERLAPPED = Method("shared expert, overlapped", "shared_expert", most_chunks=8)
-SCMOE = tuple(Method(f"ScMoE Pos-{n}", "scmoe", position=f"pos{n}", most_chunks=8) for n in (1, 2, 3))  # type: ignore[arg-type]
+SHARED_OVERLAPPED = Method("shared expert, overlapped", "shared_expert", most_chunks=4)
+SCMOE = tuple(Method(f"ScMoE Pos-{n}", "scmoe", position=f"pos{n}", most_chunks=4) for n in (1, 2, 3))  # type: ignore[arg-type]
 SCMOE_LATE = tuple(
-    Method(f"ScMoE Pos-{n}, late join", "scmoe", position=f"pos{n}", join="late", most_chunks=8)  # type: ignore[arg-type]
+    Method(f"ScMoE Pos-{n}, late join", "scmoe", position=f"pos{n}", join="late", most_chunks=4)  # type: ignore[arg-type]
     for n in (1, 2, 3)
 )
 METHODS = (DEEPSPEED_TOPK, AUTOEP, PIPELINED, SHARED, SHARED_OVERLAPPED, *SCMOE, *SCMOE_LATE)
