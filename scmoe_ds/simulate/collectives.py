@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from scmoe_ds.simulate.kernels import efficiency
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.links import exchange_seconds, network_rate, ring_rate, ring_slowdown, spine_slowdown
 from scmoe_ds.simulate.machine import Machine
@@ -109,7 +110,8 @@ def _all_to_all_ms(
     latency = peers * between.latency
     bound: Bound = "switch" if spine > network else "NIC"
     outside = latency + max(network, spine)
-    if steps:
+    if steps:  # one after the other; before each of them the rows are put in another order
+        on_node += 2 * 2 * sent.inside / (machine.cluster.gpu.bandwidth * efficiency(machine.cluster.gpu, "rows"))
         return 1e3 * (on_node + outside), bound if outside > on_node else "link"
     return 1e3 * max(on_node, outside), bound if outside > on_node else "link"
 

@@ -58,7 +58,7 @@ class Kernels:
         self._gpu, self._precision = gpu, precision
         self._known: dict[tuple[Kernel, Phase], tuple[float, Bound]] = {}
         self._ratios: dict[tuple[str, Phase, float], list[tuple[list[float], float]]] = {}
-        self._efficiency = {kind: _efficiency(gpu, kind) for kind in get_args(Kind)}
+        self._efficiency = {kind: efficiency(gpu, kind) for kind in get_args(Kind)}
 
     def ms(self, kernel: Kernel, phase: Phase) -> tuple[float, Bound]:
         """As `kernel_ms`."""
@@ -153,7 +153,8 @@ class Kernels:
         return peak
 
 
-def _efficiency(gpu: Gpu, kind: str) -> float:
+def efficiency(gpu: Gpu, kind: str) -> float:
+    """Of a kind of kernel, or of one like it; what is usual where the GPU's description has none."""
     for name in (kind, _LIKE.get(kind, kind)):
         if name in gpu.efficiency:
             return gpu.efficiency[name].likely

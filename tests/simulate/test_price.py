@@ -54,6 +54,12 @@ def close(value: float) -> Any:
     return pytest.approx(value, rel=1e-9)
 
 
+def test_one_gpu_sends_nothing() -> None:
+    times = price(step_work(), Layout(world=1), machine(1, 1), Routing())
+    assert times.pairs[0].reduce_ms == times.outside_reduce_ms == times.update_gather_ms == 0.0
+    assert set(times.parts) == {"memory", "compute"} and times.shares == (1.0,)
+
+
 def test_operators_are_sums_of_their_parts() -> None:
     times = price(step_work(), Layout(world=8), machine(), EVEN)
     (pair,) = times.pairs
