@@ -187,6 +187,7 @@ class Nodes:
             "LOCAL_RANK": str(rank % ranks_per_node),
             "WORLD_SIZE": str(len(self.names) * ranks_per_node),
             "LOCAL_WORLD_SIZE": str(ranks_per_node),
+            "CROSS_RANK": str(rank // ranks_per_node),  # all nodes have this machine's name
             "MASTER_ADDR": ADDRESSES[0],
             "MASTER_PORT": "29500",
             "GLOO_SOCKET_IFNAME": "eth0",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -15,6 +15,12 @@ from scmoe_ds.probe.sizes import Attended
 from scmoe_ds.probe.trials import Computed, Ladder, Trial
 from scmoe_ds.trace.recorder import PHASES, Phase
 
+BACKWARD = 2.5
+"""Products of the backward pass over those of the forward pass, as `simulate` counts them: five instead of two."""
+_INPUTS = ("query", "key", "value")
+Shape = tuple[int, int, int, int]
+"""Sequences, heads, span, size of a head."""
+
 
 def attentions(bench: Bench) -> Iterator[Ladder]:
     """Forward and backward."""
@@ -25,22 +31,24 @@ def attentions(bench: Bench) -> Iterator[Ladder]:
 
 
 def _trial(bench: Bench, sizes: Attended, span: int, phase: Phase) -> Trial[Computed]:
-    shape = (sizes.sequences, sizes.heads, span, sizes.head)
+    shape, little = (sizes.sequences, sizes.heads, span, sizes.head), (1, 1, 8, sizes.head)
 
-    def attend() -> tuple[list[Tensor], Tensor]:
-        query, key, value = (bench.take(name, *shape).detach().requires_grad_() for name in ("query", "key", "value"))
-        bias = None if sizes.causal else bench.take("bias", 1, sizes.heads, span, span)
+    def attend(shape: Shape) -> tuple[list[Tensor], Tensor]:
+        query, key, value = (bench.take(name, *shape).detach().requires_grad_() for name in _INPUTS)
+        bias = None if sizes.causal else bench.take("bias", 1, shape[1], shape[2], shape[2])
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=sizes.causal)
         return [query, key, value], mixed
 
+    def backward(shape: Shape) -> Callable[[], object]:
+        inputs, mixed = attend(shape)
+        return partial(torch.autograd.grad, mixed, inputs, bench.take("gradient", *shape))
+
     def prepare() -> Run:
         if phase == "forward":
-            return Run(attend, [bench.take(name, *shape) for name in ("query", "key", "value")])
-        inputs, mixed = attend()
-        gradient = bench.take("gradient", *shape)
-        return Run(partial(torch.autograd.grad, mixed, inputs, gradient), [gradient])
+            return Run(lambda: attend(shape), [bench.take(name, *shape) for name in _INPUTS], lambda: attend(little))
+        return Run(backward(shape), [bench.take("gradient", *shape)], backward(little))
 
     heads = sizes.sequences * sizes.heads
     scores = heads * span * span / (2 if sizes.causal else 1)
-    flops = 4 * scores * sizes.head * (1 if phase == "forward" else 2)
+    flops = 4 * scores * sizes.head * (1 if phase == "forward" else BACKWARD)
     return bench.trial("attention", [(span, sizes.head, heads)], phase, prepare, flops=flops)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe_ds.probe.clock import ColdClock, Run
 from scmoe_ds.probe.sizes import ALL, Sizes
@@ -14,6 +15,7 @@ from scmoe_ds.probe.trials import Computed, Shape, Trial
 from scmoe_ds.simulate.gpu import PeakOf
 from scmoe_ds.trace.recorder import Phase
 
+Module = TypeVar("Module", bound=nn.Module)
 DTYPES: dict[PeakOf, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -54,6 +56,10 @@ class Bench:
         if held is None or held.numel() < count:
             held = self._numbers[name] = torch.randn(count, device=self.device, dtype=self.dtype)
         return held[:count].view(shape)
+
+    def place(self, module: Module) -> Module:
+        """Moves a module to the device, in the precision; returns it."""
+        return module.to(self.device, self.dtype)
 
     def fits(self, *numbers: int) -> bool:
         """Whether tensors of so many numbers are small enough."""

@@ -23,6 +23,7 @@ from scmoe_ds.probe.trials import Beside, Ladder, Trial
 ROWS, WIDTH = 256, 512
 LONGER = 1.5
 """Products take so many times as long as the transfer, which may itself be slower beside them."""
+PIECES = 4
 LARGEST = 20.0
 """A transfer that leaves less than a twentieth of the time is none to compute beside."""
 
@@ -31,7 +32,9 @@ def slowdowns(bench: Bench, between: Exchanging) -> Iterator[Ladder]:
     """By method and size."""
     for method in METHODS:
         yield [
-            Trial(Beside(method, between.ranks, between.nodes, size), _sample(bench, between, method, size))
+            Trial(
+                Beside(method, between.ranks, between.nodes, size), _sample(bench, between, method, size), pieces=PIECES
+            )
             for size in bench.sizes.beside
         ]
 

@@ -18,7 +18,7 @@ from scmoe_ds.probe.clock import ColdClock
 from scmoe_ds.probe.collectives import exchanges
 from scmoe_ds.probe.environment import device_bytes, device_name, software
 from scmoe_ds.probe.groups import Exchanging, exchanging
-from scmoe_ds.probe.passes import copies, launches, passes
+from scmoe_ds.probe.passes import copies, launches, passes, updates
 from scmoe_ds.probe.products import experts, products
 from scmoe_ds.probe.results import profile_of
 from scmoe_ds.probe.sizes import ALL, Sizes
@@ -59,6 +59,7 @@ def ladders(clock: ColdClock, benches: Sequence[Bench], groups: Sequence[Exchang
     """Everything that is measured: a machine's, each precision's, each group's."""
     yield copies(clock, benches[0].sizes)
     yield from launches(clock)
+    yield updates(benches[0])
     for bench in benches:
         yield from chain(products(bench), experts(bench), attentions(bench), passes(bench))
     for group in groups:

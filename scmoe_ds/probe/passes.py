@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,24 +15,51 @@ from scmoe_ds.probe.bench import Bench
 from scmoe_ds.probe.clock import ColdClock, Run
 from scmoe_ds.probe.sizes import Sizes
 from scmoe_ds.probe.trials import Computed, Copy, Ladder, Launch, Trial
-from scmoe_ds.trace.recorder import PHASES, Phase
+from scmoe_ds.trace.recorder import Phase
 
 LAUNCHES = 64
+UPDATED = 8
+"""Numbers of fp32 that Adam moves per parameter, as `simulate` counts them."""
 
-Operator = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class Pass:
+    """An operator that passes once through tensors of one size.
+
+    Attributes:
+        kind: as in `simulate.work.Kernel`.
+        operator: of `inputs` tensors [rows, width].
+        forward, backward: how many tensors of this size it reads and writes, as `simulate` counts them. A backward pass
+            reads a gradient and writes another beside what the forward pass has read. None: nobody needs one.
+        parameters: whose gradients are computed, too.
+    """
+
+    kind: str
+    operator: Callable[..., Tensor]
+    width: int
+    forward: float
+    backward: float | None
+    numbers: Sequence[int]
+    inputs: int = 1
+    parameters: tuple[Tensor, ...] = ()
 
 
 def passes(bench: Bench) -> Iterator[Ladder]:
     """Every kind, forward and backward."""
-    norm = nn.LayerNorm(bench.sizes.hidden).to(bench.device, bench.dtype)
-    yield _ladder(bench, "pointwise", None, torch.add, 2, 3)
-    for phase in PHASES:
-        backward = phase == "backward"  # reads the gradient and writes another beside what the operator read
-        yield _ladder(bench, "activation", phase, F.gelu, 1, 3 if backward else 2)
-        yield _ladder(bench, "SwiGLU", phase, _swiglu, 1, 2.5 if backward else 1.5)  # its output is half as wide
-        yield _ladder(bench, "reduction", phase, norm, 1, 3 if backward else 2, parameters=list(norm.parameters()))
-        yield _ladder(bench, "loss", phase, _loss, 1, 2, bench.sizes.vocabulary)
-        yield _ladder(bench, "rows", phase, _gather, 1, 2)
+    sizes, width = bench.sizes, bench.sizes.hidden
+    norm = bench.place(nn.LayerNorm(width))
+    small, large = sizes.numbers[:-1], sizes.numbers[-1:]  # norms pass through hidden states, the loss through logits
+    for each in (
+        Pass("pointwise", torch.add, width, 3, None, sizes.numbers, inputs=2),
+        Pass("activation", F.gelu, width, 2, 3, sizes.numbers),
+        Pass("gated activation", _swiglu, width, 1.5, 2.5, sizes.numbers),  # half as wide as what it reads
+        Pass("reduction", norm, width, 2, 5, small, parameters=tuple(norm.parameters())),
+        Pass("reduction", _loss, sizes.vocabulary, 2, 4, large),
+        Pass("rows", _gather, width, 2, None, sizes.numbers),
+    ):
+        yield _ladder(bench, each, "forward" if each.backward else None, each.forward)
+        if each.backward:
+            yield _ladder(bench, each, "backward", each.backward)
 
 
 def _swiglu(inner: Tensor) -> Tensor:
@@ -39,57 +67,63 @@ def _swiglu(inner: Tensor) -> Tensor:
 
 
 def _gather(rows: Tensor) -> Tensor:
-    """Permuted rows: with every other one from the second half."""
+    """Rows of two halves in turn. The backward pass of a permutation gathers, too (moe/decode.py)."""
     count = rows.shape[0]
-    order = torch.arange(count, device=rows.device).view(2, -1).t().flatten() if count > 1 else rows.new_zeros(1).long()
-    return rows.index_select(0, order)
+    order = torch.arange(count, device=rows.device)
+    return rows.index_select(0, (order * (count // 2 + 1)) % count)
 
 
 def _loss(logits: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device))
 
 
-def _ladder(
-    bench: Bench,
-    kind: str,
-    phase: Phase | None,
-    operator: Operator,
-    inputs: int,
-    traffic: float,
-    width: int = 0,
-    parameters: Sequence[Tensor] = (),
-) -> Ladder:
+def _ladder(bench: Bench, what: Pass, phase: Phase | None, traffic: float) -> Ladder:
     """
     Args:
-        inputs: of the operator, [numbers / width, width] each.
-        width: 0: the usual one.
-        traffic: tensors of that size that it reads and writes.
-        parameters: of the operator, whose gradients are computed too.
+        traffic: of this phase.
     """
 
-    width = width or bench.sizes.hidden
-
-    def prepared(numbers: int) -> Callable[[], Run]:
-        names = ("rows", "weight")[:inputs]
-
-        def prepare() -> Run:
-            given = [bench.take(name, numbers // width, width).detach() for name in names]
-            if phase != "backward":
-                return Run(lambda: operator(*given), given[:1])
+    def forward(numbers: int) -> tuple[list[Tensor], Tensor]:
+        names = ("rows", "weight")[: what.inputs]
+        given = [bench.take(name, numbers // what.width, what.width).detach() for name in names]
+        if what.backward:
             for each in given:
                 each.requires_grad_()
-            output = operator(*given)
-            gradient = bench.take("gradient", *output.shape)
-            return Run(partial(torch.autograd.grad, output, [*given, *parameters], gradient), (gradient,))
+        return given, what.operator(*given)
+
+    def backward(numbers: int) -> Callable[[], object]:
+        given, output = forward(numbers)
+        return partial(torch.autograd.grad, output, [*given, *what.parameters], bench.take("gradient", *output.shape))
+
+    def prepared(numbers: int) -> Callable[[], Run]:
+        shape = numbers // what.width, what.width
+
+        def prepare() -> Run:
+            if phase == "backward":
+                return Run(backward(numbers), (bench.take("gradient", *shape),), backward(what.width))
+            return Run(partial(forward, numbers), (bench.take("rows", *shape),), partial(forward, what.width))
 
         return prepare
 
-    trials: list[Trial[Computed]] = []
-    for numbers in bench.sizes.numbers:
-        if bench.fits(numbers):
-            moved = traffic * numbers * bench.width
-            trials.append(bench.trial(kind, [(int(moved), 1, 1)], phase, prepared(numbers), moved=moved))
-    return trials
+    return [
+        bench.trial(what.kind, [(round(traffic * numbers * bench.width), 1, 1)], phase, prepared(numbers), moved=moved)
+        for numbers in what.numbers
+        if bench.fits(numbers)
+        for moved in (traffic * numbers * bench.width,)
+    ]
+
+
+def updates(bench: Bench) -> Ladder:
+    """Adam's step over one tensor of fp32, as ZeRO has its parameters: torch's, on a GPU fused as DeepSpeed's."""
+
+    def trial(numbers: int) -> Trial[Computed]:
+        parameter = nn.Parameter(torch.zeros(numbers, device=bench.device))
+        parameter.grad = torch.ones_like(parameter)
+        optimizer = torch.optim.AdamW([parameter], fused=bench.device.type == "cuda")
+        moved = 4.0 * UPDATED * numbers
+        return bench.trial("optimizer", [(round(moved), 1, 1)], None, lambda: Run(optimizer.step), moved=moved)
+
+    return [trial(numbers) for numbers in bench.sizes.numbers[1:]]
 
 
 def launches(clock: ColdClock) -> Iterator[Ladder]:
@@ -114,7 +148,7 @@ def copies(clock: ColdClock, sizes: Sizes) -> Ladder:
     """Copies that no cache holds."""
 
     def trial(nbytes: int) -> Trial[Copy]:
-        source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=clock.device) for _ in range(2))
+        source, target = (torch.ones(nbytes, dtype=torch.uint8, device=clock.device) for _ in range(2))
         return Trial(Copy(nbytes), lambda: clock.cold(Run(lambda: target.copy_(source))))
 
     return [trial(nbytes) for nbytes in sizes.copied]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import torch
@@ -15,21 +16,22 @@ from scmoe_ds.probe.clock import Run
 from scmoe_ds.probe.trials import Computed, Ladder, Shape, Trial
 from scmoe_ds.trace.recorder import PHASES, Phase
 
-Operands = Callable[[int, int, int], tuple[Tensor, Tensor]]
-"""Of a product of so many rows, inner and columns; the first has just been written."""
+Operands = tuple[Tensor, Tensor, Tensor | None]
+"""Both matrices, of which the first has just been written, and a bias or none."""
+_LITTLE = (4, 8, 4)
 
 
 def products(bench: Bench) -> Iterator[Ladder]:
-    """A linear layer forward, and the gradients of its input and of its weight, by rows, inner and columns."""
+    """A linear layer with its bias forward, and the gradients of its input and of its weight."""
 
-    def layer(rows: int, inner: int, columns: int) -> tuple[Tensor, Tensor]:
-        return bench.take("rows", rows, inner), bench.take("weight", columns, inner).t()
+    def layer(rows: int, inner: int, columns: int) -> Operands:
+        return bench.take("rows", rows, inner), bench.take("weight", columns, inner).t(), bench.take("bias", columns)
 
-    def of_input(rows: int, inner: int, columns: int) -> tuple[Tensor, Tensor]:
-        return bench.take("rows", rows, inner), bench.take("weight", inner, columns)
+    def of_input(rows: int, inner: int, columns: int) -> Operands:
+        return bench.take("rows", rows, inner), bench.take("weight", inner, columns), None
 
-    def of_weight(rows: int, inner: int, columns: int) -> tuple[Tensor, Tensor]:
-        return bench.take("rows", inner, rows).t(), bench.take("weight", inner, columns)
+    def of_weight(rows: int, inner: int, columns: int) -> Operands:
+        return bench.take("rows", inner, rows).t(), bench.take("weight", inner, columns), None
 
     for first, second in product(bench.sizes.widths, bench.sizes.widths):
         yield _ladder(bench, "forward", layer, [(rows, first, second) for rows in bench.sizes.rows])
@@ -37,11 +39,11 @@ def products(bench: Bench) -> Iterator[Ladder]:
         yield _ladder(bench, "backward", of_weight, [(first, rows, second) for rows in bench.sizes.rows])
 
 
-def _ladder(bench: Bench, phase: Phase, operands: Operands, shapes: list[Shape]) -> Ladder:
+def _ladder(bench: Bench, phase: Phase, operands: Callable[[int, int, int], Operands], shapes: list[Shape]) -> Ladder:
     def prepared(shape: Shape) -> Callable[[], Run]:
         def prepare() -> Run:
-            left, right = operands(*shape)
-            return Run(lambda: torch.mm(left, right), (left,))
+            of_shape, little = operands(*shape), operands(*_LITTLE)
+            return Run(lambda: _product(*of_shape), (of_shape[0],), lambda: _product(*little))
 
         return prepare
 
@@ -50,6 +52,10 @@ def _ladder(bench: Bench, phase: Phase, operands: Operands, shapes: list[Shape])
         for shape in shapes
         if bench.fits(shape[0] * shape[1], shape[1] * shape[2], shape[0] * shape[2])
     ]
+
+
+def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
 
 
 class _Projections(nn.Module):
@@ -73,7 +79,7 @@ def experts(bench: Bench) -> Iterator[Ladder]:
     for local, hidden, inside in bench.sizes.experts:
         if not bench.fits(local * hidden * inside, local * bench.sizes.rows[-2] * max(hidden, inside)):
             continue
-        members = Experts(_Projections(hidden, inside).to(bench.device, bench.dtype), local)
+        members = bench.place(Experts(_Projections(hidden, inside), local))
         for phase in PHASES:
             yield [_expert_trial(bench, members, phase, rows, hidden, inside) for rows in bench.sizes.rows[:-1]]
 
@@ -81,17 +87,19 @@ def experts(bench: Bench) -> Iterator[Ladder]:
 def _expert_trial(bench: Bench, members: Experts, phase: Phase, rows: int, hidden: int, inside: int) -> Trial[Computed]:
     local = len(members.deepspeed_experts)
 
-    def forward() -> tuple[Tensor, Tensor]:
-        incoming = bench.take("rows", local * rows, hidden).detach().requires_grad_()
-        return incoming, run_experts(members, incoming, [rows] * local)
+    def forward(count: int) -> tuple[Tensor, Tensor]:
+        incoming = bench.take("rows", local * count, hidden).detach().requires_grad_()
+        return incoming, run_experts(members, incoming, [count] * local)
+
+    def backward(count: int) -> Callable[[], object]:
+        incoming, output = forward(count)
+        gradient = bench.take("gradient", local * count, hidden)
+        return partial(torch.autograd.grad, output, [incoming, *members.parameters()], gradient)
 
     def prepare() -> Run:
         if phase == "forward":
-            return Run(forward, (bench.take("rows", local * rows, hidden),))
-        incoming, output = forward()
-        gradient = bench.take("gradient", local * rows, hidden)
-        wanted = [incoming, *members.parameters()]
-        return Run(lambda: torch.autograd.grad(output, wanted, gradient), (gradient,))
+            return Run(lambda: forward(rows), (bench.take("rows", local * rows, hidden),))
+        return Run(backward(rows), (bench.take("gradient", local * rows, hidden),))
 
     both = [(rows, hidden, inside), (rows, inside, hidden)]
     weights = [(hidden, rows, inside), (inside, rows, hidden)]

@@ -52,7 +52,7 @@ class Sizes:
         Attended((49, 144, 256), 32, 12, 4, causal=False),
         Attended((49, 144, 256), 32, 12, 64, causal=False),
     )
-    numbers: tuple[int, ...] = (1 << 16, 1 << 19, 1 << 22, 1 << 25)
+    numbers: tuple[int, ...] = (1 << 16, 1 << 19, 1 << 22, 1 << 24)
     hidden: int = 1024
     vocabulary: int = 1 << 15
     copied: tuple[int, ...] = (1 << 25, 1 << 28)

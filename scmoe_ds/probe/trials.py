@@ -79,11 +79,13 @@ class Trial(Generic[What]):
         what: it is.
         sample: times it once: milliseconds on this rank. All ranks call it together; it may communicate.
         reduce: from the samples of all ranks to one; of computation the slowest rank's.
+        pieces: that one sample times; each may take as long as another trial.
     """
 
     what: What
     sample: Callable[[], float]
     reduce: Reduction = max
+    pieces: int = 1
 
 
 Ladder = Sequence[Trial[Any]]
@@ -111,10 +113,10 @@ def climb(ladders: Iterable[Ladder], longest_ms: float) -> list[Trial[Any]]:
 
 
 def _took_ms(trial: Trial[Any]) -> float:
-    """Of a whole sample with its preparation, on the slowest rank."""
+    """Of a whole sample with its preparation, on the slowest rank; of one of its pieces."""
     started = time.perf_counter()
     trial.sample()
-    return max(gather(1e3 * (time.perf_counter() - started)))
+    return max(gather(1e3 * (time.perf_counter() - started))) / trial.pieces
 
 
 def in_turns(trials: Sequence[Trial[Any]], seconds: float, rounds: tuple[int, int]) -> Mapping[Any, list[float]]:

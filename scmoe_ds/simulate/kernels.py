@@ -16,15 +16,13 @@ from scmoe_ds.errors import ClusterError
 from scmoe_ds.simulate.gpu import Gpu, Measured
 from scmoe_ds.simulate.layout import Precision
 from scmoe_ds.simulate.machine import Machine
-from scmoe_ds.simulate.work import Kernel, Kind
+from scmoe_ds.simulate.work import LIKE, Kernel, Kind
 
 Bound = Literal["compute", "memory", "launch"]
 Phase = Literal["forward", "backward"]
 Shape = tuple[int, int, int]
 
 _PRODUCTS = ("product", "grouped product")
-_LIKE = {"grouped product": "product", "activation": "pointwise", "reduction": "pointwise", "rows": "pointwise"}
-"""Whose efficiency a kind takes that a GPU's description has none of."""
 _USUAL = {"product": 0.75, "attention": 0.5, "pointwise": 0.8}
 _TILES = ((256, 128, 1.0), (128, 128, 0.96), (128, 64, 0.89), (64, 64, 0.83))
 """Rows and columns of a tile, and the share of the largest one's speed: smaller ones read more per operation. A tile of
@@ -155,10 +153,9 @@ class Kernels:
 
 def efficiency(gpu: Gpu, kind: str) -> float:
     """Of a kind of kernel, or of one like it; what is usual where the GPU's description has none."""
-    for name in (kind, _LIKE.get(kind, kind)):
-        if name in gpu.efficiency:
-            return gpu.efficiency[name].likely
-    return _USUAL[_LIKE.get(kind, kind)]
+    if kind in gpu.efficiency:
+        return gpu.efficiency[kind].likely
+    return efficiency(gpu, LIKE[kind]) if kind in LIKE else _USUAL[kind]
 
 
 def _share_of_tiles(shape: Shape, amount: float, multiprocessors: int) -> float:

@@ -150,6 +150,7 @@ def activation(rows: float, inner: float, width: int, gated: bool, kept: bool = 
     """
     size = rows * inner * width
     reads = 2 if gated else 1
-    forward = Kernel("activation", bytes=(reads + 1) * size)
-    backward = Kernel("activation", bytes=(2 * reads + 1) * size)
+    kind: Kind = "gated activation" if gated else "activation"
+    forward = Kernel(kind, bytes=(reads + 1) * size)
+    backward = Kernel(kind, bytes=(2 * reads + 1) * size)
     return Cost((forward,), (backward,), reads * size if kept else 0.0)

@@ -11,7 +11,7 @@ from scmoe_ds.simulate.gpu import Gpu
 from scmoe_ds.simulate.interconnect import Between, Curve, Inside
 from scmoe_ds.simulate.json_files import nearest
 from scmoe_ds.simulate.units import in_words
-from scmoe_ds.simulate.work import Kind
+from scmoe_ds.simulate.work import LIKE, Kind
 
 # Path, unit, least, most, and why no more: about twice what the fastest of 2026 does. Least: far below any in use.
 _GPU_BOUNDS = (
@@ -91,7 +91,7 @@ def _of_gpu(gpu: Gpu) -> Iterator[str]:
     for kind in gpu.efficiency.keys() - set(kinds):
         yield f"gpu.efficiency.{kind}: no kind of kernel; {nearest(kind, kinds)}"
     for kind in kinds:
-        if kind not in gpu.efficiency:
+        if not {kind, LIKE.get(kind)} & gpu.efficiency.keys():
             yield f'gpu.efficiency.{kind}: is missing; give its "low", "likely" and "high" share'
     yield from _outside("gpu.launch", gpu.launch, "s", 0, 1e-2, "no launch takes 10 ms")
 

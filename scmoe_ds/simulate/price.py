@@ -201,7 +201,7 @@ class _Prices:
         numbers = 4.0 * (4 + 2 * self.layout.states)
         if self.layout.precision != "fp32":  # the gradients become fp32, the weights 16 bits wide again
             numbers += (2 + 4) + 2
-        kernel = Kernel("pointwise", bytes=own * numbers)
+        kernel = Kernel("optimizer", bytes=own * numbers)
         return self.kernels.ms(kernel, "forward")[0]
 
 

@@ -7,10 +7,26 @@ from typing import Literal, Union
 
 from scmoe_ds.simulate.method import Method
 
-Kind = Literal["product", "grouped product", "attention", "pointwise", "activation", "reduction", "rows"]
+Kind = Literal[
+    "product",
+    "grouped product",
+    "attention",
+    "pointwise",
+    "activation",
+    "gated activation",
+    "reduction",
+    "rows",
+    "optimizer",
+]
 """product: a matrix product. grouped product: one per local expert in a launch. attention: scores, softmax and values.
-pointwise: additions, copies, casts, masks. activation: GELU or SwiGLU. reduction: norms, softmax, cumulative sums.
-rows: rows gathered or scattered by index."""
+pointwise: additions, copies, casts, masks. activation: GELU. gated activation: SwiGLU. reduction: norms, softmax,
+cumulative sums. rows: rows gathered or scattered by index. optimizer: Adam's update."""
+LIKE: dict[str, str] = {
+    "grouped product": "product",
+    "gated activation": "activation",
+    **dict.fromkeys(("activation", "reduction", "rows", "optimizer"), "pointwise"),
+}
+"""Whose efficiency a kind takes that a GPU's description has none of."""
 Group = Literal["tp", "dp", "ep", "edp"]
 Collective = Literal["all-reduce", "reduce-scatter", "all-gather"]
 
