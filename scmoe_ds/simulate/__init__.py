@@ -24,4 +24,5 @@ A description of a cluster and one of a model become work, work becomes times, t
 `times.py`     times of a step's parts: the planner's `OperatorTimes` of every pair, and what surrounds them.
 `step_program.py` what a rank does in a micro-batch, as a program for lanes.
 `step.py`      times to a whole step, on lanes.
+`fit.py`       which figure of a description measured steps contradict.
 """
