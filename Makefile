@@ -63,8 +63,9 @@ format: $(STAMP)  ## what ruff can put in order by itself
 pretrain: $(STAMP)  ## train a small ScMoE GPT for a few minutes, on the GPUs that are there or on two CPU processes
 	@$(BIN)/python examples/quick_start.py
 
-schema: $(STAMP)  ## write ds_configs/scmoe.schema.json
+schema: $(STAMP)  ## write ds_configs/scmoe.schema.json and clusters/cluster.schema.json
 	$(BIN)/python -m scmoe_ds.config.schema
+	$(BIN)/python -m scmoe_ds.programs.cluster_schema
 
 # Installing needs the index once; building loads nothing from the network.
 docs: $(STAMP)  ## the pages and the API as a site in build/site; warnings are errors

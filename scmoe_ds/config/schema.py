@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,17 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Write the JSON Schema of the scmoe section.")
+def keep(schema: Mapping[str, Any], path: Path, module: str, argv: Sequence[str] | None) -> int:
+    """Writes a JSON Schema, or says whether its file is current; returns the exit code.
+
+    Args:
+        module: the command.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description="Write a JSON Schema.")
     parser.add_argument("--check", action="store_true", help="compare only; exit code 1 if the file is stale")
-    parser.add_argument("--output", type=Path, default=SCHEMA, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=path, help="default: %(default)s")
     args = parser.parse_args(argv)
-    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
     if not args.check:
         args.output.write_text(text, encoding="utf-8")
         print(f"wrote {args.output}")
@@ -52,8 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output.is_file() and args.output.read_text(encoding="utf-8") == text:
         return 0
     state = "stale" if args.output.is_file() else "missing"
-    print(f"{args.output} is {state}; run: python -m scmoe_ds.config.schema", file=sys.stderr)
+    print(f"{args.output} is {state}; run: python -m {module}", file=sys.stderr)
     return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return keep(json_schema(), SCHEMA, "scmoe_ds.config.schema", argv)
 
 
 if __name__ == "__main__":

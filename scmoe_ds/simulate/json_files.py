@@ -62,13 +62,13 @@ def read_object(path: str | Path, error: type[UserError]) -> dict[str, Any]:
 
 
 def validated(kind: type[Read], raw: Mapping[str, Any], source: str, error: type[UserError]) -> Read:
-    """An object of a file as `kind`.
+    """An object of a file as `kind`; "$schema" is for editors.
 
     Raises:
         error: it breaks a rule; "source: path = value: rule", a line for each of the first findings.
     """
     try:
-        return kind.model_validate(raw, context=FROM_FILE)
+        return kind.model_validate({key: raw[key] for key in raw if key != "$schema"}, context=FROM_FILE)
     except ValidationError as failure:
         lines = dict.fromkeys(f"{source}: {line}" for line in _lines(failure, kind))
         raise error("\n".join(list(lines)[:_MOST_FINDINGS])) from None

@@ -10,71 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.json_schema import schema_errors
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path for path in (ROOT / "ds_configs").glob("*.json") if path.name != "scmoe.schema.json")
 SCHEMA = json.loads((ROOT / "ds_configs" / "scmoe.schema.json").read_text(encoding="utf-8"))
-
-
-def schema_errors(value: Any, schema: dict[str, Any], path: str = "$") -> list[str]:
-    """What a JSON Schema validator would find, for the keywords that pydantic writes here; refuses others."""
-    known = {
-        "title",
-        "description",
-        "default",
-        "$schema",
-        "$defs",
-        "required",
-        "$ref",
-        "anyOf",
-        "enum",
-        "const",
-        "type",
-        "minimum",
-        "exclusiveMinimum",
-        "items",
-        "properties",
-        "additionalProperties",
-    }
-    assert set(schema) <= known, f"{path}: teach schema_errors {set(schema) - known}"
-    if "$ref" in schema:
-        return schema_errors(value, SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")], path)
-    if "anyOf" in schema:
-        found = [schema_errors(value, option, path) for option in schema["anyOf"]]
-        return [] if [] in found else [error for errors in found for error in errors]
-    types: dict[str, Any] = {
-        "object": dict,
-        "array": list,
-        "string": str,
-        "boolean": bool,
-        "null": type(None),
-        "integer": int,
-        "number": (int, float),
-    }
-    if "type" in schema:
-        wrong = not isinstance(value, types[schema["type"]])
-        if wrong or (isinstance(value, bool) and schema["type"] in ("integer", "number")):
-            return [f"{path}: {value!r} is not of type {schema['type']}"]
-    broken = [
-        f"{path}: {value!r} is not one of {schema[key]!r}"
-        for key in ("enum", "const")
-        if key in schema and value not in (schema[key] if key == "enum" else [schema[key]])
-    ]
-    if "minimum" in schema and value < schema["minimum"]:
-        broken.append(f"{path}: {value!r} is below {schema['minimum']}")
-    if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
-        broken.append(f"{path}: {value!r} must exceed {schema['exclusiveMinimum']}")
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            broken += schema_errors(item, schema.get("items", {}), f"{path}[{index}]")
-    if isinstance(value, dict):
-        properties = schema.get("properties", {})
-        broken += [f"{path}.{key} is missing" for key in schema.get("required", []) if key not in value]
-        for key, item in value.items():
-            if key in properties:
-                broken += schema_errors(item, properties[key], f"{path}.{key}")
-            elif schema.get("additionalProperties", True) is False:
-                broken.append(f"{path}.{key}: unknown key")
-    return broken
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
