@@ -75,7 +75,7 @@ class Lanes:
     Attributes:
         clocks: until when each class has got.
         exposed_ms: per lane, how long each class has stood still for its transfers.
-        transfers_ms: per lane, what its transfers take, alone on the link.
+        transfers_ms: per lane, how long its transfers were on their way.
         slack_ms: the least time between the end of a transfer and the wait for it; at most 0 if one was late.
         label: of the spans that follow.
     """
@@ -174,6 +174,8 @@ class Lanes:
 
     def _wait(self, transfer: Transfer, phase: Phase, name: str) -> None:
         end_ms, clocks = self._link.end_ms(transfer), self.clocks
+        if len(self.transfers_ms) > 1:  # other lanes may have made it longer
+            self.transfers_ms[transfer.lane] += end_ms - transfer.start_ms - transfer.ms
         for rank_class, clock in enumerate(clocks):
             early_ms = clock - end_ms
             if early_ms < self.slack_ms:
@@ -210,8 +212,8 @@ class Lanes:
         self.clocks = [clock + by_ms for clock in self.clocks]
         self._link.shift(by_ms)
         for transfer in itertools.chain(*self._launched.values()):
-            if transfer.end_ms < math.inf:
-                transfer.end_ms += by_ms
+            if transfer.end_ms < math.inf:  # the link shifts all others
+                transfer.start_ms, transfer.end_ms = transfer.start_ms + by_ms, transfer.end_ms + by_ms
         for lane, (earlier, later) in enumerate(zip(before.backlogs, now.backlogs, strict=True)):
             if sum(later) != sum(earlier) and lane in self._last:
                 self._last[lane].left_ms += times * (sum(later) - sum(earlier))

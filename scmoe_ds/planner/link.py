@@ -14,14 +14,16 @@ class Transfer:
     """One on its way.
 
     Attributes:
+        ms: what it takes alone on the link.
         start_ms: when it had its lane for itself; inf: not yet.
         end_ms: inf: not settled yet.
     """
 
-    __slots__ = ("end_ms", "lane", "left_ms", "since_ms", "start_ms")
+    __slots__ = ("end_ms", "lane", "left_ms", "ms", "since_ms", "start_ms")
 
     def __init__(self, lane: int, ms: float) -> None:
-        self.lane, self.left_ms = lane, ms  # alone on the link, from since_ms on
+        self.lane, self.ms = lane, ms
+        self.left_ms = ms  # of it, from since_ms on
         self.start_ms = self.since_ms = self.end_ms = math.inf
 
 
@@ -117,7 +119,7 @@ class Link:
         """Has everything that is on its way happen later."""
         self._free_ms += by_ms
         for head in self._heads:
-            head.since_ms += by_ms
+            head.start_ms, head.since_ms = head.start_ms + by_ms, head.since_ms + by_ms
         self.busy_since_ms = [since_ms + by_ms for since_ms in self.busy_since_ms]
         self._is_busy_since_ms += by_ms
         self._was_busy = deque((start_ms + by_ms, end_ms + by_ms) for start_ms, end_ms in self._was_busy)

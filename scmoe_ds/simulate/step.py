@@ -48,11 +48,12 @@ class Step:
         slowed_ms: what transfers beside computation add to it.
         exposed_ms: in which the computation stood still for an all-to-all, or for a busier rank to launch it.
         exposed_reduce_ms: the same for reductions of gradients and gathers of parameters.
-        communication_ms: duration of all all-to-alls, hidden or not, with the link for themselves.
+        communication_ms: duration of all all-to-alls, hidden or not.
         optimizer_ms: the update.
         pairs: by kind, in forward order.
         spans: of the last micro-batch and the update, from 0, if asked for; `label` is the number of a pair, −1 outside
             of pairs.
+        busiest: class of the ranks that compute most.
     """
 
     total_ms: float
@@ -65,6 +66,7 @@ class Step:
     optimizer_ms: float
     pairs: tuple[PairStep, ...]
     spans: tuple[LaneSpan, ...] = ()
+    busiest: int = 0
 
     @property
     def hidden_share(self) -> float:
@@ -111,6 +113,7 @@ def run_step(
         optimizer_ms=optimizer_ms,
         pairs=pairs,
         spans=tuple(_spans(program, mode, optimizer_ms, update_ms)) if spans else (),
+        busiest=busiest,
     )
 
 

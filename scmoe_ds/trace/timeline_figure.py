@@ -23,17 +23,28 @@ _SHOWN = {"mlp": "MLP", "shared": "shared expert"}
 _AXIS = "ms since the start of the phase"
 _NUMBER = "; a number in a box is its chunk's"
 _EXPERT = "; a number in a box is its expert's"
+
+
 _GAP = "\nA gap: nothing was recorded. The process launched an operator or communication, or had not begun."
 
 
-def draw(spans_of_ranks: Sequence[Spans], path: str | Path, title_prefix: str = "", layer: int | None = None) -> None:
+def draw(
+    spans_of_ranks: Sequence[Spans],
+    path: str | Path,
+    title_prefix: str = "",
+    layer: int | None = None,
+    note: str = _GAP,
+) -> None:
     """Writes `figure` as PNG, SVG or PDF, by the path's suffix.
+
+    Args:
+        note: below the axis.
 
     Raises:
         ValueError: no rank has a span, or none of that layer; times out of order; an unknown suffix.
         OSError, ImportError: the file cannot be written; matplotlib is missing.
     """
-    save(figure(spans_of_ranks, title_prefix, layer), path)
+    save(figure(spans_of_ranks, title_prefix, layer, note=note), path)
 
 
 def figure(
@@ -41,6 +52,7 @@ def figure(
     title_prefix: str = "",
     layer: int | None = None,
     until_ms: float | None = None,
+    note: str = _GAP,
 ) -> Figure:
     """One MoE layer in the manner of the paper's figure 7: for each rank its computation above its communication.
 
@@ -51,17 +63,20 @@ def figure(
     Args:
         layer: which MoE layer; by default the last one.
         until_ms: the end of the scale, for figures to compare; by default that of the longer phase.
+        note: below the axis.
 
     Raises:
         ValueError, ImportError: as `draw`.
     """
     with imports_of("plots", "the figure of a timeline", "open the trace in ui.perfetto.dev"):
         import matplotlib.figure  # noqa: F401
-    return _figure(spans_of_ranks, title_prefix, layer, until_ms)
+    return _figure(spans_of_ranks, title_prefix, layer, until_ms, note)
 
 
 @styled
-def _figure(spans_of_ranks: Sequence[Spans], title_prefix: str, layer: int | None, until_ms: float | None) -> Figure:
+def _figure(
+    spans_of_ranks: Sequence[Spans], title_prefix: str, layer: int | None, until_ms: float | None, note: str
+) -> Figure:
     from matplotlib.figure import Figure
 
     layer, shown = _of_layer(spans_of_ranks, layer)
@@ -77,7 +92,7 @@ def _figure(spans_of_ranks: Sequence[Spans], title_prefix: str, layer: int | Non
         axes.set(title=f"{phase}: {_share(list(shown.values()), phase)}", xlim=(-0.005 * until_ms, 1.005 * until_ms))
         _draw_phase(axes, parts)
     numbers = _NUMBER * any(span.chunk > 0 for span in spans) or _EXPERT * any(span.migration for span in spans)
-    panels[-1].set_xlabel(_AXIS + numbers + _GAP)
+    panels[-1].set_xlabel(_AXIS + numbers + note)
     part = f" ({len(drawn)} of {len(shown)} ranks drawn)" if len(drawn) < len(shown) else ""
     result.suptitle(f"{title_prefix}MoE layer {layer}{part}")
     _add_legend(result, spans)

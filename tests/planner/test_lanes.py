@@ -107,7 +107,7 @@ def test_two_lanes_share_the_link_by_hand() -> None:
     lanes = run(Lanes(1, 2, spans=True), program + waits)
     assert lanes.clocks == [14]
     assert lanes.exposed_ms == [[4], [8]]
-    assert lanes.transfers_ms == [10, 4]
+    assert lanes.transfers_ms == [14, 8]
     spans = {span.name: (span.start_ms, span.end_ms) for span in lanes.spans() if span.lane != "wait"}
     assert spans == {"transfer 0": (0, 14), "transfer 1": (2, 10), "computation": (0, 2)}
     assert run(Lanes(1, 2, shared=False), program + waits).clocks == [10]
