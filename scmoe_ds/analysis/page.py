@@ -13,7 +13,8 @@ from scmoe_ds.analysis import markdown
 from scmoe_ds.errors import AnalysisError, reason_of
 
 Part = str | tuple[str, Any]
-"""A paragraph, an HTML tag ("h1", "h2", "pre", "img") and its text, or "table" and its rows, the head first."""
+"""A paragraph, an HTML tag ("h1", "h2", "pre", "img") and its text, "table" and its rows, the head first, or, for HTML
+alone, "svg" and a drawing."""
 _STYLE = (
     "body{font:15px sans-serif;max-width:70em;margin:auto}table{border-collapse:collapse}img{max-width:100%}"
     "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}"
@@ -34,7 +35,7 @@ def as_html(parts: Sequence[Part], picture: bytes, title: str) -> str:
     """The whole as one HTML file that loads nothing.
 
     Args:
-        picture: the figure, a PNG.
+        picture: the figure, a PNG; empty without an "img" among the parts.
         title: of the browser's window.
     """
     head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -70,6 +71,8 @@ def _html(part: Part, picture: bytes) -> str:
     if tag == "table":
         rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in value]
         return "<table><tr>" + "</tr>\n<tr>".join([rows[0].replace("td>", "th>"), *rows[1:]]) + "</tr></table>"
+    if tag == "svg":
+        return str(value)
     if tag == "img":
         return f'<img alt="{html.escape(value)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
     return f"<{tag}>{html.escape(value)}</{tag}>"

@@ -14,7 +14,7 @@ from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.method import Method
 from scmoe_ds.simulate.model import Model
 from scmoe_ds.simulate.parameters import count
-from scmoe_ds.simulate.step_work import step_work
+from scmoe_ds.simulate.step_work import for_one_rank, step_work
 from scmoe_ds.simulate.work import PairWork, Work
 
 BESIDE = 2e9
@@ -65,7 +65,7 @@ def memory_of(model: Model, method: Method, layout: Layout) -> Memory:
 def _moments(model: Model, method: Method, layout: Layout) -> Iterator[Memory]:
     """When the backward pass begins, when a pair that is computed again is whole, and in the optimizer's step."""
     width = 4 if layout.precision == "fp32" else 2
-    kept, largest, loss = _activations(model, method, _forward_sizes(layout))
+    kept, largest, loss = _activations(model, method, for_one_rank(layout))
     if not layout.training:
         held = count(model, method, layout)
         yield Memory((held.dense + held.experts) * width, 0.0, 0.0, largest, loss / 2, 0.0)
@@ -85,12 +85,6 @@ def _moments(model: Model, method: Method, layout: Layout) -> Iterator[Memory]:
     if layout.recompute in ("full", True):
         yield Memory(weights, gradients, optimizer, kept + largest, 0.0, bucket)
     yield Memory(weights, gradients, optimizer, 0.0, updated * _FP32 * (1 if width < _FP32 else 0), bucket)
-
-
-def _forward_sizes(layout: Layout) -> Layout:
-    """The same for all layouts with the same activations."""
-    ranks = layout.expert_parallel * layout.tensor_parallel
-    return replace(layout, world=ranks, zero_stage=1, accumulation=1, hierarchical=False)
 
 
 @functools.lru_cache(maxsize=4096)

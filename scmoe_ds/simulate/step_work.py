@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from itertools import groupby
 
@@ -26,6 +27,17 @@ def step_work(model: Model, method: Method, layout: Layout) -> StepWork:
         ModelError: a method or layout that the model cannot run with.
     """
     require(model, method, layout)
+    return _work(model, method, for_one_rank(layout))
+
+
+def for_one_rank(layout: Layout) -> Layout:
+    """The layout without all that a rank's work does not depend on: layouts of a search share most of it."""
+    ranks = layout.expert_parallel * layout.tensor_parallel
+    return replace(layout, world=ranks, zero_stage=1, accumulation=1, hierarchical=False)
+
+
+@functools.lru_cache(maxsize=4096)
+def _work(model: Model, method: Method, layout: Layout) -> StepWork:
     grounds = [
         Ground(model, stage, method_of(model, number, method), layout) for number, stage in enumerate(model.stages)
     ]

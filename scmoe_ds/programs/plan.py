@@ -1,0 +1,84 @@
+"""Which method and layout train a model fastest on a cluster that is not here: scmoe_ds/simulate/ says how.
+
+scmoe plan --cluster clusters/2x8_a800.json --preset gpt2-moe-medium --tokens 300e9
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scmoe_ds.errors import ArgumentError, PlanError
+from scmoe_ds.programs.alone import run_alone
+from scmoe_ds.programs.flags.plan import build_parser
+from scmoe_ds.programs.plan_config import launch_lines, write_config
+from scmoe_ds.programs.plan_page import page
+from scmoe_ds.programs.plan_question import question_of
+from scmoe_ds.programs.plan_record import record
+from scmoe_ds.programs.plan_text import lines
+from scmoe_ds.simulate.advice import chosen
+from scmoe_ds.simulate.answers import Answers, answer
+from scmoe_ds.simulate.rows import Row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plans; returns the exit code: 2 with one sentence where there is no answer."""
+    args = build_parser().parse_args(argv)
+    return run_alone("scmoe plan", lambda: plan(args), argv)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Answers, prints, and writes what is asked for.
+
+    Raises:
+        UserError: a description or flag to correct, or a model that fits nowhere.
+    """
+    question = question_of(args)
+    found = answer(
+        question.model,
+        question.cluster,
+        question.profile,
+        question.routing,
+        question.fixed,
+        question.tokens,
+        args.scale,
+    )
+    print(*lines(question, found), sep="\n", flush=True)
+    row = named(found, args.row) if args.row else chosen(found.rows)
+    print("", *launch_lines(question, row.run, args.write), sep="\n", flush=True)
+    if args.write:
+        write_config(question, row.run, args.write)
+        print(f"wrote {args.write}")
+    for path, text in (
+        (args.json, lambda: json.dumps(record(question, found), indent=2) + "\n"),
+        (args.html, lambda: page(question, found)),
+    ):
+        if path is not None:
+            Path(path).write_text(text(), "utf-8")
+            print(f"wrote {path}")
+    sys.stdout.flush()
+
+
+def named(found: Answers, name: str) -> Row:
+    """A row by its name or number.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    for number, row in enumerate(found.rows, start=1):
+        if name.casefold() in (row.name.casefold(), str(number)):
+            return row
+    names = [row.name for row in found.rows]
+    if name in found.search.missing:
+        raise PlanError(f"{name}: has no row: {found.search.missing[name]}")
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f' (did you mean "{near[0]}"?)' if near else ""
+    raise ArgumentError(f"{name}: is no row{hint}; the rows are {', '.join(names)}, or their numbers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
