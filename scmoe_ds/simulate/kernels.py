@@ -27,8 +27,10 @@ _USUAL = {"product": 0.75, "attention": 0.5, "pointwise": 0.8}
 _TILES = ((256, 128, 1.0), (128, 128, 0.96), (128, 64, 0.89), (64, 64, 0.83))
 """Rows and columns of a tile, and the share of the largest one's speed: smaller ones read more per operation. A tile of
 a · b outputs does a·b / (a + b) operations per value read, n; the speeds are n / (n + 12), over that of the first."""
-_INNER = 64
-"""Inner numbers that cost as much as filling the pipeline of a tile."""
+_PIECES = (1, 2, 4, 8, 16, 32)
+"""Where few tiles are left to do, a library splits the inner numbers of each among several multiprocessors."""
+_FILL, _SPLIT = 64, 256
+"""Inner numbers that cost as much as filling the pipeline of a tile, and as adding up pieces as well. Estimates."""
 _START = 2e-6
 """Seconds from the end of a kernel to the full speed of the next on a GPU. Estimate."""
 _FAR = 8.0
@@ -169,8 +171,8 @@ def _share_of_tiles(shape: Shape, amount: float, multiprocessors: int) -> float:
     (rows, inner, columns), best = shape, 0.0
     for tall, wide, speed in _TILES:
         tiles = amount * math.ceil(rows / tall) * math.ceil(columns / wide)
-        # Where few tiles are left to do, a library splits the inner numbers of each among several multiprocessors.
-        pieces = max(1, min(math.floor(multiprocessors / tiles), inner // (8 * _INNER)))
-        waves = math.ceil(tiles * pieces / multiprocessors) / pieces
-        best = max(best, speed * amount * rows * columns / (waves * multiprocessors * tall * wide))
-    return best * inner / (inner + _INNER)
+        for pieces in _PIECES:
+            waves = math.ceil(tiles * pieces / multiprocessors)
+            cost = waves * multiprocessors * tall * wide * (inner / pieces + (_FILL if pieces == 1 else _SPLIT))
+            best = max(best, speed * amount * rows * columns * inner / cost)
+    return best
