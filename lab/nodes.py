@@ -248,8 +248,9 @@ def _shape(mbit: float | None, prefix: Sequence[str] = ()) -> None:
     if mbit is not None:
         if mbit <= 0:
             raise ValueError(f"the rate must be above 0 Mbit/s, or None for no limit: {mbit}")
-        # A bucket of at least 1 ms: a smaller one would be empty before the timer refills it.
-        burst_bytes = max(128 * 1024, round(mbit * 1e6 / 8 * 1e-3))
+        # A bucket of at least 1 ms: a smaller one would be empty before the timer refills it. A larger one would give
+        # each message behind a pause a part that takes no time.
+        burst_bytes = max(32 * 1024, round(mbit * 1e6 / 8 * 1e-3))
         qdisc = ["tbf", "rate", f"{round(mbit * 1e6)}bit", "burst", str(burst_bytes), "limit", "4mb"]
     _run(*prefix, "tc", "qdisc", "replace", "dev", "eth0", "root", *qdisc)
 

@@ -29,6 +29,7 @@ from benchmarks.harness import rows, tables
 from benchmarks.harness.link import Link, find_rate, rates_in
 from benchmarks.harness.measure import EVICTED_BYTES, cold
 from benchmarks.harness.on_nodes import on_nodes, parse, write
+from benchmarks.harness.pace import References
 from benchmarks.harness.parts import hidden_by_waits, mean_over_ranks, record_steps
 from benchmarks.harness.planned import Calibrated, calibrate_kinds, schedule_of
 from benchmarks.harness.variants import (
@@ -55,6 +56,7 @@ CROSSING_RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0)
 FIRST_CROSSING_MBIT = 400.0
 RECORDED_STEPS = 3
 WARM_UP = 2
+PACE = "pace"
 PROCESSOR_ROUNDS = 5
 
 
@@ -79,9 +81,11 @@ class Bench:
         self.cold_training_steps = {name: cold(step, other) for name, step in training.items()}
         self.cold_steps = {name: cold(step, other) for name, step in self.steps.items()}
         self.calibrated: dict[str, Calibrated] = {}
+        self.references = References()
         with torch.no_grad():
             counts = next(iter(self.runs.values()))(hidden).exp_counts.float()
         self.load_max_over_mean = float(counts.max() / counts.mean())
+        self.expert_counts = counts.tolist()
 
     def calibrate(self) -> None:
         """Times the parts of all kinds of pairs, and gives every pair the schedule that follows from them."""
@@ -93,8 +97,9 @@ class Bench:
 
     def measure(self) -> dict[str, list[float]]:
         """Seconds of the slower rank, of every row in every round."""
-        times = interleave(self.steps, self.rounds, WARM_UP, before=dist.barrier)
-        return {name: over_ranks(values) for name, values in times.items()}
+        paced = self.steps | {PACE: self.references.sample}
+        times = interleave(paced, self.rounds, WARM_UP, before=dist.barrier)
+        return {name: over_ranks(values) for name, values in times.items() if name != PACE}
 
     def processor_ms(self) -> dict[str, float]:
         """Median processor time of all of a rank's threads in a step of every row, of the busier rank."""
@@ -145,16 +150,19 @@ def speedups(name: str, shape: Shape, mode: Mode, settings: dict[str, Any]) -> d
     bench = Bench(table, shape, mode, settings)
     bench.calibrate()
     times = bench.measure()
-    processor_ms = bench.processor_ms() if name == "main" else {}
+    # Repeated for its times: bars are drawn of the first record.
+    in_parts = name == "main" and not settings.get("rates_of")
+    processor_ms = bench.processor_ms() if in_parts else {}
     found = rows.speedup_rows(table, times, base)
     for variant, row in found.items():
         row |= {"table": name, "mode": mode, **bench.prediction(variant, row["median_ms"])}
         kind = table[variant].kind
         if kind in bench.calibrated:
             row |= rows.limits(variant, table, times, bench.calibrated[kind], mode)
-        if name == "main":
+        if in_parts:
             row |= bench.parts(variant) | rows.processor(variant, table, processor_ms)
     record = {"rows": list(found.values()), "load_max_over_mean": bench.load_max_over_mean}
+    record |= {"expert_counts": bench.expert_counts, "pace": bench.references.pace()}
     record["calibrations"] = bench.times_of_kinds()
     if name == "slots" and not settings["variants"]:
         record["auto_over_best"] = rows.auto_over_best(table, times)
@@ -251,7 +259,7 @@ def main() -> None:
             share = "" if name == "crossing" else f"_{round(100 * args.share)}"
             suffix = ("" if name == "main" else f"_{name}") + ("_skewed" if args.skew else "")
             drawn = {"main": bars.stacked, "slots": bars.slots, "crossing": bars.crossing}.get(name)
-            figure = drawn(record) if drawn else None
+            figure = drawn(record) if drawn and not args.rates_of else None
             suffix += "" if args.nodes == 2 else f"_{args.nodes}_nodes"
             write(args.output, f"block_{args.shape}{share}_{args.dispatch}{suffix}", record, text, figure)
 

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate, rates_in
 from benchmarks.harness.on_nodes import on_nodes, parse, write
+from benchmarks.harness.pace import References
 from benchmarks.harness.parts import record_steps
 from benchmarks.harness.variants import AGAIN, BASELINES, Shape, baseline, one_primitive
 from benchmarks.speed.block import Bench
@@ -138,13 +139,14 @@ class Training:
         self.evaluation()
 
 
-def measure(trainings: Mapping[str, Training], rounds: int) -> tuple[Times, Times]:
+def measure(trainings: Mapping[str, Training], rounds: int, references: References) -> tuple[Times, Times]:
     """Seconds of the slower rank: of `PER_ROUND` micro-batches in every round, and of an evaluation in every round."""
     names = list(trainings)
     micro_batches: Times = {name: [] for name in names}
     evaluations: Times = {name: [] for name in names}
     for number in range(rounds):
         shift = number % len(names)
+        references.sample()
         for name in names[shift:] + names[:shift]:
             dist.barrier()
             micro_batches[name] += over_ranks([trainings[name].micro_batch() for _ in range(PER_ROUND)])
@@ -234,12 +236,14 @@ def rank_main(settings: dict[str, Any]) -> None:
         for name, section in architectures(settings["dispatch"]).items():
             trainings[name] = Training(make_engine(section, settings))
             trainings[name].warm_up()
-        micro_batches, evaluations = measure(trainings, settings["rounds"])
+        references = References()
+        micro_batches, evaluations = measure(trainings, settings["rounds"], references)
     calibrations = {name: over_ranks(each.calibration_s) for name, each in trainings.items()}
     found = rows_of(micro_batches, evaluations, calibrations, settings["accumulation"])
     record = {
         "links": {"train": vars(link)},
         "rows": found,
+        "pace": references.pace(),
         "reports": {name: each.engine.overlap.report() for name, each in trainings.items()},
     }
     if dist.get_rank() == 0:

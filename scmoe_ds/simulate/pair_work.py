@@ -196,7 +196,7 @@ def _exchange(ground: Ground) -> Exchange | None:
         choices=ground.routed if ground.one_row_per_rank else 1,
         row_bytes=float(ground.stage.hidden * ground.width),
         padded=padded,
-        count_bytes=0.0 if padded else float(ground.experts.num_experts * _COUNTS),
+        count_bytes=_counted(ground),
         combine_rows=ground.sent * ground.slices if whole else 0.0,
     )
 
@@ -236,3 +236,10 @@ def _without_kept(pair: PairWork, kept: float) -> PairWork:
     backbone = tuple(replace(work, kept=0.0) for work in pair.backbone)
     parts["gate"] = replace(parts["gate"], kept=kept)
     return replace(pair, before=before, backbone=backbone, **parts)
+
+
+def _counted(ground: Ground) -> float:
+    """Bytes that ranks agree on ahead of an exchange: rows of every expert, or this package's capacity with padding."""
+    if ground.method.dispatch == "exact":
+        return float(ground.experts.num_experts * _COUNTS)
+    return 0.0 if ground.method.layer == "deepspeed" else float(_COUNTS)

@@ -203,7 +203,7 @@ def held() -> tuple[str, list[int], subprocess.Popen[str]]:
 
 def test_the_rate_is_on_both_ends_until_it_is_removed() -> None:
     with Nodes() as nodes, Nodes() as others:
-        for mbit, shown in ((200, "rate 200Mbit"), (2500, "rate 2500Mbit"), (0.5, "rate 500Kbit burst 128Kb")):
+        for mbit, shown in ((200, "rate 200Mbit"), (2500, "rate 2500Mbit"), (0.5, "rate 500Kbit burst 32Kb")):
             nodes.set_rate(mbit)
             assert all("qdisc tbf" in qdisc_of(nodes, node) and shown in qdisc_of(nodes, node) for node in range(2))
             assert all("tbf" not in qdisc_of(others, node) for node in range(2))  # another instance is another link
