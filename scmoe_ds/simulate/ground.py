@@ -60,8 +60,10 @@ class Ground:
 
     @property
     def adds_shared(self) -> bool:
-        """Whether the method adds a shared expert to a model that has none."""
-        return self.method.architecture != "topk" and not self.experts.shared_hidden
+        """Whether the method adds a shared expert to a model that has none. `scmoe adapt` gives a Hugging Face model
+        one only if it is asked to."""
+        asked = not self.model.autoep or self.method.shared_hidden > 0
+        return self.method.architecture != "topk" and not self.experts.shared_hidden and asked
 
     @property
     def shared_hidden(self) -> int:

@@ -30,7 +30,8 @@ class Method:
         shortcut_norm: whether the shortcut has a norm of its own.
         post_norm: whether a norm follows the merge.
         shortcut_distance: how many blocks before the MoE's the shortcut is taken.
-        shared_hidden: width inside the shared expert that this method adds; 0: as one routed expert.
+        shared_hidden: width inside the shared expert that this method adds; 0: as one routed expert, and none in a
+            Hugging Face model, whose experts per token then stay as many.
         capacity_factor, min_capacity: tokens per expert in a padded dispatch: of an even split, and at least.
         drop_tokens: False: a padded dispatch has as many rows per expert as the busiest one needs.
     """

@@ -95,26 +95,33 @@ def _matrix(flops: float, size: float, rows: float, inner: float, columns: float
 
 
 def grouped_product(
-    rows: float, inner: float, columns: float, experts: float, width: int, bias: bool = False, keeps_input: bool = True
+    rows: float,
+    inner: float,
+    columns: float,
+    experts: float,
+    width: int,
+    bias: bool = False,
+    keeps_input: bool = True,
+    stacked: bool = True,
 ) -> Cost:
-    """One product for all local experts, whose weights are stacked for it, and unstacked from their gradient.
+    """One product for all local experts.
 
     Args:
         rows: of all experts together.
+        stacked: each expert has a weight of its own. They are copied into one for the product, which keeps it, and
+            their gradients come out of one.
     """
     flops, weights = 2.0 * rows * inner * columns, width * experts * inner * columns
     size = width * (rows * inner + rows * columns) + weights
     shape = (round(rows / experts), round(inner), round(columns))
-    of_input, of_weight = (shape[0], shape[2], shape[1]), (shape[1], shape[0], shape[2])
+    turned = (shape[0], shape[2], shape[1]), (shape[1], shape[0], shape[2])
     of_bias = (Kernel("pointwise", bytes=2 * width * rows * columns, launches=round(experts)),) if bias else ()
     sums = (Kernel("reduction", bytes=width * rows * columns, launches=round(experts)),) if bias else ()
-    stack = Kernel("pointwise", bytes=2 * weights, tokens=None)
-    forward = (stack, Kernel("grouped product", flops, size, shape), *of_bias)
-    backward = (
-        Kernel("grouped product", flops, size, of_input),
-        Kernel("grouped product", flops, size, of_weight, tokens=1),
-    )
-    return Cost(forward, (*sums, *backward, stack), (width * rows * inner if keeps_input else 0.0) + weights)
+    copies = (Kernel("pointwise", bytes=2 * weights),) if stacked else ()
+    forward = (*copies, Kernel("grouped product", flops, size, shape), *of_bias)
+    backward = tuple(Kernel("grouped product", flops, size, each) for each in turned)
+    kept = (width * rows * inner if keeps_input else 0.0) + (weights if stacked else 0.0)
+    return Cost(forward, (*sums, *backward, *copies), kept)
 
 
 def norm(rows: float, hidden: int, width: int, rms: bool, keeps_input: bool = True) -> Cost:

@@ -109,20 +109,12 @@ def sorted_experts(ground: Ground, received: float) -> Cost:
     way = Cost((Kernel("rows", bytes=moved, launches=3),), (Kernel("rows", bytes=moved),))
     if not stage.gated:
         return way + each_expert(ground, received) + way
-    one = _stacked(grouped_product(rows, stage.hidden, inner, local, width))
-    other = _stacked(grouped_product(rows, stage.hidden, inner, local, width, keeps_input=False))
-    back = _stacked(grouped_product(rows, inner, stage.hidden, local, width))
-    return way + one + other + activation(rows, inner, width, gated=True) + back + way
-
-
-def _stacked(cost: Cost) -> Cost:
-    """AutoEP's weights are one tensor already: nothing is stacked, and no copy is kept."""
-
-    def products(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        return tuple(each for each in parts if isinstance(each, Kernel) and each.kind == "grouped product")
-
-    copied = sum(each.bytes / 2 for each in cost.forward if isinstance(each, Kernel) and each.kind == "pointwise")
-    return Cost(products(cost.forward), products(cost.backward), cost.kept - copied)
+    halves = [
+        grouped_product(rows, stage.hidden, inner, local, width, keeps_input=first, stacked=False)
+        for first in (True, False)
+    ]
+    back = grouped_product(rows, inner, stage.hidden, local, width, stacked=False)
+    return way + halves[0] + halves[1] + activation(rows, inner, width, gated=True) + back + way
 
 
 def sorted_decode(ground: Ground) -> Cost:

@@ -87,7 +87,7 @@ def experts(ground: Ground, received: float) -> Cost:
         cost += _expanded(ground, received)
     elif ep > 1 and local > 1 and not padded:
         cost += elementwise(received * hidden, width, 1, 1, back=2, kind="rows")
-    if padded:
+    if padded or ground.model.images:  # transformers' modules, one after the other
         cost += each_expert(ground, received)
     elif local >= _FEWEST_GROUPED and width < _FP32:
         cost += _at_once(ground, received)
@@ -126,11 +126,11 @@ def _at_once(ground: Ground, received: float) -> Cost:
     stage, width, local = ground.stage, ground.width, ground.local_experts
     inner = ground.experts.hidden / ground.expert_tp
     wide = inner * (2 if stage.gated else 1)
-    act = activation(received, inner, width, stage.gated)
+    act, stacked = activation(received, inner, width, stage.gated), not ground.model.autoep
     return (
-        grouped_product(received, stage.hidden, wide, local, width, stage.bias)
+        grouped_product(received, stage.hidden, wide, local, width, stage.bias, stacked=stacked)
         + Cost(act.forward, act.forward + act.backward, act.kept)
-        + grouped_product(received, inner, stage.hidden, local, width, stage.bias, keeps_input=False)
+        + grouped_product(received, inner, stage.hidden, local, width, stage.bias, keeps_input=False, stacked=stacked)
     )
 
 

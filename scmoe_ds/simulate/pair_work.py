@@ -113,13 +113,14 @@ def _around_tap(
     ground = run[-1].ground
     if ground.method.architecture == "scmoe":
         tap = tap_of(run)
-        return steps[:tap], [*steps[tap:], ("shared", _input_norm(ground) + _shared(ground))]
+        shared = [("shared", _input_norm(ground) + _shared(ground))] if ground.shared_hidden else []
+        return steps[:tap], steps[tap:] + shared
     before = steps if ground.model.images else [*steps, ("norm", _input_norm(ground))]
     if ground.method.architecture == "topk":
         # The model's own shared expert: beside the exchange here, behind the combine in DeepSpeed's layers.
         beside = ground.shared_hidden and ground.method.layer == "scmoe_ds"
         return before, [("shared", _shared(ground))] if beside else []
-    return before, _halves(ground)
+    return before, _halves(ground) if ground.shared_hidden else []
 
 
 def _input_norm(ground: Ground) -> Cost:
