@@ -20,7 +20,7 @@ def build_parser() -> FlagParser:
         "scmoe plan --profile takes: products, experts, attention and all that memory bounds, by size; collectives "
         "between ranks of one node and of several; computation beside a transfer. A profile of one or two nodes serves "
         "a cluster of many.",
-        example="deepspeed --hostfile hosts --module scmoe_ds.programs.probe --output profile.json",
+        example="deepspeed --num_accelerators 2 --module scmoe_ds.programs.probe --output profile.json",
         epilog="docs/probe.md says what is measured, and how.",
     )
     parser.add_argument(
