@@ -7,11 +7,11 @@ import subprocess
 from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
-EVICTED_BYTES = 64 << 20  # more than the last level of any cache that a core has to itself
+from scmoe_ds.probe.clock import EVICTED_BYTES as EVICTED_BYTES
+from scmoe_ds.probe.environment import cpu_model as cpu_model
 
 
 def cold(step: Callable[[], object], other: torch.Tensor) -> Callable[[], None]:
@@ -51,11 +51,3 @@ def environment(device: str | None = None) -> dict[str, str]:
 def environment_text(facts: Mapping[str, str]) -> str:
     """What `environment` has found, as a line of a page."""
     return ", ".join(f"{name} {value}" for name, value in facts.items())
-
-
-def cpu_model() -> str:
-    """The processor's name and its number of cores."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.machine()

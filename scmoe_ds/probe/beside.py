@@ -20,7 +20,8 @@ from scmoe_ds.probe.bench import Bench
 from scmoe_ds.probe.groups import Exchanging
 from scmoe_ds.probe.trials import Beside, Ladder, Trial
 
-ROWS, WIDTH = 256, 512
+SIDES = {"cpu": (256, 512), "cuda": (2048, 2048)}
+"""Rows and width of the products: on a GPU so large that their launches take less time than they."""
 LONGER = 1.5
 """Products take so many times as long as the transfer, which may itself be slower beside them."""
 PIECES = 4
@@ -45,7 +46,8 @@ def _sample(bench: Bench, between: Exchanging, method: str, nbytes: int) -> Call
     def sample() -> float:
         nonlocal products
         group, clock = between.group, bench.clock
-        left, right = bench.take("rows", ROWS, WIDTH), bench.take("weight", WIDTH, WIDTH)
+        height, width = SIDES[bench.device.type]
+        left, right = bench.take("rows", height, width), bench.take("weight", width, width)
         transport = Transport(group, method)
         rows = torch.zeros(transport.size, -(-nbytes // (4 * transport.size)), device=bench.device)
         received, sizes = torch.empty_like(rows), [1] * transport.size

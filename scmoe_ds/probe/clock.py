@@ -31,6 +31,9 @@ class Run:
     little: Callable[[], object] = lambda: None
 
 
+NOTHING = Run(lambda: None)
+
+
 class ColdClock:
     """Times calls on one device, on a GPU by events.
 
@@ -49,20 +52,18 @@ class ColdClock:
                 evicted_bytes = max(evicted_bytes, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
         self._other = torch.zeros(evicted_bytes // 4, device=device)
 
-    def get_cold(self) -> None:
-        """Empties the caches, and lets the host get ahead."""
+    def get_cold(self, before: Run = NOTHING) -> None:
+        """Empties the caches, fills them with what is in them before this call, and lets the host get ahead."""
         self._other.add_(1)
+        before.little()
+        for tensor in before.written:
+            tensor.mul_(1)
         if self.device.type == "cuda":
             keep_gpu_busy(_AHEAD_CYCLES)
 
     def cold(self, run: Run) -> float:
         """Milliseconds of a call whose weights, and what a forward pass kept, are in no cache."""
-        self._other.add_(1)
-        run.little()
-        for tensor in run.written:
-            tensor.mul_(1)
-        if self.device.type == "cuda":
-            keep_gpu_busy(_AHEAD_CYCLES)
+        self.get_cold(run)
         return self.warm(run.call)
 
     def warm(self, call: Callable[[], object]) -> float:

@@ -28,7 +28,7 @@ from scmoe_ds.simulate.profile import Profile
 
 LONGEST = 1 / 500
 """Of the whole time, what one trial may take."""
-MOST_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+MOST_BYTES = {"cpu": 64 << 20, "cuda": 1 << 29}
 
 
 def measure(seconds: float, precisions: Sequence[PeakOf], sizes: Sizes = ALL) -> Profile:
@@ -64,7 +64,7 @@ def ladders(clock: ColdClock, benches: Sequence[Bench], groups: Sequence[Exchang
         yield from chain(products(bench), experts(bench), attentions(bench), passes(bench))
     for group in groups:
         yield from exchanges(clock, group, benches[0].sizes.sent)
-        yield from slowdowns(benches[0], group)
+        yield from slowdowns(benches[-1], group)
 
 
 def _capability() -> tuple[int, int]:

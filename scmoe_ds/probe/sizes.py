@@ -57,7 +57,7 @@ class Sizes:
     vocabulary: int = 1 << 15
     copied: tuple[int, ...] = (1 << 25, 1 << 28)
     sent: tuple[int, ...] = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28)
-    beside: tuple[int, ...] = (1 << 17, 1 << 20, 1 << 22, 1 << 24)
+    beside: tuple[int, ...] = (1 << 17, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
     evicted: int | None = None
     rounds: tuple[int, int] = (5, 40)
 
