@@ -43,7 +43,7 @@ def heading(question: Question) -> list[str]:
     )
     return [
         f"{question.model.name} on {cluster.name}: {cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}",
-        f"a step: {fixed.batch} {samples}, {fixed.precision}; simulated, {known}",
+        f"a step: {fixed.batch} {samples}, {fixed.base.precision}; simulated, {known}",
     ]
 
 
@@ -123,23 +123,22 @@ def sentences(question: Question, found: Answers) -> Iterator[tuple[str, str]]:
 
 def break_even_text(found: BreakEven) -> str:
     """At which rate of the links the gains end."""
-    what = "NIC" if found.links == "network" else "GPU's links inside a node"
-    here = f"{rate(found.rate)} per {what} here"
+    what = "a NIC" if found.links == "network" else "a GPU inside its node"
+    here, least = f"here {rate(found.rate)}", f"{100 * (PAYS - 1):.0f} %"
     most = f"it gains most, {100 * (found.gain - 1):.0f} %, at {rate(found.best * found.rate)}"
-    least = f"{100 * (PAYS - 1):.0f} %"
     if found.scmoe == 0:
-        text = f"at no rate of each {what} is ScMoE faster by {least} than all methods without a shortcut ({here})"
+        text = f"at no rate of {what} is ScMoE faster by {least} than all methods without a shortcut ({here})"
     elif math.isinf(found.scmoe):
-        text = f"ScMoE pays at any rate of each {what} ({here}); {most}"
+        text = f"ScMoE pays at any rate of {what} ({here}); {most}"
     else:
-        text = f"ScMoE pays up to {rate(found.scmoe * found.rate)} per {what} ({here}); {most}"
-    if not math.isinf(found.overlap):
-        text += (
-            f"; above {rate(found.overlap * found.rate)} no overlap gains {least}"
-            if found.overlap
-            else f"; no overlap gains {least} at any"
-        )
-    return text
+        text = f"ScMoE pays up to {rate(found.scmoe * found.rate)} of {what} ({here}); {most}"
+    if found.overlap == 0:
+        return f"{text}; no overlap gains {least} at any"
+    return (
+        text
+        if math.isinf(found.overlap)
+        else f"{text}; above {rate(found.overlap * found.rate)} no overlap gains {least}"
+    )
 
 
 def rate(value: float) -> str:

@@ -76,10 +76,7 @@ def against(row: Row, other: Row) -> Interval:
 
 def _gain(row: Row, other: Row) -> str:
     gain = against(row, other)
-    spread = f" ({gain.low:.2f} to {gain.high:.2f})"
-    if change(gain.low) == change(gain.high):
-        return compared(gain.likely, other.name) + spread
-    return (
-        f"{compared(gain.likely, other.name)}{spread}, which is within what is not known of this cluster: measure it "
-        "(scmoe probe, scmoe report)"
-    )
+    text = f"{compared(gain.likely, other.name)} ({gain.low:.2f} to {gain.high:.2f})"
+    if change(gain.likely) in ("none", change(gain.low if gain.likely > 1 else gain.high)):
+        return text
+    return f"{text}, less than what is not known of this cluster: measure it (scmoe probe, scmoe report)"

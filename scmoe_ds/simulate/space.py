@@ -8,12 +8,14 @@ from typing import Literal
 
 from scmoe_ds.errors import PlanError
 from scmoe_ds.simulate.cluster import Cluster
-from scmoe_ds.simulate.layout import Layout, Precision
+from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.method import Method
 from scmoe_ds.simulate.model import Experts, Model
 from scmoe_ds.simulate.refusals import refusal
 
 Recompute = Literal[False, "selective", "full"]
+
+_BASE = Layout(1)
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,17 @@ class Fixed:
 
     Attributes:
         batch: samples of all ranks in a step.
+        base: has the values that nobody searches, the precision among them.
         expert_parallel, tensor_parallel, zero_stage, micro_batch, recompute: as of `Layout`.
-        overlap_comm: as of `Layout`, which nobody searches.
     """
 
     batch: int
-    precision: Precision = "bf16"
+    base: Layout = _BASE
     expert_parallel: int | None = None
     tensor_parallel: int | None = None
     zero_stage: int | None = None
     micro_batch: int | None = None
     recompute: Recompute | None = None
-    overlap_comm: bool | None = None
 
 
 def why_not(model: Model, method: Method) -> str | None:
@@ -61,12 +62,8 @@ def layouts(model: Model, method: Method, cluster: Cluster, fixed: Fixed) -> Ite
     recomputation alone.
     """
     world = cluster.nodes * cluster.gpus_per_node
-    layer = Layout(
-        world,
-        precision=fixed.precision,
-        overlap_comm=fixed.overlap_comm,
-        copies="rank" if (method.layer, method.dispatch) == OWN_EXACT else "choice",
-    )
+    copies: Literal["choice", "rank"] = "rank" if (method.layer, method.dispatch) == OWN_EXACT else "choice"
+    layer = replace(fixed.base, world=world, copies=copies)
     for tensor in _tensor_parallel(model, cluster, fixed):
         data = world // tensor
         if world % tensor or fixed.batch % data:
@@ -115,7 +112,7 @@ def recomputes(model: Model, method: Method, fixed: Fixed) -> list[Recompute]:
 
 def zero_stages(model: Model, fixed: Fixed) -> list[int]:
     """What DeepSpeed runs right: bf16 and fp16 need a stage above 0, its own MoE layers one below 3."""
-    allowed = [*([0] if fixed.precision == "fp32" else []), 1, 2, *([3] if model.autoep else [])]
+    allowed = [*([0] if fixed.base.precision == "fp32" else []), 1, 2, *([3] if model.autoep else [])]
     return [each for each in allowed if fixed.zero_stage in (None, each)]
 
 
@@ -137,7 +134,7 @@ def _expert_parallel(model: Model, world: int, fixed: Fixed) -> list[int]:
 def require_possible(model: Model, cluster: Cluster, fixed: Fixed) -> None:
     """Raises a PlanError for a fixed value that no layout can have, named by its flag."""
     world = cluster.nodes * cluster.gpus_per_node
-    free = Fixed(fixed.batch, fixed.precision)
+    free = Fixed(fixed.batch, fixed.base)
     tensor = _tensor_parallel(model, cluster, free)
     if fixed.tensor_parallel not in (None, *tensor):
         why = (
@@ -148,7 +145,7 @@ def require_possible(model: Model, cluster: Cluster, fixed: Fixed) -> None:
         raise PlanError(f"--tensor-parallel {fixed.tensor_parallel}: {why}; possible: {_listed(tensor)}")
     if fixed.zero_stage not in (None, *(stages := zero_stages(model, free))):
         raise PlanError(
-            f"--zero-stage {fixed.zero_stage}: does not train this model in {fixed.precision} rightly; possible: "
+            f"--zero-stage {fixed.zero_stage}: does not train this model in {fixed.base.precision} rightly; possible: "
             f"{_listed(stages)}"
         )
     chosen = [fixed.tensor_parallel] if fixed.tensor_parallel else tensor

@@ -13,6 +13,7 @@ from scmoe_ds.simulate.advice import against, chosen, limit, recommendation, sha
 from scmoe_ds.simulate.answers import answer
 from scmoe_ds.simulate.break_even import PAYS, break_even, with_links
 from scmoe_ds.simulate.cluster import Cluster, Curve
+from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.machine import machine_of
 from scmoe_ds.simulate.memory import memory_of
 from scmoe_ds.simulate.method import AUTOEP, DEEPSPEED_TOPK, METHODS, PIPELINED, SCMOE, SCMOE_LATE, SHARED
@@ -165,9 +166,9 @@ def test_the_recommendation_is_as_sure_as_the_numbers() -> None:
     gain = against(row, other)
     assert gain.low > 1.01
     assert recommendation(table).startswith("take ScMoE Pos-2 (EP ")
-    assert "within what is not known" not in recommendation(table)
+    assert "less than what is not known" not in recommendation(table)
     unsure = replace(other, steps_ms=(other.steps_ms[0], *(each / 2 for each in row.steps_ms[1:])))
-    assert "within what is not known" in recommendation([table[0], unsure, row])
+    assert "less than what is not known" in recommendation([table[0], unsure, row])
 
 
 def test_break_even_lies_between_a_rate_that_pays_and_one_that_does_not() -> None:
@@ -213,7 +214,7 @@ def test_scaling_keeps_the_batch_or_lets_it_grow() -> None:
 
 
 def test_everything_at_once() -> None:
-    found = answer(model(), slow_links(), None, Routing(), Fixed(16, "bf16", 4, 1, 1, 2), tokens=1e9, sizes=[4])
+    found = answer(model(), slow_links(), None, Routing(), Fixed(16, Layout(1), 4, 1, 1, 2), tokens=1e9, sizes=[4])
     assert [each.name for each in found.rows] == [each.name for each in METHODS if not why_not(model(), each)]
     assert found.search.missing.keys() == {"AutoEP"}
     assert {each.links for each in found.break_even} == {"network", "inside"}

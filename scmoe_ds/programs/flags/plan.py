@@ -24,7 +24,7 @@ def build_parser() -> FlagParser:
         description="Which method, layout and batch train a model fastest on a cluster that you do not have yet? "
         "Simulates a training step from descriptions of both; nothing is measured, and neither torch nor a GPU is "
         "needed. Every number has an interval: how far off it may be.",
-        example="scmoe plan --cluster clusters/2x8_a800.json --preset gpt2-moe-medium --tokens 300e9",
+        example="scmoe plan --cluster clusters/2x8xA800-8x100g.json --preset gpt2-moe-medium --tokens 300e9",
         epilog="docs/plan.md says what is assumed, and how far it was right where it could be checked.",
         often=OFTEN,
     )
@@ -91,6 +91,8 @@ def _add_asked(parser: argparse.ArgumentParser) -> None:
         "--scale", type=_scale, metavar="FROM:TO", help="weak and strong scaling, GPUs from and to: 8:4096"
     )
     group.add_argument("--explain", metavar="ROW", help="a step of this row in time, on the lanes it runs on")
+    group.add_argument("--timeline", type=Path, metavar="FILE", help="that step as .json for Perfetto, or .png, .svg")
+    group.add_argument("--fit", type=Path, metavar="FILE", help="measured steps: which figure of the cluster is wrong?")
     group.add_argument("--write", type=Path, metavar="FILE", help="DeepSpeed JSON of the recommended row, or of --row")
     group.add_argument("--row", metavar="ROW", help="another row for --write: its name, as the table has it")
     group.add_argument("--html", type=Path, metavar="FILE", help="all of it as one page that loads nothing")
