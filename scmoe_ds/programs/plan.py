@@ -26,8 +26,9 @@ from scmoe_ds.simulate.cluster import Cluster
 from scmoe_ds.simulate.fit import Parts
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.machine import machine_of
-from scmoe_ds.simulate.method import Method
+from scmoe_ds.simulate.method import METHODS, Method
 from scmoe_ds.simulate.rows import Row
+from scmoe_ds.simulate.scaling import of_size
 from scmoe_ds.simulate.search import Run, layout_text, mode_of, run
 from scmoe_ds.simulate.step import run_step
 from scmoe_ds.simulate.timeline import timeline_lines
@@ -46,6 +47,10 @@ def plan(args: argparse.Namespace) -> None:
         UserError: a description or flag to correct, or a model that fits nowhere.
     """
     question = question_of(args)
+    for name in filter(None, (args.row, args.explain)):
+        require_row(name)
+    for gpus in args.scale or ():
+        of_size(question.cluster, gpus)
     found = answer(
         question.model,
         question.cluster,
@@ -106,21 +111,27 @@ def parts_of(question: Question) -> StepParts:
     return parts
 
 
+def require_row(name: str) -> None:
+    """Raises an ArgumentError for what cannot be a row's name, before the search."""
+    names = [each.name for each in METHODS]
+    if not name.isdecimal() and ".json: " not in name and name.casefold() not in map(str.casefold, names):
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f' (did you mean "{near[0]}"?)' if near else ""
+        raise ArgumentError(f"{name}: is no row{hint}; the rows are {', '.join(names)}, or their numbers")
+
+
 def named(found: Answers, name: str) -> Row:
     """A row by its name or number.
 
     Raises:
-        ArgumentError: there is none.
+        PlanError: there is none.
     """
     for number, row in enumerate(found.rows, start=1):
         if name.casefold() in (row.name.casefold(), str(number)):
             return row
-    names = [row.name for row in found.rows]
-    if name in found.search.missing:
-        raise PlanError(f"{name}: has no row: {found.search.missing[name]}")
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f' (did you mean "{near[0]}"?)' if near else ""
-    raise ArgumentError(f"{name}: is no row{hint}; the rows are {', '.join(names)}, or their numbers")
+    reasons = {each.casefold(): reason for each, reason in found.search.missing.items()}
+    reason = reasons.get(name.casefold(), f"the table has {len(found.rows)} rows")
+    raise PlanError(f"{name}: has no row: {reason}")
 
 
 if __name__ == "__main__":
