@@ -132,9 +132,25 @@ def _gpu_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: 
 def _gpu_rms_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    if not input.is_cuda or fused_rms_norm is None:
+    if not input.is_cuda or fused_rms_norm is None or weight is None:
         return _rms_norm(input, normalized_shape, weight, eps)
-    return cast(Tensor, fused_rms_norm(input, list(normalized_shape), weight, eps)[0])
+    return cast(Tensor, _FusedRMSNorm.apply(input, weight, len(normalized_shape)))
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """The shapes of torch's kernel, which keeps its input and an fp32 number per row. A torch for CPUs has no such
+    kernel: there the operator is composed of others, which keep two fp32 tensors of the input's size."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, dimensions: int) -> Tensor:
+        rows = input.shape[: input.ndim - dimensions]
+        ctx.save_for_backward(input, weight, input.new_empty(rows, dtype=torch.float32))
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        input, weight, _ = ctx.saved_tensors
+        return torch.empty_like(input), torch.empty_like(weight), None
 
 
 def _gpu_attention(
