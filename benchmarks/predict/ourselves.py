@@ -105,17 +105,15 @@ class Machines:
 
     Attributes:
         profiles: by the link's rate in Mbit/s.
-        method: of the record's all-to-alls.
     """
 
     cluster: Cluster
     profiles: Mapping[float, Profile]
-    method: str
 
     def of(self, row: Row) -> Machine:
         """With the row's link, and as fast as it was when the row was measured."""
         probed = min(self.profiles, key=lambda mbit: abs(math.log(mbit / row.rate_mbit)))
-        profile, between = self.profiles[probed].with_method(self.method), self.cluster.between
+        profile, between = self.profiles[probed].with_method(row.primitive), self.cluster.between
         assert between is not None
         link = between.model_copy(update={"nic_rate": probed * 1e6 / 8})
         machine = machine_of(self.cluster.model_copy(update={"between": link, "nodes": row.layout.world}), profile)
@@ -198,7 +196,7 @@ def predicted_in(record: dict[str, Any]) -> list[Predicted]:
     profiles = {float(rate): Profile.model_validate(profile) for rate, profile in record["profiles"].items()}
     found = []
     for name, measured in record["measured"].items():
-        found += predict(rows_of(name, measured), Machines(cluster, profiles, measured["settings"]["method"]))
+        found += predict(rows_of(name, measured), Machines(cluster, profiles))
     return found
 
 

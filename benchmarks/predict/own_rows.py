@@ -34,6 +34,7 @@ class Row:
         base: name of that row.
         counts: of chunks that the row's plan may choose from; None: all, where they are worth it.
         communicates: False: a local copy in the place of the link.
+        primitive: of its all-to-alls.
         expert_counts: tokens of every expert in each MoE layer, of one rank; none: not recorded.
         pace: how fast the machine was; nothing: not recorded.
     """
@@ -51,6 +52,7 @@ class Row:
     layout: Layout
     counts: tuple[int, ...] | None
     communicates: bool = True
+    primitive: str = "send_receive"
     expert_counts: tuple[tuple[float, ...], ...] = ()
     pace: Pace = ()
 
@@ -169,6 +171,7 @@ def _pair_rows(name: str, record: dict[str, Any]) -> Iterator[Row]:
                 layout=layout_of(shape, ranks, mode == "train"),
                 counts=counts,
                 communicates=variant.communicates,
+                primitive=variant.method or settings["method"],
                 expert_counts=(tuple(found["expert_counts"]),) if len(found["expert_counts"]) == experts else (),
                 pace=found["pace"],
             )
@@ -209,5 +212,6 @@ def _whole_rows(name: str, record: dict[str, Any]) -> Iterator[Row]:
                 method=method,
                 layout=layout_of(shape, 2, unit != "evaluation", settings["accumulation"]),
                 counts=counts,
+                primitive=settings["method"],
                 pace=record["pace"],
             )
