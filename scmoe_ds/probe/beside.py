@@ -5,10 +5,14 @@ half as much again run beside it, and it is waited for. What all of it takes lon
 the transfer took from them:
 
     factor = transfer / (transfer − time that it took)
+
+A sample is that time's share of the transfer's. Differences are noisy: shares below zero count, too, or what is left of
+the noise would look like a slow-down; and the mean of all ranks counts, not the largest.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,7 +29,7 @@ SIDES = {"cpu": (256, 512), "cuda": (2048, 2048)}
 LONGER = 1.5
 """Products take so many times as long as the transfer, which may itself be slower beside them."""
 PIECES = 4
-LARGEST = 20.0
+MOST_TAKEN = 0.95
 """A transfer that leaves less than a twentieth of the time is none to compute beside."""
 
 
@@ -34,7 +38,10 @@ def slowdowns(bench: Bench, between: Exchanging) -> Iterator[Ladder]:
     for method in METHODS:
         yield [
             Trial(
-                Beside(method, between.ranks, between.nodes, size), _sample(bench, between, method, size), pieces=PIECES
+                Beside(method, between.ranks, between.nodes, size),
+                _sample(bench, between, method, size),
+                statistics.mean,
+                PIECES,
             )
             for size in bench.sizes.beside
         ]
@@ -72,7 +79,11 @@ def _sample(bench: Bench, between: Exchanging, method: str, nbytes: int) -> Call
             products = max(1, round(LONGER * max(gather(transfer_ms)) / one_ms))
         alone_ms = clock.host(compute)
         dist.barrier()
-        taken_ms = max(0.0, clock.host(together) - alone_ms)
-        return min(LARGEST, transfer_ms / max(transfer_ms - taken_ms, transfer_ms / LARGEST)) if group else 1.0
+        return (clock.host(together) - alone_ms) / transfer_ms if group else 0.0
 
     return sample
+
+
+def factor_of(taken: float) -> float:
+    """The slow-down of computation beside a transfer that takes this share of its own time from it."""
+    return 1 / (1 - min(max(taken, 0.0), MOST_TAKEN))

@@ -9,6 +9,7 @@ from datetime import date
 from typing import Any
 
 from scmoe_ds.planner.rounds import Spread
+from scmoe_ds.probe.beside import factor_of
 from scmoe_ds.probe.trials import Beside, Computed, Copy, Launch, Sent
 from scmoe_ds.simulate.gpu import Measured, PeakOf
 from scmoe_ds.simulate.profile import CollectiveTimes, Profile, Slowdown, slowed_by
@@ -24,7 +25,7 @@ def profile_of(samples: Mapping[Any, Sequence[float]], **machine: Any) -> Profil
     """A profile.
 
     Args:
-        samples: milliseconds of every round, by what was measured; of a `Beside` factors.
+        samples: milliseconds of every round, by what was measured; of a `Beside` shares.
         machine: fields of `Profile` that say which one it is.
     """
     found = {what: Spread.of(values) for what, values in samples.items()}
@@ -134,8 +135,8 @@ def _slowdowns(found: Mapping[Beside, Spread]) -> tuple[Slowdown, ...]:
             ranks=what.ranks,
             nodes=what.nodes,
             bytes=what.bytes,
-            factor=max(1.0, spread.median),
-            spread=_relative(spread),
+            factor=factor_of(spread.median),
+            spread=_relative(Spread(*map(factor_of, (spread.median, spread.p10, spread.p90)))),
         )
         for what, spread in found.items()
     )

@@ -46,7 +46,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Beside:
-    """Computation beside an all-to-all. Its trials give a factor, not milliseconds."""
+    """Computation beside an all-to-all. Its trials give no milliseconds; see `beside.py`."""
 
     method: str
     ranks: int
