@@ -6,7 +6,9 @@ A description of a cluster and one of a model become work, work becomes times, t
 `cards.py`     those that are known by name. The only table of them.
 `cluster.py`   nodes, GPUs, links, each figure with its source; JSON with units.
 `profile.py`   what `scmoe probe` measured on a machine.
-`machine.py`   a cluster with what a profile measured in place of what its description says.
+`case.py`      what is priced with: a cluster in one of three cases, low, likely or high.
+`machine.py`   a description and a profile to that: measured figures replace described ones (`measured_gpu.py`,
+               `measured_links.py`).
 `model.py`     sizes of a model, whoever wrote it.
 `hugging_face.py` of a config.json; `model_files.py` of any file that describes a model.
 `settings.py`  a DeepSpeed JSON as method and layout.

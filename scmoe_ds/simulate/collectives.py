@@ -15,10 +15,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from scmoe_ds.simulate.case import Machine
 from scmoe_ds.simulate.kernels import efficiency
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.links import exchange_seconds, network_rate, ring_rate, ring_slowdown, spine_slowdown
-from scmoe_ds.simulate.machine import Machine
 from scmoe_ds.simulate.places import Places, places_of
 from scmoe_ds.simulate.routing import EVEN, Loads
 from scmoe_ds.simulate.work import Collective, Exchange, Group

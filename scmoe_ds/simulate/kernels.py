@@ -13,9 +13,9 @@ import math
 from typing import Literal, get_args
 
 from scmoe_ds.errors import ClusterError
+from scmoe_ds.simulate.case import Machine
 from scmoe_ds.simulate.gpu import Gpu, Measured
 from scmoe_ds.simulate.layout import Precision
-from scmoe_ds.simulate.machine import Machine
 from scmoe_ds.simulate.work import LIKE, Kernel, Kind
 
 Bound = Literal["compute", "memory", "launch"]

@@ -1,40 +1,18 @@
-"""A cluster in one of three cases, with what a profile measured in place of what its description says."""
+"""A cluster to price with: what a profile measured takes the place of what its description says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
-
-from scmoe_ds.simulate.cluster import Between, Cluster, Curve, Inside
+from scmoe_ds.errors import ClusterError
+from scmoe_ds.simulate.cards import card_named, gpu_of
+from scmoe_ds.simulate.case import Case, Machine, in_case, links_in_case
+from scmoe_ds.simulate.cluster import Cluster
 from scmoe_ds.simulate.gpu import Efficiency, Gpu
-from scmoe_ds.simulate.profile import Collective, Profile
+from scmoe_ds.simulate.interconnect import Between, Curve, Inside
+from scmoe_ds.simulate.measured_gpu import with_measured
+from scmoe_ds.simulate.measured_links import measured_links
+from scmoe_ds.simulate.profile import Profile
 
-Case = Literal["low", "likely", "high"]
-"""Which end of every share's spread: "low" is the slower machine. What two cases take is a number's interval."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What kernels and collectives are priced with.
-
-    Attributes:
-        cluster: in the case: low, likely and high of every efficiency are the same number, and no spread is left.
-        case: that its shares are of.
-        measured: links by collective, where a profile has measured it.
-        slowed_by: factor on computation while a transfer runs beside it.
-        profiled: whether a profile's figures are in it.
-    """
-
-    cluster: Cluster
-    case: Case = "likely"
-    measured: Mapping[Collective, tuple[Inside, Between | None]] = field(default_factory=dict)
-    slowed_by: float = 1.0
-    profiled: bool = False
-
-    def links(self, collective: Collective) -> tuple[Inside, Between | None]:
-        """The links as this collective finds them; those of the description where nothing is measured."""
-        return self.measured.get(collective, (self.cluster.inside, self.cluster.between))
+__all__ = ["Case", "Machine", "cluster_of", "machine_of"]
 
 
 def machine_of(cluster: Cluster, profile: Profile | None = None, case: Case = "likely") -> Machine:
@@ -42,36 +20,99 @@ def machine_of(cluster: Cluster, profile: Profile | None = None, case: Case = "l
 
     Args:
         cluster: as it is described.
-        profile: of one or a few nodes of its kind; what it has measured takes the place of what is described.
-        case: of all efficiencies.
+        profile: of one or a few nodes of its kind. Its kernels take the place of the described ones. So do its links,
+            for each collective; by their fitted latency and rate they serve any number of nodes.
+        case: of all shares, described and measured.
+
+    Raises:
+        ClusterError: the profile is of other GPUs.
     """
-    changed = cluster.model_copy(
-        update={
-            "gpu": _gpu(cluster.gpu, case),
-            "inside": cluster.inside.model_copy(update={"efficiency": _curve(cluster.inside.efficiency, case)}),
-            "between": cluster.between
-            and cluster.between.model_copy(update={"efficiency": _curve(cluster.between.efficiency, case)}),
-        }
+    slowed_by = 1 / (1 - cluster.gpu.communication_share)
+    if profile is None:
+        return Machine(in_case(cluster, case), case, slowed_by=slowed_by)
+    _same_kind(cluster.gpu, profile)
+    cluster = cluster.model_copy(update={"gpu": with_measured(cluster.gpu, profile)})
+    links = measured_links(cluster, profile)
+    measured = {collective: links_in_case(*each, case) for collective, each in links.items()}
+    return Machine(in_case(cluster, case), case, measured, profile.slowed_by or slowed_by, profiled=True)
+
+
+def _same_kind(gpu: Gpu, profile: Profile) -> None:
+    known, measured = card_named(gpu.name), card_named(profile.device)
+    if (known is not measured and known is not None and measured is not None) or (
+        (gpu.capability == (0, 0)) != (profile.capability == (0, 0))
+    ):
+        raise ClusterError(
+            f"the profile's device = {profile.device}: the cluster has {gpu.name}; probe a node of the cluster's kind"
+        )
+
+
+def cluster_of(profile: Profile, nodes: int = 1, gpus_per_node: int | None = None, name: str = "") -> Cluster:
+    """A cluster of nodes like those that were measured, where there is no description.
+
+    Its links are those of the all-to-all; `machine_of` with the same profile adds the other collectives'.
+
+    Args:
+        nodes: of the cluster; may be more than were measured.
+        gpus_per_node: default: as many as were measured.
+        name: default: from the device.
+
+    Raises:
+        ClusterError: a figure is missing that the cluster needs.
+    """
+    gpus_per_node = gpus_per_node or profile.gpus_per_node
+    card = card_named(profile.device)
+    gpu = with_measured(gpu_of(card) if card else _bare(profile), profile)
+    whole = Curve(points=((1.0, 1.0),), spread=0.0)
+    nvlink = card.nvlink * 1e9 if card else 0.0
+    inside = Inside(kind="loopback", rate=1e9, latency=0.0, efficiency=whole)
+    if gpu.capability != (0, 0):
+        inside = inside.model_copy(update={"kind": "nvlink switch", "rate": nvlink or 2.5e10})
+    between = Between(nics=1, nic_rate=1e9, latency=0.0, efficiency=whole) if nodes > 1 else None
+    cluster = Cluster(
+        name=name or f"{nodes} × {gpus_per_node} {profile.device}, as measured",
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        inside=inside,
+        between=between,
+        sources={"gpu": f"Measured on {profile.date}.", "inside": f"Measured on {profile.date}."},
     )
-    return Machine(changed, case, slowed_by=1 / (1 - cluster.gpu.communication_share))
+    links = measured_links(cluster, profile).get("all-to-all")
+    _require_links(profile, nodes, gpus_per_node)
+    assert links is not None or nodes * gpus_per_node == 1
+    inside, between = links or (inside, between)
+    return cluster.model_copy(update={"inside": inside, "between": between})
 
 
-def _gpu(gpu: Gpu, case: Case) -> Gpu:
-    shares = {kind: getattr(each, case) for kind, each in gpu.efficiency.items()}
-    factor = _factor(gpu.spread, case)
-    return gpu.model_copy(
-        update={
-            "efficiency": {kind: Efficiency(likely=share, low=share, high=share) for kind, share in shares.items()},
-            "table": tuple(each.model_copy(update={"share": each.share * factor}) for each in gpu.table),
-            "spread": 0.0,
-        }
+def _require_links(profile: Profile, nodes: int, gpus_per_node: int) -> None:
+    groups = {each.nodes > 1 for each in profile.collectives if each.collective == "all-to-all"}
+    if nodes > 1 and True not in groups:
+        raise ClusterError(
+            f"nodes = {nodes}: the profile has no all-to-all between nodes, which a plan for several needs; probe two "
+            "nodes, or describe the network: clusters/README.md"
+        )
+    if gpus_per_node > 1 and False not in groups:
+        raise ClusterError(
+            f"gpus_per_node = {gpus_per_node}: the profile has no all-to-all inside a node, which a plan for several "
+            "GPUs needs; probe with all GPUs of a node, or describe the links: clusters/README.md"
+        )
+
+
+def _bare(profile: Profile) -> Gpu:
+    usual = {"product": 0.9, "grouped product": 0.8, "attention": 0.4}
+    kinds = ("product", "grouped product", "attention", "pointwise", "activation", "reduction", "rows")
+    return Gpu(
+        name=profile.device,
+        peak=profile.peak,
+        memory=profile.memory,
+        bandwidth=profile.bandwidth,
+        launch=profile.launch,
+        communication_share=0.1,
+        efficiency={kind: _about(usual.get(kind, 0.7)) for kind in kinds},
+        capability=profile.capability,
     )
 
 
-def _curve(curve: Curve, case: Case) -> Curve:
-    factor = _factor(curve.spread, case)
-    return Curve(points=tuple((size, min(1.0, share * factor)) for size, share in curve.points), spread=0.0)
-
-
-def _factor(spread: float, case: Case) -> float:
-    return {"low": 1 - spread, "likely": 1.0, "high": 1 + spread}[case]
+def _about(share: float) -> Efficiency:
+    return Efficiency(low=0.8 * share, likely=share, high=min(1.0, 1.1 * share))
