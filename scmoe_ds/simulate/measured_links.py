@@ -18,7 +18,7 @@ from scmoe_ds.simulate.profile import Collective, CollectiveTimes, Profile
 from scmoe_ds.simulate.work import Exchange
 
 Link = TypeVar("Link", Inside, Between)
-_LEAST_SHARE, _SMALL = 1e-4, 0.2
+_LEAST_SHARE, _SMALL = 1e-4, 0.05
 _MOST_RATE = 64.0
 """Times the described rate: what is measured beyond that is noise."""
 
@@ -70,19 +70,22 @@ def _fitted(link: Link, times: CollectiveTimes, ms: Callable[[Link, float], floa
     """A link with which `ms` gives the measured times."""
     size, measured = times.ms[-1]
     share = _share(link, size, measured, ms, latency=0.0) or 1.0
+    link, share = _faster(link, min(_MOST_RATE, max(1.0, share))), min(1.0, share)
     size, measured = min(times.ms, key=lambda point: point[1])
-    free, slow = (ms(_changed(link, latency, share), size) for latency in (0.0, 1e-6))
-    latency = max(0.0, (measured - free) / (slow - free) * 1e-6) if slow > free else link.latency
+    slow, slower = (ms(_changed(link, latency, share), size) for latency in (1e-2, 2e-2))  # where it is all that counts
+    latency = max(0.0, 1e-2 * (1 + (measured - slow) / (slower - slow))) if slower > slow else link.latency
     shares = [(each, _share(link, each, measured, ms, latency)) for each, measured in times.ms]
     points = [(_message(times, each), share) for each, share in shares if share is not None]
     if not points:
         return _changed(link, latency, 1.0)
     factor = min(_MOST_RATE, max(1.0, *(share for _, share in points)))
     curve = Curve(points=tuple((x, min(1.0, max(_LEAST_SHARE, s / factor))) for x, s in points), spread=times.spread)
-    rates = {
-        name: factor * getattr(link, name) for name in ("rate", "root_rate", "nic_rate") if getattr(link, name, None)
-    }
-    return link.model_copy(update={**rates, "latency": latency, "efficiency": curve})
+    return _faster(link, factor).model_copy(update={"latency": latency, "efficiency": curve})
+
+
+def _faster(link: Link, factor: float) -> Link:
+    rates = {name: getattr(link, name, None) for name in ("rate", "root_rate", "nic_rate")}
+    return link.model_copy(update={name: factor * rate for name, rate in rates.items() if rate})
 
 
 def _share(

@@ -93,7 +93,7 @@ def test_low_is_slower_than_likely_and_high_is_faster() -> None:
 def test_measured_times_come_out_again(collective: Collective, nodes: int) -> None:
     machine = machine_of(DESCRIBED.model_copy(update={"nodes": nodes}), profile())
     for size, measured in times(collective, nodes).ms:
-        assert ms(machine, collective, 8 * nodes, size) == pytest.approx(measured, rel=0.02 if size > 1e5 else 0.3), (
+        assert ms(machine, collective, 8 * nodes, size) == pytest.approx(measured, rel=0.05 if size > 1e5 else 0.3), (
             size
         )
 
@@ -134,7 +134,7 @@ def test_a_cluster_of_a_profile_alone() -> None:
     found = cluster_of(profile(), nodes=4)
     assert (found.nodes, found.gpus_per_node, found.gpu.name) == (4, 8, "NVIDIA A800-SXM4-80GB")
     assert found.gpu.multiprocessors == GPUS["A800-SXM4-80GB"].multiprocessors
-    # One NIC stands for four: the node's rate is what was measured.
+    # One NIC stands for four: what leaves a node is what was measured.
     expected = ms(really(4), "all-to-all", 32, 2.0**28)
     assert ms(machine_of(found, profile()), "all-to-all", 32, 2.0**28) == pytest.approx(expected, rel=0.1)
     assert Cluster.model_validate(found.model_dump()) == found
