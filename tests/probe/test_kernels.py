@@ -12,7 +12,9 @@ import torch
 from scmoe_ds.compat import forget_process_groups
 from scmoe_ds.probe import measure as measuring
 from scmoe_ds.probe.bench import Bench
+from scmoe_ds.probe.beside import mean_of
 from scmoe_ds.probe.clock import ColdClock
+from scmoe_ds.probe.collectives import last_to_come
 from scmoe_ds.probe.groups import layouts
 from scmoe_ds.probe.results import profile_of
 from scmoe_ds.probe.text import table
@@ -74,6 +76,12 @@ def test_rounds_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_groups_inside_and_between_nodes(nodes: str, expected: list[Any]) -> None:
     assert layouts(nodes) == expected
+
+
+def test_ranks_that_stand_still_count_for_nothing() -> None:
+    members = ((0, 2), (4, 6))
+    assert last_to_come(members)([5.0, 99.0, 3.0, 99.0, 7.0, 99.0, 8.0, 99.0]) == 7.0  # the slower pair's later rank
+    assert mean_of(members)([0.1, 0.0, 0.2, 0.0, 0.3, 0.0, 0.4, 0.0]) == pytest.approx(0.25)
 
 
 def known() -> dict[Any, list[float]]:
