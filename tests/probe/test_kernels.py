@@ -98,7 +98,8 @@ def known() -> dict[Any, list[float]]:
         Sent("all-to-all", "collective", 2, 2, 1000): [1.0],
         Sent("all-to-all", "collective", 2, 2, 9000): [3.0],
         Sent("all-to-all", "send_receive", 2, 2, 1000): [2.0],
-        Sent("all-reduce", "", 2, 2, 1000): [4.0, 5.0, 6.0],
+        Sent("all-reduce", "", 2, 2, 9000): [4.0, 5.0, 6.0],
+        Sent("all-reduce", "", 2, 2, 1000): [1.0, 3.0, 9.0],
         Sent("counts", "", 2, 2, 2048): [0.25],
         Beside("collective", 2, 2, 1000): [-0.1],
         Beside("collective", 2, 2, 9000): [1 / 3],
@@ -119,6 +120,7 @@ def test_a_profile_follows_from_times() -> None:
     curves = {(each.collective, each.method): each for each in profile.collectives}
     assert set(curves) == {("all-to-all", "collective"), ("all-reduce", "")}
     assert curves["all-to-all", "collective"].ms == ((1000, 1.0), (9000, 3.0))
+    assert curves["all-reduce", ""].ms == ((1000, 3.0), (9000, 5.0))
     assert curves["all-reduce", ""].spread == pytest.approx(0.2)
     assert [each.method for each in profile.other_methods] == ["send_receive"]
     assert profile.counts == pytest.approx(2.5e-4)
