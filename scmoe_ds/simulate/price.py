@@ -143,17 +143,19 @@ class _Prices:
         for count in counts:
             times = pair.count if count == 1 and noted else 0
             dispatch, combine = self._transfers(pair, loads, count, times)
-            experts = self.operator(self._experts(pair, factor / count), times, pair.repeated)
+            experts = self.operator(self._experts(pair, factor, count), times, pair.repeated)
             chunks[count] = ChunkTimes(dispatch=dispatch, experts=experts, combine=combine)
         return chunks
 
-    def _experts(self, pair: PairWork, factor: float) -> Work:
+    def _experts(self, pair: PairWork, factor: float, chunks: int) -> Work:
+        """One of several chunks."""
         number = bytes_per_number(self.layout.precision)
         forward, backward = (
-            tuple(_scaled(part, factor, number) for part in parts)
+            tuple(_scaled(part, factor / chunks, number) for part in parts)
             for parts in (pair.experts.forward, pair.experts.backward)
         )
-        return Work(pair.experts.name, forward, backward)
+        sums = [_added(part, chunks, number) for part in pair.experts.backward]
+        return Work(pair.experts.name, forward, (*backward, *(each for each in sums if each is not None)))
 
     def _transfers(self, pair: PairWork, loads: Loads, chunks: int, times: int) -> tuple[PassTimes, PassTimes]:
         """Dispatch and combine. The gradient of one has as many bytes as its forward pass the other way has."""
@@ -232,3 +234,11 @@ def _scaled(part: Part, factor: float, number: int) -> Part:
     return dataclasses.replace(
         part, flops=part.flops * factor, bytes=fixed + (part.bytes - fixed) * factor, shape=shape
     )
+
+
+def _added(part: Part, chunks: int, number: int) -> Kernel | None:
+    """What a chunk adds to the gradient of a weight, on average: all but the first one read both, and write the sum."""
+    if isinstance(part, Reduced) or part.shape is None or part.tokens != 1 or chunks == 1:
+        return None
+    weights = part.flops / (2 * part.shape[1])
+    return Kernel("pointwise", bytes=3 * number * weights * (chunks - 1) / chunks, launches=part.launches)

@@ -94,9 +94,10 @@ def test_chunks_repeat_latencies_launches_and_the_reading_of_weights() -> None:
         rows, inner, columns = 1024 // count, 512, 2048
         numbers = rows * inner + inner * columns + rows * columns
         assert chunk.experts.forward_ms == close(1e3 * 2 * numbers / 1e11)
-        assert chunk.experts.backward_ms == close(2 * chunk.experts.forward_ms)
+        added = 1e3 * 3 * 2 * inner * columns * (count - 1) / count / 1e11  # to the gradient of earlier chunks
+        assert chunk.experts.backward_ms == close(2 * chunk.experts.forward_ms + added)
     launched = price(step_work(EXCHANGE), LAYOUT, machine(launch=1e-3), EVEN).pairs[0].by_class[0]
-    assert [each.experts.backward_ms for each in launched.chunks.values()] == [close(2.0)] * 4
+    assert [each.experts.backward_ms for each in launched.chunks.values()] == [close(2.0), *[close(3.0)] * 3]
 
 
 def test_most_chunks_of_the_method() -> None:
