@@ -196,6 +196,7 @@ class Lanes:
         # Of transfers that have ended, it matters only whether a class is behind their end.
         on_their_way = [(number, each) for number in sorted(self._launched) for each in self._launched[number]]
         ends = [max(each.end_ms, behind_ms) - at_ms for _, each in on_their_way if each.end_ms < math.inf]
+        ends += [each.start_ms - at_ms for _, each in on_their_way if each.start_ms < math.inf]  # for their durations
         return _State(
             at_ms=at_ms,
             transfers=[(number, self._link.place(each)) for number, each in on_their_way],
@@ -230,7 +231,7 @@ class _State(NamedTuple):
     Attributes:
         at_ms: that clock.
         transfers: launched and not waited for: their number, and their place in the lane.
-        numbers: clocks, ends of transfers, and when the link was busy behind the slowest class's clock.
+        numbers: clocks, starts and ends of transfers, and when the link was busy behind the slowest class's clock.
         backlogs: per lane, what each of its transfers still takes.
         numbered: lanes with transfers that are waited for one by one.
         busy_since_ms: per lane, not relative.
