@@ -68,6 +68,7 @@ def _moments(model: Model, method: Method, layout: Layout) -> Iterator[Memory]:
     """The loss; the backward pass when it begins, and when it ends; the optimizer's step."""
     width = 4 if layout.precision == "fp32" else 2
     kept = _activations(model, method, for_one_rank(layout))
+    everything = kept.all * min(method.in_flight, layout.accumulation)
     held = count(model, method, layout)
     whole = held.dense + held.experts
     if not layout.training:
@@ -82,8 +83,8 @@ def _moments(model: Model, method: Method, layout: Layout) -> Iterator[Memory]:
     bucket = layout.reduce_bucket * width * (2 if layout.reduces_beside else 1) if stage else 0.0
     # Of the first micro-batch there are no gradients yet. ZeRO-1 keeps the bucket from one to the next.
     before = gradients if layout.accumulation > 1 else 0.0
-    yield Memory(weights, before, optimizer, kept.all, kept.loss, bucket if stage == 1 and before else 0.0)
-    yield Memory(weights, before, optimizer, kept.all - kept.head + kept.again, 0.0, bucket)
+    yield Memory(weights, before, optimizer, everything, kept.loss, bucket if stage == 1 and before else 0.0)
+    yield Memory(weights, before, optimizer, everything - kept.head + kept.again, 0.0, bucket)
     yield Memory(weights, gradients, optimizer, max(kept.pair, kept.again), 0.0, bucket)
     yield Memory(weights, gradients, optimizer, 0.0, updated * _FP32 if width < _FP32 else 0.0, bucket)
 

@@ -20,7 +20,7 @@ from scmoe_ds.simulate.machine import Machine
 from scmoe_ds.simulate.places import places_of
 from scmoe_ds.simulate.routing import EVEN, Loads, Routing
 from scmoe_ds.simulate.times import PairTimes, StepTimes
-from scmoe_ds.simulate.work import Collective, Kernel, PairWork, Parameters, Part, Reduced, StepWork, Work
+from scmoe_ds.simulate.work import Collective, Group, Kernel, PairWork, Parameters, Part, Reduced, StepWork, Work
 
 _CHUNKS = (1, 2, 4, 8)
 
@@ -43,6 +43,8 @@ def price(work: StepWork, layout: Layout, machine: Machine, routing: Routing) ->
             parameters.dense + pair.count * pair.parameters.dense,
             parameters.experts + pair.count * pair.parameters.experts,
         )
+    groups: tuple[Group, ...] = ("ep", "dp")
+    spans = {group: places_of(group, layout, machine.cluster.gpus_per_node).nodes for group in groups}
     return StepTimes(
         pairs=tuple(pairs),
         shares=_loads(work.pairs[0], layout, machine, routing, range(1)).shares if work.pairs else (1.0,),
@@ -53,6 +55,8 @@ def price(work: StepWork, layout: Layout, machine: Machine, routing: Routing) ->
         optimizer_ms=prices.optimizer_ms(parameters),
         update_gather_ms=prices.gather_ms(parameters) if layout.training and layout.zero_stage in (1, 2) else 0.0,
         slowed_by=machine.slowed_by,
+        shared_link=spans["ep"] > 1 or spans["dp"] == 1,
+        in_flight=work.pairs[0].method.in_flight if work.pairs else 1,
         parts=dict(prices.parts),
     )
 
@@ -79,11 +83,10 @@ class _Prices:
 
         Args:
             times: how often a micro-batch has it, for `parts`.
-            repeated: whether the backward pass runs the forward pass again.
+            repeated: whether it runs its forward pass twice, also for `parts`.
         """
         forward = self._parts_ms(work.forward, "forward", times * (1 + repeated))
         backward = self._parts_ms(work.backward if self.layout.training else (), "backward", times)
-        backward += forward if repeated else 0.0
         return PassTimes(forward_ms=forward, backward_ms=backward)
 
     def _parts_ms(self, parts: Sequence[Part], phase: Phase, times: int) -> float:
@@ -119,6 +122,7 @@ class _Prices:
             reduce_ms=self.reduce_ms(pair.parameters),
             gather_ms=self.gather_ms(pair.parameters) if self.layout.zero_stage == 3 else 0.0,
             overlapped=pair.method.overlap,
+            repeated=pair.repeated,
         )
 
     def _named(self, works: Sequence[Work], pair: PairWork) -> tuple[OperatorTime, ...]:
@@ -132,9 +136,8 @@ class _Prices:
         if pair.exchange is None:
             return times
         counts = counts_ms(pair.exchange, self.layout, self.machine)
-        again = counts if pair.repeated else 0.0
-        self.parts["link"] += pair.count * (counts + again)
-        return PassTimes(forward_ms=times.forward_ms + counts, backward_ms=times.backward_ms + again)
+        self.parts["link"] += pair.count * (1 + pair.repeated) * counts
+        return PassTimes(forward_ms=times.forward_ms + counts, backward_ms=times.backward_ms)
 
     def _chunks(self, pair: PairWork, loads: Loads, factor: float, noted: bool = False) -> dict[int, ChunkTimes]:
         """Every number of chunks that the method may have; `parts` has one chunk, of the busiest ranks."""
@@ -170,11 +173,7 @@ class _Prices:
         self.parts[bound] += times * (out_ms + back_ms) * (1 + again)
         if not self.layout.training:
             return PassTimes(forward_ms=out_ms), PassTimes(forward_ms=back_ms)
-        repeated = (out_ms, back_ms) if pair.repeated else (0.0, 0.0)
-        return (
-            PassTimes(forward_ms=out_ms, backward_ms=back_ms + repeated[0]),
-            PassTimes(forward_ms=back_ms, backward_ms=out_ms + repeated[1]),
-        )
+        return PassTimes(forward_ms=out_ms, backward_ms=back_ms), PassTimes(forward_ms=back_ms, backward_ms=out_ms)
 
     def reduce_ms(self, parameters: Parameters) -> float:
         """Of their gradients."""
