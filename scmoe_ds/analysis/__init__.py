@@ -6,5 +6,3 @@ of a shortcut (figure 9; `gating_monitor` during training), `gradients` norms an
 `subjects` loads models, and `records`, `figures`, `feasibility_page` and `markdown` write the results.
 `dashboard` draws the record of a training run.
 """
-
-from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)

@@ -4,5 +4,3 @@
 `swin_settings` the paper's sizes of them. `layers` and `parallel_layers` are the dense parts, `recompute` is activation
 checkpointing, `initialization` makes the weights.
 """
-
-from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)

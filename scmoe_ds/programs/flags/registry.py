@@ -30,7 +30,7 @@ PROGRAMS = {
     "report": Program("report", "flags.report", "is a step faster with ScMoE on this machine, and why? Times steps"),
     "check": Program("check", "flags.check", "would a training run, and fit? One step without a GPU"),
     "probe": Program("probe", "flags.probe", "what does this machine compute and send? A profile for scmoe plan"),
-    "plan": Program("plan", "flags.plan", "what would train fastest on a cluster that you do not have yet? No torch"),
+    "plan": Program("plan", "flags.plan", "what would train fastest on a cluster that is not here? No torch", False),
     "preprocess": Program("preprocess", "flags.preprocess", "text to Megatron's indexed datasets"),
     "adapt": Program("adapt", "flags.adapt", "a trained MoE model as a ScMoE, with the same weights"),
     "convert": Program("convert", "flags.convert", "weights out of a checkpoint, as safetensors"),
