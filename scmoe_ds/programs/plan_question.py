@@ -14,6 +14,7 @@ from scmoe_ds.programs.plan_model import model_of
 from scmoe_ds.simulate.cluster import Cluster, read_cluster
 from scmoe_ds.simulate.json_files import read_as, read_object
 from scmoe_ds.simulate.layout import Layout
+from scmoe_ds.simulate.machine import cluster_of
 from scmoe_ds.simulate.method import Method
 from scmoe_ds.simulate.model import Model
 from scmoe_ds.simulate.profile import Profile
@@ -58,18 +59,15 @@ def question_of(args: argparse.Namespace) -> Question:
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     whole = None if args.deepspeed_config is None else read_object(args.deepspeed_config, PlanError)
-    cluster = read_cluster(args.cluster)
-    if args.nodes is not None:
-        if args.nodes > 1 and cluster.between is None:
-            raise ArgumentError(f'--nodes {args.nodes}: {args.cluster} has no "between", the network between nodes')
-        cluster = cluster.model_copy(update={"nodes": args.nodes})
+    profile = None if args.profile is None else read_as(Profile, args.profile, ClusterError)
+    cluster = _cluster(args, profile)
     world = cluster.nodes * cluster.gpus_per_node
     settings = None if whole is None else _settings(args, whole, world)
     model = model_of(args, whole)
     return Question(
         model=model,
         cluster=cluster,
-        profile=None if args.profile is None else read_as(Profile, args.profile, ClusterError),
+        profile=profile,
         routing=_routing(args),
         fixed=_fixed(args, whole or {}, Layout(world) if settings is None else settings.layout, model),
         given=None if settings is None or settings.method is None else (_named(args, settings.method), settings.layout),
@@ -77,6 +75,20 @@ def question_of(args: argparse.Namespace) -> Question:
         whole=whole,
         args=args,
     )
+
+
+def _cluster(args: argparse.Namespace, profile: Profile | None) -> Cluster:
+    """The described one, or one of nodes like those that were measured."""
+    if args.cluster is None:
+        if profile is None:
+            raise ArgumentError("--cluster: missing; name a description, as those in clusters/, or a --profile")
+        return cluster_of(profile, args.nodes or profile.nodes)
+    cluster = read_cluster(args.cluster)
+    if args.nodes is None:
+        return cluster
+    if args.nodes > 1 and cluster.between is None:
+        raise ArgumentError(f'--nodes {args.nodes}: {args.cluster} has no "between", the network between nodes')
+    return cluster.model_copy(update={"nodes": args.nodes})
 
 
 def _settings(args: argparse.Namespace, whole: Mapping[str, Any], world: int) -> Settings:

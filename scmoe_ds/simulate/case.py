@@ -67,4 +67,4 @@ def _curve(curve: Curve, case: Case) -> Curve:
 
 
 def _factor(spread: float, case: Case) -> float:
-    return {"low": 1 - spread, "likely": 1.0, "high": 1 + spread}[case]
+    return {"low": 1 / (1 + spread), "likely": 1.0, "high": 1 + spread}[case]

@@ -78,7 +78,7 @@ def _fitted(link: Link, times: CollectiveTimes, ms: Callable[[Link, float], floa
     points = [(_message(times, each), share) for each, share in shares if share is not None]
     if not points:
         return _changed(link, latency, 1.0)
-    factor = min(_MOST_RATE, max(1.0, *(share for _, share in points)))
+    factor = min(_MOST_RATE, max(share for _, share in points))
     curve = Curve(points=tuple((x, min(1.0, max(_LEAST_SHARE, s / factor))) for x, s in points), spread=times.spread)
     return _faster(link, factor).model_copy(update={"latency": latency, "efficiency": curve})
 

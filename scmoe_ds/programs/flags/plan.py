@@ -35,7 +35,9 @@ def build_parser() -> FlagParser:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument("--cluster", metavar="FILE", required=True, help="description, as those in clusters/")
+    group.add_argument(
+        "--cluster", metavar="FILE", help="description, as those in clusters/; default: nodes as --profile measured"
+    )
     group.add_argument("--nodes", type=int, help="another number of such nodes")
     group.add_argument("--profile", type=Path, metavar="FILE", help="what scmoe probe measured on one of its nodes")
     routing = group.add_mutually_exclusive_group()
