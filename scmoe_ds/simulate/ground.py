@@ -106,7 +106,8 @@ class Ground:
     def capacity(self) -> int:
         """Rows of a padded buffer."""
         chosen = self.rows * self.routed / self.experts.num_experts
-        factor = self.method.capacity_factor if self.method.drop_tokens else 1.0
+        usual = 1.25 if self.model.images else 2.0
+        factor = (self.method.capacity_factor or usual) if self.method.drop_tokens else 1.0
         rows = max(-int(-chosen * factor // 1), self.method.min_capacity if self.method.drop_tokens else 1)
         # This package knows that no expert gets a token twice; DeepSpeed's own buffers may be larger than all tokens.
         return rows if self.method.layer == "deepspeed" else min(rows, int(self.rows))

@@ -32,7 +32,8 @@ class Method:
         shortcut_distance: how many blocks before the MoE's the shortcut is taken.
         shared_hidden: width inside the shared expert that this method adds; 0: as one routed expert, and none in a
             Hugging Face model, whose experts per token then stay as many.
-        capacity_factor, min_capacity: tokens per expert in a padded dispatch: of an even split, and at least.
+        capacity_factor, min_capacity: tokens per expert in a padded dispatch: of an even split, and at least. Without a
+            factor that of the paper's models: 2, of images 1.25.
         drop_tokens: False: a padded dispatch has as many rows per expert as the busiest one needs.
     """
 
@@ -50,7 +51,7 @@ class Method:
     post_norm: bool = False
     shortcut_distance: int = 1
     shared_hidden: int = 0
-    capacity_factor: float = 2.0
+    capacity_factor: float | None = None
     min_capacity: int = 4
     drop_tokens: bool = True
 

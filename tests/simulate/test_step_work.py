@@ -49,7 +49,7 @@ def test_exact_rows_take_the_operations_of_the_model(preset: str) -> None:
             continue
         counted, needed = flops(step_work(model, method, layout)), 2 * forward_flops(model, method)
         if method.dispatch == "padded":
-            assert counted > 1.2 * needed
+            assert counted > 1.05 * needed
         else:
             assert counted == pytest.approx(needed, rel=5e-3)  # Swin's network for position biases
 
@@ -80,7 +80,7 @@ def test_rows_that_travel_follow_from_the_routing() -> None:
     assert (exact.exchange.rows, exact.exchange.row_bytes, exact.exchange.padded) == (tokens, row, False)
     (padded,) = step_work(MEDIUM, DEEPSPEED_TOPK, layout).pairs
     assert padded.exchange is not None
-    assert padded.exchange.rows == 16 * (tokens / 16 * 2 * DEEPSPEED_TOPK.capacity_factor)
+    assert padded.exchange.rows == 16 * (tokens / 16 * 2 * 2.0)
     (halves,) = step_work(MEDIUM, replace(POS2, routed=2), replace(layout, world=32, tensor_parallel=2)).pairs
     assert halves.exchange is not None
     assert (halves.exchange.rows, halves.exchange.combine_rows) == (tokens, 2 * tokens)
