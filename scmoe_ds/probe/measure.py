@@ -9,6 +9,7 @@ from itertools import chain
 
 import torch
 
+from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.parallel.groups import nodes_of_ranks
 from scmoe_ds.parallel.process import device
 from scmoe_ds.probe.attention import attentions
@@ -29,6 +30,9 @@ from scmoe_ds.simulate.profile import Profile
 LONGEST = 1 / 500
 """Of the whole time, what one trial may take."""
 MOST_BYTES = {"cpu": 64 << 20, "cuda": 1 << 29}
+"""Of one tensor. All tensors of a precision that are held at once are ten times as large at most."""
+LEAST_PART = 64
+"""A tensor has no more than this part of the smallest rank's memory."""
 
 
 def measure(seconds: float, precisions: Sequence[PeakOf], sizes: Sizes = ALL) -> Profile:
@@ -39,17 +43,19 @@ def measure(seconds: float, precisions: Sequence[PeakOf], sizes: Sizes = ALL) ->
     """
     started = time.perf_counter()
     nodes = Counter(nodes_of_ranks())
+    per_node = max(nodes.values())
+    memory = min(gather(device_bytes(per_node)))  # or ranks would time different sizes, and wait for each other
     clock = ColdClock(device(), sizes.evicted)
-    benches = [Bench(clock, precision, MOST_BYTES[clock.device.type], sizes) for precision in precisions]
+    most_bytes = min(MOST_BYTES[clock.device.type], int(memory) // LEAST_PART)
+    benches = [Bench(clock, precision, most_bytes, sizes) for precision in precisions]
     trials = climb(ladders(clock, benches, exchanging()), 1e3 * seconds * LONGEST)
     samples = in_turns(trials, seconds - (time.perf_counter() - started), sizes.rounds)
-    per_node = max(nodes.values())
     return profile_of(
         samples,
         device=device_name(),
         software=software(),
         capability=_capability(),
-        memory=device_bytes(per_node),
+        memory=memory,
         nodes=len(nodes),
         gpus_per_node=per_node,
     )
@@ -57,7 +63,7 @@ def measure(seconds: float, precisions: Sequence[PeakOf], sizes: Sizes = ALL) ->
 
 def ladders(clock: ColdClock, benches: Sequence[Bench], groups: Sequence[Exchanging]) -> Iterator[Ladder]:
     """Everything that is measured: a machine's, each precision's, each group's."""
-    yield copies(clock, benches[0].sizes)
+    yield copies(benches[0])
     yield from launches(clock)
     yield updates(benches[0])
     for bench in benches:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from scmoe_ds.moe.kernels import kernels_of
 from scmoe_ds.probe.bench import Bench
 from scmoe_ds.probe.clock import ColdClock, Run
-from scmoe_ds.probe.sizes import Sizes
 from scmoe_ds.probe.trials import Computed, Copy, Ladder, Launch, Trial
 from scmoe_ds.trace.recorder import Phase
 
@@ -123,7 +122,7 @@ def updates(bench: Bench) -> Ladder:
         moved = 4.0 * UPDATED * numbers
         return bench.trial("optimizer", [(round(moved), 1, 1)], None, lambda: Run(optimizer.step), moved=moved)
 
-    return [trial(numbers) for numbers in bench.sizes.numbers[1:]]
+    return [trial(numbers) for numbers in bench.sizes.numbers[1:] if bench.fits(numbers)]
 
 
 def launches(clock: ColdClock) -> Iterator[Ladder]:
@@ -144,11 +143,12 @@ def launches(clock: ColdClock) -> Iterator[Ladder]:
     yield [Trial(Launch("backward"), backward)]
 
 
-def copies(clock: ColdClock, sizes: Sizes) -> Ladder:
+def copies(bench: Bench) -> Ladder:
     """Copies that no cache holds."""
+    smallest, *larger = bench.sizes.copied
 
     def trial(nbytes: int) -> Trial[Copy]:
-        source, target = (torch.ones(nbytes, dtype=torch.uint8, device=clock.device) for _ in range(2))
-        return Trial(Copy(nbytes), lambda: clock.cold(Run(lambda: target.copy_(source))))
+        source, target = (torch.ones(nbytes, dtype=torch.uint8, device=bench.device) for _ in range(2))
+        return Trial(Copy(nbytes), lambda: bench.clock.cold(Run(lambda: target.copy_(source))))
 
-    return [trial(nbytes) for nbytes in sizes.copied]
+    return [trial(nbytes) for nbytes in (smallest, *(each for each in larger if each <= 4 * bench.most_bytes))]

@@ -173,6 +173,20 @@ def test_mistakes_are_one_sentence(flags: list[str], sentence: str, capsys: pyte
     assert sentence in error and "Traceback" not in error
 
 
+def test_little_memory_gets_small_tensors() -> None:
+    clock = ColdClock(torch.device("cpu"), SMALL.evicted)
+    whole, little = (Bench(clock, "fp32", most, SMALL) for most in (1 << 20, 1 << 11))
+    largest = [max(max(each.shapes[0]) for each in shown(bench)) for bench in (whole, little)]
+    assert largest[0] > largest[1]
+    assert {"product", "attention", "pointwise", "reduction"} <= {each.kind for each in shown(little)}
+
+
+def shown(bench: Bench) -> list[Computed]:
+    """The kernels that are timed in so much memory; none of them runs."""
+    ladders = measuring.ladders(bench.clock, [bench], [])
+    return [trial.what for ladder in ladders for trial in ladder if isinstance(trial.what, Computed)]
+
+
 @NEEDS_SIMULATION
 def test_a_gpu_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scmoe_ds.probe.clock.keep_gpu_busy", lambda cycles: None)

@@ -1,4 +1,7 @@
-"""What two ranks measure of each other: on CPUs, and on simulated GPUs. One job for everything."""
+"""What two ranks measure of each other: on CPUs, and on simulated GPUs. One job for everything.
+
+So long a time lets every size be measured, however busy the machine is; the rounds are few.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 
 def on_cpus() -> list[dict[str, Any]]:
     """A measurement of two ranks of one node, and one of the same ranks as if they were two nodes."""
-    one_node = measure(60.0, ["fp32"], SMALL)
+    one_node = measure(3600.0, ["fp32"], SMALL)
     with mock.patch.dict("os.environ", CROSS_RANK=str(dist.get_rank())):  # what launchers say
-        return [one_node.model_dump(), measure(60.0, ["fp32"], SMALL).model_dump()]
+        return [one_node.model_dump(), measure(3600.0, ["fp32"], SMALL).model_dump()]
 
 
 def on_gpus() -> tuple[dict[str, Any], list[str]]:
@@ -31,7 +34,7 @@ def on_gpus() -> tuple[dict[str, Any], list[str]]:
         mock.patch.object(Bench, "place", lambda bench, module: gpu.move(module.to(bench.dtype))),
         mock.patch.dict("scmoe_ds.probe.beside.SIDES", cuda=(8, 8)),
     ):
-        return measure(60.0, ["fp32", "bf16"], SMALL).model_dump(), gpu.findings
+        return measure(3600.0, ["fp32", "bf16"], SMALL).model_dump(), gpu.findings
 
 
 def everywhere() -> tuple[list[dict[str, Any]], tuple[dict[str, Any], list[str]] | None]:
