@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -105,10 +104,11 @@ class Profile(Frozen):
 
 
 def slowed_by(slowdowns: Sequence[Slowdown], method: str) -> float | None:
-    """The factor of large messages of a method in the widest group; None: not measured."""
+    """The factor of the largest message of a method in the widest group; None: not measured.
+
+    A short transfer is over before much was computed beside it, and noise is all that is seen of it.
+    """
     of_method = [each for each in slowdowns if each.method == method]
     if not of_method:
         return None
-    widest = max((each.nodes, each.ranks) for each in of_method)
-    by_size = sorted((each.bytes, each.factor) for each in of_method if (each.nodes, each.ranks) == widest)
-    return median(factor for _, factor in by_size[-2:])
+    return max(of_method, key=lambda each: (each.nodes, each.ranks, each.bytes)).factor
