@@ -34,7 +34,7 @@ def checked(case: Case) -> dict[str, Any]:
             command += [f"--{flag.replace('_', '-')}", str(value)]
         args, loaded, images = parse_arguments(command)
         subject = check._images(args, loaded) if images else check._text(args, loaded)
-        place = Place(0, case.world, 8, getattr(args, TENSOR_PARALLEL, 1), check.card_of("A800"))
+        place = Place(0, case.world, 8, getattr(args, TENSOR_PARALLEL, 1), check.card_of(case.card))
         with check._without_info():
             return as_json(check_step(subject, loaded, place), place)
 
@@ -79,7 +79,7 @@ def page(record: Mapping[str, Any]) -> str:
         f"{within} of {len(rows)} cases are within 5 %; the largest difference is "
         f"{100 * (rows[0]['ratio'] - 1):+.1f} % ({rows[0]['case']}). The parameters of a rank are equal in {equal}.",
         "",
-        "Peak of the tensors of rank 0 in a step, GB, A800. A case names what differs from the preset's file in "
+        "Peak of the tensors of rank 0 in a step, GB. A case names what differs from the preset's file in "
         "`ds_configs/`. The step of `scmoe check` runs on tensors without values; nothing was measured on a GPU.",
         "",
         f"`{record['command']}`; {environment_text(record['environment'])}",

@@ -29,17 +29,20 @@ class Case:
     Attributes:
         settings: keys of the DeepSpeed JSON that differ from the preset's file; dots go into objects.
         flags: of the training.
+        card: kind of GPU. Three and more local experts are one product on an H100 here; on an A800 it needs Triton,
+            which runs on a GPU alone.
     """
 
     preset: str
     world: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
+    card: str = "A800"
 
     @property
     def name(self) -> str:
         parts = [f"{key.rpartition('.')[2]} {value}" for key, value in {**self.settings, **self.flags}.items()]
-        return ", ".join([f"{self.preset}, {self.world} GPUs", *parts])
+        return ", ".join([f"{self.preset}, {self.world} {self.card}", *parts])
 
     def whole(self) -> dict[str, Any]:
         """The DeepSpeed JSON. It has two micro-batches in a step, if nothing else is said."""
@@ -92,8 +95,8 @@ def _layouts() -> Iterator[Case]:
     yield _small({_STEPS: 1, _MICRO: 1})
     yield _small({_MICRO: 1})
     yield _small({_MICRO: 1, _STAGE: 2})
-    yield _small({_EP: 1})
-    yield _small({_EP: 2, _MICRO: 2})
+    yield Case("gpt2-moe-small", 8, {_EP: 1}, card="H100")
+    yield Case("gpt2-moe-small", 8, {_EP: 2, _MICRO: 2}, card="H100")
     yield _small({_EP: 4, "scmoe.num_experts": 8})
     yield _small({}, {RECOMPUTE: "full"})
     yield _small({}, {RECOMPUTE: "selective"})

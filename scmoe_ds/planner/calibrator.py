@@ -223,8 +223,7 @@ class Calibrator:
     def _take(self, saved: Any, source: str, words: str = "") -> None:
         """Adopts what a file or a checkpoint holds; `words` announce it in the log."""
         descriptions, counts = [kind.description for kind in self.kinds], chunk_counts(self.settings)
-        times = find_times(saved, descriptions, counts, source)
-        self.measured = find_measured(saved, source)
+        times, self.measured = find_times(saved, descriptions, counts, source), find_measured(saved, source)
         log(*filter(None, [words]))
         self._adopt(times)
 
@@ -271,15 +270,18 @@ class Calibrator:
     def _apply(self, measured: Measured) -> None:
         if not measured.overlap:
             self.schedules = self.without_overlap
-        for pair, schedule in zip(self.pairs, self.schedules, strict=True):
-            pair.schedule = schedule
-            pair.forward_schedule = pair.forward_schedule if measured.overlap else schedule
+            for pair, schedule in zip(self.pairs, self.schedules, strict=True):
+                pair.forward_schedule = schedule
 
     def settle(self) -> None:
-        """Keeps the schedules as they are and compares no more: for those who time whole steps by themselves."""
+        """Compares no more, also in the middle of a comparison: all pairs have their schedules from now on."""
         self.comparison = None
         if self._hook is not None:
             self._hook.remove()
+        for pair, schedule in zip(self.pairs, self.schedules, strict=True):
+            pair.schedule = schedule
+        if not self._is_watched:
+            self._report_to(None)
 
 
 @contextmanager

@@ -193,13 +193,13 @@ class Lanes:
     def _state(self) -> _State:
         at_ms, behind_ms = max(self.clocks), min(self.clocks)
         self._link.settle(at_ms)
-        # Of transfers that have ended, it matters only whether a class is behind their end.
         on_their_way = [(number, each) for number in sorted(self._launched) for each in self._launched[number]]
-        ends = [max(each.end_ms, behind_ms) - at_ms for _, each in on_their_way if each.end_ms < math.inf]
+        moments = [moment for _, each in on_their_way for moment in (each.start_ms, each.end_ms)]
+        limits = [moment - at_ms for moment in moments if moment < math.inf]
         return _State(
             at_ms=at_ms,
             transfers=[(number, self._link.place(each)) for number, each in on_their_way],
-            numbers=[clock - at_ms for clock in self.clocks] + ends + self._link.busy_after(behind_ms, at_ms),
+            numbers=[clock - at_ms for clock in self.clocks] + limits + self._link.busy_after(behind_ms, at_ms),
             backlogs=[self._link.backlog_ms(lane, at_ms) for lane in range(len(self.transfers_ms))],
             numbered=set(self._numbered),
             busy_since_ms=list(self._link.busy_since_ms),
@@ -230,7 +230,7 @@ class _State(NamedTuple):
     Attributes:
         at_ms: that clock.
         transfers: launched and not waited for: their number, and their place in the lane.
-        numbers: clocks, ends of transfers, and when the link was busy behind the slowest class's clock.
+        numbers: clocks, starts and ends of transfers, and when the link was busy behind the slowest class's clock.
         backlogs: per lane, what each of its transfers still takes.
         numbered: lanes with transfers that are waited for one by one.
         busy_since_ms: per lane, not relative.

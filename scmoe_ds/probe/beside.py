@@ -13,13 +13,14 @@ the noise would look like a slow-down; and the mean of all ranks counts, not the
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.parallel.agreement import gather
+from scmoe_ds.planner.rounds import Reduction
 from scmoe_ds.probe.bench import Bench
 from scmoe_ds.probe.groups import Exchanging
 from scmoe_ds.probe.trials import Beside, Ladder, Trial
@@ -40,11 +41,16 @@ def slowdowns(bench: Bench, between: Exchanging) -> Iterator[Ladder]:
             Trial(
                 Beside(method, between.ranks, between.nodes, size),
                 _sample(bench, between, method, size),
-                statistics.mean,
+                mean_of(between.members),
                 PIECES,
             )
             for size in bench.sizes.beside
         ]
+
+
+def mean_of(members: Sequence[Sequence[int]]) -> Reduction:
+    """Over all ranks that exchange."""
+    return lambda values: statistics.mean(values[rank] for ranks in members for rank in ranks)
 
 
 def _sample(bench: Bench, between: Exchanging, method: str, nbytes: int) -> Callable[[], float]:

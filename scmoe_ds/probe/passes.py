@@ -54,7 +54,7 @@ def passes(bench: Bench) -> Iterator[Ladder]:
         Pass("gated activation", _swiglu, width, 1.5, 2.5, sizes.numbers),  # half as wide as what it reads
         Pass("reduction", norm, width, 2, 5, small, parameters=tuple(norm.parameters())),
         Pass("reduction", _loss, sizes.vocabulary, 2, 4, large),
-        Pass("rows", _gather, width, 2, None, sizes.numbers),
+        Pass("rows", partial(_gathered, {}), width, 2, None, sizes.numbers),
     ):
         yield _ladder(bench, each, "forward" if each.backward else None, each.forward)
         if each.backward:
@@ -65,11 +65,16 @@ def _swiglu(inner: Tensor) -> Tensor:
     return kernels_of(inner).swiglu(inner)
 
 
-def _gather(rows: Tensor) -> Tensor:
-    """Rows of two halves in turn. The backward pass of a permutation gathers, too (moe/decode.py)."""
+def _gathered(orders: dict[int, Tensor], rows: Tensor) -> Tensor:
+    """Rows of two halves in turn. The backward pass of a permutation gathers, too (moe/decode.py).
+
+    Args:
+        orders: by number of rows; one that is not there yet is added.
+    """
     count = rows.shape[0]
-    order = torch.arange(count, device=rows.device)
-    return rows.index_select(0, (order * (count // 2 + 1)) % count)
+    if count not in orders:
+        orders[count] = torch.arange(count, device=rows.device) * (count // 2 + 1) % count
+    return rows.index_select(0, orders[count])
 
 
 def _loss(logits: Tensor) -> Tensor:

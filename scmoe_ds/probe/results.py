@@ -95,14 +95,17 @@ def _curves(sent: Mapping[Sent, Spread]) -> list[CollectiveTimes]:
     for what, spread in sent.items():
         if not _counts(what):
             curves[what.collective, what.method, what.ranks, what.nodes].append((what.bytes, spread))
+    for points in curves.values():
+        points.sort(key=lambda point: point[0])
     return [
         CollectiveTimes(
             collective=collective,
             method=method,
             ranks=ranks,
             nodes=nodes,
-            ms=tuple((size, max(spread.median, _TICK_MS)) for size, spread in sorted(points, key=lambda each: each[0])),
-            spread=statistics.median(_relative(spread) for _, spread in points),
+            ms=tuple((size, max(spread.median, _TICK_MS)) for size, spread in points),
+            # Of large messages: what a short one takes varies with the host, and a step has no use for most of them.
+            spread=statistics.median(_relative(spread) for _, spread in points[len(points) // 2 :]),
         )
         for (collective, method, ranks, nodes), points in curves.items()
     ]

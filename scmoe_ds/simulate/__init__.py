@@ -25,6 +25,8 @@ A description of a cluster and one of a model become work, work becomes times, t
 `price.py`     work to times.
 `times.py`     times of a step's parts: the planner's `OperatorTimes` of every pair, and what surrounds them.
 `step_program.py` what a rank does in a micro-batch, as a program for lanes.
+`two_in_flight.py` the same where a second micro-batch is on its way.
 `step.py`      times to a whole step, on lanes.
+`timeline.py`  a step as text and as JSON.
 `fit.py`       which figure of a description measured steps contradict.
 """

@@ -26,6 +26,7 @@ class Method:
         overlap: whether communication runs beside computation.
         most_chunks: of the expert computation, which the planner may choose; 1: no pipelining. "auto" of the "scmoe"
             section goes up to 4.
+        in_flight: micro-batches on their way at once; 2: a forward pass beside the backward pass of the one before.
         merge: how shared and routed outputs are added, as in the "scmoe" section.
         shortcut_norm: whether the shortcut has a norm of its own.
         post_norm: whether a norm follows the merge.
@@ -46,6 +47,7 @@ class Method:
     join: Literal["block", "late"] = "block"
     overlap: bool = True
     most_chunks: int = 1
+    in_flight: int = 1
     merge: Literal["add", "cg1", "cg2"] = "cg1"
     shortcut_norm: Literal["own", "shared"] = "own"
     post_norm: bool = False
@@ -66,5 +68,7 @@ SCMOE_LATE = tuple(
     Method(f"ScMoE Pos-{n}, late join", "scmoe", position=f"pos{n}", join="late", most_chunks=4)  # type: ignore[arg-type]
     for n in (1, 2, 3)
 )
+TWO_IN_FLIGHT = Method("top-k, two micro-batches in flight", "topk", overlap=False, in_flight=2)
+"""What others do instead of a shortcut (two_in_flight.py). No run of this package does it: it is no row of a plan."""
 METHODS = (DEEPSPEED_TOPK, AUTOEP, PIPELINED, SHARED, SHARED_OVERLAPPED, *SCMOE, *SCMOE_LATE)
 """What `scmoe plan` compares, in this order. The first is the one that the others are compared with."""

@@ -20,7 +20,7 @@ from scmoe_ds.simulate.machine import Machine
 from scmoe_ds.simulate.places import places_of
 from scmoe_ds.simulate.routing import EVEN, Loads, Routing
 from scmoe_ds.simulate.times import PairTimes, StepTimes
-from scmoe_ds.simulate.work import Collective, Kernel, PairWork, Parameters, Part, Reduced, StepWork, Work
+from scmoe_ds.simulate.work import Collective, Group, Kernel, PairWork, Parameters, Part, Reduced, StepWork, Work
 
 _CHUNKS = (1, 2, 4, 8)
 
@@ -43,6 +43,8 @@ def price(work: StepWork, layout: Layout, machine: Machine, routing: Routing) ->
             parameters.dense + pair.count * pair.parameters.dense,
             parameters.experts + pair.count * pair.parameters.experts,
         )
+    groups: tuple[Group, ...] = ("ep", "dp")
+    spans = {group: places_of(group, layout, machine.cluster.gpus_per_node).nodes for group in groups}
     return StepTimes(
         pairs=tuple(pairs),
         shares=_loads(work.pairs[0], layout, machine, routing, range(1)).shares if work.pairs else (1.0,),
@@ -53,6 +55,8 @@ def price(work: StepWork, layout: Layout, machine: Machine, routing: Routing) ->
         optimizer_ms=prices.optimizer_ms(parameters),
         update_gather_ms=prices.gather_ms(parameters) if layout.training and layout.zero_stage in (1, 2) else 0.0,
         slowed_by=machine.slowed_by,
+        shared_link=spans["ep"] > 1 or spans["dp"] == 1,
+        in_flight=work.pairs[0].method.in_flight if work.pairs else 1,
         parts=dict(prices.parts),
     )
 
@@ -79,11 +83,10 @@ class _Prices:
 
         Args:
             times: how often a micro-batch has it, for `parts`.
-            repeated: whether the backward pass runs the forward pass again.
+            repeated: whether it runs its forward pass twice, also for `parts`.
         """
         forward = self._parts_ms(work.forward, "forward", times * (1 + repeated))
         backward = self._parts_ms(work.backward if self.layout.training else (), "backward", times)
-        backward += forward if repeated else 0.0
         return PassTimes(forward_ms=forward, backward_ms=backward)
 
     def _parts_ms(self, parts: Sequence[Part], phase: Phase, times: int) -> float:
@@ -119,6 +122,7 @@ class _Prices:
             reduce_ms=self.reduce_ms(pair.parameters),
             gather_ms=self.gather_ms(pair.parameters) if self.layout.zero_stage == 3 else 0.0,
             overlapped=pair.method.overlap,
+            repeated=pair.repeated,
         )
 
     def _named(self, works: Sequence[Work], pair: PairWork) -> tuple[OperatorTime, ...]:
@@ -132,9 +136,8 @@ class _Prices:
         if pair.exchange is None:
             return times
         counts = counts_ms(pair.exchange, self.layout, self.machine)
-        again = counts if pair.repeated else 0.0
-        self.parts["link"] += pair.count * (counts + again)
-        return PassTimes(forward_ms=times.forward_ms + counts, backward_ms=times.backward_ms + again)
+        self.parts["link"] += pair.count * (1 + pair.repeated) * counts
+        return PassTimes(forward_ms=times.forward_ms + counts, backward_ms=times.backward_ms)
 
     def _chunks(self, pair: PairWork, loads: Loads, factor: float, noted: bool = False) -> dict[int, ChunkTimes]:
         """Every number of chunks that the method may have; `parts` has one chunk, of the busiest ranks."""
@@ -143,17 +146,19 @@ class _Prices:
         for count in counts:
             times = pair.count if count == 1 and noted else 0
             dispatch, combine = self._transfers(pair, loads, count, times)
-            experts = self.operator(self._experts(pair, factor / count), times, pair.repeated)
+            experts = self.operator(self._experts(pair, factor, count), times, pair.repeated)
             chunks[count] = ChunkTimes(dispatch=dispatch, experts=experts, combine=combine)
         return chunks
 
-    def _experts(self, pair: PairWork, factor: float) -> Work:
+    def _experts(self, pair: PairWork, factor: float, chunks: int) -> Work:
+        """One of several chunks."""
         number = bytes_per_number(self.layout.precision)
         forward, backward = (
-            tuple(_scaled(part, factor, number) for part in parts)
+            tuple(_scaled(part, factor / chunks, number) for part in parts)
             for parts in (pair.experts.forward, pair.experts.backward)
         )
-        return Work(pair.experts.name, forward, backward)
+        sums = [_added(part, chunks, number) for part in pair.experts.backward]
+        return Work(pair.experts.name, forward, (*backward, *(each for each in sums if each is not None)))
 
     def _transfers(self, pair: PairWork, loads: Loads, chunks: int, times: int) -> tuple[PassTimes, PassTimes]:
         """Dispatch and combine. The gradient of one has as many bytes as its forward pass the other way has."""
@@ -168,11 +173,7 @@ class _Prices:
         self.parts[bound] += times * (out_ms + back_ms) * (1 + again)
         if not self.layout.training:
             return PassTimes(forward_ms=out_ms), PassTimes(forward_ms=back_ms)
-        repeated = (out_ms, back_ms) if pair.repeated else (0.0, 0.0)
-        return (
-            PassTimes(forward_ms=out_ms, backward_ms=back_ms + repeated[0]),
-            PassTimes(forward_ms=back_ms, backward_ms=out_ms + repeated[1]),
-        )
+        return PassTimes(forward_ms=out_ms, backward_ms=back_ms), PassTimes(forward_ms=back_ms, backward_ms=out_ms)
 
     def reduce_ms(self, parameters: Parameters) -> float:
         """Of their gradients."""
@@ -232,3 +233,11 @@ def _scaled(part: Part, factor: float, number: int) -> Part:
     return dataclasses.replace(
         part, flops=part.flops * factor, bytes=fixed + (part.bytes - fixed) * factor, shape=shape
     )
+
+
+def _added(part: Part, chunks: int, number: int) -> Kernel | None:
+    """What a chunk adds to the gradient of a weight, on average: all but the first one read both, and write the sum."""
+    if isinstance(part, Reduced) or part.shape is None or part.tokens != 1 or chunks == 1:
+        return None
+    weights = part.flops / (2 * part.shape[1])
+    return Kernel("pointwise", bytes=3 * number * weights * (chunks - 1) / chunks, launches=part.launches)

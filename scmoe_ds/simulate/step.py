@@ -8,7 +8,7 @@ chooses for its times.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scmoe_ds.planner.lanes import Lanes, LaneSpan
@@ -51,8 +51,8 @@ class Step:
         communication_ms: duration of all all-to-alls, hidden or not.
         optimizer_ms: the update.
         pairs: by kind, in forward order.
-        spans: of the last micro-batch and the update, from 0, if asked for; `label` is the number of a pair, −1 outside
-            of pairs.
+        spans: of the last micro-batch and the update, from 0, if asked for; with two micro-batches on their way, of a
+            pass of each. `label` is the number of a pair, −1 outside of pairs.
         busiest: class of the ranks that compute most.
     """
 
@@ -96,7 +96,7 @@ def run_step(
     program = StepProgram(times, layout, [pair.schedule for pair in pairs])
     lanes = program.lanes()
     trains, count = mode == "train", layout.accumulation if mode == "train" else 1
-    micro_batch_ms = _run_micro_batches(program, lanes, count, mode)
+    micro_batch_ms = _run_micro_batches(program, lanes, count, mode, times.in_flight)
     optimizer_ms, update_ms = (times.optimizer_ms, times.update_gather_ms) if trains else (0.0, 0.0)
     compute_ms = [count * ms for ms in program.compute_ms(mode)]
     busiest = compute_ms.index(max(compute_ms))
@@ -112,31 +112,43 @@ def run_step(
         communication_ms=lanes.transfers_ms[ALL_TO_ALL],
         optimizer_ms=optimizer_ms,
         pairs=pairs,
-        spans=tuple(_spans(program, mode, optimizer_ms, update_ms)) if spans else (),
+        spans=tuple(_spans(program, mode, times.in_flight, optimizer_ms, update_ms)) if spans else (),
         busiest=busiest,
     )
 
 
-def _run_micro_batches(program: StepProgram, lanes: Lanes, count: int, mode: Mode) -> float:
-    """Runs all of them; the duration of the first one."""
+def _run_micro_batches(program: StepProgram, lanes: Lanes, count: int, mode: Mode, in_flight: int) -> float:
+    """Runs all of them; the duration of one as most are, which is the first one."""
     durations: list[float] = []
 
-    def run(reduces: bool) -> None:
+    def timed(run: Callable[[], None]) -> None:
         start_ms = max(lanes.clocks)
-        program.micro_batch(lanes, mode, reduces)
+        run()
         durations.append(max(lanes.clocks) - start_ms)
 
-    if mode == "train" and not program.reduces_always:
-        lanes.repeat(lambda _: run(False), count - 1)
-        run(True)
+    def one(reduces: bool) -> None:
+        program.forward(lanes)
+        if mode == "train":
+            program.backward(lanes, reduces)
+
+    if in_flight > 1 and count > 1 and mode == "train":
+        program.forward(lanes)
+        lanes.repeat(lambda _: timed(lambda: program.both(lanes, program.reduces_always)), count - 1)
+        program.backward(lanes, True)
+    elif program.reduces_always or mode == "forward":
+        lanes.repeat(lambda _: timed(lambda: one(True)), count)
     else:
-        lanes.repeat(lambda _: run(True), count)
+        lanes.repeat(lambda _: timed(lambda: one(False)), count - 1)
+        timed(lambda: one(True))
     return durations[0]
 
 
-def _spans(program: StepProgram, mode: Mode, optimizer_ms: float, update_ms: float) -> list[LaneSpan]:
+def _spans(program: StepProgram, mode: Mode, in_flight: int, optimizer_ms: float, update_ms: float) -> list[LaneSpan]:
     lanes = program.lanes(spans=True)
-    program.micro_batch(lanes, mode, reduces=True)
+    if in_flight > 1 and mode == "train":
+        program.both(lanes, program.reduces_always)
+    else:
+        _run_micro_batches(program, lanes, 1, mode, 1)
     lanes.label = -1
     lanes.compute([optimizer_ms] * len(lanes.clocks), "backward", "optimizer")
     lanes.launch(update_ms, "backward", "gather of updated parameters", None, REDUCTIONS)

@@ -13,6 +13,7 @@ from scmoe_ds.planner.plan import Schedule
 from scmoe_ds.planner.times import LateTimes, PassTimes
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.times import PairTimes, StepTimes
+from scmoe_ds.simulate.two_in_flight import both_passes
 
 ALL_TO_ALL, REDUCTIONS = 0, 1
 """Lanes."""
@@ -64,47 +65,65 @@ class StepProgram:
             parts += [event.forward_ms for event in itertools.chain(*again) if event.does == "compute"]
         return [sum(part) for part in zip(*parts, strict=True)]
 
-    def micro_batch(self, lanes: Lanes, mode: Mode, reduces: bool) -> None:
-        """Runs one; nothing is on its way before and after it.
+    def forward(self, lanes: Lanes) -> None:
+        """A forward pass of a micro-batch."""
+        self._begin(lanes, "forward", self._visits[:1])
+        lanes.run(self._first, "forward")
+        self._run_pairs(lanes, ("forward",))
+        lanes.run(self._last, "forward")
+
+    def backward(self, lanes: Lanes, reduces: bool) -> None:
+        """A backward pass; at its end nothing is on its way.
 
         Args:
             reduces: whether gradients are reduced.
         """
-        self._begin(lanes, "forward", self._visits[:1])
+        self._begin(lanes, "backward", self._visits[-1:])
+        lanes.run(self._last, "backward")
+        self._run_pairs(lanes, ("backward",), reduces and self._reduces_beside)
+        lanes.run(self._first, "backward")
+        if reduces:
+            self._reduce_rest(lanes)
+
+    def both(self, lanes: Lanes, reduces: bool) -> None:
+        """The forward pass of a micro-batch and the backward pass of the one before, as in two_in_flight.py."""
+        self._begin(lanes, "forward", self._visits[:1] + self._visits[-1:])
         lanes.run(self._first, "forward")
-        self._pairs(lanes, "forward")
+        lanes.run(self._last, "backward")
+        self._run_pairs(lanes, ("forward", "backward"), reduces and self._reduces_beside)
+        lanes.run(self._first, "backward")
         lanes.run(self._last, "forward")
-        if mode == "train":
-            self._begin(lanes, "backward", self._visits[-1:])
-            lanes.run(self._last, "backward")
-            self._pairs(lanes, "backward", reduces and self._reduces_beside)
-            lanes.run(self._first, "backward")
-            if reduces:
-                self._reduce_rest(lanes)
+        if reduces:
+            self._reduce_rest(lanes)
 
-    def _pairs(self, lanes: Lanes, phase: Phase, reduces: bool = False) -> None:
-        is_forward = phase == "forward"
-        visits = self._visits if is_forward else self._visits[::-1]
-        lanes.label = -1 if is_forward else len(visits)
-        steps = [(visit, following) for visit, following in zip(visits, [*visits[1:], None], strict=True)]
-        for (visit, following), alike in itertools.groupby(steps):
+    def _run_pairs(self, lanes: Lanes, phases: tuple[Phase, ...], reduces: bool = False) -> None:
+        """All pairs, in each of these phases at once."""
+        orders = [self._visits if phase == "forward" else self._visits[::-1] for phase in phases]
+        steps = list(zip(*orders, strict=True))
+        is_forward = phases[0] == "forward"
+        lanes.label = -1 if is_forward else len(steps)
+        for (visits, following), alike in itertools.groupby(zip(steps, [*steps[1:], ()], strict=True)):
+            program = visits[0].program if len(phases) == 1 else both_passes(visits[0].times, visits[1].times)
 
-            def run(_: int, visit: _Visit = visit, following: _Visit | None = following) -> None:
+            def run(
+                _: int,
+                program: list[Event] = program,
+                visits: tuple[_Visit, ...] = visits,
+                following: tuple[_Visit, ...] = following,
+            ) -> None:
                 lanes.label += 1 if is_forward else -1
-                self._pair(lanes, phase, visit, following, reduces)
+                for visit in visits:
+                    self._await_gather(lanes, phases[0], visit.times.gather_ms)
+                for visit in following:
+                    self._gather(lanes, phases[0], visit.times.gather_ms)
+                if visits[-1].times.repeated and phases == ("backward",):
+                    lanes.run(program, "forward")
+                lanes.run(program, phases[0])
+                if reduces:
+                    self._reduce(lanes, visits[-1].times.reduce_ms)
 
             lanes.repeat(run, len(list(alike)))
         lanes.label = -1
-
-    def _pair(self, lanes: Lanes, phase: Phase, visit: _Visit, following: _Visit | None, reduces: bool) -> None:
-        self._await_gather(lanes, phase, visit.times.gather_ms)
-        if following is not None:
-            self._gather(lanes, phase, following.times.gather_ms)
-        if phase == "backward" and visit.times.repeated:
-            lanes.run(visit.program, "forward")
-        lanes.run(visit.program, phase)
-        if reduces:
-            self._reduce(lanes, visit.times.reduce_ms)
 
     def _begin(self, lanes: Lanes, phase: Phase, following: Sequence[_Visit]) -> None:
         outside_ms = self._times.outside_gather_ms

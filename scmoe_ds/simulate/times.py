@@ -48,6 +48,7 @@ class StepTimes:
         slowed_by: factor on computation while a transfer runs beside it, ≥ 1.
         shared_link: whether all-to-alls and reductions go over the same link. False: expert parallelism stays inside
             the nodes, and the network bounds the others.
+        in_flight: micro-batches on their way at once, as in `Method`.
         parts: milliseconds of a micro-batch by what bounds them ("compute", "memory", "launch", "link", "NIC"); for
             the sentence on what limits a step.
     """
@@ -62,4 +63,5 @@ class StepTimes:
     update_gather_ms: float
     slowed_by: float = 1.0
     shared_link: bool = True
+    in_flight: int = 1
     parts: Mapping[str, float] = field(default_factory=dict)

@@ -77,9 +77,21 @@ def compare(with_overlap_ms: float, rank: int) -> Any:
     return turns, overlap, middle
 
 
+def settled_in_its_middle() -> list[tuple[bool, bool]]:
+    """Whether pairs overlap and are silent, in a turn without overlap, and after `settle`."""
+    engine = build(overlap=OVERLAP)
+    train(engine, 1 + TIMED + WARM_UP)
+    pairs, found = engine.module.scheduled_pairs(), []
+    for _ in range(2):
+        found += sorted({(pair.schedule.overlap, pair.recorder is SILENT) for pair in pairs})
+        engine.overlap.settle()
+    return found
+
+
 def noted(with_overlap_ms: float, rank: int) -> Any:
     """Its outcome, and what runs that go on from its checkpoints make of it."""
     turns, overlap, middle = compare(with_overlap_ms, rank)
+    assert settled_in_its_middle() == [(False, False), (True, True)]
     went_on = []
     damaged = [{**each, "measured": {"overlap": "perhaps"}} for each in overlap.state()]
     for state in (overlap.state(), middle, damaged):

@@ -38,6 +38,7 @@ NOT_RUN = {
     r"(make gpu-acceptance(-2)?|python -m benchmarks\.gpu\.acceptance.*)": "tests/benchmarks/test_gpu_acceptance.py "
     "rehearses its steps",
     r"scmoe check .*": "it makes ranks that do not exist, in a process without others; tests/check has every file",
+    r"scmoe plan .*": "a whole search takes seconds; tests/programs/test_plan.py plans for a small model",
     r"deepspeed .*scmoe_ds\.programs\.probe .*": "it measures for a minute; tests/probe does so with small sizes",
     r"python -m benchmarks\.serving\.offload .*": "several processes; tests/benchmarks/test_serving.py has its parts",
     r"(?s)(?=.*^\.\.\.$).*": "Python with lines left out; tests/test_examples.py compares it with a file that it runs",

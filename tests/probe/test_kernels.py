@@ -12,7 +12,9 @@ import torch
 from scmoe_ds.compat import forget_process_groups
 from scmoe_ds.probe import measure as measuring
 from scmoe_ds.probe.bench import Bench
+from scmoe_ds.probe.beside import mean_of
 from scmoe_ds.probe.clock import ColdClock
+from scmoe_ds.probe.collectives import last_to_come
 from scmoe_ds.probe.groups import layouts
 from scmoe_ds.probe.results import profile_of
 from scmoe_ds.probe.text import table
@@ -76,6 +78,12 @@ def test_groups_inside_and_between_nodes(nodes: str, expected: list[Any]) -> Non
     assert layouts(nodes) == expected
 
 
+def test_ranks_that_stand_still_count_for_nothing() -> None:
+    members = ((0, 2), (4, 6))
+    assert last_to_come(members)([5.0, 99.0, 3.0, 99.0, 7.0, 99.0, 8.0, 99.0]) == 7.0  # the slower pair's later rank
+    assert mean_of(members)([0.1, 0.0, 0.2, 0.0, 0.3, 0.0, 0.4, 0.0]) == pytest.approx(0.25)
+
+
 def known() -> dict[Any, list[float]]:
     """Times of a machine of 100 GFLOP/s and 10 GB/s."""
     shape = (10, 100, 1000)
@@ -90,7 +98,8 @@ def known() -> dict[Any, list[float]]:
         Sent("all-to-all", "collective", 2, 2, 1000): [1.0],
         Sent("all-to-all", "collective", 2, 2, 9000): [3.0],
         Sent("all-to-all", "send_receive", 2, 2, 1000): [2.0],
-        Sent("all-reduce", "", 2, 2, 1000): [4.0, 5.0, 6.0],
+        Sent("all-reduce", "", 2, 2, 9000): [4.0, 5.0, 6.0],
+        Sent("all-reduce", "", 2, 2, 1000): [1.0, 3.0, 9.0],
         Sent("counts", "", 2, 2, 2048): [0.25],
         Beside("collective", 2, 2, 1000): [-0.1],
         Beside("collective", 2, 2, 9000): [1 / 3],
@@ -111,6 +120,7 @@ def test_a_profile_follows_from_times() -> None:
     curves = {(each.collective, each.method): each for each in profile.collectives}
     assert set(curves) == {("all-to-all", "collective"), ("all-reduce", "")}
     assert curves["all-to-all", "collective"].ms == ((1000, 1.0), (9000, 3.0))
+    assert curves["all-reduce", ""].ms == ((1000, 3.0), (9000, 5.0))
     assert curves["all-reduce", ""].spread == pytest.approx(0.2)
     assert [each.method for each in profile.other_methods] == ["send_receive"]
     assert profile.counts == pytest.approx(2.5e-4)

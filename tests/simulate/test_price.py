@@ -94,9 +94,10 @@ def test_chunks_repeat_latencies_launches_and_the_reading_of_weights() -> None:
         rows, inner, columns = 1024 // count, 512, 2048
         numbers = rows * inner + inner * columns + rows * columns
         assert chunk.experts.forward_ms == close(1e3 * 2 * numbers / 1e11)
-        assert chunk.experts.backward_ms == close(2 * chunk.experts.forward_ms)
+        added = 1e3 * 3 * 2 * inner * columns * (count - 1) / count / 1e11  # to the gradient of earlier chunks
+        assert chunk.experts.backward_ms == close(2 * chunk.experts.forward_ms + added)
     launched = price(step_work(EXCHANGE), LAYOUT, machine(launch=1e-3), EVEN).pairs[0].by_class[0]
-    assert [each.experts.backward_ms for each in launched.chunks.values()] == [close(2.0)] * 4
+    assert [each.experts.backward_ms for each in launched.chunks.values()] == [close(2.0), *[close(3.0)] * 3]
 
 
 def test_most_chunks_of_the_method() -> None:
@@ -118,19 +119,22 @@ def test_the_busiest_ranks_are_a_class() -> None:
     assert {each.chunks[1].experts for each in padded.pairs[0].by_class} == {even.experts}
 
 
-def test_recomputation_adds_a_forward_pass_to_the_backward_one() -> None:
-    once = price(step_work(EXCHANGE), LAYOUT, machine(), EVEN).pairs[0]
+def test_recomputation_of_pairs_is_the_steps_and_its_parts_count_twice() -> None:
     work = step_work(EXCHANGE)
     repeated = dataclasses.replace(work, pairs=(dataclasses.replace(work.pairs[0], repeated=True),))
-    again = price(repeated, LAYOUT, machine(), EVEN).pairs[0]
-    for less, more in (
-        (once.before, again.before),
-        (once.by_class[0].backbone[1], again.by_class[0].backbone[1]),
-        (once.by_class[0].chunks[2].experts, again.by_class[0].chunks[2].experts),
-        (once.by_class[0].chunks[2].combine, again.by_class[0].chunks[2].combine),
-    ):
-        assert more.forward_ms == less.forward_ms
-        assert more.backward_ms == close(less.backward_ms + less.forward_ms)
+    once, again = price(work, LAYOUT, machine(), EVEN), price(repeated, LAYOUT, machine(), EVEN)
+    assert again.pairs == (dataclasses.replace(once.pairs[0], repeated=True),)
+    experts_ms = 3 * once.pairs[0].by_class[0].chunks[1].experts.forward_ms
+    assert again.parts["compute"] == close(once.parts["compute"] + experts_ms)
+    transfers_ms = 2 * 3 * once.pairs[0].by_class[0].chunks[1].dispatch.forward_ms
+    assert again.parts["NIC"] == close(once.parts["NIC"] + transfers_ms)
+
+
+def test_reductions_share_the_link_of_all_to_alls_unless_these_stay_inside_nodes() -> None:
+    def shares(world: int, expert_parallel: int) -> bool:
+        return price(step_work(EXCHANGE), Layout(world, expert_parallel), machine(nodes=2), EVEN).shared_link
+
+    assert shares(8, 8) and shares(4, 4) and not shares(8, 4), "4 GPUs per node"
 
 
 def test_a_forward_pass_alone() -> None:

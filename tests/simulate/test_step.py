@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from scmoe_ds.overlap.schedule import Schedule
+from scmoe_ds.planner.lanes import Lanes
 from scmoe_ds.planner.simulation import simulate
 from scmoe_ds.planner.times import ChunkTimes, LateTimes, OperatorTime, OperatorTimes, PassTimes
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.step import run_step
-from scmoe_ds.simulate.step_program import Mode, StepProgram
+from scmoe_ds.simulate.step_program import Mode
 from scmoe_ds.simulate.times import PairTimes, StepTimes
 
 NOTHING = PassTimes(forward_ms=0.0)
@@ -129,6 +130,7 @@ def some_steps(count: int) -> Iterator[tuple[StepTimes, Layout]]:
             update_gather_ms=2.0,
             slowed_by=rng.choice([1.0, 1.2]),
             shared_link=rng.random() < 0.7,
+            in_flight=2 if late is None and rng.random() < 0.3 else 1,
         )
         yield times, Layout(8, 8, zero_stage=number % 4, accumulation=rng.choice([1, 2, 7]), overlap_comm=True)
 
@@ -138,12 +140,14 @@ def test_what_repeats_itself_is_not_simulated_again_and_the_numbers_are_the_same
 ) -> None:
     cases = list(some_steps(60))
     ran: list[int] = []
-    pair = StepProgram._pair
-    monkeypatch.setattr(StepProgram, "_pair", lambda *args: (ran.append(1), pair(*args)))
-    short = [run_step(*case) for case in cases]
+    run = Lanes.run
+    monkeypatch.setattr(Lanes, "run", lambda *args: (ran.append(1), run(*args)))
+    schedules = [[pair.schedule for pair in run_step(*case).pairs] for case in cases]
+    ran.clear()  # the planner's own
+    short = [run_step(*case, schedules=each) for case, each in zip(cases, schedules, strict=True)]
     visited = len(ran)
     monkeypatch.setattr("scmoe_ds.planner.lanes._State.repeats", lambda *_: False)
-    long = [run_step(*case) for case in cases]
+    long = [run_step(*case, schedules=each) for case, each in zip(cases, schedules, strict=True)]
     for one, other in zip(short, long, strict=True):
         for name in ("total_ms", "micro_batch_ms", "exposed_ms", "exposed_reduce_ms", "communication_ms", "slowed_ms"):
             assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-9, abs=1e-8), name
@@ -259,6 +263,24 @@ def test_late_joins_hide_more_and_the_last_one_is_waited_for() -> None:
     assert totals[None] == pytest.approx(5 * (4 + 5 + 3 + 5))
     assert totals[False] == pytest.approx(5 * (4 + 5 + 3 + 2) + 3)
     assert totals[True] == pytest.approx(5 * 13), "every dispatch waits for the combine before it: 5 + 3 + 5 a pair"
+
+
+def test_two_micro_batches_in_flight_by_hand() -> None:
+    """Forward: before 4, experts 3; backward: before 8, experts 6; transfers 5. A combine beside before 4 exposes 1,
+    a dispatch beside experts' 6 and one beside experts 3 expose 2, a combine beside before' 8 nothing."""
+    zero = dict.fromkeys(("gate", "encode", "decode"), NOTHING)
+    part = ChunkTimes(dispatch=passes(5, 5), experts=passes(3, 6), combine=passes(5, 5))
+    pair = PairTimes(4, passes(4, 8), (OperatorTimes(backbone=(), chunks={1: part}, **zero),), 0.0, 0.0, False)
+    times = step_of(pair)
+    alone = run_step(times, Layout(8, 8, accumulation=3))
+    assert alone.total_ms == pytest.approx(3 * (OUTSIDE_MS + 4 * (4 + 3 + 8 + 6 + 20)))
+    both = dataclasses.replace(times, in_flight=2)
+    found = run_step(both, Layout(8, 8, accumulation=3))
+    assert found.micro_batch_ms == pytest.approx(OUTSIDE_MS + 4 * (1 + 4 + 6 + 2 + 3 + 8))
+    assert found.total_ms == pytest.approx(2 * found.micro_batch_ms + alone.total_ms / 3)
+    assert run_step(both, Layout(8, 8)).total_ms == pytest.approx(alone.total_ms / 3), "one has no other beside it"
+    spans = run_step(both, Layout(8, 8, accumulation=3), spans=True).spans
+    assert {span.name for span in spans} >= {"experts", "experts'", "dispatch", "combine'"}
 
 
 def test_no_time_gets_shorter_when_a_part_gets_longer() -> None:
