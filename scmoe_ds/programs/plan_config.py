@@ -121,13 +121,14 @@ def launch_lines(question: Question, run: Run, path: Path | None) -> list[str]:
         notes = [f'its model: scmoe_ds.from_pretrained("{question.args.model}", "{config}"), then scmoe_ds.initialize']
         notes += ["activation checkpointing: model.gradient_checkpointing_enable()"] if layout.recompute else []
     else:
-        iterations = math.ceil(question.tokens / samples_of(run) / (1 if model.images else model.stages[0].tokens))
+        of_a_step = samples_of(run) * (1 if model.images else model.stages[0].tokens)
+        iterations = "N" if question.args.tokens is None else str(math.ceil(question.tokens / of_a_step))
         program = ["--module", "scmoe_ds.programs.pretrain_swin"] if model.images else ["pretrain_gpt_scmoe.py"]
         command = [*launcher, *program, *model_flags(question), "--deepspeed_config", config]
         tensor = layout.tensor_parallel
         command += ["--tensor-model-parallel-size", str(tensor)] if tensor > 1 else []
         command += ["--recompute-granularity", str(layout.recompute)] if layout.recompute else []
-        command += ["--data-path", "DATA", "--train-iters", str(iterations)]
+        command += ["--data-path", "DATA", "--train-iters", iterations]
         notes = []
     if cluster.nodes > 1:
         notes.append(f'HOSTFILE: {cluster.nodes} lines such as "worker-0 slots={cluster.gpus_per_node}"')

@@ -61,8 +61,10 @@ def recommendation(rows: Sequence[Row]) -> str:
         return f"{take}, the fastest"
     rival = min(rivals, key=lambda each: each.step_ms.likely)
     if _has_shortcut(row):
-        return f"{take}: it {_gain(row, rival)}, the fastest without a shortcut"
-    return f"{take}: no shortcut gains more here; {rival.name} {_gain(rival, row)}"
+        gain = against(row, rival)
+        return f"{take}: it {_gain(gain, rival)}, the fastest without a shortcut{_doubt(gain)}"
+    gain = against(rival, row)
+    return f"{take}: no shortcut gains more here; {rival.name} {_gain(gain, row)}{_doubt(gain)}"
 
 
 def _has_shortcut(row: Row) -> bool:
@@ -74,9 +76,12 @@ def against(row: Row, other: Row) -> Interval:
     return Interval.of([theirs / own for own, theirs in zip(row.steps_ms, other.steps_ms, strict=True)])
 
 
-def _gain(row: Row, other: Row) -> str:
-    gain = against(row, other)
-    text = f"{compared(gain.likely, other.name)} ({gain.low:.2f} to {gain.high:.2f})"
+def _gain(gain: Interval, other: Row) -> str:
+    return f"{compared(gain.likely, other.name)} ({gain.low:.2f} to {gain.high:.2f})"
+
+
+def _doubt(gain: Interval) -> str:
+    """Where the interval of a gain or a loss includes that there is none."""
     if change(gain.likely) in ("none", change(gain.low if gain.likely > 1 else gain.high)):
-        return text
-    return f"{text}, less than what is not known of this cluster: measure it (scmoe probe, scmoe report)"
+        return ""
+    return "; that is less than what is not known of this cluster: measure both (scmoe probe, scmoe report)"

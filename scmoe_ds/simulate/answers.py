@@ -15,7 +15,7 @@ from scmoe_ds.simulate.profile import Profile
 from scmoe_ds.simulate.routing import Routing
 from scmoe_ds.simulate.rows import Row, machines, rows
 from scmoe_ds.simulate.scaling import Point, scaling
-from scmoe_ds.simulate.search import Search, run, search
+from scmoe_ds.simulate.search import Run, Search, run, search
 from scmoe_ds.simulate.space import Fixed, require_possible
 
 
@@ -69,7 +69,7 @@ def answer(
     searched = table[: len(found.runs)]
     limits = [break_even(model, found.runs, likely, routing, links) for links in ("network", "inside")]
     best = chosen(searched)
-    compared = [found.runs[0]] if best is table[0] else [found.runs[0], best.run]
+    compared = _compared(searched, best)
     weak, strong = (
         scaling(model, cluster, profile, routing, fixed, compared, sizes, weak=each) if sizes else []
         for each in (True, False)
@@ -84,3 +84,10 @@ def answer(
         weak=tuple(weak),
         strong=tuple(strong),
     )
+
+
+def _compared(searched: Sequence[Row], best: Row) -> list[Run]:
+    """What a scaling compares: the first row, the recommended one, and the best ScMoE, each once."""
+    shortcut = [each for each in searched if each.run.method.architecture == "scmoe"]
+    last = best if best in shortcut or not shortcut else min(shortcut, key=lambda each: each.step_ms.likely)
+    return list({id(each): each.run for each in (searched[0], best, last)}.values())

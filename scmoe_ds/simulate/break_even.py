@@ -18,7 +18,7 @@ Links = Literal["network", "inside"]
 PAYS = 1.03
 """A gain by less pays for nothing: planning by calibrated times has been off by as much (benchmarks/results)."""
 _STEP = 4.0
-_FACTORS = tuple(_STEP**power for power in range(-4, 5))
+_FACTORS = tuple(_STEP**power for power in range(-3, 4))
 _COMPARED = 2
 """Methods of each sort, the fastest at the rate as it is: at another rate the second may be the first."""
 
@@ -32,7 +32,7 @@ class BreakEven:
         rate: of one NIC or one GPU's links, one direction, bytes per second; as it is.
         scmoe: factor up to which ScMoE beats the methods without a shortcut by `PAYS`; 0: at none, inf: at all.
         overlap: up to which any overlap beats the methods without by as much.
-        best, gain: factor at which ScMoE gains most, and how much.
+        best, gain: factor at which ScMoE gains most, of those as good the nearest to 1, and how much.
     """
 
     links: Links
@@ -71,7 +71,8 @@ def break_even(model: Model, runs: Sequence[Run], machine: Machine, routing: Rou
         return blocked / min(ours, overlapped)
 
     gains = {factor: scmoe_gain(factor) for factor in _FACTORS}
-    best = max(gains, key=lambda factor: gains[factor])
+    most = max(gains.values())
+    best = min((factor for factor in gains if gains[factor] >= most - 0.005), key=lambda factor: abs(math.log(factor)))
     rate = between.nic_rate if links == "network" and between is not None else machine.cluster.inside.rate
     overlap = _last(overlap_gain, {factor: overlap_gain(factor) for factor in _FACTORS}) if blocking else math.inf
     return BreakEven(links, rate, _last(scmoe_gain, gains), overlap, best, gains[best])
