@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.cost import scaling
+from benchmarks.predict import paper_page
 from benchmarks.quality import adapt_figure, stress_table
 from benchmarks.quality import table as quality_table
 from benchmarks.serving import figures as serving
@@ -27,6 +28,7 @@ _OF_A_BENCHMARK = {
     "benchmarks.quality": quality_table.figure,
     "benchmarks.quality.adapt": adapt_figure.figure,
     "benchmarks.stress": stress_table.figure,
+    "benchmarks.predict.paper": paper_page.figure,
 }
 
 
