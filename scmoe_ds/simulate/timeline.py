@@ -8,6 +8,7 @@ from typing import Any
 from scmoe_ds.planner.lanes import LaneName, LaneSpan, Phase
 from scmoe_ds.simulate.step import Step
 
+_TRANSFERS = ("communication", "reduction")
 _LANES: tuple[LaneName, ...] = ("compute", "communication", "reduction")
 _PHASES: tuple[Phase, ...] = ("forward", "backward")
 
@@ -20,22 +21,23 @@ def timeline_lines(step: Step, columns: int = 110) -> list[str]:
         columns: of a line.
     """
     total, before, lines = sum(pair.count for pair in step.pairs), 0, list[str]()
+    shown = [span for span in step.spans if span.lane in _TRANSFERS or span.rank_class == step.busiest]
     for pair in step.pairs:
         number = before + pair.count // 2
         before += pair.count
         others = f", like {pair.count - 1} others" if pair.count > 1 else ""
         lines.append(f"pair {number + 1} of {total}{others}")
-        of_pair = [span for span in step.spans if span.label == number and span.lane != "reduction"]
+        of_pair = [span for span in shown if span.label == number and span.lane != "reduction"]
         for phase in _PHASES:
-            lines += _panel(step, phase, [span for span in of_pair if span.phase == phase], columns)
-    last_ms = max((span.end_ms for span in step.spans if span.label >= 0 and span.lane == "compute"), default=0.0)
-    ending = [span for span in step.spans if span.label < 0 and span.start_ms >= last_ms]
+            lines += _panel(shown, phase, [span for span in of_pair if span.phase == phase], columns)
+    last_ms = max((span.end_ms for span in shown if span.label >= 0 and span.lane == "compute"), default=0.0)
+    ending = [span for span in shown if span.label < 0 and span.start_ms >= last_ms]
     if ending:
-        lines += ["behind all pairs", *_panel(step, ending[-1].phase, ending, columns)]
+        lines += ["behind all pairs", *_panel(shown, ending[-1].phase, ending, columns)]
     return [*lines, "[/]: computation stands still. All times are simulated."]
 
 
-def _panel(step: Step, phase: Phase, of: Sequence[LaneSpan], columns: int) -> Iterator[str]:
+def _panel(shown: Sequence[LaneSpan], phase: Phase, of: Sequence[LaneSpan], columns: int) -> Iterator[str]:
     """All lanes from the first to the last of some spans."""
     if not of:
         return
@@ -45,13 +47,12 @@ def _panel(step: Step, phase: Phase, of: Sequence[LaneSpan], columns: int) -> It
     scale = width / (end_ms - start_ms)
     for lane in _LANES:
         row = [" "] * width
-        for span in step.spans:
-            is_here = _lane(span) == lane and span.start_ms < end_ms and span.end_ms > start_ms
-            if is_here and (lane != "compute" or span.rank_class == step.busiest):
+        for span in shown:
+            if _lane(span) == lane and span.start_ms < end_ms and span.end_ms > start_ms:
                 begin, end = (round(scale * (ms - start_ms)) for ms in (span.start_ms, span.end_ms))
                 row[max(0, begin) : max(0, end)] = _box(span, end - begin)[max(0, -begin) :]
         text = "".join(row[:width]).rstrip()
-        if text or lane != "reduction":
+        if text:
             yield f"    {lane:<14}{text}"
 
 
