@@ -84,8 +84,16 @@ def page(record: Record) -> str:
         "## What does not fit, and why",
         "",
         _MISFITS,
+        f"- **Another micro-batch of SwinV2-MoE-S**, fitted anew, moves the misfit from row to row: {_over(record)}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _over(record: Record) -> str:
+    return "; ".join(
+        f"{micro_batch} images, {found['mean']:.3f} on average and {found['largest']:.3f} at most"
+        for micro_batch, found in record["micro_batches"].items()
+    )
 
 
 def _near(rows: list[Record]) -> str:
