@@ -9,15 +9,17 @@ from typing import Any
 
 from benchmarks.harness import tables
 from benchmarks.harness.measure import environment_text
+from benchmarks.predict.own_machines import PaceOver
 from benchmarks.predict.own_rows import Record, Row
 from scmoe_ds.analysis.markdown import code
 
 _NOTES = (
     "Measured: the median of all rounds. Simulated: `scmoe plan`'s own chain, from the profile of two such nodes at "
     "another moment. Nothing is fitted to the rows.",
-    "This machine's speed changes within minutes. In every round six kernels of the probe run, too. Their time over "
-    "that in the profile is the pace, the median of the six. All simulated computation is multiplied by it, transfers "
-    "are not. A link of another rate than the probed one reaches the same shares of it.",
+    "This machine's speed changes within minutes. In every round six kernels of the probe run: three products, and "
+    "three that memory bounds. Their time over that in the profile is the pace, a median of each three. Simulated "
+    "computation is multiplied by it, transfers are not. A link of another rate than the probed one reaches the same "
+    "shares of it.",
     "A row “again (A/A)” is the first row a second time: what is smaller than their difference is noise. DGMoE is no "
     "method of `scmoe plan`, and is left out.",
 )
@@ -36,7 +38,7 @@ class Predicted:
     row: Row
     ms: float
     speedup: float
-    pace: float
+    pace: PaceOver
 
     @property
     def error(self) -> float:
@@ -112,7 +114,7 @@ def _section(measured: Record, rows: Sequence[Predicted]) -> list[str]:
         f"{mode if mode == 'forward' else 'training'} {link['rate_mbit']:.0f} Mbit/s"
         for mode, link in measured["links"].items()
     )
-    paces = " and ".join(f"{pace:.2f}" for pace in dict.fromkeys(each.pace for each in rows))
+    paces = " and ".join(str(pace) for pace in dict.fromkeys(each.pace for each in rows))
     title = f"{rows[0].row.model.name}, {100 * measured['settings']['share']:.0f} % communication"
     facts = f"{measured['environment']['date']}, {links}; {measured['settings']['rounds']} rounds; pace {paces}."
     return [f"## {title}", "", code(measured["command"]), "", facts, "", *_table(rows)]

@@ -34,7 +34,7 @@ class Machines:
         machine = machine_of(self.cluster.model_copy(update={"between": link, "nodes": row.layout.world}), profile)
         return at_pace(at_rate(machine, row.rate_mbit / probed), self.pace(row))
 
-    def pace(self, row: Row) -> float:
+    def pace(self, row: Row) -> PaceOver:
         """How long computation took when the row was measured, over what it took when its profile was."""
         return pace_over(self.profiles[self._probed(row)], row.pace)
 
@@ -53,22 +53,39 @@ def at_rate(machine: Machine, factor: float) -> Machine:
     return replace(machine, cluster=cluster, measured=measured)
 
 
-def at_pace(machine: Machine, factor: float) -> Machine:
-    """The same with computation that takes `factor` times as long; links and what they take are as they were."""
+@dataclass(frozen=True)
+class PaceOver:
+    """How long the reference kernels took when a record was measured, over what they took in a profile; medians.
+
+    Attributes:
+        products, passes: of those that compute, and of those that memory bounds.
+    """
+
+    products: float = 1.0
+    passes: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.products:.2f} / {self.passes:.2f}"
+
+
+def at_pace(machine: Machine, pace: PaceOver) -> Machine:
+    """The same with computation that takes so much longer; links and what they take are as they were."""
     gpu = machine.cluster.gpu
     slower = gpu.model_copy(
         update={
-            "peak": {precision: peak / factor for precision, peak in gpu.peak.items()},
-            "bandwidth": gpu.bandwidth / factor,
-            "launch": gpu.launch * factor,
+            "peak": {precision: peak / pace.products for precision, peak in gpu.peak.items()},
+            "bandwidth": gpu.bandwidth / pace.passes,
+            "launch": gpu.launch * pace.products,
         }
     )
     return replace(machine, cluster=machine.cluster.model_copy(update={"gpu": slower}))
 
 
-def pace_over(profile: Profile, pace: Pace) -> float:
-    """Time of the reference kernels while a record was measured, over that in the profile; the median of all."""
+def pace_over(profile: Profile, pace: Pace) -> PaceOver:
+    """Of a record, where it has noted its pace."""
     known = {(each.kind, each.phase, each.shape): each.ms for each in profile.table}
-    pairs = [(each["ms"], known.get((each["kind"], each["phase"], tuple(each["shape"])))) for each in pace]
-    ratios = [now / then for now, then in pairs if then]
-    return statistics.median(ratios) if ratios else 1.0
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for each in pace:
+        if then := known.get((each["kind"], each["phase"], tuple(each["shape"]))):
+            ratios[each["kind"] == "product"].append(each["ms"] / then)
+    return PaceOver(*(statistics.median(ratios[product]) if ratios[product] else 1.0 for product in (True, False)))

@@ -146,7 +146,7 @@ def rows_of(name: str, record: Record) -> list[Row]:
 
 
 def _pair_rows(name: str, record: dict[str, Any]) -> Iterator[Row]:
-    settings, shape, ranks = record["settings"], SHAPES[record["settings"]["shape"]], record.get("nodes", 2)
+    settings, shape, ranks = record["settings"], SHAPES[record["settings"]["shape"]], record["settings"].get("nodes", 2)
     table = TABLES[record["table"]](settings["dispatch"])
     base = STOCK if record["table"] == "ablation" else BASELINES[settings["dispatch"]]
     for mode, found in record["modes"].items():

@@ -6,7 +6,8 @@ evaluations give a and X, and the measured time gives s. The same links then ser
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 from scmoe_ds.simulate.case import Machine
@@ -75,12 +76,18 @@ def _fitted(link: Link, times: CollectiveTimes, ms: Callable[[Link, float], floa
     slow, slower = (ms(_changed(link, latency, share), size) for latency in (1e-2, 2e-2))  # where it is all that counts
     latency = max(0.0, 1e-2 * (1 + (measured - slow) / (slower - slow))) if slower > slow else link.latency
     shares = [(each, _share(link, each, measured, ms, latency)) for each, measured in times.ms]
-    points = [(_message(times, each), share) for each, share in shares if share is not None]
+    points = _rising([(_message(times, each), share) for each, share in shares if share is not None])
     if not points:
         return _changed(link, latency, 1.0)
-    factor = min(_MOST_RATE, max(share for _, share in points))
+    factor = min(_MOST_RATE, max(1.0, *(share for _, share in points)))
     curve = Curve(points=tuple((x, min(1.0, max(_LEAST_SHARE, s / factor))) for x, s in points), spread=times.spread)
     return _faster(link, factor).model_copy(update={"latency": latency, "efficiency": curve})
+
+
+def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """No link is faster for a smaller message: what seems so is a latency that was measured too long, or a buffer."""
+    bounds = accumulate((share for _, share in reversed(points)), min)
+    return [(size, share) for (size, _), share in zip(reversed(points), bounds, strict=True)][::-1]
 
 
 def _faster(link: Link, factor: float) -> Link:
