@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,26 @@ def facts(found: Predicted) -> dict[str, Any]:
     }
 
 
+_FAR = 0.15
+
+
+def _notes_of(found: Sequence[Predicted]) -> Iterator[str]:
+    """What only these rows need."""
+    if any(each.row.layout.world > 2 for each in found):
+        yield (
+            "Four nodes share two cores here, two on each. The profile is of two nodes that share one core: "
+            "each has half a core in both. The link is slow and the shape small, so that transfers count."
+        )
+    far = [
+        f"{each.row.name} ({each.row.model.name.split(',')[0]}, {each.row.mode}, {each.row.rate_mbit:.0f} Mbit/s): "
+        f"{100 * each.error:+.0f} %"
+        for each in found
+        if abs(each.error) > _FAR
+    ]
+    if far:
+        yield f"Times that are off by more than {100 * _FAR:.0f} %: {'; '.join(far)}."
+
+
 def markdown(record: dict[str, Any], found: Sequence[Predicted]) -> str:
     """The page."""
     total = summary(found)
@@ -101,7 +121,7 @@ def markdown(record: dict[str, Any], found: Sequence[Predicted]) -> str:
         f"worst {percent('worst_speedup_error')}. Half the distance between the 10th and the 90th percentile of a "
         f"measured row is {percent('median_half_width')} of its median (median of all rows).",
         "",
-        *(f"- {note}" for note in _NOTES),
+        *(f"- {note}" for note in (*_NOTES, *_notes_of(found))),
         "",
     ]
     for name, measured in record["measured"].items():
