@@ -4,7 +4,8 @@ A description of a cluster and one of a model become work, work becomes times, t
 
 `gpu.py`       a GPU type: peaks, memory, efficiencies.
 `cards.py`     those that are known by name. The only table of them.
-`cluster.py`   nodes, GPUs, links, each figure with its source; JSON with units.
+`cluster.py`   nodes, GPUs, links (`interconnect.py`), each figure with its source; JSON (`json_files.py`) with units
+               (`units.py`). `plausible.py` knows what no cluster is like, `schema.py` tells editors the fields.
 `profile.py`   what `scmoe probe` measured on a machine.
 `case.py`      what is priced with: a cluster in one of three cases, low, likely or high.
 `machine.py`   a description and a profile to that: measured figures replace described ones (`measured_gpu.py`,
@@ -27,6 +28,7 @@ A description of a cluster and one of a model become work, work becomes times, t
 `step_program.py` what a rank does in a micro-batch, as a program for lanes.
 `two_in_flight.py` the same where a second micro-batch is on its way.
 `step.py`      times to a whole step, on lanes.
-`timeline.py`  a step as text and as JSON.
+`search.py`    the fastest layout of each method (`space.py` has all, `rows.py` a table's); `answers.py` what a plan
+               says: `break_even.py`, `scaling.py`, `advice.py`; `timeline.py` draws a step.
 `fit.py`       which figure of a description measured steps contradict.
 """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from scmoe_ds.simulate.gpu import Frozen, Measured, PeakOf, Spread
 
@@ -31,6 +32,13 @@ class CollectiveTimes(Frozen):
     ms: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)]
     spread: Spread = 0.1
     method: str = ""
+
+    @field_validator("ms")
+    @classmethod
+    def _rising(cls, ms: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        if any(size >= following for (size, _), (following, _) in pairwise(ms)):
+            raise ValueError("bytes must rise from point to point")
+        return ms
 
 
 class Slowdown(Frozen):

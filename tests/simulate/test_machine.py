@@ -23,6 +23,7 @@ from scmoe_ds.simulate.work import Exchange, Kernel
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"
 DESCRIBED = read_cluster(CLUSTERS / "2x8xA800-4x200g.json")
+TWICE = {"collective": "all-gather", "ranks": 2, "ms": [[8.0, 1.0], [8.0, 1.0]]}
 SIZES = tuple(4.0**n for n in range(5, 15))
 
 
@@ -160,6 +161,7 @@ def test_a_profile_in_a_file(tmp_path: Path) -> None:
         ({"bandwidth": -1}, "bandwidth = -1: must be more than 0"),
         ({"peak": {}}, "peak = {}: must have at least 1"),
         ({"devise": "A800"}, 'devise: unknown key; did you mean "device"?'),
+        ({"collectives": [TWICE]}, "collectives.0.ms = [[8.0, 1.0], [8.0, 1.0]]: bytes must rise"),
     ):
         path.write_text(json.dumps(whole | changed), "utf-8")
         with pytest.raises(ClusterError) as error:
