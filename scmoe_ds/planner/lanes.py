@@ -106,7 +106,7 @@ class Lanes:
             if event.does == launches:
                 self.launch(ms[0], phase, event.name, event.transfer)
             if (event.does == launches) == event.at_once:
-                self.wait(event.transfer, phase, event.name)
+                self._wait(self._launched[event.transfer].pop(0), phase, event.name)
 
     def repeat(self, run: Callable[[int], None], count: int) -> None:
         """Calls run(0) … run(count - 1), which all do the same: one by one until nothing changes any more.

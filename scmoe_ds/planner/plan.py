@@ -93,11 +93,14 @@ def plan(times: OperatorTimes, mode: Mode = "train", slots: Slots = "auto", num_
     schedule, predicted = _best([each for each in tried if each[0].num_chunks == 1 or each[1].total_ms <= limit_ms])
     by_count = itertools.groupby(tried, key=lambda each: each[0].num_chunks)
     best = {count: _best(list(group)) for count, group in by_count} | {schedule.num_chunks: (schedule, predicted)}
+    known = dict(tried)
     return Plan(
         schedule=schedule,
         predicted=predicted,
         serial=pair.simulate(Schedule(schedule.slots[0], overlap=False), mode),
-        unchunked=tuple((each, pair.simulate(each, mode)) for each in map(Schedule, _all_slots(times))),
+        unchunked=tuple(
+            (each, known.get(each) or pair.simulate(each, mode)) for each in map(Schedule, _all_slots(times))
+        ),
         best_per_chunks=tuple(best.values()),
     )
 
