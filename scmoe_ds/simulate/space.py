@@ -145,28 +145,28 @@ def require_possible(model: Model, cluster: Cluster, fixed: Fixed) -> None:
         raise PlanError(f"--tensor-parallel {fixed.tensor_parallel}: {why}; possible: {_listed(tensor)}")
     if fixed.zero_stage not in (None, *(stages := zero_stages(model, free))):
         raise PlanError(
-            f"--zero-stage {fixed.zero_stage}: does not train this model in {fixed.base.precision} rightly; possible: "
-            f"{_listed(stages)}"
+            f"--zero-stage {fixed.zero_stage} (zero_optimization.stage): DeepSpeed does not train this model in "
+            f"{fixed.base.precision} rightly with it; possible: {_listed(stages)}"
         )
     chosen = [fixed.tensor_parallel] if fixed.tensor_parallel else tensor
     data = [world // each for each in chosen if world % each == 0 and fixed.batch % (world // each) == 0]
     if not data:
         ranks = world // max(chosen)
         raise PlanError(
-            f"--global-batch-size {fixed.batch}: must be divisible by the {ranks} data-parallel ranks of "
-            f"{world} GPUs; try {max(1, round(fixed.batch / ranks)) * ranks}"
+            f"--global-batch-size {fixed.batch} (train_batch_size): must be divisible by the {ranks} "
+            f"data-parallel ranks of {world} GPUs; try {max(1, round(fixed.batch / ranks)) * ranks}"
         )
     experts = _expert_parallel(model, world, free)
     if fixed.expert_parallel not in (None, *experts):
         raise PlanError(
-            f"--expert-parallel {fixed.expert_parallel}: must divide the number of experts and that of GPUs; "
-            f"possible: {_listed(experts)}"
+            f"--expert-parallel {fixed.expert_parallel} (expert_parallel_size): must divide the number of "
+            f"experts and that of GPUs; possible: {_listed(experts)}"
         )
     if fixed.micro_batch and all(fixed.batch // ranks % fixed.micro_batch for ranks in data):
         possible = sorted({each for ranks in data for each in divisors(fixed.batch // ranks)})
         raise PlanError(
-            f"--micro-batch {fixed.micro_batch}: must divide the samples of a data-parallel rank in a step; possible "
-            f"for a global batch of {fixed.batch}: {_listed(possible)}"
+            f"--micro-batch {fixed.micro_batch} (train_micro_batch_size_per_gpu): must divide the samples of a "
+            f"data-parallel rank in a step; possible for a global batch of {fixed.batch}: {_listed(possible)}"
         )
 
 

@@ -153,8 +153,11 @@ def test_what_a_json_says_is_decided(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([*TINY, "--expert-parallel", "3"], "--expert-parallel 3: must divide .*possible: 1, 2, 4, 8"),
-        ([*TINY, "--global-batch-size", "101"], "--global-batch-size 101: must be divisible"),
+        (
+            [*TINY, "--expert-parallel", "3"],
+            r"--expert-parallel 3 \(expert_parallel_size\): must divide .*possible: 1, 2, 4, 8",
+        ),
+        ([*TINY, "--global-batch-size", "101"], r"--global-batch-size 101 \(train_batch_size\): must be divisible"),
         ([*TINY, "--nodes", "0"], "--nodes 0: must be at least 1"),
         ([*TINY, "--row", "ScMoE Pos-4"], 'ScMoE Pos-4: is no row .did you mean "ScMoE Pos-'),
         ([*TINY, "--row", "AutoEP", *DECIDED], "AutoEP: has no row: AutoEP distributes Hugging Face models alone"),
