@@ -146,8 +146,10 @@ class Lanes:
         self.transfers_ms[lane] += ms
         if number is None:
             self._last[lane] = transfer
+        elif number in self._launched:
+            self._launched[number].append(transfer)
         else:
-            self._launched.setdefault(number, []).append(transfer)
+            self._launched[number] = [transfer]
             self._numbered.add(lane)
         if self._slowed_by > 1:
             self._link.forget(min(clocks))
@@ -173,7 +175,9 @@ class Lanes:
         ]
 
     def _wait(self, transfer: Transfer, phase: Phase, name: str) -> None:
-        end_ms, clocks = self._link.end_ms(transfer), self.clocks
+        end_ms, clocks = transfer.end_ms, self.clocks
+        if end_ms == math.inf:  # not settled yet
+            end_ms = self._link.end_ms(transfer)
         if len(self.transfers_ms) > 1:  # other lanes may have made it longer
             self.transfers_ms[transfer.lane] += end_ms - transfer.start_ms - transfer.ms
         for rank_class, clock in enumerate(clocks):
