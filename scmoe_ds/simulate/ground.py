@@ -60,10 +60,9 @@ class Ground:
 
     @property
     def adds_shared(self) -> bool:
-        """Whether the method adds a shared expert to a model that has none. `scmoe adapt` gives a Hugging Face model
-        one only if it is asked to."""
-        asked = not self.model.autoep or self.method.shared_hidden > 0
-        return self.method.architecture != "topk" and not self.experts.shared_hidden and asked
+        """Whether the method adds a shared expert to a model that has none."""
+        without = self.method.architecture == "topk" or not self.method.adds_shared
+        return not (without or self.experts.shared_hidden)
 
     @property
     def shared_hidden(self) -> int:

@@ -43,4 +43,7 @@ def test_settings_that_contradict_each_other_end_in_one_sentence() -> None:
             read_settings(whole, 8)
         assert says in str(found.value) and "\n" not in str(found.value)
     assert read_settings({}, 8).method is None
+    converted = {"expert_parallel": {"enabled": True}, "scmoe": {"architecture": "scmoe"}}
+    method = read_settings(converted, 8).method
+    assert method is not None and (method.position, method.adds_shared, method.merge) == ("pos1", False, "add")
     assert read_settings({"expert_parallel": {"enabled": True, "autoep_size": 4}}, 8).method == AUTOEP
