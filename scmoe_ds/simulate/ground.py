@@ -84,7 +84,7 @@ class Ground:
         if not self.adds_shared:
             return 0
         # DeepSpeed's Residual MoE has two.
-        return 2 if self.method.architecture == "shared_expert" else {"add": 0, "cg1": 1, "cg2": 2}[self.method.merge]
+        return 2 if self.method.layer == "deepspeed" else {"add": 0, "cg1": 1, "cg2": 2}[self.method.merge]
 
     @property
     def expert_tp(self) -> int:

@@ -83,9 +83,11 @@ def _moments(model: Model, method: Method, layout: Layout) -> Iterator[Memory]:
     bucket = layout.reduce_bucket * width * (2 if layout.reduces_beside else 1) if stage else 0.0
     # Of the first micro-batch there are no gradients yet. ZeRO-1 keeps the bucket from one to the next.
     before = gradients if layout.accumulation > 1 else 0.0
+    # ZeRO-2 leaves gradients where they are until they fill the bucket; the shard's come out of them.
+    waiting = min(whole, layout.reduce_bucket) * width if stage == 2 else 0.0
     yield Memory(weights, before, optimizer, everything, kept.loss, bucket if stage == 1 and before else 0.0)
-    yield Memory(weights, before, optimizer, everything - kept.head + kept.again, 0.0, bucket)
-    yield Memory(weights, gradients, optimizer, max(kept.pair, kept.again), 0.0, bucket)
+    yield Memory(weights, max(before, waiting), optimizer, everything - kept.head + kept.again, 0.0, bucket)
+    yield Memory(weights, max(gradients, waiting), optimizer, max(kept.pair, kept.again), 0.0, bucket)
     yield Memory(weights, gradients, optimizer, 0.0, updated * _FP32 if width < _FP32 else 0.0, bucket)
 
 

@@ -32,8 +32,8 @@ class Method:
         post_norm: whether a norm follows the merge.
         shortcut_distance: how many blocks before the MoE's the shortcut is taken.
         shared_hidden: width inside the shared expert that this method adds; 0: as one routed expert.
-        adds_shared: False: a model without a shared expert gets none, and its tokens go to as many routed ones as before.
-            So `scmoe adapt` makes a Hugging Face model a ScMoE, unless it is asked for a shared expert.
+        adds_shared: False: a model without a shared expert gets none, and keeps its routed experts per token. So
+            `scmoe adapt` makes a Hugging Face model a ScMoE, unless it is asked for a shared expert.
         capacity_factor, min_capacity: tokens per expert in a padded dispatch: of an even split, and at least. Without a
             factor that of the paper's models: 2, of images 1.25.
         drop_tokens: False: a padded dispatch has as many rows per expert as the busiest one needs.
