@@ -29,11 +29,11 @@ def test_more_ranks_need_no_more_memory() -> None:
     model = model_of_preset("gpt2-moe-medium")
     totals = {
         stage: [
-            memory_of(model, SCMOE[1], Layout(world, expert_parallel=8, accumulation=2, zero_stage=stage)).total
+            memory_of(model, SCMOE[1], Layout(world, 8, accumulation=2, zero_stage=stage, reduce_bucket=1000)).total
             for world in (8, 16, 64)
         ]
         for stage in (0, 1, 2, 3)
     }
     assert all(each == sorted(each, reverse=True) for each in totals.values())
     for fewer, more in zip(totals.values(), list(totals.values())[1:], strict=False):
-        assert all(less < than for less, than in zip(more, fewer, strict=True))
+        assert all(less <= than for less, than in zip(more, fewer, strict=True))
