@@ -47,7 +47,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model: one of --preset, --model and sizes")
-    group.add_argument("--preset", choices=[*PRESETS, *SWIN_PRESETS], help="one of the paper's models")
+    names = [*PRESETS, *SWIN_PRESETS]
+    group.add_argument("--preset", choices=names, metavar="NAME", help=f"one of {names[0]}, ..., {names[-1]}")
     group.add_argument(
         "--model", metavar="NAME", help="Hugging Face model: name, directory, config.json; or sizes as JSON"
     )
