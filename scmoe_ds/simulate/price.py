@@ -48,7 +48,7 @@ def price(work: StepWork, layout: Layout, machine: Machine, routing: Routing) ->
     return StepTimes(
         pairs=tuple(pairs),
         shares=_loads(work.pairs[0], layout, machine, routing, range(1)).shares if work.pairs else (1.0,),
-        first=prices.operator(work.first),
+        first=prices.with_sums(prices.operator(work.first), work.outside),
         last=prices.operator(work.last),
         outside_reduce_ms=prices.reduce_ms(work.outside),
         outside_gather_ms=prices.gather_ms(work.outside) if layout.zero_stage == 3 else 0.0,
@@ -117,7 +117,7 @@ class _Prices:
         others = [busiest.model_copy(update={"chunks": self._chunks(pair, loads, each)}) for each in loads.factors[1:]]
         return PairTimes(
             count=pair.count,
-            before=_sum(before),
+            before=self.with_sums(_sum(before), pair.parameters, pair.count),
             by_class=(busiest, *others),
             reduce_ms=self.reduce_ms(pair.parameters),
             gather_ms=self.gather_ms(pair.parameters) if self.layout.zero_stage == 3 else 0.0,
@@ -174,6 +174,17 @@ class _Prices:
         if not self.layout.training:
             return PassTimes(forward_ms=out_ms), PassTimes(forward_ms=back_ms)
         return PassTimes(forward_ms=out_ms, backward_ms=back_ms), PassTimes(forward_ms=back_ms, backward_ms=out_ms)
+
+    def with_sums(self, times: PassTimes, parameters: Parameters, count: int = 1) -> PassTimes:
+        """With the sums of gradients over micro-batches: all but the first one read both, and write the sum."""
+        steps = self.layout.accumulation
+        if not self.layout.training or steps == 1:
+            return times
+        numbers = 3 * (parameters.dense + parameters.experts) * (steps - 1) / steps
+        kernel = Kernel("pointwise", bytes=numbers * bytes_per_number(self.layout.precision))
+        ms, limit = self.kernels.ms(kernel, "backward")
+        self.parts[limit] += count * ms
+        return PassTimes(forward_ms=times.forward_ms, backward_ms=times.backward_ms + ms)
 
     def reduce_ms(self, parameters: Parameters) -> float:
         """Of their gradients."""

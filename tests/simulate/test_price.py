@@ -74,6 +74,15 @@ def test_operators_are_sums_of_their_parts() -> None:
     assert times.shares == (1.0,)
 
 
+def test_gradients_of_micro_batches_are_summed() -> None:
+    """All but the first micro-batch read the sum and their own gradient, and write the sum; bf16."""
+    one, four = (price(step_work(), Layout(world=8, accumulation=steps), machine(), EVEN) for steps in (1, 4))
+    sums = 0.75 * kernel_ms(Kernel("pointwise", bytes=3 * 3e7 * 2), machine(), "bf16")[0]
+    assert four.pairs[0].before.backward_ms == close(one.pairs[0].before.backward_ms + sums)
+    assert four.pairs[0].before.forward_ms == one.pairs[0].before.forward_ms
+    assert four.parts["memory"] > one.parts["memory"] + 3 * sums
+
+
 def test_what_bounds_a_micro_batch_adds_up() -> None:
     times = price(step_work(EXCHANGE), LAYOUT, machine(), EVEN)
     pair = times.pairs[0].by_class[0]
