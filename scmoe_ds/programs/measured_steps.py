@@ -108,10 +108,11 @@ def read_measured(path: Path) -> list[MeasuredRow]:
         raise ArgumentError(f"--fit {path}: {what}; name a training's log, its --save directory, CSV or JSON") from None
     except OSError as error:
         raise ArgumentError(f"--fit {path}: {reason_of(error)}; name a file that can be read") from None
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
         if isinstance(error, ArgumentError):
             raise
-        raise ArgumentError(f"--fit {path}: {one_line(error)}; correct the file") from None
+        what = "is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise ArgumentError(f"--fit {path}: {what}; correct the file") from None
 
 
 def _of_record(path: Path) -> MeasuredRow:
@@ -187,6 +188,9 @@ def _row(path: Path, number: int, row: Mapping[Any, Any]) -> MeasuredRow:
     }
     if not times.keys() & {"step_ms", "seconds_per_iteration", *_RATES}:
         raise ArgumentError(f"--fit {path}: row {number}: has no step_ms; add the milliseconds of a step")
+    for name in TIMES:
+        if times.get(name, 0.0) > times.get("step_ms", math.inf):
+            raise ArgumentError(f"--fit {path}: row {number}: {name} = {times[name]:g}: is longer than step_ms")
     layout = {name: _setting(path, number, name, given[name]) for name in LAYOUT if name in given}
     return MeasuredRow(str(given.get("name", f"row {number}")), times, layout, str(given.get("method", "")))
 
@@ -203,6 +207,8 @@ def _setting(path: Path, number: int, name: str, value: Any) -> Any:
         raise ArgumentError(f"--fit {path}: row {number}: {name} = {value}: must be a whole number") from None
     if kind is int and read < (0 if name == "zero_stage" else 1):
         raise ArgumentError(f"--fit {path}: row {number}: {name} = {value}: must be positive; correct the row")
+    if name == "zero_stage" and read > 3:
+        raise ArgumentError(f"--fit {path}: row {number}: {name} = {value}: must be 0, 1, 2 or 3")
     return read
 
 
@@ -211,8 +217,8 @@ def _checked(path: Path, where: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise ArgumentError(f"--fit {path}: {where} = {value}: must be a number") from None
-    least = where.endswith(("exposed_ms", "reduce_ms", "optimizer_ms"))
-    if not math.isfinite(number) or number < 0 or (number == 0 and not least) or number > 1e12:
+    is_part = where.endswith(("exposed_ms", "reduce_ms", "optimizer_ms"))
+    if (number != 0 and not 1e-9 <= number <= 1e12) or (number == 0 and not is_part):
         raise ArgumentError(f"--fit {path}: {where} = {value}: no step takes that; correct or remove it")
     return number
 

@@ -47,8 +47,11 @@ def plan(args: argparse.Namespace) -> None:
         UserError: a description or flag to correct, or a model that fits nowhere.
     """
     question = question_of(args)
-    for name in filter(None, (args.row, args.explain)):
-        require_row(name)
+    for flag, name in (("--row", args.row), ("--explain", args.explain)):
+        if name:
+            require_row(flag, name)
+    if args.timeline and not args.explain:
+        raise ArgumentError(f"--timeline {args.timeline}: is the drawing of --explain; name a row there")
     for gpus in args.scale or ():
         of_size(question.cluster, gpus)
     found = answer(
@@ -62,10 +65,10 @@ def plan(args: argparse.Namespace) -> None:
         question.given,
     )
     print(*lines(question, found), sep="\n", flush=True)
-    row = named(found, args.row) if args.row else found.best
+    row = named(found, "--row", args.row) if args.row else found.best
     print("", *launch_lines(question, row.run, args.write), sep="\n", flush=True)
     if args.explain:
-        explain(question, named(found, args.explain).run, args.timeline)
+        explain(question, named(found, "--explain", args.explain).run, args.timeline)
     if args.fit:
         method, layout = question.given or (row.run.method, row.run.layout)
         fitted = fit_lines(args.fit, question.model, method, layout, question.cluster, parts_of(question))
@@ -111,16 +114,16 @@ def parts_of(question: Question) -> StepParts:
     return parts
 
 
-def require_row(name: str) -> None:
+def require_row(flag: str, name: str) -> None:
     """Raises an ArgumentError for what cannot be a row's name, before the search."""
     names = [each.name for each in METHODS]
     if not name.isdecimal() and ".json: " not in name and name.casefold() not in map(str.casefold, names):
         near = difflib.get_close_matches(name, names, n=1)
         hint = f' (did you mean "{near[0]}"?)' if near else ""
-        raise ArgumentError(f"{name}: is no row{hint}; the rows are {', '.join(names)}, or their numbers")
+        raise ArgumentError(f"{flag} {name}: is no row{hint}; the rows are {', '.join(names)}, or their numbers")
 
 
-def named(found: Answers, name: str) -> Row:
+def named(found: Answers, flag: str, name: str) -> Row:
     """A row by its name or number.
 
     Raises:
@@ -131,7 +134,7 @@ def named(found: Answers, name: str) -> Row:
             return row
     reasons = {each.casefold(): reason for each, reason in found.search.missing.items()}
     reason = reasons.get(name.casefold(), f"the table has {len(found.rows)} rows")
-    raise PlanError(f"{name}: has no row: {reason}")
+    raise PlanError(f"{flag} {name}: has no row: {reason}")
 
 
 if __name__ == "__main__":

@@ -54,10 +54,6 @@ def question_of(args: argparse.Namespace) -> Question:
     Raises:
         UserError: a file or flag to correct.
     """
-    for name in ("nodes", "global_batch_size", "expert_parallel", "tensor_parallel", "micro_batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     whole = None if args.deepspeed_config is None else read_object(args.deepspeed_config, PlanError)
     profile = None if args.profile is None else read_as(Profile, args.profile, ClusterError)
     cluster = _cluster(args, profile)
@@ -111,7 +107,7 @@ def _recompute(args: argparse.Namespace) -> Any:
 
 
 def _routing(args: argparse.Namespace) -> Routing:
-    return routing_of("uniform" if args.skew is args.expert_counts is None else args.skew or args.expert_counts)
+    return routing_of("uniform" if args.skew is args.expert_counts is None else str(args.skew or args.expert_counts))
 
 
 def _fixed(args: argparse.Namespace, whole: Mapping[str, Any], base: Layout, model: Model) -> Fixed:

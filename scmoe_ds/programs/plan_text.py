@@ -11,6 +11,7 @@ from scmoe_ds.simulate.break_even import PAYS, BreakEven
 from scmoe_ds.simulate.rows import Interval, Row
 from scmoe_ds.simulate.scaling import Point, first_that_does_not_fit
 from scmoe_ds.simulate.search import layout_text
+from scmoe_ds.simulate.units import in_words
 
 HEAD = ("#", "method", "ms per step", "per second", "MFU", "speed-up", "waits", "GB", "GPU hours", "layout")
 
@@ -128,10 +129,10 @@ def break_even_text(found: BreakEven) -> str:
     most = f"it gains most, {100 * (found.gain - 1):.0f} %, at {rate(found.best * found.rate)}"
     if found.scmoe == 0:
         text = f"at no rate of {what} is ScMoE faster by {least} than all methods without a shortcut ({here})"
-    elif math.isinf(found.scmoe):
-        text = f"ScMoE pays at any rate of {what} ({here}); {most}"
     else:
-        text = f"ScMoE pays up to {rate(found.scmoe * found.rate)} of {what} ({here}); {most}"
+        parts = [f"from {rate(found.scmoe_from * found.rate)}"] if found.scmoe_from else []
+        parts += [] if math.isinf(found.scmoe) else [f"up to {rate(found.scmoe * found.rate)}"]
+        text = f"ScMoE pays {' '.join(parts) or 'at any rate'} of {what} ({here}); {most}"
     if found.overlap == 0:
         return f"{text}; no overlap gains {least} at any"
     return (
@@ -143,7 +144,7 @@ def break_even_text(found: BreakEven) -> str:
 
 def rate(value: float) -> str:
     """Bytes per second."""
-    return f"{value / 1e9:.3g} GB/s"
+    return in_words(value, "B/s")
 
 
 def scaling_lines(question: Question, points: Sequence[Point], weak: bool) -> list[str]:

@@ -30,7 +30,8 @@ class BreakEven:
     Attributes:
         links: between nodes, or inside them.
         rate: of one NIC or one GPU's links, one direction, bytes per second; as it is.
-        scmoe: factor up to which ScMoE beats the methods without a shortcut by `PAYS`; 0: at none, inf: at all.
+        scmoe: factor up to which ScMoE beats the methods without a shortcut by `PAYS`; 0: at none, inf: without end.
+        scmoe_from: from which on, without a gap; 0: at the slowest links, too.
         overlap: up to which any overlap beats the methods without by as much.
         best, gain: factor at which ScMoE gains most, of those as good the nearest to 1, and how much.
     """
@@ -38,6 +39,7 @@ class BreakEven:
     links: Links
     rate: float
     scmoe: float
+    scmoe_from: float
     overlap: float
     best: float
     gain: float
@@ -75,7 +77,22 @@ def break_even(model: Model, runs: Sequence[Run], machine: Machine, routing: Rou
     best = min((factor for factor in gains if gains[factor] >= most - 0.005), key=lambda factor: abs(math.log(factor)))
     rate = between.nic_rate if links == "network" and between is not None else machine.cluster.inside.rate
     overlap = _last(overlap_gain, {factor: overlap_gain(factor) for factor in _FACTORS}) if blocking else math.inf
-    return BreakEven(links, rate, _last(scmoe_gain, gains), overlap, best, gains[best])
+    pays_from, pays_to = around(best, scmoe_gain, gains)
+    return BreakEven(links, rate, pays_to, pays_from, overlap, best, gains[best])
+
+
+def around(best: float, gain: Callable[[float], float], known: dict[float, float]) -> tuple[float, float]:
+    """From which to which factor something pays without a gap, among them the best; 0: from the least, inf: to no end.
+
+    Both are 0 where it pays at none. With layouts as they are, gradients that wait can be what hides the gain at slow
+    links, and rising rates bring it out.
+    """
+    if known[best] < PAYS:
+        return 0.0, 0.0
+    below = max((factor for factor, each in known.items() if factor < best and each < PAYS), default=0.0)
+    above = min((factor for factor, each in known.items() if factor > best and each < PAYS), default=math.inf)
+    least = _edge(gain, below * _STEP, below) if below else 0.0
+    return least, _edge(gain, above / _STEP, above) if above < math.inf else math.inf
 
 
 def _last(gain: Callable[[float], float], known: dict[float, float]) -> float:
@@ -85,11 +102,15 @@ def _last(gain: Callable[[float], float], known: dict[float, float]) -> float:
         return 0.0
     if max(paying) == max(known):
         return math.inf
-    low, high = max(paying), _STEP * max(paying)
-    while high / low > 1.02:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if gain(middle) >= PAYS else (low, middle)
-    return math.sqrt(low * high)
+    return _edge(gain, max(paying), _STEP * max(paying))
+
+
+def _edge(gain: Callable[[float], float], pays: float, fails: float) -> float:
+    """Between two factors, to 2 %, where paying ends."""
+    while max(pays, fails) / min(pays, fails) > 1.02:
+        middle = math.sqrt(pays * fails)
+        pays, fails = (middle, fails) if gain(middle) >= PAYS else (pays, middle)
+    return math.sqrt(pays * fails)
 
 
 def with_links(machine: Machine, links: Links, factor: float) -> Machine:

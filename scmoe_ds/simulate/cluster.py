@@ -75,7 +75,10 @@ def _findings(cluster: Cluster) -> Iterator[str]:
     yield from beyond_hardware(cluster.gpu, cluster.inside, cluster.between)
     fields = set(_paths(cluster))
     for path in cluster.sources:
-        if path not in fields:
+        if path.startswith("between.") and cluster.between is None:
+            if cluster.nodes == 1:  # otherwise it is missing, which has been said
+                yield f"sources.{path}: there is no network; remove it, or add between"
+        elif path not in fields:
             yield f"sources.{path}: names no field; {nearest(path, fields)}"
 
 

@@ -140,6 +140,9 @@ def _stage(
     if places:
         chosen = config.count("num_experts_per_tok", "moe_topk")
         routed = config.count("num_experts", "num_local_experts", "n_routed_experts")
+        if chosen > routed:
+            key = "num_experts_per_tok" if config.values.get("num_experts_per_tok") else "moe_topk"
+            raise config.error(key, f"cannot exceed the number of experts ({routed})")
         # Identity experts compute nothing, and their tokens do not travel.
         identity = config.count("zero_expert_num", default=0, least=0)
         experts = {

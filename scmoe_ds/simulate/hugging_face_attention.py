@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scmoe_ds.errors import ModelError
 from scmoe_ds.simulate.hugging_face_config import Config
 
 
@@ -82,5 +81,8 @@ def _heads(config: Config) -> tuple[int, int, int, int]:
     D, heads = config.hidden, config.count("num_attention_heads")
     size = config.count("head_dim", default=0) or D // heads
     if not config.values.get("head_dim") and D % heads:
-        raise ModelError(f"{config.source}: hidden_size = {D}: must be divisible by num_attention_heads = {heads}")
-    return D, heads, config.count("num_key_value_heads", default=heads), size
+        raise config.error("hidden_size", f"must be divisible by num_attention_heads = {heads}")
+    kv_heads = config.count("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise config.error("num_attention_heads", f"must be divisible by num_key_value_heads = {kv_heads}")
+    return D, heads, kv_heads, size

@@ -17,6 +17,8 @@ from scmoe_ds.simulate.units import FROM_FILE
 Read = TypeVar("Read", bound=BaseModel)
 _MOST_BYTES = 16 * 2**20
 _MOST_FINDINGS = 5
+_MOST_DIGITS = 32
+"""Of a whole number; Python refuses to read thousands."""
 _LONGEST = 100
 """Characters of a value that are shown."""
 
@@ -44,7 +46,11 @@ def read_object(path: str | Path, error: type[UserError]) -> dict[str, Any]:
                 f"{path}: has more than {_MOST_BYTES >> 20} MiB; a file of this kind has a few KB: name another"
             )
         whole = json.loads(
-            data.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
+            data.decode("utf-8-sig"),
+            object_pairs_hook=_once,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_short,
         )
     except OSError as failure:
         raise error(f"{path}: cannot be read ({reason_of(failure)}); correct the path or its permissions") from None
@@ -104,6 +110,12 @@ def _finite(text: str) -> float:
     if math.isinf(float(text)):
         raise _Refused(f"{text} is too large for a number; correct it")
     return float(text)
+
+
+def _short(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise _Refused(f"{text[:_MOST_DIGITS]}… is too large for a number; correct it")
+    return int(text)
 
 
 def _no_number(name: str) -> float:

@@ -6,8 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Count = Annotated[int, Field(ge=1, le=10**9, strict=True)]
-CountOrNone = Annotated[int, Field(ge=0, le=10**9, strict=True)]
+MOST = 10**9
+MOST_LAYERS = 10_000
+"""Ten times as deep as any; their places are a list."""
+Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS, strict=True)]
+CountOrNone = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 
 
 class _Frozen(BaseModel):
@@ -61,7 +65,7 @@ class Stage(_Frozen):
         experts: of these; None where moe_layers is empty.
     """
 
-    layers: Count
+    layers: Layers
     hidden: Count
     tokens: Count
     span: Count

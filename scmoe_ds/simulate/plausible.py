@@ -23,11 +23,11 @@ _CPU_BOUNDS = (
     ("bandwidth", "B/s", 1e8, 1e13, "no host's memory is faster than 10 TB/s"),
 )
 _PEAK_MOST = {"bf16": 2e16, "fp16": 2e16, "tf32": 1e16, "fp32": 1e15}
-_INSIDE_MOST = {
-    "nvlink switch": (4e12, "no NVLink does more than 4 TB/s in one direction"),
-    "nvlink mesh": (4e12, "no NVLink does more than 4 TB/s in one direction"),
-    "pcie": (2.56e11, "PCIe Gen7 x16 does 256 GB/s in one direction"),
-    "loopback": (1e12, "no host copies more than 1 TB/s"),
+_INSIDE = {
+    "nvlink switch": (2e10, 4e12, "no NVLink does more than 4 TB/s in one direction"),
+    "nvlink mesh": (2e10, 4e12, "no NVLink does more than 4 TB/s in one direction"),
+    "pcie": (2.5e8, 2.56e11, "PCIe Gen7 x16 does 256 GB/s in one direction"),
+    "loopback": (1e6, 1e12, "no host copies more than 1 TB/s"),
 }
 
 
@@ -63,8 +63,10 @@ def _rises(curve: Curve) -> bool:
 def beyond_hardware(gpu: Gpu, inside: Inside, between: Between | None) -> Iterator[str]:
     """Sentences on figures that are probably in another unit, or count both directions."""
     yield from _of_gpu(gpu)
-    most, why = _INSIDE_MOST[inside.kind]
-    yield from _outside("inside.rate", inside.rate, "B/s", 1e6, most, f"{why}; give the rate of one GPU, one direction")
+    least, most, why = _INSIDE[inside.kind]
+    yield from _outside(
+        "inside.rate", inside.rate, "B/s", least, most, f"{why}; give the rate of one GPU, one direction"
+    )
     yield from _nvlink(gpu, inside)
     yield from _outside("inside.latency", inside.latency, "s", 0, 0.1, "no message inside a node takes 100 ms")
     if inside.root_rate is not None:
@@ -73,7 +75,7 @@ def beyond_hardware(gpu: Gpu, inside: Inside, between: Between | None) -> Iterat
     if between is not None:
         rule = "no NIC is faster than 1.6 Tbit/s; give the rate of one NIC, and their number in nics"
         yield from _outside("between.nic_rate", 8 * between.nic_rate, "bit/s", 1e6, 1.6e12, rule)
-        yield from _outside("between.nics", between.nics, "NICs", 1, 64, "no node has more than 64")
+        yield from _outside("between.nics", between.nics, "", 1, 64, "no node has more than 64")
         yield from _outside("between.latency", between.latency, "s", 0, 1, "no message takes more than a second")
 
 
@@ -106,7 +108,8 @@ def _nvlink(gpu: Gpu, inside: Inside) -> Iterator[str]:
 
 
 def _outside(path: str, value: float, unit: str, least: float, most: float, why: str) -> Iterator[str]:
+    shown = in_words(value, unit) if unit else f"{value:g}"
     if value > most:
-        yield f"{path} = {in_words(value, unit)}: {why}"
+        yield f"{path} = {shown}: {why}"
     elif value < least:
-        yield f"{path} = {in_words(value, unit)}: is less than {in_words(least, unit)}; is its unit right?"
+        yield f"{path} = {shown}: is less than {in_words(least, unit)}; is its unit right?"

@@ -153,8 +153,11 @@ _RECOMPUTED = (False, "selective", "full")
 
 
 def _is_faster(twin: Layout, layout: Layout) -> bool:
-    """Whether a layout does nothing that its twin does not. ZeRO-0 updates all parameters on every rank, others not."""
-    fewer = twin.zero_stage <= layout.zero_stage if twin.zero_stage else layout.zero_stage == 0
+    """Whether a layout does nothing that its twin does not.
+
+    ZeRO-0 updates all parameters on every rank, others not. ZeRO-3 reduces beside the backward pass by default.
+    """
+    fewer = twin.zero_stage == layout.zero_stage or (twin.zero_stage, layout.zero_stage) == (1, 2)
     return fewer and _RECOMPUTED.index(twin.recompute) <= _RECOMPUTED.index(layout.recompute)
 
 

@@ -75,6 +75,8 @@ def read_settings(
         PlanError: a value that contradicts another, or the number of GPUs, by its path.
     """
     whole = read_object(source, PlanError) if isinstance(source, (str, Path)) else dict(source)
+    for name in ("zero_optimization", "bf16", "fp16", "expert_parallel", "tensor_parallel"):
+        _object(whole, name)
     section = _object(whole, "scmoe")
     fields = _fields(section)
     own = _number(whole, "tensor_parallel.autotp_size") or 1

@@ -10,7 +10,7 @@ from scmoe_ds.errors import PlanError
 from scmoe_ds.simulate.cluster import Cluster
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.method import Method
-from scmoe_ds.simulate.model import Experts, Model
+from scmoe_ds.simulate.model import MOST, Experts, Model
 from scmoe_ds.simulate.refusals import refusal
 
 Recompute = Literal[False, "selective", "full"]
@@ -133,6 +133,8 @@ def _expert_parallel(model: Model, world: int, fixed: Fixed) -> list[int]:
 
 def require_possible(model: Model, cluster: Cluster, fixed: Fixed) -> None:
     """Raises a PlanError for a fixed value that no layout can have, named by its flag."""
+    if fixed.batch > MOST:
+        raise PlanError(f"--global-batch-size {fixed.batch} (train_batch_size): must be at most {MOST}")
     world = cluster.nodes * cluster.gpus_per_node
     free = Fixed(fixed.batch, fixed.base)
     tensor = _tensor_parallel(model, cluster, free)

@@ -171,12 +171,17 @@ def test_files_and_flags_that_describe_no_model_end_in_one_sentence(tmp_path: Pa
         with pytest.raises(ModelError) as found:
             read_model(file)
         assert says in str(found.value) and str(file) in str(found.value) and "\n" not in str(found.value)
+    mixtral = {"model_type": "mixtral", **SMALL, **HEADS, "num_local_experts": 8, "num_experts_per_tok": 2}
     for values, says in (
         ({"model_type": "llama"}, "is a dense model"),
         ({"model_type": "jetmoe", "num_local_experts": 8}, "is an MoE whose sizes are not known here"),
         ({"model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": "wide"}, "hidden_size"),
         ({"model_type": "qwen3_moe", **SMALL, **HEADS, "num_experts": 4, "decoder_sparse_step": 9}, "no block"),
         ({"model_type": "olmoe"}, "num_hidden_layers: is missing; add it"),
+        ({"model_type": "olmoe", "num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: must be at most 10000"),
+        ({**mixtral, "num_attention_heads": 3, "head_dim": 8}, "num_attention_heads = 3: must be divisible by num_key"),
+        ({**mixtral, "num_experts_per_tok": 9}, "num_experts_per_tok = 9: cannot exceed the number of experts"),
+        ({**mixtral, "vocab_size": 10**30}, "must be at most 1000000000"),
     ):
         with pytest.raises(ModelError, match=says):
             model_of_config(values, "config.json")

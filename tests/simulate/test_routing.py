@@ -99,7 +99,21 @@ def test_what_a_user_cannot_write(text: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "[0, 0]", "[[1], []]", '{"a": 1}', "[1, -1]", '["a"]', "[true, 1]", "nonsense", "[1, NaN]"]
+    "content",
+    [
+        "",
+        "[]",
+        "[0, 0]",
+        "[[1], []]",
+        '{"a": 1}',
+        "[1, -1]",
+        '["a"]',
+        "[true, 1]",
+        "nonsense",
+        "[1, NaN]",
+        "[" * 100_000,
+    ],
+    ids=lambda content: content[:9],
 )
 def test_a_file_without_counts(content: str, tmp_path: Path) -> None:
     path = tmp_path / "counts.json"

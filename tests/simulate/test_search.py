@@ -11,7 +11,7 @@ import pytest
 from scmoe_ds.errors import PlanError
 from scmoe_ds.simulate.advice import against, chosen, limit, recommendation, shares
 from scmoe_ds.simulate.answers import answer
-from scmoe_ds.simulate.break_even import PAYS, break_even, with_links
+from scmoe_ds.simulate.break_even import PAYS, around, break_even, with_links
 from scmoe_ds.simulate.cluster import Cluster, Curve
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.machine import machine_of
@@ -53,21 +53,23 @@ def smallest(asked: Model, method: Any, here: Cluster, fixed: Fixed) -> float:
     return min(memory_of(asked, method, each).total for each in layouts(asked, method, here, fixed))
 
 
-@pytest.mark.parametrize("method", [DEEPSPEED_TOPK, PIPELINED, POS2], ids=lambda each: each.name)
+@pytest.mark.parametrize("method", [DEEPSPEED_TOPK, AUTOEP, PIPELINED, POS2], ids=lambda each: each.name)
 @pytest.mark.parametrize("room", [1.0, 1.02, 1e3])
 def test_it_finds_what_trying_all_finds(method: Any, room: float) -> None:
-    """With no more memory than the smallest layout needs, with hardly more, and with plenty."""
+    """With no more memory than the smallest layout needs, with hardly more, and with plenty.
+
+    AutoEP's models have ZeRO-3, which needs less memory and can still be faster: it reduces beside the backward pass.
+    """
     fixed = Fixed(batch=16)
-    least = smallest(model(), method, of_memory(80), fixed)
+    asked = model(autoep=method is AUTOEP)
+    least = smallest(asked, method, of_memory(80), fixed)
     here = of_memory(room * least / 1e9 + 1e-9)
     machine = machine_of(here)
     fitting = [
-        each
-        for each in layouts(model(), method, here, fixed)
-        if memory_of(model(), method, each).total <= here.gpu.memory
+        each for each in layouts(asked, method, here, fixed) if memory_of(asked, method, each).total <= here.gpu.memory
     ]
-    best = min(run(model(), method, each, machine, Routing()).step.total_ms for each in fitting)
-    found = search(model(), machine, Routing(), fixed, [method])
+    best = min(run(asked, method, each, machine, Routing()).step.total_ms for each in fitting)
+    found = search(asked, machine, Routing(), fixed, [method])
     assert found.runs[0].step.total_ms == pytest.approx(best, rel=1e-12)
     assert found.runs[0].memory.total <= here.gpu.memory
     assert found.simulated < found.looked_at
@@ -190,6 +192,16 @@ def test_break_even_lies_between_a_rate_that_pays_and_one_that_does_not() -> Non
     alone = machine_of(of_memory(80, nodes=1))
     assert break_even(model(), found.runs[:1], machine, Routing(), "network") is None, "there is no ScMoE"
     assert break_even(model(), found.runs, alone, Routing(), "network") is None, "there is no network"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.3, 5.0), (0.0, 5.0), (0.3, 1e9), (0.0, 1e9)])
+def test_a_break_even_has_two_ends_where_slower_links_hide_the_gain(low: float, high: float) -> None:
+    def gain(factor: float) -> float:
+        return 1.1 if low <= factor <= high else 1.0
+
+    least, most = around(1.0, gain, {4.0**power: gain(4.0**power) for power in range(-3, 4)})
+    assert least == pytest.approx(low, rel=0.02)
+    assert most == (pytest.approx(high, rel=0.02) if high < 64 else float("inf"))
 
 
 def test_scaling_keeps_the_batch_or_lets_it_grow() -> None:

@@ -37,6 +37,7 @@ def test_settings_that_contradict_each_other_end_in_one_sentence() -> None:
         "its two gates are not simulated": {"scmoe": {"architecture": "dgmoe"}},
         "is not simulated; remove it": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         "scmoe = 3: must be a JSON object": {"scmoe": 3},
+        "zero_optimization = 3: must be a JSON object": {"zero_optimization": 3},
     }
     for says, whole in bad.items():
         with pytest.raises(PlanError) as found:
