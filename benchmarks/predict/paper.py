@@ -2,7 +2,8 @@
 
     python -m benchmarks.predict.paper --output benchmarks/results
 
-Per cluster at most three numbers are fitted, on rows without a shortcut. Rows of ScMoE are predicted. Whole steps and
+Per cluster at most three numbers are fitted, on rows without a shortcut; the same rows choose what the paper does not
+state. Rows of ScMoE are predicted. Whole steps and
 pairs of blocks run through `scmoe_ds.simulate`, from `clusters/`, `ds_configs/` and the presets.
 """
 
@@ -20,7 +21,8 @@ from typing import Any
 from benchmarks.harness.measure import environment
 from benchmarks.predict import paper_page
 from benchmarks.predict.chain import CLUSTERS, CONFIGS, setting_of, times_of
-from benchmarks.predict.paper_fit import Factors, fit
+from benchmarks.predict.paper_choice import FAMILIES, Choice, choices
+from benchmarks.predict.paper_fit import Factors
 from benchmarks.predict.paper_rows import ROWS, SETTINGS, Mode, Row, Setting
 from scmoe_ds.figure_style import save
 from scmoe_ds.planner.plan import plan
@@ -60,6 +62,9 @@ class Simulation:
         self.cluster = read_cluster(CLUSTERS / f"{facts.cluster}.json")
         world = self.cluster.nodes * self.cluster.gpus_per_node
         self.model, own, self.layout = setting_of(facts.preset, CONFIGS / f"{facts.config}.json", world)
+        if facts.micro_batch is not None:
+            passes = self.layout.micro_batch * self.layout.accumulation // facts.micro_batch if self.model.images else 1
+            self.layout = replace(self.layout, micro_batch=facts.micro_batch, accumulation=passes)
         self.methods = {
             name: replace(each, dispatch="padded", capacity_factor=factor_of(each, own, facts), merge=own.merge)
             for name, each in METHODS.items()
@@ -118,51 +123,15 @@ def share_of(pair: PairTimes, mode: Mode) -> float:
     return exchanged / (exchanged + computed)
 
 
-def fits(simulations: Mapping[str, Simulation], rows: Sequence[Row], groups: Sequence[str]) -> dict[str, Factors]:
-    """The factors of groups of settings."""
-
-    def predict(factors: Factors, asked: Sequence[Row]) -> list[float]:
-        return [simulations[row.setting].value(row, factors) for row in asked]
-
-    found: dict[str, Factors] = {}
-    for group in groups:
-        asked = [row for row in rows if SETTINGS[row.setting].group == group and row.fitted]
-        found[group] = fit(asked, predict, GROUPS[group], Factors())
-    return found
-
-
-GROUPS = {
-    "8×A30": ("memory", "inside", "rows"),
-    "8×A800": ("memory", "inside", "rows"),
-    "16×A800": ("network",),
-}
-"""Per cluster what is fitted."""
-
-
-def over_micro_batches() -> dict[str, dict[str, float]]:
-    """Errors of SwinV2-MoE-S, whose micro-batch the paper does not state, when it is another one and fitted anew."""
-    errors = {}
-    for micro_batch in MICRO_BATCHES:
-        simulation = Simulation("swin")
-        steps = simulation.layout.micro_batch * simulation.layout.accumulation // micro_batch
-        simulation.layout = replace(simulation.layout, micro_batch=micro_batch, accumulation=steps)
-        rows = [row for row in ROWS if row.setting == "swin"]
-        factors = fits({"swin": simulation}, rows, ["8×A30"])["8×A30"]
-        predicted = [row for row in rows if row.quantity == "speed-up" and not row.fitted]
-        found = [abs(simulation.value(row, factors) - row.value) for row in predicted]
-        errors[str(micro_batch)] = {"mean": statistics.fmean(found), "largest": max(found)}
-    return errors
-
-
-MICRO_BATCHES = (8, 16, 64, 128)
-
-
-def record_of(simulations: Mapping[str, Simulation], command: str) -> dict[str, Any]:
+def record_of(command: str) -> dict[str, Any]:
     """Everything that the page shows."""
-    factors = fits(simulations, ROWS, list(GROUPS))
+    tried = {family: choices(family, ROWS, Simulation) for family in FAMILIES}
+    facts = {name: tried[family][0].facts for family, names in FAMILIES.items() for name in names}
+    simulations = {name: Simulation(name, replace(SETTINGS[name], **own)) for name, own in facts.items()}
+    fitted_groups = {group: found for each in tried.values() for group, found in each[0].fits.items()}
     rows = []
     for row in ROWS:
-        simulation, fitted = simulations[row.setting], factors[SETTINGS[row.setting].group]
+        simulation, fitted = simulations[row.setting], fitted_groups[SETTINGS[row.setting].group].factors
         rows.append(
             {
                 **vars(row),
@@ -177,19 +146,27 @@ def record_of(simulations: Mapping[str, Simulation], command: str) -> dict[str, 
         "benchmark": "benchmarks.predict.paper",
         "command": command,
         "environment": environment("none: simulated"),
+        "chosen": {family: found[0].facts for family, found in tried.items()},
+        "tried": {family: [_tried(each) for each in found] for family, found in tried.items()},
         "fits": {
             group: {
-                "free": list(GROUPS[group]),
-                "factors": vars(found),
-                "values": values_of(next(s for n, s in simulations.items() if SETTINGS[n].group == group), found),
+                "free": list(found.free),
+                "factors": vars(found.factors),
+                "values": values_of(
+                    next(s for n, s in simulations.items() if SETTINGS[n].group == group), found.factors
+                ),
             }
-            for group, found in factors.items()
+            for group, found in fitted_groups.items()
         },
         "rows": rows,
-        "micro_batches": over_micro_batches(),
         "mean_error": statistics.fmean(predicted),
         "largest_error": max(predicted),
     }
+
+
+def _tried(choice: Choice) -> dict[str, Any]:
+    fits = {group: {"free": list(found.free), "loss": found.loss} for group, found in choice.fits.items()}
+    return {"facts": choice.facts, "loss": choice.loss, "fits": fits}
 
 
 def is_predicted(row: Mapping[str, Any]) -> bool:
@@ -201,6 +178,8 @@ def values_of(simulation: Simulation, factors: Factors) -> dict[str, float]:
     """The figures of the description that the factors make."""
     after = factors.on(simulation.cluster)
     return {
+        "peak_TFLOP_per_s": after.gpu.peak[simulation.layout.precision] / 1e12,
+        "launch_us": after.gpu.launch * 1e6,
         "memory_GB_per_s": after.gpu.bandwidth / 1e9,
         "inside_GB_per_s": after.inside.rate / 1e9,
         "network_GB_per_s": 0.0 if after.between is None else after.between.nics * after.between.nic_rate / 1e9,
@@ -212,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, metavar="DIR", help="writes plan_paper.json, .md and .png there")
     args = parser.parse_args(argv)
-    record = record_of({name: Simulation(name) for name in SETTINGS}, "python -m benchmarks.predict.paper")
+    record = record_of("python -m benchmarks.predict.paper")
     text = paper_page.page(record)
     print(text)
     if args.output:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.predict.others import CLAIMS, agrees
 from benchmarks.predict.paper import Simulation, is_predicted
-from benchmarks.predict.paper_fit import Factors, fit
+from benchmarks.predict.paper_choice import CANDIDATES, choices
+from benchmarks.predict.paper_fit import LIMITS, Factors, fit
 from benchmarks.predict.paper_page import page
-from benchmarks.predict.paper_rows import ROWS, SETTINGS, Row
+from benchmarks.predict.paper_rows import ROWS, SETTINGS, Row, Setting
 from benchmarks.predict.unfused import unfused
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.method import Method
@@ -25,7 +27,7 @@ RECORD = json.loads((RESULTS / "plan_paper.json").read_text("utf-8"))
 
 
 def test_the_fit_reads_no_row_with_a_shortcut() -> None:
-    hidden = [row for row in ROWS if "ScMoE" in row.method or row.method == "top-3" or "pipelined" in row.over]
+    hidden = [row for row in ROWS if "ScMoE" in row.method or row.method == "top-3"]
     assert len(hidden) == 23 and not any(row.fitted for row in hidden)
     with pytest.raises(ValueError, match="without a shortcut"):
         fit(hidden[:1], lambda factors, rows: [1.0], ["inside"], Factors())
@@ -42,12 +44,31 @@ def test_the_fit_finds_factors_by_ratios() -> None:
     assert found.memory == found.network == 1.0
 
 
+def test_the_fitted_rows_alone_choose_the_settings() -> None:
+    class Known:
+        """Right with 64 images and links at half their rate; errs by the images elsewhere."""
+
+        def __init__(self, name: str, facts: Setting) -> None:
+            self.off = 0.0 if facts.micro_batch == 64 else 0.5
+
+        def value(self, row: Row, factors: Factors) -> float:
+            assert row.fitted and "ScMoE" not in row.method + row.over
+            return row.value + self.off + abs(factors.inside - 0.5)
+
+    found = choices("images", ROWS, Known)
+    assert found[0].facts == {"micro_batch": 64} and len(found) == len(CANDIDATES["images"])
+    assert found[0].fits["8×A30"].factors.inside == pytest.approx(0.5, rel=0.05)
+    assert found[0].loss < 1 < found[1].loss
+
+
 def test_factors_change_what_they_name() -> None:
     before = cluster()
     after = Factors(memory=0.5, inside=0.25, network=0.1, rows=0.2).on(before)
     assert (after.gpu.bandwidth, after.inside.rate) == (before.gpu.bandwidth / 2, before.inside.rate / 4)
     assert after.between.nic_rate == pytest.approx(before.between.nic_rate / 10)
     assert after.gpu.peak == before.gpu.peak and after.gpu.efficiency["rows"].likely == pytest.approx(0.2)
+    slow = Factors(products=0.5, launch=3.0).on(before)
+    assert slow.gpu.peak["bf16"] == before.gpu.peak["bf16"] / 2 and slow.gpu.launch == 3 * before.gpu.launch
 
 
 def test_unfused_attention_moves_its_scores() -> None:
@@ -69,7 +90,11 @@ def test_the_record_is_what_the_page_shows() -> None:
     assert [row["value"] for row in RECORD["rows"]] == [row.value for row in ROWS]
     errors = [abs(row["simulated"] - row["value"]) for row in RECORD["rows"] if is_predicted(row)]
     assert RECORD["mean_error"] == pytest.approx(statistics.fmean(errors))
-    assert all(len(found["free"]) <= 3 for found in RECORD["fits"].values())
+    for found in RECORD["fits"].values():
+        assert len(found["free"]) <= 3
+        assert all(LIMITS[name][0] <= found["factors"][name] <= LIMITS[name][1] for name in found["free"])
+    for family, tried in RECORD["tried"].items():
+        assert RECORD["chosen"][family] == min(tried, key=lambda each: each["loss"])["facts"]
     assert (RESULTS / "plan_paper.md").read_text("utf-8") == page(RECORD)
 
 
@@ -77,8 +102,9 @@ def test_the_record_can_be_made_again() -> None:
     """One row of the cheapest setting, with the recorded factors, to what a change of the simulation may move it."""
     recorded = next(row for row in RECORD["rows"] if row["setting"] == "llama2" and row["method"] == "ScMoE Pos-1")
     row = next(row for row in ROWS if row.setting == "llama2" and row.method == "ScMoE Pos-1")
+    simulation = Simulation("llama2", replace(SETTINGS["llama2"], **RECORD["chosen"]["language"]))
     factors = Factors(**RECORD["fits"][SETTINGS["llama2"].group]["factors"])
-    assert Simulation("llama2").value(row, factors) == pytest.approx(recorded["simulated"], abs=0.1)
+    assert simulation.value(row, factors) == pytest.approx(recorded["simulated"], abs=0.1)
 
 
 def test_claims_of_others_agree_or_not() -> None:
