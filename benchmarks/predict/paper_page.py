@@ -55,7 +55,7 @@ _MISFITS = """\
   stage 4 of a ScMoE has (here top-2, as in our SwinV2-MoE).
 - **Pipelined top-2 on 8×A30.** No fit explains it. From figure 8 and the shared expert's and top-1's inference, a pair
   with top-1 gains about 1.07 by being pipelined ((1.35 / 1.39) / 0.906), one with top-2 at least 1.21 (1.35 / 1.118).
-  Twice the rows would save five times as much. Here one transfer runs at a time, so that chunks hide no more than the
+  Twice the rows would save 3.5 times as much. Here one transfer runs at a time, so that chunks hide no more than the
   experts' computation, of either. A dispatch and a combine that share a full-duplex link would hide more, of top-1,
   too.
 - **Factors at their limits** (products × 1.2, memory × 0.3), or far from 1 (launch on A30, rows on 16×A800), stand for
@@ -100,8 +100,8 @@ def page(record: Record) -> str:
         "## Pairs of blocks (figure 8), predicted",
         "",
         "The paper does not say which pass and which model the figure has. This is the forward pass, on 16×A800 of "
-        "GPT2-MoE-Medium. The fit has read how the baselines compare with each other: of the speed-ups, one per cluster is "
-        "a prediction of its own, the one over a shared expert.",
+        "GPT2-MoE-Medium. The fit has read how the baselines compare with each other: of the speed-ups, one per "
+        "cluster is a prediction of its own, the one over a shared expert.",
         "",
         *table(
             ["setting", "", "what", "measured by the paper", "simulated", "difference", "simulated without a fit"],
