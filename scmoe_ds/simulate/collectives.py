@@ -20,7 +20,7 @@ from scmoe_ds.simulate.kernels import efficiency
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.links import exchange_seconds, network_rate, ring_rate, ring_slowdown, spine_slowdown
 from scmoe_ds.simulate.places import Places, places_of
-from scmoe_ds.simulate.routing import EVEN, Loads
+from scmoe_ds.simulate.routing import EVEN, Loads, distinct
 from scmoe_ds.simulate.work import Collective, Exchange, Group
 
 Bound = Literal["link", "NIC", "switch"]
@@ -39,16 +39,6 @@ class Sent:
 
     inside: float
     between: float
-
-
-def distinct(groups: int, experts: int, choices: int) -> float:
-    """Of `groups` with as many experts each, how many a token needs that chooses different experts, all alike.
-
-    A group is left out with probability C(E - E/groups, k) / C(E, k).
-    """
-    rest = experts - experts // groups
-    missed = math.prod((rest - chosen) / (experts - chosen) for chosen in range(min(choices, experts)))
-    return groups * (1 - max(0.0, missed))
 
 
 def sent_by_rank(exchange: Exchange, layout: Layout, places: Places, num_experts: int) -> Sent:
@@ -130,7 +120,7 @@ def reduce_ms(
     inside, between = machine.links(collective)
     rounds = 2 if collective == "all-reduce" else 1
     bound: Bound = "link"
-    rate = ring_rate(places, inside, size) if places.per_node > 1 else math.inf
+    rate = ring_rate(places, inside, size, machine.cluster.gpus_per_node) if places.per_node > 1 else math.inf
     latency_out = 0.0
     if places.nodes > 1:
         if between is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.method import Method
 from scmoe_ds.simulate.model import Experts, Model, Stage
+from scmoe_ds.simulate.routing import distinct
 
 
 @dataclass(frozen=True)
@@ -129,5 +130,4 @@ class Ground:
         """Rows that really leave, with even routing."""
         if not self.one_row_per_rank:
             return self.sent
-        ranks = self.layout.expert_parallel
-        return self.rows * ranks * (1.0 - (1.0 - 1.0 / ranks) ** self.routed)
+        return self.rows * distinct(self.layout.expert_parallel, self.experts.num_experts, self.routed)

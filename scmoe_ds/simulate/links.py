@@ -46,9 +46,11 @@ def _root_seconds(sent: float, places: Places, inside: Inside) -> float:
     return gpus * (places.per_node - near) * sent * crossings / (inside.root_rate or inside.rate)
 
 
-def ring_rate(places: Places, inside: Inside, message_bytes: float) -> float:
-    """Bytes per second through a ring of the group's ranks on one node."""
+def ring_rate(places: Places, inside: Inside, message_bytes: float, gpus_per_node: int) -> float:
+    """Bytes per second through all rings of the group's ranks on one node."""
     rate = inside.rate
+    if inside.kind == "nvlink mesh":  # links to GPUs outside of the group are in none of its rings
+        rate *= (places.per_node - 1) / (gpus_per_node - 1)
     if inside.kind == "pcie" and inside.gpus_per_root is not None:
         root_rate = inside.root_rate or inside.rate
         if inside.host_bounce:  # each GPU's part of the ring crosses its root

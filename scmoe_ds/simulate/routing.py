@@ -114,6 +114,16 @@ def _busiest(counts: Sequence[float], ranks: int, per_node: int, num_experts: in
     return max(of_rank), max(of_node)
 
 
+def distinct(groups: int, experts: int, choices: int) -> float:
+    """Of `groups` with as many experts each, how many a token needs that chooses different experts, all alike.
+
+    A group is left out with probability C(E - E/groups, k) / C(E, k).
+    """
+    rest = experts - experts // groups
+    missed = math.prod((rest - chosen) / (experts - chosen) for chosen in range(min(choices, experts)))
+    return groups * (1 - max(0.0, missed))
+
+
 def routing_of(text: str) -> Routing:
     """What a user writes: "uniform", a skew such as "1.5", or a file.
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from scmoe_ds.simulate.cluster import Curve
-from scmoe_ds.simulate.collectives import all_to_all_ms, counts_ms, distinct, reduce_ms, sent_by_rank
+from scmoe_ds.simulate.collectives import all_to_all_ms, counts_ms, reduce_ms, sent_by_rank
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.places import places_of
-from scmoe_ds.simulate.routing import Loads
+from scmoe_ds.simulate.routing import Loads, distinct
 from scmoe_ds.simulate.work import Exchange
 from tests.simulate.clusters import machine
 
@@ -47,6 +47,18 @@ def test_a_mesh_has_one_link_per_peer() -> None:
     assert whole == close(1e3 * BYTES * 3 / 4 / 1e11)
     half = all_to_all_ms(EXCHANGE, Layout(world=4, expert_parallel=2), mesh, 8)[0]
     assert half == close(1e3 * BYTES / 2 / (1e11 / 3))  # two of three links are idle
+    pair, all_of_it = (
+        reduce_ms("all-gather", 1e9, "tp", Layout(world=4, tensor_parallel=ranks), mesh)[0] for ranks in (2, 4)
+    )
+    assert (pair, all_of_it) == (close(1e3 / 2 * 1e9 / (1e11 / 3)), close(1e3 * 3 / 4 * 1e9 / 1e11))
+
+
+@pytest.mark.parametrize(("ranks", "per_node", "nodes"), [(3, 2, 2), (6, 3, 2), (4, 4, 1), (8, 8, 1), (16, 8, 2)])
+def test_groups_that_do_not_fill_a_node_lie_on_two(ranks: int, per_node: int, nodes: int) -> None:
+    """Ranks 6 to 11 are on two nodes of eight, and every group waits for the slowest in the next collective."""
+    places = places_of("ep", Layout(world=48, expert_parallel=ranks), 8)
+    assert (places.per_node, places.nodes) == (per_node, nodes)
+    assert places_of("ep", Layout(world=6, expert_parallel=6), 8).nodes == 1
 
 
 def test_pcie_root_complexes_share_their_way_out() -> None:

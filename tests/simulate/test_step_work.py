@@ -11,6 +11,7 @@ import pytest
 from lab import gpu_budgets
 from scmoe_ds.errors import ModelError
 from scmoe_ds.programs.plan_model import model_of_preset
+from scmoe_ds.simulate.ground import Ground
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.method import AUTOEP, DEEPSPEED_TOPK, METHODS, SCMOE, Method
 from scmoe_ds.simulate.model import Model
@@ -86,6 +87,15 @@ def test_rows_that_travel_follow_from_the_routing() -> None:
     assert (halves.exchange.rows, halves.exchange.combine_rows) == (tokens, 2 * tokens)
     (autoep,) = step_work(MEDIUM, AUTOEP, layout).pairs
     assert autoep.exchange is not None and autoep.exchange.rows == 2 * tokens and autoep.exchange.choices == 1
+
+
+def test_a_token_of_two_experts_travels_twice_where_each_rank_has_one() -> None:
+    model = MEDIUM.model_copy(update={"stages": (_with_experts(MEDIUM, 16),)})
+    one_each, two_each = (
+        Ground(model, model.stages[0], replace(POS2, routed=2), Layout(16, expert_parallel=ranks)) for ranks in (16, 8)
+    )
+    assert one_each.copies == pytest.approx(2 * one_each.rows)
+    assert two_each.copies == pytest.approx((2 - 1 / 15) * two_each.rows)
 
 
 def test_a_pass_without_gradients_has_nothing_behind_it() -> None:
