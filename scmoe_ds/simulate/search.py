@@ -122,7 +122,7 @@ def layout_text(layout: Layout) -> str:
 
 
 class _Fitting:
-    """The layouts that fit, without those whose faster twin fits, too: less recomputation, a lower ZeRO stage.
+    """The layouts that fit, without those whose faster twin fits, too: less recomputation, ZeRO-1 instead of 2.
 
     Attributes:
         found: with their memory.
@@ -188,19 +188,19 @@ def _fastest(
 
 
 def least_ms(times: StepTimes, layout: Layout) -> float:
-    """No step of these times is shorter: all computation of any one class of ranks, or all transfers, one by one."""
+    """No step of these times is shorter: all that one class of ranks computes and waits for, or all transfers."""
     mode = mode_of(layout)
     around = _ms(times.first, mode) + _ms(times.last, mode)
     of_classes = []
     for place in range(len(times.shares)):
-        compute = transfers = 0.0
-        overlapped = True
+        busy = transfers = 0.0
         for pair in times.pairs:
             of_class = pair.by_class[place]
-            compute += pair.count * (_ms(pair.before, mode) + _compute_ms(of_class, mode))
-            transfers += pair.count * _transfers_ms(of_class, mode)
-            overlapped = overlapped and pair.overlapped
-        of_classes.append(around + (max(compute, transfers) if overlapped else compute + transfers))
+            sent = pair.count * _transfers_ms(of_class, mode)
+            busy += pair.count * (_ms(pair.before, mode) + _compute_ms(of_class, mode))
+            busy += 0.0 if pair.overlapped or times.in_flight > 1 else sent
+            transfers += sent
+        of_classes.append(around + max(busy, transfers))
     micro_batches = max(of_classes) * layout.accumulation
     return micro_batches + (times.optimizer_ms if layout.training else 0.0)
 

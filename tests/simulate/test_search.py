@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from scmoe_ds.errors import PlanError
+from scmoe_ds.programs.plan_model import model_of_preset
 from scmoe_ds.simulate.advice import against, chosen, limit, recommendation, shares
 from scmoe_ds.simulate.answers import answer
 from scmoe_ds.simulate.break_even import PAYS, around, break_even, with_links
@@ -16,12 +17,21 @@ from scmoe_ds.simulate.cluster import Cluster, Curve
 from scmoe_ds.simulate.layout import Layout
 from scmoe_ds.simulate.machine import machine_of
 from scmoe_ds.simulate.memory import memory_of
-from scmoe_ds.simulate.method import AUTOEP, DEEPSPEED_TOPK, METHODS, PIPELINED, SCMOE, SCMOE_LATE, SHARED
+from scmoe_ds.simulate.method import (
+    AUTOEP,
+    DEEPSPEED_TOPK,
+    METHODS,
+    PIPELINED,
+    SCMOE,
+    SCMOE_LATE,
+    SHARED,
+    TWO_IN_FLIGHT,
+)
 from scmoe_ds.simulate.model import Experts, Model, Stage
 from scmoe_ds.simulate.routing import Routing
 from scmoe_ds.simulate.rows import Interval, machines, rows
 from scmoe_ds.simulate.scaling import first_that_does_not_fit, of_size, scaling
-from scmoe_ds.simulate.search import run, search
+from scmoe_ds.simulate.search import least_ms, run, search
 from scmoe_ds.simulate.space import Fixed, layouts, require_possible, why_not
 from tests.simulate.clusters import cluster
 
@@ -73,6 +83,17 @@ def test_it_finds_what_trying_all_finds(method: Any, room: float) -> None:
     assert found.runs[0].step.total_ms == pytest.approx(best, rel=1e-12)
     assert found.runs[0].memory.total <= here.gpu.memory
     assert found.simulated < found.looked_at
+
+
+@pytest.mark.parametrize(
+    ("preset", "method"), [("swinv2-moe-s", SCMOE[0]), ("gpt2-moe-small", TWO_IN_FLIGHT), ("gpt2-moe-small", SHARED)]
+)
+def test_no_step_is_shorter_than_its_bound(preset: str, method: Any) -> None:
+    """The last MoE of a Swin hides nothing beside others that do; two micro-batches hide what one does not."""
+    machine = machine_of(of_memory(80, between={"nic_rate": 1e11}))
+    layout = Layout(4, expert_parallel=4, micro_batch=8, accumulation=8)
+    found = run(model_of_preset(preset), method, layout, machine, Routing())
+    assert 0 < least_ms(found.times, layout) <= found.step.total_ms
 
 
 def test_what_fits_nowhere_is_a_sentence_with_the_least_memory() -> None:
