@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.models.presets import PRESETS
+from scmoe_ds.models.swin_settings import SWIN_PRESETS
 from scmoe_ds.programs import __main__ as scmoe
 from scmoe_ds.programs.flags.check import build_parser as check_parser
 from scmoe_ds.programs.flags.plan import build_parser
 from scmoe_ds.programs.plan_config import config_of, launch_lines
+from scmoe_ds.programs.plan_model import model_of_preset
 from scmoe_ds.programs.plan_question import question_of
 from scmoe_ds.programs.plan_text import count
 from scmoe_ds.simulate.machine import machine_of
@@ -106,6 +109,11 @@ def question(tmp_path: Path, *flags: str, model: Any = None) -> Any:
         (tmp_path / "config.json").write_text(json.dumps(model))
         words += ["--model", str(tmp_path)]
     return question_of(build_parser().parse_args(["--cluster", CLUSTER, *words]))
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *SWIN_PRESETS])
+def test_flags_that_are_not_given_change_nothing_of_a_preset(name: str, tmp_path: Path) -> None:
+    assert question(tmp_path, "--preset", name).model == model_of_preset(name)
 
 
 @pytest.mark.parametrize("model", [None, "qwen"], ids=["a GPT", "Qwen3-MoE"])

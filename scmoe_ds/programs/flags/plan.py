@@ -68,7 +68,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-attention-heads", type=_count(), help="query heads")
     group.add_argument("--num-key-value-heads", type=_count(), help="default: as many as query heads")
     group.add_argument("--seq-length", type=_count(), help="tokens per training sequence")
-    group.add_argument("--swiglu", action="store_true", help="SwiGLU instead of GELU")
+    group.add_argument("--swiglu", action="store_true", default=None, help="SwiGLU instead of GELU")
     group.add_argument("--vocab-size", type=_count(), help="of the tokenizer")
     group.add_argument("--num-experts", type=_count(), help="routed experts of an MoE layer")
     group.add_argument("--topk", type=_count(), help="routed experts per token, without a shared one")
