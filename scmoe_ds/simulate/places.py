@@ -44,8 +44,6 @@ def places_of(group: Group, layout: Layout, gpus_per_node: int) -> Places:
     }[group]
     per_node = max(1, min(ranks, gpus_per_node // stride))
     if layout.world > gpus_per_node > ranks * stride and gpus_per_node % (ranks * stride):
-        per_node = math.ceil(
-            ranks / 2
-        )  # some groups begin on one node and end on the next, and the others wait for them
+        per_node = math.ceil(ranks / 2)  # some groups lie on two nodes, and all others wait for them
     active = min(gpus_per_node, layout.world)
     return Places(ranks, stride, per_node, math.ceil(ranks / per_node), max(1, active // per_node))
