@@ -2,8 +2,7 @@
 
 The paper names the GPUs and the links, but neither what its kernels reached nor the rate of its all-to-all. At most
 three factors scale figures of the cluster's description. They are fitted to speed-ups of top-1 and shared-expert MoE
-over top-2, to the stated share of the communication, and to pairs with pipelining over a pair with a shared expert. No
-row with a shortcut is read.
+over top-2 and to the stated share of the communication. No row with a shortcut is read.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from benchmarks.predict.paper_rows import Row
 from scmoe_ds.simulate.cluster import Cluster
 from scmoe_ds.simulate.gpu import Efficiency, Gpu
 
-SPEED_UP_WITHIN, SHARE_WITHIN, PAIR_WITHIN = 0.01, 0.02, 0.05
+SPEED_UP_WITHIN, SHARE_WITHIN = 0.01, 0.02
 """What a fitted row may be off before it counts as much as another: the paper prints speed-ups to 0.01 and shares to a
-few hundredths. Of its pairs of blocks it states neither the pass nor the model nor the chunks."""
+few hundredths."""
 LIMITS = {
     "products": (0.1, 1.2),
     "memory": (0.3, 1.1),
@@ -129,4 +128,4 @@ def _least(loss: Callable[[Sequence[float]], float], first: Sequence[float]) -> 
 
 def within(row: Row) -> float:
     """What the row may be off before it counts."""
-    return {"share": SHARE_WITHIN, "pair": PAIR_WITHIN}.get(row.quantity, SPEED_UP_WITHIN)
+    return SHARE_WITHIN if row.quantity == "share" else SPEED_UP_WITHIN

@@ -1,7 +1,7 @@
 """What the ScMoE paper (arXiv 2404.05019 v3) measured, as rows: speed-ups over the standard top-2 MoE.
 
-Tables 1, 2 and 4 have whole steps, figure 8 has pairs of blocks. `fitted` rows are those without a shortcut; the fit
-reads no others. A share is communication in the MoE's time. Figure 8 says how much faster ScMoE is than each baseline:
+Tables 1, 2 and 4 have whole steps, figure 8 has pairs of blocks. `fitted` rows are whole steps without a shortcut and
+stated shares; the fit reads no others. A share is communication in the MoE's time. Figure 8 says how much faster ScMoE is than each baseline:
 the ratio of two of these numbers compares two baselines, and has no shortcut in it.
 """
 
@@ -35,8 +35,8 @@ class Row:
 
     @property
     def fitted(self) -> bool:
-        """Whether the fit may read it: nothing in it has a shortcut, or three routed experts."""
-        return self.method in ("top-1", "top-2", "shared expert")
+        """Whether the fit may read it: a stated setting, and in it neither a shortcut nor three routed experts."""
+        return self.quantity != "pair" and self.method in ("top-1", "top-2", "shared expert")
 
 
 @dataclass(frozen=True)
