@@ -1,8 +1,8 @@
 """What the ScMoE paper (arXiv 2404.05019 v3) measured, as rows: speed-ups over the standard top-2 MoE.
 
 Tables 1, 2 and 4 have whole steps, figure 8 has pairs of blocks. `fitted` rows are whole steps without a shortcut and
-stated shares; the fit reads no others. A share is communication in the MoE's time. Figure 8 says how much faster ScMoE is than each baseline:
-the ratio of two of these numbers compares two baselines, and has no shortcut in it.
+stated shares; the fit reads no others. A share is communication in the MoE's time. Figure 8 says how much faster ScMoE
+is than each baseline: the ratio of two of these numbers compares two baselines, and has no shortcut in it.
 """
 
 from __future__ import annotations
