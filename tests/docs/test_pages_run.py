@@ -39,12 +39,13 @@ NOT_RUN = {
     "rehearses its steps",
     r"scmoe check .*": "it makes ranks that do not exist, in a process without others; tests/check has every file",
     r"scmoe plan .*": "a whole search takes seconds; tests/programs/test_plan.py plans for a small model",
-    r"deepspeed .*scmoe_ds\.programs\.probe .*": "it measures for a minute; tests/probe does so with small sizes",
+    r"deepspeed --hostfile HOSTFILE .*": "the plan prints it; its capitals stand for files",
+    r"(deepspeed .*scmoe_ds\.programs\.probe|scmoe probe) .*": "it measures for a minute; tests/probe does so with small sizes",
     r"python -m benchmarks\.serving\.offload .*": "several processes; tests/benchmarks/test_serving.py has its parts",
     r"(?s)(?=.*^\.\.\.$).*": "Python with lines left out; tests/test_examples.py compares it with a file that it runs",
 }
 """Pattern of a whole command or block: why it is not run."""
-LINKS = ("benchmarks", "ds_configs", "examples", "pretrain_gpt_scmoe.py")
+LINKS = ("benchmarks", "clusters", "ds_configs", "examples", "pretrain_gpt_scmoe.py")
 PARSERS = {"scmoe_ds.programs.pretrain_gpt": parse_arguments, "scmoe_ds.programs.pretrain_swin": parse_image_arguments}
 PAGES = pages()
 
