@@ -17,6 +17,7 @@ FLOORS = [
     ["replace"],
     ["simulate"],
     ["planner"],
+    ["offload"],
     ["moe"],
     ["overlap"],
     ["comm"],

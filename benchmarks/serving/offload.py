@@ -47,9 +47,9 @@ from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_c
 from scmoe_ds.inference.offload import offload_experts
 from scmoe_ds.inference.pregate import guess_experts
 from scmoe_ds.inference.sampling import Sampling
-from scmoe_ds.inference.store import ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.offload.store import ExpertStore
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.planner.rounds import Spread
 from scmoe_ds.trace.recorder import SILENT, Recorder

@@ -4,8 +4,8 @@ Start with `saving` and `loading`. A save also uses `finite` (refuses NaN), `loc
 `rotation` (removes old checkpoints). A start also uses `directories` (which checkpoint a path means), `files` (checks
 them), `tensor_files` (the one loader of .pt files), `failure_notes` (checkpoints that do not train), `description`
 and `comparison` (settings that differ) and `hyperparameters` (puts a run's own settings back). `saved_state` and
-`reshard` change the layout. `export` and `safetensors_files` exchange weights with other programs, `parsing` checks
-descriptions, and `tokenizer_files` carries the tokenizer.
+`reshard` change the layout. `export` and `safetensors_files` exchange weights with other programs (`places` says where
+in their files), `parsing` checks descriptions, and `tokenizer_files` carries the tokenizer.
 """
 
 from scmoe_ds.checkpoint.comparison import run_settings

@@ -4,9 +4,8 @@
 a decode pass per token, which `passes` has. `kv_cache` keeps what was read, `sampling` chooses tokens, `growing_text`
 finds stop texts.
 
-`offload` keeps routed experts out of the device's memory: `store` has room for a few of them, `sources` brings them
-there, from files (`expert_files`) or memory (`pinned`), on `readers`. `pregate` guesses which ones a standard MoE will
-need.
+`offload` keeps routed experts out of the device's memory, with the room of that name. `pregate` guesses which ones a
+standard MoE will need.
 """
 
 from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)

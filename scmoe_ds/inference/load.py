@@ -15,8 +15,8 @@ from scmoe_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from scmoe_ds.errors import ArgumentError, CheckpointError
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import Offloading, offload_experts, places_on_device
-from scmoe_ds.inference.store import ExpertStore
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.offload.store import ExpertStore
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.groups import Layout

@@ -19,13 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from scmoe_ds.checkpoint.places import EXPORT_AGAIN, places_of
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.model import TrainedModel
-from scmoe_ds.inference.sources import DiskExperts, ExpertSource, HostExperts
-from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.experts import MovingExperts
 from scmoe_ds.moe.placement import global_names, layer_of
+from scmoe_ds.offload.sources import DiskExperts, ExpertSource, HostExperts
+from scmoe_ds.offload.store import ExpertKey, ExpertStore
 from scmoe_ds.overlap.executor import backbone
 from scmoe_ds.parallel.output import log
 
@@ -124,7 +125,7 @@ def offload_experts(
     if (tier or ("host" if device.type == "cuda" else "disk")) == "host":
         source = HostExperts(trained.weights, parameters, dtype, device)
     else:
-        source = DiskExperts(trained.path, parameters, device)
+        source = DiskExperts(places_of(trained.path, parameters), EXPORT_AGAIN, device)
     pattern = layers[0].deepspeed_moe.experts.deepspeed_experts[0]
     slots = [copy.deepcopy(pattern).to(dtype).to_empty(device=device) for _ in range(places)]
     store = ExpertStore(source, named.__getitem__, slots)

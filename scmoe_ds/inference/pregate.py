@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from scmoe_ds.inference.offload import OffloadedExperts
-from scmoe_ds.inference.store import ExpertKey
 from scmoe_ds.models.blocks import Block
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.pairs import ShortcutPair, StagedPair
+from scmoe_ds.offload.store import ExpertKey
 
 
 def guess_experts(model: GPT) -> list[Any]:

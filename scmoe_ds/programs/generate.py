@@ -24,7 +24,7 @@ from scmoe_ds.errors import (
 from scmoe_ds.inference.generate import Completion, GenerationTimes, Request, TextGenerator
 from scmoe_ds.inference.model import calibrators
 from scmoe_ds.inference.sampling import Sampling
-from scmoe_ds.inference.store import StoreCounts
+from scmoe_ds.offload.store import StoreCounts
 from scmoe_ds.programs.flags.checks import check_ranges, check_text
 from scmoe_ds.programs.flags.generate import build_parser
 from scmoe_ds.programs.load import check_experts_flags, load

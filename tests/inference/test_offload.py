@@ -8,29 +8,27 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lab.distributed import environment_of_one
+from scmoe_ds.checkpoint.places import places_of
 from scmoe_ds.engine import connect
-from scmoe_ds.errors import ArgumentError, CheckpointError
-from scmoe_ds.inference.expert_files import ExpertFileError
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import expert_places, offload_experts
-from scmoe_ds.inference.pinned import PinnedTensors
 from scmoe_ds.inference.pregate import guess_experts
 from scmoe_ds.inference.sampling import Sampling
-from scmoe_ds.inference.sources import PIECE_BYTES, DiskExperts, HostExperts
-from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import MLP, GPTSettings
+from scmoe_ds.offload.files import ExpertFileError
+from scmoe_ds.offload.sources import PIECE_BYTES
+from scmoe_ds.offload.store import ExpertKey, ExpertStore
 from scmoe_ds.programs import generate as generate_program
 from tests.helpers.exports import whole_model, write_export
 
@@ -96,84 +94,6 @@ def test_experts_larger_than_a_piece(tmp_path: Path) -> None:
     assert torch.equal(serve(path, "offload-async", 2)[0](tokens).logits, expected)
 
 
-class _Events:
-    """A source that notes what is asked of it, and whose copies arrive when they are waited for."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def load(self, into: Mapping[str, Tensor], after: object, watch: object) -> Any:
-        (name,) = into
-        self.seen.append(f"load {name}")
-        events, tensor = self.seen, into[name]
-
-        class _Arrival:
-            def wait(self) -> None:
-                events.append(f"wait {name}")
-                tensor.fill_(float(name[1:]))
-
-        return _Arrival()
-
-
-def store_of(places: int) -> tuple[ExpertStore, list[str]]:
-    source = _Events()
-    slots = [nn.Linear(1, 1, bias=False) for _ in range(places)]
-    return ExpertStore(source, lambda key: {"weight": f"e{key.layer}{key.expert}"}, slots), source.seen
-
-
-def keys(*names: str) -> list[ExpertKey]:
-    return [ExpertKey(int(name[0]), int(name[1])) for name in names]
-
-
-def use(store: ExpertStore, expected: Sequence[ExpertKey]) -> None:
-    for key in expected:
-        module = store.take(key)
-        assert float(next(module.parameters())) == 10 * key.layer + key.expert
-        store.release(key)
-
-
-def test_least_recently_used_goes() -> None:
-    store, seen = store_of(2)
-    for name in ("00", "01", "00", "02", "00", "01"):
-        store.fetch(keys(name))
-        use(store, keys(name))
-    assert [event for event in seen if event.startswith("load")] == ["load e00", "load e01", "load e02", "load e01"]
-    assert (store.counts.used, store.counts.hits, store.counts.migrations) == (6, 2, 4)
-
-
-def test_more_experts_than_places_stream_through() -> None:
-    """All are asked for at once; the next one starts as soon as one has been used, never before."""
-    store, seen = store_of(2)
-    expected = keys("10", "11", "12", "13")
-    store.fetch(expected)
-    assert seen == ["load e10", "load e11"]
-    use(store, expected)
-    assert seen == ["load e10", "load e11", "wait e10", "load e12", "wait e11", "load e13", "wait e12", "wait e13"]
-
-
-def test_asked_for_twice_and_out_of_order() -> None:
-    """Two chunks of one layer, or two layers in flight, with less room than all of it takes."""
-    store, _ = store_of(2)
-    store.fetch(keys("00", "01"))
-    store.fetch(keys("01", "00"))
-    use(store, keys("00", "01", "01", "00"))
-    store.fetch(keys("00", "01", "02"))
-    use(store, keys("02", "01", "00"))
-    assert not store._asked and not store._waiting
-
-
-def test_guesses_give_way() -> None:
-    store, seen = store_of(3)
-    store.guess(keys("00", "01"))
-    store.fetch(keys("01", "02"))
-    use(store, keys("01", "02"))
-    assert (store.counts.predicted, store.counts.confirmed, store.counts.hits) == (2, 1, 1)
-    store.fetch(keys("10", "11", "12"))
-    store.guess(keys("03"))  # no place that nobody has asked for: not fetched
-    use(store, keys("10", "11", "12"))
-    assert "load e03" not in seen
-
-
 @pytest.mark.parametrize("moe_every", [1, 2])
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_guessed_experts(placement: str, moe_every: int, tmp_path: Path) -> None:
@@ -237,15 +157,15 @@ def test_missing_and_short_files(export: Path, capsys: pytest.CaptureFixture[str
             store.take(ExpertKey(layer, expert))
             store.release(ExpertKey(layer, expert))
     with pytest.raises(ExpertFileError, match="is no readable safetensors file"):
-        DiskExperts(export, names, CPU)
+        places_of(export, names)
     file.unlink()
     with pytest.raises(ExpertFileError, match=r"Export the checkpoint again, into another dir"):
-        DiskExperts(export, names, CPU)
+        places_of(export, names)
     flags = ["--load", str(export), "--prompt", "a", "--experts", "offload-async"]
     assert generate_program.main(flags) == 2
     assert f"{file.name} is missing" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"has no x\.weight"):
-        DiskExperts(export, ["x.weight"], CPU)
+        places_of(export, ["x.weight"])
 
 
 def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +203,7 @@ def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.Mon
 
 def test_checkpoint_that_is_no_export(export: Path) -> None:
     with pytest.raises(CheckpointError, match=r"scmoe convert export"):
-        DiskExperts(export.parent, [], CPU)
+        places_of(export.parent, [])
 
 
 def test_trace_of_a_pass(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,44 +233,6 @@ def test_trace_of_a_pass(export: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
     assert generate_program.main([*flags, "--scmoe-trace", "9"]) == 0
     assert "--scmoe-trace 9: not written, the run ended before that iteration" in capsys.readouterr().err
-
-
-def test_pinned_memory(monkeypatch: pytest.MonkeyPatch, export: Path) -> None:
-    """Blocks of a power of two are filled, whatever the tensors' sizes. What the system refuses is one sentence."""
-    taken: list[int] = []
-
-    def give(nbytes: int, **_: Any) -> Tensor:
-        taken.append(nbytes)
-        return torch.zeros(nbytes, dtype=torch.uint8)
-
-    sizes = [3000, 70, 5000, 1, 100]
-    values = [torch.randn(size) for size in sizes]
-    with monkeypatch.context() as patched:
-        patched.setattr("scmoe_ds.inference.pinned.BLOCK_BYTES", 32768)
-        patched.setattr("scmoe_ds.inference.pinned.torch.empty", give)
-        memory = PinnedTensors([4 * size for size in sizes], "--expert-tier host", "do")
-        kept = [memory.keep(value, torch.float32) for value in values[:-1]]
-        last = memory.keep(values[-1], torch.bfloat16)
-    assert all(torch.equal(*pair) for pair in zip(kept, values[:-1], strict=True))
-    assert torch.equal(last, values[-1].bfloat16())
-    assert [size for size in taken if size > 0] == [32768, 256 + 512], "in lines of 256 bytes"
-
-    empty = torch.empty
-
-    def refuse(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-        if pin_memory:
-            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
-        return empty(*sizes, **options)
-
-    monkeypatch.setattr("scmoe_ds.inference.pinned.torch.empty", refuse)
-    weights = TrainedModel.open(export).weights
-    names = [name for name in weights.names() if ".deepspeed_experts." in name]
-    with pytest.raises(ArgumentError) as raised:
-        HostExperts(weights, names, FP32, torch.device("cuda"))
-    assert str(raised.value).startswith(
-        "--expert-tier host = 0.00 GB: so much memory cannot be pinned (CUDA error: out"
-    )
-    assert "--expert-tier disk" in str(raised.value) and "ulimit" in str(raised.value)
 
 
 def test_sizes_of_the_cache() -> None:

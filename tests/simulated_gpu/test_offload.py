@@ -21,12 +21,12 @@ from scmoe_ds.engine import connect
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import offload_experts
-from scmoe_ds.inference.readers import BufferedReader, Copied, Reader
 from scmoe_ds.inference.sampling import Sampling
-from scmoe_ds.inference.sources import DiskExperts
-from scmoe_ds.inference.store import ExpertKey, ExpertStore
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.offload.readers import BufferedReader, Copied, Reader
+from scmoe_ds.offload.sources import DiskExperts
+from scmoe_ds.offload.store import ExpertKey, ExpertStore
 from tests.helpers.exports import whole_model, write_export
 from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 from tests.simulated_gpu.gpu import Gpu
@@ -38,7 +38,7 @@ LAYERS, EXPERTS, HIDDEN, NEW_TOKENS = 2, 4, 16, 3
 PROMPTS = [[1, 2, 3], [7, 8, 9, 10, 11, 12]]
 TOKENS = torch.randint(384, (3, 20), generator=torch.Generator().manual_seed(2))
 MIGRATING = [(mode, tier) for mode in ("offload", "offload-async") for tier in ("host", "disk")]
-READERS_OWN = "event.synchronize at scmoe_ds/inference/readers.py"
+READERS_OWN = "event.synchronize at scmoe_ds/offload/readers.py"
 
 
 @pytest.fixture(scope="module")

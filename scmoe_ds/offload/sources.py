@@ -10,22 +10,30 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from scmoe_ds.checkpoint.reshard import Weights
-from scmoe_ds.inference.expert_files import ExpertFile, Place, places
-from scmoe_ds.inference.pinned import PinnedTensors
-from scmoe_ds.inference.readers import PAGE_BYTES, Arrival, BufferedReader, Copied, Reader
+from scmoe_ds.offload.files import ExpertFile, Place
+from scmoe_ds.offload.pinned import PinnedTensors
+from scmoe_ds.offload.readers import PAGE_BYTES, Arrival, BufferedReader, Copied, Reader
 from scmoe_ds.trace.migrations import MigrationWatch
 
 PIECE_BYTES = (4 << 20) - 3 * PAGE_BYTES
 """What one reader reads at a time: enough for a disk's full rate, little enough that readers share an expert. With the
 pages around it, it fills a buffer of a power of two, which pinned memory is rounded up to."""
+
+
+class WholeTensors(Protocol):
+    """Where tensors are read from, one at a time, such as a checkpoint."""
+
+    def shape(self, name: str) -> Sequence[int]:
+        """Of a tensor, without reading it."""
+
+    def read(self, name: str) -> Tensor:
+        """A tensor."""
 
 
 class ExpertSource(Protocol):
@@ -61,7 +69,7 @@ class HostExperts:
 
     tier: Literal["host", "disk"] = "host"
 
-    def __init__(self, weights: Weights, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, weights: WholeTensors, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
         sizes = [math.prod(weights.shape(name)) * dtype.itemsize for name in names]
         remedy = "read experts from files with --expert-tier disk, or spread them over more expert-parallel ranks"
         memory, self._tensors = PinnedTensors(sizes, "--expert-tier host", remedy), {}
@@ -75,28 +83,27 @@ class HostExperts:
 
 
 class DiskExperts:
-    """Experts in the files of an export (safetensors), read past the page cache by threads, of a reader each.
+    """Experts in files, read past the page cache by threads, of a reader each.
 
-    An export may be of another dtype than the model, and is converted as it arrives: bf16 experts that are computed in
+    A file may be of another dtype than the model, and is converted as it arrives: bf16 experts that are computed in
     fp32 migrate in half the time.
 
     Args:
-        path: of an export of scmoe convert.
-        names: global names of this rank's routed experts.
+        places: of each parameter of this rank's routed experts, by its global name.
+        remedy: for errors: what gives the files anew.
         device: of the tensors that are filled.
         readers: that read at the same time: one fills a buffer while another's is copied.
 
     Raises:
-        CheckpointError: not an export, or one without one of the names.
-        ExpertFileError: a file that is missing or too short.
+        ExpertFileError: a file that cannot be opened.
         ArgumentError: the system does not give enough pinned memory.
     """
 
     tier: Literal["host", "disk"] = "disk"
 
-    def __init__(self, path: Path, names: Sequence[str], device: torch.device, readers: int = 2) -> None:
-        self._places = places(path, names)
-        self._files = {place.file: ExpertFile(place.file) for place in self._places.values()}
+    def __init__(self, places: Mapping[str, Place], remedy: str, device: torch.device, readers: int = 2) -> None:
+        self._places = places
+        self._files = {file: ExpertFile(file, remedy) for file in {place.file for place in places.values()}}
         self._idle: SimpleQueue[BufferedReader] = SimpleQueue()
         for number in range(readers):
             self._idle.put(BufferedReader(device, number, PIECE_BYTES + 2 * PAGE_BYTES))

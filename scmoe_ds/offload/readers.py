@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from scmoe_ds.inference.pinned import pinned
+from scmoe_ds.offload.pinned import pinned
 from scmoe_ds.trace.migrations import MigrationWatch, noted
 
 PAGE_BYTES = 4096

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.inference.readers import Arrival
-from scmoe_ds.inference.sources import ExpertSource
+from scmoe_ds.offload.readers import Arrival
+from scmoe_ds.offload.sources import ExpertSource
 from scmoe_ds.trace.migrations import MigrationWatch
 from scmoe_ds.trace.recorder import Recorder
 
