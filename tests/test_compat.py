@@ -10,7 +10,7 @@ import torch
 from deepspeed.moe import sharded_moe
 
 from scmoe_ds.deepspeed_version import check
-from scmoe_ds.moe.gate import capacity
+from scmoe_ds.moe.capacity import capacity
 from scmoe_ds.moe.layout import PaddedLayout
 
 

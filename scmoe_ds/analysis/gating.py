@@ -32,7 +32,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import AnalysisError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.pairs import tap_of
-from scmoe_ds.moe.gate import capacity
+from scmoe_ds.moe.capacity import capacity
 
 SCALARS = (
     "same_expert_share",

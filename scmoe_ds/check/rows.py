@@ -23,8 +23,9 @@ from scmoe_ds.check.fakes import Fakes
 from scmoe_ds.comm.counts import CountsInFlight
 from scmoe_ds.compat import FakeTensor
 from scmoe_ds.moe import gate
+from scmoe_ds.moe.exchange import one_row_per_rank, row_counts
 from scmoe_ds.moe.gate import Routing
-from scmoe_ds.moe.routed import RoutedTokens, one_row_per_rank, row_counts
+from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.replace.tap_check import TapCheck
 

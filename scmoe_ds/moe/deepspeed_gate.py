@@ -13,7 +13,8 @@ from torch import Tensor
 
 from scmoe_ds.config.names import GateSoftmax
 from scmoe_ds.config.router_section import RouterConfig
-from scmoe_ds.moe.gate import capacity_of, route
+from scmoe_ds.moe.capacity import capacity_of
+from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size
 from scmoe_ds.moe.router import RouterGate, equip
 

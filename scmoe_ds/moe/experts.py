@@ -38,6 +38,16 @@ class OwnExperts:
 
     num_local_experts: int
 
+    notices: int = 0
+    """How many numbers every rank tells every other one beside its row counts; see `notice`."""
+
+    def notice(self, routing: Any, ranks: int) -> Tensor:
+        """[ranks, notices] int64 on the tokens' device: what each rank is told of this rank's routing (moe/gate.py)."""
+        raise NotImplementedError
+
+    def told(self, told_PX: Tensor) -> None:
+        """Hands over the notices of all ranks, on the host. Called once per routing, before `announce`."""
+
     def announce(self, rows_per_expert: Sequence[int]) -> None:
         """Says how many rows each local expert will get, as soon as that is known. Called once before each `run`."""
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from scmoe_ds.comm.counts import largest
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
+from scmoe_ds.moe.capacity import capacity_of
 from scmoe_ds.moe.checks import check_tokens
 from scmoe_ds.moe.choices import Choices, choose, draw, keep
 from scmoe_ds.moe.experts import to_device
@@ -33,8 +33,8 @@ from scmoe_ds.moe.order import Order
 from scmoe_ds.moe.router import RouterGate, choose_by_score, score, shares, weigh
 from scmoe_ds.moe.top1 import Top1Kernels, choose_top1
 
-Count = TypeVar("Count", int, Tensor)
-"""On the host, or an int64 scalar on a GPU for which the host does not wait."""
+TOLERANT = 2
+"""Of `used_token`: a token that tolerates less precision."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Routing:
         used_T: bool, the tokens that are not masked; None: all of them.
         identity_weight_T: fp32 sum of the weights of the identity experts that a token chose, differentiable; None: the
             layer has none (moe/identity.py).
+        score_KT: fp32 probability or score of each choice before any renormalisation, without gradient; None: nobody
+            asked for it (`facts` of `route`).
+        tolerant_T: bool, the tokens that the caller marks as tolerant of less precision; None: it marks none.
     """
 
     choices: Choices
@@ -57,6 +60,8 @@ class Routing:
     l_aux: Tensor
     used_T: Tensor | None = None
     identity_weight_T: Tensor | None = None
+    score_KT: Tensor | None = None
+    tolerant_T: Tensor | None = None
 
     @property
     def exp_counts(self) -> Tensor:
@@ -83,6 +88,7 @@ def route(
     exclude_T: Tensor | None = None,
     softmax: GateSoftmax = "deepspeed",
     group: dist.ProcessGroup | None = None,
+    facts: bool = False,
 ) -> Routing:
     """Routes every token to its top-k experts (fp32 throughout).
 
@@ -90,11 +96,13 @@ def route(
         gate: holds weight, k, capacity factors, noise policy, drop policy, and perhaps another router than DeepSpeed's.
         tokens_TD: any floating dtype; any number of tokens, also none.
         used_token: T elements of any shape and dtype, zero for padding. A token of padding is routed to no expert, and
-            does not count for loss, counts and capacity.
+            does not count for loss, counts and capacity. `TOLERANT` marks a token that tolerates less precision, such
+            as a patch of an image.
         exclude_T: an expert that each token may not choose, -1 for none (DGMoE's second choice, paper eq. 23;
             top-1 only).
         softmax: among which experts a token's weights are normalised, see `_weights`; DeepSpeed's router only.
         group: agree on the largest capacity of these ranks (padded buffers need it; one blocking all-reduce).
+        facts: also say what early decisions read: scores and tolerant tokens (moe/early.py).
 
     Raises:
         ValueError: a mask or choice that is none, or of another number of tokens; or `exclude_T` with k > 1.
@@ -112,25 +120,33 @@ def route(
     logits_TE = _logits(gate, tokens_TD, used_T)
     if own is not None and own.z_loss is not None:
         logits_TE = own.z_loss.attach(logits_TE, used_T)
-    routing = _routing(gate, logits_TE, used_T, exclude_T, softmax)
+    routing = _routing(gate, logits_TE, used_T, exclude_T, softmax, facts)
+    if facts and used_token is not None and used_token.dtype != torch.bool:
+        tolerant_T = to_device(used_token.reshape(-1) == TOLERANT, tokens_TD.device)
+        routing = replace(routing, tolerant_T=tolerant_T)
     if own is not None and own.balance is not None and gate.training:
         own.balance.count(routing.exp_counts)
     return _agreed(routing, group)
 
 
 def _routing(
-    gate: TopKGate, logits_TE: Tensor, used_T: Tensor | None, exclude_T: Tensor | None, softmax: GateSoftmax
+    gate: TopKGate,
+    logits_TE: Tensor,
+    used_T: Tensor | None,
+    exclude_T: Tensor | None,
+    softmax: GateSoftmax,
+    facts: bool,
 ) -> Routing:
     if len(logits_TE) == 0:
         return _route_none(gate, logits_TE)
     if isinstance(gate, RouterGate) and gate.router.score_func is not None:
-        return _route_scores(gate, logits_TE, used_T, exclude_T)
+        return _route_scores(gate, logits_TE, used_T, exclude_T, facts)
     noise = gate.noisy_gate_policy == "RSample" and gate.training
     plain = used_T is None and exclude_T is None and not noise and softmax in ("all", "deepspeed")
     top1 = kernels_of(logits_TE).top1 if gate.k == 1 and plain else None
     if top1 is not None:
         return _route_top1(top1, gate, logits_TE)
-    return _route_all(gate, logits_TE, used_T, exclude_T, softmax)
+    return _route_all(gate, logits_TE, used_T, exclude_T, softmax, facts)
 
 
 def _route_none(gate: TopKGate, logits_TE: Tensor) -> Routing:
@@ -138,11 +154,16 @@ def _route_none(gate: TopKGate, logits_TE: Tensor) -> Routing:
     none_KT, counts_E = logits_TE[:, : gate.k].t(), logits_TE.new_zeros(logits_TE.shape[1], dtype=torch.int64)
     expert_KT = none_KT.long()
     choices = Choices(expert_KT, None, Order(expert_KT[0], expert_KT), counts_E, counts_E)
-    return Routing(choices, none_KT, 0, logits_TE.sum())
+    return Routing(choices, none_KT, 0, logits_TE.sum(), score_KT=none_KT.detach())
 
 
 def _route_all(
-    gate: TopKGate, logits_TE: Tensor, used_T: Tensor | None, exclude_T: Tensor | None, softmax: GateSoftmax
+    gate: TopKGate,
+    logits_TE: Tensor,
+    used_T: Tensor | None,
+    exclude_T: Tensor | None,
+    softmax: GateSoftmax,
+    facts: bool,
 ) -> Routing:
     probability_TE = F.softmax(logits_TE, dim=1)
     chosen_KT = choose(gate, logits_TE, probability_TE, used_T, exclude_T)
@@ -151,17 +172,22 @@ def _route_all(
     choices, balanced_E = keep(gate, probability_TE, chosen_KT, used_T, limit)
     l_aux = _balancing_loss(gate.k, probability_TE, balanced_E, tokens, used_T)
     weight_KT = _weights(softmax, logits_TE, probability_TE, chosen_KT, choices.kept_KT)
-    return Routing(choices, weight_KT, choices.counts_E.max() if limit is None else limit, l_aux, used_T)
+    score_KT = _of_choices(probability_TE, chosen_KT) if facts else None
+    capacity = choices.counts_E.max() if limit is None else limit
+    return Routing(choices, weight_KT, capacity, l_aux, used_T, score_KT=score_KT)
 
 
 def _route_top1(kernels: Top1Kernels, gate: TopKGate, logits_TE: Tensor) -> Routing:
     """As `_route_all`, for the case that most models have."""
     limit = min(capacity_of(gate, len(logits_TE)), len(logits_TE)) if gate.drop_tokens else None
     choices, weight_KT, l_aux = choose_top1(kernels, logits_TE, gate.use_rts, limit)
-    return Routing(choices, weight_KT, choices.counts_E.max() if limit is None else limit, l_aux)
+    capacity = choices.counts_E.max() if limit is None else limit
+    return Routing(choices, weight_KT, capacity, l_aux, score_KT=weight_KT.detach())
 
 
-def _route_scores(gate: RouterGate, logits_TE: Tensor, used_T: Tensor | None, exclude_T: Tensor | None) -> Routing:
+def _route_scores(
+    gate: RouterGate, logits_TE: Tensor, used_T: Tensor | None, exclude_T: Tensor | None, facts: bool
+) -> Routing:
     """A router's choice. The balancing loss counts all choices and is 1 for even loads, whatever k is."""
     score_TE = score(gate.router, logits_TE)
     chosen_KT = choose_by_score(gate, score_TE, exclude_T)
@@ -170,7 +196,14 @@ def _route_scores(gate: RouterGate, logits_TE: Tensor, used_T: Tensor | None, ex
     choices, _ = keep(gate, score_TE.detach(), chosen_KT, used_T, limit)
     l_aux = _balancing_loss(1, shares(gate.router, score_TE), choices.counts_E / gate.k, tokens, used_T)
     weight_KT = weigh(gate, score_TE, chosen_KT, choices.kept_KT)
-    return Routing(choices, weight_KT, choices.counts_E.max() if limit is None else limit, l_aux, used_T)
+    score_KT = _of_choices(score_TE, chosen_KT) if facts else None
+    capacity = choices.counts_E.max() if limit is None else limit
+    return Routing(choices, weight_KT, capacity, l_aux, used_T, score_KT=score_KT)
+
+
+def _of_choices(score_TE: Tensor, chosen_KT: Tensor) -> Tensor:
+    """[K, T] without gradient."""
+    return score_TE.detach().gather(1, chosen_KT.t()).t()
 
 
 def _count(used_T: Tensor | None, tokens: int) -> int | Tensor:
@@ -211,33 +244,6 @@ def _balancing_loss(
     if k == 1:
         return balance_E.sum() * E
     return balance_E.mean() * E * E / (k if k > 2 else 1)
-
-
-def capacity_of(gate: TopKGate, tokens: Count) -> Count:
-    """DeepSpeed's capacity for a number of tokens."""
-    factor = gate.capacity_factor if gate.training else gate.eval_capacity_factor
-    return capacity(tokens, gate.wg.out_features, factor * gate.k, gate.min_capacity)
-
-
-def capacity(tokens: Count, experts: int, factor: float, least: int) -> Count:
-    """Most tokens that an expert takes, of `factor` tokens per token; rounded in fp32, as DeepSpeed does."""
-    if isinstance(tokens, Tensor):
-        per_expert = (tokens.double() / experts).float()
-        return (per_expert * factor).ceil().clamp(min=int(least)).long()
-    return max(int(torch.ceil(tokens / experts * torch.tensor(factor))), int(least))
-
-
-@torch.no_grad()
-def dropped_choices(gate: TopKGate, exp_counts: Tensor) -> Tensor:
-    """How many choices the capacity limit dropped in a training pass of this rank (int64 scalar on its device).
-
-    Args:
-        exp_counts: [E] int64 tokens per expert before drops.
-    """
-    if not gate.drop_tokens:
-        return exp_counts.new_zeros(())
-    tokens, factor = exp_counts.sum() // gate.k, gate.capacity_factor * gate.k
-    return (exp_counts - capacity(tokens, len(exp_counts), factor, gate.min_capacity)).clamp(min=0).sum()
 
 
 def _weights(

@@ -27,12 +27,14 @@ from scmoe_ds.comm.wire import WIRE_DTYPES
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.moe.checks import check_arguments, check_count, check_input
+from scmoe_ds.moe.early import EarlyRule, RoutingRule, apply_rule, early_rule_of
+from scmoe_ds.moe.exchange import Exchange
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.identity import without_identity_rows
 from scmoe_ds.moe.parts import Parts
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel_rank, own_first_expert
-from scmoe_ds.moe.routed import Exchange, RoutedTokens
+from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.moe.router import equip
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.parallel.agreement import require_agreement, run_together
@@ -63,6 +65,9 @@ class StagedMoE(MoE):
 
     name = "a MoE layer"
     """For messages; `scmoe_ds.initialize` numbers the layers."""
+    routing_rule: RoutingRule | None = None
+    early_rule: EarlyRule | None = None
+    """Decisions between the gate and the dispatch (moe/early.py); None: there are none."""
     _needs_residual = False
     _initialized_as: int | None = None
     """The expert-parallel rank that the experts were initialised for; None: DeepSpeed initialised them, all alike."""
@@ -234,14 +239,17 @@ class StagedMoE(MoE):
         (gated_TD,) = recorder.open("gate", tokens_TD)
         # Padded buffers have the same size on all ranks, even if the numbers of tokens differ.
         group = self.deepspeed_moe.ep_group if self.dispatch == "padded" else None
-        routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group)
+        experts, early = self.deepspeed_moe.experts, early_rule_of(self)
+        facts = not (self.routing_rule is None and early is None) or getattr(experts, "notices", 0) > 0
+        routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group, facts)
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
         routing = without_identity_rows(replace(routing, weight_KT=weight_KT, l_aux=l_aux), self.num_experts)
+        routing = apply_rule(self, routing)
         exact, deferred = self.dispatch == "exact", shortcut.is_cuda and not blocking
         exchange = Exchange(
             self.transport, self.slices, exact, self.wire_dtype, blocking, num_chunks, deferred, recorder, self.name
         )
-        return RoutedTokens(self.deepspeed_moe.experts, tokens_TD, routing, shortcut.shape, exchange)
+        return RoutedTokens(experts, tokens_TD, routing, shortcut.shape, exchange, early)
 
     def finish(
         self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None

@@ -1,7 +1,8 @@
 """Routed tokens in flight: the state of a layer between its `begin` and its `finish`.
 
 Shape suffixes: T tokens, D hidden, K top-k, L local experts, N chunks, P ranks, V senders, C capacity or choices,
-R/S rows sent/received, X counts: of each local expert, and of rows where these are fewer.
+R/S rows sent/received, X counts: of each local expert, and of rows where these are fewer; Y
+numbers of the experts' own notice.
 """
 
 from __future__ import annotations
@@ -17,52 +18,16 @@ from torch import Tensor, nn
 
 from scmoe_ds.comm.all_to_all import InFlight, SplitSizes, prepare, start
 from scmoe_ds.comm.counts import CountsInFlight, start_counts
-from scmoe_ds.comm.transport import Transport
 from scmoe_ds.moe.checks import check_dtype
+from scmoe_ds.moe.early import EarlyRule
+from scmoe_ds.moe.exchange import Exchange, row_counts, sizes_of
 from scmoe_ds.moe.experts import OwnExperts, run_experts
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.identity import add_identity
 from scmoe_ds.moe.layout import ExactLayout, PaddedLayout
 from scmoe_ds.moe.per_rank import PerRankLayout
 from scmoe_ds.moe.received import ReceivedCopies, ReceivedRows
-from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.parallel.standing import reach
-from scmoe_ds.trace.recorder import SILENT, PairRecorder
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """How the rows of one layer are exchanged.
-
-    Attributes:
-        transport, wire_dtype, blocking: see scmoe_ds.comm.all_to_all.
-        slices: which of the tokens this rank sends.
-        exact: send rows of routed tokens only; otherwise DeepSpeed's padded buffers.
-        num_chunks: pieces that are sent, computed and returned one after another.
-        deferred: leave the launch of the dispatch to `RoutedTokens.send`. A GPU's row counts reach the host only after
-            the gate has run. With a later launch the host can enqueue the backbone's first operator in the meantime.
-        recorder: is told what happens when.
-        layer: its name, for messages.
-        weigh_rows: the weights multiply what the experts read, not what they return.
-    """
-
-    transport: Transport
-    slices: TokenSlices
-    exact: bool = True
-    wire_dtype: str | None = None
-    blocking: bool = False
-    num_chunks: int = 1
-    deferred: bool = False
-    recorder: PairRecorder = SILENT
-    layer: str = "a MoE layer"
-    weigh_rows: bool = False
-
-    def layout(self, routing: Routing) -> PaddedLayout | ExactLayout | PerRankLayout:
-        """Of the routed tokens' rows."""
-        if not self.exact:
-            return PaddedLayout.of(routing, self.slices, self.num_chunks)
-        kind = PerRankLayout if one_row_per_rank(len(routing.weight_KT), self.slices) else ExactLayout
-        return kind.of(routing, self.slices, self.num_chunks)
 
 
 class RoutedTokens:
@@ -74,6 +39,7 @@ class RoutedTokens:
         routing: which expert takes which token, and with what weight.
         shape: of the layer's input, for the result.
         exchange: how rows are sent.
+        early: decides before they are; None: the routing is final.
     """
 
     def __init__(
@@ -83,6 +49,7 @@ class RoutedTokens:
         routing: Routing,
         shape: Sequence[int],
         exchange: Exchange,
+        early: EarlyRule | None = None,
     ) -> None:
         self.routing, self.exchange, self.shape = routing, exchange, torch.Size(shape)
         self.experts = experts
@@ -91,22 +58,48 @@ class RoutedTokens:
         self._sizes: list[SplitSizes] = []  # of the dispatch, per chunk
         self._combines: list[InFlight] = []
         self._collected = False
+        self._told = False  # the experts, of all ranks' notices
         self._counts: CountsInFlight | None = None
-        recorder, slices = exchange.recorder, exchange.slices
+        self._undecided: _Undecided | None = None
+        if early is None:
+            self._lay_out(tokens_TD)
+        else:
+            self._undecided = _Undecided(early, tokens_TD, self._tell(early.notice(routing, exchange.slices)))
+        if not exchange.deferred:
+            self.send()
+
+    def _tell(self, notice_PX: Tensor) -> CountsInFlight:
+        """The notices of early rule and experts on their way to all ranks."""
+        notice_PY = self._notice_of_experts()
+        sent = notice_PX if notice_PY is None else torch.cat([notice_PX, notice_PY], dim=1)
+        return start_counts(sent.flatten(), self.exchange.transport, self.exchange.recorder.watch("counts", 0))
+
+    def _notice_of_experts(self) -> Tensor | None:
+        if not (isinstance(self.experts, OwnExperts) and self.experts.notices):
+            return None
+        return self.experts.notice(self.routing, self.exchange.slices.group_size)
+
+    def _lay_out(self, tokens_TD: Tensor, known: tuple[Tensor, Tensor] | None = None) -> None:
+        """Encodes the tokens, while the counts of their rows are on their way.
+
+        Args:
+            known: the counts, if an early rule knows them; see `Decision`.
+        """
+        exchange, recorder, slices = self.exchange, self.exchange.recorder, self.exchange.slices
         (tokens_TD,) = recorder.open("encode", tokens_TD)
-        self._layout = exchange.layout(routing)
-        if not isinstance(self._layout, PaddedLayout):
-            sent, local = row_counts(self._layout.rows_NPVX, self._layout.checksum, slices)
+        self._layout = exchange.layout(self.routing)
+        if not isinstance(self._layout, PaddedLayout) and known is None:
+            # Behind an early rule the experts have been told already.
+            notice_PY = None if self._told else self._notice_of_experts()
+            sent, local = row_counts(self._layout.rows_NPVX, self._layout.checksum, slices, notice_PY)
             self._counts = start_counts(sent, exchange.transport, recorder.watch("counts", 0), local)
-        self._prepare(tokens_TD)  # while the counts are on their way
+        self._prepare(tokens_TD)
         if isinstance(self._layout, PaddedLayout):
             per_sender = self._layout.rows_per_chunk // (slices.group_size * slices.senders)
             to_PV = [[per_sender] * slices.senders] * slices.group_size
             from_P = [per_sender if rank in slices.expert_parallel_ranks else 0 for rank in range(slices.group_size)]
             self._sizes = [slices.split_sizes(to_PV, from_P)] * exchange.num_chunks
             _send(self._dispatches, self._sizes)
-        elif not exchange.deferred:
-            self.send()
 
     def _prepare(self, tokens_TD: Tensor) -> None:
         exchange, layout, weight_KT = self.exchange, self._layout, self.routing.weight_KT
@@ -126,29 +119,64 @@ class RoutedTokens:
             self._descriptions = prepare(described_C2, *how, None, [None for _ in chunks], deferred)
 
     def send(self) -> None:
-        """Launches the dispatch if `begin` left it to a later moment; harmless otherwise.
+        """Launches the dispatch if `begin` left it to a later moment; harmless otherwise. An early rule decides here.
 
         Raises:
             RuntimeError: tensor-parallel ranks that route the same tokens differently.
         """
+        undecided, self._undecided = self._undecided, None
+        if undecided is not None:
+            self._decide(undecided)
         counts, self._counts = self._counts, None
         if counts is None:
             return
-        slices, layout = self.exchange.slices, self._layout
+        slices = self.exchange.slices
         reach(f"the row counts of {self.exchange.layer}")
         local, told = self.counts_on_host(counts)
         from_PX = torch.tensor(told).view(slices.group_size, -1)
         if slices.tensor_parallel_size > 1:
             slices.check_alike(local.pop(), from_PX[:, -1].tolist())
             from_PX = from_PX[:, :-1]
+        from_PX = self._tell_experts(from_PX)
         from_NPX = from_PX.reshape(slices.group_size, self.exchange.num_chunks, -1).transpose(0, 1)
         to_NPVX = torch.tensor(local).view(-1, slices.group_size, slices.senders, from_NPX.shape[-1])
+        self._send_rows(to_NPVX, from_NPX)
+
+    def _decide(self, undecided: _Undecided) -> None:
+        """What the early rule says, now that all ranks have told this one their notices."""
+        ranks = self.exchange.slices.group_size
+        reach(f"the loads of all ranks of {self.exchange.layer}")
+        own_PX, told_PX = (torch.tensor(each).view(ranks, -1) for each in self.counts_on_host(undecided.counts))
+        own_PX = own_PX[:, : own_PX.shape[1] - self._notices]
+        told_PX = self._tell_experts(told_PX)
+        decision = undecided.rule.decide(self.routing, self.exchange.slices, own_PX, told_PX)
+        self.routing = decision.routing
+        self._lay_out(undecided.tokens_TD, decision.counts)
+        if decision.counts is not None:
+            sent_PX, received_PX = decision.counts
+            self._send_rows(sent_PX.view(1, ranks, 1, -1), received_PX.unsqueeze(0))
+
+    @property
+    def _notices(self) -> int:
+        return self.experts.notices if isinstance(self.experts, OwnExperts) else 0
+
+    def _tell_experts(self, told_PX: Tensor) -> Tensor:
+        """[P, X] int64 on the host without the experts' own notices, which end each row and are theirs now."""
+        if self._told or not self._notices:
+            return told_PX
+        self._told = True
+        assert isinstance(self.experts, OwnExperts)
+        self.experts.told(told_PX[:, -self._notices :])
+        return told_PX[:, : -self._notices]
+
+    def _send_rows(self, to_NPVX: Tensor, from_NPX: Tensor) -> None:
+        slices, layout = self.exchange.slices, self._layout
         kind = ReceivedRows if isinstance(layout, ExactLayout) else ReceivedCopies
         self._received = [kind.of(from_PX) for from_PX in from_NPX]
         if isinstance(layout, PerRankLayout):
-            _send(self._descriptions, _sizes(slices, to_NPVX[..., :-1], from_NPX[..., :-1]))
+            _send(self._descriptions, sizes_of(slices, to_NPVX[..., :-1], from_NPX[..., :-1]))
             to_NPVX, from_NPX = to_NPVX[..., -1:], from_NPX[..., -1:]
-        self._sizes = _sizes(slices, to_NPVX, from_NPX)
+        self._sizes = sizes_of(slices, to_NPVX, from_NPX)
         _send(self._dispatches, self._sizes)
         if isinstance(self.experts, OwnExperts):
             for each in self._received:
@@ -225,19 +253,6 @@ class RoutedTokens:
         return output_TD.view(self.shape)
 
 
-def one_row_per_rank(k: int, slices: TokenSlices) -> bool:
-    """Whether exact rows are tokens, one for each rank with any of their k experts, and not choices.
-
-    Tensor-parallel ranks divide the choices of the tokens that they all hold, and each sends rows of its own.
-    """
-    return k > 1 and slices.group_size > 1 and slices.tensor_parallel_size == 1
-
-
-def _sizes(slices: TokenSlices, to_NPVX: Tensor, from_NPX: Tensor) -> list[SplitSizes]:
-    """Of each chunk's exchange."""
-    return [slices.split_sizes(*rows) for rows in zip(to_NPVX.sum(3).tolist(), from_NPX.sum(2).tolist(), strict=True)]
-
-
 def _send(dispatches: Sequence[InFlight], sizes: Sequence[SplitSizes]) -> None:
     first_row = 0
     for dispatch, of_chunk in zip(dispatches, sizes, strict=True):
@@ -245,18 +260,14 @@ def _send(dispatches: Sequence[InFlight], sizes: Sequence[SplitSizes]) -> None:
         first_row += of_chunk.rows
 
 
-def row_counts(rows_NPVX: Tensor, checksum: Tensor, slices: TokenSlices) -> tuple[Tensor, Tensor]:
-    """What every rank is told ahead, [P * (N * X)], and what this host has to know, [N * P * V * X].
+@dataclass(frozen=True)
+class _Undecided:
+    """Tokens that wait for an early rule.
 
-    Where ranks hold the same tokens, both end in a checksum of the routing (for every rank): they must route alike.
+    Attributes:
+        counts: the notices of all ranks.
     """
-    sent_NPX = rows_NPVX[:, :, slices.rank % slices.senders]
-    local = rows_NPVX.flatten()
-    if slices.tensor_parallel_size == 1:
-        return sent_NPX.transpose(0, 1).flatten(), local
-    rank_P = torch.arange(slices.group_size, device=sent_NPX.device)
-    reached = slices.expert_parallel_ranks  # to the others, other ranks send
-    reached_P = (rank_P >= reached.start) & (rank_P < reached.stop)
-    sent_PX = (sent_NPX * reached_P.view(1, -1, 1)).transpose(0, 1).flatten(1)
-    checksum_P1 = checksum.expand(slices.group_size, 1)
-    return torch.cat([sent_PX, checksum_P1], dim=1).flatten(), torch.cat([local, checksum_P1[0]])
+
+    rule: EarlyRule
+    tokens_TD: Tensor
+    counts: CountsInFlight

@@ -22,11 +22,14 @@ from scmoe_ds.comm.transport import Transport
 from scmoe_ds.moe.balance import BiasBalance
 from scmoe_ds.moe.checks import check_input
 from scmoe_ds.moe.choices import Choices
+from scmoe_ds.moe.early import EarlyRule, RoutingRule, apply_rule, early_rule_of
+from scmoe_ds.moe.exchange import Exchange
+from scmoe_ds.moe.experts import OwnExperts
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.grouped import GroupedRows
 from scmoe_ds.moe.identity import without_identity_rows
 from scmoe_ds.moe.order import ByExpert
-from scmoe_ds.moe.routed import Exchange, RoutedTokens
+from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.moe.slices import TokenSlices
 from scmoe_ds.moe.z_loss import ZLoss
 from scmoe_ds.overlap import executor
@@ -57,6 +60,10 @@ class ScheduledAutoEP(AutoEPMoELayer):
     converted: bool = False
     balance: BiasBalance | None = None
     z_loss: ZLoss | None = None
+    routing_rule: RoutingRule | None = None
+    early_rule: EarlyRule | None = None
+    own_experts: OwnExperts | None = None
+    """Compute in the place of AutoEP's; None: those do."""
     _first_pass_was: bool | None = None
 
     @property
@@ -100,7 +107,8 @@ class ScheduledAutoEP(AutoEPMoELayer):
         deferred = shortcut.is_cuda and not blocking
         how = self.wire_dtype, blocking, num_chunks, deferred, recorder, self.name, self.score_apply == "pre"
         exchange = Exchange(self.transport, self.slices, True, *how)
-        return RoutedTokens(GroupedRows(self.experts), tokens_TD, routing, shortcut.shape, exchange)
+        routing, experts = apply_rule(self, routing), self.own_experts or GroupedRows(self.experts)
+        return RoutedTokens(experts, tokens_TD, routing, shortcut.shape, exchange, early_rule_of(self))
 
     def _route(self, tokens_TD: Tensor) -> Routing:
         """The router's decision, and its entry in the layer's statistics."""
@@ -114,7 +122,9 @@ class ScheduledAutoEP(AutoEPMoELayer):
                 self.balance.count(rows_E)
         expert_KT, counts_E = expert_TK.t().contiguous(), rows_E.long()
         choices = Choices(expert_KT, None, ByExpert.of(expert_KT), counts_E, counts_E)
-        return Routing(choices, weight_TK.t().contiguous(), len(tokens_TD), weight_TK.new_zeros(()))
+        weight_KT = weight_TK.t().contiguous()
+        score_KT = weight_KT.detach()  # AutoEP's router returns no others
+        return Routing(choices, weight_KT, len(tokens_TD), weight_TK.new_zeros(()), score_KT=score_KT)
 
     def shared(self, hidden_states: Tensor) -> Tensor:
         """The shared experts with their gate, if there is one: [B, S, D] → the same, or [T, D]."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.models.flops import forward_flops
-from scmoe_ds.moe.gate import dropped_choices
+from scmoe_ds.moe.capacity import dropped_choices
 from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.parallel.process import device
 from scmoe_ds.trace.spans import HiddenShare

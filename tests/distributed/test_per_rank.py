@@ -14,10 +14,11 @@ import scmoe_ds
 from lab.distributed import run_distributed
 from lab.moe_families import tiny
 from scmoe_ds.comm.transport import Transport
+from scmoe_ds.moe.exchange import Exchange
 from scmoe_ds.moe.gate import Routing, route
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.layout import ExactLayout
-from scmoe_ds.moe.routed import Exchange, RoutedTokens
+from scmoe_ds.moe.routed import RoutedTokens
 from scmoe_ds.replace.autoep import AutoEPMoELayer, ScheduledAutoEP
 
 HIDDEN, EXPERTS, TOKENS, TOP_K = 16, 16, 24, 8

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.speed import gate as benchmark
-from scmoe_ds.moe.gate import Routing, capacity, route
+from scmoe_ds.moe.capacity import capacity
+from scmoe_ds.moe.gate import Routing, route
 from scmoe_ds.moe.logits import fp32_logits
 
 HIDDEN = 8

@@ -21,7 +21,8 @@ from scmoe_ds.engine import connect
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.build import build_moe
-from scmoe_ds.moe.gate import dropped_choices, route
+from scmoe_ds.moe.capacity import dropped_choices
+from scmoe_ds.moe.gate import route
 from scmoe_ds.programs import pretrain_gpt, pretrain_swin
 from scmoe_ds.training.progress import Progress
 from scmoe_ds.training.record import read_record
