@@ -12,6 +12,7 @@ FLOORS = [
     ["check", "probe"],
     ["evaluation", "analysis"],
     ["training", "inference"],
+    ["sparse"],
     ["engine", "checkpoint"],
     ["models"],
     ["replace"],

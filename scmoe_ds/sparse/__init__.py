@@ -1,0 +1,6 @@
+"""Two kinds of sparsity of trained experts: DualSparse-MoE, arXiv 2508.18376.
+
+`sparsity_file` is what was calibrated on text, beside the weights: how much computation a threshold leaves out.
+"""
+
+from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)

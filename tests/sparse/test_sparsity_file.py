@@ -1,0 +1,95 @@
+"""What sparsity.json says of thresholds is what a count of the choices finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from scmoe_ds.errors import ArgumentError, CheckpointError
+from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity, curve_of, gates_digest
+
+SPREAD = 0.03
+GATES = [torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+CHOICES = [torch.rand(20000, generator=torch.Generator().manual_seed(seed)).square() for seed in (3, 4)]
+
+
+def made() -> Sparsity:
+    layers = tuple(curve_of(f"layer {number}", each, SPREAD, 0.7) for number, each in enumerate(CHOICES))
+    return Sparsity(gates=gates_digest(GATES), top_k=2, measure="abs_gate", spread=SPREAD, tokens=10000, layers=layers)
+
+
+@pytest.mark.parametrize("method", ["1t", "2t"])
+@pytest.mark.parametrize("rate", [0.02, 0.25, 0.6, 0.98])
+def test_thresholds_leave_the_wanted_share_out(rate: float, method: Method) -> None:
+    for (skip, halve), criterion in zip(made().thresholds(rate, method), CHOICES, strict=True):
+        left_out = ((criterion < skip).double().mean() + (criterion < halve).double().mean()) / 2
+        assert left_out.item() == pytest.approx(rate, abs=0.004)
+        assert halve - skip == pytest.approx(2 * SPREAD if method == "2t" else 0)
+
+
+def test_a_curve_goes_both_ways() -> None:
+    layer = made().layers[0]
+    for method in ("1t", "2t"):
+        assert layer.rate(layer.threshold_for(0.4, method), method) == pytest.approx(0.4)
+        assert layer.rate(-1, method) == 0 and layer.rate(2, method) == 1
+
+
+def test_choices_that_are_all_alike_have_a_curve() -> None:
+    layer = curve_of("alike", torch.full((10,), 0.5), 0.01)
+    assert (layer.rate(0.5, "1t"), layer.rate(0.5, "2t")) == (0, 0.5)
+    assert layer.threshold_for(0.25, "1t") == pytest.approx(0.5)  # none or all: no threshold does it
+
+
+def test_a_file_is_read_as_it_was_written_and_knows_its_checkpoint(tmp_path: Path) -> None:
+    made().write(tmp_path)
+    found = Sparsity.read(tmp_path)
+    assert found == made()
+    found.check([gate.bfloat16() for gate in GATES], "--load export")
+    with pytest.raises(CheckpointError, match="another checkpoint"):
+        found.check([GATES[0], GATES[1] * 1.1], "--load export")
+    with pytest.raises(CheckpointError, match="another checkpoint"):
+        found.check(GATES[:1], "--load export")
+
+
+@pytest.mark.parametrize("rate", [0, 1, 1.5, -0.1, float("nan")])
+def test_a_rate_is_above_0_and_below_1(rate: float) -> None:
+    with pytest.raises(ArgumentError, match="above 0 and below 1"):
+        made().thresholds(rate, "1t")
+
+
+def test_neurons_as_trained_have_no_halves() -> None:
+    unsorted = made().model_copy(update={"measure": None})
+    assert unsorted.thresholds(0.25, "1t")
+    with pytest.raises(ArgumentError, match="scmoe sparsify"):
+        unsorted.thresholds(0.25, "2t")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 2}, "version"),
+        ({"layers": []}, "layers"),
+        ({"spread": -1}, "spread"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    (tmp_path / FILE).write_text(json.dumps(made().model_dump() | change))
+    with pytest.raises(CheckpointError, match=f"damaged: {words}.*scmoe sparsify"):
+        Sparsity.read(tmp_path)
+
+
+def test_falling_rates_no_json_and_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        Sparsity.read(tmp_path)
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Sparsity.read(tmp_path)
+    whole = json.loads(made().model_dump_json())
+    whole["layers"][0]["rate_2t"].reverse()
+    (tmp_path / FILE).write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match="do not fall"):
+        Sparsity.read(tmp_path)
