@@ -1,5 +1,6 @@
 """Two kinds of sparsity of trained experts: DualSparse-MoE, arXiv 2508.18376.
 
+`partition` divides experts by their neurons; the parts of `own_models` and `hugging_face` compute what they computed.
 `sparsity_file` is what was calibrated on text, beside the weights: how much computation a threshold leaves out.
 """
 
