@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -30,6 +30,14 @@ class TwoProjections(Protocol):
 
     def activate(self, inner: Tensor) -> Tensor:
         """[rows, F or 2F] → [rows, F], element by element."""
+
+
+class HasMembers(Protocol):
+    """A container of experts, as DeepSpeed's."""
+
+    @property
+    def deepspeed_experts(self) -> Iterable[Any]:
+        """Its members."""
 
 
 class OwnExperts:
@@ -144,7 +152,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def grouped_experts(
-    experts: Experts, rows_SD: Tensor, rows_per_expert: Sequence[int], product: GroupedProduct
+    experts: HasMembers, rows_SD: Tensor, rows_per_expert: Sequence[int], product: GroupedProduct
 ) -> Tensor:
     """All local experts with one grouped matrix product per projection.
 
@@ -152,13 +160,13 @@ def grouped_experts(
     weights once per forward pass; the product reads them once per block of rows.
 
     Args:
-        experts: of the form of `TwoProjections`.
+        experts: of the form of `TwoProjections`; of their layers only weight and bias are read.
         rows_SD, rows_per_expert: as for `run_experts`.
     """
     members = list(experts.deepspeed_experts)
     ends_L = to_device(torch.tensor(list(accumulate(rows_per_expert)), dtype=torch.int32), rows_SD.device)
 
-    def project(rows: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+    def project(rows: Tensor, layers: Sequence[Any]) -> Tensor:
         output = product(rows, torch.stack([layer.weight for layer in layers]), ends_L)
         biases = [layer.bias for layer in layers if layer.bias is not None]
         return _AddBias.apply(output, rows_per_expert, *biases) if biases else output

@@ -5,7 +5,7 @@ Shape suffixes: D hidden, S rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,15 +28,25 @@ class GroupedRows(OwnExperts):
     def __init__(self, experts: Any) -> None:
         self.module, self.num_local_experts = experts, experts.num_experts
 
-    def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-        """As `run_experts`."""
+    def run(
+        self,
+        rows_SD: Tensor,
+        rows_per_expert: Sequence[int],
+        compute: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """As `run_experts`.
+
+        Args:
+            compute: in the place of the module's call: [S, D] rows and [L] int32 how many each expert has → [S, D].
+        """
+        compute = compute or self.module
         padded = [-(-rows // ALIGNMENT) * ALIGNMENT for rows in rows_per_expert]
         if not (rows_SD.is_cuda and self.module.use_grouped_mm) or padded == list(rows_per_expert):
             padded = list(rows_per_expert)
         counts = to_device(torch.tensor(padded, dtype=torch.int32), rows_SD.device)
         if padded == list(rows_per_expert):
-            return cast(Tensor, self.module(rows_SD, counts))
-        return _unpad(self.module(_Pad.apply(rows_SD, list(rows_per_expert), padded), counts), rows_per_expert, padded)
+            return cast(Tensor, compute(rows_SD, counts))
+        return _unpad(compute(_Pad.apply(rows_SD, list(rows_per_expert), padded), counts), rows_per_expert, padded)
 
 
 class _Pad(torch.autograd.Function):

@@ -238,3 +238,36 @@ def late_joining(
             )
         hidden, late = values[-1] + scale * known, scale * output
     return hidden + late, losses
+
+
+def dropped(
+    x: Tensor, w: Weights, name: str, choices, skip: float, halve: float, swiglu: bool
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """1T-Drop and 2T-Drop, one token and one expert at a time: outputs [T, D], and how many choices there were, how
+    many whole experts have computed, and how many major halves.
+
+    Args:
+        choices: of `choose`; with one choice per token its weight must be the probability.
+        skip, halve: thresholds of 2T-Drop.
+    """
+    rows, counts = [], [0, 0, 0]
+    for t, chosen in enumerate(choices):
+        row, total = torch.zeros_like(x[t]), sum(weight for _, weight in chosen)
+        for e, weight in chosen:
+            criterion = float(weight if len(chosen) == 1 else weight / total)
+            counts[0] += 1
+            if criterion < skip:
+                continue
+            counts[2 if criterion < halve else 1] += 1
+            prefix = f"{name}.experts.deepspeed_experts.{e}"
+            inner = x[t] @ w[f"{prefix}.input.weight"].T + w[f"{prefix}.input.bias"]
+            if swiglu:
+                gate, up = inner[: len(inner) // 2], inner[len(inner) // 2 :]
+                inner = gate / (1 + torch.exp(-gate)) * up
+            else:
+                inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
+            if criterion < halve:
+                inner = torch.cat([inner[: len(inner) // 2], torch.zeros(len(inner) // 2, dtype=inner.dtype)])
+            row = row + weight * (inner @ w[f"{prefix}.output.weight"].T + w[f"{prefix}.output.bias"])
+        rows.append(row)
+    return torch.stack(rows), (counts[0], counts[1], counts[2])

@@ -1,0 +1,177 @@
+"""Dropped rows under expert parallelism: outputs against one rank's, bytes, collectives, levels; AutoEP's layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lab.distributed import run_distributed
+from scmoe_ds.comm.transport import Transport
+from scmoe_ds.models.layers import MLP, GPTSettings
+from scmoe_ds.moe.dropping import DropRule, Places, Thresholds, criterion
+from scmoe_ds.moe.gate import route
+from scmoe_ds.moe.halves import HalvedExperts
+from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.load_aware import LEVELS, LoadAwareRule, levels_of
+from tests.helpers import reference
+
+HIDDEN, EXPERTS, TOKENS, RANKS = 8, 8, (30, 50), 2
+LOCAL, CPU = EXPERTS // RANKS, torch.device("cpu")
+KINDS = ("none", "1t", "2t", "1t load-aware", "2t load-aware")
+
+
+def layer_of(k: int) -> StagedMoE:
+    torch.manual_seed(k)
+    settings = GPTSettings(1, HIDDEN, 1, 8, 8, ffn_hidden_size=12, swiglu=k == 2)
+    layer = StagedMoE(
+        HIDDEN, MLP(settings), EXPERTS, RANKS, k, drop_tokens=False, use_rts=False, top2_2nd_expert_sampling=False
+    )
+    torch.nn.init.normal_(layer.deepspeed_moe.gate.wg.weight)
+    layer.set_deepspeed_parallelism()
+    return layer.double().eval()
+
+
+def thresholds_of(k: int, kind: str) -> Thresholds:
+    T = {1: 0.7, 2: 0.4, 4: 0.2}[k]
+    return Thresholds(T, T) if kind.startswith("1t") else Thresholds(T * 0.8, T * 1.2)
+
+
+def passes(k: int) -> dict[str, Any]:
+    """Of each kind of dropping: outputs, bytes, collectives, what was counted, and levels."""
+    rank, found = dist.get_rank(), {}
+    tokens_TD = torch.randn(TOKENS[rank], HIDDEN, generator=torch.Generator().manual_seed(rank)).double()
+    launched: list[list[int]] = []
+    launch = Transport.launch
+
+    def counted(self: Transport, received: Tensor, rows: Tensor, *args: Any) -> Any:
+        launched[-1].append(rows.numel() * rows.element_size())
+        return launch(self, received, rows, *args)
+
+    Transport.launch = counted  # type: ignore[method-assign]
+    try:
+        for kind in KINDS:
+            layer = layer_of(k)
+            tokens_TD += 0.5 * layer.deepspeed_moe.gate.wg.weight.detach()[0] * (kind == "none")  # rank 0 has more
+            places = Places(LOCAL, 1 if kind.startswith("1t") else 2)
+            rule: Any = None
+            if kind.startswith("2t"):
+                layer.deepspeed_moe.experts = HalvedExperts(layer.deepspeed_moe.experts)
+            if kind.endswith("load-aware"):
+                layer.early_rule = rule = LoadAwareRule(thresholds_of(k, kind), places, CPU)
+            elif kind != "none":
+                layer.routing_rule = rule = DropRule(thresholds_of(k, kind), places, CPU)
+            launched.append([])
+            with torch.no_grad():
+                output = layer(tokens_TD)[0]
+                routing = route(layer.deepspeed_moe.gate, tokens_TD, facts=True)
+            found[kind] = {
+                "output": output,
+                "bytes": sum(launched[-1]),
+                "collectives": len(launched[-1]),
+                "counts": None if rule is None else rule.counts.read(),
+                "levels": getattr(rule, "chosen", None),
+            }
+    finally:
+        Transport.launch = launch  # type: ignore[method-assign]
+    weights = {name: each.detach().clone() for name, each in layer.named_parameters()}
+    experts: list[Any] = [None] * RANKS
+    dist.all_gather_object(experts, weights)
+    whole = {
+        name.replace(f".{local}.", f".{rank * LOCAL + local}."): each
+        for rank, part in enumerate(experts)
+        for name, each in part.items()
+        for local in range(LOCAL)
+        if f"experts.{local}." in name
+    }
+    choices = list(zip(routing.expert_KT.t().tolist(), routing.weight_KT.t().double(), strict=True))
+    pairs = [list(zip(chosen, weight, strict=True)) for chosen, weight in choices]
+    return {**found, "pairs": pairs, "weights": whole, "tokens": tokens_TD, "criterion": criterion(routing)}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, list[dict[str, Any]]]:
+    by_rank = run_distributed(everything, RANKS)
+    return {k: [each[k] for each in by_rank] for k in (1, 2, 4)}
+
+
+def everything() -> dict[int, dict[str, Any]]:
+    return {k: passes(k) for k in (1, 2, 4)}
+
+
+def expected_of(each: dict[str, Any], k: int, kind: str, levels: list[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """By hand, with the thresholds of the rank that holds each expert."""
+    output, counts = 0, torch.zeros(3, dtype=torch.int64)
+    for rank, level in enumerate(levels):
+        highest = thresholds_of(k, kind)
+        factor = level / (LEVELS - 1)
+        # The other ranks' experts weigh nothing, but count in the sum of a token's scores.
+        weights = {
+            name: torch.zeros_like(tensor)
+            if ".output." in name and int(name.split(".")[3]) // LOCAL != rank
+            else tensor
+            for name, tensor in each["weights"].items()
+        }
+        part, _ = reference.dropped(
+            each["tokens"],
+            weights,
+            "deepspeed_moe",
+            each["pairs"],
+            highest.skip * factor,
+            highest.halve * factor,
+            k == 2,
+        )
+        output = output + part
+        for t, chosen in enumerate(each["pairs"]):
+            for number, (e, _) in enumerate(chosen):
+                score = float(each["criterion"][number, t])
+                if e // LOCAL == rank:
+                    counts[0] += 1
+                    if score >= highest.skip * factor:
+                        counts[1 if score >= highest.halve * factor else 2] += 1
+    return output, tuple(counts.tolist())
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_outputs_and_counts_are_those_of_the_reference(found: dict[int, list[dict[str, Any]]], k: int) -> None:
+    for each in found[k]:
+        for kind in KINDS[1:]:
+            levels = each[kind]["levels"] or [LEVELS - 1] * RANKS
+            output, counts = expected_of(each, k, kind, levels)
+            torch.testing.assert_close(each[kind]["output"], output, rtol=1e-6, atol=1e-6)
+            assert each[kind]["counts"] == counts
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_levels_are_those_of_the_loads_on_all_ranks(found: dict[int, list[dict[str, Any]]], k: int) -> None:
+    loads = [0] * RANKS
+    for each in found[k]:
+        for chosen in each["pairs"]:
+            for expert, _ in chosen:
+                loads[expert // LOCAL] += 1
+    expected = levels_of(loads, LEVELS)
+    assert max(expected) == LEVELS - 1 > min(expected)
+    for each in found[k]:
+        assert each["1t load-aware"]["levels"] == each["2t load-aware"]["levels"] == expected
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_fewer_bytes_and_no_more_collectives(found: dict[int, list[dict[str, Any]]], k: int) -> None:
+    for each in found[k]:
+        plain = each["none"]
+        for kind in KINDS[1:]:
+            assert each[kind]["collectives"] == plain["collectives"]
+    # Beside rows, a notice of 8 levels and the loads takes the place of the row counts.
+    of_counts = {kind: 8 * RANKS * numbers(kind, k) for kind in KINDS}
+    rows = {kind: sum(each[kind]["bytes"] - of_counts[kind] for each in found[k]) for kind in KINDS}
+    assert rows["1t"] < rows["1t load-aware"] < rows["none"]
+    assert rows["2t"] < rows["2t load-aware"] < rows["none"]
+
+
+def numbers(kind: str, k: int) -> int:
+    """That each rank tells each."""
+    one_level = LOCAL * (2 if kind.startswith("2t") else 1) + (k > 1)
+    return LEVELS * one_level + RANKS if kind.endswith("load-aware") else one_level

@@ -1,0 +1,133 @@
+"""1T-Drop and 2T-Drop on one rank, against a reference that computes every pair of token and expert by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scmoe_ds.models.layers import MLP, GPTSettings
+from scmoe_ds.moe.dropping import DropRule, Places, Thresholds, criterion
+from scmoe_ds.moe.gate import Routing, route
+from scmoe_ds.moe.halves import HalvedExperts
+from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.load_aware import levels_of
+from tests.helpers import reference
+
+HIDDEN, EXPERTS, TOKENS = 8, 4, 40
+CPU = torch.device("cpu")
+
+
+def layer_of(k: int, swiglu: bool, softmax: Any = "deepspeed") -> StagedMoE:
+    torch.manual_seed(k)
+    settings = GPTSettings(1, HIDDEN, 1, 8, 8, ffn_hidden_size=12, swiglu=swiglu)
+    layer = StagedMoE(
+        HIDDEN,
+        MLP(settings),
+        EXPERTS,
+        k=k,
+        drop_tokens=False,
+        use_rts=False,
+        gate_softmax=softmax,
+        top2_2nd_expert_sampling=False,
+    )
+    torch.nn.init.normal_(layer.deepspeed_moe.gate.wg.weight)
+    return layer.double().eval()
+
+
+def drop_rows(layer: StagedMoE, thresholds: Thresholds) -> DropRule:
+    """Gives a layer a rule, and halves where the thresholds differ."""
+    halves = 1 if thresholds.skip == thresholds.halve else 2
+    if halves == 2:
+        layer.deepspeed_moe.experts = HalvedExperts(layer.deepspeed_moe.experts)
+    layer.routing_rule = rule = DropRule(thresholds, Places(EXPERTS, halves), CPU)
+    return rule
+
+
+def forward(layer: StagedMoE, tokens_TD: Tensor, used_T: Tensor | None = None) -> Tensor:
+    with torch.inference_mode():
+        return layer(tokens_TD, used_T)[0].clone()
+
+
+def middle(layer: StagedMoE, tokens_TD: Tensor) -> float:
+    """A threshold between the criteria of two choices."""
+    with torch.no_grad():
+        routing = route(layer.deepspeed_moe.gate, tokens_TD, facts=True)
+    ordered = criterion(routing).flatten().sort().values
+    at = len(ordered) // 3
+    return float((ordered[at] + ordered[at + 1]) / 2)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize(("k", "softmax"), [(1, "deepspeed"), (2, "deepspeed"), (2, "all"), (4, "deepspeed")])
+def test_outputs_equal_the_reference(k: int, softmax: str, swiglu: bool) -> None:
+    layer = layer_of(k, swiglu, softmax)
+    weights = {name: each.detach().clone() for name, each in layer.named_parameters()}
+    tokens_TD = torch.randn(TOKENS, HIDDEN).double()
+    T = middle(layer, tokens_TD)
+    logits = (tokens_TD.float() @ weights["deepspeed_moe.gate.wg.weight"].float().T).double()
+    choices, _ = reference.choose(logits, k, 1.0, 1, False, softmax=softmax)
+    for skip, halve in ((T, T), (T * 0.8, T * 1.2)):
+        expected, rates = reference.dropped(tokens_TD, weights, "deepspeed_moe", choices, skip, halve, swiglu)
+        rule = drop_rows(layer, Thresholds(skip, halve))
+        torch.testing.assert_close(forward(layer, tokens_TD), expected, rtol=1e-6, atol=1e-6)
+        assert rule.counts.read() == rates
+        assert 0 < rates[1] < rates[0] and (rates[2] > 0) == (skip < halve)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_thresholds_of_zero_change_no_bit(k: int, swiglu: bool) -> None:
+    layer, tokens_TD = layer_of(k, swiglu), torch.randn(TOKENS, HIDDEN).double()
+    before = forward(layer, tokens_TD)
+    rule = drop_rows(layer, Thresholds(0.0, 0.0))
+    assert torch.equal(forward(layer, tokens_TD), before)
+    layer.deepspeed_moe.experts = HalvedExperts(layer.deepspeed_moe.experts)
+    layer.routing_rule = DropRule(Thresholds(0.0, 0.0), Places(EXPERTS, 2), CPU)
+    assert torch.equal(forward(layer, tokens_TD), before)
+    assert rule.counts.read() == (k * TOKENS, k * TOKENS, 0)
+
+
+def test_a_token_of_padding_is_not_counted_and_training_drops_nothing() -> None:
+    layer, tokens_TD = layer_of(2, False), torch.randn(TOKENS, HIDDEN).double()
+    trained = layer.train()(tokens_TD)[0]
+    rule = drop_rows(layer, Thresholds(2.0, 2.0))
+    assert torch.equal(layer(tokens_TD)[0], trained)
+    used_T = torch.arange(TOKENS) % 4 != 0
+    assert not forward(layer.eval(), tokens_TD, used_T).any()
+    assert rule.counts.read() == (2 * int(used_T.sum()), 0, 0)
+    rule.counts.reset()
+    assert rule.counts.read() == (0, 0, 0)
+
+
+def test_no_weight_is_copied_and_names_stay() -> None:
+    layer = layer_of(1, True)
+    before = {name: each.data_ptr() for name, each in layer.named_parameters()}
+    layer.deepspeed_moe.experts = HalvedExperts(layer.deepspeed_moe.experts)
+    assert {name: each.data_ptr() for name, each in layer.named_parameters()} == before
+
+
+def test_experts_that_cannot_be_halved_are_refused() -> None:
+    layer = layer_of(1, False)
+    layer.deepspeed_moe.experts.deepspeed_experts[0] = torch.nn.Linear(HIDDEN, HIDDEN)
+    with pytest.raises(ValueError, match="2T-Drop: an expert of Linear has no halves"):
+        HalvedExperts(layer.deepspeed_moe.experts)
+    odd = StagedMoE(HIDDEN, MLP(GPTSettings(1, HIDDEN, 1, 8, 8), width=7), EXPERTS)
+    with pytest.raises(ValueError, match="7 neurons cannot be halved"):
+        HalvedExperts(odd.deepspeed_moe.experts)
+
+
+def test_a_routing_without_scores_is_refused() -> None:
+    layer = layer_of(2, False)
+    routing: Routing = route(layer.deepspeed_moe.gate, torch.randn(TOKENS, HIDDEN).double())
+    with pytest.raises(ValueError, match=r"score_KT = None"):
+        criterion(routing)
+
+
+def test_levels_follow_the_loads() -> None:
+    assert levels_of([10, 10, 10], 8) == [7, 7, 7]
+    assert levels_of([0, 0], 8) == [0, 0]
+    assert levels_of([1, 3], 8) == [4, 7]  # half of the mean: 3.5 of 7
+    assert levels_of([0, 9, 1, 0], 4) == [0, 3, 1, 0]
