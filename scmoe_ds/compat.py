@@ -134,6 +134,8 @@ efficient_attention_backward = _aten._scaled_dot_product_efficient_attention_bac
 fused_rms_norm = getattr(_aten, "_fused_rms_norm", None)  # from torch 2.9 on
 read_scalar = _aten._local_scalar_dense.default
 """Operators that torch chooses by the device, and the one by which the host reads a value (read in 2.13)."""
+int8_product, fp8_product = torch._int_mm, torch._scaled_mm
+"""int8 to int32, and e4m3 with scales of rows and columns to bf16 (read in 2.13)."""
 
 
 def start_fake_process_group(rank: int, ranks: int) -> None:

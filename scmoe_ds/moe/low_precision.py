@@ -1,0 +1,282 @@
+"""Overloaded ranks compute their experts in low precision, if most of their rows tolerate it (ReaLB, arXiv 2604.19503).
+
+Every rank tells the others four numbers beside its row counts. From them each rank decides for itself whether it is
+hot in this layer and pass. A hot rank converts the weights of its experts as soon as it knows, and forgets them after
+use: the weights stay as they are. With a shortcut, the decision and the conversion lie inside the window.
+
+Shape suffixes: T tokens, D hidden, F feed-forward, K choices of a token, L local experts, P ranks of the exchange, R
+expert-parallel ranks, S rows received, X numbers of a notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.experts import Experts
+from torch import Tensor, nn
+
+from scmoe_ds.comm.side_stream import side_stream
+from scmoe_ds.moe.experts import OwnExperts, TwoProjections, run_experts
+from scmoe_ds.moe.gate import Routing
+from scmoe_ds.moe.low_precision_formats import Format, Scaled
+from scmoe_ds.moe.slices import TokenSlices
+
+NOTICES = 4
+ROWS_AT_ONCE = 256
+"""On a CPU: so many rows' activations stay in its second-level cache between the products."""
+
+
+@dataclass(frozen=True)
+class LowPrecision:
+    """When ranks compute their routed experts in low precision.
+
+    Attributes:
+        ranks: "hot" ones: overloaded, and mostly with rows that tolerate it; or "all", to compare.
+        score: a row tolerates it if its gate score is lower. The score of a single choice is its probability; that of
+            one of several is its share of their sum. None: rows of tokens that the caller marks (`gate.TOLERANT`).
+        share: of tolerant rows, from which a rank can be hot. M_d of the paper, which recommends 0.7.
+        overload: load over the mean of all ranks, above which a rank can be hot. Slightly above 1: a rank that is
+            hardly overloaded would lose precision and win nothing.
+        min_tokens: all ranks compute as usual unless the batch of all of them has more tokens (paper: 2048).
+        format: "int8" or "fp8"; None: the best that the device has.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    ranks: Literal["hot", "all"] = "hot"
+    score: float | None = None
+    share: float = 0.7
+    overload: float = 1.05
+    min_tokens: int = 2048
+    format: str | None = None
+
+    def __post_init__(self) -> None:
+        rules = {
+            "ranks": (self.ranks in ("hot", "all"), 'must be "hot" or "all"'),
+            "score": (self.score is None or 0 < self.score <= 1, "must be above 0 and at most 1"),
+            "share": (0 <= self.share <= 1, "must be between 0 and 1"),
+            "overload": (self.overload >= 1, "must be at least 1, the mean load"),
+            "min_tokens": (self.min_tokens >= 0, "must not be negative"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)}: {rule}")
+
+    def tolerant(self, routing: Routing) -> Tensor | None:
+        """bool [K, T] or [1, T], the choices that tolerate low precision; None: no choice does."""
+        if self.score is None:
+            return None if routing.tolerant_T is None else routing.tolerant_T.unsqueeze(0)
+        assert routing.score_KT is not None, "begin asks for scores where experts have notices"
+        score_KT = routing.score_KT
+        return (score_KT if len(score_KT) == 1 else score_KT / score_KT.sum(0)) < self.score
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer: weight [O, I], bias [O] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Expert:
+    """output(activate(*inputs)), where each input projection reads the expert's rows.
+
+    Attributes:
+        activate: [S, ·] of each input projection → [S, F], element by element.
+    """
+
+    inputs: Sequence[Projection]
+    activate: Callable[..., Tensor]
+    output: Projection
+
+    @property
+    def projections(self) -> list[Projection]:
+        """The input projections, then the output one."""
+        return [*self.inputs, self.output]
+
+    def compute(self, rows_SD: Tensor) -> Tensor:
+        """As the weights are: for so few rows that low precision would gain nothing."""
+        inner = [F.linear(rows_SD, each.weight, each.bias) for each in self.inputs]
+        return F.linear(self.activate(*inner), self.output.weight, self.output.bias)
+
+    def convert(self, format: Format) -> list[Scaled]:
+        """The weights of `projections`."""
+        return [format.scaled(each.weight) for each in self.projections]
+
+    def compute_in(self, format: Format, weights: Sequence[Scaled], rows_SD: Tensor) -> Tensor:
+        """With the weights of `convert`; in the dtype of the rows."""
+        rows = format.scaled(rows_SD)
+        of_inputs = zip(weights[:-1], self.inputs, strict=True)
+        inner = [format.product(rows, weight, each.bias) for weight, each in of_inputs]
+        activated = format.scaled(self.activate(*inner))
+        return format.product(activated, weights[-1], self.output.bias).to(rows_SD.dtype)
+
+
+@dataclass
+class Counts:
+    """Of one layer on this rank: passes, and those in which this rank was hot."""
+
+    passes: int = 0
+    hot: int = 0
+
+
+class LowPrecisionExperts(OwnExperts):
+    """Experts in the place of others, which compute where this rank is not hot.
+
+    Args:
+        experts: each local expert.
+        usual: computes them as `run_experts` does.
+        slices: of the layer.
+        settings: when this rank is hot.
+        format: in which it then computes.
+
+    Attributes:
+        hot: whether it is in the pass that goes on.
+        counts: since the experts were made.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Expert],
+        usual: Callable[[Tensor, Sequence[int]], Tensor],
+        slices: TokenSlices,
+        settings: LowPrecision,
+        format: Format,
+    ) -> None:
+        self.experts, self.usual, self.slices = experts, usual, slices
+        self.settings, self.format = settings, format
+        self.num_local_experts, self.notices = len(experts), NOTICES
+        self.hot, self.counts = False, Counts()
+        self._converted: dict[int, list[Scaled]] = {}
+        self._done: torch.cuda.Event | None = None
+        self._runs = 0  # announced ones that have not run
+
+    def notice(self, routing: Routing, ranks: int) -> Tensor:
+        """[P, 4] int64: this rank's tokens and rows, its rows to each rank, and how many of these are tolerant."""
+        rows_E, expert_KT = routing.choices.rows_E, routing.choices.expert_KT
+        of_ranks = self.slices.expert_parallel_size
+        rows_R = rows_E.view(of_ranks, -1).sum(1)
+        tolerant = self.settings.tolerant(routing)
+        tolerant_R = torch.zeros_like(rows_R)
+        if tolerant is not None:
+            kept_KT = tolerant.expand_as(expert_KT)
+            if routing.choices.kept_KT is not None:
+                kept_KT = kept_KT & routing.choices.kept_KT
+            # A masked token's expert may be any number; it is not kept, and adds 0 to whatever rank.
+            rank_KT = (expert_KT // (len(rows_E) // of_ranks)).clamp_(0, of_ranks - 1)
+            tolerant_R.scatter_add_(0, rank_KT.flatten(), kept_KT.flatten().long())
+        used_T, tokens = routing.used_T, expert_KT.shape[1]
+        tokens_1 = rows_R.new_full((1,), tokens) if used_T is None else used_T.sum().view(1)
+        own = [each.expand(of_ranks) for each in (tokens_1, rows_R.sum().view(1))]
+        return torch.stack([*own, rows_R, tolerant_R], dim=1).repeat(ranks // of_ranks, 1)
+
+    def told(self, told_PX: Tensor) -> None:
+        """Decides whether this rank is hot. No rank is where gradients are computed: the products have none."""
+        tokens, rows, own, tolerant = told_PX.sum(0).tolist()
+        self._forget()
+        self.hot = not torch.is_grad_enabled() and self._decide(tokens, rows, own, tolerant)
+        self.counts.passes += 1
+        self.counts.hot += self.hot
+
+    def _decide(self, tokens: int, rows: int, own: int, tolerant: int) -> bool:
+        """From sums over the ranks of the exchange, of which tensor-parallel ones hold the same tokens."""
+        settings = self.settings
+        if tokens <= settings.min_tokens * self.slices.tensor_parallel_size or not own:
+            return False
+        overloaded = own * self.slices.expert_parallel_size > settings.overload * rows
+        return settings.ranks == "all" or (overloaded and tolerant >= settings.share * own)
+
+    def announce(self, rows_per_expert: Sequence[int]) -> None:
+        """Converts the weights of experts with rows, on a GPU beside everything else."""
+        if not self.hot:
+            return
+        self._runs += 1
+        needed = [expert for expert, rows in enumerate(rows_per_expert) if rows and expert not in self._converted]
+        device = self.experts[0].output.weight.device
+        if device.type != "cuda":
+            self._convert(needed)
+            return
+        with torch.cuda.stream(side_stream(device)):
+            self._convert(needed)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def _convert(self, experts: Sequence[int]) -> None:
+        for expert in experts:
+            self._converted[expert] = self.experts[expert].convert(self.format)
+
+    def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+        """[S, D] → [S, D]: each local expert on its own rows."""
+        if not self.hot:
+            return self.usual(rows_SD, rows_per_expert)
+        if self._done is not None:
+            stream = torch.cuda.current_stream(rows_SD.device)
+            stream.wait_event(self._done)
+            for weights in self._converted.values():
+                for each in weights:
+                    each.record_stream(stream)
+        output_SD = torch.empty_like(rows_SD)
+        parts = zip(rows_SD.split(list(rows_per_expert)), output_SD.split(list(rows_per_expert)), strict=True)
+        for expert, (rows, output) in enumerate(parts):
+            self._compute(expert, rows, output)
+        self._runs -= 1
+        if not self._runs:
+            self._forget()
+        return output_SD
+
+    def _compute(self, number: int, rows_SD: Tensor, output_SD: Tensor) -> None:
+        expert, rows = self.experts[number], len(rows_SD)
+        if rows_SD.is_cuda and rows < self.format.least_rows:
+            if rows:
+                output_SD.copy_(expert.compute(rows_SD))
+            return
+        at_once = rows if rows_SD.is_cuda else ROWS_AT_ONCE
+        for part, output in zip(rows_SD.split(at_once), output_SD.split(at_once), strict=True):
+            if rows:
+                output.copy_(expert.compute_in(self.format, self._converted[number], part))
+
+    def _forget(self) -> None:
+        self._converted, self._done, self._runs = {}, None, 0
+
+
+class LowPrecisionContainer(nn.Module, LowPrecisionExperts):
+    """In the place of DeepSpeed's container, with the parameters under the same names."""
+
+    num_local_experts: int
+
+    def __init__(self, container: Experts, slices: TokenSlices, settings: LowPrecision, format: Format) -> None:
+        nn.Module.__init__(self)
+        members = [_of_two_projections(cast(TwoProjections, each)) for each in container.deepspeed_experts]
+
+        def usual(rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+            return run_experts(container, rows_SD, rows_per_expert)
+
+        LowPrecisionExperts.__init__(self, members, usual, slices, settings, format)
+        self.deepspeed_experts = container.deepspeed_experts
+
+
+def of_grouped(grouped: Any) -> list[Expert]:
+    """AutoEP's `GroupedExperts`, whose weights of all experts lie in one tensor for each projection."""
+    from deepspeed.moe.ep_experts import apply_expert_activation
+
+    def activate(gate_SF: Tensor, up_SF: Tensor) -> Tensor:
+        name, alpha, limit = grouped.activation, grouped.activation_alpha, grouped.activation_limit
+        return cast(Tensor, apply_expert_activation(gate_SF, up_SF, name, alpha, limit, fused=gate_SF.is_cuda))
+
+    weights = zip(grouped.w1, grouped.w3, grouped.w2, strict=True)
+    return [
+        Expert((Projection(gate, None), Projection(up, None)), activate, Projection(down, None))
+        for gate, up, down in weights
+    ]
+
+
+def _of_two_projections(expert: TwoProjections) -> Expert:
+    inner, output = (Projection(each.weight, each.bias) for each in (expert.input, expert.output))
+    return Expert((inner,), expert.activate, output)

@@ -1,0 +1,117 @@
+"""Matrix products in low precision, and which of them a device has.
+
+    device                            formats, the preferred one first
+    CPU                               int8
+    GPU of compute capability 8.x     int8 (A100, A800: no fp8)
+    GPU of 9.0 and above              fp8, int8
+    other GPUs                        none
+
+Both formats scale each row of activations and each output column of a weight by its largest magnitude. int8 products
+are summed in int32 and fp8 products in fp32. So an error comes from the rounding of the two factors alone.
+
+Shape suffixes: S rows received, I/O in/out of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scmoe_ds.compat import fp8_product, int8_product
+
+INT8_MAX, E4M3_MAX = 127.0, 448.0
+LEAST_SCALE = 1e-20
+"""Of a row of zeros, which stays one."""
+
+
+class Scaled(NamedTuple):
+    """A matrix in low precision.
+
+    Attributes:
+        values: [R, I] int8 or e4m3.
+        scale_R1: [R, 1] fp32; a row is values * scale.
+    """
+
+    values: Tensor
+    scale_R1: Tensor
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the memory until a stream that did not allocate it has used it."""
+        for tensor in self:
+            tensor.record_stream(stream)
+
+
+class Format:
+    """A number format of both factors of a product.
+
+    Attributes:
+        name: "int8" or "fp8".
+        multiple: of which the sizes of a weight must be on a GPU.
+        least_rows: fewer rows cannot be multiplied on a GPU.
+    """
+
+    name: str
+    multiple: int
+    least_rows: int
+
+    def scaled(self, matrix_RI: Tensor) -> Scaled:
+        """A matrix of any floating dtype, rounded to nearest."""
+        raise NotImplementedError
+
+    def product(self, rows: Scaled, weight: Scaled, bias_O: Tensor | None) -> Tensor:
+        """rows · weightᵀ + bias, [S, O]: fp32 for int8, bf16 for fp8."""
+        raise NotImplementedError
+
+
+class Int8(Format):
+    """int8 in [-127, 127], as A100s, A800s and CPUs have it."""
+
+    name, multiple, least_rows = "int8", 8, 17
+
+    def scaled(self, matrix_RI: Tensor) -> Scaled:
+        """See `Format`."""
+        if not matrix_RI.is_cuda:
+            matrix_RI = matrix_RI.float()  # a CPU reads bf16 slowly, and here it would twice
+        scale_R1 = matrix_RI.abs().amax(1, keepdim=True).float().div_(INT8_MAX).clamp_(min=LEAST_SCALE)
+        return Scaled((matrix_RI / scale_R1).round_().to(torch.int8), scale_R1)
+
+    def product(self, rows: Scaled, weight: Scaled, bias_O: Tensor | None) -> Tensor:
+        """See `Format`."""
+        sums_SO = int8_product(rows.values, weight.values.t()).float()
+        output_SO = sums_SO.mul_(rows.scale_R1).mul_(weight.scale_R1.view(1, -1))
+        return output_SO if bias_O is None else output_SO.add_(bias_O)
+
+
+class FP8(Format):
+    """e4m3, as H100s and later GPUs have it."""
+
+    name, multiple, least_rows = "fp8", 16, 1
+
+    def scaled(self, matrix_RI: Tensor) -> Scaled:
+        """See `Format`."""
+        scale_R1 = matrix_RI.abs().amax(1, keepdim=True).float().div_(E4M3_MAX).clamp_(min=LEAST_SCALE)
+        # The quotient of the largest value may round above what e4m3 has, which would become NaN.
+        values = (matrix_RI / scale_R1).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        return Scaled(values, scale_R1)
+
+    def product(self, rows: Scaled, weight: Scaled, bias_O: Tensor | None) -> Tensor:
+        """See `Format`."""
+        scales = rows.scale_R1, weight.scale_R1.view(1, -1)
+        output_SO = fp8_product(rows.values, weight.values.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return output_SO if bias_O is None else output_SO.add_(bias_O)
+
+
+FORMATS: Mapping[str, Format] = {"int8": Int8(), "fp8": FP8()}
+
+
+def formats_of(device: torch.device) -> list[Format]:
+    """What a device computes, the preferred format first; none: it has no low precision that torch can use."""
+    if device.type == "cpu":
+        return [FORMATS["int8"]]
+    if device.type != "cuda" or torch.version.hip is not None:
+        return []
+    major, _ = torch.cuda.get_device_capability(device)
+    return [FORMATS[name] for name in (["fp8", "int8"] if major >= 9 else ["int8"] if major == 8 else [])]
