@@ -118,6 +118,8 @@ def _check(name: str, layer: Any, settings: LowPrecision, format: Format) -> Non
             raise ArgumentError(f"score = None: AutoEP's {name} has no marks of tokens; give a score from 0 to 1")
         if layer.own_experts is not None:
             raise ArgumentError(f"low precision: the experts of {name} compute by themselves; use one of the two")
+        if hasattr(layer.experts.w1, "ds_id"):
+            raise ArgumentError(f"low precision: the experts of {name} are divided by ZeRO-3; load them whole")
         weights = [layer.experts.w1, layer.experts.w3, layer.experts.w2]
     _check_sizes(name, weights, format)
 

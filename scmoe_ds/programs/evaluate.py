@@ -34,7 +34,7 @@ from scmoe_ds.inference.model import calibrators
 from scmoe_ds.parallel.agreement import run_on_rank_zero
 from scmoe_ds.programs.flags.checks import check_ranges, flag_of
 from scmoe_ds.programs.flags.evaluate import build_parser
-from scmoe_ds.programs.load import load
+from scmoe_ds.programs.load import check_low_precision_flags, load, low_precision_of
 from scmoe_ds.programs.run import run_program
 
 _LABELS = {"loss": "loss, nats per token"}
@@ -54,6 +54,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
     """
     args = build_parser().parse_args(argv)
     check_ranges(args)
+    check_low_precision_flags(args)
     needs = {"split": "data_path", "include_path": "tasks", "num_fewshot": "tasks", "limit": "tasks"}
     for name, other in needs.items():
         if getattr(args, name) is not None and getattr(args, other) is None:
@@ -77,6 +78,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """One job in a process group that exists."""
     started = time.monotonic()
     loaded = load(args)
+    low_precision = low_precision_of(args, loaded)
     rule = _rule(args, loaded.trained.settings.max_position_embeddings)
     model, tokenizer = loaded.model, loaded.tokenizer
     documents = None
@@ -95,6 +97,8 @@ def evaluate(args: argparse.Namespace) -> None:
             scorer, tokenizer, rule, _names(args), args.include_path, args.num_fewshot, args.limit
         )
         text, results = (found.table, found.record) if found is not None else ("", {})
+    if low_precision is not None:
+        text += "\n" + low_precision.summary()
     if dist.get_rank() == 0:
         print(text, flush=True)
         if results.get("truncated"):

@@ -8,7 +8,9 @@ import torch.distributed as dist
 
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.load import Loaded, load_trained
+from scmoe_ds.inference.low_precision import Attached, use_low_precision
 from scmoe_ds.inference.offload import Offloading
+from scmoe_ds.moe.low_precision import LowPrecision
 from scmoe_ds.parallel.agreement import run_together
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.parallel.process import device
@@ -25,6 +27,35 @@ def check_experts_flags(args: argparse.Namespace) -> None:
             )
     if args.expert_tier == "host" and device().type != "cuda":
         raise ArgumentError("--expert-tier host: is memory beside a GPU, and there is none here; leave the flag out")
+
+
+def check_low_precision_flags(args: argparse.Namespace) -> None:
+    """Raises an ArgumentError for flags of `add_low_precision` that do not go with others."""
+    if args.low_precision == "off":
+        return
+    if getattr(args, "experts", "resident") != "resident":
+        raise ArgumentError(
+            f"--low-precision {args.low_precision} goes with --experts resident: offloaded experts are computed as "
+            "they arrive"
+        )
+    if args.low_precision == "hot" and args.moe_expert_parallel_size == 1:
+        raise ArgumentError(
+            "--low-precision hot: a rank with all experts is never overloaded; give --moe-expert-parallel-size, or "
+            "use all"
+        )
+
+
+def low_precision_of(args: argparse.Namespace, loaded: Loaded) -> Attached | None:
+    """What the flags of `add_low_precision` say, done to the model; None: they leave it off. Collective.
+
+    Raises:
+        ArgumentError: the device has no such format, or the model no such experts.
+    """
+    if args.low_precision == "off":
+        return None
+    bounds = args.low_precision_score, args.low_precision_share
+    settings = LowPrecision(args.low_precision, *bounds, min_tokens=args.low_precision_min_tokens)
+    return run_together(lambda: use_low_precision(loaded.model, settings))
 
 
 def load(args: argparse.Namespace) -> Loaded:

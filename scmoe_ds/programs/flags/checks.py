@@ -21,7 +21,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     (
         """ffn_hidden_size num_key_value_heads train_iters eval_iters num_workers num_fewshot lr_warmup_iters
-        lr_warmup_samples lr_warmup_tokens""",
+        lr_warmup_samples lr_warmup_tokens low_precision_min_tokens""",
         lambda value: value >= 0,
         "must be at least 0",
     ),
@@ -39,7 +39,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("distributed_timeout_minutes", lambda value: 0 < value <= 10**6, "must be above 0 and at most 1000000"),
     ("attention_dropout hidden_dropout drop_path_rate", lambda value: 0 <= value < 1, "must be in [0, 1)"),
     ("noise", lambda value: 0 <= value < math.inf, "must be a finite number of at least 0"),
-    ("lr_warmup_fraction", lambda value: 0 <= value <= 1, "must be in 0 … 1"),
+    ("lr_warmup_fraction low_precision_share", lambda value: 0 <= value <= 1, "must be in 0 … 1"),
+    ("low_precision_score", lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
 ]
 """Flags of all programs, whether a value is in their range, and the rule."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scmoe_ds.programs.flags.model import add_experts, add_model
+from scmoe_ds.programs.flags.model import add_experts, add_low_precision, add_model
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.flags.trace import add_trace
 
@@ -18,6 +18,7 @@ def build_parser() -> FlagParser:
     )
     add_model(parser)
     add_experts(parser)
+    add_low_precision(parser)
     group = parser.add_argument_group("text")
     group.add_argument("--prompt", action="append", default=[], help="text to go on from; may be given several times")
     group.add_argument("--prompt-file", help="a text file with one prompt a line")

@@ -54,3 +54,32 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
         choices=["host", "disk"],
         help="where offloaded experts are kept; default: host beside a GPU, else disk",
     )
+
+
+def add_low_precision(parser: argparse.ArgumentParser) -> None:
+    """Flags by which overloaded ranks compute their routed experts in low precision."""
+    group = parser.add_argument_group("low precision", "of routed experts: int8 on CPUs and A800s, fp8 on H100s")
+    group.add_argument(
+        "--low-precision",
+        choices=["off", "hot", "all"],
+        default="off",
+        help="hot: overloaded ranks whose rows mostly tolerate it; all: every rank, to compare",
+    )
+    group.add_argument(
+        "--low-precision-score",
+        type=float,
+        default=0.6,
+        help="a row tolerates it if its gate score is lower; raise it if ranks are rarely hot",
+    )
+    group.add_argument(
+        "--low-precision-share",
+        type=float,
+        default=0.7,
+        help="share of such rows from which a rank may be hot; raise it if the quality suffers",
+    )
+    group.add_argument(
+        "--low-precision-min-tokens",
+        type=int,
+        default=2048,
+        help="off unless a batch of all ranks has more; lower it where smaller batches are slow, too",
+    )
