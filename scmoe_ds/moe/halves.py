@@ -86,7 +86,7 @@ class HalvedGroups(_Halves):
         experts: DeepSpeed's `GroupedExperts`, whose parameters are whole: not those of ZeRO-3.
 
     Raises:
-        ValueError: divided parameters, or an odd number of neurons.
+        ValueError: divided parameters, or neurons whose half the grouped product does not compute.
     """
 
     def __init__(self, experts: Any) -> None:
@@ -94,7 +94,13 @@ class HalvedGroups(_Halves):
         self.num_local_experts = 2 * self.local_experts
         if hasattr(experts.w1, "ds_id"):
             raise ValueError("2T-Drop: the halves of experts under ZeRO-3 cannot be told apart; use 1T-Drop")
-        _check_even(experts.w1.shape[1])
+        neurons, size = experts.w1.shape[1], experts.w1.element_size()
+        _check_even(neurons)
+        if experts.use_grouped_mm and neurons // 2 * size % 16:
+            raise ValueError(
+                f"2T-Drop: half of {neurons} neurons is not a multiple of 16 bytes, which the grouped product needs; "
+                "use 1T-Drop"
+            )
 
     def run_whole(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         """Rows of whole experts."""

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor
 
 from scmoe_ds.models.layers import MLP, GPTSettings
+from scmoe_ds.moe import experts as experts_module
 from scmoe_ds.moe.dropping import DropRule, Places, Thresholds, criterion
 from scmoe_ds.moe.gate import Routing, route
-from scmoe_ds.moe.halves import HalvedExperts
+from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
+from scmoe_ds.moe.kernels import Kernels, torch_product
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.load_aware import levels_of
 from tests.helpers import reference
@@ -109,6 +112,42 @@ def test_no_weight_is_copied_and_names_stay() -> None:
     assert {name: each.data_ptr() for name, each in layer.named_parameters()} == before
 
 
+@pytest.mark.parametrize("loop", [True, False])
+def test_autoeps_experts_have_halves_too(loop: bool) -> None:
+    experts = GroupedExperts(HIDDEN, 16, 3, use_grouped_mm=not loop)
+    for each in experts.parameters():
+        torch.nn.init.normal_(each)
+    rows_SD, counts = torch.randn(20, HIDDEN), [5, 0, 4, 0, 8, 3]
+    with torch.inference_mode():
+        output_SD = HalvedGroups(experts).run(rows_SD, counts)
+        expected = []
+        for place, part_SD in enumerate(rows_SD.split(counts)):
+            width, expert = 16 if place < 3 else 8, place % 3
+            gate, up = part_SD @ experts.w1[expert].T, part_SD @ experts.w3[expert].T
+            inner = torch.nn.functional.silu(gate) * up
+            expected.append(inner[:, :width] @ experts.w2[expert][:, :width].T)
+    torch.testing.assert_close(output_SD, torch.cat(expected))
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch 2.6 has no grouped_mm")
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_grouped_product_of_halves_is_that_of_each(swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = GPTSettings(1, 16, 1, 8, 8, ffn_hidden_size=32, swiglu=swiglu)
+    experts = HalvedExperts(StagedMoE(16, MLP(settings), 3).bfloat16().deepspeed_moe.experts)
+    rows_SD, counts = torch.randn(20, 16).bfloat16(), [0, 0, 0, 8, 0, 12]
+    with torch.inference_mode():
+        expected = experts.run(rows_SD, counts)
+        used: list[Tensor] = []
+
+        def product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+            used.append(weights)
+            return torch_product(rows, weights, ends)
+
+        monkeypatch.setattr(experts_module, "kernels_of", lambda rows: Kernels(grouped_product=product))
+        torch.testing.assert_close(experts.run(rows_SD, counts), expected, rtol=0.05, atol=0.01)
+    assert [each.shape for each in used] == [(3, 16 * (1 + swiglu), 16), (3, 16, 16)]
+
+
 def test_experts_that_cannot_be_halved_are_refused() -> None:
     layer = layer_of(1, False)
     layer.deepspeed_moe.experts.deepspeed_experts[0] = torch.nn.Linear(HIDDEN, HIDDEN)
@@ -117,6 +156,8 @@ def test_experts_that_cannot_be_halved_are_refused() -> None:
     odd = StagedMoE(HIDDEN, MLP(GPTSettings(1, HIDDEN, 1, 8, 8), width=7), EXPERTS)
     with pytest.raises(ValueError, match="7 neurons cannot be halved"):
         HalvedExperts(odd.deepspeed_moe.experts)
+    with pytest.raises(ValueError, match="half of 12 neurons is not a multiple of 16 bytes"):
+        HalvedGroups(GroupedExperts(HIDDEN, 12, 3))
 
 
 def test_a_routing_without_scores_is_refused() -> None:
