@@ -14,7 +14,7 @@ from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import EvaluationError
 from scmoe_ds.evaluation.documents import Documents
 from scmoe_ds.evaluation.scoring import Scorer, replica
-from scmoe_ds.evaluation.windows import SlidingWindow, Window, row_of
+from scmoe_ds.evaluation.windows import Row, SlidingWindow, Window, row_of
 from scmoe_ds.parallel.agreement import is_rank_zero
 
 logger = logging.getLogger("scmoe_ds")
@@ -71,7 +71,7 @@ def evaluate_documents(scorer: Scorer, documents: Documents, rule: SlidingWindow
     count = rule.count(documents.lengths)
     nats, done, shown = 0.0, 0, time.monotonic()
     for batch in scorer.own_batches(_windows(documents, rule), count):
-        rows = [row_of(documents.tokens(document), window, tokenizer.eod) for document, window in batch]
+        rows = _rows(batch, documents, tokenizer)
         nats += float(scorer.score(rows)[:, 0].sum())
         done += len(batch)
         if time.monotonic() - shown > _SECONDS_BETWEEN_LINES and is_rank_zero():
@@ -87,6 +87,16 @@ def evaluate_documents(scorer: Scorer, documents: Documents, rule: SlidingWindow
             "the model computes; evaluate with --dtype fp32"
         )
     return Perplexity(nats, documents.num_tokens, int(num_bytes), documents.num_words, count)
+
+
+def first_rows(scorer: Scorer, documents: Documents, rule: SlidingWindow, tokenizer: Tokenizer) -> list[Row]:
+    """This rank's first batch of `evaluate_documents`; empty where there are fewer windows than ranks."""
+    batches = scorer.own_batches(_windows(documents, rule), rule.count(documents.lengths))
+    return _rows(next(batches, []), documents, tokenizer)
+
+
+def _rows(batch: list[tuple[int, Window]], documents: Documents, tokenizer: Tokenizer) -> list[Row]:
+    return [row_of(documents.tokens(document), window, tokenizer.eod) for document, window in batch]
 
 
 def _windows(documents: Documents, rule: SlidingWindow) -> Iterator[tuple[int, Window]]:

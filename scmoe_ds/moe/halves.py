@@ -93,13 +93,12 @@ class HalvedGroups(_Halves):
         self.whole, self.local_experts = GroupedRows(experts), experts.num_experts
         self.num_local_experts = 2 * self.local_experts
         if hasattr(experts.w1, "ds_id"):
-            raise ValueError("2T-Drop: the halves of experts under ZeRO-3 cannot be told apart; use 1T-Drop")
+            raise ValueError("the halves of experts under ZeRO-3 cannot be told apart; use 1T-Drop")
         neurons, size = experts.w1.shape[1], experts.w1.element_size()
         _check_even(neurons)
         if experts.use_grouped_mm and neurons // 2 * size % 16:
             raise ValueError(
-                f"2T-Drop: half of {neurons} neurons is not a multiple of 16 bytes, which the grouped product needs; "
-                "use 1T-Drop"
+                f"half of {neurons} neurons is not a multiple of 16 bytes, which the grouped product needs; use 1T-Drop"
             )
 
     def run_whole(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
@@ -182,7 +181,7 @@ def check_halves(expert: nn.Module) -> None:
     layers = [getattr(expert, name, None) for name in ("input", "output")]
     if not (has_two_projections(expert) and all(type(each) is nn.Linear for each in layers)):
         raise ValueError(
-            f"2T-Drop: an expert of {type(expert).__name__} has no halves (it is divided among ranks, or is not two "
+            f"an expert of {type(expert).__name__} has no halves (it is divided among ranks, or is not two "
             "linear layers); use 1T-Drop"
         )
     _check_even(layers[1].in_features)  # type: ignore[union-attr]
@@ -190,4 +189,4 @@ def check_halves(expert: nn.Module) -> None:
 
 def _check_even(neurons: int) -> None:
     if neurons % 2:
-        raise ValueError(f"2T-Drop: an expert of {neurons} neurons cannot be halved; use 1T-Drop")
+        raise ValueError(f"an expert of {neurons} neurons cannot be halved; use 1T-Drop")

@@ -23,18 +23,27 @@ import torch
 import torch.distributed as dist
 
 from scmoe_ds.data.durable_files import write_whole
+from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import ArgumentError, reason_of
 from scmoe_ds.evaluation import tasks
-from scmoe_ds.evaluation.documents import open_documents
+from scmoe_ds.evaluation.documents import Documents, open_documents
+from scmoe_ds.evaluation.dropping import compare
 from scmoe_ds.evaluation.perplexity import evaluate_documents
 from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import SlidingWindow
+from scmoe_ds.inference.dropping import Dropped
 from scmoe_ds.inference.load import Loaded
 from scmoe_ds.inference.model import calibrators
 from scmoe_ds.parallel.agreement import run_on_rank_zero
 from scmoe_ds.programs.flags.checks import check_ranges, flag_of
 from scmoe_ds.programs.flags.evaluate import build_parser
-from scmoe_ds.programs.load import check_low_precision_flags, load, low_precision_of
+from scmoe_ds.programs.load import (
+    check_dropping_flags,
+    check_low_precision_flags,
+    dropping_of,
+    load,
+    low_precision_of,
+)
 from scmoe_ds.programs.run import run_program
 
 _LABELS = {"loss": "loss, nats per token"}
@@ -55,6 +64,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
     args = build_parser().parse_args(argv)
     check_ranges(args)
     check_low_precision_flags(args)
+    check_dropping_flags(args)
     needs = {"split": "data_path", "include_path": "tasks", "num_fewshot": "tasks", "limit": "tasks"}
     for name, other in needs.items():
         if getattr(args, name) is not None and getattr(args, other) is None:
@@ -78,7 +88,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """One job in a process group that exists."""
     started = time.monotonic()
     loaded = load(args)
-    low_precision = low_precision_of(args, loaded)
+    drops, low_precision = dropping_of(args, loaded), low_precision_of(args, loaded)
     rule = _rule(args, loaded.trained.settings.max_position_embeddings)
     model, tokenizer = loaded.model, loaded.tokenizer
     documents = None
@@ -87,8 +97,7 @@ def evaluate(args: argparse.Namespace) -> None:
     serving = calibrators(model, loaded.config, loaded.layout, args.batch_size, rule.seq_length)
     scorer = Scorer(model, args.batch_size, tokenizer.vocab_size, serving)
     if documents is not None:
-        results: dict[str, Any] = evaluate_documents(scorer, documents, rule, tokenizer).record()
-        lines = [f"{_LABELS.get(name, name.replace('_', ' ')):22} {_text(value)}" for name, value in results.items()]
+        results, lines = _of_documents(scorer, documents, rule, tokenizer, drops)
         text = "\n".join(
             [f"{args.data_path or args.text_file}, windows of {rule.seq_length} tokens, stride {rule.stride}", *lines]
         )
@@ -97,6 +106,9 @@ def evaluate(args: argparse.Namespace) -> None:
             scorer, tokenizer, rule, _names(args), args.include_path, args.num_fewshot, args.limit
         )
         text, results = (found.table, found.record) if found is not None else ("", {})
+        if drops is not None:
+            shares = drops.shares()
+            text, results = f"{text}\n{shares}", {**results, "drops": shares.record()}
     if low_precision is not None:
         text += "\n" + low_precision.summary()
     if dist.get_rank() == 0:
@@ -107,6 +119,24 @@ def evaluate(args: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
     run_on_rank_zero(lambda: _write(args, loaded, rule, results, time.monotonic() - started))
+
+
+def _of_documents(
+    scorer: Scorer, documents: Documents, rule: SlidingWindow, tokenizer: Tokenizer, drops: Dropped | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Results and their text. Where rows are dropped, those without drops stand beside them."""
+    if drops is None:
+        results: dict[str, Any] = evaluate_documents(scorer, documents, rule, tokenizer).record()
+        return results, [f"{_label(name):22} {_text(value)}" for name, value in results.items()]
+    without, found, shares = compare(scorer, documents, rule, tokenizer, drops)
+    results, before = found.record(), without.record()
+    lines = [f"{_label(name):22} {_text(value):>14} {_text(before[name]):>14}" for name, value in results.items()]
+    head = f"{'':22} {'with drops':>14} {'without':>14}"
+    return {**results, "drops": shares.record(), "without_drops": before}, [head, *lines, str(shares)]
+
+
+def _label(name: str) -> str:
+    return _LABELS.get(name, name.replace("_", " "))
 
 
 def _rule(args: argparse.Namespace, context: int) -> SlidingWindow:

@@ -27,7 +27,14 @@ from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.offload.store import StoreCounts
 from scmoe_ds.programs.flags.checks import check_ranges, check_text
 from scmoe_ds.programs.flags.generate import build_parser
-from scmoe_ds.programs.load import check_experts_flags, check_low_precision_flags, load, low_precision_of
+from scmoe_ds.programs.load import (
+    check_dropping_flags,
+    check_experts_flags,
+    check_low_precision_flags,
+    dropping_of,
+    load,
+    low_precision_of,
+)
 from scmoe_ds.programs.run import run_program
 
 
@@ -47,6 +54,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
     check_ranges(args)
     check_experts_flags(args)
     check_low_precision_flags(args)
+    check_dropping_flags(args)
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     except ValueError as error:
@@ -75,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
 def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -> None:
     """One job in a process group that exists."""
     loaded = load(args)
-    low_precision = low_precision_of(args, loaded)
+    drops, low_precision = dropping_of(args, loaded), low_precision_of(args, loaded)
     tokenizer = loaded.tokenizer
     request = Request(args.max_new_tokens, sampling, (tokenizer.eod,), tuple(args.stop), tokenizer.vocab_size)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
@@ -97,6 +105,7 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
         _talk(generator, tokenizer, request)
     generator.passes.trace.close()
     used = [] if low_precision is None else [low_precision.summary()]
+    used += [] if drops is None else [str(drops.shares())]
     if dist.get_rank() == 0:
         chosen = [line for each in serving.values() for line in each.summary()]
         print(*chosen, *used, _speed(generator.times), sep="\n", file=sys.stderr)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch.distributed as dist
 
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.inference.dropping import Dropped, Dropping, drop_experts
 from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.inference.low_precision import Attached, use_low_precision
 from scmoe_ds.inference.offload import Offloading
@@ -56,6 +58,28 @@ def low_precision_of(args: argparse.Namespace, loaded: Loaded) -> Attached | Non
     bounds = args.low_precision_score, args.low_precision_share
     settings = LowPrecision(args.low_precision, *bounds, min_tokens=args.low_precision_min_tokens)
     return run_together(lambda: use_low_precision(loaded.model, settings))
+
+
+def check_dropping_flags(args: argparse.Namespace) -> None:
+    """Raises an ArgumentError for flags of `add_dropping` that do not go together."""
+    for name in ("drop_rate", "drop_method", "drop_load_aware"):
+        if args.no_drop and getattr(args, name):
+            raise ArgumentError(f"--no-drop computes all: remove it, or {flag_of(name)}")
+
+
+def dropping_of(args: argparse.Namespace, loaded: Loaded) -> Dropped | None:
+    """What the flags of `add_dropping` leave out of a loaded model; None: nothing. Collective.
+
+    Raises:
+        ArgumentError, CheckpointError: what a user can correct.
+    """
+    if args.no_drop:
+        return None
+    asked = Dropping(args.drop_rate, args.drop_method, args.drop_load_aware)
+    found = drop_experts(loaded, None if asked == Dropping() else asked)
+    if found is not None and dist.get_rank() == 0:
+        print(f"{found} (--no-drop computes all)", file=sys.stderr)
+    return found
 
 
 def load(args: argparse.Namespace) -> Loaded:

@@ -91,6 +91,7 @@ class Sparsity(_Strict):
         spread: of 2T-Drop's two thresholds around T.
         tokens: that were calibrated with.
         layers: in the model's order.
+        rate: what generation and evaluation leave out unless their flags say otherwise; None: nothing.
     """
 
     version: Literal[1] = 1
@@ -100,6 +101,7 @@ class Sparsity(_Strict):
     spread: float = Field(ge=0)
     tokens: int = Field(ge=1)
     layers: tuple[LayerCurve, ...] = Field(min_length=1)
+    rate: float | None = Field(default=None, gt=0, lt=1)
 
     @property
     def is_sorted(self) -> bool:

@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lab.distributed import run_distributed
 from scmoe_ds.comm.transport import Transport
+from scmoe_ds.inference.dropping import Shares, attach_dropping
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe.dropping import DropRule, Places, Thresholds, criterion
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.halves import HalvedExperts
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.load_aware import LEVELS, LoadAwareRule, levels_of
+from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of
 from tests.helpers import reference
 
 HIDDEN, EXPERTS, TOKENS, RANKS = 8, 8, (30, 50), 2
@@ -95,11 +97,32 @@ def passes(k: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found() -> dict[int, list[dict[str, Any]]]:
     by_rank = run_distributed(everything, RANKS)
-    return {k: [each[k] for each in by_rank] for k in (1, 2, 4)}
+    return {k: [each[k] for each in by_rank] for k in (1, 2, 4, "attached")}
 
 
-def everything() -> dict[int, dict[str, Any]]:
-    return {k: passes(k) for k in (1, 2, 4)}
+def everything() -> dict[Any, Any]:
+    return {**{k: passes(k) for k in (1, 2, 4)}, "attached": attached()}
+
+
+def attached() -> tuple[Shares, Shares, Shares]:
+    """What a model with load-aware thresholds has left out, what it leaves out while paused, and with equal ones."""
+    shares = []
+    tokens_TD = torch.randn(60, HIDDEN, generator=torch.Generator().manual_seed(dist.get_rank())).double()
+    curve = curve_of("moe", torch.linspace(0.2, 0.8, 100), 0.05)
+    sparsity = Sparsity(gates="", top_k=2, measure="abs-gate", spread=0.05, tokens=50, layers=(curve,))
+    for load_aware in (True, False):
+        layer = layer_of(2)
+        skewed_TD = tokens_TD + 0.5 * layer.deepspeed_moe.gate.wg.weight.detach()[0]
+        dropped = attach_dropping(nn.ModuleDict({"moe": layer}), sparsity, 0.4, "2t", load_aware)
+        with torch.no_grad():
+            layer(skewed_TD)
+            shares.append(dropped.shares())
+            if load_aware:
+                dropped.reset()
+                with dropped.paused():
+                    layer(skewed_TD)
+                shares.append(dropped.shares())
+    return shares[0], shares[1], shares[2]
 
 
 def expected_of(each: dict[str, Any], k: int, kind: str, levels: list[int]) -> tuple[Tensor, tuple[int, ...]]:
@@ -175,3 +198,10 @@ def numbers(kind: str, k: int) -> int:
     """That each rank tells each."""
     one_level = LOCAL * (2 if kind.startswith("2t") else 1) + (k > 1)
     return LEVELS * one_level + RANKS if kind.endswith("load-aware") else one_level
+
+
+def test_load_aware_thresholds_leave_out_less_and_are_told_alike(found: dict[Any, list[Any]]) -> None:
+    (load_aware, paused, plain), other = found["attached"]
+    assert (load_aware, paused, plain) == other
+    assert 0 < load_aware.dropped < plain.dropped and load_aware.halved > 0
+    assert paused.dropped == 0

@@ -151,7 +151,7 @@ def test_a_grouped_product_of_halves_is_that_of_each(swiglu: bool, monkeypatch: 
 def test_experts_that_cannot_be_halved_are_refused() -> None:
     layer = layer_of(1, False)
     layer.deepspeed_moe.experts.deepspeed_experts[0] = torch.nn.Linear(HIDDEN, HIDDEN)
-    with pytest.raises(ValueError, match="2T-Drop: an expert of Linear has no halves"):
+    with pytest.raises(ValueError, match=r"^an expert of Linear has no halves"):
         HalvedExperts(layer.deepspeed_moe.experts)
     odd = StagedMoE(HIDDEN, MLP(GPTSettings(1, HIDDEN, 1, 8, 8), width=7), EXPERTS)
     with pytest.raises(ValueError, match="7 neurons cannot be halved"):

@@ -38,6 +38,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     # Clocks and timeouts of torch overflow long after two years.
     ("distributed_timeout_minutes", lambda value: 0 < value <= 10**6, "must be above 0 and at most 1000000"),
     ("attention_dropout hidden_dropout drop_path_rate", lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    ("drop_rate", lambda value: 0 < value < 1, "must be above 0 and below 1; 0.25 leaves a quarter out"),
     ("noise", lambda value: 0 <= value < math.inf, "must be a finite number of at least 0"),
     ("lr_warmup_fraction low_precision_share", lambda value: 0 <= value <= 1, "must be in 0 … 1"),
     ("low_precision_score", lambda value: 0 < value <= 1, "must be above 0 and at most 1"),

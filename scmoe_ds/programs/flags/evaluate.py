@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scmoe_ds.programs.flags.model import add_low_precision, add_model
+from scmoe_ds.programs.flags.model import add_dropping, add_low_precision, add_model
 from scmoe_ds.programs.flags.parser import FlagParser
 
 
@@ -11,14 +11,15 @@ def build_parser() -> FlagParser:
     parser = FlagParser(
         prog="scmoe evaluate",
         description="Loss and perplexity of a GPT that pretrain_gpt_scmoe.py has trained, on a text or data set, or "
-        "its results on tasks of lm_eval. No token is dropped here, while the validation of a training run applies "
-        "the section's eval_capacity_factor: the two losses may differ a little.",
+        "its results on tasks of lm_eval. No token is dropped here unless --drop-rate says so, while the validation "
+        "of a training run applies the section's eval_capacity_factor: the two losses may differ a little.",
         example="scmoe evaluate --load checkpoints/gpt --data-path data/corpus_text_document --split 969,30,1",
         often="--load --data-path --split --text-file --tasks --num-fewshot --limit --seq-length --stride --batch-size "
-        "--output --dtype --moe-expert-parallel-size".split(),
+        "--output --dtype --drop-rate --moe-expert-parallel-size".split(),
     )
     add_model(parser)
     add_low_precision(parser)
+    add_dropping(parser)
     group = parser.add_argument_group("what to evaluate on")
     what = group.add_mutually_exclusive_group(required=True)
     what.add_argument("--data-path", help="prefix of a .bin and .idx of scmoe preprocess")

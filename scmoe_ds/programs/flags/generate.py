@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scmoe_ds.programs.flags.model import add_experts, add_low_precision, add_model
+from scmoe_ds.programs.flags.model import add_dropping, add_experts, add_low_precision, add_model
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.flags.trace import add_trace
 
@@ -14,11 +14,12 @@ def build_parser() -> FlagParser:
         description="Generate text with a GPT that pretrain_gpt_scmoe.py has trained.",
         example='scmoe generate --load checkpoints/gpt --prompt "def main():" --temperature 0.8',
         often="--load --prompt --prompt-file --interactive --max-new-tokens --temperature --top-k --top-p --stop "
-        "--seed --batch-size --dtype --experts --moe-expert-parallel-size".split(),
+        "--seed --batch-size --dtype --experts --drop-rate --moe-expert-parallel-size".split(),
     )
     add_model(parser)
     add_experts(parser)
     add_low_precision(parser)
+    add_dropping(parser)
     group = parser.add_argument_group("text")
     group.add_argument("--prompt", action="append", default=[], help="text to go on from; may be given several times")
     group.add_argument("--prompt-file", help="a text file with one prompt a line")

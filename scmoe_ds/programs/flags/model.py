@@ -83,3 +83,27 @@ def add_low_precision(parser: argparse.ArgumentParser) -> None:
         default=2048,
         help="off unless a batch of all ranks has more; lower it where smaller batches are slow, too",
     )
+
+
+def add_dropping(parser: argparse.ArgumentParser) -> None:
+    """Flags by which routed experts that hardly matter are left out."""
+    group = parser.add_argument_group(
+        "sparsity", "leave out routed experts that hardly matter for a token; scmoe sparsify writes the thresholds"
+    )
+    group.add_argument(
+        "--drop-rate",
+        type=float,
+        help="share of the routed experts' computation to leave out, above 0 and below 1. Default: the rate that "
+        "sparsity.json beside the weights names, or nothing",
+    )
+    group.add_argument(
+        "--drop-method",
+        choices=["1t", "2t"],
+        help="1t skips; 2t also computes with half of an expert. Default: 2t where scmoe sparsify has sorted neurons",
+    )
+    group.add_argument(
+        "--drop-load-aware",
+        action="store_true",
+        help="expert-parallel ranks with less to do drop less: quality is kept where no time is lost",
+    )
+    group.add_argument("--no-drop", action="store_true", help="compute all, whatever sparsity.json names")

@@ -123,6 +123,18 @@ ROWS: dict[str, tuple[str, str]] = {
         "generate --load saved --prompt a --experts offload --expert-cache 0",
         r"--expert-cache 0: has no room for one expert",
     ),
+    "generate: a rate of 1": (
+        "generate --load export --prompt a --drop-rate 1",
+        r"--drop-rate 1\.0: must be above 0 and below 1; 0\.25 leaves a quarter out",
+    ),
+    "generate: no thresholds": (
+        "generate --load export --prompt a --drop-rate 0.25",
+        r"export/sparsity\.json: there is no such file, so no threshold is known; make it with scmoe sparsify",
+    ),
+    "evaluate: drops and none": (
+        "evaluate --load export --text-file text.txt --no-drop --drop-load-aware",
+        r"--no-drop computes all: remove it, or --drop-load-aware",
+    ),
     "evaluate: nothing": ("evaluate --load saved", r"one of --data-path --text-file --tasks is missing"),
     "evaluate: two texts": (
         "evaluate --load saved --text-file text.txt --data-path data",

@@ -1,0 +1,245 @@
+"""A loaded model leaves out routed experts that hardly matter for a token (DualSparse-MoE, arXiv 2508.18376).
+
+The thresholds of a wanted rate come from sparsity.json, which `scmoe sparsify` writes beside the weights. What was
+really left out is counted: another text than the calibration's has other scores, and with load-aware thresholds
+(moe/load_aware.py) only the fullest rank drops at that rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from scmoe_ds.errors import ArgumentError
+from scmoe_ds.inference.load import Loaded
+from scmoe_ds.moe.dropping import DropCounts, DropRule, Places, Thresholds
+from scmoe_ds.moe.experts import OwnExperts
+from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
+from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.load_aware import LoadAwareRule
+from scmoe_ds.parallel.agreement import gather, run_together
+from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """What is asked for.
+
+    Attributes:
+        rate: share of the routed experts' computation to leave out, in (0, 1); None: the one that sparsity.json names.
+        method: "1t" or "2t"; None: "2t" where the experts' neurons are sorted.
+        load_aware: thresholds follow the loads of the expert-parallel ranks.
+    """
+
+    rate: float | None = None
+    method: Method | None = None
+    load_aware: bool = False
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What was left out, of all choices of all tokens on all ranks.
+
+    Attributes:
+        skipped: not computed.
+        halved: computed by the major half alone.
+    """
+
+    skipped: float
+    halved: float
+
+    @property
+    def dropped(self) -> float:
+        """Of the routed experts' computation."""
+        return self.skipped + self.halved / 2
+
+    def record(self) -> dict[str, float]:
+        """All numbers by name."""
+        return {"dropped": self.dropped, "skipped": self.skipped, "halved": self.halved}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dropped:.1%} of the routed experts' computation left out: {self.skipped:.1%} of the rows skipped, "
+            f"{self.halved:.1%} halved"
+        )
+
+
+class Dropped:
+    """A model that drops.
+
+    Attributes:
+        rate: asked for.
+        method: "1t" or "2t".
+        load_aware: whether thresholds follow the loads.
+    """
+
+    def __init__(self, rate: float, method: Method, load_aware: bool, rules: Sequence[_Rule]) -> None:
+        self.rate, self.method, self.load_aware, self._rules = rate, method, load_aware, rules
+
+    def __str__(self) -> str:
+        kind = "2T-Drop" if self.method == "2t" else "1T-Drop"
+        return f"{kind}{' with load-aware thresholds' if self.load_aware else ''} at a rate of {self.rate:g}"
+
+    def shares(self) -> Shares:
+        """Since the model was loaded, or the last `reset`. Collective over the world; the host waits for a GPU."""
+        own = [each.counts.read() for each in self._rules]
+        choices, whole, major = (sum(each) for each in zip(*[row for part in gather(own) for row in part], strict=True))
+        return Shares((choices - whole - major) / max(choices, 1), major / max(choices, 1))
+
+    def reset(self) -> None:
+        """Counts from zero."""
+        for each in self._rules:
+            each.counts.reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is left out meanwhile."""
+        for each in self._rules:
+            each.detach()
+        try:
+            yield
+        finally:
+            for each in self._rules:
+                each.attach()
+
+
+class _Rule:
+    """Of one layer."""
+
+    def __init__(self, layer: Any, rule: DropRule | LoadAwareRule) -> None:
+        self._layer, self._rule = layer, rule
+        self.attach()
+
+    @property
+    def counts(self) -> DropCounts:
+        return self._rule.counts
+
+    def attach(self) -> None:
+        if isinstance(self._rule, LoadAwareRule):
+            self._layer.early_rule = self._rule
+        else:
+            self._layer.routing_rule = self._rule
+
+    def detach(self) -> None:
+        self._layer.routing_rule = self._layer.early_rule = None
+
+
+def drop_experts(loaded: Loaded, asked: Dropping | None) -> Dropped | None:
+    """From now on a loaded model leaves out what is asked for. Collective over the world.
+
+    Args:
+        asked: None: whatever rate sparsity.json names, and nothing where there is no such file.
+
+    Returns:
+        None: nothing is left out.
+
+    Raises:
+        ArgumentError: a rate out of range, none at all, or a model, ranks or experts for which it does not hold.
+        CheckpointError: no sparsity.json, a damaged one, or one of another checkpoint.
+    """
+    path = loaded.trained.path
+    if asked is None and not run_together((path / FILE).is_file):
+        return None
+    sparsity = run_together(lambda: _sparsity(loaded))
+    asked = asked or Dropping()
+    rate, method = asked.rate or sparsity.rate, asked.method or ("2t" if sparsity.is_sorted else "1t")
+    if rate is None:
+        if asked == Dropping():
+            return None
+        raise ArgumentError(f"--drop-rate: is missing, and {path / FILE} names none; give one, such as 0.25")
+    return attach_dropping(loaded.model, sparsity, rate, method, asked.load_aware)
+
+
+def _sparsity(loaded: Loaded) -> Sparsity:
+    sparsity, weights = Sparsity.read(loaded.trained.path), loaded.trained.weights
+    # As they were saved: the model's own may have been rounded to another dtype.
+    gates = (weights.read(f"{name}.deepspeed_moe.gate.wg.weight") for name in moe_layers(loaded.model))
+    sparsity.check(gates, f"--load {loaded.trained.path}")
+    return sparsity
+
+
+def moe_layers(model: nn.Module) -> dict[str, Any]:
+    """The MoE layers of a model that have two or more experts, in its order, by name: `StagedMoE` of this package's
+    models, `ScheduledAutoEP` of Hugging Face's under `scmoe_ds.initialize`."""
+    from scmoe_ds.replace.autoep import ScheduledAutoEP  # imports transformers' side of DeepSpeed
+
+    kinds = (StagedMoE, ScheduledAutoEP)
+    return {name: each for name, each in model.named_modules() if isinstance(each, kinds) and each.num_experts > 1}
+
+
+def attach_dropping(
+    model: nn.Module, sparsity: Sparsity, rate: float, method: Method, load_aware: bool = False
+) -> Dropped:
+    """As `drop_experts`, for thresholds that belong to the model, which may be one of Hugging Face.
+
+    Raises:
+        ArgumentError: as `drop_experts`.
+    """
+    thresholds = [Thresholds(*each) for each in sparsity.thresholds(rate, method)]
+    layers = list(moe_layers(model).values())
+    if len(layers) != len(thresholds):
+        raise ArgumentError(
+            f"{FILE}: has thresholds of {len(thresholds)} layers, the model has {len(layers)} MoE layers; make it anew "
+            "with scmoe sparsify"
+        )
+    for layer in layers:
+        _check_layer(layer, method)
+    if load_aware:
+        check_load_aware(layers)
+    found = zip(layers, thresholds, strict=True)
+    return Dropped(rate, method, load_aware, [_attach(*each, method, load_aware) for each in found])
+
+
+def _attach(layer: Any, thresholds: Thresholds, method: Method, load_aware: bool) -> _Rule:
+    device = next(layer.parameters()).device
+    places = Places(layer.num_experts // layer.ep_size, 2 if method == "2t" else 1)
+    if method == "2t":
+        try:
+            if isinstance(layer, StagedMoE):
+                layer.deepspeed_moe.experts = HalvedExperts(layer.deepspeed_moe.experts)
+            else:
+                layer.own_experts = HalvedGroups(layer.experts)
+        except ValueError as error:
+            raise ArgumentError(f"--drop-method 2t: {error}") from None
+    return _Rule(layer, (LoadAwareRule if load_aware else DropRule)(thresholds, places, device))
+
+
+def check_load_aware(layers: Sequence[Any]) -> None:
+    """
+    Raises:
+        ArgumentError: ranks among which the experts are not divided, or that share their tokens.
+    """
+    slices = [layer.slices for layer in layers]
+    if any(each.expert_parallel_size == 1 for each in slices):
+        raise ArgumentError(
+            "--drop-load-aware: one rank has all experts, so there are no loads to compare; start more ranks with "
+            "--moe-expert-parallel-size, or leave the flag out"
+        )
+    if any(each.tensor_parallel_size > 1 for each in slices):
+        raise ArgumentError(
+            "--drop-load-aware: tensor-parallel ranks send the same tokens, for which no rank alone can decide; use "
+            "--tensor-model-parallel-size 1, or leave the flag out"
+        )
+
+
+def _check_layer(layer: Any, method: Method) -> None:
+    if layer.dispatch != "exact":
+        raise ArgumentError('scmoe.dispatch = "padded": buffers are sent whole, with or without drops; use "exact"')
+    if layer.routing_rule is not None or layer.early_rule is not None:
+        raise ArgumentError("--drop-rate: another rule changes the routing of this model already; use one of the two")
+    is_staged = isinstance(layer, StagedMoE)
+    if not is_staged and layer.top_k == 1 and layer.router.route_norm:
+        raise ArgumentError(
+            f"--drop-rate: the only score of a token is renormalised to 1 in {layer.name}, so there is no criterion; "
+            "use a model with norm_topk_prob = false, or with two or more routed experts"
+        )
+    own = isinstance(layer.deepspeed_moe.experts, OwnExperts) if is_staged else layer.own_experts is not None
+    if method == "2t" and own:
+        raise ArgumentError(
+            "--drop-method 2t: experts that are fetched or converted compute whole; use --experts resident, or "
+            "--drop-method 1t"
+        )
