@@ -38,6 +38,19 @@ def test_an_example_runs_anywhere_and_its_loss_falls(name: str, tmp_path: Path) 
         assert losses[0] < math.log(64) + 0.2
 
 
+def test_a_vision_language_model_learns(tmp_path: Path) -> None:
+    """A few steps, a checkpoint, and answers of the right length to images that it has not seen."""
+    flags = ["--train-iters", "30", "--save", str(tmp_path / "checkpoints")]
+    run = programs.run([str(EXAMPLES / "vision_language.py"), *flags], 1, tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    first = re.search(r"^iter +1/30 +loss ([\d.]+)", run.stdout, re.MULTILINE)
+    held_out = re.search(r"^held out: 480 questions, loss ([\d.]+)", run.stdout, re.MULTILINE)
+    assert first is not None and held_out is not None, run.stdout
+    assert float(held_out[1]) < 0.75 * float(first[1])
+    assert len(re.findall(r"^\d{12}\. \S.*$", run.stdout, re.MULTILINE)) == 4
+    assert (tmp_path / "checkpoints/global_step30").is_dir()
+
+
 @pytest.mark.parametrize("name", QUOTED)
 def test_the_page_has_what_the_example_has(name: str) -> None:
     """Every line of Python that docs/replace.md quotes under an example's name is in the file."""

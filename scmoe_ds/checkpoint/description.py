@@ -11,6 +11,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin_settings import SwinSettings
+from scmoe_ds.models.vision_language_settings import settings_class
 from scmoe_ds.parallel.tensor import tensor_parallel_size
 
 FREE_MODEL_FIELDS = {"hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std", "drop_path_rate"}
@@ -91,10 +92,11 @@ def describe_model(settings: GPTSettings, config: ScMoEConfig) -> dict[str, Any]
 
 
 def rebuild(description: Mapping[str, Any]) -> tuple[GPTSettings, ScMoEConfig]:
-    """Settings of the model in a checkpoint or an export, for one process: `GPT(*rebuild(description))`."""
+    """Settings of the model in a checkpoint or an export, for one process: `gpt_of(*rebuild(description))`."""
     whole_on_each_rank = {"expert_parallel_size": 1, "expert_tensor_parallelism": False, "overlap": {}}
     section = {**description["scmoe"], **whole_on_each_rank}
-    return GPTSettings(**description["gpt"]), ScMoEConfig.from_deepspeed({"scmoe": section})
+    gpt = description["gpt"]
+    return settings_class(gpt)(**gpt), ScMoEConfig.from_deepspeed({"scmoe": section})
 
 
 def _model(gpt: Mapping[str, Any], config: ScMoEConfig) -> dict[str, Any]:

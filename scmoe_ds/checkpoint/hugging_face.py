@@ -19,6 +19,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import CheckpointError, one_line
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.vision_language_settings import reads_images
 
 logger = logging.getLogger("scmoe_ds")
 
@@ -75,8 +76,11 @@ def describe_for_transformers(parsed: Parsed, tokenizer: Mapping[str, Any] | Non
         CheckpointError: no GPT.
     """
     settings, config = parsed.settings, parsed.config
-    if not isinstance(settings, GPTSettings):
-        raise CheckpointError("--format hf: the checkpoint is of a Swin; only text models have a class of transformers")
+    if not isinstance(settings, GPTSettings) or reads_images(settings):
+        kind = "vision-language model" if isinstance(settings, GPTSettings) else "Swin"
+        raise CheckpointError(
+            f"--format hf: the checkpoint is of a {kind}; only text models have a class of transformers"
+        )
     found = {name: getattr(settings, field) for name, field in _OF_SETTINGS.items()}
     found |= {name: getattr(config, field, None) for name, field in _OF_SECTION.items()}
     end = {} if tokenizer is None else dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer["identity"]["eod"])

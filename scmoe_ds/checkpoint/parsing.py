@@ -21,6 +21,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError, first_line
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin_settings import SwinSettings
+from scmoe_ds.models.vision_language_settings import settings_class
 
 T = TypeVar("T")
 _MOST = 2**31
@@ -54,7 +55,8 @@ def parse(description: Mapping[str, Any], path: Path) -> Parsed:
     """
 
     def build() -> Parsed:
-        kinds = {"gpt": GPTSettings, "swin": SwinSettings}
+        gpt = description.get("gpt")
+        kinds = {"gpt": settings_class(gpt) if isinstance(gpt, dict) else GPTSettings, "swin": SwinSettings}
         found = [kind for kind in kinds if kind in description]
         if len(found) != 1:
             raise ValueError('it has neither "gpt" nor "swin", or both')

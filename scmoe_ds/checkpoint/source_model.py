@@ -18,6 +18,7 @@ from scmoe_ds.config.adapt_section import AdaptConfig, BaseConfig, base_of
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import CheckpointError, ScMoEConfigError
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.vision_language_settings import reads_images
 from scmoe_ds.parallel.agreement import run_together
 
 _SHARED_WIDTH = "moe_shared_expert_intermediate_size"
@@ -67,8 +68,9 @@ class SourceModel:
     @classmethod
     def _of(cls, path: Path, weights: Weights, description: Mapping[str, Any]) -> SourceModel:
         parsed = parse(description, weights.path)
-        if not isinstance(parsed.settings, GPTSettings):
-            raise CheckpointError(f"{path}: is a checkpoint of a Swin; only text models can be adapted")
+        if not isinstance(parsed.settings, GPTSettings) or reads_images(parsed.settings):
+            kind = "vision-language model" if isinstance(parsed.settings, GPTSettings) else "Swin"
+            raise CheckpointError(f"{path}: is a checkpoint of a {kind}; only text models can be adapted")
         architecture, join = parsed.config.architecture, parsed.config.join
         if parsed.config.has_shortcut:
             partly = parsed.config.adapt is not None and parsed.config.adapt.layers is not None

@@ -78,7 +78,7 @@ class CausalModel:
 
     def hidden_states(self, tokens: Tensor, used_token: Tensor | None = None) -> Tensor:
         """[B, S] → what `logits` reads. Padding is on the right, where no other token sees it."""
-        how = {"attention_mask": None if used_token is None else used_token.long(), "use_cache": False}
+        how = {"attention_mask": None if used_token is None else (used_token != 0).long(), "use_cache": False}
         if isinstance(self._head, nn.Identity):
             scaled: Tensor = self._model(tokens, **how).logits
             return scaled

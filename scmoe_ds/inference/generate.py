@@ -115,7 +115,11 @@ class TextGenerator:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], request: Request, on_token: OnToken | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        request: Request,
+        on_token: OnToken | None = None,
+        images: Sequence[Tensor] | None = None,
     ) -> list[Completion]:
         """Completions of all prompts, in their order. Collective: every rank has the same prompts.
 
@@ -123,6 +127,7 @@ class TextGenerator:
             prompts: token ids, at least one each.
             request: what to generate for each.
             on_token: is called with the completion after each of its tokens, on the ranks that complete it.
+            images: [N, C, H, W] of each prompt, for a VisionLanguageGPT; None: prompts are text alone.
 
         Raises:
             GenerationError: an empty prompt, a token that is not in the vocabulary, or one as long as the context;
@@ -135,13 +140,18 @@ class TextGenerator:
         done: list[Completion] = []
         for first in range(0, most, self.batch_size):
             numbers = share[first : first + self.batch_size]
-            done += self._complete([(number, prompts[number]) for number in numbers], request, on_token)
+            seen = torch.cat([images[number] for number in numbers]) if images and numbers else None
+            done += self._complete([(number, prompts[number]) for number in numbers], request, on_token, seen)
         if self._data_ranks > 1:
             done = _from_all_ranks(done)
         return sorted(done, key=lambda completion: completion.prompt)
 
     def _complete(
-        self, batch: Sequence[tuple[int, Sequence[int]]], request: Request, on_token: OnToken | None
+        self,
+        batch: Sequence[tuple[int, Sequence[int]]],
+        request: Request,
+        on_token: OnToken | None,
+        images: Tensor | None,
     ) -> list[Completion]:
         completions = [Completion(number) for number, _ in batch]
         tokenizer = self.tokenizer
@@ -153,7 +163,7 @@ class TextGenerator:
         cache.begin(len(prompts))
         times, started = self.times, time.perf_counter()
         with cache.attached():
-            logits_BV = self.passes.prefill(prompts, cache, serves_only=not batch)
+            logits_BV = self.passes.prefill(prompts, cache, not batch, images)
             while True:
                 tokens_B = self._agreed(choose(logits_BV[:, : request.vocab_size], request.sampling, generators))
                 tokens = _to_host(tokens_B, logits_BV)

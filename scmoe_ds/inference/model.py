@@ -23,6 +23,7 @@ from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.models.vision_language import gpt_of
 from scmoe_ds.moe.placement import global_names, layer_of
 from scmoe_ds.moe.router import correction_biases
 from scmoe_ds.parallel import tensor
@@ -130,7 +131,7 @@ def load_model(
         ValueError: sizes that the tensor-parallel ranks do not divide.
     """
     group = tensor.tensor_parallel_group()
-    model = without_memory(lambda: GPT(trained.settings, config, group=group), trained.path)
+    model = without_memory(lambda: gpt_of(trained.settings, config, group=group), trained.path)
     if tensor.tensor_parallel_size() > 1 and not config.expert_tensor_parallelism:
         prepare_whole_experts(model, config)
     if dist.is_initialized() and dist.get_world_size() > 1:

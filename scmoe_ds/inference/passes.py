@@ -41,16 +41,27 @@ class Passes:
         self._number = 0
         self._cache: KeyValueCache | None = None
 
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache, serves_only: bool) -> Tensor:
-        """[B, V] logits of the token after each prompt; with `serves_only` the prompt only fills the batch."""
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: KeyValueCache,
+        serves_only: bool,
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """[B, V] logits of the token after each prompt; with `serves_only` the prompt only fills the batch.
+
+        Args:
+            images: [M, C, H, W] of the prompts' patch tokens (models/vision_language.py); None: there are none.
+        """
         lengths = [len(prompt) for prompt in prompts]
         tokens_BS = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens_BS[row, : len(prompt)] = torch.tensor(prompt)
         used_BS = used_tokens([0] if serves_only else lengths, max(lengths), self.device)
+        more = {} if images is None else {"images": to_device(images, self.device)}
         with self._pass("prefill"):
             positions_BS = cache.positions(max(lengths))
-            hidden_BSD = self.model.hidden_states(to_device(tokens_BS, self.device), positions_BS, used_BS)
+            hidden_BSD = self.model.hidden_states(to_device(tokens_BS, self.device), positions_BS, used_BS, **more)
         cache.advance(lengths)
         rows_B, last_B = torch.arange(len(prompts), device=self.device), torch.tensor(lengths) - 1
         return self.model.logits(hidden_BSD[rows_B, to_device(last_B, self.device)])

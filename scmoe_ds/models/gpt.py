@@ -116,6 +116,7 @@ class GPT(nn.Module):
         loss_mask: Tensor | None = None,
         used_token: Tensor | None = None,
         targets: Targets | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> GPTOutput:
         """
         Args:
@@ -123,11 +124,13 @@ class GPT(nn.Module):
             labels: [B, S] int64 next tokens; None returns logits.
             loss_mask: [B, S], 1 where a token counts in the language-model loss; default: everywhere.
             used_token: [B, S], 0 for padding, which stands on the right of each sequence: no token looks at it, and it
-                goes to no routed expert. It counts neither in the balancing loss nor in an expert's capacity. Default:
-                there is none.
+                goes to no routed expert. It counts neither in the balancing loss nor in an expert's capacity.
+                `scmoe_ds.moe.gate.TOLERANT` marks a token that tolerates less precision. Default: there is neither.
             targets: what a teacher says of the same tokens; None: the text alone teaches.
+            inputs_embeds: [B, S, D] in the place of the tokens' embeddings, before positions are added; as Hugging
+                Face's.
         """
-        outputs = list(self._through_pairs(tokens, None, used_token))
+        outputs = list(self._through_pairs(tokens, None, used_token, inputs_embeds))
         hidden, counts = outputs[-1].hidden, tuple(output.exp_counts for output in outputs)
         moe_loss = torch.stack([output.l_aux for output in outputs]).sum()
         logits_BSV = self._own_logits(hidden)
@@ -144,19 +147,23 @@ class GPT(nn.Module):
         return GPTOutput(loss, apart(parts.lm), apart(moe_loss), counts, kl=kl, match=match)
 
     def hidden_states(
-        self, tokens: Tensor, positions: Tensor | None = None, used_token: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        used_token: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """What `logits` reads of each token.
 
         Args:
             tokens: [B, S] int64.
             positions: [B, S] int64 place of each token in its sequence; None: from 0 in all of them.
-            used_token: as in `forward`.
+            used_token, inputs_embeds: as in `forward`.
 
         Returns:
             [B, S, D].
         """
-        (last,) = deque(self._through_pairs(tokens, positions, used_token), maxlen=1)
+        (last,) = deque(self._through_pairs(tokens, positions, used_token, inputs_embeds), maxlen=1)
         return last.hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -168,9 +175,13 @@ class GPT(nn.Module):
         return self._own_logits(self.hidden_states(tokens, used_token=used_token))
 
     def _through_pairs(
-        self, tokens: Tensor, positions: Tensor | None, used_token: Tensor | None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        used_token: Tensor | None,
+        inputs_embeds: Tensor | None,
     ) -> Iterator[PairOutput]:
-        hidden = self.embedding(tokens)
+        hidden = self.embedding(tokens) if inputs_embeds is None else inputs_embeds
         if self.positions is not None:
             table = self.positions.weight
             hidden = hidden + (table[: tokens.shape[1]] if positions is None else table[positions])

@@ -64,6 +64,13 @@ class Routing:
     tolerant_T: Tensor | None = None
 
     @property
+    def used_token(self) -> Tensor | None:
+        """[T] the mask that it was made with, with kinds if `facts` were asked for."""
+        if self.used_T is None or self.tolerant_T is None:
+            return self.used_T
+        return self.used_T * (1 + (TOLERANT - 1) * self.tolerant_T.to(torch.uint8))
+
+    @property
     def exp_counts(self) -> Tensor:
         """[E] int64 tokens per expert before drops; identity experts last."""
         return self.choices.counts_E

@@ -248,7 +248,7 @@ class DGMoE(StagedMoE):
         self._require_own(routed)
         current = self.begin(
             hidden_states,
-            routed.routing.used_T,
+            routed.routing.used_token,
             exclude=routed.routing.expert_KT[0],
             blocking=routed.exchange.blocking,
             recorder=routed.exchange.recorder.renamed("current"),

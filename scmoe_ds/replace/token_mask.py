@@ -4,6 +4,9 @@ The mask is Hugging Face's: [B, S], zero for padding. With a key/value cache it 
 about the tokens that are read. The hooks are on the modules above the blocks. The innermost module that takes an
 `attention_mask` decides (the two stacks of an encoder-decoder have one each); None means no padding. When its mask has
 another form (4-D, additive, a dictionary), the call around it decides. Without a 2-D mask no token counts as padding.
+
+A mask of whole numbers may mark tokens that tolerate less precision with TOLERANT (moe/gate.py); to the model itself
+they are tokens like others, where its attention reads the mask as zero or not.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scmoe_ds.moe.gate import TOLERANT
 from scmoe_ds.replace.recomputation import checkpoint_region
 
 logger = logging.getLogger("scmoe_ds")
@@ -52,7 +56,7 @@ class TokenMask:
         self._handles.clear()
 
     def of(self, hidden: Tensor) -> Tensor | None:
-        """bool, false for padding, in the shape of the tokens [...] of `hidden` [..., D]; None: there is no padding."""
+        """Zero for padding, in the shape of the tokens [...] of `hidden` [..., D]; None: there is no padding."""
         if not self._calls:  # a block alone: an activation checkpoint computes it again in the backward pass
             return self._kept.get(_fingerprint(hidden)) if self._kept else None
         used_BS = self._calls[-1]
@@ -121,7 +125,8 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _used(mask_BX: Tensor, tokens: Tensor | None, around: Tensor | None) -> Tensor | None:
-    """[B, S] bool of the tokens that are read, None if all are real; `around` if the mask is about something else."""
+    """[B, S] of the tokens that are read: bool, or their kinds where one is marked; None if all are real and none is
+    marked; `around` if the mask is about something else."""
     if tokens is not None:
         B, S = tokens.shape[:2]
         if len(mask_BX) != B or mask_BX.shape[1] < S:
@@ -129,6 +134,8 @@ def _used(mask_BX: Tensor, tokens: Tensor | None, around: Tensor | None) -> Tens
         mask_BX = mask_BX[:, mask_BX.shape[1] - S :]
     if mask_BX.is_floating_point() and bool((mask_BX < 0).any()):
         return around  # it is added to the scores: zero stands for real tokens
+    if not mask_BX.is_floating_point() and bool((mask_BX == TOLERANT).any()):
+        return mask_BX
     used_BS = mask_BX != 0
     return None if bool(used_BS.all()) else used_BS
 

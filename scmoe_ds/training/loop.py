@@ -241,7 +241,7 @@ class Trainer:
     def _forward(self, batch: dict[str, Tensor], samples: range | None = None) -> TrainingOutput:
         """`samples`: of a training pass."""
         on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
-        tokens, given = on_device["tokens"], {name: on_device[name] for name in ("labels", "loss_mask")}
+        tokens, given = on_device.pop("tokens"), on_device
         if self._distill is not None and samples is not None:
             given["targets"] = self._distill.teach(tokens, samples=samples)
         return self.engine(tokens, **given)

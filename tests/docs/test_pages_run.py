@@ -33,7 +33,7 @@ from tests.helpers.shell import run, split, started
 ON_TWO_RANKS = r"deepspeed --num_gpus 2 (examples/\w+\.py 2)"
 NOT_RUN = {
     r"make \w+": "they install, run these tests, or train for minutes; CI runs them",
-    r"python examples/\w+\.py": "tests/test_examples.py runs every example",
+    r"python examples/\w+\.py( --save \S+)?": "tests/test_examples.py runs every example",
     ON_TWO_RANKS: "below",
     r"(make gpu-acceptance(-2)?|python -m benchmarks\.gpu\.acceptance.*)": "tests/benchmarks/test_gpu_acceptance.py "
     "rehearses its steps",

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from benchmarks.speed.replace import Block
 from scmoe_ds import ScMoEConfig, load_balancing_loss, moe_from_dense
 from scmoe_ds.models.layers import MLP, GPTSettings
+from scmoe_ds.moe import layer as moe_layer
+from scmoe_ds.moe.gate import route
 from scmoe_ds.replace import replace_moe_layers, undo_replacement
 from scmoe_ds.replace.upcycle import MoEFeedForward
 from tests.helpers.hugging_face import FAMILIES, VOCABULARY
@@ -63,6 +65,21 @@ def test_padding_changes_nothing(family: str, kind: str) -> None:
     assert not torch.allclose(unmasked.logits[:, :6], expected, atol=1e-3), (
         "capacity is not scarce enough to see padding"
     )
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "LLaMA"])
+def test_marks_of_tolerant_tokens_reach_the_layers_and_change_nothing_else(family: str) -> None:
+    model, kinds, layers = made(family), MASK * (1 + (torch.arange(11) % 2)), 0
+    expected = made(family)(PADDED, attention_mask=MASK).logits[:, :6]
+    given: list[Tensor | None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe_layer, "route", lambda *args: given.append(args[2]) or route(*args))
+        for _ in range(2):  # the first pass looks for operators, and does all in the layer
+            found = model(PADDED, attention_mask=kinds).logits[:, :6]
+            torch.testing.assert_close(found, expected)
+            layers += len(counts(model))
+    assert len(given) == layers
+    assert all(each is not None and torch.equal(each, kinds) for each in given)
 
 
 @pytest.mark.parametrize("kind", ["scmoe", "topk", "shared_expert"])
