@@ -40,9 +40,11 @@ from scmoe_ds.programs.flags.evaluate import build_parser
 from scmoe_ds.programs.load import (
     check_dropping_flags,
     check_low_precision_flags,
+    copies_of,
     dropping_of,
     load,
     low_precision_of,
+    tell_copies,
 )
 from scmoe_ds.programs.run import run_program
 
@@ -89,6 +91,7 @@ def evaluate(args: argparse.Namespace) -> None:
     started = time.monotonic()
     loaded = load(args)
     drops, low_precision = dropping_of(args, loaded), low_precision_of(args, loaded)
+    copies = copies_of(args, loaded)
     rule = _rule(args, loaded.trained.settings.max_position_embeddings)
     model, tokenizer = loaded.model, loaded.tokenizer
     documents = None
@@ -118,6 +121,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 f"{results['truncated']} requests were longer than the model's context and lost their left end",
                 file=sys.stderr,
             )
+    tell_copies(args, copies)
     run_on_rank_zero(lambda: _write(args, loaded, rule, results, time.monotonic() - started))
 
 

@@ -31,9 +31,11 @@ from scmoe_ds.programs.load import (
     check_dropping_flags,
     check_experts_flags,
     check_low_precision_flags,
+    copies_of,
     dropping_of,
     load,
     low_precision_of,
+    tell_copies,
 )
 from scmoe_ds.programs.run import run_program
 
@@ -84,6 +86,7 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
     """One job in a process group that exists."""
     loaded = load(args)
     drops, low_precision = dropping_of(args, loaded), low_precision_of(args, loaded)
+    copies = copies_of(args, loaded)
     tokenizer = loaded.tokenizer
     request = Request(args.max_new_tokens, sampling, (tokenizer.eod,), tuple(args.stop), tokenizer.vocab_size)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
@@ -111,6 +114,7 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
         print(*chosen, *used, _speed(generator.times), sep="\n", file=sys.stderr)
         if loaded.store is not None:
             print(_migrations(loaded.store.counts), file=sys.stderr)
+    tell_copies(args, copies)
 
 
 def _talk(generator: TextGenerator, tokenizer: Tokenizer, request: Request) -> None:

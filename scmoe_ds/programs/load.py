@@ -8,12 +8,13 @@ import sys
 import torch.distributed as dist
 
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.inference.copies import Copies, copy_experts, read_loads
 from scmoe_ds.inference.dropping import Dropped, Dropping, drop_experts
 from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.inference.low_precision import Attached, use_low_precision
 from scmoe_ds.inference.offload import Offloading
 from scmoe_ds.moe.low_precision import LowPrecision
-from scmoe_ds.parallel.agreement import run_together
+from scmoe_ds.parallel.agreement import from_rank_zero, run_on_rank_zero, run_together
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.parallel.process import device
 from scmoe_ds.programs.flags.checks import flag_of, require_same_flags
@@ -82,6 +83,21 @@ def dropping_of(args: argparse.Namespace, loaded: Loaded) -> Dropped | None:
     return found
 
 
+def copies_of(args: argparse.Namespace, loaded: Loaded) -> Copies | None:
+    """The copies of hot experts that the flags of `add_copies` ask for, behind all else that changes a layer; None:
+    neither copies nor loads. Collective.
+
+    Raises:
+        ArgumentError: what a user can correct.
+    """
+    if args.expert_loads is not None and not args.expert_copies:
+        raise ArgumentError("--expert-loads goes with --expert-copies: say how many copies a rank shall keep")
+    if not args.expert_copies and args.save_expert_loads is None:
+        return None
+    loads = None if args.expert_loads is None else from_rank_zero(lambda: read_loads(args.expert_loads))
+    return copy_experts(loaded.model, args.expert_copies, loads)
+
+
 def load(args: argparse.Namespace) -> Loaded:
     """What the flags of `add_model`, and if there are any those of `add_experts`, name. Collective.
 
@@ -102,3 +118,11 @@ def load(args: argparse.Namespace) -> Loaded:
         ),
         offloading=None if mode == "resident" else Offloading(mode, args.expert_cache, args.expert_tier),
     )
+
+
+def tell_copies(args: argparse.Namespace, copies: Copies | None) -> None:
+    """What copies of hot experts brought, on rank 0's standard error, and the loads in their file. Collective."""
+    if copies is not None and args.expert_copies and dist.get_rank() == 0:
+        print(copies.summary(), file=sys.stderr)
+    if copies is not None and args.save_expert_loads is not None:
+        run_on_rank_zero(lambda: copies.save(args.save_expert_loads))

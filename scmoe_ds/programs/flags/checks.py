@@ -21,7 +21,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     (
         """ffn_hidden_size num_key_value_heads train_iters eval_iters num_workers num_fewshot lr_warmup_iters
-        lr_warmup_samples lr_warmup_tokens low_precision_min_tokens""",
+        lr_warmup_samples lr_warmup_tokens low_precision_min_tokens expert_copies""",
         lambda value: value >= 0,
         "must be at least 0",
     ),

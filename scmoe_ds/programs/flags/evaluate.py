@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scmoe_ds.programs.flags.model import add_dropping, add_low_precision, add_model
+from scmoe_ds.programs.flags.model import add_copies, add_dropping, add_low_precision, add_model
 from scmoe_ds.programs.flags.parser import FlagParser
 
 
@@ -20,6 +20,7 @@ def build_parser() -> FlagParser:
     add_model(parser)
     add_low_precision(parser)
     add_dropping(parser)
+    add_copies(parser)
     group = parser.add_argument_group("what to evaluate on")
     what = group.add_mutually_exclusive_group(required=True)
     what.add_argument("--data-path", help="prefix of a .bin and .idx of scmoe preprocess")

@@ -31,6 +31,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
 
 
+def add_copies(parser: argparse.ArgumentParser) -> None:
+    """Flags that copy hot experts to other ranks."""
+    group = parser.add_argument_group("hot experts", "copies of them take rows from the rank that would have too many")
+    group.add_argument(
+        "--expert-copies",
+        type=int,
+        default=0,
+        help="copies of other ranks' experts that each rank keeps in each MoE layer. They are chosen by the loads of "
+        "the first passes; how rows divide is decided in every step",
+    )
+    group.add_argument(
+        "--expert-loads", help="a file of --save-expert-loads: copies are chosen by it before the first pass"
+    )
+    group.add_argument("--save-expert-loads", help="a file for the rows that each expert got in this run")
+
+
 def add_experts(parser: argparse.ArgumentParser) -> None:
     """Flags that keep routed experts out of the device's memory."""
     group = parser.add_argument_group("experts", "where the routed experts live")
