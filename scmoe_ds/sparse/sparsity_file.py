@@ -191,6 +191,11 @@ def gates_digest(gates: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def left_out(criterion_N: Tensor, skip: float, halve: float) -> float:
+    """Share of the computation that two thresholds leave out of choices with these criteria."""
+    return float(((criterion_N < skip).double() + (criterion_N < halve).double()).mean() / 2)
+
+
 def curve_of(name: str, criterion_N: Tensor, spread: float, major_share: float | None = None) -> LayerCurve:
     """The curves of a layer's choices.
 

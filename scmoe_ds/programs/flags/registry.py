@@ -31,6 +31,7 @@ PROGRAMS = {
     "check": Program("check", "flags.check", "would a training run, and fit? One step without a GPU"),
     "probe": Program("probe", "flags.probe", "what does this machine compute and send? A profile for scmoe plan"),
     "plan": Program("plan", "flags.plan", "what would train fastest on a cluster that is not here? No torch", False),
+    "sparsify": Program("sparsify", "flags.sparsify", "what can a trained MoE leave out? Sorts neurons, calibrates"),
     "preprocess": Program("preprocess", "flags.preprocess", "text to Megatron's indexed datasets"),
     "adapt": Program("adapt", "flags.adapt", "a trained MoE model as a ScMoE, with the same weights"),
     "convert": Program("convert", "flags.convert", "weights out of a checkpoint, as safetensors"),

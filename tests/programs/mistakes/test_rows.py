@@ -182,6 +182,32 @@ ROWS: dict[str, tuple[str, str]] = {
     "convert: nowhere": ("convert export absent out", rf"absent {_NEITHER} \(no such directory\)"),
     "convert: over a run": ("convert export saved saved", r"saved is not empty; name another directory"),
     "convert: onto a file": ("convert export saved data.bin", r"data\.bin: the export was not written \(File exists\)"),
+    "sparsify: no text": ("sparsify --load saved --output out", r"--text-file: missing; --help shows an example"),
+    "sparsify: an empty text": (
+        "sparsify --load saved --output out --text-file empty.txt",
+        r"--text-file empty\.txt has 0 tokens, less than one sequence of 16; give more text",
+    ),
+    "sparsify: little text": (
+        "sparsify --load saved --output out --text-file text.txt --max-tokens 999",
+        r"--text-file text\.txt: 992 tokens are too few to calibrate thresholds; give 1024 or more",
+    ),
+    "sparsify: nowhere": ("sparsify --load absent --output out --text-file text.txt", rf"absent {_NEITHER}"),
+    "sparsify: dense": (
+        "sparsify --load hf --output out --text-file text.txt",
+        r"--load hf: .*GPT2LMHeadModel has no MoE layer, so there are no experts to sort; name a MoE model",
+    ),
+    "sparsify: all": (
+        "sparsify --load saved --output out --text-file text.txt --rate 1",
+        r"--rate 1: must be above 0 and below 1",
+    ),
+    "sparsify: no W3": (
+        "sparsify --load saved --output out --text-file text.txt --measure gate-up",
+        r"--measure gate-up: multiplies with W3 x, but these experts have GELU and no W3; use abs-gate or gate",
+    ),
+    "sparsify: over a run": (
+        "sparsify --load saved --output saved --text-file text.txt",
+        r"--output saved: is not empty; name another",
+    ),
     "adapt: a ScMoE": ("adapt saved --output out", r'saved: is a ScMoE already \(architecture "scmoe"\); go on'),
     "adapt: nowhere": ("adapt absent --output out", rf"absent {_NEITHER} \(no such directory\)"),
     "adapt: over a run": ("adapt saved --output saved", r"--output saved: is not empty; name another"),

@@ -1,0 +1,99 @@
+"""From a text to thresholds: what the layers of a model are asked while it reads, and what is concluded from it.
+
+Shape suffixes: E experts, D hidden, F neurons of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scmoe_ds.errors import ArgumentError
+from scmoe_ds.sparse.importance import LayerSums, Measure
+from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of, gates_digest
+
+FEWEST_TOKENS = 1024
+"""Fewer say too little of a threshold: a quarter of their choices is known to 1.5 % of all at best."""
+
+
+class CalibratedLayer(Protocol):
+    """A MoE layer of a model that is calibrated.
+
+    Attributes:
+        name: in the model.
+        gate_ED: the gate's weight.
+        top_k: routed experts of a token.
+        neurons: of an expert.
+        has_w3: whether its experts are of the form W2 (act(W1 x) ⊙ W3 x).
+    """
+
+    name: str
+    gate_ED: Tensor
+    top_k: int
+    neurons: int
+    has_w3: bool
+
+    def sums(self) -> LayerSums:
+        """Empty ones, of this layer's sizes."""
+
+    def watched(self, sums: LayerSums) -> AbstractContextManager[Any]:
+        """While it is open, each pass of the layer is added to the sums."""
+
+
+@torch.no_grad()
+def read_calibration_text(
+    layers: Sequence[CalibratedLayer], batches: Iterable[Tensor], run: Callable[[Tensor], object], source: str
+) -> tuple[list[LayerSums], int]:
+    """Lets a model read a text.
+
+    Args:
+        layers: all MoE layers.
+        batches: tokens [B, S] int64.
+        run: the model in evaluation mode.
+        source: flag and file of the text, for errors.
+
+    Returns:
+        of each layer what it has seen; how many tokens were read.
+
+    Raises:
+        ArgumentError: fewer tokens than `FEWEST_TOKENS`.
+    """
+    sums, tokens = [layer.sums() for layer in layers], 0
+    with ExitStack() as watching:
+        for layer, own in zip(layers, sums, strict=True):
+            watching.enter_context(layer.watched(own))
+        for batch in batches:
+            run(batch)
+            tokens += batch.numel()
+    if tokens < FEWEST_TOKENS:
+        raise ArgumentError(
+            f"{source}: {tokens} tokens are too few to calibrate thresholds; give {FEWEST_TOKENS} or more"
+        )
+    return sums, tokens
+
+
+def sparsity_of(
+    layers: Sequence[CalibratedLayer], sums: Sequence[LayerSums], tokens: int, measure: Measure | None, spread: float
+) -> Sparsity:
+    """What sparsity.json says.
+
+    Args:
+        measure: by which the neurons are sorted; None: they are as trained.
+        spread: of 2T-Drop's thresholds around T.
+    """
+    curves = [
+        curve_of(layer.name, own.criterion_N, spread, None if measure is None else own.major_share(measure))
+        for layer, own in zip(layers, sums, strict=True)
+    ]
+    return Sparsity(
+        gates=gates_digest(layer.gate_ED for layer in layers),
+        top_k=layers[0].top_k,
+        measure=measure,
+        spread=spread,
+        tokens=tokens,
+        layers=tuple(curves),
+    )
