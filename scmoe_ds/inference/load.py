@@ -117,7 +117,7 @@ def _load_model(
 
     def offload(model: GPT) -> None:
         most = max(pair.layer.top_k for pair in model.scheduled_pairs())
-        places = places_on_device(offloading.cache, model, 2 * most, dtype)
+        places = places_on_device(offloading.cache, model, 2 * most, trained, dtype, device())
         stores.append(offload_experts(model, trained, offloading.mode, places, dtype, device(), offloading.tier))
 
     model = load_model(trained, config, dtype, device(), offload)

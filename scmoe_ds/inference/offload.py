@@ -10,21 +10,21 @@ those that it needs.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe_ds.checkpoint.places import EXPORT_AGAIN, places_of
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.inference.model import TrainedModel
+from scmoe_ds.inference.model import DTYPES, TrainedModel
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.experts import MovingExperts
 from scmoe_ds.moe.placement import global_names, layer_of
+from scmoe_ds.offload.slots import expert_slots, slot_dtype
 from scmoe_ds.offload.sources import DiskExperts, ExpertSource, HostExperts
 from scmoe_ds.offload.store import ExpertKey, ExpertStore
 from scmoe_ds.overlap.executor import backbone
@@ -126,9 +126,8 @@ def offload_experts(
         source = HostExperts(trained.weights, parameters, dtype, device)
     else:
         source = DiskExperts(places_of(trained.path, parameters), EXPORT_AGAIN, device)
-    pattern = layers[0].deepspeed_moe.experts.deepspeed_experts[0]
-    slots = [copy.deepcopy(pattern).to(dtype).to_empty(device=device) for _ in range(places)]
-    store = ExpertStore(source, named.__getitem__, slots)
+    slots = expert_slots(expert_of(model), places, DTYPES[trained.dtype], dtype, device)
+    store = ExpertStore(source, named.__getitem__, slots, max(layers) + 1)
     for index, layer in layers.items():
         layer.deepspeed_moe.experts = OffloadedExperts(store, index, layer.num_local_experts, mode == "offload-async")
     for pair in model.scheduled_pairs() if mode == "offload-async" else ():
@@ -137,12 +136,15 @@ def offload_experts(
     return store
 
 
-def places_on_device(cache: str | None, model: GPT, default: int, dtype: torch.dtype) -> int:
+def places_on_device(
+    cache: str | None, model: GPT, default: int, trained: TrainedModel, dtype: torch.dtype, device: torch.device
+) -> int:
     """How many experts the device keeps, at most all that this rank has.
 
     Args:
         cache: of `Offloading`.
         default: number of experts without it.
+        dtype: of the computation.
 
     Raises:
         ArgumentError: neither a number nor a size, or no room for one.
@@ -150,7 +152,8 @@ def places_on_device(cache: str | None, model: GPT, default: int, dtype: torch.d
     experts = num_experts(model)
     if cache is None:
         return min(default, experts)
-    places = expert_places(cache, expert_bytes(model, dtype))
+    held = slot_dtype(expert_of(model), DTYPES[trained.dtype], dtype, device)
+    places = expert_places(cache, sum(each.numel() for each in expert_of(model).parameters()) * held.itemsize)
     if places > experts:
         log(
             f"--expert-cache {cache}: has room for {places} experts, this rank has {experts}: all of them stay on the "
@@ -183,10 +186,10 @@ def num_experts(model: GPT) -> int:
     return sum(pair.layer.num_local_experts for pair in model.scheduled_pairs())
 
 
-def expert_bytes(model: GPT, dtype: torch.dtype) -> int:
-    """Size of one routed expert."""
-    expert = model.scheduled_pairs()[0].layer.deepspeed_moe.experts.deepspeed_experts[0]
-    return sum(parameter.numel() for parameter in expert.parameters()) * dtype.itemsize
+def expert_of(model: GPT) -> nn.Module:
+    """One of the routed experts."""
+    expert: nn.Module = model.scheduled_pairs()[0].layer.deepspeed_moe.experts.deepspeed_experts[0]
+    return expert
 
 
 def _names(model: GPT) -> dict[ExpertKey, Mapping[str, str]]:

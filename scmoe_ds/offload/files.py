@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from scmoe_ds.errors import CheckpointError
-from scmoe_ds.offload.readers import PAGE_BYTES
+from scmoe_ds.offload.pages import PAGE_BYTES
 
 
 class ExpertFileError(CheckpointError):
@@ -31,6 +32,11 @@ class Place:
     offset: int
     nbytes: int
     dtype: torch.dtype
+
+    @property
+    def whole_pages(self) -> bool:
+        """Whether it begins at a page and ends with one."""
+        return self.offset % PAGE_BYTES == 0 and self.nbytes % PAGE_BYTES == 0
 
 
 class ExpertFile:
@@ -59,17 +65,20 @@ class ExpertFile:
     def _open(self) -> int:
         return os.open(self._path, os.O_RDONLY | self._direct)
 
-    def read(self, offset: int, needed: int, buffer: memoryview) -> None:
-        """Fills the first `needed` bytes and perhaps more; offset and buffer begin at a page.
+    def read(self, offset: int, needed: int, buffers: Sequence[memoryview]) -> None:
+        """Fills the first `needed` bytes of the buffers, one after another, and perhaps more.
+
+        Args:
+            offset: begins a page, like each buffer.
+            buffers: of whole pages.
 
         Raises:
-            ExpertFileError: it cannot be read, or ends too early.
+            ExpertFileError: the file cannot be read, or ends too early.
         """
-        whole, got = -(-needed // PAGE_BYTES) * PAGE_BYTES, 0
-        descriptor = self._descriptor
+        descriptor, got = self._descriptor, 0
         while got < needed:
             try:
-                count = os.preadv(descriptor, [buffer[got:whole]], offset + got)
+                count = os.preadv(descriptor, _behind(buffers, got), offset + got)
             except OSError as error:
                 if error.errno == errno.EINVAL and (other := self._without_direct_reads()) != descriptor:
                     descriptor = other
@@ -92,3 +101,13 @@ class ExpertFile:
 
     def _error(self, what: str) -> ExpertFileError:
         return ExpertFileError(f"{self._path} {what}. {self._remedy}")
+
+
+def _behind(buffers: Sequence[memoryview], skipped: int) -> list[memoryview]:
+    """What is behind their first bytes: a read may give less than was asked for."""
+    left = []
+    for buffer in buffers:
+        if skipped < len(buffer):
+            left.append(buffer[skipped:])
+        skipped = max(0, skipped - len(buffer))
+    return left

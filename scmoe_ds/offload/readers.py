@@ -16,10 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from scmoe_ds.offload.pages import PAGE_BYTES, page_memory
 from scmoe_ds.offload.pinned import pinned
 from scmoe_ds.trace.migrations import MigrationWatch, noted
-
-PAGE_BYTES = 4096
 
 
 class Arrival(Protocol):
@@ -103,7 +102,7 @@ class BufferedReader(Reader):
     def __init__(self, device: torch.device, number: int, nbytes: int) -> None:
         super().__init__(device, number)
         gpu = device.type == "cuda"
-        self._buffers = deque((_whole_pages(nbytes, gpu), Copied(None)) for _ in range(1 + gpu))
+        self._buffers = deque((_buffer(nbytes, gpu), Copied(None)) for _ in range(1 + gpu))
 
     def read(
         self,
@@ -131,13 +130,32 @@ class BufferedReader(Reader):
             self._buffers.append((buffer, copied))
         return copied
 
+    def read_straight(
+        self,
+        fill: Callable[[], None],
+        nbytes: int,
+        copied: Sequence[tuple[Tensor, Tensor]],
+        after: Arrival | None,
+        watch: MigrationWatch | None,
+    ) -> Copied:
+        """Reads into memory of the CPU where it is needed, without a buffer.
 
-def _whole_pages(nbytes: int, gpu: bool) -> Tensor:
+        Args:
+            fill: reads `nbytes`.
+            copied, after, watch: as for `copy`.
+        """
+        if after is not None:
+            after.wait()
+        if nbytes:
+            with noted(watch, "read", self.number, nbytes):
+                fill()
+        return self.copy(copied, None, watch) if copied else Copied(None)
+
+
+def _buffer(nbytes: int, gpu: bool) -> Tensor:
     """[nbytes] uint8 from the start of a page, which direct reads need."""
-    if gpu:
-        remedy = "keep fewer other things in pinned memory"
-        memory = pinned(nbytes + PAGE_BYTES, "--expert-tier disk", remedy)
-    else:
-        memory = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8)
+    if not gpu:
+        return page_memory(nbytes)
+    memory = pinned(nbytes + PAGE_BYTES, "--expert-tier disk", "keep fewer other things in pinned memory")
     first = -memory.data_ptr() % PAGE_BYTES
     return memory[first : first + nbytes]

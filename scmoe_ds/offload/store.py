@@ -1,7 +1,9 @@
 """Room for a few experts on the device: which are there, which are coming, and which has to go for the next.
 
-Experts that were asked for keep their place until they have been used; among the others the least recently used one
-goes. What does not fit waits its turn: more experts than places are streamed through, one after another.
+Experts that were asked for keep their place until they have been used. Among the others the one goes whose next use is
+the farthest away, as far as that can be known: layers take turns, and an expert that has let its layer's turns pass
+will let as many more pass. (The least recently used one would be of the layer whose turn is next: with fewer places
+than layers none would be found again.) What does not fit waits its turn: more experts than places are streamed through.
 """
 
 from __future__ import annotations
@@ -83,14 +85,17 @@ class ExpertStore:
         source: the slower tier.
         names: of every expert.
         slots: modules of one expert's shape, on the device; their weights are written over. At least one.
+        num_layers: MoE layers, which use their experts one after another, pass after pass.
 
     Attributes:
         counts: what has been done.
         recorder: is told of each migration; None: nobody is.
     """
 
-    def __init__(self, source: ExpertSource, names: Names, slots: Sequence[nn.Module]) -> None:
-        self._source, self._names = source, names
+    def __init__(self, source: ExpertSource, names: Names, slots: Sequence[nn.Module], num_layers: int = 1) -> None:
+        self._source, self._names, self._num_layers = source, names, num_layers
+        self._turn = 0  # of a layer; those of a pass follow each other
+        self._last_turns: dict[ExpertKey, int] = {}  # of held experts: when they were asked for
         self._slots = [_Slot(module) for module in slots]
         self._held: OrderedDict[ExpertKey, _Slot] = OrderedDict()  # there or coming; least recently used first
         self._empty = list(self._slots)
@@ -109,6 +114,8 @@ class ExpertStore:
         """Asks for experts, in the order in which they will be used, each time once. Returns at once."""
         for key in keys:
             self.counts.hits += key in self._held
+            self._turn += (key.layer - self._turn) % self._num_layers
+            self._last_turns[key] = self._turn
             if key in self._guessed:
                 self._guessed.discard(key)
                 self.counts.confirmed += 1
@@ -167,8 +174,13 @@ class ExpertStore:
         """A slot that nobody has asked for, without what it held."""
         if self._empty:
             return self._empty.pop()
-        key = next((key for key in self._held if key not in self._asked), None)
+        key = max((key for key in self._held if key not in self._asked), key=self._next_turn, default=None)
         return None if key is None else self._forget(key)
+
+    def _next_turn(self, key: ExpertKey) -> int:
+        """When it is needed again, if it lets as many turns of its layer pass as it has since it was asked for."""
+        ahead = (key.layer - self._turn - 1) % self._num_layers + 1
+        return ahead + (self._turn + ahead - self._last_turns[key] - 1) // self._num_layers * self._num_layers
 
     def _take_back(self) -> _Slot:
         """The slot of the expert that will be needed last; it is fetched again then."""
@@ -178,6 +190,7 @@ class ExpertStore:
 
     def _forget(self, key: ExpertKey) -> _Slot:
         self._guessed.discard(key)
+        del self._last_turns[key]
         return self._held.pop(key)
 
     def _start(self, key: ExpertKey, slot: _Slot) -> None:
@@ -186,5 +199,6 @@ class ExpertStore:
         # Where an expert gives way that is still coming, the next one is written after it.
         slot.coming = slot.occupied = self._source.load(into, slot.occupied, slot.watch)
         self._held[key] = slot
+        self._last_turns.setdefault(key, self._turn)
         self.counts.migrations += 1
         self.counts.migrated_bytes += slot.nbytes

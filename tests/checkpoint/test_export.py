@@ -15,6 +15,7 @@ from torch import Tensor
 import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint.export import export
+from scmoe_ds.checkpoint.places import places_of
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
@@ -23,6 +24,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.programs.convert import main
+from tests.helpers.exports import whole_model, write_export
 
 SETTINGS = GPTSettings(
     4, 16, 2, 32, 16, normalization="RMSNorm", swiglu=True, ffn_hidden_size=24, layernorm_epsilon=1e-3
@@ -189,3 +191,22 @@ def test_a_moe_of_two_pairs_is_saved_once_and_comes_back(tmp_path: Path) -> None
         assert not torch.equal(logits(other.module), expected)
         checkpoint.load(other, checkpoint.choose(source, None, False, describe(whole)))
         assert torch.equal(logits(other.module), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_begin_at_pages(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Those of whole pages, and safetensors' own loader reads the files; an expert's weights lie side by side."""
+    model = whole_model(replace(SETTINGS, hidden_size=64, ffn_hidden_size=128), SECTION)
+    out = write_export(tmp_path / "out", model, dtype, shard_bytes=400_000)
+    expected = model.state_dict()
+    loaded = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert loaded.keys() == expected.keys() and len(list(out.glob("*.safetensors"))) > 1
+    assert all(torch.equal(loaded[name], expected[name].to(dtype)) for name in expected)
+    found = places_of(out, list(expected))
+    whole = {name: place for name, place in found.items() if place.nbytes % 4096 == 0}
+    assert all(place.offset % 4096 == 0 for place in whole.values())
+    firsts = [name for name in whole if name.endswith("input.weight") and ".deepspeed_experts." in name]
+    assert len(firsts) == 2 * SECTION["num_experts"]
+    for name in firsts:
+        first, second = whole[name], whole[name.replace("input.weight", "output.weight")]
+        assert (second.file, second.offset) == (first.file, first.offset + first.nbytes)

@@ -20,7 +20,6 @@ from scmoe_ds.checkpoint.description import describe
 from scmoe_ds.checkpoint.export import export, open_weights
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE, write_weights
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.data.durable_files import file_entry
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.model import TrainedModel
@@ -32,7 +31,7 @@ from scmoe_ds.programs import analyze as analyze_program
 from scmoe_ds.programs import convert as convert_checkpoint
 from scmoe_ds.programs import evaluate as evaluate_program
 from scmoe_ds.programs import generate as generate_program
-from tests.helpers.exports import whole_model, write_export
+from tests.helpers.exports import sign, whole_model, write_export
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -42,14 +41,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     connect()
     model = whole_model(GPTSettings(2, 16, 2, 384, 16), {"num_experts": 4})
     return write_export(tmp_path_factory.mktemp("good") / "export", model)
-
-
-def sign(path: Path) -> Path:
-    """A manifest that agrees with what is there."""
-    (path / files.MANIFEST_FILE).unlink(missing_ok=True)
-    manifest = {file.name: file_entry(file) for file in path.iterdir()}
-    (path / files.MANIFEST_FILE).write_text(json.dumps(manifest))
-    return path
 
 
 def changed(good: Path, out: Path, name: str, change: Change | str) -> Path:

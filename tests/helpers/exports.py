@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scmoe_ds.checkpoint import files
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.safetensors_files import write_weights
 from scmoe_ds.checkpoint.tokenizer_files import describe, record
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.data.durable_files import file_entry
 from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
@@ -36,6 +39,14 @@ def write_export(
     if model.settings.vocab_size > ByteTokenizer().eod:
         description["tokenizer"] = record(describe(ByteTokenizer()), {})
     write_weights(path, weights, description, dtype, shard_bytes)
+    return path
+
+
+def sign(path: Path) -> Path:
+    """A manifest that agrees with what is there."""
+    (path / files.MANIFEST_FILE).unlink(missing_ok=True)
+    manifest = {file.name: file_entry(file) for file in path.iterdir()}
+    (path / files.MANIFEST_FILE).write_text(json.dumps(manifest))
     return path
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lab.distributed import environment_of_one
 from scmoe_ds.checkpoint.places import places_of
@@ -27,10 +28,12 @@ from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.offload.files import ExpertFileError
+from scmoe_ds.offload.pages import PAGE_BYTES
+from scmoe_ds.offload.readers import BufferedReader
 from scmoe_ds.offload.sources import PIECE_BYTES
 from scmoe_ds.offload.store import ExpertKey, ExpertStore
 from scmoe_ds.programs import generate as generate_program
-from tests.helpers.exports import whole_model, write_export
+from tests.helpers.exports import sign, whole_model, write_export
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 SETTINGS = GPTSettings(4, 32, 4, 384, 48)
@@ -78,10 +81,39 @@ def test_offloaded_equals_resident(architecture: str, tmp_path: Path) -> None:
             assert store.counts.migrations == (4 if shared else 8)  # each once: all fit
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_straight_read_is_a_buffered_read(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights go straight to their place, and nothing through a buffer. Files of safetensors' own writer, in which
+    they begin anywhere, give the same bits."""
+    settings = GPTSettings(2, 64, 4, 384, 16)
+    path = write_export(tmp_path / "export", whole_model(settings, {"num_experts": 4}), dtype, shard_bytes=500_000)
+    tokens = torch.randint(384, (2, 9), generator=torch.Generator().manual_seed(2))
+    expected, buffered = serve(path, "resident")[0](tokens).logits, BufferedReader.read
+    model, _ = serve(path, "offload-async", 2)
+    with monkeypatch.context() as patched:
+        patched.delattr(BufferedReader, "read")
+        assert torch.equal(model(tokens).logits, expected)
+    pieces = []
+    monkeypatch.setattr(BufferedReader, "read", lambda *args: pieces.append(args) or buffered(*args))
+    model, store = serve(by_safetensors(path), "offload-async", 2)
+    pieces.clear()
+    assert torch.equal(model(tokens).logits, expected)
+    assert store is not None and len(pieces) >= 2 * store.counts.migrations
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_file_of_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     path = write_export(tmp_path / "export", whole_model(SETTINGS, {"num_experts": 4}), dtype)
     assert generated(serve(path, "offload-async", 2)[0]) == generated(serve(path, "resident")[0])
+
+
+def by_safetensors(path: Path) -> Path:
+    """An export with files of safetensors' own writer: tensors begin where the one before ends."""
+    for file in path.glob("*.safetensors"):
+        save_file(load_file(file), file)
+    return sign(path)
 
 
 def test_experts_larger_than_a_piece(tmp_path: Path) -> None:
@@ -91,7 +123,7 @@ def test_experts_larger_than_a_piece(tmp_path: Path) -> None:
     assert PIECE_BYTES < 520 * 4 * 520 * 4
     tokens = torch.randint(384, (2, 9), generator=torch.Generator().manual_seed(2))
     expected = serve(path, "resident")[0](tokens).logits
-    assert torch.equal(serve(path, "offload-async", 2)[0](tokens).logits, expected)
+    assert torch.equal(serve(by_safetensors(path), "offload-async", 2)[0](tokens).logits, expected)
 
 
 @pytest.mark.parametrize("moe_every", [1, 2])
@@ -131,9 +163,9 @@ def test_the_cache_has_places_for_what_exists(
     taken = []
     original = ExpertStore.__init__
 
-    def note(self: ExpertStore, source: Any, names: Any, slots: Any) -> None:
+    def note(self: ExpertStore, source: Any, names: Any, slots: Any, num_layers: int) -> None:
         taken.append(len(slots))
-        original(self, source, names, slots)
+        original(self, source, names, slots, num_layers)
 
     monkeypatch.setattr(ExpertStore, "__init__", note)
     flags = ["--load", str(export), "--prompt", "ab", "--max-new-tokens", "2", "--experts", "offload-async"]
@@ -227,8 +259,10 @@ def test_trace_of_a_pass(export: Path, tmp_path: Path, capsys: pytest.CaptureFix
             own = [e for _, e in spans if e["name"] == "experts" and e["args"]["layer"] == facts["layer"]]
             assert event["ts"] + event["dur"] <= own[0]["ts"] + own[0]["dur"]
     read, copied = ({key[1:]: size for key, size in moved.items() if key[0] == kind} for kind in ("read", "copy"))
-    assert read == copied and {layer for layer, _ in read} == {0, 1}
-    assert set(read.values()) == {4 * sum(p.numel() for p in MLP(SETTINGS).parameters())}
+    assert read.keys() == copied.keys() and {layer for layer, _ in read} == {0, 1}
+    sizes = [4 * parameter.numel() for parameter in MLP(SETTINGS).parameters()]
+    assert set(read.values()) == {sum(size for size in sizes if size % PAGE_BYTES == 0)}, "weights, read to their place"
+    assert set(copied.values()) == {sum(size for size in sizes if size % PAGE_BYTES)}, "biases"
     assert {"compute", "communication", "reader 1: copy", "reader 2: read"} <= set(threads.values())
 
     assert generate_program.main([*flags, "--scmoe-trace", "9"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,10 +30,10 @@ class _Events:
         return _Arrival()
 
 
-def store_of(places: int) -> tuple[ExpertStore, list[str]]:
+def store_of(places: int, layers: int = 1) -> tuple[ExpertStore, list[str]]:
     source = _Events()
     slots = [nn.Linear(1, 1, bias=False) for _ in range(places)]
-    return ExpertStore(source, lambda key: {"weight": f"e{key.layer}{key.expert}"}, slots), source.seen
+    return ExpertStore(source, lambda key: {"weight": f"e{key.layer}{key.expert}"}, slots, layers), source.seen
 
 
 def keys(*names: str) -> list[ExpertKey]:
@@ -53,6 +54,30 @@ def test_least_recently_used_goes() -> None:
         use(store, keys(name))
     assert [event for event in seen if event.startswith("load")] == ["load e00", "load e01", "load e02", "load e01"]
     assert (store.counts.used, store.counts.hits, store.counts.migrations) == (6, 2, 4)
+
+
+def passes(store: ExpertStore, *needed: str) -> list[int]:
+    """Migrations of each pass; a word has the experts that it needs."""
+    counts = [store.counts.migrations]
+    for word in needed:
+        for name in word.split():
+            store.fetch(keys(name))
+            use(store, keys(name))
+        counts.append(store.counts.migrations)
+    return [after - before for before, after in pairwise(counts)]
+
+
+def test_the_expert_goes_whose_turn_is_farthest_away() -> None:
+    """Fewer places than layers: the least recently used expert is that of the next layer, and none would be found."""
+    same = ["00 10 20 30"] * 4
+    assert passes(store_of(3, layers=4)[0], *same) == [4, 1, 1, 2]  # Belady: every third
+    assert passes(store_of(3)[0], *same) == [4, 4, 4, 4]
+
+
+def test_an_expert_that_is_no_longer_needed_goes_first() -> None:
+    """The one that has let its turns pass, though its layer's turn comes before that of others."""
+    store, _ = store_of(3, layers=2)
+    assert passes(store, "00 10", "01 10", "01 10", "01 11", "01 10") == [2, 1, 0, 1, 0]
 
 
 def test_more_experts_than_places_stream_through() -> None:
