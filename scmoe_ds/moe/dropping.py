@@ -33,10 +33,6 @@ class Thresholds:
     skip: float
     halve: float
 
-    def scaled(self, factor: float) -> Thresholds:
-        """Both times a factor."""
-        return Thresholds(self.skip * factor, self.halve * factor)
-
 
 @dataclass(frozen=True)
 class Places:

@@ -3,11 +3,12 @@
     r_d = rows of rank d / mean rows of a rank        T_d = T_max * min(1, r_d)
 
 All ranks wait for the fullest one, so what is dropped on the others saves no time. The sources leave open whether it is
-T_max that is scaled; here it is, both thresholds alike. So the rate over all ranks is that of T_max or less.
+T_max that is scaled; here it is. And T_max is that of the step: the one with which all ranks together drop the wanted
+rate, by the calibrated curve. With even loads it is the threshold of that rate; otherwise it is higher.
 
-The thresholds come in levels, T_max * g / (levels - 1). A rank tells each other one how many rows it has for it at each
-level, and how many rows it has for every rank. From the second all ranks know all loads and take the same levels; from
-the first each then knows what it will get. So the decision takes no other exchange than that of the row counts.
+Thresholds come in levels. A rank tells each other one how many rows it has for it at each level, and how many rows it
+has for every rank. From the second all ranks know all loads and take the same levels; from the first each then knows
+what it will get. So the decision takes no other exchange than that of the row counts.
 
 Shape suffixes: T tokens, K choices of a token, E experts, L local experts, P ranks, G levels, X numbers of a notice, Y
 counts of a level: rows of each place, and of tokens where a token has one row per rank.
@@ -27,41 +28,57 @@ from scmoe_ds.moe.experts import to_device
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.slices import TokenSlices
 
-LEVELS = 8
-"""Of thresholds: a step is a seventh of T_max. A notice has as many counts as there are levels, a kilobyte for 8 local
-experts, and a finer step would change few choices."""
+_MILLIONTHS = 10**6
 
 
-def levels_of(loads_P: Sequence[int], levels: int) -> list[int]:
-    """The level of each rank: that nearest to min(1, load / mean load) of the highest. Whole numbers on all ranks.
+class Levels:
+    """The thresholds from which a layer's are chosen.
 
-    >>> levels_of([100, 50, 0, 250], 8)
-    [7, 4, 0, 7]
+    The choice adds up whole numbers and rounds nothing else than single products, so that all ranks choose alike.
+
+    Args:
+        rates: share of computation that each level leaves out, rising from 0.
+        thresholds: of each.
+        wanted: the rate of all ranks together.
     """
-    total, ranks, top = sum(loads_P), len(loads_P), levels - 1
-    return [min(top, (2 * load * ranks * top + total) // (2 * total)) if total else 0 for load in loads_P]
+
+    def __init__(self, rates: Sequence[float], thresholds: Sequence[Thresholds], wanted: float) -> None:
+        self.thresholds = list(thresholds)
+        self._rates_G = torch.tensor([round(_MILLIONTHS * rate) for rate in rates])
+        self._wanted = round(_MILLIONTHS * wanted)
+        self._middle_G = torch.tensor([(each.skip + each.halve) / 2 for each in thresholds], dtype=torch.float64)
+        self._bounds = (self._middle_G[1:] + self._middle_G[:-1]) / 2
+
+    def __len__(self) -> int:
+        return len(self.thresholds)
+
+    def of_ranks(self, loads_P: Tensor) -> Tensor:
+        """[P] int64 rows for each rank → [P] int64 its level: nearest to T_max * min(1, r_d), with the T_max that comes
+        nearest to the wanted rate."""
+        total = loads_P.sum().clamp(min=1)
+        part_P = (loads_P.double() * len(loads_P) / total).clamp(max=1)
+        level_GP = torch.bucketize(self._middle_G.unsqueeze(1) * part_P, self._bounds)
+        off_G = ((self._rates_G[level_GP] * loads_P).sum(1) - self._wanted * total).abs()
+        return level_GP[off_G.argmin()]
 
 
 class LoadAwareRule:
-    """An early rule (moe/early.py).
-
-    Tensor-parallel size 1 and one chunk; `require_load_aware` of scmoe_ds.inference.dropping sees to that.
+    """An early rule (moe/early.py). Tensor-parallel size 1 and one chunk.
 
     Args:
-        highest: T_max of this layer.
+        levels: of this layer.
         places: of a rank.
         device: of the layer.
 
     Attributes:
-        chosen: the level of each rank in the last routing.
+        chosen: [P] int64 the level of each rank in the last routing.
     """
 
-    def __init__(self, highest: Thresholds, places: Places, device: torch.device, levels: int = LEVELS) -> None:
-        self.places, self.counts, self.levels = places, DropCounts(device), levels
-        each = [highest.scaled(level / (levels - 1)) for level in range(levels)]
-        self._skip_G = torch.tensor([thresholds.skip for thresholds in each], dtype=torch.float32, device=device)
-        self._halve_G = torch.tensor([thresholds.halve for thresholds in each], dtype=torch.float32, device=device)
-        self.chosen: list[int] = []
+    def __init__(self, levels: Levels, places: Places, device: torch.device) -> None:
+        self.levels, self.places, self.counts = levels, places, DropCounts(device)
+        self._skip_G = torch.tensor([each.skip for each in levels.thresholds], dtype=torch.float32, device=device)
+        self._halve_G = torch.tensor([each.halve for each in levels.thresholds], dtype=torch.float32, device=device)
+        self.chosen = torch.zeros(0, dtype=torch.int64)
 
     def notice(self, routing: Routing, slices: TokenSlices) -> Tensor:
         """[P, X] int64: for each level the rows for each place of the rank, and then this rank's rows for every one."""
@@ -72,7 +89,7 @@ class LoadAwareRule:
             torch.bucketize(criterion_KT, bounds_G, right=True) * (1 if kept_KT is None else kept_KT)
             for bounds_G in (self._skip_G, self._halve_G)
         )
-        shape = ranks, self.places.local_experts, self.levels
+        shape = ranks, self.places.local_experts, len(self.levels)
         computed_PLG = self._at_levels(choices.expert_KT, computed_KT, len(choices.rows_E)).view(shape)
         counts = [computed_PLG]
         if self.places.halves == 2:
@@ -87,24 +104,23 @@ class LoadAwareRule:
     def decide(self, routing: Routing, slices: TokenSlices, own_PX: Tensor, told_PX: Tensor) -> Decision:
         """The choices that each rank's level leaves. Known without another exchange: what this rank sends and gets."""
         ranks, rank = slices.group_size, slices.rank
-        loads_P = told_PX[:, -ranks:].sum(0).tolist()
-        self.chosen = levels_of(loads_P, self.levels)
-        own_PGY, told_PGY = (each[:, :-ranks].unflatten(1, (self.levels, -1)) for each in (own_PX, told_PX))
-        sent_PY = own_PGY[torch.arange(ranks), torch.tensor(self.chosen)]
-        level_P = to_device(torch.tensor(self.chosen), routing.choices.expert_KT.device)
+        self.chosen = chosen_P = self.levels.of_ranks(told_PX[:, -ranks:].sum(0))
+        own_PGY, told_PGY = (each[:, :-ranks].unflatten(1, (len(self.levels), -1)) for each in (own_PX, told_PX))
+        sent_PY, received_PY = own_PGY[torch.arange(ranks), chosen_P], told_PGY[:, chosen_P[rank]]
+        level_P = to_device(chosen_P, routing.choices.expert_KT.device)
         rank_KT = self._rank_of(routing.choices.expert_KT)
         skip_KT, halve_KT = (bounds_G.take(level_P).take(rank_KT) for bounds_G in (self._skip_G, self._halve_G))
         dropped = drop(routing, skip_KT, halve_KT, self.places, ranks)
         self.counts.add(routing, dropped, self.places)
-        return Decision(dropped, (sent_PY, told_PGY[:, self.chosen[rank]]))
+        return Decision(dropped, (sent_PY, received_PY))
 
     def _rank_of(self, expert_KT: Tensor) -> Tensor:
         return expert_KT.div(self.places.local_experts, rounding_mode="floor")
 
     def _at_levels(self, expert_KT: Tensor, below_KT: Tensor, experts: int) -> Tensor:
         """[E, G] int64 of choices, each of which counts at the levels below a number."""
-        number_EG = expert_KT.new_zeros(experts * (self.levels + 1))
-        key_X = (expert_KT * (self.levels + 1) + below_KT).flatten()
+        number_EG = expert_KT.new_zeros(experts * (len(self.levels) + 1))
+        key_X = (expert_KT * (len(self.levels) + 1) + below_KT).flatten()
         number_EG.scatter_add_(0, key_X, torch.ones_like(key_X))
         return _above(number_EG.view(experts, -1))
 

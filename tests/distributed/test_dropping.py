@@ -17,12 +17,13 @@ from scmoe_ds.moe.dropping import DropRule, Places, Thresholds, criterion
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.halves import HalvedExperts
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.load_aware import LEVELS, LoadAwareRule, levels_of
+from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
 from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of
 from tests.helpers import reference
 
 HIDDEN, EXPERTS, TOKENS, RANKS = 8, 8, (30, 50), 2
 LOCAL, CPU = EXPERTS // RANKS, torch.device("cpu")
+LEVELS = 8
 KINDS = ("none", "1t", "2t", "1t load-aware", "2t load-aware")
 
 
@@ -42,6 +43,12 @@ def thresholds_of(k: int, kind: str) -> Thresholds:
     return Thresholds(T, T) if kind.startswith("1t") else Thresholds(T * 0.8, T * 1.2)
 
 
+def levels_of(k: int, kind: str) -> Levels:
+    """Up to these thresholds, each of which is said to leave out as much as it is of them."""
+    parts, highest = [number / (LEVELS - 1) for number in range(LEVELS)], thresholds_of(k, kind)
+    return Levels(parts, [Thresholds(highest.skip * part, highest.halve * part) for part in parts], 0.6)
+
+
 def passes(k: int) -> dict[str, Any]:
     """Of each kind of dropping: outputs, bytes, collectives, what was counted, and levels."""
     rank, found = dist.get_rank(), {}
@@ -57,13 +64,15 @@ def passes(k: int) -> dict[str, Any]:
     try:
         for kind in KINDS:
             layer = layer_of(k)
-            tokens_TD += 0.5 * layer.deepspeed_moe.gate.wg.weight.detach()[0] * (kind == "none")  # rank 0 has more
+            tokens_TD += (
+                0.4 * layer.deepspeed_moe.gate.wg.weight.detach()[:LOCAL].sum(0) * (kind == "none")
+            )  # rank 0 has more
             places = Places(LOCAL, 1 if kind.startswith("1t") else 2)
             rule: Any = None
             if kind.startswith("2t"):
                 layer.deepspeed_moe.experts = HalvedExperts(layer.deepspeed_moe.experts)
             if kind.endswith("load-aware"):
-                layer.early_rule = rule = LoadAwareRule(thresholds_of(k, kind), places, CPU)
+                layer.early_rule = rule = LoadAwareRule(levels_of(k, kind), places, CPU)
             elif kind != "none":
                 layer.routing_rule = rule = DropRule(thresholds_of(k, kind), places, CPU)
             launched.append([])
@@ -75,7 +84,7 @@ def passes(k: int) -> dict[str, Any]:
                 "bytes": sum(launched[-1]),
                 "collectives": len(launched[-1]),
                 "counts": None if rule is None else rule.counts.read(),
-                "levels": getattr(rule, "chosen", None),
+                "levels": rule.chosen.tolist() if kind.endswith("load-aware") else None,
             }
     finally:
         Transport.launch = launch  # type: ignore[method-assign]
@@ -175,10 +184,11 @@ def test_levels_are_those_of_the_loads_on_all_ranks(found: dict[int, list[dict[s
         for chosen in each["pairs"]:
             for expert, _ in chosen:
                 loads[expert // LOCAL] += 1
-    expected = levels_of(loads, LEVELS)
-    assert max(expected) == LEVELS - 1 > min(expected)
+    expected = levels_of(k, "1t").of_ranks(torch.tensor(loads)).tolist()
+    assert loads[0] != loads[1] and expected[0] != expected[1]
     for each in found[k]:
-        assert each["1t load-aware"]["levels"] == each["2t load-aware"]["levels"] == expected
+        for kind in ("1t load-aware", "2t load-aware"):
+            assert each[kind]["levels"] == levels_of(k, kind).of_ranks(torch.tensor(loads)).tolist()
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -200,8 +210,8 @@ def numbers(kind: str, k: int) -> int:
     return LEVELS * one_level + RANKS if kind.endswith("load-aware") else one_level
 
 
-def test_load_aware_thresholds_leave_out_less_and_are_told_alike(found: dict[Any, list[Any]]) -> None:
+def test_what_was_left_out_is_told_alike_on_all_ranks(found: dict[Any, list[Any]]) -> None:
     (load_aware, paused, plain), other = found["attached"]
     assert (load_aware, paused, plain) == other
-    assert 0 < load_aware.dropped < plain.dropped and load_aware.halved > 0
+    assert 0 < load_aware.skipped < load_aware.dropped < 1 and plain.dropped > 0
     assert paused.dropped == 0

@@ -16,7 +16,7 @@ from scmoe_ds.moe.gate import Routing, route
 from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
 from scmoe_ds.moe.kernels import Kernels, torch_product
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.load_aware import levels_of
+from scmoe_ds.moe.load_aware import Levels
 from tests.helpers import reference
 
 HIDDEN, EXPERTS, TOKENS = 8, 4, 40
@@ -168,7 +168,16 @@ def test_a_routing_without_scores_is_refused() -> None:
 
 
 def test_levels_follow_the_loads() -> None:
-    assert levels_of([10, 10, 10], 8) == [7, 7, 7]
-    assert levels_of([0, 0], 8) == [0, 0]
-    assert levels_of([1, 3], 8) == [4, 7]  # half of the mean: 3.5 of 7
-    assert levels_of([0, 9, 1, 0], 4) == [0, 3, 1, 0]
+    """Rates that rise with the threshold: 0.1 of the computation for each 0.1 of it; 0.25 are wanted."""
+    rates = [number / 10 for number in range(7)]
+    levels = Levels(rates, [Thresholds(rate - 0.01, rate + 0.01) for rate in rates], 0.25)
+
+    def of_ranks(*loads: int) -> list[int]:
+        return levels.of_ranks(torch.tensor(loads)).tolist()
+
+    assert of_ranks(10, 10, 10) in ([2, 2, 2], [3, 3, 3])
+    assert of_ranks(1, 3) == [1, 3]  # r = 0.5 and 1.5: 0.25 · 0.1 + 0.75 · 0.3 = 0.25 of all
+    assert of_ranks(9, 1) in ([2, 0], [3, 1]), of_ranks(9, 1)
+    assert of_ranks(100, 1, 1) in ([2, 0, 0], [3, 0, 0])
+    assert of_ranks(60, 40, 16) == [3, 3, 1]
+    assert of_ranks(0, 0) == [0, 0]

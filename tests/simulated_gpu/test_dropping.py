@@ -11,7 +11,7 @@ from lab.distributed import run_distributed
 from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.moe.dropping import DropRule, Places, Thresholds
 from scmoe_ds.moe.halves import HalvedExperts
-from scmoe_ds.moe.load_aware import LoadAwareRule
+from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
 from tests.simulated_gpu.cases import Case, build
 from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 
@@ -21,6 +21,7 @@ CASES = [
     Case("scmoe", "pos2", 2, 1, top_k=2, trained=False),
     Case("pipelined_topk", "pos2", 1, 1, top_k=2, trained=False, swiglu=True, drop_tokens=False, dtype=torch.bfloat16),
 ]
+LEVELS = Levels([0, 0.2, 0.4], [Thresholds(0, 0), Thresholds(0.2, 0.4), Thresholds(0.3, 0.5)], 0.3)
 Rule = Callable[[StagedPair, torch.device], Any]
 
 
@@ -41,7 +42,7 @@ def halves(pair: StagedPair, device: torch.device) -> DropRule:
 
 def load_aware(pair: StagedPair, device: torch.device) -> LoadAwareRule:
     pair.layer.deepspeed_moe.experts = HalvedExperts(pair.layer.deepspeed_moe.experts)
-    pair.layer.early_rule = rule = LoadAwareRule(Thresholds(0.3, 0.5), Places(2, 2), device)
+    pair.layer.early_rule = rule = LoadAwareRule(LEVELS, Places(2, 2), device)
     return rule
 
 
