@@ -149,7 +149,7 @@ def train_step(
 ) -> Findings:
     """What `check_step` does inside its world, where `storages` counts; without fakes in a real one."""
     check_accelerator(loaded.whole)
-    loaded.section.check_world(place.ranks, place.tensor_parallel)
+    loaded = loaded.in_world(place.ranks, place.tensor_parallel)
     tensor.start_tensor_parallel(place.tensor_parallel)
     replicas = tensor.data_parallel_size()
     micro_batch_size, accumulation_steps = batch_sizes(loaded.whole, replicas)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Union
 
 from scmoe_ds.config.deepspeed_json import load_deepspeed_json
@@ -22,6 +22,12 @@ class LoadedConfig:
 
     whole: Mapping[str, Any]
     section: ScMoEConfig
+
+    def in_world(self, ranks: int, tensor_parallel: int = 1) -> LoadedConfig:
+        """The same for so many ranks: `ScMoEConfig.over_tensor_parallel`. Raises a ScMoEConfigError for a section that
+        does not fit their number."""
+        self.section.check_world(ranks, tensor_parallel)
+        return replace(self, section=self.section.over_tensor_parallel(tensor_parallel))
 
 
 Source = Union[str, "os.PathLike[str]", Mapping[str, Any], LoadedConfig]

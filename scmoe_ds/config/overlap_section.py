@@ -6,7 +6,7 @@ import inspect
 from typing import Any, Literal, Union, get_args
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, StrictBool, ValidationInfo, field_validator
 
 from scmoe_ds.config.deepspeed_values import unquoted
 from scmoe_ds.config.limits import MOST_CHUNKS
@@ -38,7 +38,11 @@ class Section(DeepSpeedConfigModel):
         kind = cls.model_fields[str(info.field_name)].annotation
         for number in value if isinstance(value, list) else ():
             _check_number_of_list(number)
-        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+        if (
+            isinstance(value, bool)
+            and kind is not bool
+            and not any(each in (bool, StrictBool) for each in get_args(kind))
+        ):
             is_object = info.field_name in ("overlap", "router", "adapt", "base", "distill")
             remedy = "an object, {…}" if is_object else "a number or a name"
             raise ValueError(f"is true or false; write {remedy}")

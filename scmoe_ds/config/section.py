@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from scmoe_ds.config.adapt_section import OBJECTS_OF_ADAPT, AdaptConfig, section_of_base
 from scmoe_ds.config.deepspeed_json import AnyConfig, load_deepspeed_json
@@ -37,6 +37,7 @@ from scmoe_ds.config.section_rules import (
     rules_of_layers,
     rules_of_router,
     rules_of_slots,
+    rules_of_world,
 )
 from scmoe_ds.errors import ScMoEConfigError
 
@@ -93,10 +94,13 @@ class ScMoEConfig(Section):
         "auto: cg1, for overlapped_shared_expert DeepSpeed's cg2.",
     )
     expert_parallel_size: int = Field(1, ge=1, strict=True, description="Ranks that share one set of experts.")
-    expert_tensor_parallelism: bool = Field(
+    expert_partition: int = Field(
+        1, ge=1, strict=True, description="Parts of each routed expert, placed and saved as experts; 1: it is whole."
+    )
+    expert_tensor_parallelism: Union[StrictBool, Literal["partition"]] = Field(
         False,
-        strict=True,
-        description="Split each expert over tensor parallel ranks (no effect without tensor parallelism).",
+        description="Split each expert over tensor parallel ranks: true divides its products, partition (S-ETP) makes "
+        "parts that tokens are sent to (no effect without tensor parallelism).",
     )
     router: RouterConfig = Field(default_factory=RouterConfig)
     capacity_factor: float = Field(2.0, gt=0, description="Tokens per expert in training, relative to an even split.")
@@ -282,15 +286,14 @@ class ScMoEConfig(Section):
         Raises:
             ScMoEConfigError: an expert-parallel size that does not fit the world size or the tensor-parallel one.
         """
-        ep, tp, divided = self.expert_parallel_size, tensor_parallel_size, self.expert_tensor_parallelism
-        if world_size % tp:
-            raise ScMoEConfigError(
-                f"--tensor-model-parallel-size {tp}: must divide the world size {world_size}; {more_ranks(tp)}"
-            )
-        rules = {
-            f"must divide the world size {world_size}; {more_ranks(ep)}": world_size % ep > 0,
-            f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; change it, or "
-            "set expert_tensor_parallelism to false": divided and world_size // tp % ep > 0,
-            f"it or --tensor-model-parallel-size {tp} must divide the other": not divided and ep % tp > 0 < tp % ep,
-        }
-        self._require([("expert_parallel_size", broken, rule) for rule, broken in rules.items()])
+        if world_size % (tp := tensor_parallel_size):
+            rule = f"must divide the world size {world_size}; {more_ranks(tp)}"
+            raise ScMoEConfigError(f"--tensor-model-parallel-size {tp}: {rule}")
+        self._require(rules_of_world(self, world_size, tp))
+
+    def over_tensor_parallel(self, ranks: int) -> ScMoEConfig:
+        """`expert_tensor_parallelism` "partition" said by `expert_partition` and `expert_parallel_size`."""
+        if self.expert_tensor_parallelism != "partition":
+            return self
+        sizes = {name: getattr(self, name) * ranks for name in ("expert_partition", "expert_parallel_size")}
+        return self.model_copy(update={**sizes, "expert_tensor_parallelism": False})

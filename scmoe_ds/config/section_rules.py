@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from scmoe_ds.config.messages import counted
+from scmoe_ds.config.messages import counted, more_ranks
 
 Rule = tuple[str, bool, str]
 """A field, whether its value breaks the rule, and the rule with the remedy."""
@@ -20,7 +20,10 @@ def rules_of_layers(section: Any) -> Iterator[Rule]:
     dgmoe = section.architecture == "dgmoe"
     yield "num_experts", not counts, "needs at least one number, one per MoE layer"
     yield "num_experts", fewest < 1, "each number must be at least 1"
-    yield "num_experts", any(n % ep for n in counts), f"must be divisible by scmoe.expert_parallel_size = {ep}"
+    parts = section.expert_partition
+    places = "must" if parts == 1 else f"times expert_partition = {parts} must"
+    uneven = any(n * parts % ep for n in counts)
+    yield "num_experts", uneven, f"{places} be divisible by scmoe.expert_parallel_size = {ep}"
     yield "top_k", k < 1, "must be at least 1"
     of_model = section.replace and "num_experts" not in section.model_fields_set  # layers that exist have their numbers
     yield "top_k", k > fewest and not of_model, f"cannot exceed the number of experts ({fewest})"
@@ -48,6 +51,36 @@ def rules_of_layers(section: Any) -> Iterator[Rule]:
             "with an MoE in every block (moe_every = 1) the preceding block has no plain MLP to overlap; "
             "use pos1, which already gives the longest window",
         )
+    yield from _rules_of_parts(section)
+
+
+def _rules_of_parts(section: Any) -> Iterator[Rule]:
+    """What experts in parts require."""
+    divided, own = section.expert_partition > 1, section.architecture in ("topk", "shared_expert")
+    same = {"topk": "pipelined_topk", "shared_expert": "overlapped_shared_expert"}.get(section.architecture)
+    rule = f"DeepSpeed's own layers know no parts; set architecture {same}"
+    yield "expert_partition", divided and own, rule
+    of_model = section.replace or section.architecture == "as_is"
+    yield "expert_partition", divided and of_model, "is for models of this package; remove it"
+    twice = divided and section.expert_tensor_parallelism is True
+    yield "expert_partition", twice, "parts are not divided again; set expert_tensor_parallelism to false"
+    if section.expert_tensor_parallelism == "partition":
+        yield "expert_tensor_parallelism", own, rule
+        yield "expert_tensor_parallelism", of_model, "parts are for models of this package; set true or false"
+
+
+def rules_of_world(section: Any, world_size: int, tp: int) -> Iterator[Rule]:
+    """Expert-parallel sizes against numbers of ranks."""
+    field, ep, divided = "expert_parallel_size", section.expert_parallel_size, section.expert_tensor_parallelism
+    yield field, world_size % ep > 0, f"must divide the world size {world_size}; {more_ranks(ep)}"
+    yield (
+        field,
+        bool(divided) and world_size // tp % ep > 0,
+        f"with expert_tensor_parallelism it must divide the {world_size // tp} data-parallel ranks; change it, or set "
+        "expert_tensor_parallelism to false",
+    )
+    other = not divided and ep % tp > 0 < tp % ep
+    yield field, other, f"it or --tensor-model-parallel-size {tp} must divide the other"
 
 
 def rules_of_slots(section: Any) -> Iterator[Rule]:

@@ -84,6 +84,7 @@ def initialize(
     model_parameters = listed(model_parameters)
     _check(whole, section, model, optimizer, model_parameters)
     mpu = _model_parallel_unit(mpu)
+    section = section.over_tensor_parallel(bwc_tensor_model_parallel_world_size(mpu))
     handed_on = (training_data, lr_scheduler, distributed_port, mpu, dist_init_required, collate_fn)
     own = [name for name, each in (("optimizer", optimizer), ("scheduler", lr_scheduler)) if each is not None]
     sources = (_on_this_rank(whole, own), mesh_param)

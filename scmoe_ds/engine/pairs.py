@@ -20,6 +20,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.partition import whole_experts
 from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.schedule_text import names_text, schedule_lines
@@ -108,7 +109,8 @@ def _check_sizes(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
     for index, (name, layer) in enumerate(layers):
         own = config.of_layer(index)
         sizes: dict[str, tuple[Any, Any]] = {
-            "num_experts": (own.experts_of(index), layer.num_experts),
+            "num_experts": (own.experts_of(index), whole_experts(layer)),
+            "expert_partition": (own.expert_partition, layer.num_experts // whole_experts(layer)),
             "top_k": (own.top_k, layer.deepspeed_moe.gate.k),
             "expert_parallel_size": (own.expert_parallel_size, layer.ep_size),
             "merge": (own.merge, getattr(layer, "merge", own.merge)),
@@ -163,6 +165,7 @@ def describe_pair(
         "hidden_size": layer.hidden_size,
         "num_experts": layer.num_experts,
         "top_k": layer.top_k,
+        "expert_partition": layer.num_experts // whole_experts(layer),
         "capacity_factor": config.capacity_factor if config.drop_tokens else None,
         "dispatch": layer.dispatch,
         "wire_dtype": layer.wire_dtype,

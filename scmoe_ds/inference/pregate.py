@@ -54,5 +54,7 @@ def _guess(pair: StagedPair, experts: OffloadedExperts, module: nn.Module, input
     read = block.moe_input(inputs[0]).flatten(0, -2).float()
     logits_TE = read @ gate.wg.weight.float().t()
     chosen_E = torch.zeros_like(logits_TE[0]).index_fill_(0, logits_TE.topk(gate.k, dim=1).indices.flatten(), 1)
+    if pair.layer.partition is not None:
+        chosen_E = chosen_E.repeat_interleave(pair.layer.partition.parts)
     chosen = [expert for expert, is_chosen in enumerate(chosen_E.tolist()) if is_chosen]  # the host waits for it
     experts.store.guess([ExpertKey(experts.layer, expert) for expert in chosen])

@@ -16,8 +16,9 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
 from scmoe_ds.models.parallel_layers import Group
 from scmoe_ds.moe.build import build_moe
+from scmoe_ds.moe.partition import mark_part
 from scmoe_ds.overlap.executor import Activations
-from scmoe_ds.parallel.tensor import mark_tensor_parallel, tensor_parallel_rule
+from scmoe_ds.parallel.tensor import Split, mark_tensor_parallel, tensor_parallel_rule
 
 
 class Block(nn.Module):
@@ -99,15 +100,20 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group
 
     The shared expert is divided among the tensor-parallel ranks; a routed expert only where the section says so.
     """
-    divisible = config.expert_tensor_parallelism
-    routed_mlp = MLP(settings, group if divisible else None, config.moe_ffn_hidden_size)
+    divisible, parts = config.expert_tensor_parallelism, config.expert_partition
+    width = (config.moe_ffn_hidden_size or settings.ffn_hidden_size) // parts
+    routed_mlp = MLP(settings, group if divisible else None, width)
     shared_width = config.moe_shared_expert_intermediate_size
     layer = build_moe(config, settings.hidden_size, routed_mlp, num_experts)
     for copied in layer.deepspeed_moe.experts.deepspeed_experts:  # copies of a parameter lose what was noted on it
         for original, parameter in zip(routed_mlp.parameters(), copied.parameters(), strict=True):
-            rule = tensor_parallel_rule(original) if divisible else None
+            rule = tensor_parallel_rule(original)
+            if parts > 1:
+                whole = None if rule is None else Split(rule.dim, tuple(parts * size for size in rule.sections))
+                mark_part(parameter, parts, whole)
+            rule = rule if divisible else None
             mark_tensor_parallel(parameter, rule, divided=rule is not None and group is not None)
-    alike = group is None and shared_width == config.moe_ffn_hidden_size
+    alike = group is None and shared_width == config.moe_ffn_hidden_size and parts == 1
     if layer.use_residual and not alike:
         layer.mlp = MLP(settings, group, shared_width)  # DeepSpeed's would be of one form with the routed experts
     return layer

@@ -16,6 +16,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from scmoe_ds.config.messages import fail
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.distillation import TEXT_ALONE, Targets, masked_mean
@@ -90,11 +91,13 @@ class GPT(nn.Module):
         recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
+        config = config.over_tensor_parallel(size_of(group))
         config.check_model(settings.num_layers)
         _check_late_join(settings, config, recompute)
         divided = config.moe_ffn_hidden_size if config.expert_tensor_parallelism else None
         shared = config.moe_shared_expert_intermediate_size
         widths = {"--moe-ffn-hidden-size": divided, "--moe-shared-expert-intermediate-size": shared}
+        _check_partition(settings, config)
         settings.check_tensor_parallel(size_of(group), widths)
         self.settings, self.config, self.group = settings, config, group
         self.sequence = sequence = sequence or settings.max_position_embeddings
@@ -218,6 +221,12 @@ def _check_late_join(settings: GPTSettings, config: ScMoEConfig, recompute: Reco
             'scmoe.join = "late": --recompute-granularity full repeats one pair at a time, but a combine ends in the '
             "next one; use selective, or set scmoe.join to end"
         )
+
+
+def _check_partition(settings: GPTSettings, config: ScMoEConfig) -> None:
+    width, parts = config.moe_ffn_hidden_size or settings.ffn_hidden_size, config.expert_partition
+    if width % parts:
+        raise fail("scmoe.expert_partition", parts, f"must divide the {width} neurons of an expert; use another number")
 
 
 def apart(part: Tensor) -> Tensor:

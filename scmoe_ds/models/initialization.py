@@ -11,7 +11,8 @@ import hashlib
 import torch
 from torch import nn
 
-from scmoe_ds.moe.placement import global_names
+from scmoe_ds.moe.partition import part_of
+from scmoe_ds.moe.placement import expert_of, global_names, with_expert
 from scmoe_ds.parallel.tensor import shard, tensor_parallel_rank, tensor_parallel_rule, tensor_parallel_size
 
 
@@ -31,12 +32,19 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
                 continue
             scale = std / (2 * num_layers) ** 0.5 if name.endswith(".output.weight") else std
-            rule, shape = tensor_parallel_rule(parameter), list(parameter.shape)
+            rule, shape, whole_name, part = tensor_parallel_rule(parameter), list(parameter.shape), names[name], 0
+            divided = part_of(parameter)
+            if divided is not None:  # an expert's parts start as what it would have been
+                rule, (expert, part) = divided.rule, divmod(expert_of(whole_name), divided.parts)
+                whole_name = with_expert(whole_name, expert)
             if rule is not None:
                 shape[rule.dim] = sum(rule.sections)
-            generator = _generator(seed, names[name])
+            generator = _generator(seed, whole_name)
             whole = torch.empty(shape, dtype=parameter.dtype).normal_(0.0, scale, generator=generator)
-            parameter.copy_(shard(whole, rule, tensor_parallel_rank(), tensor_parallel_size()))
+            if divided is not None:
+                parameter.copy_(divided.of(whole, part))
+            else:
+                parameter.copy_(shard(whole, rule, tensor_parallel_rank(), tensor_parallel_size()))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -7,10 +7,13 @@ from typing import Any
 from deepspeed.moe.layer import MoE
 from torch import nn
 
+from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.moe.converted import ConvertedMoE
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.partition import divide_experts
+from scmoe_ds.moe.router import equip
 from scmoe_ds.moe.shortcut import DGMoE, ScMoE
 
 
@@ -30,7 +33,7 @@ def build_moe(
         config: all settings but the sizes.
         hidden_size: last dimension of the layer's input.
         expert: is copied once per local expert; a shared expert is this very module.
-        num_experts: of all ranks together.
+        num_experts: of all ranks together, before `config.expert_partition` divides them; `expert` is of one part.
         architecture, top_k: used instead of the section's.
         unequal: for DeepSpeed's own classes: expert-parallel ranks may have different numbers of tokens.
 
@@ -41,7 +44,7 @@ def build_moe(
     arguments: dict[str, Any] = dict(
         hidden_size=hidden_size,
         expert=expert,
-        num_experts=num_experts,
+        num_experts=num_experts * config.expert_partition,
         ep_size=config.expert_parallel_size,
         k=top_k or config.top_k,
         capacity_factor=config.capacity_factor,
@@ -58,6 +61,17 @@ def build_moe(
         return admit_any_tokens(moe, config.gate_softmax, unequal, config.router)
     of_layer = ("dispatch", "gate_softmax", "wire_dtype", "router")
     arguments.update({field: getattr(config, field) for field in of_layer})
+    if config.expert_partition == 1:
+        return _staged(config, architecture, arguments)
+    layer = _staged(config, architecture, arguments | {"router": None})
+    divide_experts(layer, config.expert_partition)
+    if config.router != RouterConfig():
+        equip(layer.deepspeed_moe.gate, config.router)  # of as many experts as it chooses from now
+    return layer
+
+
+def _staged(config: ScMoEConfig, architecture: str, arguments: dict[str, Any]) -> StagedMoE:
+    """One of this package's layers."""
     if architecture == "dgmoe":
         return DGMoE(**arguments)
     if architecture == "pipelined_topk":

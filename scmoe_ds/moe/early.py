@@ -74,12 +74,15 @@ class Ruled(Protocol):
     """A layer with decisions between its gate and its dispatch."""
 
     training: bool
+    partition: RoutingRule | None
     routing_rule: RoutingRule | None
     early_rule: EarlyRule | None
 
 
 def apply_rule(layer: Ruled, routing: Routing) -> Routing:
-    """What the layer's routing rule makes of a routing."""
+    """What the layer's routing rule makes of a routing. Where experts run in parts, it reads choices of parts."""
+    if layer.partition is not None:
+        routing = layer.partition.apply(routing)
     rule = layer.routing_rule
     return routing if rule is None or (layer.training and not rule.in_training) else rule.apply(routing)
 

@@ -32,6 +32,7 @@ from scmoe_ds.moe.exchange import Exchange
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.identity import without_identity_rows
+from scmoe_ds.moe.partition import Partition, whole_experts
 from scmoe_ds.moe.parts import Parts
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel_rank, own_first_expert
 from scmoe_ds.moe.routed import RoutedTokens
@@ -65,6 +66,8 @@ class StagedMoE(MoE):
 
     name = "a MoE layer"
     """For messages; `scmoe_ds.initialize` numbers the layers."""
+    partition: Partition | None = None
+    """The experts are parts of those that the gate chooses from (`divide_experts`); None: they are whole."""
     routing_rule: RoutingRule | None = None
     early_rule: EarlyRule | None = None
     """Decisions between the gate and the dispatch (moe/early.py); None: there are none."""
@@ -243,7 +246,7 @@ class StagedMoE(MoE):
         facts = not (self.routing_rule is None and early is None) or getattr(experts, "notices", 0) > 0
         routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group, facts)
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
-        routing = without_identity_rows(replace(routing, weight_KT=weight_KT, l_aux=l_aux), self.num_experts)
+        routing = without_identity_rows(replace(routing, weight_KT=weight_KT, l_aux=l_aux), whole_experts(self))
         routing = apply_rule(self, routing)
         exact, deferred = self.dispatch == "exact", shortcut.is_cuda and not blocking
         exchange = Exchange(

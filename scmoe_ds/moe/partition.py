@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
 
 from scmoe_ds.moe.early import rerouted
 from scmoe_ds.moe.gate import Routing
+from scmoe_ds.parallel.tensor import Split, shard
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,52 @@ class Partition:
         parted = replace(routing, weight_KT=self.repeat(routing.weight_KT), score_KT=score_CT)
         return rerouted(parted, place_CT, kept_CT, self.num_experts * self.parts)
 
+    def whole(self, place_T: Tensor) -> Tensor:
+        """The experts of which places are parts; -1, where there is none, stays."""
+        return place_T.div(self.parts, rounding_mode="floor")
+
     def repeat(self, of_choice_KT: Tensor) -> Tensor:
         """[K, T] → [K * P, T], each choice's row P times in turn."""
         return of_choice_KT.repeat_interleave(self.parts, 0)
+
+
+def divide_experts(moe: MoE, parts: int) -> None:
+    """Makes the experts of a new layer parts of fewer ones, in place: its gate chooses from 1 / `parts` as many."""
+    gate = moe.deepspeed_moe.gate
+    num_experts = moe.num_experts // parts
+    weight = gate.wg.weight
+    gate.wg = nn.Linear(gate.wg.in_features, num_experts, bias=False, dtype=weight.dtype, device=weight.device)
+    moe.partition = Partition(parts, num_experts)
+
+
+def whole_experts(moe: MoE) -> int:
+    """Experts that a layer's gate chooses from. `num_experts` counts parts, each of which is an expert to DeepSpeed."""
+    partition: Partition | None = getattr(moe, "partition", None)
+    return int(moe.num_experts) if partition is None else partition.num_experts
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """What a parameter of a part is of the whole expert's.
+
+    Attributes:
+        parts: of the expert.
+        rule: how its neurons are divided; None: an output bias, of which each part has an equal share.
+    """
+
+    parts: int
+    rule: Split | None
+
+    def of(self, whole: Tensor, part: int) -> Tensor:
+        """Of a whole expert's parameter."""
+        return whole / self.parts if self.rule is None else shard(whole, self.rule, part, self.parts)
+
+
+def mark_part(parameter: Tensor, parts: int, rule: Split | None) -> None:
+    """Notes on a parameter that it is a part of a whole expert's; `rule` is the whole parameter's."""
+    parameter.part_of_expert = PartOf(parts, rule)  # type: ignore[attr-defined]  # a mark of ours
+
+
+def part_of(parameter: Tensor) -> PartOf | None:
+    """What `mark_part` noted; None: the parameter is whole."""
+    return getattr(parameter, "part_of_expert", None)

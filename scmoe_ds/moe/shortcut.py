@@ -246,10 +246,11 @@ class DGMoE(StagedMoE):
     def finish_in_parts(self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None) -> Parts:
         """As `finish`; the combines of both layers' choices go on."""
         self._require_own(routed)
+        first_T = routed.routing.expert_KT[0]
         current = self.begin(
             hidden_states,
             routed.routing.used_token,
-            exclude=routed.routing.expert_KT[0],
+            exclude=first_T if self.partition is None else self.partition.whole(first_T),
             blocking=routed.exchange.blocking,
             recorder=routed.exchange.recorder.renamed("current"),
         )

@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(args: argparse.Namespace, loaded: LoadedConfig) -> Summary:
     """One training job in a process group that exists."""
-    whole, ranks, given = loaded.whole, dist.get_world_size(), loaded
+    whole, ranks = loaded.whole, dist.get_world_size()
     require_same_flags(args, whole)
     check_accelerator(whole)
-    loaded.section.check_world(ranks, args.tensor_model_parallel_size)
+    given = loaded.in_world(ranks, args.tensor_model_parallel_size)
     tensor.start_tensor_parallel(args.tensor_model_parallel_size)
     replicas = tensor.data_parallel_size()
     settings = training_settings(args, whole, replicas, args.seq_length)

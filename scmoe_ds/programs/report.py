@@ -65,7 +65,7 @@ def report(args: argparse.Namespace, loaded: LoadedConfig) -> None:
     """Measures, and prints the sentence first, then its reasons, then what --details asks for."""
     require_same_flags(args, loaded.whole)
     check_accelerator(loaded.whole)
-    loaded.section.check_world(dist.get_world_size(), args.tensor_model_parallel_size)
+    loaded = loaded.in_world(dist.get_world_size(), args.tensor_model_parallel_size)
     tensor.start_tensor_parallel(args.tensor_model_parallel_size)
     with _kept_log() as log:
         try:

@@ -60,6 +60,7 @@ class ScheduledAutoEP(AutoEPMoELayer):
     converted: bool = False
     balance: BiasBalance | None = None
     z_loss: ZLoss | None = None
+    partition: RoutingRule | None = None
     routing_rule: RoutingRule | None = None
     early_rule: EarlyRule | None = None
     own_experts: OwnExperts | None = None

@@ -15,6 +15,7 @@ from torch import nn
 from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.moe.partition import whole_experts
 from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.parallel.groups import nodes_of_ranks
 from scmoe_ds.parallel.tensor import data_parallel_size, tensor_parallel_size
@@ -54,7 +55,7 @@ def start_facts(trainer: Trainer, loaded: LoadedConfig, data: TrainingData) -> d
     """The facts, JSON values under names for programs. Collective."""
     settings, whole, config = trainer.settings, loaded.whole, loaded.section
     model, tp, replicas = trainer.engine.module, tensor_parallel_size(), data_parallel_size()
-    experts = [layer.num_experts for layer in model.moe_layers()]
+    experts = [whole_experts(layer) for layer in model.moe_layers()]
     divided = tp if config.expert_tensor_parallelism else 1
     edp = dist.get_world_size() // (config.expert_parallel_size * divided)
     total, active, own, own_experts = parameters_of(model, tp)
@@ -123,9 +124,9 @@ def parameters_of(model: nn.Module, tensor_parallel: int) -> tuple[int, int, int
             total, active = total + whole, active + whole
             continue
         own_experts += parameter.numel()
-        chosen = min(layer.deepspeed_moe.gate.k * (2 if isinstance(layer, DGMoE) else 1), layer.num_experts)
+        chosen = min(layer.deepspeed_moe.gate.k * (2 if isinstance(layer, DGMoE) else 1), whole_experts(layer))
         total += whole * layer.ep_size
-        active += whole * layer.ep_size * chosen / layer.num_experts
+        active += whole * layer.ep_size * chosen / whole_experts(layer)
     return round(total), round(active), round(own), round(own_experts)
 
 
