@@ -84,7 +84,6 @@ def initialize(
     model_parameters = listed(model_parameters)
     _check(whole, section, model, optimizer, model_parameters)
     mpu = _model_parallel_unit(mpu)
-    section = section.over_tensor_parallel(bwc_tensor_model_parallel_world_size(mpu))
     handed_on = (training_data, lr_scheduler, distributed_port, mpu, dist_init_required, collate_fn)
     own = [name for name, each in (("optimizer", optimizer), ("scheduler", lr_scheduler)) if each is not None]
     sources = (_on_this_rank(whole, own), mesh_param)
@@ -112,6 +111,7 @@ def _prepare(
 ) -> tuple[str, ScMoEConfig, Layout]:
     """The model's layers as the section says: what it applies to in words, the section with their sizes, and who shares
     them."""
+    section = section.over_tensor_parallel(bwc_tensor_model_parallel_world_size(mpu))
     if section.replace and not is_replaced(model):
         with _new_parameters_in(model, getattr(optimizer, "param_groups", None), model_parameters):
             replace_moe_layers(model, section)
@@ -167,7 +167,7 @@ def _checked_layout(whole: Mapping[str, Any], section: ScMoEConfig, mpu: Any) ->
     ranks, tp_size = dist.get_world_size(), bwc_tensor_model_parallel_world_size(mpu)
     section.check_world(ranks, tp_size)
     check_norm(whole, section.expert_parallel_size, section.expert_tensor_parallelism and tp_size > 1)
-    return Layout(ranks, tp_size, section.expert_parallel_size, section.expert_tensor_parallelism)
+    return Layout(ranks, tp_size, section.expert_parallel_size, bool(section.expert_tensor_parallelism))
 
 
 def _on_this_rank(whole: Mapping[str, Any], own: Sequence[str]) -> dict[str, Any]:
