@@ -15,6 +15,7 @@ from typing import Any
 from scmoe_ds.config.deepspeed_json import at, is_on, offloads, section
 from scmoe_ds.config.expert_parallel import refusals_of_autoep, uses_autoep
 from scmoe_ds.config.messages import fail
+from scmoe_ds.config.offload_section import refusals_of_offload
 from scmoe_ds.errors import ScMoEConfigError
 
 _Rule = tuple[str, bool, str]
@@ -54,7 +55,9 @@ _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"
 
 def refusals(whole: Mapping[str, Any]) -> Iterator[ScMoEConfigError]:
     """Settings that the JSON alone shows to be impossible."""
-    for path, wrong, rule in chain(_features(whole), _zero(whole), _precision(whole), _gradients(whole)):
+    for path, wrong, rule in chain(
+        _features(whole), _zero(whole), _precision(whole), _gradients(whole), refusals_of_offload(whole)
+    ):
         if wrong:
             yield fail(path, at(whole, path), rule)
 

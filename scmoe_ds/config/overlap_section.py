@@ -43,7 +43,7 @@ class Section(DeepSpeedConfigModel):
             and kind is not bool
             and not any(each in (bool, StrictBool) for each in get_args(kind))
         ):
-            is_object = info.field_name in ("overlap", "router", "adapt", "base", "distill")
+            is_object = info.field_name in ("overlap", "router", "adapt", "base", "distill", "offload_experts")
             remedy = "an object, {…}" if is_object else "a number or a name"
             raise ValueError(f"is true or false; write {remedy}")
         if isinstance(value, int) and abs(value) >= 2**63:

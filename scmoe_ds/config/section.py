@@ -12,6 +12,7 @@ from typing import Any, Literal, Union
 
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
+from scmoe_ds.config import offload_section
 from scmoe_ds.config.adapt_section import OBJECTS_OF_ADAPT, AdaptConfig, section_of_base
 from scmoe_ds.config.deepspeed_json import AnyConfig, load_deepspeed_json
 from scmoe_ds.config.deepspeed_settings import check_settings
@@ -28,17 +29,10 @@ from scmoe_ds.config.names import (
     TopK,
     in_present_words,
 )
+from scmoe_ds.config.offload_section import OffloadConfig
 from scmoe_ds.config.overlap_section import OverlapConfig, Section
 from scmoe_ds.config.router_section import RouterConfig
-from scmoe_ds.config.section_rules import (
-    Rule,
-    rules_of_adapt,
-    rules_of_depth,
-    rules_of_layers,
-    rules_of_router,
-    rules_of_slots,
-    rules_of_world,
-)
+from scmoe_ds.config.section_rules import Rule, rules_of_depth, rules_of_section, rules_of_world
 from scmoe_ds.errors import ScMoEConfigError
 
 _AUTO_FIELDS = ("top_k", "merge", "drop_tokens")
@@ -152,6 +146,9 @@ class ScMoEConfig(Section):
     adapt: Union[AdaptConfig, None] = Field(
         None, description="A trained model becomes this ScMoE; null: the model is one already, or starts from nothing."
     )
+    offload_experts: Union[OffloadConfig, None] = Field(
+        None, description="Training keeps routed experts and their optimizer states out of the device's memory."
+    )
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
 
     @classmethod
@@ -195,7 +192,7 @@ class ScMoEConfig(Section):
             super().__init__(**section)
         except ValidationError as error:
             objects = {"overlap": OverlapConfig.model_fields, "router": RouterConfig.model_fields}
-            objects |= {"adapt": AdaptConfig.model_fields}
+            objects |= {"adapt": AdaptConfig.model_fields, "offload_experts": OffloadConfig.model_fields}
             objects |= {f"adapt.{name}": fields for name, fields in OBJECTS_OF_ADAPT.items()}
             fields = {"": type(self).model_fields, **objects}
             raise ScMoEConfigError(explain(error, section, fields)) from None
@@ -206,12 +203,12 @@ class ScMoEConfig(Section):
         """Former names become today's; an "auto" is a field that is left out."""
         if not isinstance(section, Mapping):
             return section
-        given = in_present_words(section)
+        given = offload_section.in_one_chunk(in_present_words(section))
         return {key: value for key, value in given.items() if key not in _AUTO_FIELDS or value != "auto"}
 
     @model_validator(mode="after")
     def _rules(self) -> ScMoEConfig:
-        self._require([*rules_of_layers(self), *rules_of_slots(self), *rules_of_router(self), *rules_of_adapt(self)])
+        self._require(rules_of_section(self))
         return self
 
     def _require(self, rules: Iterable[Rule]) -> None:

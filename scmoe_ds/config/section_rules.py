@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from scmoe_ds.config import offload_section
 from scmoe_ds.config.messages import counted, more_ranks
 
 Rule = tuple[str, bool, str]
 """A field, whether its value breaks the rule, and the rule with the remedy."""
+
+
+def rules_of_section(section: Any) -> Iterator[Rule]:
+    """What the fields alone show."""
+    for rules in (rules_of_layers, rules_of_slots, rules_of_router, rules_of_adapt, offload_section.rules_of_offload):
+        yield from rules(section)
 
 
 def rules_of_layers(section: Any) -> Iterator[Rule]:
@@ -81,6 +88,7 @@ def rules_of_world(section: Any, world_size: int, tp: int) -> Iterator[Rule]:
     )
     other = not divided and ep % tp > 0 < tp % ep
     yield field, other, f"it or --tensor-model-parallel-size {tp} must divide the other"
+    yield from offload_section.rules_of_world(section, world_size, tp)
 
 
 def rules_of_slots(section: Any) -> Iterator[Rule]:

@@ -33,6 +33,7 @@ from scmoe_ds.config.unread_section import section_is_read
 from scmoe_ds.engine.attach import attach, overlap_of, prepare_autoep
 from scmoe_ds.engine.client_optimizer import add_new_parameters, after_replacement, in_groups, listed, trainable
 from scmoe_ds.engine.deepspeed_errors import errors_name_the_section
+from scmoe_ds.engine.offloaded import check_own_optimizer, join_steps, offload_experts, parameter_dtype
 from scmoe_ds.engine.pairs import applied_to
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import ScMoEConfigError
@@ -40,7 +41,7 @@ from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import fingerprint, require_agreement
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.parallel.output import log, show_by_default, without_full_disks
-from scmoe_ds.parallel.process import connect
+from scmoe_ds.parallel.process import connect, device
 from scmoe_ds.replace.replacement import is_replaced, replace_moe_layers
 
 
@@ -102,6 +103,7 @@ def initialize(
     applied, section, layout = _prepare(model, whole, section, mpu, optimizer, model_parameters)
     micro_batch_size, _ = batch_sizes(whole, layout.ranks // layout.tensor_size)
     result = start(*in_groups(model, optimizer, model_parameters, lr_scheduler))
+    join_steps(result[0])
     overlap_of(result[0], section, layout, micro_batch_size, applied)
     return result
 
@@ -119,6 +121,9 @@ def _prepare(
     layout = _checked_layout(whole, section, mpu)
     if layout.tensor_size > 1 and not layout.divided_experts:
         prepare_whole_experts(model, section)
+    if section.offload_experts is not None:
+        check_own_optimizer(optimizer, model_parameters)
+        offload_experts(model, section.offload_experts, parameter_dtype(whole), device())
     return applied, section, layout
 
 

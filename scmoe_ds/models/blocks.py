@@ -6,8 +6,10 @@ No attribute here may contain the word "expert": DeepSpeed's checkpoints would t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal, cast
 
+import torch
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
@@ -102,7 +104,9 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group
     """
     divisible, parts = config.expert_tensor_parallelism, config.expert_partition
     width = (config.moe_ffn_hidden_size or settings.ffn_hidden_size) // parts
-    routed_mlp = MLP(settings, group if divisible else None, width)
+    # Offloaded experts are never all in memory: they are filled one after another.
+    with torch.device("meta") if config.offload_experts is not None else nullcontext():
+        routed_mlp = MLP(settings, group if divisible else None, width)
     shared_width = config.moe_shared_expert_intermediate_size
     layer = build_moe(config, settings.hidden_size, routed_mlp, num_experts)
     for copied in layer.deepspeed_moe.experts.deepspeed_experts:  # copies of a parameter lose what was noted on it
@@ -113,7 +117,8 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group
                 mark_part(parameter, parts, whole)
             rule = rule if divisible else None
             mark_tensor_parallel(parameter, rule, divided=rule is not None and group is not None)
-    alike = group is None and shared_width == config.moe_ffn_hidden_size and parts == 1
+    whole = parts == 1 and config.offload_experts is None
+    alike = group is None and shared_width == config.moe_ffn_hidden_size and whole
     if layer.use_residual and not alike:
         layer.mlp = MLP(settings, group, shared_width)  # DeepSpeed's would be of one form with the routed experts
     return layer

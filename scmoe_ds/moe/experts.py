@@ -63,6 +63,11 @@ class OwnExperts:
         """As `run_experts`."""
         raise NotImplementedError
 
+    def collected(self, output_TD: Tensor) -> Tensor:
+        """Sees what has become of the rows of all `run`s since the last call: in the backward pass its gradient comes
+        a window before theirs."""
+        return output_TD
+
 
 class MovingExperts(nn.Module, OwnExperts):
     """Experts whose weights arrive when needed; see scmoe_ds.inference.offload."""
@@ -205,9 +210,14 @@ def initialize_experts(experts: Experts, first_global_id: int) -> None:
         return
     base = int(torch.randint(2**62, ()).item())
     for local_id, expert in enumerate(experts.deepspeed_experts):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((base + first_global_id + local_id) % 2**62)
-            expert.apply(reset_parameters)
+        reset_alone(expert, base + first_global_id + local_id)
+
+
+def reset_alone(expert: nn.Module, seed: int) -> None:
+    """Initialises an expert anew, by its seed and nothing else."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**62)
+        expert.apply(reset_parameters)
 
 
 def reset_parameters(module: nn.Module) -> None:

@@ -250,6 +250,8 @@ class RoutedTokens:
         if self._tokens_TD is not None and self.routing.identity_weight_T is not None:
             output_TD = add_identity(output_TD, self._tokens_TD, self.routing.identity_weight_T)
         (output_TD,) = self.exchange.recorder.close("decode", output_TD)
+        if isinstance(self.experts, OwnExperts):
+            output_TD = self.experts.collected(output_TD)
         return output_TD.view(self.shape)
 
 

@@ -139,6 +139,16 @@ class ExpertStore:
             self._guessed.add(key)
             self._start(key, slot)
 
+    def renew(self, keys: Sequence[ExpertKey]) -> None:
+        """All experts have changed where they come from: fetches the first of them anew, as many as there are places.
+
+        Nobody is waiting for one.
+        """
+        for key in list(self._held):
+            self._empty.append(self._forget(key))
+        self._asked.clear()
+        self.guess(keys[: len(self._slots)])
+
     def take(self, key: ExpertKey) -> nn.Module:
         """The expert, which was asked for; waits until it is there. Give it back with `release`.
 

@@ -1,0 +1,207 @@
+"""Equal records in sections, in host memory or in a file: where trained experts and their optimizer states stay.
+
+A section begins at a page and is read and written as a whole, past the page cache where the file system allows that
+(O_DIRECT). The file has no name in its directory, so that a run that is killed leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from scmoe_ds.errors import ArgumentError, reason_of
+from scmoe_ds.offload.pinned import PinnedTensors, pinned
+
+PAGE_BYTES = 4096
+
+
+class Records(Protocol):
+    """What keeps the records.
+
+    Attributes:
+        nbytes: that it takes.
+    """
+
+    tier: Literal["host", "disk"]
+    nbytes: int
+
+    def read(self, record: int, section: int, into: Tensor) -> Future[None] | None:
+        """Starts to fill a tensor of `whole_pages` with a section, behind what the current stream does.
+
+        Returns:
+            what the host has to wait for; None: the current stream goes on behind it.
+        """
+
+    def write(self, record: int, section: int, value: Tensor) -> Future[None] | None:
+        """Starts to put a tensor of `whole_pages` into a section; the rest as for `read`."""
+
+
+class HostRecords:
+    """Records in host memory, pinned beside a GPU.
+
+    Args:
+        records: how many.
+        sections: bytes of each.
+        device: of the tensors that are filled.
+    """
+
+    tier: Literal["host", "disk"] = "host"
+
+    def __init__(self, records: int, sections: Sequence[int], device: torch.device) -> None:
+        self.nbytes = records * sum(sections)
+        self._memory: list[list[Tensor]]
+        if device.type == "cuda":
+            remedy = 'set scmoe.offload_experts.device to "nvme", or spread the experts over more ranks'
+            room = PinnedTensors(list(sections) * records, 'scmoe.offload_experts.device = "cpu"', remedy)
+            zeros = [torch.zeros(nbytes, dtype=torch.uint8) for nbytes in sections]
+            self._memory = [[room.keep(each, torch.uint8) for each in zeros] for _ in range(records)]
+        else:
+            self._memory = [[torch.empty(nbytes, dtype=torch.uint8) for nbytes in sections] for _ in range(records)]
+
+    def read(self, record: int, section: int, into: Tensor) -> None:
+        memory = self._memory[record][section]
+        into.copy_(memory[: into.nbytes].view(into.dtype), non_blocking=True)
+
+    def write(self, record: int, section: int, value: Tensor) -> None:
+        memory = self._memory[record][section]
+        memory[: value.nbytes].view(value.dtype).copy_(value, non_blocking=True)
+
+
+class FileRecords:
+    """Records in a file.
+
+    Args:
+        directory: where it lies.
+        records, sections: as for `HostRecords`.
+        threads: that read and write at the same time.
+
+    Raises:
+        ArgumentError: no file can be made there, or none of that size.
+    """
+
+    tier: Literal["host", "disk"] = "disk"
+
+    def __init__(self, directory: str, records: int, sections: Sequence[int], threads: int = 4) -> None:
+        self._directory = directory
+        starts = [sum(map(_pages, sections[:number])) for number in range(len(sections) + 1)]
+        self._starts, self._record = starts[:-1], starts[-1]
+        self.nbytes = records * self._record
+        self._descriptor = self._made(self.nbytes)
+        self._pool = ThreadPoolExecutor(threads, "expert-records")
+        self._bounces: list[Tensor] = []
+
+    def _made(self, nbytes: int) -> int:
+        descriptor, name = -1, ""
+        try:
+            descriptor, name = tempfile.mkstemp(".experts", dir=self._directory)
+            os.posix_fallocate(descriptor, 0, max(nbytes, 1))  # a disk that is too small says so now
+            with suppress(OSError):
+                direct = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+                probe = page_aligned(PAGE_BYTES)
+                try:
+                    os.preadv(direct, [probe.numpy().data], 0)
+                except OSError:  # some file systems open a file directly and then refuse to read so
+                    os.close(direct)
+                else:
+                    os.close(descriptor)
+                    descriptor = direct
+            return descriptor
+        except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise self._error(f"{nbytes / 1e9:.2f} GB of experts have no room there", error) from None
+        finally:
+            if name:
+                os.unlink(name)
+
+    def read(self, record: int, section: int, into: Tensor) -> Future[None]:
+        return self._pool.submit(self._read, self._place(record, section), into, self._so_far(into))
+
+    def write(self, record: int, section: int, value: Tensor) -> Future[None]:
+        return self._pool.submit(self._write, self._place(record, section), value, self._so_far(value))
+
+    def _so_far(self, tensor: Tensor) -> torch.cuda.Event | None:
+        return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def _read(self, place: int, into: Tensor, after: torch.cuda.Event | None) -> None:
+        if after is None:
+            self._transfer(os.preadv, place, into)
+            return
+        bounce = self._bounce(into.nbytes)
+        self._transfer(os.preadv, place, bounce[: into.nbytes])
+        self._copy(into, bounce[: into.nbytes].view(into.dtype), after)
+        self._bounces.append(bounce)
+
+    def _write(self, place: int, value: Tensor, after: torch.cuda.Event | None) -> None:
+        if after is None:
+            self._transfer(os.pwritev, place, value)
+            return
+        bounce = self._bounce(value.nbytes)
+        self._copy(bounce[: value.nbytes].view(value.dtype), value, after)
+        self._transfer(os.pwritev, place, bounce[: value.nbytes])
+        self._bounces.append(bounce)
+
+    def _copy(self, into: Tensor, value: Tensor, after: torch.cuda.Event) -> None:
+        """Between pinned memory and the GPU; a thread of the pool waits for it, and nobody else."""
+        stream = torch.cuda.Stream(into.device if into.is_cuda else value.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(after)
+            into.copy_(value, non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
+            copied.record(stream)
+        copied.synchronize()
+
+    def _bounce(self, nbytes: int) -> Tensor:
+        """Pinned memory of whole pages; there are as many pieces as threads."""
+        with suppress(IndexError):
+            while (found := self._bounces.pop()).numel() >= nbytes:
+                return found
+        memory = pinned(nbytes + PAGE_BYTES, "scmoe.offload_experts", "keep fewer other things in pinned memory")
+        first = -memory.data_ptr() % PAGE_BYTES
+        return memory[first : first + nbytes]
+
+    def _place(self, record: int, section: int) -> int:
+        return record * self._record + self._starts[section]
+
+    def _transfer(self, move: Callable[..., int], offset: int, tensor: Tensor) -> None:
+        """All of a tensor, from or to the file."""
+        buffer, done = tensor.view(torch.uint8).numpy().data, 0
+        while done < len(buffer):
+            try:
+                count = move(self._descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise self._error("experts cannot be read or written there", error) from None
+            if not count:
+                raise self._error("a file of experts has been cut short", OSError())
+            done += count
+
+    def _error(self, what: str, error: OSError) -> ArgumentError:
+        return ArgumentError(
+            f"scmoe.offload_experts.nvme_path = {self._directory!r}: {what} ({reason_of(error)}); name a directory of "
+            'this machine with more room, or set device to "cpu"'
+        )
+
+
+def page_aligned(nbytes: int) -> Tensor:
+    """[nbytes] uint8 in host memory from the start of a page, as direct transfers need; nbytes in whole pages."""
+    memory = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8)
+    first = -memory.data_ptr() % PAGE_BYTES
+    return memory[first : first + nbytes]
+
+
+def whole_pages(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[at least elements] of a dtype: whole pages from the start of one, on the CPU or a GPU; not initialised."""
+    nbytes = _pages(elements * dtype.itemsize)
+    memory = torch.empty(nbytes, dtype=torch.uint8, device=device) if device.type == "cuda" else page_aligned(nbytes)
+    return memory.view(dtype)
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES

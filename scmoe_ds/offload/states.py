@@ -1,0 +1,302 @@
+"""Weights, gradients and optimizer states of trained experts, out of the device's memory.
+
+Two workers move them, each with a stream of its own beside a GPU. A task belongs to one expert; the tasks of an expert
+run one after another. What somebody waits for goes first:
+
+    arrive   the weights into a slot of the store, with the step that is due          the window of the shortcut
+    keep     a gradient, added to that of the micro-batches before                    the windows of the backward pass
+    update   the step of an expert that nobody has asked for                          when nothing else is to be done
+
+A step has the arithmetic of DeepSpeed's ZeRO-1: the gradient divided by the data-parallel ranks in the parameters'
+dtype, clipped in fp32, torch's own optimizer on fp32 weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scmoe_ds.offload.readers import Arrival
+from scmoe_ds.offload.records import Records, whole_pages
+from scmoe_ds.offload.room import FIRST, GRADIENT, LOW, SECOND, WEIGHTS, Room, sections
+from scmoe_ds.offload.shape import ExpertShape
+from scmoe_ds.offload.step import MOMENTS, Step, make_step
+from scmoe_ds.offload.store import ExpertKey
+from scmoe_ds.offload.workers import Workers
+from scmoe_ds.trace.migrations import MigrationWatch, noted
+
+MASTER = "fp32"
+"""The name of fp32 weights, as checkpoints have it."""
+_ARRIVE, _KEEP, _UPDATE = range(3)
+"""What goes first."""
+_WORKERS = 2
+
+
+@dataclass
+class _Arriving:
+    """An expert that a room brings; an `Arrival`."""
+
+    future: Future[torch.cuda.Event | None]
+
+    def wait(self) -> None:
+        event = self.future.result()
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+
+class ExpertStates:
+    """The experts of all MoE layers of a rank; an `ExpertSource` for an `ExpertStore`.
+
+    Args:
+        keys: of all experts, in the order of the layers.
+        shape: of every expert.
+        dtype: of the parameters and their gradients.
+        device: that computes.
+        records: one for each expert, of `sections`.
+        buffers: gradients that may be on their way at once.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[ExpertKey],
+        shape: ExpertShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        records: Records,
+        buffers: int = 2,
+    ) -> None:
+        self.keys, self.shape, self.dtype, self.device = list(keys), shape, dtype, device
+        self.records, self.tier = records, records.tier
+        self.ranks = 1
+        self._record = {key: number for number, key in enumerate(keys)}
+        self._locks = {key: threading.Lock() for key in keys}
+        self._ended: dict[ExpertKey, torch.cuda.Event] = {}
+        self.steps = dict.fromkeys(keys, 0.0)
+        self._due: dict[ExpertKey, tuple[Step, bool]] = {}
+        self._norms: dict[ExpertKey, list[Tensor]] = {}  # of the gradients since the last step
+        self._keeping: dict[ExpertKey, Future[Any]] = {}
+        self._updates: list[Future[Any]] = []
+        self._buffers: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = SimpleQueue()
+        for _ in range(buffers):
+            self._buffers.put((whole_pages(shape.elements, dtype, device), None))
+        self._workers = Workers([Room(shape, dtype, device) for _ in range(_WORKERS)], device)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of gradients on their way and of the rooms."""
+        wide = sections(self.shape, self.dtype)
+        return self._buffers.qsize() * wide[GRADIENT] + 2 * sum(wide)
+
+    # What the layers call
+
+    def load(self, into: Mapping[str, Tensor], after: Arrival | None, watch: MigrationWatch | None = None) -> Arrival:
+        """Brings an expert's weights into a slot's buffer; see `ExpertSource`. The step that is due comes first."""
+        ((name, flat),) = into.items()
+        arriving = _Arriving(Future())
+        key = ExpertKey(*map(int, name.split(".")))
+        self._workers.submit(_ARRIVE, partial(self._arrive, key, flat, after, watch, arriving.future), arriving.future)
+        return arriving
+
+    def gradient_buffer(self) -> Tensor:
+        """A buffer for one expert's gradient, on the current stream. Waits until one is free."""
+        buffer, copied = self._buffers.get()
+        self._behind(copied)
+        return buffer
+
+    def keep(self, key: ExpertKey, buffer: Tensor) -> None:
+        """Hands over a gradient, which is added to those since the last step. Returns at once."""
+        if key in self._keeping:
+            self._keeping[key].result()
+        self._keeping[key] = self._workers.submit(_KEEP, partial(self._keep, key, buffer, self._so_far()))
+
+    # What the optimizer's step calls
+
+    def norms(self, keys: Sequence[ExpertKey], group: int) -> list[Tensor]:
+        """The norm of each gradient of a group's parameters since the last step, [] fp64, expert after expert."""
+        for each in self._keeping.values():
+            each.result()
+        for key in self._keeping:
+            self._behind(self._ended.get(key))
+        places = [place for place, part in enumerate(self.shape.parts) if part.group == group]
+        nothing = torch.zeros((), dtype=torch.float64, device=self.device)
+        return [self._norms[key][place] if key in self._norms else nothing for key in keys for place in places]
+
+    def step(self, factor: Tensor, kind: type[torch.optim.Optimizer], options: Mapping[int, Mapping[str, Any]]) -> None:
+        """All experts have a step before them, which they make at their next arrival or sooner.
+
+        Args:
+            factor, kind, options: of `Step`.
+        """
+        self.finish()
+        step = Step(factor, self._so_far(), kind, {group: dict(each) for group, each in options.items()})
+        self._due = {key: (step, key in self._norms) for key in self.keys}
+        self.forget_gradients()
+        self._updates = [self._workers.submit(_UPDATE, partial(self._update_if_due, key)) for key in self.keys]
+
+    def forget_gradients(self) -> None:
+        """The next gradients are the first of their step."""
+        self._norms, self._keeping = {}, {}
+
+    def finish(self) -> None:
+        """Waits until no expert has a step before it, and no gradient is on its way.
+
+        Raises:
+            ArgumentError: a file could not be read or written.
+        """
+        if self._due:
+            self._updates += [
+                self._workers.submit(_ARRIVE, partial(self._update_if_due, key)) for key in list(self._due)
+            ]
+        updates, self._updates = self._updates, []
+        for each in (*updates, *self._keeping.values()):
+            each.result()
+
+    # What checkpoints call
+
+    def read(self, key: ExpertKey) -> tuple[dict[str, dict[str, Tensor]], float]:
+        """Of each parameter its fp32 weights and moments, on the CPU, and the number of steps that they are from."""
+        self.finish()
+        return self._workers.submit(_ARRIVE, partial(self._read, key)).result(), self.steps[key]
+
+    def write(self, key: ExpertKey, states: Mapping[str, Mapping[str, Tensor]], steps: float = 0.0) -> None:
+        """Sets an expert. The weights are what they are in the parameters' dtype.
+
+        Args:
+            states: of each parameter its weights and, unless `steps` is 0, its moments.
+        """
+        self._workers.submit(_ARRIVE, partial(self._write, key, states, steps)).result()
+
+    # On the rooms
+
+    def _so_far(self) -> torch.cuda.Event | None:
+        """The end of what the current stream has been given; None on a CPU."""
+        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+    def _behind(self, event: torch.cuda.Event | None) -> None:
+        """What the current stream is given from now on comes after an event."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    @contextmanager
+    def _turn(self, key: ExpertKey, room: Room) -> Iterator[int]:
+        """One task after another of the same expert; gives the number of its record."""
+        with self._locks[key]:
+            self._behind(self._ended.get(key))
+            try:
+                yield self._record[key]
+            finally:
+                room.settle()
+                if (ended := self._so_far()) is not None:
+                    self._ended[key] = ended
+
+    def _arrive(
+        self,
+        key: ExpertKey,
+        flat: Tensor,
+        after: Arrival | None,
+        watch: MigrationWatch | None,
+        arrived: Future[torch.cuda.Event | None],
+        room: Room,
+    ) -> torch.cuda.Event | None:
+        with self._turn(key, room) as record:
+            if after is not None:
+                after.wait()
+            with noted(watch, "read", 0, flat.nbytes):
+                if key in self._due:
+                    self._update(key, record, room, flat)
+                else:
+                    low = LOW if room.low is not None else WEIGHTS
+                    room.moving.append(self.records.read(record, low, flat))
+                    room.settle()
+            arrived.set_result(self._so_far())  # what is written back, nobody waits for
+        return None
+
+    def _keep(self, key: ExpertKey, buffer: Tensor, ready: torch.cuda.Event | None, room: Room) -> None:
+        try:
+            with self._turn(key, room) as record:
+                self._behind(ready)
+                if key in self._norms:
+                    room.moving.append(self.records.read(record, GRADIENT, room.gradient))
+                    room.settle()
+                    buffer.add_(room.gradient)
+                self._norms[key] = [
+                    self._norm(buffer[part.start : part.end], room.scratch) for part in self.shape.parts
+                ]
+                room.moving.append(self.records.write(record, GRADIENT, buffer))
+        finally:
+            self._buffers.put((buffer, self._so_far()))
+
+    def _norm(self, gradient: Tensor, scratch: Tensor) -> Tensor:
+        """As ZeRO takes it: of the ranks' mean, in fp64."""
+        mean = gradient / self.ranks if self.ranks > 1 else gradient
+        return torch.linalg.vector_norm(scratch[: mean.numel()].copy_(mean))
+
+    def _update_if_due(self, key: ExpertKey, room: Room) -> None:
+        with self._turn(key, room) as record:
+            if key in self._due:
+                self._update(key, record, room, None)
+
+    def _update(self, key: ExpertKey, record: int, room: Room, flat: Tensor | None) -> None:
+        """One step of an expert, and its new weights in a slot's buffer."""
+        step, has_gradient = self._due[key]
+        room.moving = [self.records.read(record, WEIGHTS, room.states[WEIGHTS])]
+        if has_gradient:
+            room.moving.append(self.records.read(record, GRADIENT, room.gradient))
+        for section in (FIRST, SECOND):
+            if self.steps[key]:
+                room.moving.append(self.records.read(record, section, room.states[section]))
+            else:
+                room.states[section].zero_()
+        room.settle()
+        gradient = self._clipped(room, step, has_gradient)
+        make_step(self.shape, step, room.states, gradient, self.steps[key])
+        weights = room.states[WEIGHTS]
+        if flat is not None:
+            flat[: self.shape.elements].copy_(weights[: self.shape.elements])
+        self.steps[key] += 1
+        del self._due[key]
+        room.moving = [self.records.write(record, section, room.states[section]) for section in range(3)]
+        if room.low is not None:
+            room.low[: self.shape.elements].copy_(weights[: self.shape.elements])
+            room.moving.append(self.records.write(record, LOW, room.low))
+
+    def _clipped(self, room: Room, step: Step, has_gradient: bool) -> Tensor:
+        if not has_gradient:
+            return room.wide.zero_()
+        if self.ranks > 1:
+            room.gradient.div_(self.ranks)
+        if room.wide is not room.gradient:
+            room.wide[: self.shape.elements].copy_(room.gradient[: self.shape.elements])
+        self._behind(step.ready)
+        return room.wide.mul_(step.factor)
+
+    def _read(self, key: ExpertKey, room: Room) -> dict[str, dict[str, Tensor]]:
+        with self._turn(key, room) as record:
+            count = 3 if self.steps[key] else 1
+            room.moving = [self.records.read(record, each, room.states[each]) for each in range(count)]
+            room.settle()
+            found: dict[str, dict[str, Tensor]] = {part.name: {} for part in self.shape.parts}
+            for name, state in zip((MASTER, *MOMENTS)[:count], room.states, strict=False):
+                for part, view in self.shape.views(state).items():
+                    found[part][name] = view.to("cpu", copy=True)
+            return found
+
+    def _write(self, key: ExpertKey, states: Mapping[str, Mapping[str, Tensor]], steps: float, room: Room) -> None:
+        with self._turn(key, room) as record:
+            names = (MASTER, *MOMENTS) if steps else (MASTER,)
+            for name, state in zip(names, room.states, strict=False):
+                self.shape.put(state, {part: each[name] for part, each in states.items()})
+            room.moving = [self.records.write(record, section, room.states[section]) for section in range(len(names))]
+            if room.low is not None:
+                room.low[: self.shape.elements].copy_(room.states[WEIGHTS][: self.shape.elements])
+                room.moving.append(self.records.write(record, LOW, room.low))
+            self.steps[key] = steps
