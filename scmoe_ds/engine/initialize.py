@@ -93,7 +93,7 @@ def initialize(
         check_trainable(whole, model, own)
         with section_is_read(), errors_name_the_section(whole, own):
             result = deepspeed.initialize(_without_json(args), model, optimizer, model_parameters, *handed_on, *sources)
-        result[0].module.register_forward_hook(check_output)
+        _complete(result[0])
         return result
 
     if uses_autoep(whole):
@@ -103,9 +103,13 @@ def initialize(
     applied, section, layout = _prepare(model, whole, section, mpu, optimizer, model_parameters)
     micro_batch_size, _ = batch_sizes(whole, layout.ranks // layout.tensor_size)
     result = start(*in_groups(model, optimizer, model_parameters, lr_scheduler))
-    join_steps(result[0])
     overlap_of(result[0], section, layout, micro_batch_size, applied)
     return result
+
+
+def _complete(engine: Any) -> None:
+    engine.module.register_forward_hook(check_output)
+    join_steps(engine)
 
 
 def _prepare(

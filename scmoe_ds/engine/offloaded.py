@@ -22,12 +22,12 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.experts import reset_alone
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.placement import own_first_expert
-from scmoe_ds.moe.trainable import Slot, TrainableExperts, offloaded, shape_of
 from scmoe_ds.offload.records import FileRecords, HostRecords, Records, whole_pages
 from scmoe_ds.offload.room import sections
 from scmoe_ds.offload.shape import ExpertShape
 from scmoe_ds.offload.states import MASTER, ExpertStates
 from scmoe_ds.offload.store import ExpertKey, ExpertStore
+from scmoe_ds.offload.trainable import Slot, TrainableExperts, offloaded, shape_of
 from scmoe_ds.parallel.output import log
 
 _PATH = "scmoe.offload_experts"

@@ -14,10 +14,9 @@ dtype, clipped in fp32, torch's own optimizer on fp32 weights.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -31,7 +30,7 @@ from scmoe_ds.offload.room import FIRST, GRADIENT, LOW, SECOND, WEIGHTS, Room, s
 from scmoe_ds.offload.shape import ExpertShape
 from scmoe_ds.offload.step import MOMENTS, Step, make_step
 from scmoe_ds.offload.store import ExpertKey
-from scmoe_ds.offload.workers import Workers
+from scmoe_ds.offload.workers import Arriving, Workers
 from scmoe_ds.trace.migrations import MigrationWatch, noted
 
 MASTER = "fp32"
@@ -39,18 +38,6 @@ MASTER = "fp32"
 _ARRIVE, _KEEP, _UPDATE = range(3)
 """What goes first."""
 _WORKERS = 2
-
-
-@dataclass
-class _Arriving:
-    """An expert that a room brings; an `Arrival`."""
-
-    future: Future[torch.cuda.Event | None]
-
-    def wait(self) -> None:
-        event = self.future.result()
-        if event is not None:
-            torch.cuda.current_stream().wait_event(event)
 
 
 class ExpertStates:
@@ -101,7 +88,7 @@ class ExpertStates:
     def load(self, into: Mapping[str, Tensor], after: Arrival | None, watch: MigrationWatch | None = None) -> Arrival:
         """Brings an expert's weights into a slot's buffer; see `ExpertSource`. The step that is due comes first."""
         ((name, flat),) = into.items()
-        arriving = _Arriving(Future())
+        arriving = Arriving(Future())
         key = ExpertKey(*map(int, name.split(".")))
         self._workers.submit(_ARRIVE, partial(self._arrive, key, flat, after, watch, arriving.future), arriving.future)
         return arriving
@@ -130,7 +117,9 @@ class ExpertStates:
         nothing = torch.zeros((), dtype=torch.float64, device=self.device)
         return [self._norms[key][place] if key in self._norms else nothing for key in keys for place in places]
 
-    def step(self, factor: Tensor, kind: type[torch.optim.Optimizer], options: Mapping[int, Mapping[str, Any]]) -> None:
+    def step(
+        self, factor: Tensor, kind: Callable[..., torch.optim.Optimizer], options: Mapping[int, Mapping[str, Any]]
+    ) -> None:
         """All experts have a step before them, which they make at their next arrival or sooner.
 
         Args:

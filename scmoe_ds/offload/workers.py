@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
+from dataclasses import dataclass
 from queue import PriorityQueue
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,18 @@ import torch
 Memory = TypeVar("Memory")
 _Entry = tuple[int, int, "Future[Any] | None", Any]
 _LAST = 1 << 30
+
+
+@dataclass
+class Arriving:
+    """An expert that a room brings; an `Arrival`."""
+
+    future: Future[torch.cuda.Event | None]
+
+    def wait(self) -> None:
+        event = self.future.result()
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
 
 
 class Workers(Generic[Memory]):

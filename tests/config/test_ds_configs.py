@@ -19,6 +19,7 @@ from deepspeed.runtime.lr_schedules import WarmupCosineLR
 
 from scmoe_ds.config.adapt_section import AdaptConfig, BaseConfig, DistillConfig
 from scmoe_ds.config.batch_sizes import batch_sizes
+from scmoe_ds.config.offload_section import OffloadConfig
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.config.schema import json_schema
@@ -232,6 +233,7 @@ OBJECTS = {
     "adapt": AdaptConfig,
     "adapt.base": BaseConfig,
     "adapt.distill": DistillConfig,
+    "offload_experts": OffloadConfig,
 }
 
 

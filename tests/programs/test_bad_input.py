@@ -51,6 +51,46 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
         {"--adapt-layers": "0"},
         r"scmoe\.adapt\.layers = \[0\]: how the other layers run is not known; .*--adapt-from",
     ),
+    "offload with a typing error": (
+        {"scmoe.offload_experts": {"divice": "cpu"}},
+        {},
+        r"scmoe\.offload_experts\.divice: unknown key .*device",
+    ),
+    "offload to nowhere": (
+        {"scmoe.offload_experts": {"device": "nvme"}},
+        {},
+        r"scmoe\.offload_experts\.nvme_path = null: name a directory",
+    ),
+    "offload under another stage": (
+        {"scmoe.offload_experts": {}, "zero_optimization.stage": 2},
+        {},
+        r"zero_optimization\.stage = 2: must be 1 beside scmoe\.offload_experts",
+    ),
+    "offload in fp16": (
+        {"scmoe.offload_experts": {}, "fp16": {"enabled": True}},
+        {},
+        r"fp16\.enabled = true: a step that overflows .* use bf16 beside scmoe\.offload_experts",
+    ),
+    "offload with another optimizer": (
+        {"scmoe.offload_experts": {}, "optimizer.params.torch_adam": False},
+        {},
+        r'optimizer\.type = "AdamW": must be Adam or AdamW with "torch_adam": true',
+    ),
+    "offload of padded buffers": (
+        {"scmoe.offload_experts": {}, "scmoe.dispatch": "padded"},
+        {},
+        r'scmoe\.dispatch = "padded": .* set exact beside scmoe\.offload_experts',
+    ),
+    "offload in chunks": (
+        {"scmoe.offload_experts": {}, "scmoe.overlap": {"num_chunks": 2}},
+        {},
+        r"scmoe\.overlap\.num_chunks = 2: .* set 1 beside",
+    ),
+    "offload of DeepSpeed's layers": (
+        {"scmoe.offload_experts": {}, "scmoe.architecture": "topk"},
+        {},
+        r'scmoe\.architecture = "topk": DeepSpeed\'s own layers keep their experts',
+    ),
     "no layer": (
         {"scmoe.adapt": {"source": "s", "layers": []}},
         {},

@@ -1,0 +1,185 @@
+"""Training with experts out of the device's memory: the same numbers, in less memory, and at the right moments."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import scmoe_ds
+from lab.distributed import environment_of_one
+from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.engine import connect
+from scmoe_ds.errors import ArgumentError, ScMoEConfigError
+from scmoe_ds.models.gpt import GPT
+from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.offload.trainable import offloaded
+
+SETTINGS = GPTSettings(4, 24, 2, 64, 16)
+BF16, SWIGLU = {"bf16": {"enabled": True}}, replace(SETTINGS, swiglu=True, add_bias_linear=False)
+PLAIN: dict[str, Any] = {}
+
+
+def make_json(offload: dict[str, Any] | None, accumulation: int = 2, **changes: Any) -> dict[str, Any]:
+    section = {"num_experts": 6, "top_k": 2, "overlap": {"calibration_steps": 0, "num_chunks": 1}}
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_print": 10**6,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": 1e-2}},
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 1},
+        "scmoe": section if offload is None else {**section, "offload_experts": offload},
+        **changes,
+    }
+
+
+def make_engine(whole: dict[str, Any], settings: GPTSettings = SETTINGS) -> Any:
+    connect()
+    model = GPT(settings, ScMoEConfig.from_deepspeed(whole))
+    initialize_parameters(model, 1, 0.1, settings.num_layers)
+    return scmoe_ds.initialize(model=model, config=whole)[0]
+
+
+def train(engine: Any, steps: int, start: int = 0) -> list[float]:
+    """Losses of all micro-batches, and the gradient norm and learning rate of each step. Of 2 × 3 tokens, so that
+    experts are often without rows."""
+    found = []
+    for step in range(start, start + steps):
+        for micro_step in range(engine.gradient_accumulation_steps()):
+            torch.manual_seed(100 * step + micro_step)
+            tokens = torch.randint(64, (2, 4))
+            loss = engine(tokens[:, :-1], labels=tokens[:, 1:]).loss
+            engine.backward(loss)
+            engine.step()
+            found.append(loss.item())
+        found += [float(engine.get_global_grad_norm()), engine.get_lr()[0]]
+    return found
+
+
+@cache
+def resident(bf16: bool, swiglu: bool, accumulation: int) -> list[float]:
+    whole = make_json(None, accumulation, **(BF16 if bf16 else PLAIN))
+    return train(make_engine(whole, SWIGLU if swiglu else SETTINGS), 20)
+
+
+@pytest.mark.parametrize("device", ["cpu", "nvme"])
+@pytest.mark.parametrize(("bf16", "swiglu", "accumulation"), [(False, False, 2), (True, True, 3), (False, True, 1)])
+def test_the_losses_of_experts_in_memory(
+    device: str, bf16: bool, swiglu: bool, accumulation: int, tmp_path: Path
+) -> None:
+    offload = {"device": device, "buffer_count": 3, **({"nvme_path": str(tmp_path)} if device == "nvme" else {})}
+    whole = make_json(offload, accumulation, **(BF16 if bf16 else PLAIN))
+    engine = make_engine(whole, SWIGLU if swiglu else SETTINGS)
+    assert train(engine, 20) == resident(bf16, swiglu, accumulation)
+    assert not list(tmp_path.iterdir())  # a run that is killed leaves nothing behind
+    for experts in offloaded(engine.module):
+        assert sum(each.numel() for each in experts.parameters()) <= 2
+        counts = experts.store.counts
+        assert counts.migrations > 20 and counts.used > counts.migrations / 2
+
+
+def test_experts_come_in_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward before the backbone, backward when the gradient of the layer's output is there."""
+    engine = make_engine(make_json({"device": "cpu", "buffer_count": 12}, 1))
+    train(engine, 1)
+    happened: list[str] = []
+    (first, _), (pair, _) = offloaded(engine.module), engine.module.scheduled_pairs()
+    for name in ("fetch", "take"):
+        original = getattr(first.store, name)
+
+        def noted(what: Any, name: str = name, original: Any = original) -> Any:
+            (layer,) = {what.layer} if name == "take" else {key.layer for key in what}
+            happened.append(name) if layer == 0 else None
+            return original(what)
+
+        monkeypatch.setattr(first.store, name, noted)
+    backbone = pair.last.attention
+    backbone.register_forward_hook(lambda *_: happened.append("attention"))
+    backbone.register_full_backward_hook(lambda *_: happened.append("attention back"))
+    train(engine, 1, 1)
+    order = [each for place, each in enumerate(happened) if [each] != happened[place - 1 : place]]
+    assert order == ["fetch", "attention", "take", "fetch", "take", "attention back"] or order == [
+        *("fetch", "take", "attention", "fetch", "attention back", "take")
+    ]
+
+
+class Unusual(nn.Module):
+    """An expert of three projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.output, self.gate = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+def test_what_cannot_be_offloaded(tmp_path: Path) -> None:
+    offload = {"device": "nvme", "nvme_path": str(tmp_path / "nowhere")}
+    with pytest.raises(ArgumentError, match=r"nvme_path = '.*nowhere': .* no room there \(No such file"):
+        make_engine(make_json(offload))
+    whole = make_json({"device": "cpu"})
+    connect()
+    model = GPT(SETTINGS, ScMoEConfig.from_deepspeed(whole))
+    with pytest.raises(ScMoEConfigError, match=r"optimizer: was handed over beside scmoe.offload_experts"):
+        scmoe_ds.initialize(model=model, config=whole, optimizer=torch.optim.AdamW(model.parameters()))
+    layer = scmoe_ds.ScMoE(8, Unusual(), num_experts=2)
+    with pytest.raises(ScMoEConfigError, match=r"experts must be of two torch\.nn\.Linear"):
+        scmoe_ds.initialize(model=nn.Sequential(layer), config=whole | {"scmoe": {"offload_experts": {}}})
+
+
+LIMITED = """
+    import json, resource, sys
+    from tests.engine.test_offloaded import make_engine, train, wide
+    from scmoe_ds.engine import connect
+    connect()
+    used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[1]),) * 2)
+    print("LOSSES", json.dumps(train(make_engine(*wide(sys.argv[2])), 2)), flush=True)
+"""
+EXPERTS, WIDTH, ROOM = 50, 2048, 265 << 20
+
+
+def wide(directory: str) -> tuple[dict[str, Any], GPTSettings]:
+    """A model whose experts are nearly all of it; offloaded if there is a directory."""
+    whole = make_json({"device": "nvme", "nvme_path": directory} if directory else None)
+    whole["scmoe"] |= {
+        "num_experts": EXPERTS,
+        "moe_ffn_hidden_size": WIDTH,
+        "moe_shared_expert_intermediate_size": 64,
+    }
+    whole["zero_optimization"]["reduce_bucket_size"] = 10**5
+    return whole, GPTSettings(4, 128, 2, 64, 16, ffn_hidden_size=64)
+
+
+def test_experts_three_times_the_memory_limit(tmp_path: Path) -> None:
+    """Weights, gradients and both moments in fp32. In memory they do not start within the limit."""
+    of_one = 4 * 4 * (2 * 128 * WIDTH + WIDTH + 128)
+    assert 2 * EXPERTS * of_one >= 3 * ROOM
+
+    def run(directory: str) -> subprocess.CompletedProcess[str]:
+        # glibc would keep what its threads have freed; so it gives large pieces back.
+        malloc = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "2"}
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(LIMITED), str(ROOM), directory],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**environment_of_one(), "PYTHONPATH": str(Path(__file__).parents[2]), **malloc},
+        )
+
+    refused, trained = run(""), run(str(tmp_path))
+    assert refused.returncode != 0 and "LOSSES" not in refused.stdout
+    assert "memory" in refused.stderr or "Resource temporarily unavailable" in refused.stderr
+    _, found, losses = trained.stdout.partition("LOSSES")
+    assert found, trained.stderr
+    assert json.loads(losses.splitlines()[0]) == train(make_engine(*wide("")), 2)
