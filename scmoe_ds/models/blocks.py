@@ -117,8 +117,8 @@ def make_moe(settings: GPTSettings, config: ScMoEConfig, num_experts: int, group
                 mark_part(parameter, parts, whole)
             rule = rule if divisible else None
             mark_tensor_parallel(parameter, rule, divided=rule is not None and group is not None)
-    whole = parts == 1 and config.offload_experts is None
-    alike = group is None and shared_width == config.moe_ffn_hidden_size and whole
+    usual = parts == 1 and config.offload_experts is None
+    alike = group is None and shared_width == config.moe_ffn_hidden_size and usual
     if layer.use_residual and not alike:
         layer.mlp = MLP(settings, group, shared_width)  # DeepSpeed's would be of one form with the routed experts
     return layer
