@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from queue import PriorityQueue
+from queue import PriorityQueue, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import torch
 
 Memory = TypeVar("Memory")
-_Entry = tuple[int, int, "Future[Any] | None", Any]
-_LAST = 1 << 30
 
 
 @dataclass
@@ -32,21 +29,20 @@ class Arriving:
 
 
 class Workers(Generic[Memory]):
-    """As many threads as memories; they end with this object.
+    """As many threads as memories.
 
     Args:
-        memories: of each thread: a task gets that of the thread that it runs on.
-        device: a GPU's threads have a stream of their own each, which is current for the tasks.
+        memories: a task gets one that no other task has at that time.
+        device: a GPU's memories have a stream each, which is current for the task.
     """
 
     def __init__(self, memories: Sequence[Memory], device: torch.device) -> None:
-        self._tasks: PriorityQueue[_Entry] = PriorityQueue()
         self._number = itertools.count()
-        for number, memory in enumerate(memories):
-            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-            arguments = self._tasks, memory, stream
-            threading.Thread(target=_work, args=arguments, name=f"experts {number}", daemon=True).start()
-        weakref.finalize(self, _stop, self._tasks, len(memories))
+        self._tasks: PriorityQueue[tuple[int, int, Future[Any], Callable[[Memory], Any]]] = PriorityQueue()
+        self._idle: SimpleQueue[tuple[Memory, torch.cuda.Stream | None]] = SimpleQueue()
+        for memory in memories:
+            self._idle.put((memory, torch.cuda.Stream(device) if device.type == "cuda" else None))
+        self._pool = ThreadPoolExecutor(len(memories), "experts")
 
     def submit(self, urgency: int, task: Callable[[Memory], Any], future: Future[Any] | None = None) -> Future[Any]:
         """Has a task done; those of the same urgency begin in the order of the calls.
@@ -58,14 +54,16 @@ class Workers(Generic[Memory]):
         """
         future = future or Future()
         self._tasks.put((urgency, next(self._number), future, task))
+        self._pool.submit(self._do_one)
         return future
 
-
-def _work(tasks: PriorityQueue[_Entry], memory: Any, stream: torch.cuda.Stream | None) -> None:
-    while True:
-        _, _, future, task = tasks.get()
-        if future is None:
+    def _do_one(self) -> None:
+        """The most urgent task."""
+        _, _, future, task = self._tasks.get()
+        if not threading.main_thread().is_alive():  # the program has ended, and threads that compute would abort it
+            future.cancel()
             return
+        memory, stream = self._idle.get()
         try:
             with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
                 result = task(memory)
@@ -74,9 +72,5 @@ def _work(tasks: PriorityQueue[_Entry], memory: Any, stream: torch.cuda.Stream |
         except BaseException as error:  # of whatever kind, it belongs to whoever waits
             if not future.done():
                 future.set_exception(error)
-        del future, task
-
-
-def _stop(tasks: PriorityQueue[_Entry], threads: int) -> None:
-    for number in range(threads):
-        tasks.put((_LAST, number, None, None))
+        finally:
+            self._idle.put((memory, stream))
