@@ -81,9 +81,10 @@ def main() -> None:
     parser.add_argument("--train-iters", type=int, default=1500)
     parser.add_argument("--expert-parallel-size", type=int, default=1)
     parser.add_argument("--save")
+    parser.add_argument("--deepspeed_config", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    whole = json.loads(Path(__file__).with_suffix(".json").read_text())
+    whole = json.loads(args.deepspeed_config.read_text())
     whole["scheduler"]["params"]["total_num_steps"] = max(args.train_iters, 61)
     whole["scmoe"]["expert_parallel_size"] = args.expert_parallel_size
     scmoe_ds.connect()
