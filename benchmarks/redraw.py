@@ -17,6 +17,7 @@ from benchmarks.cost import scaling
 from benchmarks.predict import paper_page
 from benchmarks.quality import adapt_figure, stress_table
 from benchmarks.quality import table as quality_table
+from benchmarks.serving import drop_page
 from benchmarks.serving import figures as serving
 from benchmarks.speed import bars, timeline
 from scmoe_ds.analysis import figures as analysis
@@ -29,6 +30,7 @@ _OF_A_BENCHMARK = {
     "benchmarks.quality.adapt": adapt_figure.figure,
     "benchmarks.stress": stress_table.figure,
     "benchmarks.predict.paper": paper_page.figure,
+    "benchmarks.serving.drop": drop_page.figure,
 }
 
 

@@ -1,8 +1,8 @@
 """A loaded model leaves out routed experts that hardly matter for a token (DualSparse-MoE, arXiv 2508.18376).
 
 The thresholds of a wanted rate come from sparsity.json, which `scmoe sparsify` writes beside the weights. What was
-really left out is counted: another text than the calibration's has other scores, and with load-aware thresholds
-(moe/load_aware.py) the curve is only a guess of what the fuller and the emptier ranks drop together.
+really left out is counted: another text than the calibration's has other scores. Load-aware thresholds
+(moe/load_aware.py) keep to the rate in each step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scmoe_ds.parallel.agreement import gather, run_together
 from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity
 
 LEVELS = 12
-"""Of load-aware thresholds. A notice has as many counts for each place: 2 KB to each rank for 8 local experts and
+"""Of load-aware thresholds. A notice has as many counts for each place: 2 KB to each of 8 ranks for 8 local experts and
 2T-Drop. Between two levels lie 4.5 % of the computation at a rate of 25 %."""
 
 
@@ -199,7 +199,7 @@ def attach_dropping(
     rates = level_rates(rate)
     of_levels = [_thresholds(sparsity, each, method) for each in rates[1:]]
     nothing = Thresholds(0.0, 0.0)
-    levels = [Levels(rates, [nothing, *each], rate) for each in zip(*of_levels, strict=True)]
+    levels = [Levels([nothing, *each], rate) for each in zip(*of_levels, strict=True)]
     return Dropped(rate, method, True, [_attach(*each, method) for each in zip(layers, levels, strict=True)])
 
 

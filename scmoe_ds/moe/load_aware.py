@@ -4,11 +4,12 @@
 
 All ranks wait for the fullest one, so what is dropped on the others saves no time. The sources leave open whether it is
 T_max that is scaled; here it is. And T_max is that of the step: the one with which all ranks together drop the wanted
-rate, by the calibrated curve. With even loads it is the threshold of that rate; otherwise it is higher.
+rate of this very step's choices.
 
-Thresholds come in levels. A rank tells each other one how many rows it has for it at each level, and how many rows it
-has for every rank. From the second all ranks know all loads and take the same levels; from the first each then knows
-what it will get. So the decision takes no other exchange than that of the row counts.
+Thresholds come in levels. A rank tells each other one how many rows it has for it at each level, and of every rank how
+many rows it has for that and how much of them each level would leave out. From the second all ranks know the same and
+take the same levels; from the first each then knows what it will get. So the decision takes no other exchange than that
+of the row counts.
 
 Shape suffixes: T tokens, K choices of a token, E experts, L local experts, P ranks, G levels, X numbers of a notice, Y
 counts of a level: rows of each place, and of tokens where a token has one row per rank.
@@ -37,29 +38,31 @@ class Levels:
     The choice adds up whole numbers and rounds nothing else than single products, so that all ranks choose alike.
 
     Args:
-        rates: share of computation that each level leaves out, rising from 0.
-        thresholds: of each.
-        wanted: the rate of all ranks together.
+        thresholds: rising from those that leave nothing out.
+        wanted: share of the computation that all ranks together leave out.
     """
 
-    def __init__(self, rates: Sequence[float], thresholds: Sequence[Thresholds], wanted: float) -> None:
-        self.thresholds = list(thresholds)
-        self._rates_G = torch.tensor([round(_MILLIONTHS * rate) for rate in rates])
-        self._wanted = round(_MILLIONTHS * wanted)
+    def __init__(self, thresholds: Sequence[Thresholds], wanted: float) -> None:
+        self.thresholds, self._wanted = list(thresholds), round(_MILLIONTHS * wanted)
         self._middle_G = torch.tensor([(each.skip + each.halve) / 2 for each in thresholds], dtype=torch.float64)
         self._bounds = (self._middle_G[1:] + self._middle_G[:-1]) / 2
 
     def __len__(self) -> int:
         return len(self.thresholds)
 
-    def of_ranks(self, loads_P: Tensor) -> Tensor:
-        """[P] int64 rows for each rank → [P] int64 its level: nearest to T_max * min(1, r_d), with the T_max that comes
-        nearest to the wanted rate."""
+    def of_ranks(self, loads_P: Tensor, left_out_PG: Tensor) -> Tensor:
+        """[P] int64 the level of each rank: nearest to T_max * min(1, r_d), with the T_max by which all ranks together
+        come nearest to the wanted share.
+
+        Args:
+            loads_P: int64 rows for each rank.
+            left_out_PG: int64 halves of experts that each level would leave out of them.
+        """
         total = loads_P.sum().clamp(min=1)
         part_P = (loads_P.double() * len(loads_P) / total).clamp(max=1)
         level_GP = torch.bucketize(self._middle_G.unsqueeze(1) * part_P, self._bounds)
-        off_G = ((self._rates_G[level_GP] * loads_P).sum(1) - self._wanted * total).abs()
-        return level_GP[off_G.argmin()]
+        left_out_G = left_out_PG.t().gather(0, level_GP).sum(1)
+        return level_GP[(_MILLIONTHS * left_out_G - 2 * self._wanted * total).abs().argmin()]
 
 
 class LoadAwareRule:
@@ -81,7 +84,8 @@ class LoadAwareRule:
         self.chosen = torch.zeros(0, dtype=torch.int64)
 
     def notice(self, routing: Routing, slices: TokenSlices) -> Tensor:
-        """[P, X] int64: for each level the rows for each place of the rank, and then this rank's rows for every one."""
+        """[P, X] int64: for each level the rows for each place of the rank; then of every rank this rank's rows for it,
+        and the halves that each level leaves out of them."""
         ranks, choices = slices.group_size, routing.choices
         # A choice is computed, or computed whole, at the levels below a number; at none if it is not kept.
         criterion_KT, kept_KT = criterion(routing).contiguous(), choices.kept_KT
@@ -91,21 +95,25 @@ class LoadAwareRule:
         )
         shape = ranks, self.places.local_experts, len(self.levels)
         computed_PLG = self._at_levels(choices.expert_KT, computed_KT, len(choices.rows_E)).view(shape)
-        counts = [computed_PLG]
-        if self.places.halves == 2:
+        counts, halves = [computed_PLG], self.places.halves == 2
+        if halves:
             whole_PLG = self._at_levels(choices.expert_KT, whole_KT, len(choices.rows_E)).view(shape)
             counts = [whole_PLG, computed_PLG - whole_PLG]
         rank_KT = self._rank_of(choices.expert_KT)
         if one_row_per_rank(len(rank_KT), slices):
             counts.append(self._tokens_at_levels(rank_KT, computed_KT, ranks).unsqueeze(1))
         loads_P = choices.rows_E.view(ranks, -1).sum(1)
-        return torch.cat([torch.cat(counts, dim=1).transpose(1, 2).flatten(1), loads_P.expand(ranks, ranks)], dim=1)
+        left_out_PG = 2 * loads_P.unsqueeze(1) - computed_PLG.sum(1) - (whole_PLG if halves else computed_PLG).sum(1)
+        of_all = torch.cat([loads_P, left_out_PG.flatten()])
+        return torch.cat([torch.cat(counts, dim=1).transpose(1, 2).flatten(1), of_all.expand(ranks, -1)], dim=1)
 
     def decide(self, routing: Routing, slices: TokenSlices, own_PX: Tensor, told_PX: Tensor) -> Decision:
         """The choices that each rank's level leaves. Known without another exchange: what this rank sends and gets."""
         ranks, rank = slices.group_size, slices.rank
-        self.chosen = chosen_P = self.levels.of_ranks(told_PX[:, -ranks:].sum(0))
-        own_PGY, told_PGY = (each[:, :-ranks].unflatten(1, (len(self.levels), -1)) for each in (own_PX, told_PX))
+        of_all = ranks * (1 + len(self.levels))
+        loads_P, left_out_X = told_PX[:, -of_all:].sum(0).split([ranks, of_all - ranks])
+        self.chosen = chosen_P = self.levels.of_ranks(loads_P, left_out_X.view(ranks, -1))
+        own_PGY, told_PGY = (each[:, :-of_all].unflatten(1, (len(self.levels), -1)) for each in (own_PX, told_PX))
         sent_PY, received_PY = own_PGY[torch.arange(ranks), chosen_P], told_PGY[:, chosen_P[rank]]
         level_P = to_device(chosen_P, routing.choices.expert_KT.device)
         rank_KT = self._rank_of(routing.choices.expert_KT)

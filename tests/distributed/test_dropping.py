@@ -46,7 +46,9 @@ def thresholds_of(k: int, kind: str) -> Thresholds:
 def levels_of(k: int, kind: str) -> Levels:
     """Up to these thresholds, each of which is said to leave out as much as it is of them."""
     parts, highest = [number / (LEVELS - 1) for number in range(LEVELS)], thresholds_of(k, kind)
-    return Levels(parts, [Thresholds(highest.skip * part, highest.halve * part) for part in parts], 0.6)
+    return Levels(
+        [Thresholds(highest.skip * part, highest.halve * part) for part in parts], {1: 0.2, 2: 0.2, 4: 0.55}[k]
+    )
 
 
 def passes(k: int) -> dict[str, Any]:
@@ -179,16 +181,23 @@ def test_outputs_and_counts_are_those_of_the_reference(found: dict[int, list[dic
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_levels_are_those_of_the_loads_on_all_ranks(found: dict[int, list[dict[str, Any]]], k: int) -> None:
-    loads = [0] * RANKS
-    for each in found[k]:
-        for chosen in each["pairs"]:
-            for expert, _ in chosen:
-                loads[expert // LOCAL] += 1
-    expected = levels_of(k, "1t").of_ranks(torch.tensor(loads)).tolist()
-    assert loads[0] != loads[1] and expected[0] != expected[1]
-    for each in found[k]:
-        for kind in ("1t load-aware", "2t load-aware"):
-            assert each[kind]["levels"] == levels_of(k, kind).of_ranks(torch.tensor(loads)).tolist()
+    """By hand, from the criteria of all ranks."""
+    for kind in ("1t load-aware", "2t load-aware"):
+        criteria: list[list[float]] = [[] for _ in range(RANKS)]
+        for each in found[k]:
+            for t, chosen in enumerate(each["pairs"]):
+                for number, (expert, _) in enumerate(chosen):
+                    criteria[expert // LOCAL].append(float(each["criterion"][number, t]))
+        levels = levels_of(k, kind)
+        left_out = [
+            [sum((score < each.skip) + (score < each.halve) for score in of_rank) for each in levels.thresholds]
+            for of_rank in criteria
+        ]
+        loads = torch.tensor([len(of_rank) for of_rank in criteria])
+        expected = levels.of_ranks(loads, torch.tensor(left_out)).tolist()
+        assert loads[0] > loads[1] and expected[0] > expected[1]
+        for each in found[k]:
+            assert each[kind]["levels"] == expected
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -197,7 +206,7 @@ def test_fewer_bytes_and_no_more_collectives(found: dict[int, list[dict[str, Any
         plain = each["none"]
         for kind in KINDS[1:]:
             assert each[kind]["collectives"] == plain["collectives"]
-    # Beside rows, a notice of 8 levels and the loads takes the place of the row counts.
+    # Beside rows, a notice of 8 levels, and what all know of all ranks, takes the place of the row counts.
     of_counts = {kind: 8 * RANKS * numbers(kind, k) for kind in KINDS}
     rows = {kind: sum(each[kind]["bytes"] - of_counts[kind] for each in found[k]) for kind in KINDS}
     assert rows["1t"] < rows["1t load-aware"] < rows["none"]
@@ -207,11 +216,13 @@ def test_fewer_bytes_and_no_more_collectives(found: dict[int, list[dict[str, Any
 def numbers(kind: str, k: int) -> int:
     """That each rank tells each."""
     one_level = LOCAL * (2 if kind.startswith("2t") else 1) + (k > 1)
-    return LEVELS * one_level + RANKS if kind.endswith("load-aware") else one_level
+    return LEVELS * one_level + RANKS * (1 + LEVELS) if kind.endswith("load-aware") else one_level
 
 
 def test_what_was_left_out_is_told_alike_on_all_ranks(found: dict[Any, list[Any]]) -> None:
     (load_aware, paused, plain), other = found["attached"]
     assert (load_aware, paused, plain) == other
-    assert 0 < load_aware.skipped < load_aware.dropped < 1 and plain.dropped > 0
+    assert load_aware.halved > 0 and plain.dropped > 0
+    # 120 tokens on both ranks, and levels at which one rank leaves 7 % more out than at the one before.
+    assert load_aware.dropped == pytest.approx(0.4, abs=0.05)
     assert paused.dropped == 0

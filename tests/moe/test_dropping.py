@@ -168,16 +168,23 @@ def test_a_routing_without_scores_is_refused() -> None:
 
 
 def test_levels_follow_the_loads() -> None:
-    """Rates that rise with the threshold: 0.1 of the computation for each 0.1 of it; 0.25 are wanted."""
-    rates = [number / 10 for number in range(7)]
-    levels = Levels(rates, [Thresholds(rate - 0.01, rate + 0.01) for rate in rates], 0.25)
+    """Each 0.1 of a threshold leaves 0.1 of a rank's rows out; 0.25 of all are wanted."""
+    parts = [number / 10 for number in range(7)]
+    levels = Levels([Thresholds(part - 0.01, part + 0.01) for part in parts], 0.25)
 
     def of_ranks(*loads: int) -> list[int]:
-        return levels.of_ranks(torch.tensor(loads)).tolist()
+        left_out = [[round(2 * load * part) for part in parts] for load in loads]
+        return levels.of_ranks(torch.tensor(loads), torch.tensor(left_out)).tolist()
 
-    assert of_ranks(10, 10, 10) in ([2, 2, 2], [3, 3, 3])
-    assert of_ranks(1, 3) == [1, 3]  # r = 0.5 and 1.5: 0.25 · 0.1 + 0.75 · 0.3 = 0.25 of all
-    assert of_ranks(9, 1) in ([2, 0], [3, 1]), of_ranks(9, 1)
-    assert of_ranks(100, 1, 1) in ([2, 0, 0], [3, 0, 0])
-    assert of_ranks(60, 40, 16) == [3, 3, 1]
+    assert of_ranks(100, 100, 100) in ([2, 2, 2], [3, 3, 3])
+    assert of_ranks(100, 300) == [1, 3]  # r = 0.5 and 1.5: 0.25 · 0.1 + 0.75 · 0.3 = 0.25 of all
+    assert of_ranks(900, 100) in ([2, 0], [3, 1])
+    assert of_ranks(600, 400, 160) == [3, 3, 1]
     assert of_ranks(0, 0) == [0, 0]
+    # A rank of which no level leaves anything out, as where its tokens are sure of their experts: others leave out more.
+    assert levels.of_ranks(
+        torch.tensor([100, 100]), torch.tensor([[0] * 7, [0, 20, 40, 60, 80, 100, 120]])
+    ).tolist() == [
+        5,
+        5,
+    ]

@@ -21,7 +21,7 @@ CASES = [
     Case("scmoe", "pos2", 2, 1, top_k=2, trained=False),
     Case("pipelined_topk", "pos2", 1, 1, top_k=2, trained=False, swiglu=True, drop_tokens=False, dtype=torch.bfloat16),
 ]
-LEVELS = Levels([0, 0.2, 0.4], [Thresholds(0, 0), Thresholds(0.2, 0.4), Thresholds(0.3, 0.5)], 0.3)
+LEVELS = Levels([Thresholds(0, 0), Thresholds(0.2, 0.4), Thresholds(0.3, 0.5)], 0.3)
 Rule = Callable[[StagedPair, torch.device], Any]
 
 
