@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.timing import text
-from benchmarks.serving import offload
+from benchmarks.serving import offload, offload_worker
 from scmoe_ds.planner.rounds import Spread
 
 PLACES = 2
@@ -19,9 +19,9 @@ def run(notes: Notes, setting: Setting) -> None:
     shape, rounds, tokens = setting.size(("medium", 5, 16), ("tiny", 1, 4))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model"
-        offload.write_model(shape, "scmoe", "pos2", "bf16", path)
+        offload_worker.write_model(shape, "scmoe", "pos2", "bf16", path)
         flags = {"path": str(path), "dtype": setting.size("bf16", "fp32"), "places": PLACES}
-        found = offload.measure(flags, offload.MODES, rounds, tokens, in_process=setting.rehearsal)
+        found = offload_worker.measure(flags, offload_worker.MODES, rounds, tokens, in_process=setting.rehearsal)
     entries = {entry["row"].split()[-1]: entry for entry in offload.table(found, "ScMoE")}
     for mode, entry in entries.items():
         removed = entry["removed_percent"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from benchmarks.harness.variants import Shape
 from benchmarks.serving import figures as serving_figures
 from benchmarks.serving import inference, offload
+from benchmarks.serving import offload_worker as worker
 from scmoe_ds.engine import connect
 from scmoe_ds.planner.simulation import Mode
 
@@ -42,45 +44,66 @@ def test_offloaded_rows_say_the_same(tmp_path: Path) -> None:
     """Also with guessed experts, and with a file of another dtype than the computation's."""
     for architecture, file_dtype in (("topk", "fp32"), ("scmoe", "bf16")):
         path = tmp_path / architecture
-        offload.write_model("tiny", architecture, "pos2", file_dtype, path)
+        worker.write_model("tiny", architecture, "pos2", file_dtype, path)
         flags = {"path": str(path), "dtype": "fp32", "places": 4}
-        resident, offloaded = (offload.Worker({**flags, "offloaded": each}) for each in (False, True))
-        text = resident.turn("resident", 6, 3)["tokens"]
-        assert len(text) == 7
-        modes = [*offload.MODES[1:], offload.GUESSED] if architecture == "topk" else offload.MODES[1:]
-        for mode in modes:
-            answer = offloaded.turn(mode, 6, 3)
-            assert answer["tokens"] == text and answer["counts"]["used"] > 0
-            assert (answer["counts"]["predicted"] > 0) == (mode == offload.GUESSED)
-        assert all(worker.totals()["peak_bytes"] > 1 << 20 for worker in (resident, offloaded))
-        assert resident.totals()["window_ms"] > 0 or architecture == "topk"
+        guessed = [worker.GUESSED] * (architecture == "topk")
+        modes = ["resident", worker.AGAIN, *worker.MODES[1:], *guessed]
+        found = worker.measure(flags, modes, 2, 6, in_process=True)
+        assert [len(text) for text in found["texts"]["resident"]] == [7] * 3
+        assert all(entry["same_text"] for entry in offload.table(found, "x"))
+        for mode in modes[2:]:
+            counts = [answer["counts"] for answer in found["answers"][mode]]
+            assert all(0 < each["used"] <= 6 * 4 * (1 + len(guessed)) for each in counts), "decode steps alone"
+            assert all((each["predicted"] > 0) == (mode == worker.GUESSED) for each in counts)
+        assert all(peak > 1 << 20 for peak in found["peaks"].values())
+        assert all((answer["window_ms"] > 0) == (not guessed) for answer in found["answers"][worker.AGAIN])
 
 
 def test_offload_table() -> None:
-    times = {"resident": [10.0, 10.0, 20.0], "offload": [20.0, 30.0, 40.0], "offload-async": [15.0, 15.0, 25.0]}
-    late = {"waited_s": 0.024, "migrations": 2, "used": 3, "hits": 1, "predicted": 0, "confirmed": 0}
-    found = {
-        "times": times,
-        "totals": {"resident": {"peak_bytes": 1000, "window_ms": 6.0}, "offload": {"peak_bytes": 500}},
-        "texts": {name: [[1, 2]] for name in times},
-        "counts": {"resident": {}, "offload": late, "offload-async": late},
+    """By hand: a window of 6 ms, a migration of 12; the early mode waits 8 where 6 were possible."""
+    times = {"resident": [10.0, 10.0, 20.0], "offload": [22.0, 22.0, 34.0], "offload-async": [19.0, 18.5, 29.0]}
+    counts = {"migrations": 2, "used": 3, "hits": 1, "predicted": 0, "confirmed": 0, "migrated_bytes": 48_000_000}
+    waited = {"offload": 0.024, "offload-async": 0.016}
+    answers = {
+        mode: [
+            {"pair_ms": each, "counts": {**counts, "waited_s": waited[mode]} if mode in waited else {}} for each in own
+        ]
+        for mode, own in times.items()
     }
-    resident, blocking, early = offload.table(found, "x")
-    assert early["row"] == "x offload-async"
+    again = [{"pair_ms": each, "counts": {}, "window_ms": 6.0} for each in (10.1, 10.1, 20.2)]
+    found: dict[str, Any] = {
+        "answers": {**answers, worker.AGAIN: again},
+        "peaks": {mode: 1000 if "resident" in mode else 500 for mode in (*times, worker.AGAIN)},
+        "texts": {mode: [[1, 2]] for mode in (*times, worker.AGAIN)},
+    }
+    resident, blocking, early, _ = entries = offload.table(found, "x")
+    assert early["row"] == "x offload-async" and early["same_text"] and early["memory_of_resident"] == 0.5
     assert resident["removed_percent"] is None and blocking["removed_percent"] is None
-    assert [round(value["extra_percent"]["median"]) for value in (resident, blocking, early)] == [0, 100, 50]
-    assert early["removed_percent"]["median"] == 75  # 50, 75 and 75 %
-    assert (early["memory_of_resident"], early["window_ms"], early["migration_ms"]) == (0.5, 6.0, 12.0)
-    assert early["same_text"]
+    assert [round(entry["extra_percent"]["median"]) for entry in (resident, blocking, early)] == [0, 120, 85]
+    allowed = {key: value["median"] for key, value in offload.window(found, "x").items() if key != "row"}
+    assert allowed == pytest.approx(
+        {
+            "window_ms": 6,
+            "migration_ms": 12,
+            "gigabytes_per_s": 2,
+            "limit_percent": 50,
+            "reached_percent": 100 * 3.5 / 12,
+            "share_percent": 200 * 3.5 / 12,
+            "computation_slowed_ms": 0.5,
+            "migration_slowed_ms": 2.5,
+            "again_percent": 1,
+        }
+    )
     record = {
-        "rows": [resident, blocking, early],
+        "rows": entries,
+        "windows": [offload.window(found, "x")],
         "environment": dict.fromkeys(("date", "device", "torch", "commit"), "x"),
-        **dict.fromkeys(("tier", "model", "command", "dtype", "file_dtype", "rounds", "tokens", "places"), "x"),
+        **dict.fromkeys(("tier", "model", "command", "dtype", "rounds", "tokens", "places"), "x"),
     }
-    assert "6.0 / 12.0 ms = 50 %" in offload.markdown(record)
+    assert "| x | 6.0 (6.0–6.0) / 12.0 (12.0–12.0) | 2.00 (2.00–2.00) | 50 (50–50) | 29 (" in offload.markdown(record)
     drawn = serving_figures.latencies(record)
-    assert [len(panel.patches) for panel in drawn.axes] == [3, 3]
-    assert drawn.axes[0].patches[1].get_width() == 30 and drawn.axes[1].patches[0].get_width() == 1000 / 1e9
+    assert [len(panel.patches) for panel in drawn.axes] == [4, 4]
+    assert drawn.axes[0].patches[1].get_width() == 22 and drawn.axes[1].patches[0].get_width() == 1000 / 1e9
 
 
 def test_figure_of_speedups() -> None:
