@@ -65,7 +65,7 @@ ROWS: dict[str, tuple[Method, bool] | None] = {
     LOAD_AWARE: ("2t", True),
     KNOWN: ("2t", True),
 }
-STEPS_TO_SCHEDULE, WARM_UP, SPREAD = 8, 2, 0.01
+STEPS_TO_SCHEDULE, WARM_UP = 8, 2
 
 
 class Listener:
@@ -183,8 +183,9 @@ class Bench:
         layer.routing_rule = listener = Listener()
         self.rows[NONE].step(self.hidden)
         layer.routing_rule = None
-        curve = curve_of("moe", torch.cat(gather(listener.heard.clone())), SPREAD)
-        known = {"top_k": layer.top_k, "spread": SPREAD, "tokens": SHAPE.tokens * dist.get_world_size()}
+        spread = 0.1 / layer.top_k  # as scmoe sparsify
+        curve = curve_of("moe", torch.cat(gather(listener.heard.clone())), spread)
+        known = {"top_k": layer.top_k, "spread": spread, "tokens": SHAPE.tokens * dist.get_world_size()}
         return Sparsity(gates="", measure="abs-gate", layers=(curve,), **known)
 
 

@@ -82,6 +82,7 @@ def test_a_gpt_of_ours(tmp_path: Path, text: Path, swiglu: bool, top_k: int, cap
         torch.testing.assert_close(after(TOKENS).logits, before(TOKENS).logits, rtol=1e-6, atol=1e-5)
     found = Sparsity.read(out)
     found.check((layer.gate_ED for layer in own_layers(after)), "export")
+    assert found.rate == 0.3
     assert (found.top_k, found.measure, [layer.name for layer in found.layers]) == (
         top_k, measure, [layer.name for layer in own_layers(after)],
     )  # fmt: skip

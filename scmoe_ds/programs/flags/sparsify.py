@@ -47,7 +47,12 @@ def build_parser() -> FlagParser:
         default="abs-gate",
         help="of a neuron's importance, summed over tokens: act(W1 x), its size, or either times W3 x",
     )
-    group.add_argument("--rate", type=float, default=0.25, help="share of the computation to show thresholds for")
+    group.add_argument(
+        "--rate",
+        type=float,
+        default=0.25,
+        help="share of the computation to leave out, unless --drop-rate says otherwise",
+    )
     group.add_argument(
         "--spread", type=float, default=0.01, help="2T-Drop skips below T - spread and halves below T + spread"
     )

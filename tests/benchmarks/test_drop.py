@@ -1,0 +1,62 @@
+"""The page and the figure of dropped rows, and a gate as skewed as wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness.skew import give_skew
+from benchmarks.harness.variants import Shape, build
+from benchmarks.serving.drop import LAYERS, ROWS, Listener
+from benchmarks.serving.drop_page import LOAD_AWARE, NONE, TWO, figure, markdown
+from scmoe_ds.engine import connect
+
+SPEED = {"median": 1.25, "p10": 1.2, "p90": 1.3}
+
+
+def row(name: str, dropped: float | None) -> dict[str, Any]:
+    shares = None if dropped is None else {"dropped": dropped, "skipped": dropped, "halved": 0.0}
+    times = {f"{part}_ms": 100 * (1 - (dropped or 0)) for part in ("layer", "step")}
+    return {"row": name, "shares": shares, **times, "layer_speedup": SPEED, "step_speedup": SPEED}
+
+
+def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"busiest_expert_over_mean": 1.8, "rank_load_over_mean": [1.2, 0.8], "rows": rows}
+
+
+RECORD: dict[str, Any] = {
+    "benchmark": "benchmarks.serving.drop",
+    "command": "python -m benchmarks.serving.drop",
+    "environment": {"device": "a processor"},
+    "settings": {"share": 0.6, "rate": 0.25, "rounds": 30, "method": "send_receive"},
+    "shape": "small",
+    "link": {"rate_mbit": 100.0, "share": 0.6, "all_to_all_ms": 60.0, "layer_ms": 100.0},
+    "layers": {"ScMoE": {"1.8": table([row(name, how and 0.25) for name, how in ROWS.items()])}},
+    "curve": {"layer": "ScMoE", "skew": 1.8, **table([row(NONE, None), row(f"{TWO}, 0.4", 0.4)])},
+}
+
+
+def test_page_and_figure() -> None:
+    text = markdown(RECORD)
+    assert "## ScMoE, skew 1.8, rate 0.25" in text and "1.250 (1.200–1.300)" in text and "| 25.0% |" in text
+    sheet = figure(RECORD)
+    upper, lower = sheet.subfigs
+    assert [bar.get_height() for bar in upper.axes[0].patches] == [1.25] * 3
+    assert upper.axes[0].get_legend_handles_labels()[1][-1] == LOAD_AWARE
+    assert list(lower.axes[0].lines[0].get_ydata()) == pytest.approx([1.0, 0.6])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_gate_gets_the_skew_that_is_wanted(layer: str) -> None:
+    connect()
+    hidden = torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(1))
+    pair: Any = build(LAYERS[layer], Shape("small", 16, 2, 4, 64, 16, 2.0), 0.0)
+    pair.eval().requires_grad_(False)
+    give_skew(pair, 3.0, hidden)
+    pair.layer.routing_rule = listener = Listener()
+    with torch.no_grad():
+        counts = pair(hidden).exp_counts.double()
+    assert float(counts[0] / counts.mean()) == pytest.approx(3.0, abs=0.1)
+    assert len(listener.heard) == 256 * pair.layer.top_k
