@@ -81,6 +81,11 @@ def describe_for_transformers(parsed: Parsed, tokenizer: Mapping[str, Any] | Non
         raise CheckpointError(
             f"--format hf: the checkpoint is of a {kind}; only text models have a class of transformers"
         )
+    if config.expert_partition > 1:
+        raise CheckpointError(
+            "--format hf: the experts are in parts (scmoe.expert_partition), which transformers has no field for; "
+            "partition the whole model by scmoe convert partition --method complete, and export that"
+        )
     found = {name: getattr(settings, field) for name, field in _OF_SETTINGS.items()}
     found |= {name: getattr(config, field, None) for name, field in _OF_SECTION.items()}
     end = {} if tokenizer is None else dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer["identity"]["eod"])

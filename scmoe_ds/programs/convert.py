@@ -2,6 +2,7 @@
 
 scmoe convert export checkpoints/run out --dtype bf16
 scmoe convert export checkpoints/run hf_model --format hf   # AutoModelForCausalLM.from_pretrained("hf_model", …)
+scmoe convert partition weights parts --parts 2 --method partial   # experts in parts (sparse/partition.py)
 
 export --format hf takes DeepSpeed's checkpoints of Hugging Face models with AutoEP layers, too.
 """
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     check_ranges(args)
+    if args.command == "partition":
+        _partition(args)
+        return
     size = int(args.shard_gb * 10**9)
     dtype = DTYPES[args.dtype or "fp32"]
     if is_of_autoep(args.source):
@@ -46,6 +50,23 @@ def _convert(args: argparse.Namespace) -> None:
     shards = export(args.source, args.out, dtype, size, args.format == "hf")
     source = locate(args.source)
     print(f"wrote {args.out} of {source} ({shards} file(s) of weights); start a run with them: --load {args.out}")
+
+
+def _partition(args: argparse.Namespace) -> None:
+    from scmoe_ds.checkpoint.adapted.source import is_hugging_face
+    from scmoe_ds.sparse.hugging_face import partition_hugging_face
+    from scmoe_ds.sparse.own_models import partition_own
+
+    if is_hugging_face(args.source):
+        files = partition_hugging_face(args.source, args.out, args.parts, args.method)
+    elif is_of_autoep(args.source):
+        raise CheckpointError(
+            f"{args.source}: is of a Hugging Face model with AutoEP layers; write it by scmoe convert export --format "
+            "hf, and partition that"
+        )
+    else:
+        files = partition_own(args.source, args.out, args.parts, args.method)
+    print(f"wrote {args.out} ({files} file(s) of weights): each expert in {args.parts} parts, {args.method} partition")
 
 
 def _export_hugging_face(args: argparse.Namespace, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from scmoe_ds.programs.flags.parser import FlagParser
 
@@ -36,4 +37,20 @@ def build_parser() -> FlagParser:
     export.add_argument(
         "--model", type=Path, help="of a Hugging Face model: its own directory (default: as the checkpoint says)"
     )
+    _add_partition(commands)
     return parser
+
+
+def _add_partition(commands: Any) -> None:
+    text = "experts in parts, which compute together what the experts computed"
+    example = "scmoe convert partition weights parts --parts 2 --method partial"
+    partition = commands.add_parser("partition", help=text, description=text, example=example)
+    partition.add_argument("source", type=Path, help="a checkpoint or an export, or a Hugging Face model's directory")
+    partition.add_argument("out", type=Path, help="an empty or new directory")
+    partition.add_argument("--parts", type=int, default=2, help="of each expert; must divide its width")
+    partition.add_argument(
+        "--method",
+        choices=["complete", "partial"],
+        required=True,
+        help="complete: an ordinary model of more experts. partial: the gate stays (expert_partition)",
+    )
