@@ -59,7 +59,7 @@ def sparsify(args: argparse.Namespace) -> None:
         raise ArgumentError("scmoe sparsify runs in one process: start it without a launcher")
     (_hugging_face if is_hugging_face(args.load) else _own)(args)
     print(
-        f"wrote {args.output}: scmoe evaluate --load {args.output} … measures what a drop rate of {args.rate:g} costs"
+        f"wrote {args.output}: scmoe evaluate --load {args.output} --drop-rate {args.rate:g} … measures what it costs"
     )
 
 
@@ -136,8 +136,7 @@ def _calibrated(
         check_halves(layer.neurons, f"--load {args.load}, {layer.name}")
         check_measure(args.measure, layer.has_w3)
     sums, tokens = read_calibration_text(layers, text, run, text.source)
-    found = sparsity_of(layers, sums, tokens, args.measure, args.spread)
-    sparsity = found.model_copy(update={"rate": args.rate})
+    sparsity = sparsity_of(layers, sums, tokens, args.measure, args.spread, args.rate)
     print(table(sparsity, sums, args.rate))
     if missing := unseen(sums):
         print(

@@ -76,15 +76,31 @@ def read_calibration_text(
     return sums, tokens
 
 
+def default_spread(top_k: int) -> float:
+    """Of 2T-Drop's two thresholds around T: a tenth of 1/K, the mean of the criterion.
+
+    The paper has 0.01, for K of 2 to 8. What a choice adds grows with its criterion, so that the range in which half an
+    expert is the better bargain is a share of the threshold, not a number: the same share for every K.
+    """
+    return 0.1 / top_k
+
+
 def sparsity_of(
-    layers: Sequence[CalibratedLayer], sums: Sequence[LayerSums], tokens: int, measure: Measure | None, spread: float
+    layers: Sequence[CalibratedLayer],
+    sums: Sequence[LayerSums],
+    tokens: int,
+    measure: Measure | None,
+    spread: float | None = None,
+    rate: float | None = None,
 ) -> Sparsity:
     """What sparsity.json says.
 
     Args:
         measure: by which the neurons are sorted; None: they are as trained.
-        spread: of 2T-Drop's thresholds around T.
+        spread: of 2T-Drop's thresholds around T; None: `default_spread`.
+        rate: to leave out unless somebody says otherwise; None: nothing.
     """
+    spread = default_spread(layers[0].top_k) if spread is None else spread
     curves = [
         curve_of(layer.name, own.criterion_N, spread, None if measure is None else own.major_share(measure))
         for layer, own in zip(layers, sums, strict=True)
@@ -96,4 +112,5 @@ def sparsity_of(
         spread=spread,
         tokens=tokens,
         layers=tuple(curves),
+        rate=rate,
     )

@@ -51,10 +51,12 @@ def build_parser() -> FlagParser:
         "--rate",
         type=float,
         default=0.25,
-        help="share of the computation to leave out, unless --drop-rate says otherwise",
+        help="share of the routed experts' computation to leave out from now on, unless --drop-rate says otherwise",
     )
     group.add_argument(
-        "--spread", type=float, default=0.01, help="2T-Drop skips below T - spread and halves below T + spread"
+        "--spread",
+        type=float,
+        help="2T-Drop skips below T - spread and halves below T + spread; default: 0.1 / routed experts of a token",
     )
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
@@ -65,7 +67,7 @@ def check(args: argparse.Namespace) -> None:
     check_ranges(args)
     if not 0 < args.rate < 1:
         raise ArgumentError(f"--rate {args.rate:g}: must be above 0 and below 1; 0.25 leaves a quarter out")
-    if not 0 <= args.spread < 1:
+    if args.spread is not None and not 0 <= args.spread < 1:
         raise ArgumentError(
             f"--spread {args.spread:g}: must be at least 0 and below 1, as the scores that it is added to"
         )
