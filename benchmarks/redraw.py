@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.cost import scaling
 from benchmarks.predict import paper_page
-from benchmarks.quality import adapt_figure, stress_table
+from benchmarks.quality import adapt_figure, sparse_table, stress_table
 from benchmarks.quality import table as quality_table
 from benchmarks.serving import drop_page
 from benchmarks.serving import figures as serving
@@ -28,6 +28,7 @@ _OF_A_TABLE = {"main": bars.stacked, "slots": bars.slots, "crossing": bars.cross
 _OF_A_BENCHMARK = {
     "benchmarks.quality": quality_table.figure,
     "benchmarks.quality.adapt": adapt_figure.figure,
+    "benchmarks.quality.sparse": sparse_table.figure,
     "benchmarks.stress": stress_table.figure,
     "benchmarks.predict.paper": paper_page.figure,
     "benchmarks.serving.drop": drop_page.figure,
