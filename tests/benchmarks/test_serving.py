@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.harness.variants import Shape
 from benchmarks.serving import figures as serving_figures
-from benchmarks.serving import inference, offload
+from benchmarks.serving import inference, offload, offload_disk
 from benchmarks.serving import offload_worker as worker
 from scmoe_ds.engine import connect
+from scmoe_ds.offload.files import ExpertFile
 from scmoe_ds.planner.simulation import Mode
 
 
@@ -111,3 +112,22 @@ def test_figure_of_speedups() -> None:
     record = {"phases": {phase: {"rows": [row, row], "link": {"share": 0.6}} for phase in inference.PHASES}}
     drawn = serving_figures.speedups(record)
     assert [[bar.get_width() for bar in panel.patches] for panel in drawn.axes] == [[2.0, 2.0]] * 2
+
+
+def test_rates_of_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload_disk, "SIZES_KIB", (4, 64))
+    monkeypatch.setattr(offload_disk, "DEPTHS", (1, 2))
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 1024)
+    file = ExpertFile(tmp_path / "file", "again")
+    rows = offload_disk.measure(file, 256 << 10, 2, 512 << 10)
+    assert len(rows) == 8 and all(row["gigabytes_per_s"]["p10"] > 0 for row in rows)
+    record = {
+        "rows": rows,
+        "rounds": 2,
+        "command": "x",
+        "environment": dict.fromkeys(("date", "device", "commit"), "x"),
+    }
+    assert offload_disk.markdown(record).count("MiB a read") == 4
+    buffer = offload_disk.memory(64 << 10, "4 KiB")
+    offload_disk.rate(file, 256 << 10, [buffer], 64 << 10, 0)
+    assert bytes(buffer.numpy()) == bytes(range(256)) * 256
