@@ -54,6 +54,7 @@ TENSOR_PARALLEL = "--tensor-model-parallel-size"
 EXPERT_TENSOR_PARALLEL = "scmoe.expert_tensor_parallelism"
 ZERO_STAGE = "zero_optimization.stage"
 ROUND_ROBIN = "zero_optimization.round_robin_gradients"
+OFFLOADED = "scmoe.offload_experts"
 PRECISION = "precision"
 BATCH = "sequences per step"
 ITERATION = "iteration"
@@ -80,6 +81,8 @@ def describe(
         ROUND_ROBIN: bool(zero.get("round_robin_gradients", False)),
         PRECISION: precisions[0] if precisions else "fp32",
     }
+    if config.offload_experts is not None:
+        layout[OFFLOADED] = True
     shape = {key: value for key, value in asdict(settings).items() if key != "head_size"}
     kind = "gpt" if isinstance(settings, GPTSettings) else "swin"
     section = config.model_dump(mode="json")
@@ -95,7 +98,12 @@ def describe_model(settings: GPTSettings, config: ScMoEConfig) -> dict[str, Any]
 
 def rebuild(description: Mapping[str, Any]) -> tuple[GPTSettings, ScMoEConfig]:
     """Settings of the model in a checkpoint or an export, for one process: `gpt_of(*rebuild(description))`."""
-    whole_on_each_rank = {"expert_parallel_size": 1, "expert_tensor_parallelism": False, "overlap": {}}
+    whole_on_each_rank = {
+        "expert_parallel_size": 1,
+        "expert_tensor_parallelism": False,
+        "overlap": {},
+        "offload_experts": None,
+    }
     section = {**description["scmoe"], **whole_on_each_rank}
     gpt = description["gpt"]
     return settings_class(gpt)(**gpt), ScMoEConfig.from_deepspeed({"scmoe": section})

@@ -7,13 +7,15 @@ an optimizer's moment is not finite, the loss shows it only two steps later.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scmoe_ds.checkpoint import offloaded
 from scmoe_ds.compat import high_precision_mapping
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.parallel.agreement import gather
@@ -57,7 +59,28 @@ def check(engine: Any, name: str) -> None:
 
 
 def _finding(engine: Any) -> str | None:
-    held = [each for each in _tensors(engine) if each.tensor.dtype in _DTYPES and each.tensor.numel()]
+    """Offloaded experts are looked at one after another."""
+    found = (_finding_in(engine, tensors) for tensors in chain([_tensors(engine)], _moved(engine)))
+    return next((each for each in found if each is not None), None)
+
+
+def _moved(engine: Any) -> Iterator[list[_Held]]:
+    largest = {offloaded.MASTER: _LARGEST_WEIGHT}
+    for parameters in offloaded.held(engine):
+        yield [
+            _Held(
+                "the fp32 weights" if key in largest else f"{key} in the optimizer",
+                value,
+                largest.get(key, torch.finfo(torch.float32).max),
+                name,
+            )
+            for name, states in parameters.items()
+            for key, value in states.items()
+        ]
+
+
+def _finding_in(engine: Any, tensors: Iterable[_Held]) -> str | None:
+    held = [each for each in tensors if each.tensor.dtype in _DTYPES and each.tensor.numel()]
     for each, largest in zip(held, _magnitudes([each.tensor.detach() for each in held]), strict=True):
         if not largest <= each.largest:
             bad = ~(each.tensor.detach().float().abs().flatten() <= each.largest)

@@ -186,6 +186,8 @@ def _reshard(engine: Any, source: Source, schedule: bool) -> dict[str, Any]:
 def _deepspeed_can_read(layout: Mapping[str, Any]) -> bool:
     """DeepSpeed looks for experts under the rank's own tensor-parallel rank. But only one of several tensor-parallel
     ranks that hold the same experts writes them."""
+    if layout.get(fields.OFFLOADED):  # all experts at once would not fit
+        return False
     return layout[fields.EXPERT_TENSOR_PARALLEL] or layout[fields.EXPERT_PARALLEL] % layout[fields.TENSOR_PARALLEL] == 0
 
 

@@ -147,6 +147,8 @@ def _layout(layout: Any) -> Mapping[str, Any]:
     for key in sizes:
         if type(layout.get(key)) is not int or layout[key] < 1:
             raise ValueError(f"layout.{key} = {str(layout.get(key))[:60]}: must be a number of ranks")
+    if fields.OFFLOADED in layout:
+        kinds[fields.OFFLOADED] = bool
     for key, kind in kinds.items():
         if type(layout.get(key)) is not kind:
             raise ValueError(f"layout.{key} = {str(layout.get(key))[:60]}: must be of type {kind.__name__}")

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from scmoe_ds.checkpoint import description as fields
+from scmoe_ds.checkpoint import offloaded
 from scmoe_ds.checkpoint.saved_state import SavedState
 from scmoe_ds.compat import high_precision_mapping
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.moe.placement import global_names
 from scmoe_ds.moe.router import correction_biases
+from scmoe_ds.offload.trainable import offloaded_names
 from scmoe_ds.parallel.tensor import shard, tensor_parallel_rank, tensor_parallel_rule, tensor_parallel_size
 
 
@@ -42,8 +44,11 @@ def put_weights(engine: Any, weights: Weights) -> None:
     CheckpointError if parameters are missing, or have other shapes."""
     names = global_names(engine.module)
     check_parameters(engine.module, weights, names)
+    left_out = offloaded.stand_ins(engine.module)
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
+            if id(parameter) in left_out:
+                continue
             value = own_part(weights.read(names[name]), parameter, names[name])
             parameter.data.copy_(value)
             mapping = high_precision_mapping(parameter)
@@ -51,6 +56,7 @@ def put_weights(engine: Any, weights: Weights) -> None:
                 mapping.hp_fragment.data.copy_(_own_piece(value, mapping))
         for name, bias in correction_biases(engine.module).items():
             bias.copy_(weights.read(name))
+    offloaded.put_weights(engine.module, weights)
 
 
 def put_state(engine: Any, saved: SavedState, schedule: bool = True) -> None:
@@ -65,11 +71,13 @@ def put_state(engine: Any, saved: SavedState, schedule: bool = True) -> None:
     """
     put_weights(engine, saved)
     names = global_names(engine.module)
-    inner = engine.optimizer.optimizer
+    inner, left_out = engine.optimizer.optimizer, offloaded.stand_ins(engine.module)
+    if left_out:
+        offloaded.put_state(engine, saved)
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             mapping = high_precision_mapping(parameter)
-            if mapping is None:
+            if mapping is None or id(parameter) in left_out:
                 continue
             group = inner.param_groups[mapping.param_group_index]
             group.update(saved.group_options(names[name]))
@@ -104,16 +112,20 @@ def check_parameters(model: nn.Module, weights: Weights, names: Mapping[str, str
     Raises:
         CheckpointError: the weights lack a parameter of the model, or one has another shape.
     """
-    biases = correction_biases(model)
-    if missing := sorted({*names.values(), *biases} - set(weights.names())):
+    biases, left_out, moved = correction_biases(model), offloaded.stand_ins(model), offloaded_names(model)
+    there = {name: each for name, each in model.named_parameters() if id(each) not in left_out}
+    if missing := sorted({*(names[name] for name in there), *moved, *biases} - set(weights.names())):
         raise CheckpointError(f"{weights.path} has no {missing[0]} (and {len(missing) - 1} others of this model)")
-    for name, parameter in model.named_parameters():
+    for name, parameter in there.items():
         rule, expected = tensor_parallel_rule(parameter), list(parameter.shape)
         if rule is not None:
             expected[rule.dim] = sum(rule.sections)
         found = weights.shape(names[name])
         if list(found) != expected:
             raise _another_shape(names[name], found, expected)
+    for name, (_, _, part) in moved.items():
+        if list(found := weights.shape(name)) != list(part.shape):
+            raise _another_shape(name, found, part.shape)
     for name, bias in biases.items():
         if list(found := weights.shape(name)) != list(bias.shape):
             raise _another_shape(name, found, bias.shape)

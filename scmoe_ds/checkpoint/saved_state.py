@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.checkpoint import description as fields
-from scmoe_ds.checkpoint import files, tensor_files
+from scmoe_ds.checkpoint import files, offloaded, tensor_files
 from scmoe_ds.checkpoint.files import DamagedCheckpointError, remedy
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.moe.placement import Placement, expert_of, layer_of, with_expert
@@ -63,6 +63,7 @@ class SavedState:
         self._models = [self._load(f"mp_rank_{rank:02d}_model_states.pt") for rank in range(self._tensor_ranks)]
         self._files: list[Any] = []
         self._pieces: dict[str, dict[int, list[_Piece]]] = {}  # by global name, then by tensor-parallel rank
+        self._offloaded: dict[str, dict[str, Any]] = {}  # experts that have files of their own
         with tensor_files.as_expected(path, "reading"):
             self._index()
             # Routers' biases, which no optimizer has, are the same on all ranks.
@@ -86,13 +87,15 @@ class SavedState:
 
     def names(self) -> list[str]:
         """Global names of all parameters that are trained, and of the routers' biases."""
-        return sorted([*self._pieces, *self._biases])
+        return sorted([*self._pieces, *self._offloaded, *self._biases])
 
     def read(self, name: str, key: str = MASTER) -> Tensor:
         """A whole parameter, or an optimizer state of its shape. Raises a DamagedCheckpointError if the pieces do not
         add up to it."""
         if name in self._biases:
             return self._biases[name].float()
+        if name in self._offloaded:
+            return self._offloaded[name][offloaded.STATES][key]
         rule = self._splits.get(with_expert(name, 0))
         ranks = sorted(self._pieces[name]) if rule is not None else [min(self._pieces[name])]
         return unshard([self._part(name, rank, key, rule) for rank in ranks], rule)
@@ -101,6 +104,8 @@ class SavedState:
         """Of the whole parameter."""
         if name in self._biases:
             return list(self._biases[name].shape)
+        if name in self._offloaded:
+            return list(self._offloaded[name][offloaded.STATES][MASTER].shape)
         shape, rule = list(self._shapes[with_expert(name, 0)]), self._splits.get(with_expert(name, 0))
         if rule is not None:
             shape[rule.dim] = sum(rule.sections)
@@ -108,6 +113,10 @@ class SavedState:
 
     def optimizer_state(self, name: str) -> tuple[list[str], dict[str, Any]]:
         """The keys under which `read` finds states of the parameter's shape, and the other states (the step count)."""
+        if name in self._offloaded:
+            found = self._offloaded[name]
+            steps, keys = found[offloaded.STEPS], [key for key in found[offloaded.STATES] if key != MASTER]
+            return (keys, {"step": torch.tensor(steps)}) if steps else ([], {})
         piece = self._first_piece(name)
         flat = self._flat(piece, MASTER)
         whole, other = [], {}
@@ -120,6 +129,8 @@ class SavedState:
 
     def group_options(self, name: str) -> dict[str, Any]:
         """Learning rate, betas, … of the parameter's group."""
+        if name in self._offloaded:
+            return dict(self._offloaded[name][offloaded.OPTIONS])
         piece = self._first_piece(name)
         group = self._optimizer(piece)["param_groups"][piece.group]
         return {key: value for key, value in group.items() if key not in ("params", "name", "moe")}
@@ -153,7 +164,11 @@ class SavedState:
             for rank, each in enumerate(self._files)  # ranks ascend, and so do the pieces
             for group, members in enumerate(each["param_slice_mappings"])
             for name, address in members.items()
+            if f".{offloaded.STAND_IN}" not in name
         ]
+        for file in self._manifest:
+            if offloaded.EXPERT_FILE.fullmatch(file):
+                self._offloaded.update(self._load(file))
         num_local_experts: dict[str, int] = {}
         for name, _ in found:
             if (layer := layer_of(name)) is not None:

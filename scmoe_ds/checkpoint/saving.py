@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from scmoe_ds.checkpoint import files, finite, lock, rotation
+from scmoe_ds.checkpoint import files, finite, lock, offloaded, rotation
 from scmoe_ds.checkpoint.description import BATCH, CONSUMED, ITERATION
 from scmoe_ds.compat import writes_by
 from scmoe_ds.data.durable_files import FileEntry, file_entry, flush, try_to_write
@@ -141,6 +141,7 @@ def _write(engine: Any, part: Path, state: dict[str, Any]) -> list[Path]:
     with _collected_failures(engine) as (written, failures):
         try:
             engine.save_checkpoint(str(part.parent), tag=part.name, client_state=state, save_latest=False)
+            offloaded.write(engine, part)
         except OSError as error:  # not from a write
             # The other ranks may wait for this one inside DeepSpeed, so they cannot agree on anything. This rank says
             # why and ends. The others end with it, or at the latest with the distributed timeout.

@@ -24,6 +24,9 @@ from scmoe_ds.offload.shape import MATRICES, VECTORS, ExpertShape, Part
 from scmoe_ds.offload.states import ExpertStates
 from scmoe_ds.offload.store import ExpertKey, ExpertStore
 
+STAND_IN = "stand_in"
+"""Begins the names of parameters that no checkpoint has."""
+
 
 class TrainableExperts(MovingExperts):
     """Takes the place of a layer's experts of two linear projections; see scmoe_ds.moe.experts.MovingExperts.
@@ -59,7 +62,7 @@ class TrainableExperts(MovingExperts):
             if group in states.shape.groups:
                 stand_in = nn.Parameter(torch.zeros(shape))
                 stand_in.allreduce, stand_in.group_name = False, group_name  # type: ignore[attr-defined]
-                self.register_parameter(f"stand_in_of_{name}", stand_in)
+                self.register_parameter(f"{STAND_IN}_of_{name}", stand_in)
                 self.stand_ins[group] = stand_in
         self._passing: list[ExpertKey] = []  # of the forward pass whose output is not collected yet
         self._recalled: Counter[ExpertKey] = Counter()
@@ -218,14 +221,15 @@ def write_experts(
             the parameters' dtype by nobody.
         steps_of: how many steps of the optimizer they are from; without any there are no moments.
     """
-    for (experts, key), names in _by_expert(offloaded_names(model)).items():
+    for (experts, key), names in by_expert(offloaded_names(model)).items():
         steps = steps_of(next(iter(names)))
         experts.states.write(key, {part.name: states_of(name, part) for name, part in names.items()}, steps)
 
 
-def _by_expert(
+def by_expert(
     named: Mapping[str, tuple[TrainableExperts, ExpertKey, Part]],
 ) -> dict[tuple[TrainableExperts, ExpertKey], dict[str, Part]]:
+    """The parameters of `offloaded_names`, expert by expert."""
     found: dict[tuple[TrainableExperts, ExpertKey], dict[str, Part]] = {}
     for name, (experts, key, part) in named.items():
         found.setdefault((experts, key), {})[name] = part

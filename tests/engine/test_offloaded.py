@@ -17,6 +17,7 @@ from torch import nn
 
 import scmoe_ds
 from lab.distributed import environment_of_one
+from scmoe_ds import checkpoint
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import ArgumentError, ScMoEConfigError
@@ -183,3 +184,48 @@ def test_experts_three_times_the_memory_limit(tmp_path: Path) -> None:
     _, found, losses = trained.stdout.partition("LOSSES")
     assert found, trained.stderr
     assert json.loads(losses.splitlines()[0]) == train(make_engine(*wide("")), 2)
+
+
+OFFLOADS = {"memory": None, "host": {"device": "cpu"}, "disk": {"device": "nvme", "buffer_count": 3}}
+
+
+def with_path(offload: dict[str, Any] | None, path: Path) -> dict[str, Any] | None:
+    return {**offload, "nvme_path": str(path)} if offload is not None and offload["device"] == "nvme" else offload
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("then", "now"), [("memory", "disk"), ("disk", "memory"), ("disk", "host")])
+def test_a_resume_from_either_to_either(then: str, now: str, bf16: bool, tmp_path: Path) -> None:
+    """Experts move between memory and elsewhere with a checkpoint; the losses are those of one run."""
+    engines, descriptions = [], []
+    for kind in (then, now):
+        whole = make_json(with_path(OFFLOADS[kind], tmp_path), **(BF16 if bf16 else PLAIN))
+        engines.append(make_engine(whole))
+        section = ScMoEConfig.from_deepspeed(whole)
+        descriptions.append(checkpoint.describe(SETTINGS, section, 1, whole))
+    first, second = engines
+    losses = train(first, 3)
+    saved = checkpoint.save(first, str(tmp_path / "run"), 3, 12, descriptions[0])
+    names = {file.name for file in saved.iterdir()}
+    assert {f"layer_{layer}_expert_{n}_mp_rank_00_model_states.pt" for layer in range(2) for n in range(6)} <= names
+    source = checkpoint.choose(str(saved), None, False, descriptions[1])
+    assert checkpoint.load(second, source) == (3, 12)
+    expected = resident(bf16, False, 2)
+    assert losses == expected[: len(losses)]
+    assert train(second, 4, 3) == expected[len(losses) :][: len(losses) * 4 // 3]
+
+
+def test_a_moment_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    whole = make_json({"device": "cpu"})
+    engine = make_engine(whole)
+    train(engine, 1)
+    experts = offloaded(engine.module)[1]
+    key = experts.members()[4]
+    states, steps = experts.states.read(key)
+    states["output.bias"]["exp_avg"][3] = float("nan")
+    experts.states.write(key, states, steps)
+    description = checkpoint.describe(SETTINGS, ScMoEConfig.from_deepspeed(whole), 1, whole)
+    with pytest.raises(
+        checkpoint.NotFiniteError, match=r"exp_avg in the optimizer of .*experts\.4\.output\.bias is nan"
+    ):
+        checkpoint.save(engine, str(tmp_path / "run"), 1, 4, description)
