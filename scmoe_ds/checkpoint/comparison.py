@@ -81,6 +81,7 @@ TABLE: dict[str, Outcome] = {
     "scmoe.expert_*": Outcome.FREE,
     "scmoe.dispatch": Outcome.FREE,
     "scmoe.all_to_all": Outcome.FREE,
+    "scmoe.offload_experts*": Outcome.FREE,
     "scmoe.overlap*": Outcome.FREE,
     "scmoe.replace": Outcome.FREE,
     "scmoe.tap": Outcome.FREE,
