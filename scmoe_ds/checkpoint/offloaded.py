@@ -25,9 +25,10 @@ STATES, STEPS, OPTIONS = "states", "steps", "group options"
 
 
 def write(engine: Any, directory: Path) -> None:
-    """This rank's experts, with DeepSpeed's writer."""
-    options = _options(engine)
-    for (experts, key), parts in by_expert(offloaded_names(engine.module)).items():
+    """This rank's experts, with DeepSpeed's writer; nothing where they are in memory."""
+    named = offloaded_names(engine.module)
+    options = _options(engine) if named else {}
+    for (experts, key), parts in by_expert(named).items():
         states, steps = experts.states.read(key)
         name = f"layer_{key.layer}_expert_{expert_of(next(iter(parts)))}_mp_rank_00"
         weights = {each: states[part.name][MASTER].to(experts.states.dtype) for each, part in parts.items()}
