@@ -17,9 +17,11 @@ import torch
 
 import scmoe_ds
 from scmoe_ds import checkpoint
+from scmoe_ds.checkpoint import tokenizer_files
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.digit_questions import IMAGE_SIZE, PATCH_TOKEN, VOCAB_SIZE, DigitQuestions
 from scmoe_ds.data.sampler import pretraining_batches
+from scmoe_ds.data.tokenizer import ByteTokenizer
 from scmoe_ds.evaluation.answers import score_answers
 from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.sampling import Sampling
@@ -49,6 +51,7 @@ def train(engine: Any, whole: dict[str, Any], iterations: int, seed: int, save: 
     held_out = DigitQuestions(4 * batch * ranks, MODEL.patches, seed, held_out=True)
     settings = TrainingSettings(iterations, batch, 1, data.length, seed, 50, eval_interval=300, eval_iters=4, save=save)
     description = checkpoint.describe(MODEL, engine.module.config, ranks, whole)
+    description[tokenizer_files.KEY] = tokenizer_files.record(tokenizer_files.describe(ByteTokenizer()), {})
     Trainer(engine, data, held_out, settings, description).run()
 
 

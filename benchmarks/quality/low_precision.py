@@ -212,9 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vision", type=Path, default=Path("data/low_precision"), help="of vision-language models")
     parser.add_argument("--text", type=Path, help="--output of benchmarks.quality.sparse_models")
     parser.add_argument("--text-models", nargs="+", default=[], help="of these: scmoe2 top2 scmoe1")
-    parser.add_argument("--groups", type=int, default=8, help="of held-out sequences; the spread is over them")
-    parser.add_argument("--sequences", type=int, default=256, help="questions of a group")
-    parser.add_argument("--text-sequences", type=int, default=512, help="of all groups together")
+    parser.add_argument("--groups", type=int, default=6, help="of held-out sequences; the spread is over them")
+    parser.add_argument("--sequences", type=int, default=128, help="questions of a group")
+    parser.add_argument("--text-sequences", type=int, default=256, help="of all groups together")
     args = parser.parse_args(argv)
     if bool(args.text_models) != bool(args.text):
         parser.error("--text and --text-models go together")
