@@ -218,10 +218,9 @@ class LowPrecisionExperts(OwnExperts):
             return self.usual(rows_SD, rows_per_expert)
         if self._done is not None:
             stream = torch.cuda.current_stream(rows_SD.device)
-            stream.wait_event(self._done)
-            for weights in self._converted.values():
-                for each in weights:
-                    each.record_stream(stream)
+            self._wait(stream, self._done)
+            for each in (each for weights in self._converted.values() for each in weights):
+                each.record_stream(stream)
         output_SD = torch.empty_like(rows_SD)
         parts = zip(rows_SD.split(list(rows_per_expert)), output_SD.split(list(rows_per_expert)), strict=True)
         for expert, (rows, output) in enumerate(parts):
@@ -230,6 +229,10 @@ class LowPrecisionExperts(OwnExperts):
         if not self._runs:
             self._forget()
         return output_SD
+
+    def _wait(self, stream: torch.cuda.Stream, done: torch.cuda.Event) -> None:
+        """Orders the computation behind the conversion, which ran beside it."""
+        stream.wait_event(done)
 
     def _compute(self, number: int, rows_SD: Tensor, output_SD: Tensor) -> None:
         expert, rows = self.experts[number], len(rows_SD)

@@ -1,0 +1,276 @@
+"""Overloaded ranks in low precision: prefill through one ScMoE pair on two nodes, at several skews of the gate.
+
+    python -m benchmarks.serving.low_precision --share 0.6 --output benchmarks/results
+
+The link is set so that the all-to-all takes `--share` of the top-2 MoE layer with an even gate. A skew is the busiest
+expert's load over the mean. Every row tolerates low precision here: the decision looks at the loads. All rows of a
+table alternate within rounds, each under the schedule of the package's own calibration; a speed-up is the median of the
+ratios within rounds. "The layer" is the step without the backbone's operators and the shared expert: gate, counts,
+decision, conversion, experts, and waiting for the all-to-alls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.harness import tables
+from benchmarks.harness.link import find_rate
+from benchmarks.harness.measure import EVICTED_BYTES, cold
+from benchmarks.harness.on_nodes import on_nodes, parse, write
+from benchmarks.harness.parts import CPU, parts_of, record_steps
+from benchmarks.harness.variants import Shape, Variant, baseline, build
+from scmoe_ds.comm.transport import METHODS
+from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.inference.low_precision import use_low_precision
+from scmoe_ds.inference.model import DTYPES
+from scmoe_ds.models.pairs import StagedPair
+from scmoe_ds.moe.low_precision import Counts, LowPrecision, LowPrecisionContainer
+from scmoe_ds.parallel.agreement import gather
+from scmoe_ds.planner.calibrator import Calibrator
+from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
+from scmoe_ds.trace.recorder import SILENT, Recorder, Span
+
+SHAPE = Shape("GPT2-MoE-Medium cut to 512 wide, two experts per rank", 512, 8, 5, 256, 4, 2.0)
+SCMOE = Variant({"architecture": "scmoe", "position": "pos2", "dispatch": "exact", "drop_tokens": False})
+BACKBONE = ("attention", "MLP", "shared expert")
+OFF, AGAIN, HOT, ALL = "off", "off again (A/A)", "ReaLB", "low precision everywhere"
+FREE, NO_LINK = "ReaLB, converted and decided beforehand", "ReaLB, no communication"
+WARM_UP = 2
+SEARCHES, HIGHEST = 12, 16.0
+
+
+class Prepared(LowPrecisionContainer):
+    """Converted and decided before the first step: what both would leave if they took no time."""
+
+    def prepare(self, hot: bool) -> None:
+        """From now on this rank is hot, or it is not."""
+        self.notices, self.hot = 0, hot
+        self._convert(range(self.num_local_experts))
+
+    def announce(self, rows_per_expert: Sequence[int]) -> None: ...
+
+    def _forget(self) -> None: ...
+
+
+@dataclass
+class Row:
+    """One way to compute the pair."""
+
+    pair: StagedPair
+    counts: Counts | None = None
+    recorder: Recorder | None = None
+    spans: list[list[Span]] | None = None
+
+    def step(self, hidden: Tensor) -> None:
+        """One prefill, whose parts are recorded if `spans` is a list."""
+        recorder = None if self.spans is None else Recorder(CPU)
+        self.pair.recorder = SILENT if recorder is None else recorder.pair(0)
+        with torch.inference_mode():
+            self.pair(hidden)
+        if recorder is not None and self.spans is not None:
+            self.spans.append(recorder.spans())
+
+    def schedule(self, hidden: Tensor) -> None:
+        """Gives the pair the schedule of the package's calibration. Collective."""
+        calibrator = Calibrator([self.pair], OverlapConfig(num_chunks=1), CPU, "prefill")
+        while calibrator.calibrating:
+            dist.barrier()
+            calibrator.begin()
+            with torch.inference_mode():
+                self.pair(hidden)
+
+
+class Bench:
+    """The rows of one skew on this rank. Collective."""
+
+    def __init__(self, skew: float, settings: dict[str, Any]) -> None:
+        dtype = DTYPES[settings["dtype"]]
+        torch.manual_seed(dist.get_rank())
+        self.hidden = torch.randn(SHAPE.sequences, SHAPE.seq_length, SHAPE.hidden_size).to(dtype)
+        make = partial(_pair, skew=skew, hidden=self.hidden, dtype=dtype, method=settings["method"])
+        self.rows = {name: Row(make()) for name in (OFF, AGAIN, HOT, ALL, FREE)}
+        self.rows[NO_LINK] = Row(make(communicates=False))
+        for name in (HOT, ALL, NO_LINK):
+            use = LowPrecision("all" if name == ALL else "hot", score=1.0)
+            (experts,) = use_low_precision(self.rows[name].pair, use).layers
+            self.rows[name].counts = experts.counts
+        for name in (OFF, HOT, ALL):
+            self.rows[name].schedule(self.hidden)
+        counts = self.rows[HOT].counts
+        assert counts is not None and counts.hot in (0, counts.passes)
+        self.is_hot = counts.hot > 0
+        layer, like = self.rows[FREE].pair.layer, self.rows[HOT].pair.layer.deepspeed_moe.experts
+        prepared = Prepared(layer.deepspeed_moe.experts, layer.slices, like.settings, like.format)
+        prepared.prepare(self.is_hot)
+        layer.deepspeed_moe.experts = prepared
+        for name, like in ((AGAIN, OFF), (FREE, HOT), (NO_LINK, HOT)):
+            self.rows[name].pair.schedule = self.rows[like].pair.schedule
+        with torch.inference_mode():
+            rows_E = _over_world(self.rows[OFF].pair(self.hidden).exp_counts)
+        self.busiest = float(rows_E.max() / rows_E.mean())
+        self.load = float(rows_E.view(dist.get_world_size(), -1).sum(1)[dist.get_rank()])
+
+    def measure(self, rounds: int) -> dict[str, Any]:
+        """Times of all rows, and what they are over others. Collective."""
+        for row in self.rows.values():
+            row.spans = []
+        own = interleave(
+            {name: partial(row.step, self.hidden) for name, row in self.rows.items()}, rounds, WARM_UP, dist.barrier
+        )
+        steps = {name: over_ranks(seconds) for name, seconds in own.items()}
+        layers = {}
+        for name, row in self.rows.items():
+            spans = (row.spans or [])[WARM_UP:]
+            without = [1e-3 * sum(parts_of(each)[kind] for kind in BACKBONE) for each in spans]
+            layers[name] = over_ranks([step - part for step, part in zip(own[name], without, strict=True)])
+        ratios = Spread.of_ratios(steps[HOT], steps[FREE]), Spread.of_ratios(layers[HOT], layers[FREE])
+        hot, loads = gather(self.is_hot), gather(self.load)
+        return {
+            "rows": [_row(name, steps, layers) for name in self.rows],
+            "over_free": {"step": vars(ratios[0]), "layer": vars(ratios[1])},
+            "busiest_expert_over_mean": self.busiest,
+            "rank_load_over_mean": [load / statistics.mean(loads) for load in loads],
+            "hot": hot,
+        }
+
+
+def _row(name: str, steps: dict[str, list[float]], layers: dict[str, list[float]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"row": name}
+    for part, times in (("step", steps), ("layer", layers)):
+        found[f"{part}_ms"] = 1e3 * statistics.median(times[name])
+        found[f"{part}_speedup"] = vars(Spread.of_ratios(times[OFF], times[name]))
+    return found
+
+
+def _pair(skew: float, hidden: Tensor, dtype: torch.dtype, method: str, communicates: bool = True) -> StagedPair:
+    """The pair in evaluation mode, with a gate that gives expert 0 `skew` times the mean load."""
+    pair = build(replace(SCMOE, communicates=communicates), SHAPE, 0.0, method)
+    assert isinstance(pair, StagedPair)
+    pair.eval().requires_grad_(False)
+    if skew > 1:
+        _give_skew(pair, skew, hidden.float())
+    return pair.to(dtype)
+
+
+def _give_skew(pair: StagedPair, skew: float, hidden: Tensor) -> None:
+    """Shifts the gate's input by a constant, and searches how much expert 0 must like it. Collective."""
+    gate, norm = pair.layer.deepspeed_moe.gate.wg, pair.shortcut_norm
+    direction = torch.ones(gate.in_features) / gate.in_features**0.5
+    norm.bias.add_(direction)
+    entering: list[Tensor] = []
+    hook = norm.register_forward_hook(lambda module, inputs, output: entering.append(output))
+    with torch.no_grad():
+        pair(hidden)
+    hook.remove()
+    tokens_TD = entering[0].reshape(-1, gate.in_features)
+    logits_TE, liked_T, (low, high) = gate(tokens_TD), tokens_TD @ direction, (0.0, HIGHEST)
+    for _ in range(SEARCHES):
+        middle = (low + high) / 2
+        shifted_TE = logits_TE.clone()
+        shifted_TE[:, 0] += middle * liked_T
+        counts_E = _over_world(shifted_TE.argmax(1).bincount(minlength=SHAPE.num_experts))
+        low, high = (low, middle) if float(counts_E[0] / counts_E.mean()) > skew else (middle, high)
+    gate.weight[0] += high * direction
+
+
+def _over_world(counts_E: Tensor) -> Tensor:
+    return torch.tensor(gather(counts_E.tolist())).double().sum(0)
+
+
+def tables_at(settings: dict[str, Any]) -> dict[str, Any]:
+    """The link, and a table for each skew. Collective."""
+    name, variant = next(iter(baseline("exact").items()))
+    torch.manual_seed(dist.get_rank())
+    dtype = DTYPES[settings["dtype"]]
+    hidden = torch.randn(SHAPE.sequences, SHAPE.seq_length, SHAPE.hidden_size).to(dtype)
+    run = build(variant, SHAPE, 0.0, settings["method"]).to(dtype).eval()
+
+    def step() -> None:
+        with torch.inference_mode():
+            run(hidden)
+
+    link = find_rate(partial(record_steps, run, cold(step, torch.zeros(EVICTED_BYTES // 4))), settings["share"])
+    found = {str(skew): Bench(skew, settings).measure(settings["rounds"]) for skew in settings["skews"]}
+    return {"baseline": name, "link": vars(link), "skews": found}
+
+
+def rank_main(settings: dict[str, Any]) -> None:
+    """What each of the two processes runs; rank 0 prints the record."""
+    from scmoe_ds.engine import connect
+
+    torch.set_num_threads(1)
+    connect()
+    record = tables_at(settings)
+    if dist.get_rank() == 0:
+        print("RECORD " + json.dumps(record), flush=True)
+    dist.destroy_process_group()
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as tables."""
+    settings, link = record["settings"], record["link"]
+    lines = [
+        f"# Low precision on overloaded ranks, all-to-all {100 * settings['share']:.0f} % of a top-2 layer",
+        "",
+        *tables.head(record),
+        f"{SHAPE.name}; {SHAPE.tokens} tokens per rank and prefill, {settings['dtype']}, one ScMoE pair (Pos-2). Link "
+        f"{link['rate_mbit']:.0f} Mbit/s, where the all-to-all takes {100 * link['share']:.0f} % of a top-2 MoE layer "
+        f"with an even gate ({link['all_to_all_ms']:.0f} of {link['layer_ms']:.0f} ms). {settings['rounds']} "
+        "interleaved rounds; speed-up over the first row: median (10th–90th percentile) of the ratios within rounds, "
+        "of the slower rank. Layer: the step without attentions, MLP and shared expert. Hot ranks compute in int8.",
+        "",
+    ]
+    for wanted, found in record["skews"].items():
+        loads = " and ".join(f"{load:.2f}" for load in found["rank_load_over_mean"])
+        hot = " and ".join(str(rank) for rank, is_hot in enumerate(found["hot"]) if is_hot) or "none"
+        cells = [
+            [row["row"], *(text for part in ("step", "layer") for text in _cells(row, part))] for row in found["rows"]
+        ]
+        lines += [
+            f"## skew {float(wanted):g}",
+            "",
+            f"Busiest expert {found['busiest_expert_over_mean']:.2f} × the mean, ranks {loads} ×; hot rank: {hot}.",
+            "",
+            *tables.table(["row", "step ms", "speed-up", "layer ms", "speed-up"], cells),
+            "",
+            f"Decision and conversion, exposed: step × {Spread(**found['over_free']['step'])}, layer × "
+            f"{Spread(**found['over_free']['layer'])} of what they would be if both were done beforehand.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any], part: str) -> list[str]:
+    return [f"{row[f'{part}_ms']:.0f}", str(Spread(**row[f"{part}_speedup"]))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=0.6, help="all-to-all share of the top-2 MoE layer")
+    parser.add_argument("--skews", type=float, nargs="+", default=[1.0, 1.8, 4.0], help="1: the gate as it starts")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights and rows")
+    parser.add_argument("--method", choices=METHODS, default="send_receive", help="all-to-all of all rows")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path, help="directory for JSON and table")
+    args, settings = parse(parser, rank_main)
+    record = on_nodes("benchmarks.serving.low_precision", settings)
+    text = markdown(record)
+    print(text)
+    if args.output:
+        suffix = "" if args.dtype == "fp32" else f"_{args.dtype}"
+        write(args.output, f"low_precision_{round(100 * args.share)}{suffix}", record, text)
+
+
+if __name__ == "__main__":
+    main()
