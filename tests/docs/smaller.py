@@ -31,6 +31,7 @@ FLAGS = {
     "evaluate": ALONE,
     "evaluate --stride": "--stride 8",
     "evaluate --tasks": "--limit 2",
+    "evaluate --low-precision": "--low-precision all",  # one rank is never overloaded
     "analyze similarity": "--max-tokens 64",
     "analyze gradients": "--micro-batches 2",
     "preprocess": "--workers 1",
