@@ -200,7 +200,8 @@ def tables_at(settings: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             run(hidden)
 
-    link = find_rate(partial(record_steps, run, cold(step, torch.zeros(EVICTED_BYTES // 4))), settings["share"])
+    steps = partial(record_steps, run, cold(step, torch.zeros(EVICTED_BYTES // 4)))
+    link = find_rate(steps, settings["share"], settings["rate"])
     found = {str(skew): Bench(skew, settings).measure(settings["rounds"]) for skew in settings["skews"]}
     return {"baseline": name, "link": vars(link), "skews": found}
 
@@ -258,6 +259,7 @@ def _cells(row: dict[str, Any], part: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=0.6, help="all-to-all share of the top-2 MoE layer")
+    parser.add_argument("--rate", type=float, help="Mbit/s of an earlier record, to repeat it at its rate")
     parser.add_argument("--skews", type=float, nargs="+", default=[1.0, 1.8, 4.0], help="1: the gate as it starts")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights and rows")
     parser.add_argument("--method", choices=METHODS, default="send_receive", help="all-to-all of all rows")

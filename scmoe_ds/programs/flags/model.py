@@ -84,7 +84,7 @@ def add_low_precision(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--low-precision-score",
         type=float,
-        default=0.6,
+        default=0.7,
         help="a row tolerates it if its gate score is lower; raise it if ranks are rarely hot",
     )
     group.add_argument(
