@@ -98,6 +98,8 @@ class ExpertStore:
         self._last_turns: dict[ExpertKey, int] = {}  # of held experts: when they were asked for
         self._slots = [_Slot(module) for module in slots]
         self._held: OrderedDict[ExpertKey, _Slot] = OrderedDict()  # there or coming; least recently used first
+        # The same keys in the same order, those of each layer by themselves: the farthest is the first of one of them.
+        self._of_layers = [OrderedDict[ExpertKey, None]() for _ in range(num_layers)]
         self._empty = list(self._slots)
         self._asked: Counter[ExpertKey] = Counter()  # and not used yet
         self._waiting: deque[ExpertKey] = deque()  # asked for, without a place
@@ -121,7 +123,7 @@ class ExpertStore:
                 self.counts.confirmed += 1
             self._asked[key] += 1
             if key in self._held:
-                self._held.move_to_end(key)
+                self._touch(key)
             elif key not in self._waiting:
                 self._waiting.append(key)
         self._fill()
@@ -130,7 +132,7 @@ class ExpertStore:
         """Fetches experts that may be asked for, as far as there is a place that nobody has asked for."""
         for key in keys:
             if key in self._held:
-                self._held.move_to_end(key)
+                self._touch(key)
                 continue
             slot = self._room()
             if slot is None:
@@ -184,13 +186,22 @@ class ExpertStore:
         """A slot that nobody has asked for, without what it held."""
         if self._empty:
             return self._empty.pop()
-        key = max((key for key in self._held if key not in self._asked), key=self._next_turn, default=None)
+        free = [next((key for key in keys if key not in self._asked), None) for keys in self._of_layers]
+        key = max((key for key in free if key is not None), key=self._next_turn, default=None)
         return None if key is None else self._forget(key)
 
     def _next_turn(self, key: ExpertKey) -> int:
         """When it is needed again, if it lets as many turns of its layer pass as it has since it was asked for."""
         ahead = (key.layer - self._turn - 1) % self._num_layers + 1
         return ahead + (self._turn + ahead - self._last_turns[key] - 1) // self._num_layers * self._num_layers
+
+    def _of_layer(self, key: ExpertKey) -> OrderedDict[ExpertKey, None]:
+        return self._of_layers[key.layer % self._num_layers]
+
+    def _touch(self, key: ExpertKey) -> None:
+        """It is the most recently used one."""
+        self._held.move_to_end(key)
+        self._of_layer(key).move_to_end(key)
 
     def _take_back(self) -> _Slot:
         """The slot of the expert that will be needed last; it is fetched again then."""
@@ -200,7 +211,7 @@ class ExpertStore:
 
     def _forget(self, key: ExpertKey) -> _Slot:
         self._guessed.discard(key)
-        del self._last_turns[key]
+        del self._last_turns[key], self._of_layer(key)[key]
         return self._held.pop(key)
 
     def _start(self, key: ExpertKey, slot: _Slot) -> None:
@@ -209,6 +220,7 @@ class ExpertStore:
         # Where an expert gives way that is still coming, the next one is written after it.
         slot.coming = slot.occupied = self._source.load(into, slot.occupied, slot.watch)
         self._held[key] = slot
+        self._of_layer(key)[key] = None
         self._last_turns.setdefault(key, self._turn)
         self.counts.migrations += 1
         self.counts.migrated_bytes += slot.nbytes
