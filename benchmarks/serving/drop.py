@@ -62,8 +62,9 @@ ROWS: dict[str, tuple[Method, bool] | None] = {
     AGAIN: None,
     ONE: ("1t", False),
     TWO: ("2t", False),
-    LOAD_AWARE: ("2t", True),
-    KNOWN: ("2t", True),
+    ONE + LOAD_AWARE: ("1t", True),
+    TWO + LOAD_AWARE: ("2t", True),
+    KNOWN: ("1t", True),
 }
 STEPS_TO_SCHEDULE, WARM_UP = 8, 2
 
@@ -225,8 +226,8 @@ def curve(layer: str, skew: float, settings: dict[str, Any]) -> dict[str, Any]:
     """A table of all rates. Collective."""
     bench = Bench(layer, skew, settings)
     for rate in settings["rates"]:
-        bench.add(f"{TWO}, {rate:g}", rate, "2t", False)
-        bench.add(f"{LOAD_AWARE}, {rate:g}", rate, "2t", True)
+        bench.add(f"{ONE}, {rate:g}", rate, "1t", False)
+        bench.add(f"{ONE}{LOAD_AWARE}, {rate:g}", rate, "1t", True)
     return {"layer": layer, "skew": skew, **bench.loads(), "rows": bench.measure(settings["rounds"])}
 
 

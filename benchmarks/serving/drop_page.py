@@ -8,13 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness import tables
-from scmoe_ds.figure_style import BLUE, GREEN, INK, VERMILLION, WIDTH, styled
+from scmoe_ds.figure_style import BLUE, GREEN, INK, PINK, VERMILLION, WIDTH, styled
 from scmoe_ds.planner.rounds import Spread
 
 NONE, AGAIN = "all rows", "all rows again (A/A)"
-ONE, TWO, LOAD_AWARE = "1T-Drop", "2T-Drop", "2T-Drop, load-aware"
-KNOWN = "2T-Drop, load-aware, decided beforehand"
-_COLOURS = {ONE: BLUE, TWO: GREEN, LOAD_AWARE: VERMILLION}
+ONE, TWO = "1T-Drop", "2T-Drop"
+LOAD_AWARE = ", load-aware"
+KNOWN = f"{ONE}{LOAD_AWARE}, decided beforehand"
+_COLOURS = {ONE: BLUE, ONE + LOAD_AWARE: VERMILLION, TWO: GREEN, TWO + LOAD_AWARE: PINK}
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -98,7 +99,7 @@ def _bars(panel: Axes, skews: dict[str, Any]) -> None:
             [each["median"] - each["p10"] for each in spreads],
             [each["p90"] - each["median"] for each in spreads],
         ]
-        places = [place + (number - 1) * width for place in range(len(skews))]
+        places = [place + (number - 1.5) * width for place in range(len(skews))]
         lines = {"capsize": 2, "ecolor": INK, "elinewidth": 1}
         panel.bar(places, medians, width, yerr=errors, color=colour, label=name, error_kw=lines)
     panel.axhline(1.0, color=INK, linewidth=0.8, marker="", linestyle="-")
@@ -107,7 +108,7 @@ def _bars(panel: Axes, skews: dict[str, Any]) -> None:
 
 def _curve(panel: Axes, found: dict[str, Any]) -> None:
     whole = next(row["layer_ms"] for row in found["rows"] if row["row"] == NONE)
-    for kind in (TWO, LOAD_AWARE):
+    for kind in (ONE, ONE + LOAD_AWARE):
         rows = [row for row in found["rows"] if row["row"].startswith(f"{kind}, ") and row["shares"]]
         rows = [row for row in rows if row["row"].removeprefix(f"{kind}, ").replace(".", "").isdigit()]
         shares = [0.0, *(row["shares"]["dropped"] for row in rows)]

@@ -52,17 +52,25 @@ class Levels:
 
     def of_ranks(self, loads_P: Tensor, left_out_PG: Tensor) -> Tensor:
         """[P] int64 the level of each rank: nearest to T_max * min(1, r_d), with the T_max by which all ranks together
-        come nearest to the wanted share.
+        come nearest to the wanted share. Between two levels of T_max the fuller ranks have the higher one already.
 
         Args:
             loads_P: int64 rows for each rank.
             left_out_PG: int64 halves of experts that each level would leave out of them.
         """
-        total = loads_P.sum().clamp(min=1)
-        part_P = (loads_P.double() * len(loads_P) / total).clamp(max=1)
+        total, ranks = loads_P.sum().clamp(min=1), len(loads_P)
+        part_P = (loads_P.double() * ranks / total).clamp(max=1)
         level_GP = torch.bucketize(self._middle_G.unsqueeze(1) * part_P, self._bounds)
-        left_out_G = left_out_PG.t().gather(0, level_GP).sum(1)
-        return level_GP[(_MILLIONTHS * left_out_G - 2 * self._wanted * total).abs().argmin()]
+        fullest_P = loads_P.argsort(descending=True, stable=True)
+        left_out_GP = left_out_PG.t().gather(0, level_GP)[:, fullest_P]
+        # From the lowest T_max on, one rank after another gets its next level.
+        added_X = torch.cat([left_out_GP[0].sum().view(1), left_out_GP.diff(dim=0).flatten()])
+        raised = int((_MILLIONTHS * added_X.cumsum(0) - 2 * self._wanted * total).abs().argmin())
+        level, already = divmod(raised, ranks)
+        chosen_P = level_GP[level].clone()
+        if already:
+            chosen_P[fullest_P[:already]] = level_GP[level + 1][fullest_P[:already]]
+        return chosen_P
 
 
 class LoadAwareRule:

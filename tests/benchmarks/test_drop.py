@@ -10,7 +10,7 @@ import torch
 from benchmarks.harness.skew import give_skew
 from benchmarks.harness.variants import Shape, build
 from benchmarks.serving.drop import LAYERS, ROWS, Listener
-from benchmarks.serving.drop_page import LOAD_AWARE, NONE, TWO, figure, markdown
+from benchmarks.serving.drop_page import LOAD_AWARE, NONE, ONE, TWO, figure, markdown
 from scmoe_ds.engine import connect
 
 SPEED = {"median": 1.25, "p10": 1.2, "p90": 1.3}
@@ -34,7 +34,7 @@ RECORD: dict[str, Any] = {
     "shape": "small",
     "link": {"rate_mbit": 100.0, "share": 0.6, "all_to_all_ms": 60.0, "layer_ms": 100.0},
     "layers": {"ScMoE": {"1.8": table([row(name, how and 0.25) for name, how in ROWS.items()])}},
-    "curve": {"layer": "ScMoE", "skew": 1.8, **table([row(NONE, None), row(f"{TWO}, 0.4", 0.4)])},
+    "curve": {"layer": "ScMoE", "skew": 1.8, **table([row(NONE, None), row(f"{ONE}, 0.4", 0.4)])},
 }
 
 
@@ -43,8 +43,8 @@ def test_page_and_figure() -> None:
     assert "## ScMoE, skew 1.8, rate 0.25" in text and "1.250 (1.200–1.300)" in text and "| 25.0% |" in text
     sheet = figure(RECORD)
     upper, lower = sheet.subfigs
-    assert [bar.get_height() for bar in upper.axes[0].patches] == [1.25] * 3
-    assert upper.axes[0].get_legend_handles_labels()[1][-1] == LOAD_AWARE
+    assert [bar.get_height() for bar in upper.axes[0].patches] == [1.25] * 4
+    assert upper.axes[0].get_legend_handles_labels()[1][-1] == TWO + LOAD_AWARE
     assert list(lower.axes[0].lines[0].get_ydata()) == pytest.approx([1.0, 0.6])
 
 
