@@ -65,8 +65,10 @@ class Levels:
         left_out_GP = left_out_PG.t().gather(0, level_GP)[:, fullest_P]
         # From the lowest T_max on, one rank after another gets its next level.
         added_X = torch.cat([left_out_GP[0].sum().view(1), left_out_GP.diff(dim=0).flatten()])
-        raised = int((_MILLIONTHS * added_X.cumsum(0) - 2 * self._wanted * total).abs().argmin())
-        level, already = divmod(raised, ranks)
+        off = (_MILLIONTHS * added_X.cumsum(0) - 2 * self._wanted * total).abs().tolist()
+        level, already = divmod(
+            off.index(min(off)), ranks
+        )  # of equals the first, which torch's argmin does not promise
         chosen_P = level_GP[level].clone()
         if already:
             chosen_P[fullest_P[:already]] = level_GP[level + 1][fullest_P[:already]]

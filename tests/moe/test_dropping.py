@@ -178,7 +178,7 @@ def test_levels_follow_the_loads() -> None:
 
     assert of_ranks(100, 100) == [3, 2]  # 0.25 of all, which no level is of both
     assert of_ranks(100, 300) == [1, 3]  # r = 0.5 and 1.5: 0.25 · 0.1 + 0.75 · 0.3 = 0.25 of all
-    assert of_ranks(300, 100, 300) == [3, 1, 3]  # 0.27, and one rank less 0.23
+    assert of_ranks(300, 100, 320) == [2, 1, 3]  # 166 of 720; 196 if the first rank had its next level, too
     assert of_ranks(0, 0) == [0, 0]
     # A rank whose tokens are sure of their experts leaves nothing out: the other one leaves out more.
     sure = torch.tensor([[0] * 7, [0, 20, 40, 60, 80, 100, 120]])
