@@ -73,7 +73,8 @@ def train(
         dist.all_reduce(total)
         losses.append(total.item() / tp)
         norms.append(float(engine.get_global_grad_norm()))
-    ep_rank = dist.get_rank() // (tp if parsed.expert_tensor_parallelism else 1) % ep
+    resolved = parsed.over_tensor_parallel(tp)
+    ep_rank = dist.get_rank() // (tp if resolved.expert_tensor_parallelism else 1) % resolved.expert_parallel_size
     return losses, norms, global_weights(engine.module, ep_rank)
 
 
@@ -116,8 +117,16 @@ class Case:
 
     @property
     def alone(self) -> Case:
-        """The same in one process."""
-        return replace(self, ranks=1, tp=1, ep=1, recompute=None)
+        """The same in one process, where parts are divided among no ranks."""
+        section = json.loads(self.section)
+        if section.get("expert_tensor_parallelism") == "partition":
+            section = {**section, "expert_tensor_parallelism": False, "expert_partition": self.tp}
+        return replace(self, ranks=1, tp=1, ep=1, recompute=None, section=json.dumps(section))
+
+    @property
+    def holders(self) -> int:
+        """Ranks that hold experts of their own."""
+        return self.ep * (self.tp if "partition" in self.section and self.tp > 1 else 1)
 
 
 def case(ranks: int, tp: int, ep: int, zero_stage: int, style: str = "GPT-2", **section: object) -> Case:
@@ -138,6 +147,7 @@ STYLES = {
 }
 MOST_DROPPED = 0.3  # as a capacity factor
 DIVIDED = {"expert_tensor_parallelism": True}
+IN_PARTS = {"expert_tensor_parallelism": "partition"}
 IN_CHUNKS = {"overlap": {"expert_slot": 2, "num_chunks": 2}}
 SERIAL, OVERLAPPED = ({"enabled": enabled, "num_chunks": 1, "calibration_steps": 0} for enabled in (False, True))
 CASES = [
@@ -162,6 +172,9 @@ CASES = [
     case(4, 2, 2, 1, **DIVIDED),
     case(4, 2, 2, 2, **DIVIDED, capacity_factor=MOST_DROPPED),
     case(4, 2, 4, 2, dispatch="padded", top_k=2),
+    case(2, 1, 2, 1, expert_partition=2, top_k=2),
+    case(2, 2, 1, 2, "LLaMA", **IN_PARTS),
+    case(4, 2, 2, 1, "LLaMA", **IN_PARTS, top_k=2, capacity_factor=MOST_DROPPED),
     case(4, 4, 2, 1, **IN_CHUNKS),
     case(4, 4, 2, 2, dispatch="padded", **IN_CHUNKS),
 ]
@@ -227,7 +240,15 @@ def test_layouts_train_alike(layout: Case) -> None:
             assert (weight - weights[name]).abs().max() <= 1e-5 * max(1, weights[name].abs().max()), name
     assert set().union(*(held.keys() for _, _, held in by_rank)) == weights.keys()
     different = {frozenset(held.keys()) for _, _, held in by_rank}
-    assert len(different) == layout.ep, "each expert-parallel rank holds experts of its own"
+    assert len(different) == layout.holders, "each expert-parallel rank holds experts of its own"
+
+
+def test_parts_over_tensor_parallel_ranks_learn_as_divided_experts() -> None:
+    """Of a model without output biases: P parts of one learn P times as fast."""
+    in_parts, divided = (results(2)[case(2, 2, 1, 2, "LLaMA", **section)] for section in (IN_PARTS, DIVIDED))
+    for found, expected in zip(in_parts, divided, strict=True):
+        assert found[0] == pytest.approx(expected[0], rel=1e-5)
+        assert found[1] == pytest.approx(expected[1], rel=1e-5)
 
 
 def test_overlap_changes_no_bit_under_tensor_parallelism() -> None:
