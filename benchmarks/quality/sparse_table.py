@@ -17,7 +17,8 @@ from scmoe_ds.figure_style import GREY, LINES, WIDTH, styled
 LIMIT, RATE = 0.5, 0.25
 """Percent that 2T-Drop may cost at this rate."""
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-SPEED = "drop*.json"
+SPEED = "drop_*.json"
+"""Records of benchmarks.serving.drop."""
 _METHODS = {"1t": "1T-Drop", "2t": "2T-Drop"}
 Row = dict[str, Any]
 
@@ -124,11 +125,16 @@ def figure(record: dict[str, Any]) -> Figure:
 
 
 def _speed() -> dict[str, list[tuple[float, float]]]:
-    """Rate → time of a layer over that without drops, by the name of the record's row; nothing where there is none."""
+    """(share left out, time of a layer over that without drops) of each curve in the records of benchmarks.serving.drop
+    beside this one's; nothing where there is none."""
     found: dict[str, list[tuple[float, float]]] = {}
     for path in sorted(RESULTS.glob(SPEED)):
-        for name, points in json.loads(path.read_text(encoding="utf-8")).get("rate_to_time", {}).items():
-            found[name] = [(float(rate), float(time)) for rate, time in points]
+        curve = json.loads(path.read_text(encoding="utf-8")).get("curve")
+        for row in curve["rows"] if curve else []:
+            name, _, rate = row["row"].rpartition(", ")
+            if rate and row["shares"] is not None:
+                point = row["shares"]["dropped"], 1 / row["layer_speedup"]["median"]
+                found.setdefault(f"{curve['layer']}, {name}, skew {curve['skew']:g}", [(0.0, 1.0)]).append(point)
     return found
 
 
@@ -137,7 +143,7 @@ def _draw_speed(drawn: Figure, axes: Any, speed: dict[str, list[tuple[float, flo
         ax.remove()
     ax = axes[0]
     for (name, points), colour in zip(speed.items(), LINES, strict=False):
-        ax.plot([100 * rate for rate, _ in points], [time for _, time in points], color=colour, label=name)
+        ax.plot([100 * share for share, _ in points], [time for _, time in points], color=colour, label=name)
     ax.set_xlabel("computation left out, %")
     ax.set_ylabel("time of a layer over none")
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.quality import sparse, sparse_table
 from benchmarks.quality.sparse_subjects import thresholds_of
@@ -52,10 +53,21 @@ def test_verdicts(one: float, two: float, verdicts: list[str]) -> None:
     assert [line.split(" | ")[-1].removesuffix(" |") for line in claims] == verdicts
 
 
-def test_the_figure_is_drawn_again_from_the_record() -> None:
+def test_the_figure_is_drawn_again_from_the_record_with_the_speed_of_drops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = drawing(record(1.0, 0.2))
     assert draw is not None
-    assert isinstance(draw(record(1.0, 0.2)), Figure)
+    monkeypatch.setattr(sparse_table, "RESULTS", tmp_path)
+    assert len(draw(record(1.0, 0.2)).axes) == 1
+    rows = [{"row": "all rows", "shares": None}]
+    rows += [{"row": "2T-Drop, 0.25", "shares": {"dropped": 0.24}, "layer_speedup": {"median": 1.25}}]
+    speed = {"curve": {"layer": "ScMoE-2", "skew": 1.8, "rows": rows}}
+    (tmp_path / "drop_60.json").write_text(json.dumps(speed))
+    _, below = draw(record(1.0, 0.2)).axes
+    (line,) = below.get_lines()
+    assert line.get_label() == "ScMoE-2, 2T-Drop, skew 1.8"
+    assert line.get_xydata().tolist() == [[0, 1], [24, 0.8]]
 
 
 def test_another_spread_needs_no_other_calibration() -> None:
