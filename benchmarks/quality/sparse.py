@@ -97,6 +97,8 @@ def measured(name: str, models: Path, text: Path, rows: Sequence[Row], work: Pat
             whole = base
         rows_of_record.append({"measure": measure, "method": None, "rate": 0.0, **_compared(base, whole, whole)})
         for rate, method, spread in configurations(measure):
+            if spread == subject.sparsity.spread:
+                continue  # measured already, as the file's
             losses, shares = _with_drops(subject, rows, rate, method, spread)
             row: dict[str, Any] = {"measure": measure, "method": method, "rate": rate, "spread": spread, **shares}
             row |= _compared(losses, whole, whole)
