@@ -56,7 +56,7 @@ def offload_experts(model: nn.Module, settings: OffloadConfig, dtype: torch.dtyp
     records: Records
     if settings.device == "nvme":
         assert settings.nvme_path is not None  # a rule of the section
-        records = FileRecords(settings.nvme_path, len(keys), each)
+        records = FileRecords(settings.nvme_path, len(keys), each, device)
     else:
         records = HostRecords(len(keys), each, device)
     states = ExpertStates(keys, shape, dtype, device, records)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import Literal, Protocol
 
 import torch
@@ -79,7 +80,7 @@ class FileRecords:
 
     Args:
         directory: where it lies.
-        records, sections: as for `HostRecords`.
+        records, sections, device: as for `HostRecords`.
         threads: that read and write at the same time.
 
     Raises:
@@ -88,14 +89,18 @@ class FileRecords:
 
     tier: Literal["host", "disk"] = "disk"
 
-    def __init__(self, directory: str, records: int, sections: Sequence[int], threads: int = 4) -> None:
+    def __init__(
+        self, directory: str, records: int, sections: Sequence[int], device: torch.device, threads: int = 4
+    ) -> None:
         self._directory = directory
         starts = [sum(map(_pages, sections[:number])) for number in range(len(sections) + 1)]
         self._starts, self._record = starts[:-1], starts[-1]
         self.nbytes = records * self._record
         self._descriptor = self._made(self.nbytes)
         self._pool = ThreadPoolExecutor(threads, "expert-records")
-        self._bounces: list[Tensor] = []
+        self._bounces: SimpleQueue[tuple[Tensor, torch.cuda.Stream]] = SimpleQueue()
+        for _ in range(threads if device.type == "cuda" else 0):
+            self._bounces.put((_pinned_pages(max(sections)), torch.cuda.Stream(device)))
 
     def _made(self, nbytes: int) -> int:
         descriptor, name = -1, ""
@@ -134,38 +139,26 @@ class FileRecords:
         if after is None:
             self._transfer(os.preadv, place, into)
             return
-        bounce = self._bounce(into.nbytes)
-        self._transfer(os.preadv, place, bounce[: into.nbytes])
-        self._copy(into, bounce[: into.nbytes].view(into.dtype), after)
-        self._bounces.append(bounce)
+        with self._bounced(into.nbytes) as (bounce, stream):
+            self._transfer(os.preadv, place, bounce)
+            _copy(into, bounce.view(into.dtype), stream, after)
 
     def _write(self, place: int, value: Tensor, after: torch.cuda.Event | None) -> None:
         if after is None:
             self._transfer(os.pwritev, place, value)
             return
-        bounce = self._bounce(value.nbytes)
-        self._copy(bounce[: value.nbytes].view(value.dtype), value, after)
-        self._transfer(os.pwritev, place, bounce[: value.nbytes])
-        self._bounces.append(bounce)
+        with self._bounced(value.nbytes) as (bounce, stream):
+            _copy(bounce.view(value.dtype), value, stream, after)
+            self._transfer(os.pwritev, place, bounce)
 
-    def _copy(self, into: Tensor, value: Tensor, after: torch.cuda.Event) -> None:
-        """Between pinned memory and the GPU; a thread of the pool waits for it, and nobody else."""
-        stream = torch.cuda.Stream(into.device if into.is_cuda else value.device)
-        with torch.cuda.stream(stream):
-            stream.wait_event(after)
-            into.copy_(value, non_blocking=True)
-            copied = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
-            copied.record(stream)
-        copied.synchronize()
-
-    def _bounce(self, nbytes: int) -> Tensor:
-        """Pinned memory of whole pages; there are as many pieces as threads."""
-        with suppress(IndexError):
-            while (found := self._bounces.pop()).numel() >= nbytes:
-                return found
-        memory = pinned(nbytes + PAGE_BYTES, "scmoe.offload_experts", "keep fewer other things in pinned memory")
-        first = -memory.data_ptr() % PAGE_BYTES
-        return memory[first : first + nbytes]
+    @contextmanager
+    def _bounced(self, nbytes: int) -> Iterator[tuple[Tensor, torch.cuda.Stream]]:
+        """Pinned memory between file and GPU, and a stream for its copy; there are as many as threads."""
+        memory, stream = self._bounces.get()
+        try:
+            yield memory[:nbytes], stream
+        finally:
+            self._bounces.put((memory, stream))
 
     def _place(self, record: int, section: int) -> int:
         return record * self._record + self._starts[section]
@@ -205,3 +198,20 @@ def whole_pages(elements: int, dtype: torch.dtype, device: torch.device) -> Tens
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def _pinned_pages(nbytes: int) -> Tensor:
+    remedy = "keep fewer other things in pinned memory"
+    memory = pinned(nbytes + PAGE_BYTES, 'scmoe.offload_experts.device = "nvme"', remedy)
+    first = -memory.data_ptr() % PAGE_BYTES
+    return memory[first : first + nbytes]
+
+
+def _copy(into: Tensor, value: Tensor, stream: torch.cuda.Stream, after: torch.cuda.Event) -> None:
+    """Between pinned memory and the GPU; a thread of the records waits for it, and nobody else."""
+    with torch.cuda.stream(stream):
+        stream.wait_event(after)
+        into.copy_(value, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
+        copied.record(stream)
+    copied.synchronize()

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from scmoe_ds.moe.experts import MovingExperts
 from scmoe_ds.moe.placement import own_first_expert
-from scmoe_ds.offload.shape import MATRICES, VECTORS, ExpertShape, Part
+from scmoe_ds.offload.shape import ExpertShape, Part
 from scmoe_ds.offload.states import ExpertStates
 from scmoe_ds.offload.store import ExpertKey, ExpertStore
 
@@ -41,8 +41,6 @@ class TrainableExperts(MovingExperts):
         activate: [rows, F or 2F] → [rows, F], element by element.
         group_name: of DeepSpeed's expert-parallel groups.
 
-    Attributes:
-        stand_ins: the parameter that stands for each group of `ExpertShape`.
     """
 
     def __init__(
@@ -57,15 +55,17 @@ class TrainableExperts(MovingExperts):
         super().__init__()
         self.store, self.states, self.layer, self.activate = store, states, layer, activate
         self.num_local_experts = num_local_experts
-        self.stand_ins: dict[int, nn.Parameter] = {}
-        for group, (name, shape) in {MATRICES: ("matrices", (1, 1)), VECTORS: ("vectors", (1,))}.items():
-            if group in states.shape.groups:
-                stand_in = nn.Parameter(torch.zeros(shape))
-                stand_in.allreduce, stand_in.group_name = False, group_name  # type: ignore[attr-defined]
-                self.register_parameter(f"{STAND_IN}_of_{name}", stand_in)
-                self.stand_ins[group] = stand_in
+        for group in states.shape.groups:
+            stand_in = nn.Parameter(torch.zeros([1] * (2 - group)))
+            stand_in.allreduce, stand_in.group_name = False, group_name  # type: ignore[attr-defined]
+            self.register_parameter(f"{STAND_IN}_{group}", stand_in)
         self._passing: list[ExpertKey] = []  # of the forward pass whose output is not collected yet
         self._recalled: Counter[ExpertKey] = Counter()
+
+    @property
+    def stand_ins(self) -> dict[int, nn.Parameter]:
+        """The parameter that stands for each group of `ExpertShape`."""
+        return {group: self.get_parameter(f"{STAND_IN}_{group}") for group in self.states.shape.groups}
 
     def members(self) -> list[ExpertKey]:
         """Of all experts."""
