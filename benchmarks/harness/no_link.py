@@ -34,7 +34,8 @@ class Arrived:
         Args:
             key: tells an exchange of counts or indices from all others.
         """
-        if rows.dtype not in (torch.int32, torch.int64) and rows[0:1].numel() > NARROW:
+        # By the shape: a rank may send no rows at all, and the others do not know.
+        if rows.dtype not in (torch.int32, torch.int64) and rows.shape[1:].numel() > NARROW:
             own = min(received.shape[0], rows.shape[0])
             received[:own].copy_(rows[:own])
             received[own:].zero_()
