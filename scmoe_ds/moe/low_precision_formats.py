@@ -14,7 +14,8 @@ Shape suffixes: S rows received, I/O in/out of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -80,8 +81,12 @@ class Int8(Format):
 
     def product(self, rows: Scaled, weight: Scaled, bias_O: Tensor | None) -> Tensor:
         """See `Format`."""
-        sums_SO = int8_product(rows.values, weight.values.t()).float()
-        output_SO = sums_SO.mul_(rows.scale_R1).mul_(weight.scale_R1.view(1, -1))
+        fused = torchao_product() if rows.values.is_cuda else None
+        if fused is not None:
+            output_SO = fused(rows.values, weight.values.t(), rows.scale_R1)
+        else:
+            output_SO = int8_product(rows.values, weight.values.t()).float().mul_(rows.scale_R1)
+        output_SO = output_SO.mul_(weight.scale_R1.view(1, -1))
         return output_SO if bias_O is None else output_SO.add_(bias_O)
 
 
@@ -102,6 +107,19 @@ class FP8(Format):
         scales = rows.scale_R1, weight.scale_R1.view(1, -1)
         output_SO = fp8_product(rows.values, weight.values.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
         return output_SO if bias_O is None else output_SO.add_(bias_O)
+
+
+@functools.cache
+def torchao_product() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """torchao's int8 product of a GPU, which scales the rows in the same kernel: (rows [S, I], weights [I, O], fp32
+    scales [S, 1]) → fp32 [S, O]. None where torchao is not installed or its Triton kernels are off, as they are without
+    TORCHAO_AUTOTUNER_ENABLE=1: it has no kernel of its own then."""
+    try:
+        from torchao.kernel import intmm
+    except ImportError:
+        return None
+    has_kernel = getattr(intmm, "AUTOTUNER_ENABLE", False) and getattr(intmm, "intmm_triton", None) is not None
+    return intmm.int_scaled_matmul if has_kernel else None
 
 
 FORMATS: Mapping[str, Format] = {"int8": Int8(), "fp8": FP8()}

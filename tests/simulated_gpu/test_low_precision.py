@@ -3,8 +3,10 @@ What must be there for that is taken out, one thing after another, and each time
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +19,7 @@ from scmoe_ds.inference.low_precision import use_low_precision
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.moe import low_precision
+from scmoe_ds.moe import low_precision, low_precision_formats
 from scmoe_ds.moe.low_precision import LowPrecision, LowPrecisionExperts
 from scmoe_ds.moe.low_precision_formats import Scaled
 from tests.helpers.exports import whole_model, write_export
@@ -76,6 +78,29 @@ def test_the_same_on_a_gpu(export: Path, usual: Tensor, capability: tuple[int, i
     assert gpu.findings == []
     assert sum(gpu.host_waits.values()) == sum(plain.host_waits.values())
     assert 0 < float((found - usual).norm() / usual.norm()) < error
+
+
+def test_torchao_where_its_kernels_are_on(export: Path, usual: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, with as many products of torchao's as there were of torch's."""
+    products: list[torch.Size] = []
+
+    def int_scaled_matmul(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        products.append(rows.shape)
+        return torch._int_mm(rows, weight) * scale
+
+    _, expected, _ = on_gpu(export, (8, 0), True)
+    intmm = SimpleNamespace(AUTOTUNER_ENABLE=True, intmm_triton=object(), int_scaled_matmul=int_scaled_matmul)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchao.kernel", SimpleNamespace(intmm=intmm))
+    low_precision_formats.torchao_product.cache_clear()
+    gpu, found, _ = on_gpu(export, (8, 0), True)
+    intmm.AUTOTUNER_ENABLE = False
+    low_precision_formats.torchao_product.cache_clear()
+    assert low_precision_formats.torchao_product() is None
+    low_precision_formats.torchao_product.cache_clear()
+    assert products and all(rows >= 17 for rows, _ in products)
+    assert gpu.findings == []
+    torch.testing.assert_close(found, expected)
 
 
 MISSING: dict[str, AbstractContextManager[Any]] = {
