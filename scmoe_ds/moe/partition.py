@@ -46,7 +46,8 @@ class Partition:
 
     def repeat(self, of_choice_KT: Tensor) -> Tensor:
         """[K, T] → [K * P, T], each choice's row P times in turn."""
-        return of_choice_KT.repeat_interleave(self.parts, 0)
+        # Not `repeat_interleave`, whose gradient is a scatter: on a GPU it adds in any order.
+        return of_choice_KT.unsqueeze(1).expand(-1, self.parts, -1).flatten(0, 1)
 
 
 def divide_experts(moe: MoE, parts: int) -> None:

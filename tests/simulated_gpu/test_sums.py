@@ -47,6 +47,7 @@ def test_the_mode_sees_torchs_own() -> None:
         ({"top_k": 2}, {"swiglu": True, "normalization": "RMSNorm", "position_embedding": "rope"}),
         ({"top_k": 3, "merge": "add"}, {"num_key_value_heads": 1, "position_embedding": "rope"}),
         ({"architecture": "dgmoe"}, {}),
+        ({"top_k": 2, "expert_partition": 2}, {"swiglu": True}),
         ({"architecture": "overlapped_shared_expert", "top_k": 2}, {}),
         ({"architecture": "pipelined_topk", "gate_softmax": "chosen", "top_k": 2}, {"norm_placement": "post"}),
     ],
