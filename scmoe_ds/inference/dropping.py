@@ -211,7 +211,8 @@ def level_rates(rate: float) -> list[float]:
 
 
 def _thresholds(sparsity: Sparsity, rate: float, method: Method) -> list[Thresholds]:
-    return [Thresholds(*each) for each in sparsity.thresholds(rate, method)]
+    # No criterion is below 0, and T minus the spread may be.
+    return [Thresholds(max(skip, 0.0), max(halve, 0.0)) for skip, halve in sparsity.thresholds(rate, method)]
 
 
 def _attach(layer: Any, thresholds: Thresholds | Levels, method: Method) -> _Rule:

@@ -18,6 +18,7 @@ counts of a level: rows of each place, and of tokens where a token has one row p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,12 +41,18 @@ class Levels:
     Args:
         thresholds: rising from those that leave nothing out.
         wanted: share of the computation that all ranks together leave out.
+
+    Raises:
+        ValueError: thresholds that fall.
     """
 
     def __init__(self, thresholds: Sequence[Thresholds], wanted: float) -> None:
         self.thresholds, self._wanted = list(thresholds), round(_MILLIONTHS * wanted)
-        self._middle_G = torch.tensor([(each.skip + each.halve) / 2 for each in thresholds], dtype=torch.float64)
-        self._bounds = (self._middle_G[1:] + self._middle_G[:-1]) / 2
+        if any(a.skip > b.skip or a.halve > b.halve for a, b in pairwise(thresholds)):
+            raise ValueError(f"thresholds = {self.thresholds}: must not fall from level to level")
+        # Of two thresholds the upper one stands for T: the lower one is 0 at several levels.
+        self._upper_G = torch.tensor([each.halve for each in thresholds], dtype=torch.float64)
+        self._bounds = (self._upper_G[1:] + self._upper_G[:-1]) / 2
 
     def __len__(self) -> int:
         return len(self.thresholds)
@@ -60,15 +67,14 @@ class Levels:
         """
         total, ranks = loads_P.sum().clamp(min=1), len(loads_P)
         part_P = (loads_P.double() * ranks / total).clamp(max=1)
-        level_GP = torch.bucketize(self._middle_G.unsqueeze(1) * part_P, self._bounds)
+        level_GP = torch.bucketize(self._upper_G.unsqueeze(1) * part_P, self._bounds)
         fullest_P = loads_P.argsort(descending=True, stable=True)
         left_out_GP = left_out_PG.t().gather(0, level_GP)[:, fullest_P]
         # From the lowest T_max on, one rank after another gets its next level.
         added_X = torch.cat([left_out_GP[0].sum().view(1), left_out_GP.diff(dim=0).flatten()])
         off = (_MILLIONTHS * added_X.cumsum(0) - 2 * self._wanted * total).abs().tolist()
-        level, already = divmod(
-            off.index(min(off)), ranks
-        )  # of equals the first, which torch's argmin does not promise
+        best = off.index(min(off))  # of equals the first, which torch's argmin does not promise
+        level, already = divmod(best, ranks)
         chosen_P = level_GP[level].clone()
         if already:
             chosen_P[fullest_P[:already]] = level_GP[level + 1][fullest_P[:already]]

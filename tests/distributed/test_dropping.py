@@ -119,8 +119,8 @@ def attached() -> tuple[Shares, Shares, Shares]:
     """What a model with load-aware thresholds has left out, what it leaves out while paused, and with equal ones."""
     shares = []
     tokens_TD = torch.randn(60, HIDDEN, generator=torch.Generator().manual_seed(dist.get_rank())).double()
-    curve = curve_of("moe", torch.linspace(0.2, 0.8, 100), 0.05)
-    sparsity = Sparsity(gates="", top_k=2, measure="abs-gate", spread=0.05, tokens=50, layers=(curve,))
+    curve = curve_of("moe", torch.linspace(0.02, 0.8, 100), 0.1)  # T - 0.1 is below 0 at low rates
+    sparsity = Sparsity(gates="", top_k=2, measure="abs-gate", spread=0.1, tokens=50, layers=(curve,))
     for load_aware in (True, False):
         layer = layer_of(2)
         skewed_TD = tokens_TD + 0.5 * layer.deepspeed_moe.gate.wg.weight.detach()[0]

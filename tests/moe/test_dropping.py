@@ -170,7 +170,7 @@ def test_a_routing_without_scores_is_refused() -> None:
 def test_levels_follow_the_loads() -> None:
     """Each 0.1 of a threshold leaves 0.1 of a rank's rows out; 0.25 of all are wanted."""
     parts = [number / 10 for number in range(7)]
-    levels = Levels([Thresholds(part - 0.01, part + 0.01) for part in parts], 0.25)
+    levels = Levels([Thresholds(max(part - 0.01, 0.0), part) for part in parts], 0.25)
 
     def of_ranks(*loads: int) -> list[int]:
         left_out = [[round(2 * load * part) for part in parts] for load in loads]
@@ -183,3 +183,5 @@ def test_levels_follow_the_loads() -> None:
     # A rank whose tokens are sure of their experts leaves nothing out: the other one leaves out more.
     sure = torch.tensor([[0] * 7, [0, 20, 40, 60, 80, 100, 120]])
     assert levels.of_ranks(torch.tensor([100, 100]), sure).tolist() == [5, 5]
+    with pytest.raises(ValueError, match="must not fall"):
+        Levels([Thresholds(0.2, 0.2), Thresholds(0.1, 0.3)], 0.25)
