@@ -182,8 +182,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="shapes: " + ", ".join(SHAPES))
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the computation")
     parser.add_argument("--places", type=int, default=2, help="experts that fit into memory, of all layers together")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=5)
     parser.add_argument("--scratch", type=Path, help="where the models are written; default: the temporary directory")
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
     parser.add_argument(
