@@ -78,7 +78,7 @@ def figure(record: dict[str, Any]) -> Figure:
         panel.set_title(layer)
         panel.set_xlabel("load of the busiest expert / mean")
     panels[0].set_ylabel("speed-up of the MoE layer")
-    panels[0].legend(loc="lower left")
+    upper.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_COLOURS))
     if lower is not None:
         _curve(lower.subplots(), record["curve"])
     sheet.suptitle(
