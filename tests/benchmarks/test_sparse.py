@@ -41,10 +41,10 @@ def record(one: float, two: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("one", "two", "verdicts"),
     [
-        (1.0, 0.2, ["confirmed", "confirmed"]),
-        (1.0, 0.9, ["contradicted", "confirmed"]),
-        (0.1, 0.9, ["contradicted", "contradicted"]),
-        (0.5, 0.5, ["within noise", "within noise"]),
+        (1.0, 0.2, ["confirmed"] * 3),
+        (1.0, 0.9, ["contradicted", "confirmed", "confirmed"]),
+        (0.1, 0.9, ["contradicted"] * 3),
+        (0.5, 0.5, ["within noise"] * 3),
     ],
 )
 def test_verdicts(one: float, two: float, verdicts: list[str]) -> None:
