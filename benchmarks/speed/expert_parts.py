@@ -151,7 +151,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="gpt")
+    parser.add_argument("--shape", choices=SHAPES, default="swin-2")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.15], help="of waiting, see above")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
