@@ -96,7 +96,7 @@ def rows() -> dict[str, Served]:
 class Server:
     """One row's model on this rank, and its two passes."""
 
-    def __init__(self, row: Served, phase: Mode, shape: Shape, method: str) -> None:
+    def __init__(self, row: Served, phase: Mode, shape: Shape, method: str, layers: int = LAYERS) -> None:
         ranks = dist.get_world_size()
         self._length = shape.seq_length if phase == "prefill" else PROMPT
         trained = ScMoEConfig.from_deepspeed(
@@ -114,9 +114,9 @@ class Server:
             config = serving_config(trained, ranks)
             overlap = OverlapConfig(**{"num_chunks": 1, **row.overlap})
             config = config.model_copy(update={"overlap": overlap})
-        settings = GPTSettings(LAYERS, shape.hidden_size, shape.heads, VOCABULARY, self._length + 1)
+        settings = GPTSettings(layers, shape.hidden_size, shape.heads, VOCABULARY, self._length + 1)
         self.model = GPT(settings, config).eval().requires_grad_(False)
-        initialize_parameters(self.model, 1, settings.init_method_std, LAYERS)
+        initialize_parameters(self.model, 1, settings.init_method_std, layers)
         for run in self.model.runs:
             layer = run.blocks[-1].moe
             layer.set_deepspeed_parallelism()
@@ -145,11 +145,11 @@ class Server:
             hidden = self.model.hidden_states(self._prompts[:, :1], self._cache.positions(1))
             self.model.logits(hidden[:, 0])
 
-    def warm_up(self) -> None:
+    def warm_up(self, passes: int = WARM_UP) -> None:
         """Until its schedules are chosen. What the prompts' keys and values are plays no part in a step's time."""
         self._cache.begin(len(self._prompts))
         self._cache.advance([self._length] * len(self._prompts))
-        for _ in range(WARM_UP):
+        for _ in range(passes):
             dist.barrier()
             self.step()
 

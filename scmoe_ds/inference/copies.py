@@ -205,9 +205,10 @@ def _check_memory(per_rank: int, each_bytes: int, device: torch.device) -> None:
 
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if per_rank * each_bytes > free:
+        remedy = f"give at most {free // each_bytes}" if free >= each_bytes else "leave the flag out"
         raise ArgumentError(
             f"--expert-copies {per_rank}: take {per_rank * each_bytes / 1e9:.3g} GB on each rank, and "
-            f"{free / 1e9:.3g} GB are free; give at most {free // each_bytes}"
+            f"{free / 1e9:.3g} GB are free; {remedy}"
         )
 
 

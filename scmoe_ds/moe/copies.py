@@ -11,11 +11,13 @@ Shape suffixes: P ranks (that send), E experts, N copies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-GAIN = 0.02
-"""A division of rows that lowers the greatest cost of a rank by less is not worth its copies."""
+GAIN, STEP = 0.05, 0.01
+"""A division of rows that lowers the greatest cost of a rank by less is not worth its copies; nor a move of rows."""
 
 
 class Copy(NamedTuple):
@@ -31,7 +33,7 @@ class Costs(NamedTuple):
     Attributes:
         expert_ms: an expert with any rows at all: its weights are read.
         row_ms: each of its rows.
-        travel_ms: a row that comes from another rank and goes back.
+        travel_ms: a row that goes to another rank and comes back.
     """
 
     expert_ms: float
@@ -93,34 +95,37 @@ def split_rows(rows_PE: Sequence[Sequence[int]], copies: Sequence[Copy], costs: 
     home = _Division(rows_PE, copies, costs)
     near = home.copied()
     near.send_home_rows_to_own_copies()
-    limit, found = (1 - GAIN) * max(home.cost_P), None
+    limit, found = (1 - GAIN) * max(home.costs_P()), None
     for start in (near, home):
         start.level()
-        if max(start.cost_P) < limit:
-            limit, found = max(start.cost_P), [start.rows_IP[number] for number in start.copies]
+        if max(start.costs_P()) < limit:
+            limit, found = max(start.costs_P()), [start.rows_IP[number] for number in start.copies]
     return found
 
 
 class _Division:
     """Rows divided among the instances of the copied experts. Those of other experts stay at home.
 
+    A rank waits for the rows that it sends and for those that it gets, which travel at the same time, and computes.
+
     Attributes:
         rank_I: rank of each instance.
         rows_IP: rows of each instance by sender.
         copies: the instance that each copy is.
-        cost_P: milliseconds of each rank.
+        load_P: of each rank.
     """
 
     def __init__(self, rows_PE: Sequence[Sequence[int]], copies: Sequence[Copy], costs: Costs) -> None:
         ranks, local_experts = len(rows_PE), len(rows_PE[0]) // len(rows_PE)
         self.costs = costs
-        self.cost_P = [0.0] * ranks
-        for expert, rows_P in enumerate(zip(*rows_PE, strict=True)):
-            self.cost_P[expert // local_experts] += self._cost(expert // local_experts, rows_P)
+        self.load_P = [_Load() for _ in range(ranks)]
+        columns = list(zip(*rows_PE, strict=True))
+        for expert, rows_P in enumerate(columns):
+            self._count(expert // local_experts, rows_P)
         copied = sorted({copy.expert for copy in copies})
         self.rank_I = [expert // local_experts for expert in copied] + [copy.rank for copy in copies]
         self.copies = range(len(copied), len(self.rank_I))
-        self.rows_IP = [[rows_E[expert] for rows_E in rows_PE] for expert in copied] + [[0] * ranks for _ in copies]
+        self.rows_IP = [list(columns[expert]) for expert in copied] + [[0] * ranks for _ in copies]
         of_expert = copied + [copy.expert for copy in copies]
         self._others = [
             [other for other, same in enumerate(of_expert) if same == expert and other != instance]
@@ -131,16 +136,24 @@ class _Division:
         """One that is divided apart from this one."""
         other = object.__new__(_Division)
         other.__dict__ |= self.__dict__
-        other.rows_IP, other.cost_P = [list(rows_P) for rows_P in self.rows_IP], list(self.cost_P)
+        other.rows_IP, other.load_P = [list(rows_P) for rows_P in self.rows_IP], [replace(each) for each in self.load_P]
         return other
 
-    def _cost(self, rank: int, rows_P: Sequence[int]) -> float:
-        """Of an instance."""
+    def costs_P(self) -> list[float]:
+        """Milliseconds of each rank."""
+        return [load.cost(self.costs) for load in self.load_P]
+
+    def _count(self, rank: int, rows_P: Sequence[int], sign: int = 1) -> None:
+        """Adds an instance's rows to the loads, or takes them away."""
         rows = sum(rows_P)
         if not rows:
-            return 0.0
-        expert_ms, row_ms, travel_ms = self.costs
-        return expert_ms + rows * row_ms + (rows - rows_P[rank]) * travel_ms
+            return
+        load = self.load_P[rank]
+        load.computes_ms += sign * (self.costs.expert_ms + rows * self.costs.row_ms)
+        load.received += sign * (rows - rows_P[rank])
+        for sender, each in enumerate(rows_P):
+            if sender != rank:
+                self.load_P[sender].sent += sign * each
 
     def send_home_rows_to_own_copies(self) -> None:
         """Every sender's rows go to its own copy, if it has one."""
@@ -151,21 +164,21 @@ class _Division:
 
     def level(self) -> None:
         """Moves rows away from the costliest rank until that lowers its cost no longer."""
-        ranks = len(self.cost_P)
-        for _ in range(4 * ranks * max(len(self.copies), 1)):
-            costliest = max(range(ranks), key=self.cost_P.__getitem__)
-            before = self.cost_P[costliest]
-            if before * (1 - GAIN / 4) <= sum(self.cost_P) / ranks:
+        ranks = len(self.load_P)
+        for _ in range(4 * ranks):
+            cost_P = self.costs_P()
+            before = max(cost_P)
+            if before * (1 - GAIN / 2) <= sum(cost_P) / ranks:
                 return
-            moves = [
-                self._pour(instance, other)
+            costliest = cost_P.index(before)
+            targets = {
+                instance: min(self._others[instance], key=lambda other: cost_P[self.rank_I[other]])
                 for instance, rank in enumerate(self.rank_I)
                 if rank == costliest and any(self.rows_IP[instance])
-                for other in self._others[instance]
-                if self.cost_P[self.rank_I[other]] < before
-            ]
+            }
+            moves = [self._pour(*each) for each in targets.items()]
             after, source, target, taken = min(moves, key=lambda move: move[0], default=(before, 0, 0, {}))
-            if not taken or after >= before * (1 - GAIN / 100):
+            if not taken or after >= before * (1 - STEP):
                 return
             self._move(source, target, taken)
 
@@ -175,24 +188,62 @@ class _Division:
         First the rows whose sender is the target: they need not travel any more. The source's own rows are last.
         """
         ranks, rows_P = (self.rank_I[source], self.rank_I[target]), self.rows_IP[source]
-        order = sorted(range(len(rows_P)), key=lambda sender: (sender == ranks[0]) - (sender == ranks[1]))
-        _, row_ms, travel_ms = self.costs
-        left, got = self.cost_P[ranks[0]], self.cost_P[ranks[1]]
-        got += 0 if any(self.rows_IP[target]) else self.costs.expert_ms
+        order = [ranks[1], *(sender for sender in range(len(rows_P)) if sender not in ranks), ranks[0]]
+        left, got = (replace(self.load_P[rank]) for rank in ranks)
+        got.computes_ms += 0 if any(self.rows_IP[target]) else self.costs.expert_ms
         taken: dict[int, int] = {}
         for sender in order:
-            lost, added = (row_ms + travel_ms * (sender != rank) for rank in ranks)
-            rows = min(rows_P[sender], max(0, int((left - got) / (lost + added))))
-            if rows:
-                left, got, taken[sender] = left - rows * lost, got + rows * added, rows
+            rows = rows_P[sender]
+            while rows and (step := self._step(left, got, rows, sender == ranks[0], sender == ranks[1])):
+                left.change(-step, sender == ranks[0], self.costs)
+                got.change(step, sender == ranks[1], self.costs)
+                rows, taken[sender] = rows - step, taken.get(sender, 0) + step
         if sum(taken.values()) == sum(rows_P):
-            left -= self.costs.expert_ms
-        return max(left, got), source, target, taken
+            left.computes_ms -= self.costs.expert_ms
+        return max(left.cost(self.costs), got.cost(self.costs)), source, target, taken
+
+    def _step(self, left: _Load, got: _Load, rows: int, from_left: bool, from_got: bool) -> int:
+        """How many of a sender's rows lower the greater of two costs, up to where the slope of either changes."""
+        falls, until = left.slope(-1, from_left, self.costs)
+        rises, other = got.slope(1, from_got, self.costs)
+        gap = left.cost(self.costs) - got.cost(self.costs)
+        if falls >= 0 or gap <= 0:
+            return 0
+        return int(min(rows, until, other, gap / (rises - falls) if rises > falls else rows))
 
     def _move(self, source: int, target: int, taken: dict[int, int]) -> None:
         for instance, sign in ((source, -1), (target, 1)):
             rank, rows_P = self.rank_I[instance], self.rows_IP[instance]
-            self.cost_P[rank] -= self._cost(rank, rows_P)
+            self._count(rank, rows_P, -1)
             for sender, rows in taken.items():
                 rows_P[sender] += sign * rows
-            self.cost_P[rank] += self._cost(rank, rows_P)
+            self._count(rank, rows_P)
+
+
+@dataclass
+class _Load:
+    """Of a rank: milliseconds of its experts, rows that it sends to other ranks, rows that it gets from them."""
+
+    computes_ms: float = 0.0
+    sent: int = 0
+    received: int = 0
+
+    def cost(self, costs: Costs) -> float:
+        """Milliseconds."""
+        return self.computes_ms + costs.travel_ms * max(self.sent, self.received)
+
+    def change(self, rows: int, own: bool, costs: Costs) -> None:
+        """Computes so many rows more, its own ones or another rank's."""
+        self.computes_ms += rows * costs.row_ms
+        self.sent -= rows * own
+        self.received += rows * (not own)
+
+    def slope(self, sign: int, own: bool, costs: Costs) -> tuple[float, float]:
+        """By how much the cost grows with each row that `change` adds (or takes, with sign -1), and for how many."""
+        more = self.sent if own else self.received
+        less = self.received if own else self.sent
+        direction = -sign if own else sign
+        bends = direction * (less - more)  # rows until the other of the two is the larger one
+        travels = more > less or (more == less and direction > 0)
+        slope = sign * costs.row_ms + (direction * costs.travel_ms if travels else 0.0)
+        return slope, bends if bends > 0 else math.inf

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from benchmarks.harness.variants import Shape
+from benchmarks.serving import copies, inference, offload, offload_disk
 from benchmarks.serving import figures as serving_figures
-from benchmarks.serving import inference, offload, offload_disk
 from benchmarks.serving import offload_worker as worker
+from benchmarks.serving.copied_model import NONE, Copied, Row, even_split, near_split, rows
 from scmoe_ds.engine import connect
+from scmoe_ds.moe.copies import Copy, Costs
 from scmoe_ds.offload.files import ExpertFile
 from scmoe_ds.planner.simulation import Mode
 
@@ -131,3 +133,39 @@ def test_rates_of_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     buffer = offload_disk.memory(64 << 10, "4 KiB")
     offload_disk.rate(file, 256 << 10, [buffer], 64 << 10, 0)
     assert bytes(buffer.numpy()) == bytes(range(256)) * 256
+
+
+def test_skewed_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The busiest of four experts gets the wanted multiple of the mean; more than all tokens is refused."""
+    shape = Shape("tiny", 32, 4, 16, 8, 4, 1.25)
+    monkeypatch.setattr("benchmarks.serving.copied_model.shape_of", lambda phase, settings: shape)
+    for kind, served in copies.MODELS.items():
+        model = Copied(served, "prefill", {"experts": 4, "method": "collective"})
+        for skew in (1.0, 1.8, 4.0) if kind == "top-1" else (1.8,):
+            model.skew(skew)
+            model.add(NONE, Row(), Costs(0.0, 1.0, 0.0))
+            counts = model.server.model.runs[0].blocks[-1].moe(model.tokens_TD)[2]
+            assert abs(counts[0] / counts.float().mean() - skew) < 0.15, (kind, skew, counts)
+            assert model.loads(NONE) == [len(model.tokens_TD)]
+    with pytest.raises(ValueError, match="skew = 5"):
+        model.skew(5.0)
+
+
+def test_table_of_copies() -> None:
+    assert even_split([[9, 4], [3, 0]], [Copy(0, 1)], Costs(0.0, 1.0, 0.0)) == [[4, 1]]
+    assert near_split([[9, 4], [3, 0]], [Copy(0, 1)], Costs(0.0, 1.0, 0.0)) == [[0, 3]]
+    timed = {"median_ms": 5.0, "speedup": {"median": 1.5, "p10": 1.4, "p90": 1.6}}
+    parts = [{"experts": 2.0, "exposed communication": 1.0, "attention": 0.5}] * 2
+    row = {"layer": timed, "loads": [3, 1], "parts_ms": parts, "difference": 0.0}
+    found = {
+        "skew": 4.0,
+        "rows": dict.fromkeys(rows(2), row),
+        "costs": {"expert_ms": 1.0, "row_ms": 0.1, "travel_ms": 0.2},
+        "greatest_output": 1.0,
+    }
+    link = {"rate_mbit": 100.0, "share": 0.6}
+    settings = {"share": 0.6, "experts": 4, "rounds": 30, "method": "send_receive", "shape": "swin"}
+    record = {"command": "c", "environment": {}, "settings": settings}
+    text = copies.markdown(record | {"found": {"prefill": {"link": link, "skews": [found]}}})
+    assert "| 1 copy per rank | 1.50 | 5.0 | 1.500 (1.400–1.600) | – |" in text
+    assert "rank 1: experts 2.0, exposed communication 1.0, rest 0.5" in text

@@ -24,11 +24,16 @@ def greatest_cost(rows_PE: Rows, copies: list[Copy], costs: Costs, split_NP: Row
     instances = [(e // local_experts, [at_home[s, e] for s in range(ranks)]) for e in range(len(rows_PE[0]))] + [
         (copy.rank, rows_P) for copy, rows_P in zip(copies, split_NP, strict=True)
     ]
-    cost_P = [0.0] * ranks
+    compute_P, sent_P, received_P = [0.0] * ranks, [0] * ranks, [0] * ranks
     for rank, rows_P in instances:
-        travelling = sum(rows for sender, rows in enumerate(rows_P) if sender != rank)
-        cost_P[rank] += costs.expert_ms * (sum(rows_P) > 0) + sum(rows_P) * costs.row_ms + travelling * costs.travel_ms
-    return max(cost_P)
+        compute_P[rank] += costs.expert_ms * (sum(rows_P) > 0) + sum(rows_P) * costs.row_ms
+        for sender, rows in enumerate(rows_P):
+            sent_P[sender] += rows * (sender != rank)
+            received_P[rank] += rows * (sender != rank)
+    return max(
+        compute + costs.travel_ms * max(sent, received)
+        for compute, sent, received in zip(compute_P, sent_P, received_P, strict=True)
+    )
 
 
 def all_splits(rows_PE: Rows, copies: list[Copy]) -> list[Rows]:

@@ -115,6 +115,26 @@ ROWS: dict[str, tuple[str, str]] = {
     "generate: top-p": ("generate --load saved --prompt a --top-p 1.5", r"--top-p 1\.5: must be above 0 and at most 1"),
     "generate: no prompts": ("generate --load saved --prompt-file absent", r"--prompt-file absent cannot be read"),
     "generate: Latin-1": ("generate --load saved --prompt-file latin.txt", r"--prompt-file latin\.txt .*not UTF-8"),
+    "copies: one rank": (
+        "generate --load saved --prompt a --expert-copies 1",
+        r"--expert-copies 1: one rank has all experts; give --moe-expert-parallel-size 2 or more",
+    ),
+    "copies: fewer than none": (
+        "generate --load saved --prompt a --expert-copies -1",
+        r"--expert-copies -1: must be at least 0",
+    ),
+    "copies: loads without copies": (
+        "evaluate --load saved --text-file text.txt --expert-loads loads.json",
+        r"--expert-loads goes with --expert-copies: say how many copies a rank shall keep",
+    ),
+    "copies: no file of loads": (
+        "generate --load saved --prompt a --expert-copies 1 --expert-loads text.txt",
+        r"--expert-loads text\.txt: is no file of loads; write one with --save-expert-loads",
+    ),
+    "copies: of offloaded experts": (
+        "generate --load export --prompt a --experts offload --save-expert-loads loads.json",
+        r"--save-expert-loads: does not go with experts that are offloaded, divided, dropped or in low precision",
+    ),
     "generate: ranks": (
         "generate --load saved --prompt a --moe-expert-parallel-size 2",
         r"scmoe\.expert_parallel_size = 2: must divide the world size 1",
