@@ -32,6 +32,7 @@ FLAGS = {
     "evaluate --stride": "--stride 8",
     "evaluate --tasks": "--limit 2",
     "evaluate --low-precision": "--low-precision all",  # one rank is never overloaded
+    "generate --expert-copies": "--expert-copies 0 --save-expert-loads loads.json",  # one rank has all experts
     "analyze similarity": "--max-tokens 64",
     "analyze gradients": "--micro-batches 2",
     "preprocess": "--workers 1",
