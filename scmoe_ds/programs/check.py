@@ -48,6 +48,10 @@ def check(argv: Sequence[str] | None = None) -> None:
     """
     filter_prints_and_warnings()
     args, loaded, images = parse_arguments(argv)
+    if loaded.section.offload_experts is not None:
+        raise ArgumentError(
+            "scmoe.offload_experts: a check counts experts in the device's memory; remove it for the check"
+        )
     if not images:
         loaded = with_base(loaded, _shape(args), None, own_checkpoint(args, loaded.section))
     place = Place(

@@ -17,6 +17,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.partition import whole_experts
 from scmoe_ds.moe.shortcut import DGMoE
+from scmoe_ds.offload.trainable import TrainableExperts
 from scmoe_ds.parallel.groups import nodes_of_ranks
 from scmoe_ds.parallel.tensor import data_parallel_size, tensor_parallel_size
 from scmoe_ds.planner.schedule_text import layers_text
@@ -111,7 +112,7 @@ def _converted(config: ScMoEConfig, layers: int) -> list[int] | None:
 def parameters_of(model: nn.Module, tensor_parallel: int) -> tuple[int, int, int, int]:
     """Parameters of the whole model, active for a token, on this rank, and this rank's of routed experts.
 
-    Active are all but the routed experts that a token is not sent to.
+    Active are all but the routed experts that a token is not sent to. Offloaded experts are not on this rank.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     routed = {id(each): layer for layer in layers for each in layer.deepspeed_moe.experts.parameters()}
@@ -124,6 +125,10 @@ def parameters_of(model: nn.Module, tensor_parallel: int) -> tuple[int, int, int
             total, active = total + whole, active + whole
             continue
         own_experts += parameter.numel()
+        if isinstance(moved := layer.deepspeed_moe.experts, TrainableExperts):  # each parameter stands for a group
+            group = next(number for number, each in moved.stand_ins.items() if each is parameter)
+            place = moved.states.shape.groups[group]
+            whole = (place.stop - place.start) * moved.num_local_experts
         chosen = min(layer.deepspeed_moe.gate.k * (2 if isinstance(layer, DGMoE) else 1), whole_experts(layer))
         total += whole * layer.ep_size
         active += whole * layer.ep_size * chosen / whole_experts(layer)

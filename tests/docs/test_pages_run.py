@@ -44,6 +44,8 @@ NOT_RUN = {
     r"scmoe evaluate --load sparse .*": "it needs what scmoe sparsify makes; tests/inference/test_dropping.py has it",
     r"python -m benchmarks\.speed\.expert_parts .*": "two nodes; tests/distributed/test_layouts.py trains its layouts",
     r"python -m benchmarks\.serving\.(copies|offload) .*": "several processes; tests/benchmarks/test_serving.py has its parts",
+    r"python -m benchmarks\.speed\.train_offload .*": "minutes; tests/benchmarks/test_train_offload.py has its parts",
+    r"python -m benchmarks\.serving\.offload .*": "several processes; tests/benchmarks/test_serving.py has its parts",
     r"(?s)(?=.*^\.\.\.$).*": "Python with lines left out; tests/test_examples.py compares it with a file that it runs",
 }
 """Pattern of a whole command or block: why it is not run."""

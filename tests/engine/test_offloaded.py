@@ -25,6 +25,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.offload.trainable import offloaded
+from scmoe_ds.training.start_text import parameters_of
 
 SETTINGS = GPTSettings(4, 24, 2, 64, 16)
 BF16, SWIGLU = {"bf16": {"enabled": True}}, replace(SETTINGS, swiglu=True, add_bias_linear=False)
@@ -89,6 +90,13 @@ def test_the_losses_of_experts_in_memory(
         assert sum(each.numel() for each in experts.parameters()) <= 2
         counts = experts.store.counts
         assert counts.migrations > 20 and counts.used > counts.migrations / 2
+
+
+def test_all_experts_are_counted() -> None:
+    (total, active, own, _), (total_there, active_there, own_there, _) = (
+        parameters_of(make_engine(make_json(offload)).module, 1) for offload in (None, {"device": "cpu"})
+    )
+    assert (total, active) == (total_there, active_there) and own == total > 2 * own_there
 
 
 def test_experts_come_in_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
