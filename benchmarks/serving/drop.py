@@ -118,8 +118,10 @@ class Bench:
 
     def __init__(self, layer: str, skew: float, settings: dict[str, Any]) -> None:
         torch.manual_seed(dist.get_rank())
-        self.hidden = torch.randn(SHAPE.sequences, SHAPE.seq_length, SHAPE.hidden_size)
-        self._layer, self._skew, self._method = layer, skew, settings["method"]
+        variant = LAYERS[layer]
+        self.shape = replace(TWICE if variant.section.get("top_k") == 2 else SHAPE, sequences=settings["sequences"])
+        self.hidden = torch.randn(self.shape.sequences, self.shape.seq_length, self.shape.hidden_size)
+        self._variant, self._skew, self._method = variant, skew, settings["method"]
         self.rows = {NONE: Row(self._pair()), AGAIN: Row(self._pair())}
         calibrator = Calibrator([self.rows[NONE].pair], OverlapConfig(num_chunks=1), CPU, "prefill")
         for _ in range(STEPS_TO_SCHEDULE):
@@ -172,8 +174,7 @@ class Bench:
         }
 
     def _pair(self) -> Any:
-        variant = LAYERS[self._layer]
-        pair: Any = build(variant, TWICE if variant.section.get("top_k") == 2 else SHAPE, 0.0, self._method)
+        pair: Any = build(self._variant, self.shape, 0.0, self._method)
         pair.eval().requires_grad_(False)
         give_skew(pair, self._skew, self.hidden)
         return pair
@@ -186,7 +187,7 @@ class Bench:
         layer.routing_rule = None
         spread = 0.1 / layer.top_k  # as scmoe sparsify
         curve = curve_of("moe", torch.cat(gather(listener.heard.clone())), spread)
-        known = {"top_k": layer.top_k, "spread": spread, "tokens": SHAPE.tokens * dist.get_world_size()}
+        known = {"top_k": layer.top_k, "spread": spread, "tokens": self.shape.tokens * dist.get_world_size()}
         return Sparsity(gates="", measure="abs-gate", layers=(curve,), **known)
 
 
@@ -235,8 +236,9 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
     """The link, and all tables. Collective."""
     variant = next(iter(baseline("exact").values()))
     torch.manual_seed(dist.get_rank())
-    hidden = torch.randn(SHAPE.sequences, SHAPE.seq_length, SHAPE.hidden_size)
-    run = build(variant, TWICE, 0.0, settings["method"]).eval()
+    shape = replace(TWICE, sequences=settings["sequences"])
+    hidden = torch.randn(shape.sequences, shape.seq_length, shape.hidden_size)
+    run = build(variant, shape, 0.0, settings["method"]).eval()
 
     def step() -> None:
         with torch.inference_mode():
@@ -276,11 +278,12 @@ def main() -> None:
     )
     parser.add_argument("--curve-skew", type=float, default=1.8, help="of the gate of the curve")
     parser.add_argument("--method", choices=METHODS, default="send_receive", help="all-to-all of all rows")
+    parser.add_argument("--sequences", type=int, default=4, help="of 192 tokens, that each rank reads at once")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="directory for JSON, table and figure")
     args, settings = parse(parser, rank_main)
     record = {"benchmark": "benchmarks.serving.drop"} | on_nodes("benchmarks.serving.drop", settings)
-    record["shape"] = f"{SHAPE.name}; {SHAPE.tokens} tokens per rank and prefill, fp32"
+    record["shape"] = f"{SHAPE.name}; {args.sequences * SHAPE.seq_length} tokens per rank and prefill, fp32"
     text = markdown(record)
     print(text)
     if args.output:
