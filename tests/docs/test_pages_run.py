@@ -45,7 +45,6 @@ NOT_RUN = {
     r"python -m benchmarks\.speed\.expert_parts .*": "two nodes; tests/distributed/test_layouts.py trains its layouts",
     r"python -m benchmarks\.serving\.(copies|offload) .*": "several processes; tests/benchmarks/test_serving.py has its parts",
     r"python -m benchmarks\.speed\.train_offload .*": "minutes; tests/benchmarks/test_train_offload.py has its parts",
-    r"python -m benchmarks\.serving\.offload .*": "several processes; tests/benchmarks/test_serving.py has its parts",
     r"(?s)(?=.*^\.\.\.$).*": "Python with lines left out; tests/test_examples.py compares it with a file that it runs",
 }
 """Pattern of a whole command or block: why it is not run."""
