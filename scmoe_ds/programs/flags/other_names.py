@@ -151,7 +151,7 @@ _BY_TOOL = {
 _NO_FLAG = """
     first_layer_position shortcut_distance pairs_per_moe use_rts gate_softmax shortcut_norm post_norm dispatch
     all_to_all wire_dtype replace tap shared_from overlap router num_chunks calibration_steps calibration_file enabled
-    adapt
+    adapt expert_partition offload_experts
     """
 """Fields of the "scmoe" section without a flag."""
 
