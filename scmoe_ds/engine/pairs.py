@@ -159,13 +159,13 @@ def describe_pair(
 ) -> dict[str, Any]:
     """All that a pair's times depend on. Times are used again only if all of it agrees."""
     layer = pair.layer
-    parameter = next(layer.parameters())
+    parameter, parts = next(layer.parameters()), layer.num_experts // whole_experts(layer)
     return {
         **pair.facts(),
         "hidden_size": layer.hidden_size,
         "num_experts": layer.num_experts,
         "top_k": layer.top_k,
-        "expert_partition": layer.num_experts // whole_experts(layer),
+        **({"expert_partition": parts} if parts > 1 else {}),  # earlier files know whole experts alone
         "capacity_factor": config.capacity_factor if config.drop_tokens else None,
         "dispatch": layer.dispatch,
         "wire_dtype": layer.wire_dtype,

@@ -2,7 +2,7 @@
 
 scmoe convert export checkpoints/run out --dtype bf16
 scmoe convert export checkpoints/run hf_model --format hf   # AutoModelForCausalLM.from_pretrained("hf_model", …)
-scmoe convert partition weights parts --parts 2 --method partial   # experts in parts (sparse/partition.py)
+scmoe convert partition checkpoints/run parts --parts 2 --method partial   # experts in parts (sparse/partition.py)
 
 export --format hf takes DeepSpeed's checkpoints of Hugging Face models with AutoEP layers, too.
 """
