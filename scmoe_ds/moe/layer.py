@@ -246,13 +246,12 @@ class StagedMoE(MoE):
         facts = not (self.routing_rule is None and early is None) or getattr(experts, "notices", 0) > 0
         routing = route(self.deepspeed_moe.gate, gated_TD, used_token, exclude, self.gate_softmax, group, facts)
         weight_KT, l_aux = recorder.close("gate", routing.weight_KT, routing.l_aux)
-        routing = without_identity_rows(replace(routing, weight_KT=weight_KT, l_aux=l_aux), whole_experts(self))
-        routing = apply_rule(self, routing)
+        gated = without_identity_rows(replace(routing, weight_KT=weight_KT, l_aux=l_aux), whole_experts(self))
         exact, deferred = self.dispatch == "exact", shortcut.is_cuda and not blocking
         exchange = Exchange(
             self.transport, self.slices, exact, self.wire_dtype, blocking, num_chunks, deferred, recorder, self.name
         )
-        return RoutedTokens(experts, tokens_TD, routing, shortcut.shape, exchange, early)
+        return RoutedTokens(experts, tokens_TD, apply_rule(self, gated), shortcut.shape, exchange, early, gated)
 
     def finish(
         self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None

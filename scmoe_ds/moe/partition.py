@@ -40,10 +40,6 @@ class Partition:
         parted = replace(routing, weight_KT=self.repeat(routing.weight_KT), score_KT=score_CT)
         return rerouted(parted, place_CT, kept_CT, self.num_experts * self.parts)
 
-    def whole(self, place_T: Tensor) -> Tensor:
-        """The experts of which places are parts; -1, where there is none, stays."""
-        return place_T.div(self.parts, rounding_mode="floor")
-
     def repeat(self, of_choice_KT: Tensor) -> Tensor:
         """[K, T] → [K * P, T], each choice's row P times in turn."""
         # Not `repeat_interleave`, whose gradient is a scatter: on a GPU it adds in any order.

@@ -40,6 +40,7 @@ class RoutedTokens:
         shape: of the layer's input, for the result.
         exchange: how rows are sent.
         early: decides before they are; None: the routing is final.
+        gated: what the gate itself has chosen, before any rule; None: `routing`.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class RoutedTokens:
         shape: Sequence[int],
         exchange: Exchange,
         early: EarlyRule | None = None,
+        gated: Routing | None = None,
     ) -> None:
         self.routing, self.exchange, self.shape = routing, exchange, torch.Size(shape)
-        self.experts = experts
+        self.experts, self.gated = experts, gated or routing
         self._tokens_TD = None if routing.identity_weight_T is None else tokens_TD
         self._received: Sequence[ReceivedRows | ReceivedCopies] = []
         self._sizes: list[SplitSizes] = []  # of the dispatch, per chunk

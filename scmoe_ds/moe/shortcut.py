@@ -246,11 +246,10 @@ class DGMoE(StagedMoE):
     def finish_in_parts(self, routed: RoutedTokens, hidden_states: Tensor, shared: Tensor | None = None) -> Parts:
         """As `finish`; the combines of both layers' choices go on."""
         self._require_own(routed)
-        first_T = routed.routing.expert_KT[0]
         current = self.begin(
             hidden_states,
             routed.routing.used_token,
-            exclude=first_T if self.partition is None else self.partition.whole(first_T),
+            exclude=routed.gated.expert_KT[0],  # not places, nor without what a rule leaves out
             blocking=routed.exchange.blocking,
             recorder=routed.exchange.recorder.renamed("current"),
         )

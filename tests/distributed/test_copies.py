@@ -26,7 +26,9 @@ from tests.helpers.exports import whole_model, write_export
 from tests.helpers.settings import LLAMA
 
 CPU = torch.device("cpu")
-SECTIONS: dict[str, dict[str, Any]] = {"top-1": {}, "top-2": {"top_k": 2, "position": "pos3"}, "top-4": {"top_k": 4}}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "top-1": {}, "top-2": {"top_k": 2, "position": "pos3"}, "top-4": {"top_k": 4}, "DGMoE": {"architecture": "dgmoe"}
+}  # fmt: skip
 EXPERTS, PROMPTS = 8, [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12], [4, 4], [6] * 20]
 REQUEST = Request(6, Sampling(0.0))
 CHEAP, NOTHING = Costs(0.0, 1.0, 1.0), Costs(0.0, 0.0, 0.0)
@@ -141,7 +143,7 @@ def test_same_outputs_and_texts(models: str, ep_size: int) -> None:
             assert each["same text"], name
             plain, with_copies = each["launches"]
             # Two layers, four passes. With several experts per token, moved rows are counted in one more exchange.
-            assert with_copies == plain if name == "top-1" else plain < with_copies <= plain + 8, name
+            assert with_copies == plain if name in ("top-1", "DGMoE") else plain < with_copies <= plain + 8, name
             for loads in each["loads"]:
                 assert 0 < loads["moved"] < loads["rows"] and loads["greatest"] < loads["greatest_before"]
             assert "1 per rank and layer" in each["summary"]

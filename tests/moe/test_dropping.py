@@ -17,6 +17,7 @@ from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
 from scmoe_ds.moe.kernels import Kernels, torch_product
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.load_aware import Levels
+from scmoe_ds.moe.shortcut import DGMoE
 from tests.helpers import reference
 
 HIDDEN, EXPERTS, TOKENS = 8, 4, 40
@@ -103,6 +104,19 @@ def test_a_token_of_padding_is_not_counted_and_training_drops_nothing() -> None:
     assert rule.counts.read() == (2 * int(used_T.sum()), 0, 0)
     rule.counts.reset()
     assert rule.counts.read() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("thresholds", [Thresholds(2.0, 2.0), Thresholds(0.0, 2.0)], ids=["skipped", "halved"])
+def test_the_second_gate_of_dgmoe_chooses_as_without_drops(thresholds: Thresholds) -> None:
+    torch.manual_seed(1)
+    layer: Any = DGMoE(HIDDEN, MLP(GPTSettings(1, HIDDEN, 1, 8, 8)), EXPERTS, drop_tokens=False, use_rts=False)
+    layer = layer.double().eval()
+    previous, current = torch.randn(2, TOKENS, HIDDEN).double()
+    current[::2] = previous[::2]  # the same first choice, which the second gate may not take
+    plain, _, counts_E = layer(current, shortcut=previous)
+    drop_rows(layer, thresholds)
+    output, _, found_E = layer(current, shortcut=previous)
+    assert torch.equal(found_E, counts_E) and not torch.allclose(output, plain)
 
 
 def test_no_weight_is_copied_and_names_stay() -> None:
