@@ -41,6 +41,9 @@ class RoutedTokens:
         exchange: how rows are sent.
         early: decides before they are; None: the routing is final.
         gated: what the gate itself has chosen, before any rule; None: `routing`.
+
+    Raises:
+        ValueError: an early rule for tokens in chunks.
     """
 
     def __init__(
@@ -53,6 +56,11 @@ class RoutedTokens:
         early: EarlyRule | None = None,
         gated: Routing | None = None,
     ) -> None:
+        if early is not None and exchange.num_chunks > 1:
+            raise ValueError(
+                f"num_chunks = {exchange.num_chunks}: load-aware thresholds and copies of experts decide for all rows "
+                "at once; set scmoe.overlap.num_chunks to 1"
+            )
         self.routing, self.exchange, self.shape = routing, exchange, torch.Size(shape)
         self.experts, self.gated = experts, gated or routing
         self._tokens_TD = None if routing.identity_weight_T is None else tokens_TD

@@ -16,7 +16,7 @@ from scmoe_ds.moe.gate import Routing, route
 from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
 from scmoe_ds.moe.kernels import Kernels, torch_product
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.load_aware import Levels
+from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
 from scmoe_ds.moe.shortcut import DGMoE
 from tests.helpers import reference
 
@@ -179,6 +179,15 @@ def test_a_routing_without_scores_is_refused() -> None:
     routing: Routing = route(layer.deepspeed_moe.gate, torch.randn(TOKENS, HIDDEN).double())
     with pytest.raises(ValueError, match=r"score_KT = None"):
         criterion(routing)
+
+
+def test_an_early_rule_takes_no_chunks() -> None:
+    layer: Any = layer_of(2, False)
+    layer.early_rule = LoadAwareRule(Levels([Thresholds(0.0, 0.0), Thresholds(0.2, 0.2)], 0.1), Places(EXPERTS, 1), CPU)
+    with pytest.raises(
+        ValueError, match=r"num_chunks = 2: load-aware thresholds .* set scmoe\.overlap\.num_chunks to 1"
+    ):
+        layer.begin(torch.randn(TOKENS, HIDDEN).double(), num_chunks=2)
 
 
 def test_levels_follow_the_loads() -> None:
