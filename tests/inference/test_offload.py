@@ -21,8 +21,9 @@ from scmoe_ds.checkpoint.places import places_of
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.generate import Request, TextGenerator
+from scmoe_ds.inference.load import load_trained
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
-from scmoe_ds.inference.offload import expert_places, offload_experts
+from scmoe_ds.inference.offload import Offloading, expert_places, offload_experts
 from scmoe_ds.inference.pregate import guess_experts
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.models.gpt import GPT
@@ -79,6 +80,14 @@ def test_offloaded_equals_resident(architecture: str, tmp_path: Path) -> None:
         assert store.counts.used == store.counts.hits + store.counts.migrations or places < 3
         if places == 8:
             assert store.counts.migrations == (4 if shared else 8)  # each once: all fit
+
+
+def test_a_cache_that_nobody_named_holds_twice_the_parts_of_a_token(tmp_path: Path) -> None:
+    model = whole_model(SETTINGS, {"num_experts": 4, "top_k": 2, "expert_partition": 2})
+    path = write_export(tmp_path / "export", model)
+    part = model.scheduled_pairs()[0].layer.deepspeed_moe.experts.deepspeed_experts[0]
+    store = load_trained(path, offloading=Offloading("offload")).store
+    assert store is not None and store.nbytes == 2 * 2 * 2 * sum(each.nbytes for each in part.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
