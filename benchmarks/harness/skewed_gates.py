@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.models.gpt import GPT
+from scmoe_ds.moe.dropping import criterion
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.low_precision import LowPrecision
 
@@ -96,10 +97,8 @@ class Loads:
         kept_KT = expert_KT >= 0
         marked_KT = torch.zeros_like(kept_KT) if tolerant is None else tolerant.expand_as(kept_KT) & kept_KT
         self.rows_2E += torch.stack([torch.bincount(expert_KT[of], minlength=experts) for of in (kept_KT, marked_KT)])
-        score_KT = routing.score_KT
-        if score_KT is not None:
-            shares_KT = score_KT if len(score_KT) == 1 else score_KT / score_KT.sum(0)
-            self.scores.append(shares_KT[kept_KT])
+        if routing.score_KT is not None:
+            self.scores.append(criterion(routing)[kept_KT])
         return routing
 
 

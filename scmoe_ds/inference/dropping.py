@@ -21,6 +21,7 @@ from scmoe_ds.moe.experts import OwnExperts
 from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
+from scmoe_ds.moe.partition import whole_experts
 from scmoe_ds.parallel.agreement import gather, run_together
 from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity
 
@@ -172,7 +173,7 @@ def moe_layers(model: nn.Module) -> dict[str, Any]:
     from scmoe_ds.replace.autoep import ScheduledAutoEP  # imports transformers' side of DeepSpeed
 
     kinds = (StagedMoE, ScheduledAutoEP)
-    return {name: each for name, each in model.named_modules() if isinstance(each, kinds) and each.num_experts > 1}
+    return {name: each for name, each in model.named_modules() if isinstance(each, kinds) and whole_experts(each) > 1}
 
 
 def attach_dropping(

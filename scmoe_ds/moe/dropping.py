@@ -5,7 +5,8 @@
     otherwise              the whole expert
 
 The criterion of a choice is its score over the sum of the token's chosen scores. With one routed expert that is always
-1; there it is the score itself, the probability before any renormalisation. The weights stay as they are.
+1; there it is the score itself, the probability before any renormalisation. The parts of an expert have the criterion
+of the whole one. The weights stay as they are.
 
 Shape suffixes: T tokens, K choices of a token, E experts, L local experts, P ranks, H halves (1 or 2).
 """
@@ -100,7 +101,10 @@ def criterion(routing: Routing) -> Tensor:
     score_KT = routing.score_KT
     if score_KT is None:
         raise ValueError("routing.score_KT = None: dropping reads the scores; route with facts")
-    return score_KT if len(score_KT) == 1 else score_KT / score_KT.sum(0)
+    if len(score_KT) == routing.parts:
+        return score_KT
+    chosen_T = score_KT.sum(0) / routing.parts  # each choice's score stands once for each part
+    return score_KT / chosen_T
 
 
 def drop(routing: Routing, skip: float | Tensor, halve: float | Tensor, places: Places, ranks: int) -> Routing:

@@ -52,6 +52,7 @@ class Routing:
         score_KT: fp32 probability or score of each choice before any renormalisation, without gradient; None: nobody
             asked for it (`facts` of `route`).
         tolerant_T: bool, the tokens that the caller marks as tolerant of less precision; None: it marks none.
+        parts: of an expert, each of which has a choice of its own (moe/partition.py); 1: experts are whole.
     """
 
     choices: Choices
@@ -62,6 +63,7 @@ class Routing:
     identity_weight_T: Tensor | None = None
     score_KT: Tensor | None = None
     tolerant_T: Tensor | None = None
+    parts: int = 1
 
     @property
     def used_token(self) -> Tensor | None:

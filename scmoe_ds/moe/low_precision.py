@@ -20,6 +20,7 @@ from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 
 from scmoe_ds.comm.side_stream import side_stream
+from scmoe_ds.moe.dropping import criterion
 from scmoe_ds.moe.experts import OwnExperts, TwoProjections, run_experts
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.low_precision_formats import Format, Scaled
@@ -36,8 +37,8 @@ class LowPrecision:
 
     Attributes:
         ranks: "hot" ones: overloaded, and mostly with rows that tolerate it; or "all", to compare.
-        score: a row tolerates it if its gate score is lower. The score of a single choice is its probability; that of
-            one of several is its share of their sum. None: rows of tokens that the caller marks (`gate.TOLERANT`).
+        score: a row tolerates it if its criterion (moe/dropping.py), of a gate's scores, is lower. None: rows of
+            tokens that the caller marks (`gate.TOLERANT`).
         share: of tolerant rows, from which a rank can be hot. M_d of the paper, which recommends 0.7.
         overload: load over the mean of all ranks, above which a rank can be hot. Slightly above 1: a rank that is
             hardly overloaded would lose precision and win nothing.
@@ -71,9 +72,7 @@ class LowPrecision:
         """bool [K, T] or [1, T], the choices that tolerate low precision; None: no choice does."""
         if self.score is None:
             return None if routing.tolerant_T is None else routing.tolerant_T.unsqueeze(0)
-        assert routing.score_KT is not None, "begin asks for scores where experts have notices"
-        score_KT = routing.score_KT
-        return (score_KT if len(score_KT) == 1 else score_KT / score_KT.sum(0)) < self.score
+        return criterion(routing) < self.score
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Partition:
         place_CT = whole_CT * self.parts + part_C.repeat(len(choices.expert_KT)).unsqueeze(1)
         kept_CT = None if choices.kept_KT is None else self.repeat(choices.kept_KT)
         score_CT = None if routing.score_KT is None else self.repeat(routing.score_KT)
-        parted = replace(routing, weight_KT=self.repeat(routing.weight_KT), score_KT=score_CT)
+        parted = replace(routing, weight_KT=self.repeat(routing.weight_KT), score_KT=score_CT, parts=self.parts)
         return rerouted(parted, place_CT, kept_CT, self.num_experts * self.parts)
 
     def repeat(self, of_choice_KT: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
 from scmoe_ds.moe.kernels import Kernels, torch_product
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
+from scmoe_ds.moe.low_precision import LowPrecision
+from scmoe_ds.moe.partition import Partition
 from scmoe_ds.moe.shortcut import DGMoE
 from tests.helpers import reference
 
@@ -117,6 +119,19 @@ def test_the_second_gate_of_dgmoe_chooses_as_without_drops(thresholds: Threshold
     drop_rows(layer, thresholds)
     output, _, found_E = layer(current, shortcut=previous)
     assert torch.equal(found_E, counts_E) and not torch.allclose(output, plain)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_parts_of_an_expert_matter_as_the_whole_one(k: int) -> None:
+    layer, partition = layer_of(k, False), Partition(3, EXPERTS)
+    routing = route(layer.deepspeed_moe.gate, torch.randn(TOKENS, HIDDEN).double(), facts=True)
+    parted = partition.apply(routing)
+    torch.testing.assert_close(criterion(parted), partition.repeat(criterion(routing)))
+    tolerant_KT, settings = criterion(routing) < 0.5, LowPrecision(score=0.5)
+    assert 0 < tolerant_KT.sum() < tolerant_KT.numel()
+    for each, expected in ((routing, tolerant_KT), (parted, partition.repeat(tolerant_KT))):
+        found = settings.tolerant(each)
+        assert found is not None and torch.equal(found, expected)
 
 
 def test_no_weight_is_copied_and_names_stay() -> None:
