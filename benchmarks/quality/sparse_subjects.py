@@ -26,7 +26,7 @@ from scmoe_ds.inference.load import load_trained
 from scmoe_ds.moe.dropping import Thresholds
 from scmoe_ds.sparse.hugging_face_layers import fused_layers, write_directory
 from scmoe_ds.sparse.own_layers import SortedWeights
-from scmoe_ds.sparse.sparsity_file import LayerCurve, Method, Sparsity
+from scmoe_ds.sparse.sparsity_file import LayerCurve, Method, Sparsity, digest_of
 
 _TOGETHER = 16
 _ANY_RATE = 0.25
@@ -98,18 +98,24 @@ def shuffle(source: Path, out: Path, is_hugging_face: bool, seed: int) -> None:
 
     if is_hugging_face:
         model = trained_model(source)
-        for layer in fused_layers(model, str(source)):
+        layers = fused_layers(model, str(source))
+        for layer in layers:
             layer.sort(order_EF(len(layer.sums().rows), layer.neurons))
-        write_directory(model, source, out, sparsity)
+        write_directory(model, source, out, _of_neurons(sparsity, [layer.input_FD for layer in layers]))
         return
     weights, description = open_weights(source)
-    order = {}
+    order, first = {}, "deepspeed_moe.experts.deepspeed_experts.0"
     for curve in sparsity.layers:
         experts = weights.shape(f"{curve.name}.deepspeed_moe.gate.wg.weight")[0]
-        last = f"{curve.name}.deepspeed_moe.experts.deepspeed_experts.0.output.weight"
-        order[curve.name] = order_EF(experts, weights.shape(last)[1])
-    write_export(out, SortedWeights(weights, order, bool(description["gpt"].get("swiglu"))), description)
-    sparsity.write(out)
+        order[curve.name] = order_EF(experts, weights.shape(f"{curve.name}.{first}.output.weight")[1])
+    shuffled = SortedWeights(weights, order, bool(description["gpt"].get("swiglu")))
+    write_export(out, shuffled, description)
+    _of_neurons(sparsity, [shuffled.read(f"{name}.{first}.input.weight") for name in order]).write(out)
+
+
+def _of_neurons(sparsity: Sparsity, inputs: Sequence[Tensor]) -> Sparsity:
+    """The same thresholds, said of other halves."""
+    return sparsity.model_copy(update={"neurons": digest_of(inputs)})
 
 
 def thresholds_of(sparsity: Sparsity, rate: float, method: Method, spread: float | None) -> list[tuple[float, float]]:

@@ -35,6 +35,7 @@ from benchmarks.harness.variants import Shape, Variant, baseline, build
 from benchmarks.serving.drop_page import AGAIN, KNOWN, LOAD_AWARE, NONE, ONE, TWO, figure, markdown
 from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.config.overlap_section import OverlapConfig
+from scmoe_ds.inference.droppable import digests_of
 from scmoe_ds.inference.dropping import Dropped, attach_dropping
 from scmoe_ds.moe.dropping import criterion
 from scmoe_ds.moe.gate import Routing
@@ -188,7 +189,8 @@ class Bench:
         spread = 0.1 / layer.top_k  # as scmoe sparsify
         curve = curve_of("moe", torch.cat(gather(listener.heard.clone())), spread)
         known = {"top_k": layer.top_k, "spread": spread, "tokens": self.shape.tokens * dist.get_world_size()}
-        return Sparsity(gates="", measure="abs-gate", layers=(curve,), **known)
+        gates, neurons = digests_of([layer])
+        return Sparsity(gates=gates, neurons=neurons or "", measure="abs-gate", layers=(curve,), **known)
 
 
 @contextmanager

@@ -15,15 +15,15 @@ from typing import Any
 from torch import nn
 
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.inference.droppable import check_layer, check_load_aware, digests_of, top_k_of
 from scmoe_ds.inference.load import Loaded
 from scmoe_ds.moe.dropping import DropCounts, DropRule, Places, Thresholds
-from scmoe_ds.moe.experts import OwnExperts
 from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
 from scmoe_ds.moe.partition import whole_experts
 from scmoe_ds.parallel.agreement import gather, run_together
-from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity
+from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity, digest_of
 
 LEVELS = 12
 """Of load-aware thresholds. A notice has as many counts for each place: 2 KB to each of 8 ranks for 8 local experts and
@@ -156,14 +156,16 @@ def drop_experts(loaded: Loaded, asked: Dropping | None) -> Dropped | None:
         if asked == Dropping():
             return None
         raise ArgumentError(f"--drop-rate: is missing, and {path / FILE} names none; give one, such as 0.25")
-    return attach_dropping(loaded.model, sparsity, rate, method, asked.load_aware)
+    return _drop(list(moe_layers(loaded.model).values()), sparsity, rate, method, asked.load_aware)
 
 
 def _sparsity(loaded: Loaded) -> Sparsity:
     sparsity, weights = Sparsity.read(loaded.trained.path), loaded.trained.weights
-    # As they were saved: the model's own may have been rounded to another dtype.
-    gates = (weights.read(f"{name}.deepspeed_moe.gate.wg.weight") for name in moe_layers(loaded.model))
-    sparsity.check(gates, f"--load {loaded.trained.path}")
+    # As they were saved: the model's own may have been rounded to another dtype, or lie on other ranks.
+    layers, inputs = moe_layers(loaded.model), "deepspeed_moe.experts.deepspeed_experts.0.input.weight"
+    gates = digest_of(weights.read(f"{name}.deepspeed_moe.gate.wg.weight") for name in layers)
+    neurons = digest_of(weights.read(f"{name}.{inputs}") for name in layers)
+    sparsity.check(f"--load {loaded.trained.path}", gates, neurons, top_k_of(list(layers.values())))
     return sparsity
 
 
@@ -179,12 +181,21 @@ def moe_layers(model: nn.Module) -> dict[str, Any]:
 def attach_dropping(
     model: nn.Module, sparsity: Sparsity, rate: float, method: Method, load_aware: bool = False
 ) -> Dropped:
-    """As `drop_experts`, for thresholds that belong to the model, which may be one of Hugging Face.
+    """As `drop_experts`, for a model in memory, which may be one of Hugging Face. Collective over the world.
+
+    Args:
+        sparsity: of the model's very weights, or of those that they are a bf16 copy of.
 
     Raises:
-        ArgumentError: as `drop_experts`.
+        ArgumentError, CheckpointError: as `drop_experts`.
     """
     layers = list(moe_layers(model).values())
+    gates, neurons = digests_of(layers)
+    run_together(lambda: sparsity.check("the model", gates, neurons, top_k_of(layers)))
+    return _drop(layers, sparsity, rate, method, load_aware)
+
+
+def _drop(layers: Sequence[Any], sparsity: Sparsity, rate: float, method: Method, load_aware: bool) -> Dropped:
     found = _thresholds(sparsity, rate, method)
     if len(layers) != len(found):
         raise ArgumentError(
@@ -192,7 +203,7 @@ def attach_dropping(
             "with scmoe sparsify"
         )
     for layer in layers:
-        _check_layer(layer, method)
+        check_layer(layer, method)
     if load_aware:
         check_load_aware(layers)
     if not load_aware:
@@ -230,40 +241,3 @@ def _attach(layer: Any, thresholds: Thresholds | Levels, method: Method) -> _Rul
     if isinstance(thresholds, Levels):
         return _Rule(layer, LoadAwareRule(thresholds, places, device))
     return _Rule(layer, DropRule(thresholds, places, device))
-
-
-def check_load_aware(layers: Sequence[Any]) -> None:
-    """
-    Raises:
-        ArgumentError: ranks among which the experts are not divided, or that share their tokens.
-    """
-    slices = [layer.slices for layer in layers]
-    if any(each.expert_parallel_size == 1 for each in slices):
-        raise ArgumentError(
-            "--drop-load-aware: one rank has all experts, so there are no loads to compare; start more ranks with "
-            "--moe-expert-parallel-size, or leave the flag out"
-        )
-    if any(each.tensor_parallel_size > 1 for each in slices):
-        raise ArgumentError(
-            "--drop-load-aware: tensor-parallel ranks send the same tokens, for which no rank alone can decide; use "
-            "--tensor-model-parallel-size 1, or leave the flag out"
-        )
-
-
-def _check_layer(layer: Any, method: Method) -> None:
-    if layer.dispatch != "exact":
-        raise ArgumentError('scmoe.dispatch = "padded": buffers are sent whole, with or without drops; use "exact"')
-    if layer.routing_rule is not None or layer.early_rule is not None:
-        raise ArgumentError("--drop-rate: another rule changes the routing of this model already; use one of the two")
-    is_staged = isinstance(layer, StagedMoE)
-    if not is_staged and layer.top_k == 1 and layer.router.route_norm:
-        raise ArgumentError(
-            f"--drop-rate: the only score of a token is renormalised to 1 in {layer.name}, so there is no criterion; "
-            "use a model with norm_topk_prob = false, or with two or more routed experts"
-        )
-    own = isinstance(layer.deepspeed_moe.experts, OwnExperts) if is_staged else layer.own_experts is not None
-    if method == "2t" and own:
-        raise ArgumentError(
-            "--drop-method 2t: experts that are fetched or converted compute whole; use --experts resident, or "
-            "--drop-method 1t"
-        )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.sparse.importance import LayerSums, Measure
-from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of, gates_digest
+from scmoe_ds.sparse.importance import LayerSums, Measure, sorted_neurons
+from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of, digest_of
 
 FEWEST_TOKENS = 1024
 """Fewer say too little of a threshold: a quarter of their choices is known to 1.5 % of all at best."""
@@ -26,6 +26,7 @@ class CalibratedLayer(Protocol):
     Attributes:
         name: in the model.
         gate_ED: the gate's weight.
+        input_FD: of the first expert, W1 and where there is one W3 below it: [F, D] or [2F, D].
         top_k: routed experts of a token.
         neurons: of an expert.
         has_w3: whether its experts are of the form W2 (act(W1 x) ⊙ W3 x).
@@ -33,6 +34,7 @@ class CalibratedLayer(Protocol):
 
     name: str
     gate_ED: Tensor
+    input_FD: Tensor
     top_k: int
     neurons: int
     has_w3: bool
@@ -106,7 +108,8 @@ def sparsity_of(
         for layer, own in zip(layers, sums, strict=True)
     ]
     return Sparsity(
-        gates=gates_digest(layer.gate_ED for layer in layers),
+        gates=digest_of(layer.gate_ED for layer in layers),
+        neurons=digest_of(_input(*each, measure) for each in zip(layers, sums, strict=True)),
         top_k=layers[0].top_k,
         measure=measure,
         spread=spread,
@@ -114,3 +117,10 @@ def sparsity_of(
         layers=tuple(curves),
         rate=rate,
     )
+
+
+def _input(layer: CalibratedLayer, sums: LayerSums, measure: Measure | None) -> Tensor:
+    """`input_FD` with its neurons as they will be written."""
+    if measure is None:
+        return layer.input_FD
+    return sorted_neurons(layer.input_FD, sums.order_EF(measure)[0], 0, 2 if layer.has_w3 else 1)

@@ -45,6 +45,7 @@ class FusedLayer:
                 "tensors, as those of Mixtral, Qwen-MoE and DeepSeek in transformers 5; take a model of such a family"
             )
         self.gate_ED: Tensor = layer.gate.weight
+        self.input_FD: Tensor = self._experts.gate_up_proj[0]
         self.neurons = int(self._experts.down_proj.shape[2])
 
     def sums(self) -> LayerSums:

@@ -35,6 +35,7 @@ class OwnLayer:
         self.name, self._layer = name, layer
         self._experts: list[MLP] = list(layer.deepspeed_moe.experts.deepspeed_experts)
         self.gate_ED: Tensor = layer.deepspeed_moe.gate.wg.weight
+        self.input_FD: Tensor = self._experts[0].input.weight
         self.top_k, self.has_w3 = layer.top_k, self._experts[0].swiglu
         self.neurons = int(self._experts[0].output.weight.shape[1])
 

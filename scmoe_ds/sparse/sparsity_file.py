@@ -85,7 +85,9 @@ class Sparsity(_Strict):
     """The file's content.
 
     Attributes:
-        gates: `gates_digest` of the model that was calibrated.
+        gates: `digest_of` the weights [E, D] of the MoE layers' gates, in the model's order, of what was calibrated.
+        neurons: `digest_of` the input projections [F, D] (SwiGLU: [2F, D], the gate's first) of the layers' first
+            experts, as they were written: it tells sorted neurons, and parts of experts, from others.
         top_k: routed experts of a token: which criterion it is.
         measure: of the neurons' importance, see scmoe_ds.sparse.importance; None: neurons are as trained.
         spread: of 2T-Drop's two thresholds around T.
@@ -96,6 +98,7 @@ class Sparsity(_Strict):
 
     version: Literal[1] = 1
     gates: str
+    neurons: str
     top_k: int = Field(ge=1)
     measure: str | None
     spread: float = Field(ge=0)
@@ -161,33 +164,36 @@ class Sparsity(_Strict):
         except ValueError:
             raise CheckpointError(f"{path} is damaged: it is no UTF-8; {remedy}") from None
 
-    def check(self, gates: Iterable[Tensor], source: str) -> None:
-        """Whether the thresholds are of these gates.
+    def check(self, source: str, gates: str, neurons: str | None, top_k: int) -> None:
+        """Whether the thresholds, and the halves of experts, are those of a model.
 
         Args:
-            gates: weight [E, D] of each MoE layer's gate, in the model's order.
-            source: what has them, for the message.
+            source: the model, for the message.
+            gates, neurons, top_k: of the model, as the attributes; `neurons` of None: this rank cannot know them.
 
         Raises:
-            CheckpointError: they are of another checkpoint.
+            CheckpointError: they are of another one.
         """
-        if gates_digest(gates) != self.gates:
+        found = None
+        if gates != self.gates:
+            found = "with other gates"
+        elif top_k != self.top_k:
+            found = f"with {self.top_k} experts of a token, and here are {top_k}"
+        elif neurons not in (None, self.neurons):
+            found = "whose experts have other neurons, or the same in another order"
+        if found is not None:
             raise CheckpointError(
-                f"{source}: {FILE} is of another checkpoint (its gates differ), so its thresholds do not hold; make it "
-                "anew with scmoe sparsify"
+                f"{source}: {FILE} is of another checkpoint, {found}, so its thresholds do not hold; make it anew with "
+                "scmoe sparsify"
             )
 
 
-def gates_digest(gates: Iterable[Tensor]) -> str:
-    """Names a model by its gates. The same for fp32 weights and for their bf16 copy.
-
-    Args:
-        gates: weight [E, D] of each MoE layer's gate, in the model's order.
-    """
+def digest_of(weights: Iterable[Tensor]) -> str:
+    """Names a model by some of its weights. The same for fp32 weights and for their bf16 copy."""
     digest = hashlib.sha256()
-    for weight_ED in gates:
-        digest.update(f"{tuple(weight_ED.shape)}".encode())
-        digest.update(weight_ED.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    for weight in weights:
+        digest.update(f"{tuple(weight.shape)}".encode())
+        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -72,9 +72,8 @@ def test_the_figure_is_drawn_again_from_the_record_with_the_speed_of_drops(
 
 def test_another_spread_needs_no_other_calibration() -> None:
     criterion = torch.rand(30000, generator=torch.Generator().manual_seed(0))
-    whole = Sparsity(
-        gates="g", top_k=2, measure="gate", spread=0.01, tokens=9, layers=(curve_of("a", criterion, 0.01),)
-    )
+    known = {"gates": "g", "neurons": "n", "top_k": 2, "measure": "gate", "spread": 0.01, "tokens": 9}
+    whole = Sparsity(**known, layers=(curve_of("a", criterion, 0.01),))
     ((skip, halve),) = thresholds_of(whole, 0.25, "2t", 0.1)
     assert halve - skip == pytest.approx(0.2)
     assert left_out(criterion, skip, halve) == pytest.approx(0.25, abs=0.003)

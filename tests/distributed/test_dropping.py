@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lab.distributed import run_distributed
 from scmoe_ds.comm.transport import Transport
+from scmoe_ds.errors import CheckpointError
+from scmoe_ds.inference.droppable import digests_of
 from scmoe_ds.inference.dropping import Shares, attach_dropping
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe.dropping import DropRule, Places, Thresholds, criterion
@@ -120,7 +122,15 @@ def attached() -> tuple[Shares, Shares, Shares]:
     shares = []
     tokens_TD = torch.randn(60, HIDDEN, generator=torch.Generator().manual_seed(dist.get_rank())).double()
     curve = curve_of("moe", torch.linspace(0.02, 0.8, 100), 0.1)  # T - 0.1 is below 0 at low rates
-    sparsity = Sparsity(gates="", top_k=2, measure="abs-gate", spread=0.1, tokens=50, layers=(curve,))
+    gates, neurons = digests_of([layer_of(2)])
+    assert (neurons is None) == (dist.get_rank() > 0), "the first expert is rank 0's"
+    known = {"gates": gates, "neurons": neurons or "", "top_k": 2, "measure": "abs-gate", "spread": 0.1, "tokens": 50}
+    sparsity = Sparsity(**known, layers=(curve,))
+    other = sparsity.model_copy(update={"neurons": "those of another order"})
+    with pytest.raises(
+        CheckpointError, match=r"the model: sparsity\.json is of another checkpoint, whose experts have"
+    ):
+        attach_dropping(nn.ModuleDict({"moe": layer_of(2)}), other, 0.4, "2t")
     for load_aware in (True, False):
         layer = layer_of(2)
         skewed_TD = tokens_TD + 0.5 * layer.deepspeed_moe.gate.wg.weight.detach()[0]

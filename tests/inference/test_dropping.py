@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from scmoe_ds.engine import connect
+from scmoe_ds.inference.droppable import digests_of
 from scmoe_ds.inference.dropping import Dropping, drop_experts, moe_layers
 from scmoe_ds.inference.load import load_trained
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.dropping import criterion
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.programs import evaluate, generate
-from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of, gates_digest
+from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of
 from tests.helpers.exports import whole_model, write_export
 from tests.helpers.settings import GPT2
 
@@ -50,8 +51,15 @@ def sparsity_of(model: GPT, **fields: Any) -> Sparsity:
     for name, layer in layers.items():
         curves.append(curve_of(name, torch.cat(layer.routing_rule.heard), 0.01))
         layer.routing_rule = None
-    gates = gates_digest(layer.deepspeed_moe.gate.wg.weight for layer in layers.values())
-    known = {"gates": gates, "top_k": 1, "measure": "abs-gate", "spread": 0.01, "tokens": len(tokens)}
+    gates, neurons = digests_of(list(layers.values()))
+    known = {
+        "gates": gates,
+        "neurons": neurons,
+        "top_k": 1,
+        "measure": "abs-gate",
+        "spread": 0.01,
+        "tokens": len(tokens),
+    }
     return Sparsity(**{**known, "layers": tuple(curves), **fields})
 
 
@@ -60,10 +68,10 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """An export beside its sparsity.json, some of whose fields are given."""
     connect()
 
-    def export(top_k: int, **fields: Any) -> Path:
+    def export(top_k: int, /, **fields: Any) -> Path:
         model = whole_model(GPT2, {"num_experts": 4, "top_k": top_k})
         path = write_export(tmp_path_factory.mktemp("export") / "sparse", model)
-        sparsity_of(model, top_k=top_k, **fields).write(path)
+        sparsity_of(model, **{"top_k": top_k, **fields}).write(path)
         (path.parent / "text.txt").write_text(TEXT)
         return path
 
@@ -120,6 +128,8 @@ def test_offloaded_experts_skip(make: Callable[..., Path], capsys: pytest.Captur
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "another checkpoint": ({"gates": "0" * 64}, ["--drop-rate", "0.2"], "sparsity.json is of another checkpoint"),
+    "another order of neurons": ({"neurons": "0" * 64}, ["--drop-rate", "0.2"], "or the same in another order, so"),
+    "another model with these gates": ({"top_k": 2}, [], "with 2 experts of a token, and here are 1, so"),
     "one rank": ({}, ["--drop-rate", "0.2", "--drop-load-aware"], "--drop-load-aware: one rank has all experts"),
     "neurons as trained": (
         {"measure": None},

@@ -17,7 +17,8 @@ from scmoe_ds.inference.dropping import attach_dropping, moe_layers
 from scmoe_ds.moe.dropping import criterion
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.parallel.agreement import gather
-from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of
+from scmoe_ds.sparse.hugging_face_layers import fused_layers
+from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of, digest_of
 from tests.replace.test_autoep import config
 
 
@@ -36,7 +37,10 @@ class Weighed:
 
 @torch.no_grad()
 def dropped_and_by_hand(family: str) -> dict[str, Any]:
-    engine, *_ = scmoe_ds.initialize(model=tiny(family), config=config(2, use_grouped_mm=False))
+    model = tiny(family)
+    fused = fused_layers(model, family)
+    gates, neurons = digest_of(each.gate_ED for each in fused), digest_of(each.input_FD for each in fused)
+    engine, *_ = scmoe_ds.initialize(model=model, config=config(2, use_grouped_mm=False))
     model = engine.module.eval()
     (name, layer), *_ = moe_layers(model).items()
     tokens = torch.randn(2, SEQUENCE, layer.hidden_size, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -55,7 +59,14 @@ def dropped_and_by_hand(family: str) -> dict[str, Any]:
     assert listener.heard is not None
     curve = curve_of(name, torch.cat(gather(listener.heard.flatten().clone())), 0.05)
     others = len(moe_layers(model))
-    known = {"gates": "", "top_k": layer.top_k, "measure": "abs-gate-up", "spread": 0.05, "tokens": 1}
+    known = {
+        "gates": gates,
+        "neurons": neurons,
+        "top_k": layer.top_k,
+        "measure": "abs-gate-up",
+        "spread": 0.05,
+        "tokens": 1,
+    }
     sparsity = Sparsity(layers=(curve,) * others, **known)
     ((skip, halve), *_) = sparsity.thresholds(0.4, "2t")
     whole = weighed(lambda heard: heard >= halve)

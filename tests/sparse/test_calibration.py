@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.programs import sparsify
+from scmoe_ds.sparse.calibration import CalibratedLayer
 from scmoe_ds.sparse.hugging_face_layers import FusedLayer, fused_layers
 from scmoe_ds.sparse.importance import MEASURES, WITHOUT_W3, LayerSums
 from scmoe_ds.sparse.own_layers import own_layers
-from scmoe_ds.sparse.sparsity_file import Sparsity, left_out
+from scmoe_ds.sparse.sparsity_file import Sparsity, digest_of, left_out
 from tests.helpers.exports import whole_model, write_export
 
 TEXT = "Half of the neurons do most of the work, and some of the choices hardly matter. " * 20
@@ -81,12 +82,19 @@ def test_a_gpt_of_ours(tmp_path: Path, text: Path, swiglu: bool, top_k: int, cap
     with torch.no_grad():
         torch.testing.assert_close(after(TOKENS).logits, before(TOKENS).logits, rtol=1e-6, atol=1e-5)
     found = Sparsity.read(out)
-    found.check((layer.gate_ED for layer in own_layers(after)), "export")
+    check_identity(found, own_layers(after))
+    with pytest.raises(CheckpointError, match="the same in another order"):
+        check_identity(found, own_layers(before))
     assert found.rate == 0.3
     assert (found.top_k, found.measure, [layer.name for layer in found.layers]) == (
         top_k, measure, [layer.name for layer in own_layers(after)],
     )  # fmt: skip
     check_rates_and_order(after, found)
+
+
+def check_identity(found: Sparsity, layers: Sequence[CalibratedLayer]) -> None:
+    digests = digest_of(each.gate_ED for each in layers), digest_of(each.input_FD for each in layers)
+    found.check("export", *digests, layers[0].top_k)
 
 
 def check_rates_and_order(model: Any, found: Sparsity) -> None:
@@ -135,7 +143,9 @@ def test_a_model_of_transformers(family: str, tmp_path: Path, text: Path) -> Non
     moved = [a for a, b in zip(after.parameters(), model.parameters(), strict=True) if not torch.equal(a, b)]
     layers = fused_layers(after, "--load a")
     assert len(moved) == 2 * len(layers)  # the experts alone
-    Sparsity.read(tmp_path / "sparse").check((layer.gate_ED for layer in layers), "sparse")
+    check_identity(Sparsity.read(tmp_path / "sparse"), layers)
+    with pytest.raises(CheckpointError, match="the same in another order"):
+        check_identity(Sparsity.read(tmp_path / "sparse"), fused_layers(model, "--load a"))
     assert (tmp_path / "sparse" / "tokenizer.json").is_file()
     with safe_open(tmp_path / "sparse" / "model.safetensors", "pt") as weights:
         assert weights.keys()

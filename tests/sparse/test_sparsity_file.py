@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from scmoe_ds.errors import ArgumentError, CheckpointError
-from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity, curve_of, gates_digest
+from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity, curve_of, digest_of
 
 SPREAD = 0.03
-GATES = [torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+GATES, INPUTS = ([torch.randn(size, 8, generator=torch.Generator().manual_seed(size))] * 2 for size in (4, 6))
 CHOICES = [torch.rand(20000, generator=torch.Generator().manual_seed(seed)).square() for seed in (3, 4)]
 
 
 def made() -> Sparsity:
     layers = tuple(curve_of(f"layer {number}", each, SPREAD, 0.7) for number, each in enumerate(CHOICES))
-    return Sparsity(gates=gates_digest(GATES), top_k=2, measure="abs_gate", spread=SPREAD, tokens=10000, layers=layers)
+    known = {"gates": digest_of(GATES), "neurons": digest_of(INPUTS), "top_k": 2, "tokens": 10000}
+    return Sparsity(**known, measure="abs_gate", spread=SPREAD, layers=layers)
 
 
 @pytest.mark.parametrize("method", ["1t", "2t"])
@@ -47,11 +48,18 @@ def test_a_file_is_read_as_it_was_written_and_knows_its_checkpoint(tmp_path: Pat
     made().write(tmp_path)
     found = Sparsity.read(tmp_path)
     assert found == made()
-    found.check([gate.bfloat16() for gate in GATES], "--load export")
-    with pytest.raises(CheckpointError, match="another checkpoint"):
-        found.check([GATES[0], GATES[1] * 1.1], "--load export")
-    with pytest.raises(CheckpointError, match="another checkpoint"):
-        found.check(GATES[:1], "--load export")
+    gates, inputs = digest_of(gate.bfloat16() for gate in GATES), digest_of(INPUTS)
+    found.check("--load export", gates, inputs, 2)
+    found.check("--load export", gates, None, 2)
+    for others in ([GATES[0], GATES[1] * 1.1], GATES[:1]):
+        with pytest.raises(CheckpointError, match="another checkpoint, with other gates, so"):
+            found.check("--load export", digest_of(others), inputs, 2)
+    with pytest.raises(CheckpointError, match="with 2 experts of a token, and here are 1"):
+        found.check("--load export", gates, inputs, 1)
+    first_of_two_parts = [each[:3] for each in INPUTS]
+    for others in ([INPUTS[0], INPUTS[1].flip(0)], first_of_two_parts):
+        with pytest.raises(CheckpointError, match="other neurons, or the same in another order"):
+            found.check("--load export", gates, digest_of(others), 2)
 
 
 @pytest.mark.parametrize("rate", [0, 1, 1.5, -0.1, float("nan")])
