@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from deepspeed.moe.experts import Experts
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector
 
 from scmoe_ds.comm.transport import probe
 from scmoe_ds.data.durable_files import write_whole
@@ -104,7 +103,9 @@ def copy_experts(
     if loads is not None:
         _check_loads(layers, loads)
     each_bytes = [_bytes(layer.deepspeed_moe.experts.deepspeed_experts[0]) for layer in layers]
-    run_together(partial(_check_memory, per_rank, sum(each_bytes), model.embedding.weight.device))
+    # On their way, copies of one layer lie there once more: those for this rank, and at most all of the other ranks.
+    travel_bytes = layers[0].slices.group_size * max(each_bytes)
+    run_together(partial(_check_memory, per_rank, sum(each_bytes) + travel_bytes, model.embedding.weight.device))
     if per_rank and costs is None:
         costs = measured_costs(layers[0])
     rules = []
@@ -230,16 +231,22 @@ def _fill(layer: StagedMoE, per_rank: int, loads_E: Sequence[float]) -> list[Cop
     sent = [each for each, source in zip(copies, home, strict=True) if source == rank]
     places = {each: place for place, each in enumerate(each for each in copies if each.rank == rank)}
     received = sorted(places, key=lambda each: each.expert // local_experts)
-    numbers = parameters_to_vector(members[0].parameters())
-    rows = [parameters_to_vector(members[each.expert % local_experts].parameters()) for each in sent]
-    sent_RW = torch.stack(rows) if rows else numbers.new_empty(0, len(numbers))
-    received_RW = numbers.new_empty(len(received), len(numbers))
+    numbers, like = sum(each.numel() for each in members[0].parameters()), next(members[0].parameters())
+    sent_RW, received_RW = (like.new_empty(len(each), numbers) for each in (sent, received))
+    for row_W, each in zip(sent_RW, sent, strict=True):
+        for parameter, part in _parts(members[each.expert % local_experts], row_W):
+            part.copy_(parameter)
     to_P = [sum(each.rank == other for each in sent) for other in range(transport.size)]
     from_P = [sum(each.expert // local_experts == other for each in received) for other in range(transport.size)]
     transport.launch(received_RW, sent_RW, from_P, to_P)()
-    for each, numbers in zip(received, received_RW, strict=True):
-        parameters = list(members[local_experts + places[each]].parameters())
-        parts = numbers.split([parameter.numel() for parameter in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.copy_(part.view_as(parameter))
+    for row_W, each in zip(received_RW, received, strict=True):
+        for parameter, part in _parts(members[local_experts + places[each]], row_W):
+            parameter.copy_(part)
     return copies
+
+
+def _parts(expert: torch.nn.Module, row_W: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """An expert's parameters, and views of their shapes on a row of all its numbers."""
+    parameters = list(expert.parameters())
+    parts = row_W.split([each.numel() for each in parameters])
+    return [(each, part.view_as(each)) for each, part in zip(parameters, parts, strict=True)]
