@@ -66,6 +66,8 @@ def sparsify(args: argparse.Namespace) -> None:
 def _own(args: argparse.Namespace) -> None:
     source = f"--load {args.load}"
     loaded = load_trained(args.load, dtype=args.dtype, tokenizer=named_tokenizer(args))
+    # Before the long part, and without the checksums, which were just compared.
+    weights, description = finished(*open_weights(loaded.trained.path, contents=False))
     layers = own_layers(loaded.model)
     if not layers:
         raise CheckpointError(f"{source}: has no MoE layer with two or more experts, so there is nothing to drop")
@@ -76,7 +78,6 @@ def _own(args: argparse.Namespace) -> None:
 
     batches = _Text(args, loaded.tokenizer, settings.vocab_size, settings.max_position_embeddings)
     sums, sparsity = _calibrated(args, layers, batches, run)
-    weights, description = finished(*open_weights(args.load))
     order = {layer.name: own.order_EF(args.measure) for layer, own in zip(layers, sums, strict=True)}
     dtype = DTYPES[args.dtype or loaded.trained.dtype]
     write_export(args.output, SortedWeights(weights, order, settings.swiglu), description, dtype)

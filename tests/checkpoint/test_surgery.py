@@ -25,6 +25,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.moe.merge import coefficient_network, merge_outputs
 from scmoe_ds.moe.merge_start import start_of_merge
+from scmoe_ds.programs import sparsify
 from scmoe_ds.programs.adapt import main
 from tests.helpers.exports import whole_model, write_export
 
@@ -185,7 +186,9 @@ def test_layers_convert_in_part(sources: dict[str, tuple[str, GPT]], tmp_path: P
     torch.testing.assert_close(logits(model), logits(before), rtol=1e-6, atol=2e-6)
 
 
-def test_a_finished_adaptation_is_a_plain_scmoe(sources: dict[str, tuple[str, GPT]], tmp_path: Path) -> None:
+def test_a_finished_adaptation_is_a_plain_scmoe(
+    sources: dict[str, tuple[str, GPT]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What was converted step by step keeps its base while it goes on, and loses it in an export of the end."""
     opened, free = SourceModel.open(Path(sources["shared"][0])), {"drop_tokens": False, "use_rts": False}
     config = opened.with_base(opened.student({"merge": "cg1", **free}))
@@ -208,6 +211,8 @@ def test_a_finished_adaptation_is_a_plain_scmoe(sources: dict[str, tuple[str, GP
     at(10)  # its layer 0 has never run as ScMoE
     with pytest.raises(CheckpointError, match=r"1 of 2 layers are converted so far \(.*convert_every = 10\); export a"):
         export(path, tmp_path / "early")
+    flags = ["--load", str(path), "--text-file", str(tmp_path / "not read"), "--output", str(tmp_path / "sparse")]
+    assert sparsify.main(flags) == 2 and "1 of 2 layers are converted so far" in capsys.readouterr().err
     model.conversion.only([1])
     assert torch.equal(logits(load_trained(path).model), logits(model))
     at(11)
