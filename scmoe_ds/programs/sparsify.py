@@ -1,8 +1,8 @@
 """Calibrates on text what a trained MoE model can leave out, and writes it with sorted neurons (DualSparse-MoE).
 
 scmoe sparsify --load checkpoints/gpt --text-file book.txt --rate 0.25 --output sparse
-scmoe sparsify --load models/qwen3_moe --text-file book.txt --measure abs-gate-up --output sparse_qwen3  # of Hugging Face
 scmoe evaluate --load sparse --text-file other.txt --drop-rate 0.25
+scmoe sparsify --load models/qwen3_moe --text-file book.txt --measure abs-gate-up --output sparse_qwen  # Hugging Face
 """
 
 from __future__ import annotations
@@ -57,10 +57,16 @@ def sparsify(args: argparse.Namespace) -> None:
     """One job in a process group of one."""
     if dist.get_world_size() > 1:
         raise ArgumentError("scmoe sparsify runs in one process: start it without a launcher")
-    (_hugging_face if is_hugging_face(args.load) else _own)(args)
-    print(
-        f"wrote {args.output}: scmoe evaluate --load {args.output} --drop-rate {args.rate:g} … measures what it costs"
-    )
+    if is_hugging_face(args.load):
+        _hugging_face(args)
+        follows = (
+            f'from Python, attach_dropping(model, Sparsity.read(Path("{args.output}")), {args.rate:g}, "2t") drops '
+            "(docs/sparse.md)"
+        )
+    else:
+        _own(args)
+        follows = f"scmoe evaluate --load {args.output} --drop-rate {args.rate:g} … measures what it costs"
+    print(f"wrote {args.output}: {follows}")
 
 
 def _own(args: argparse.Namespace) -> None:

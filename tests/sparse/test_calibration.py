@@ -75,7 +75,9 @@ def test_a_gpt_of_ours(tmp_path: Path, text: Path, swiglu: bool, top_k: int, cap
     flags = ["--load", str(tmp_path / "export"), "--text-file", str(text), "--output", str(out), "--rate", "0.3"]
     measure = "abs-gate-up" if swiglu else "abs-gate"
     assert sparsify.main([*flags, "--measure", measure]) == 0
-    shares = [float(each) for each in re.findall(r"([\d.]+)%", capsys.readouterr().out)]
+    told = capsys.readouterr().out
+    assert f"wrote {out}: scmoe evaluate --load {out} --drop-rate 0.3" in told
+    shares = [float(each) for each in re.findall(r"([\d.]+)%", told)]
     rates = [each for row in (shares[1:4], shares[4:7]) for each in row[:2]]  # of each layer, with 1T and 2T
     assert len(shares) == 7 and rates == pytest.approx([30] * 4, abs=1.5)
     before, after = loaded(tmp_path / "export"), loaded(out)
@@ -130,13 +132,16 @@ def test_sums_are_those_of_the_rows_of_each_expert() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_transformers(family: str, tmp_path: Path, text: Path) -> None:
+def test_a_model_of_transformers(family: str, tmp_path: Path, text: Path, capsys: Any) -> None:
     torch.manual_seed(3)
     model = FAMILIES[family]().eval()
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer(tmp_path / "model")
     flags = ["--load", str(tmp_path / "model"), "--text", str(text), "--output", str(tmp_path / "sparse")]
     assert sparsify.main([*flags, "--measure", "gate-up"]) == 0
+    told = capsys.readouterr().out
+    assert f'attach_dropping(model, Sparsity.read(Path("{tmp_path / "sparse"}")), 0.25, "2t")' in told
+    assert "scmoe evaluate" not in told  # which reads no model of transformers
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").eval()
     with torch.no_grad():
         torch.testing.assert_close(after(TOKENS).logits, model(TOKENS).logits, rtol=1e-6, atol=1e-5)

@@ -22,7 +22,7 @@ def build_parser() -> FlagParser:
         description="Calibrate on text what a trained MoE model can leave out (DualSparse-MoE): its experts' neurons "
         "are sorted by importance, without a change of what they compute, and sparsity.json beside them says which "
         "threshold of the gate's score drops which share of the computation. scmoe generate and scmoe evaluate "
-        "--drop-rate read it.",
+        "--drop-rate read it; for a Hugging Face model, attach_dropping in Python does (docs/sparse.md).",
         example="scmoe sparsify --load checkpoints/gpt --text-file book.txt --rate 0.25 --output sparse",
         often="--load --text-file --output --rate --measure --spread --max-tokens --seq-length --batch-size".split(),
     )
