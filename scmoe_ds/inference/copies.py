@@ -30,7 +30,9 @@ from scmoe_ds.errors import ArgumentError, reason_of
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.copied import CopiedExperts
 from scmoe_ds.moe.copies import Copy, Costs, choose_copies
+from scmoe_ds.moe.dropping import DropRule
 from scmoe_ds.moe.layer import StagedMoE
+from scmoe_ds.moe.load_aware import LoadAwareRule
 from scmoe_ds.parallel.agreement import gather, run_together
 
 FEW_ROWS, MANY_ROWS, ROUNDS = 1, 129, 5
@@ -178,10 +180,16 @@ def _check(layers: Sequence[StagedMoE], per_rank: int) -> None:
     flag, first = f"--expert-copies {per_rank}" if per_rank else "--save-expert-loads", layers[0]
     if any(layer.slices.tensor_parallel_size > 1 or layer.enable_expert_tensor_parallelism for layer in layers):
         raise ArgumentError(f"{flag}: tensor-parallel ranks hold the same tokens; leave one of the two out")
+    if any(
+        isinstance(rule, (DropRule, LoadAwareRule))
+        for layer in layers
+        for rule in (layer.routing_rule, layer.early_rule)
+    ):
+        raise ArgumentError(f"{flag}: does not go with the rows that sparsity.json says to drop; add --no-drop")
     plain = [type(layer.deepspeed_moe.experts) is Experts for layer in layers]
     if not all(plain) or any(layer.routing_rule or layer.early_rule for layer in layers):
         raise ArgumentError(
-            f"{flag}: does not go with experts that are offloaded, divided, dropped or in low precision; leave one out"
+            f"{flag}: does not go with experts that are offloaded, divided or in low precision; leave one out"
         )
     if per_rank and first.ep_size == 1:
         raise ArgumentError(f"{flag}: one rank has all experts; give --moe-expert-parallel-size 2 or more")

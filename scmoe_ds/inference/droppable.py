@@ -83,6 +83,6 @@ def check_layer(layer: Any, method: Method) -> None:
     own = isinstance(layer.deepspeed_moe.experts, OwnExperts) if is_staged else layer.own_experts is not None
     if method == "2t" and own:
         raise ArgumentError(
-            "--drop-method 2t: experts that are fetched or converted compute whole; use --experts resident, or "
-            "--drop-method 1t"
+            "--drop-method 2t: experts that are fetched or converted compute whole; use --experts resident, "
+            "--drop-method 1t or --no-drop"
         )

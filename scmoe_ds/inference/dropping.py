@@ -237,7 +237,7 @@ def _attach(layer: Any, thresholds: Thresholds | Levels, method: Method) -> _Rul
             else:
                 layer.own_experts = HalvedGroups(layer.experts)
         except ValueError as error:
-            raise ArgumentError(f"--drop-method 2t: {error}") from None
+            raise ArgumentError(f"--drop-method 2t: {error}, or --no-drop") from None
     if isinstance(thresholds, Levels):
         return _Rule(layer, LoadAwareRule(thresholds, places, device))
     return _Rule(layer, DropRule(thresholds, places, device))

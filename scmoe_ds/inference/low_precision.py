@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.moe.experts import OwnExperts, is_plain
 from scmoe_ds.moe.grouped import GroupedRows
+from scmoe_ds.moe.halves import HalvedExperts
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.low_precision import LowPrecision, LowPrecisionContainer, LowPrecisionExperts, of_grouped
 from scmoe_ds.moe.low_precision_formats import FORMATS, Format, formats_of
@@ -100,6 +101,11 @@ def _check(name: str, layer: Any, settings: LowPrecision, format: Format) -> Non
     """Raises an ArgumentError for experts that cannot be computed in low precision."""
     if isinstance(layer, StagedMoE):
         experts = layer.deepspeed_moe.experts
+        if isinstance(experts, HalvedExperts):
+            raise ArgumentError(
+                f"low precision: the experts of {name} compute in halves, as sparsity.json says; add --no-drop, or "
+                "--drop-method 1t"
+            )
         if isinstance(experts, OwnExperts):
             raise ArgumentError(
                 f"low precision: the experts of {name} are {type(experts).__name__}, which compute by themselves; use "

@@ -184,7 +184,7 @@ class Sparsity(_Strict):
         if found is not None:
             raise CheckpointError(
                 f"{source}: {FILE} is of another checkpoint, {found}, so its thresholds do not hold; make it anew with "
-                "scmoe sparsify"
+                "scmoe sparsify, or remove the file"
             )
 
 

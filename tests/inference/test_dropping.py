@@ -119,11 +119,13 @@ def test_the_rate_of_the_file_holds_unless_flags_say_otherwise(
         assert ("% of the rows skipped, 0.0% halved" in capsys.readouterr().err) == said
 
 
-def test_offloaded_experts_skip(make: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    path = make(1)
-    flags = ["--load", str(path), "--prompt", TEXT[:30], "--max-new-tokens", "4", "--experts", "offload-async"]
-    assert generate.main([*flags, "--drop-rate", "0.4", "--drop-method", "1t"]) == 0
-    assert "of the rows skipped" in capsys.readouterr().err
+def test_offloaded_experts_and_those_in_low_precision_skip(
+    make: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--load", str(make(1)), "--prompt", TEXT[:30], "--max-new-tokens", "4"]
+    for more in (["--experts", "offload-async"], ["--low-precision", "all", "--low-precision-min-tokens", "0"]):
+        assert generate.main([*flags, *more, "--drop-rate", "0.4", "--drop-method", "1t"]) == 0
+        assert "of the rows skipped" in capsys.readouterr().err
 
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
@@ -141,6 +143,16 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
         {},
         ["--drop-rate", "0.2", "--experts", "offload"],
         "--drop-method 2t: experts that are fetched or converted compute whole",
+    ),
+    "low precision, and drops that nobody asked for": (
+        {"rate": 0.2},
+        ["--low-precision", "all"],
+        "compute in halves, as sparsity.json says; add --no-drop, or --drop-method 1t",
+    ),
+    "copies, and drops that nobody asked for": (
+        {"rate": 0.2},
+        ["--expert-copies", "1"],
+        "--expert-copies 1: does not go with the rows that sparsity.json says to drop; add --no-drop",
     ),
 }
 
