@@ -19,14 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.harness.measure import environment
 from benchmarks.harness.on_nodes import write
 from scmoe_ds.analysis.markdown import code
 from scmoe_ds.offload.files import ExpertFile
-from scmoe_ds.offload.pages import PAGE_BYTES, page_memory
+from scmoe_ds.offload.pages import page_aligned, page_memory
 from scmoe_ds.planner.rounds import Spread
 
 SIZES_KIB = (256, 1024, 4096, 16384)
@@ -38,9 +37,7 @@ def memory(nbytes: int, pages: str) -> Tensor:
     """[nbytes] uint8 from the start of a page, written to once."""
     if pages == "huge":
         return page_memory(nbytes).fill_(1)
-    whole = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8).fill_(1)
-    first = -whole.data_ptr() % PAGE_BYTES
-    return whole[first : first + nbytes]
+    return page_aligned(nbytes).fill_(1)
 
 
 def rate(file: ExpertFile, file_bytes: int, buffers: list[Tensor], total: int, seed: int) -> tuple[float, float]:

@@ -22,7 +22,8 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.experts import reset_alone
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.placement import own_first_expert
-from scmoe_ds.offload.records import FileRecords, HostRecords, Records, whole_pages
+from scmoe_ds.offload.pages import page_tensor
+from scmoe_ds.offload.records import FileRecords, HostRecords, Records
 from scmoe_ds.offload.room import sections
 from scmoe_ds.offload.shape import ExpertShape
 from scmoe_ds.offload.states import MASTER, ExpertStates
@@ -60,7 +61,7 @@ def offload_experts(model: nn.Module, settings: OffloadConfig, dtype: torch.dtyp
     else:
         records = HostRecords(len(keys), each, device)
     states = ExpertStates(keys, shape, dtype, device, records)
-    slots = [Slot(whole_pages(shape.elements, dtype, device)) for _ in range(min(settings.buffer_count, len(keys)))]
+    slots = [Slot(page_tensor(shape.elements, dtype, device)) for _ in range(min(settings.buffer_count, len(keys)))]
     store = ExpertStore(states, lambda key: {"flat": f"{key.layer}.{key.expert}"}, slots)
     for number, layer in enumerate(layers):
         _move(layer, number, store, states, dtype)

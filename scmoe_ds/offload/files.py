@@ -34,7 +34,7 @@ class Place:
     dtype: torch.dtype
 
     @property
-    def whole_pages(self) -> bool:
+    def on_pages(self) -> bool:
         """Whether it begins at a page and ends with one."""
         return self.offset % PAGE_BYTES == 0 and self.nbytes % PAGE_BYTES == 0
 

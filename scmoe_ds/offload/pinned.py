@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.errors import ArgumentError, one_line
+from scmoe_ds.offload.pages import page_aligned
 
 BLOCK_BYTES = 256 << 20
 _LINE_BYTES = 256  # where a tensor in a block may begin
@@ -30,6 +31,18 @@ def pinned(nbytes: int, purpose: str, remedy: str) -> Tensor:
             f"{purpose}: so much memory cannot be pinned ({one_line(error, 100)}); {remedy}, or raise the limits of "
             "the process (ulimit -l and -v, its container's memory)"
         ) from None
+
+
+def pinned_pages(nbytes: int, purpose: str) -> Tensor:
+    """[nbytes] uint8 in pinned memory from the start of a page, for what is on its way between a file and a GPU.
+
+    Args:
+        purpose: of `pinned`.
+
+    Raises:
+        ArgumentError: as `pinned`.
+    """
+    return page_aligned(nbytes, lambda more: pinned(more, purpose, "keep fewer other things in pinned memory"))
 
 
 class PinnedTensors:

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from scmoe_ds.offload.pages import PAGE_BYTES, page_memory
-from scmoe_ds.offload.pinned import pinned
+from scmoe_ds.offload.pages import page_memory
+from scmoe_ds.offload.pinned import pinned_pages
 from scmoe_ds.trace.migrations import MigrationWatch, noted
 
 
@@ -102,7 +102,10 @@ class BufferedReader(Reader):
     def __init__(self, device: torch.device, number: int, nbytes: int) -> None:
         super().__init__(device, number)
         gpu = device.type == "cuda"
-        self._buffers = deque((_buffer(nbytes, gpu), Copied(None)) for _ in range(1 + gpu))
+        self._buffers = deque(
+            (pinned_pages(nbytes, "--expert-tier disk") if gpu else page_memory(nbytes), Copied(None))
+            for _ in range(1 + gpu)
+        )
 
     def read(
         self,
@@ -150,12 +153,3 @@ class BufferedReader(Reader):
             with noted(watch, "read", self.number, nbytes):
                 fill()
         return self.copy(copied, None, watch) if copied else Copied(None)
-
-
-def _buffer(nbytes: int, gpu: bool) -> Tensor:
-    """[nbytes] uint8 from the start of a page, which direct reads need."""
-    if not gpu:
-        return page_memory(nbytes)
-    memory = pinned(nbytes + PAGE_BYTES, "--expert-tier disk", "keep fewer other things in pinned memory")
-    first = -memory.data_ptr() % PAGE_BYTES
-    return memory[first : first + nbytes]

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.errors import ArgumentError, reason_of
-from scmoe_ds.offload.pinned import PinnedTensors, pinned
-
-PAGE_BYTES = 4096
+from scmoe_ds.offload.pages import PAGE_BYTES, page_aligned, whole_pages
+from scmoe_ds.offload.pinned import PinnedTensors, pinned_pages
 
 
 class Records(Protocol):
@@ -34,14 +33,14 @@ class Records(Protocol):
     nbytes: int
 
     def read(self, record: int, section: int, into: Tensor) -> Future[None] | None:
-        """Starts to fill a tensor of `whole_pages` with a section, behind what the current stream does.
+        """Starts to fill a `page_tensor` with a section, behind what the current stream does.
 
         Returns:
             what the host has to wait for; None: the current stream goes on behind it.
         """
 
     def write(self, record: int, section: int, value: Tensor) -> Future[None] | None:
-        """Starts to put a tensor of `whole_pages` into a section; the rest as for `read`."""
+        """Starts to put a `page_tensor` into a section; the rest as for `read`."""
 
 
 class HostRecords:
@@ -93,14 +92,14 @@ class FileRecords:
         self, directory: str, records: int, sections: Sequence[int], device: torch.device, threads: int = 4
     ) -> None:
         self._directory = directory
-        starts = [sum(map(_pages, sections[:number])) for number in range(len(sections) + 1)]
+        starts = [sum(map(whole_pages, sections[:number])) for number in range(len(sections) + 1)]
         self._starts, self._record = starts[:-1], starts[-1]
         self.nbytes = records * self._record
         self._descriptor = self._made(self.nbytes)
         self._pool = ThreadPoolExecutor(threads, "expert-records")
         self._bounces: SimpleQueue[tuple[Tensor, torch.cuda.Stream]] = SimpleQueue()
         for _ in range(threads if device.type == "cuda" else 0):
-            self._bounces.put((_pinned_pages(max(sections)), torch.cuda.Stream(device)))
+            self._bounces.put((pinned_pages(max(sections), 'scmoe.offload_experts.device = "nvme"'), torch.cuda.Stream(device)))
 
     def _made(self, nbytes: int) -> int:
         descriptor, name = -1, ""
@@ -180,31 +179,6 @@ class FileRecords:
             f"scmoe.offload_experts.nvme_path = {self._directory!r}: {what} ({reason_of(error)}); name a directory of "
             'this machine with more room, or set device to "cpu"'
         )
-
-
-def page_aligned(nbytes: int) -> Tensor:
-    """[nbytes] uint8 in host memory from the start of a page, as direct transfers need; nbytes in whole pages."""
-    memory = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8)
-    first = -memory.data_ptr() % PAGE_BYTES
-    return memory[first : first + nbytes]
-
-
-def whole_pages(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[at least elements] of a dtype: whole pages from the start of one, on the CPU or a GPU; not initialised."""
-    nbytes = _pages(elements * dtype.itemsize)
-    memory = torch.empty(nbytes, dtype=torch.uint8, device=device) if device.type == "cuda" else page_aligned(nbytes)
-    return memory.view(dtype)
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-
-
-def _pinned_pages(nbytes: int) -> Tensor:
-    remedy = "keep fewer other things in pinned memory"
-    memory = pinned(nbytes + PAGE_BYTES, 'scmoe.offload_experts.device = "nvme"', remedy)
-    first = -memory.data_ptr() % PAGE_BYTES
-    return memory[first : first + nbytes]
 
 
 def _copy(into: Tensor, value: Tensor, stream: torch.cuda.Stream, after: torch.cuda.Event) -> None:

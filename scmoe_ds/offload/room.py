@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from scmoe_ds.offload.records import whole_pages
+from scmoe_ds.offload.pages import page_tensor, whole_pages
 from scmoe_ds.offload.shape import ExpertShape
 
 WEIGHTS, FIRST, SECOND, GRADIENT, LOW = range(5)
@@ -18,15 +18,15 @@ than fp32 have a section of their own."""
 def sections(shape: ExpertShape, dtype: torch.dtype) -> list[int]:
     """Bytes of the sections of an expert's record, in whole pages."""
     dtypes = [torch.float32] * 3 + [dtype] + ([] if dtype == torch.float32 else [dtype])
-    return [whole_pages(shape.elements, each, torch.device("cpu")).nbytes for each in dtypes]
+    return [whole_pages(shape.elements * each.itemsize) for each in dtypes]
 
 
 class Room:
     """Memory of one worker, for one expert, and what is on its way."""
 
     def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device) -> None:
-        make = partial(whole_pages, shape.elements, device=device)
-        states = whole_pages(3 * make(torch.float32).numel(), torch.float32, device)
+        make = partial(page_tensor, shape.elements, device=device)
+        states = page_tensor(3 * make(torch.float32).numel(), torch.float32, device)
         self.states = list(states.chunk(3))
         self.scratch = states[: 2 * self.states[0].numel()].view(torch.float64)  # while no state is here
         self.gradient = make(dtype)

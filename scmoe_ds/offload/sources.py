@@ -116,7 +116,7 @@ class DiskExperts:
             self._idle.put(BufferedReader(device, number, PIECE_BYTES + 2 * PAGE_BYTES))
         self._pool = ThreadPoolExecutor(readers, "expert-reader")
         for name, place in places.items() if device.type == "cpu" else ():
-            if place.nbytes <= SMALL_BYTES and not place.whole_pages:
+            if place.nbytes <= SMALL_BYTES and not place.on_pages:
                 self._small[name] = torch.empty(place.nbytes // place.dtype.itemsize, dtype=place.dtype)
                 self._read_piece(place, 0, self._small[name], None, None)
 
@@ -137,7 +137,7 @@ class DiskExperts:
 
     def _reads_straight(self, place: Place, tensor: Tensor) -> bool:
         on_page = tensor.device.type == "cpu" and tensor.data_ptr() % PAGE_BYTES == 0
-        return on_page and place.whole_pages and place.dtype == tensor.dtype
+        return on_page and place.on_pages and place.dtype == tensor.dtype
 
     def _runs(self, into: Mapping[str, Tensor]) -> list[Run]:
         """Tensors side by side in a file, about as many bytes for each reader: few long reads are the fastest."""

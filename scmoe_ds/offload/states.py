@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe_ds.offload.pages import page_tensor
 from scmoe_ds.offload.readers import Arrival
-from scmoe_ds.offload.records import Records, whole_pages
+from scmoe_ds.offload.records import Records
 from scmoe_ds.offload.room import FIRST, GRADIENT, LOW, SECOND, WEIGHTS, Room, sections
 from scmoe_ds.offload.shape import ExpertShape
 from scmoe_ds.offload.step import MOMENTS, Step, make_step
@@ -74,7 +75,7 @@ class ExpertStates:
         self._updates: list[Future[Any]] = []
         self._buffers: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = SimpleQueue()
         for _ in range(buffers):
-            self._buffers.put((whole_pages(shape.elements, dtype, device), None))
+            self._buffers.put((page_tensor(shape.elements, dtype, device), None))
         self._workers = Workers([Room(shape, dtype, device) for _ in range(_WORKERS)], device)
 
     @property
