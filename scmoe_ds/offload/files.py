@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ class ExpertFile:
                 raise self._error(f"cannot be opened ({error.strerror})") from None
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_RDONLY | self._direct)
+        descriptor = os.open(self._path, os.O_RDONLY | self._direct)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def read(self, offset: int, needed: int, buffers: Sequence[memoryview]) -> None:
         """Fills the first `needed` bytes of the buffers, one after another, and perhaps more.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -99,31 +100,30 @@ class FileRecords:
         self._pool = ThreadPoolExecutor(threads, "expert-records")
         self._bounces: SimpleQueue[tuple[Tensor, torch.cuda.Stream]] = SimpleQueue()
         for _ in range(threads if device.type == "cuda" else 0):
-            self._bounces.put((pinned_pages(max(sections), 'scmoe.offload_experts.device = "nvme"'), torch.cuda.Stream(device)))
+            memory = pinned_pages(max(sections), 'scmoe.offload_experts.device = "nvme"')
+            self._bounces.put((memory, torch.cuda.Stream(device)))
 
     def _made(self, nbytes: int) -> int:
-        descriptor, name = -1, ""
+        """The descriptor of a new file. It loses its name before it takes room, so that a run that is killed meanwhile
+        leaves nothing behind either. Descriptors are closed with these records."""
         try:
             descriptor, name = tempfile.mkstemp(".experts", dir=self._directory)
-            os.posix_fallocate(descriptor, 0, max(nbytes, 1))  # a disk that is too small says so now
-            with suppress(OSError):
-                direct = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
-                probe = page_aligned(PAGE_BYTES)
-                try:
-                    os.preadv(direct, [probe.numpy().data], 0)
-                except OSError:  # some file systems open a file directly and then refuse to read so
-                    os.close(direct)
-                else:
-                    os.close(descriptor)
-                    descriptor = direct
-            return descriptor
-        except OSError as error:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise self._error(f"{nbytes / 1e9:.2f} GB of experts have no room there", error) from None
-        finally:
-            if name:
+            weakref.finalize(self, os.close, descriptor)
+            direct = descriptor
+            try:
+                with suppress(OSError):
+                    direct = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+                    weakref.finalize(self, os.close, direct)
+            finally:
                 os.unlink(name)
+            os.posix_fallocate(descriptor, 0, max(nbytes, 1))  # a disk that is too small says so now
+        except OSError as error:
+            raise self._error(f"{nbytes / 1e9:.2f} GB of experts have no room there", error) from None
+        try:
+            os.preadv(direct, [page_aligned(PAGE_BYTES).numpy().data], 0)
+        except OSError:  # some file systems open a file directly and then refuse to read so
+            return descriptor
+        return direct
 
     def read(self, record: int, section: int, into: Tensor) -> Future[None]:
         return self._pool.submit(self._read, self._place(record, section), into, self._so_far(into))
