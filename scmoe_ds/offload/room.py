@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 
 import torch
@@ -35,8 +35,8 @@ class Room:
         self.moving: list[Future[None] | None] = []
 
     def settle(self) -> None:
-        """Waits for what has been started."""
-        moving, self.moving = self.moving, []
+        """Waits for what has been started, for all of it even where some has failed: the next task gets this memory."""
+        moving, self.moving = [each for each in self.moving if each is not None], []
+        wait(moving)
         for each in moving:
-            if each is not None:
-                each.result()
+            each.result()

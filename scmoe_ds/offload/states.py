@@ -31,7 +31,7 @@ from scmoe_ds.offload.room import FIRST, GRADIENT, LOW, SECOND, WEIGHTS, Room, s
 from scmoe_ds.offload.shape import ExpertShape
 from scmoe_ds.offload.step import MOMENTS, Step, make_step
 from scmoe_ds.offload.store import ExpertKey
-from scmoe_ds.offload.workers import Arriving, Workers
+from scmoe_ds.offload.workers import Arriving, Workers, has_succeeded
 from scmoe_ds.trace.migrations import MigrationWatch, noted
 
 MASTER = "fp32"
@@ -73,6 +73,7 @@ class ExpertStates:
         self._norms: dict[ExpertKey, list[Tensor]] = {}  # of the gradients since the last step
         self._keeping: dict[ExpertKey, Future[Any]] = {}
         self._updates: list[Future[Any]] = []
+        self._arrivals: list[Future[Any]] = []  # those that are not over, and those that have failed
         self._buffers: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = SimpleQueue()
         for _ in range(buffers):
             self._buffers.put((page_tensor(shape.elements, dtype, device), None))
@@ -91,7 +92,9 @@ class ExpertStates:
         ((name, flat),) = into.items()
         arriving = Arriving(Future())
         key = ExpertKey(*map(int, name.split(".")))
-        self._workers.submit(_ARRIVE, partial(self._arrive, key, flat, after, watch, arriving.future), arriving.future)
+        task = self._workers.submit(_ARRIVE, partial(self._arrive, key, flat, after, watch, arriving.future))
+        task.add_done_callback(arriving.tell)
+        self._arrivals = [*(each for each in self._arrivals if not has_succeeded(each)), task]
         return arriving
 
     def gradient_buffer(self) -> Tensor:
@@ -137,18 +140,15 @@ class ExpertStates:
         self._norms, self._keeping = {}, {}
 
     def finish(self) -> None:
-        """Waits until no expert has a step before it, and no gradient is on its way.
+        """Waits until no expert has a step before it, and nothing is on its way.
 
         Raises:
-            ArgumentError: a file could not be read or written.
+            ArgumentError: a file could not be read or written, now or before: no later state is right.
         """
-        if self._due:
-            self._updates += [
-                self._workers.submit(_ARRIVE, partial(self._update_if_due, key)) for key in list(self._due)
-            ]
-        updates, self._updates = self._updates, []
-        for each in (*updates, *self._keeping.values()):
+        self._updates += [self._workers.submit(_ARRIVE, partial(self._update_if_due, key)) for key in list(self._due)]
+        for each in (*self._arrivals, *self._updates, *self._keeping.values()):
             each.result()
+        self._arrivals, self._updates = [], []
 
     # What checkpoints call
 
@@ -196,7 +196,7 @@ class ExpertStates:
         watch: MigrationWatch | None,
         arrived: Future[torch.cuda.Event | None],
         room: Room,
-    ) -> torch.cuda.Event | None:
+    ) -> None:
         with self._turn(key, room) as record:
             if after is not None:
                 after.wait()
@@ -207,8 +207,7 @@ class ExpertStates:
                     low = LOW if room.low is not None else WEIGHTS
                     room.moving.append(self.records.read(record, low, flat))
                     room.settle()
-            arrived.set_result(self._so_far())  # what is written back, nobody waits for
-        return None
+            arrived.set_result(self._so_far())  # `finish` alone waits for what is written back
 
     def _keep(self, key: ExpertKey, buffer: Tensor, ready: torch.cuda.Event | None, room: Room) -> None:
         try:

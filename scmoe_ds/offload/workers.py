@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import PriorityQueue, SimpleQueue
@@ -27,6 +27,16 @@ class Arriving:
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
+    def tell(self, task: Future[Any]) -> None:
+        """The task that brings it is over: if it has failed before the arrival, whoever waits has to know."""
+        if not self.future.done():
+            self.future.set_exception(CancelledError() if task.cancelled() else task.exception())
+
+
+def has_succeeded(task: Future[Any]) -> bool:
+    """Whether a task is over, without an error."""
+    return task.done() and not task.cancelled() and task.exception() is None
+
 
 class Workers(Generic[Memory]):
     """As many threads as memories.
@@ -44,15 +54,14 @@ class Workers(Generic[Memory]):
             self._idle.put((memory, torch.cuda.Stream(device) if device.type == "cuda" else None))
         self._pool = ThreadPoolExecutor(len(memories), "experts")
 
-    def submit(self, urgency: int, task: Callable[[Memory], Any], future: Future[Any] | None = None) -> Future[Any]:
+    def submit(self, urgency: int, task: Callable[[Memory], Any]) -> Future[Any]:
         """Has a task done; those of the same urgency begin in the order of the calls.
 
         Args:
             urgency: 0 goes first.
             task: without gradients.
-            future: of the result, which the task may set itself before it ends; None: a new one.
         """
-        future = future or Future()
+        future: Future[Any] = Future()
         self._tasks.put((urgency, next(self._number), future, task))
         self._pool.submit(self._do_one)
         return future
@@ -66,11 +75,8 @@ class Workers(Generic[Memory]):
         memory, stream = self._idle.get()
         try:
             with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
-                result = task(memory)
-            if not future.done():
-                future.set_result(result)
+                future.set_result(task(memory))
         except BaseException as error:  # of whatever kind, it belongs to whoever waits
-            if not future.done():
-                future.set_exception(error)
+            future.set_exception(error)
         finally:
             self._idle.put((memory, stream))
