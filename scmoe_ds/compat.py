@@ -26,6 +26,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import distributed_c10d
 
+# Python ---------------------------------------------------------------------------------------------------------------
+
+
+def before_threads_are_joined(function: Callable[[], object]) -> None:
+    """Calls a function when the program ends, before executors do what is left in their queues. `atexit` calls after
+    that (read in 3.11)."""
+    threading._register_atexit(function)  # type: ignore[attr-defined]
+
+
 # torch ----------------------------------------------------------------------------------------------------------------
 
 _entered = threading.local()

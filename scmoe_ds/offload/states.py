@@ -137,6 +137,8 @@ class ExpertStates:
 
     def forget_gradients(self) -> None:
         """The next gradients are the first of their step."""
+        for each in self._keeping.values():
+            each.result()  # or it would note its norm afterwards
         self._norms, self._keeping = {}, {}
 
     def finish(self) -> None:

@@ -13,7 +13,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from scmoe_ds.compat import before_threads_are_joined
+
 Memory = TypeVar("Memory")
+
+_program_ends = threading.Event()
+before_threads_are_joined(_program_ends.set)
 
 
 @dataclass
@@ -55,7 +60,8 @@ class Workers(Generic[Memory]):
         self._pool = ThreadPoolExecutor(len(memories), "experts")
 
     def submit(self, urgency: int, task: Callable[[Memory], Any]) -> Future[Any]:
-        """Has a task done; those of the same urgency begin in the order of the calls.
+        """Has a task done; those of the same urgency begin in the order of the calls. A program that ends waits for
+        those that have begun alone.
 
         Args:
             urgency: 0 goes first.
@@ -69,7 +75,7 @@ class Workers(Generic[Memory]):
     def _do_one(self) -> None:
         """The most urgent task."""
         _, _, future, task = self._tasks.get()
-        if not threading.main_thread().is_alive():  # the program has ended, and threads that compute would abort it
+        if _program_ends.is_set():
             future.cancel()
             return
         memory, stream = self._idle.get()

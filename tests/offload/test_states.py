@@ -1,7 +1,9 @@
-"""Experts' states on their workers: no error is lost."""
+"""Experts' states on their workers: no error is lost, and nothing is left to do for a program that has ended."""
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,6 +17,7 @@ from scmoe_ds.offload.room import sections
 from scmoe_ds.offload.shape import ExpertShape, Part
 from scmoe_ds.offload.states import MASTER, ExpertStates
 from scmoe_ds.offload.store import ExpertKey
+from scmoe_ds.offload.workers import Workers
 
 CPU = torch.device("cpu")
 SHAPE = ExpertShape((Part("weight", torch.Size([2, 3]), 0, 0),))
@@ -73,3 +76,43 @@ def test_an_error_on_the_way_is_raised(what: str, monkeypatch: pytest.MonkeyPatc
     for act in (states.finish, lambda: states.step(torch.ones(1), torch.optim.Adam, OPTIONS), lambda: states.read(KEY)):
         with pytest.raises(ArgumentError, match="cannot be"):
             act()
+
+
+def test_a_gradient_that_is_late_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, _ = make()
+    on_time = states._keep
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.05)
+        on_time(*arguments)
+
+    monkeypatch.setattr(states, "_keep", late)
+    keep(states)
+    states.forget_gradients()
+    time.sleep(0.1)
+    assert states.norms([KEY], 0) == [0]
+
+
+def _leave(pipe: Any) -> None:
+    workers = Workers([None], CPU)
+    for number in range(50):
+        workers.submit(2, lambda _, number=number: (pipe.send(number), time.sleep(0.02)))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_program_that_ends_leaves_its_tasks() -> None:
+    """Of which there may be one for each expert."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_leave, args=(there,))
+    process.start()
+    process.join()
+    there.close()
+    assert process.exitcode == 0
+    done = 0
+    while here.poll():
+        try:
+            here.recv()
+        except EOFError:
+            break
+        done += 1
+    assert done < 10
