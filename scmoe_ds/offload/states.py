@@ -165,6 +165,7 @@ class ExpertStates:
         Args:
             states: of each parameter its weights and, unless `steps` is 0, its moments.
         """
+        self.finish()
         self._workers.submit(_ARRIVE, partial(self._write, key, states, steps)).result()
 
     # On the rooms

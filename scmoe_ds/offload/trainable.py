@@ -214,16 +214,21 @@ def write_experts(
     states_of: Callable[[str, Part], Mapping[str, Tensor]],
     steps_of: Callable[[str], float] = lambda name: 0.0,
 ) -> None:
-    """Sets all offloaded experts of a model, one after another.
+    """Sets all offloaded experts of a model, one after another. Steps and gradients from before are over.
 
     Args:
         states_of: the fp32 weights and Adam's moments of a parameter, by its global name; the weights are rounded to
             the parameters' dtype by nobody.
         steps_of: how many steps of the optimizer they are from; without any there are no moments.
     """
+    of_all = offloaded(model)[:1]
+    for each in of_all:
+        each.states.forget_gradients()
     for (experts, key), names in by_expert(offloaded_names(model)).items():
         steps = steps_of(next(iter(names)))
         experts.states.write(key, {part.name: states_of(name, part) for name, part in names.items()}, steps)
+    for each in of_all:
+        each.store.renew(each.states.keys)
 
 
 def by_expert(

@@ -216,6 +216,8 @@ def test_a_resume_from_either_to_either(then: str, now: str, bf16: bool, tmp_pat
     saved = checkpoint.save(first, str(tmp_path / "run"), 3, 12, descriptions[0])
     names = {file.name for file in saved.iterdir()}
     assert {f"layer_{layer}_expert_{n}_mp_rank_00_model_states.pt" for layer in range(2) for n in range(6)} <= names
+    if now != "memory":  # what it has done until then is over
+        train(second, 2, 50)
     source = checkpoint.choose(str(saved), None, False, descriptions[1])
     assert checkpoint.load(second, source) == (3, 12)
     expected = resident(bf16, False, 2)
