@@ -262,13 +262,16 @@ class ExpertStates:
             room.moving.append(self.records.write(record, LOW, room.low))
 
     def _clipped(self, room: Room, step: Step, has_gradient: bool) -> Tensor:
+        # Even without a gradient: the step computes where norms may be that the optimizer reads until then.
+        self._behind(step.ready)
         if not has_gradient:
             return room.wide.zero_()
         if self.ranks > 1:
             room.gradient.div_(self.ranks)
         if room.wide is not room.gradient:
             room.wide[: self.shape.elements].copy_(room.gradient[: self.shape.elements])
-        self._behind(step.ready)
+        if step.factor.is_cuda:  # it is of another stream's memory, which might give it away before it is read
+            step.factor.record_stream(torch.cuda.current_stream(self.device))
         return room.wide.mul_(step.factor)
 
     def _read(self, key: ExpertKey, room: Room) -> dict[str, dict[str, Tensor]]:
