@@ -18,6 +18,7 @@ from scmoe_ds.compat import writes_by
 from scmoe_ds.data.durable_files import FileEntry, file_entry, flush, try_to_write
 from scmoe_ds.errors import CheckpointError, first_line
 from scmoe_ds.moe.placement import with_expert
+from scmoe_ds.offload.own_checkpoints import save_of
 from scmoe_ds.parallel.agreement import gather, run_on_rank_zero, run_together
 from scmoe_ds.parallel.tensor import tensor_parallel_rule
 
@@ -140,7 +141,7 @@ def _write(engine: Any, part: Path, state: dict[str, Any]) -> list[Path]:
     """
     with _collected_failures(engine) as (written, failures):
         try:
-            engine.save_checkpoint(str(part.parent), tag=part.name, client_state=state, save_latest=False)
+            save_of(engine)(str(part.parent), tag=part.name, client_state=state, save_latest=False)
             offloaded.write(engine, part)
         except OSError as error:  # not from a write
             # The other ranks may wait for this one inside DeepSpeed, so they cannot agree on anything. This rank says

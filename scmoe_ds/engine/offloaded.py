@@ -22,6 +22,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.moe.experts import reset_alone
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.placement import own_first_expert
+from scmoe_ds.offload.own_checkpoints import refuse_deepspeeds_own
 from scmoe_ds.offload.pages import page_tensor
 from scmoe_ds.offload.records import FileRecords, HostRecords, Records
 from scmoe_ds.offload.room import sections
@@ -135,6 +136,7 @@ def join_steps(engine: Any) -> None:
     _check(optimizer, states)
     states.ranks = engine.dp_world_size
     _Joined(optimizer, layers, layers[0].store, states)
+    refuse_deepspeeds_own(engine)
 
 
 def _check(optimizer: Any, states: ExpertStates) -> None:

@@ -205,12 +205,23 @@ def initialize_experts(experts: Experts, first_global_id: int) -> None:
     DeepSpeed copies one expert, so that all experts of all ranks start equal. Here the `reset_parameters` of each
     expert's submodules initialise it anew. The seed combines the global id with a number from the default generator,
     which the ranks of a run seed alike. So a run does not depend on how many ranks share the experts.
+
+    Experts on the meta device only get their seed, for `initialize_late`.
     """
-    if any(parameter.is_meta for parameter in experts.parameters()):
+    if torch.empty(0).is_meta:  # a whole model without memory, which nobody trains
         return
     base = int(torch.randint(2**62, ()).item())
+    if any(parameter.is_meta for parameter in experts.parameters()):
+        experts.seed = base + first_global_id
+        return
     for local_id, expert in enumerate(experts.deepspeed_experts):
         reset_alone(expert, base + first_global_id + local_id)
+
+
+def initialize_late(experts: Experts, local_id: int) -> None:
+    """Gives an expert that is still on the meta device memory, and the weights that it would have started with."""
+    expert = experts.deepspeed_experts[local_id].to_empty(device="cpu")
+    reset_alone(expert, int(experts.seed) + local_id)
 
 
 def reset_alone(expert: nn.Module, seed: int) -> None:

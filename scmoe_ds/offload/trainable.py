@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from scmoe_ds.moe.experts import MovingExperts
 from scmoe_ds.moe.placement import own_first_expert
+from scmoe_ds.offload.own_checkpoints import sentence
 from scmoe_ds.offload.shape import ExpertShape, Part
 from scmoe_ds.offload.states import ExpertStates
 from scmoe_ds.offload.store import ExpertKey, ExpertStore
@@ -111,7 +112,9 @@ class TrainableExperts(MovingExperts):
         """Checkpoints have the experts themselves, in files of their own."""
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Nothing is in a state dict."""
+        """Nothing of the experts is in a state dict that this model gives, and none reaches them."""
+        *_, errors = arguments
+        errors.append(sentence("load_state_dict", "load a checkpoint with scmoe_ds.checkpoint.load"))
 
 
 class Slot(nn.Module):

@@ -20,7 +20,7 @@ from lab.distributed import environment_of_one
 from scmoe_ds import checkpoint
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
-from scmoe_ds.errors import ArgumentError, ScMoEConfigError
+from scmoe_ds.errors import ArgumentError, CheckpointError, ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
@@ -144,6 +144,17 @@ def test_what_cannot_be_offloaded(tmp_path: Path) -> None:
     layer = scmoe_ds.ScMoE(8, Unusual(), num_experts=2)
     with pytest.raises(ScMoEConfigError, match=r"experts must be of two torch\.nn\.Linear"):
         scmoe_ds.initialize(model=nn.Sequential(layer), config=whole | {"scmoe": {"offload_experts": {}}})
+
+
+def test_deepspeeds_own_checkpoints_are_refused(tmp_path: Path) -> None:
+    """They would have no experts, in silence."""
+    engine = make_engine(make_json({"device": "cpu"}))
+    for method in (engine.save_checkpoint, engine.load_checkpoint, engine.save_16bit_model, engine.save_fp16_model):
+        with pytest.raises(CheckpointError, match=r"engine\.\w+: would leave out the experts"):
+            method(str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"load_state_dict: would leave out the experts"):
+        engine.module.load_state_dict(engine.module.state_dict())
+    assert not list(tmp_path.iterdir())
 
 
 LIMITED = """
