@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from scmoe_ds.config.deepspeed_json import is_on
 from scmoe_ds.config.offload_section import OffloadConfig
 from scmoe_ds.errors import ScMoEConfigError
-from scmoe_ds.moe.experts import reset_alone
+from scmoe_ds.moe.experts import initialize_late
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.placement import own_first_expert
 from scmoe_ds.offload.own_checkpoints import refuse_deepspeeds_own
 from scmoe_ds.offload.pages import page_tensor
 from scmoe_ds.offload.records import FileRecords, HostRecords, Records
@@ -95,8 +94,7 @@ def _move(layer: StagedMoE, number: int, store: ExpertStore, states: ExpertState
     value_of = getattr(there, "value_of", None)  # of experts that have never been in memory
     for key, member in zip(experts.members(), members, strict=True):
         if value_of is None and any(each.is_meta for each in member.parameters()):
-            member.to_empty(device="cpu")
-            reset_alone(member, own_first_expert(layer) + key.expert)
+            initialize_late(there, key.expert)
         values = {}
         for name, each in member.named_parameters():
             value = value_of(key.expert, name, each) if value_of is not None and each.is_meta else each.detach()

@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 import scmoe_ds
 from lab.distributed import environment_of_one
 from scmoe_ds import checkpoint
+from scmoe_ds.config.offload_section import OffloadConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
+from scmoe_ds.engine.offloaded import offload_experts
 from scmoe_ds.errors import ArgumentError, CheckpointError, ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
@@ -124,6 +127,19 @@ def test_experts_come_in_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+class Expert(nn.Module):
+    """Of two projections."""
+
+    two_projections = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.output = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def activate(self, inner: Tensor) -> Tensor:
+        return functional.gelu(inner)
+
+
 class Unusual(nn.Module):
     """An expert of three projections."""
 
@@ -144,6 +160,27 @@ def test_what_cannot_be_offloaded(tmp_path: Path) -> None:
     layer = scmoe_ds.ScMoE(8, Unusual(), num_experts=2)
     with pytest.raises(ScMoEConfigError, match=r"experts must be of two torch\.nn\.Linear"):
         scmoe_ds.initialize(model=nn.Sequential(layer), config=whole | {"scmoe": {"offload_experts": {}}})
+
+
+def test_experts_that_come_late_start_as_in_memory() -> None:
+    connect()
+
+    def layers(device: str) -> nn.Module:
+        with torch.device(device):
+            expert = Expert()
+        torch.manual_seed(3)
+        return nn.Sequential(*(scmoe_ds.ScMoE(8, expert, num_experts=3) for _ in range(2)))
+
+    there, late = layers("cpu"), layers("meta")
+    offload_experts(late, OffloadConfig(device="cpu"), torch.float32, torch.device("cpu"))
+    values = []
+    for layer, experts in zip(there, offloaded(late), strict=True):
+        for key, expert in zip(experts.members(), layer.deepspeed_moe.experts.deepspeed_experts, strict=True):
+            states, _ = experts.states.read(key)
+            for name, value in expert.named_parameters():
+                assert torch.equal(states[name]["fp32"], value)
+            values.append(tuple(states["input.weight"]["fp32"].flatten().tolist()))
+    assert len(set(values)) == 6
 
 
 def test_deepspeeds_own_checkpoints_are_refused(tmp_path: Path) -> None:
