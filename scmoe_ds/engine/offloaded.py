@@ -45,7 +45,7 @@ def offload_experts(model: nn.Module, settings: OffloadConfig, dtype: torch.dtyp
         device: that trains.
 
     Raises:
-        ScMoEConfigError: experts that are not of two linear projections, or of different shapes.
+        ScMoEConfigError: experts of another form than output(activate(input(x))), or of different shapes.
         ArgumentError: no room.
     """
     layers = [module for module in model.modules() if isinstance(module, StagedMoE)]
@@ -76,8 +76,8 @@ def _shape(layers: Sequence[StagedMoE]) -> ExpertShape:
     found = {shape_of(expert) for layer in layers for expert in layer.deepspeed_moe.experts.deepspeed_experts}
     if None in found:
         raise ScMoEConfigError(
-            f"{_PATH}: experts must be of two torch.nn.Linear, input and output, all of whose parameters are trained; "
-            "remove the setting for other experts"
+            f"{_PATH}: experts must compute output(activate(input(x))) and say so by two_projections = True, with two "
+            "torch.nn.Linear that are trained and without hooks; remove the setting for other experts"
         )
     if len(found) > 1:
         raise ScMoEConfigError(f"{_PATH}: experts of different shapes cannot share their places; remove the setting")

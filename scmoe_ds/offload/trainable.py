@@ -18,7 +18,8 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from scmoe_ds.moe.experts import MovingExperts
+from scmoe_ds.compat import forward_hooks
+from scmoe_ds.moe.experts import MovingExperts, is_plain
 from scmoe_ds.moe.placement import own_first_expert
 from scmoe_ds.offload.own_checkpoints import sentence
 from scmoe_ds.offload.shape import ExpertShape, Part
@@ -183,13 +184,13 @@ def _gradient(grad: Tensor, rows: Tensor, into: dict[str, Tensor], layer: str) -
 
 
 def shape_of(expert: nn.Module) -> ExpertShape | None:
-    """The shape of an expert of two projections; None: it is of another kind, or not wholly trained."""
+    """The shape of an expert of two projections; None: it is of another form, hooked, or not wholly trained."""
     projections = [getattr(expert, name, None) for name in ("input", "output")]
-    linear = all(type(each) is nn.Linear for each in projections)
+    linear = is_plain(expert) and all(type(e) is nn.Linear and not any(forward_hooks(e)) for e in projections)
     names = {f"{layer}.{part}" for layer in ("input", "output") for part in ("weight", "bias")}
     found = dict(expert.named_parameters())
-    trained = all(parameter.requires_grad for parameter in found.values())
-    return ExpertShape.of(expert) if linear and trained and found.keys() <= names else None
+    whole = all(parameter.requires_grad for parameter in found.values()) and not any(True for _ in expert.buffers())
+    return ExpertShape.of(expert) if linear and whole and found.keys() <= names else None
 
 
 def offloaded(model: nn.Module) -> list[TrainableExperts]:

@@ -140,12 +140,28 @@ class Expert(nn.Module):
         return functional.gelu(inner)
 
 
-class Unusual(nn.Module):
-    """An expert of three projections."""
+def gated() -> nn.Module:
+    expert = Expert()
+    expert.gate = nn.Linear(8, 8)
+    return expert
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.input, self.output, self.gate = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+def of_no_form() -> nn.Module:
+    expert = Expert()
+    expert.two_projections = False
+    return expert
+
+
+def hooked() -> nn.Module:
+    expert = Expert()
+    expert.output.register_forward_hook(lambda *arguments: arguments[-1] * 2)
+    return expert
+
+
+def with_a_buffer() -> nn.Module:
+    expert = Expert()
+    expert.register_buffer("scale", torch.ones(1))
+    return expert
 
 
 def test_what_cannot_be_offloaded(tmp_path: Path) -> None:
@@ -157,9 +173,10 @@ def test_what_cannot_be_offloaded(tmp_path: Path) -> None:
     model = GPT(SETTINGS, ScMoEConfig.from_deepspeed(whole))
     with pytest.raises(ScMoEConfigError, match=r"optimizer: was handed over beside scmoe.offload_experts"):
         scmoe_ds.initialize(model=model, config=whole, optimizer=torch.optim.AdamW(model.parameters()))
-    layer = scmoe_ds.ScMoE(8, Unusual(), num_experts=2)
-    with pytest.raises(ScMoEConfigError, match=r"experts must be of two torch\.nn\.Linear"):
-        scmoe_ds.initialize(model=nn.Sequential(layer), config=whole | {"scmoe": {"offload_experts": {}}})
+    for other in (gated, of_no_form, hooked, with_a_buffer):
+        layer = scmoe_ds.ScMoE(8, other(), num_experts=2)
+        with pytest.raises(ScMoEConfigError, match=r"experts must compute output\(activate\(input\(x\)\)\)"):
+            scmoe_ds.initialize(model=nn.Sequential(layer), config=whole | {"scmoe": {"offload_experts": {}}})
 
 
 def test_experts_that_come_late_start_as_in_memory() -> None:
