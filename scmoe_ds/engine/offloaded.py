@@ -9,7 +9,7 @@ ZeRO-1 keeps gradient norm, clipping and learning rates. It sees one stand-in fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def join_steps(engine: Any) -> None:
     optimizer, states = engine.optimizer, layers[0].states
     _check(optimizer, states)
     states.ranks = engine.dp_world_size
-    _Joined(optimizer, layers, layers[0].store, states)
+    _Joined(optimizer, layers, layers[0].store, states).join(engine)
     refuse_deepspeeds_own(engine)
 
 
@@ -154,7 +154,7 @@ def _check(optimizer: Any, states: ExpertStates) -> None:
 
 
 class _Joined:
-    """Experts in the steps of an optimizer, three of whose methods it takes the place of."""
+    """Experts in the steps of an optimizer, of whose methods it takes the place."""
 
     def __init__(
         self, optimizer: Any, layers: Sequence[TrainableExperts], store: ExpertStore, states: ExpertStates
@@ -171,9 +171,23 @@ class _Joined:
         self._factor: Tensor | None = None
         self._norm, self._clip = optimizer.get_grad_norm_direct, optimizer.unscale_and_clip_grads
         self._step = optimizer.step
-        optimizer.get_grad_norm_direct = self.norm
-        optimizer.unscale_and_clip_grads = self.clip
+
+    def join(self, engine: Any) -> None:
+        """From here on the experts make an engine's steps, and lose the gradients that the model loses."""
+        optimizer = self._optimizer
+        optimizer.get_grad_norm_direct, optimizer.unscale_and_clip_grads = self.norm, self.clip
         optimizer.step = self.step
+        for each in (optimizer, engine, engine.module):
+            each.zero_grad = self._zeroing(each.zero_grad)
+
+    def _zeroing(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
+        def zero(*args: Any, **kwargs: Any) -> None:
+            zero_grad(*args, **kwargs)
+            # From the last micro-batch on ZeRO has the gradients elsewhere, and makes its step with them all the same.
+            if not any(self._optimizer.averaged_gradients.values()):
+                self._states.forget_gradients()
+
+        return zero
 
     def norm(self, gradients: Any, params: Any, norm_type: Any = 2) -> Tensor:
         """Of a group. The norm of a norm is itself, so that ZeRO's own sum over parameters takes the experts' norms."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -209,6 +210,39 @@ def test_deepspeeds_own_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"load_state_dict: would leave out the experts"):
         engine.module.load_state_dict(engine.module.state_dict())
     assert not list(tmp_path.iterdir())
+
+
+def train_and_discard(engine: Any) -> list[float]:
+    """Gradients of the first of two micro-batches are dropped, in each step by another; then of the second."""
+    found = []
+    for step, (place, micro_step_of) in enumerate(
+        [(engine.optimizer, 0), (engine, 0), (engine.module, 0), (engine.optimizer, 1), (None, 0)]
+    ):
+        for micro_step in range(2):
+            torch.manual_seed(10 * step + micro_step)
+            tokens = torch.randint(64, (2, 4))
+            loss = engine(tokens[:, :-1], labels=tokens[:, 1:]).loss
+            engine.backward(loss)
+            if place is not None and micro_step == micro_step_of:
+                place.zero_grad()
+            engine.step()
+            found.append(loss.item())
+        found.append(float(engine.get_global_grad_norm()))
+    return found
+
+
+def test_discarded_gradients_are_discarded_for_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = train_and_discard(make_engine(make_json(None)))
+    engine = make_engine(make_json({"device": "cpu"}))
+    states = offloaded(engine.module)[0].states
+    keep = states._keep
+
+    def keep_late(*arguments: Any) -> None:
+        time.sleep(0.01)
+        keep(*arguments)
+
+    monkeypatch.setattr(states, "_keep", keep_late)
+    assert train_and_discard(engine) == expected
 
 
 LIMITED = """
