@@ -15,8 +15,12 @@ from scmoe_ds.engine import connect
 from scmoe_ds.engine.offloaded import offload_experts, parameter_dtype
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
+from scmoe_ds.offload.records import HostRecords
+from scmoe_ds.offload.room import sections
+from scmoe_ds.offload.states import MASTER, ExpertStates
 from scmoe_ds.offload.trainable import offloaded
 from tests.engine.test_offloaded import BF16, SETTINGS, make_json
+from tests.offload.test_states import KEY, OPTIONS, SHAPE
 from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 from tests.simulated_gpu.gpu import Gpu
 from tests.simulated_gpu.mutation import mutated
@@ -85,3 +89,24 @@ FAULTS = [
 def test_what_keeps_the_order_is_needed(fault: tuple[str, str, str]) -> None:
     with mutated(*fault):
         assert any("race" in each for each in on_a_gpu(make_json({"device": "cpu", "buffer_count": 2}, 2))[1])
+
+
+def findings_of_a_step() -> list[str]:
+    """Of one expert, whose clipping factor nobody else keeps."""
+    with simulated_gpu((8, 0)) as gpu:
+        device = torch.device("cuda", 0)
+        records = HostRecords(1, sections(SHAPE, torch.float32), device)
+        states = ExpertStates([KEY], SHAPE, torch.float32, device, records)
+        states.write(KEY, {"weight": {MASTER: torch.ones(2, 3)}})
+        states.keep(KEY, states.gradient_buffer().fill_(1))
+        states.step(torch.ones(1, device=device), torch.optim.Adam, OPTIONS)
+        states.finish()
+        return list(gpu.findings)
+
+
+def test_the_clipping_factor_is_kept_until_it_is_read() -> None:
+    assert not findings_of_a_step()
+    with mutated(
+        "scmoe_ds.offload.states", "step.factor.record_stream(torch.cuda.current_stream(self.device))", "pass"
+    ):
+        assert any("use after free" in each for each in findings_of_a_step())
