@@ -133,7 +133,7 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "copies: of offloaded experts": (
         "generate --load export --prompt a --experts offload --save-expert-loads loads.json",
-        r"--save-expert-loads: does not go with experts that are offloaded, divided, dropped or in low precision",
+        r"--save-expert-loads: does not go with experts that are offloaded, divided or in low precision",
     ),
     "generate: ranks": (
         "generate --load saved --prompt a --moe-expert-parallel-size 2",
