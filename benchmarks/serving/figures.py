@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -44,7 +45,7 @@ def latencies(record: dict[str, Any]) -> Figure:
     _bars(right, names, [{"median": each, "p10": each, "p90": each} for each in memory], GREEN, "{:.3g} GB")
     right.set_xlabel("peak memory, GB")
     figure.supxlabel(_SPREAD, fontsize=9)
-    figure.suptitle(f"{record['model']}: experts from {record['tier']}")
+    figure.suptitle(textwrap.fill(f"{record['model']}: experts from {record['tier']}", 90))
     return figure
 
 
