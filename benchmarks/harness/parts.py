@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -33,6 +34,27 @@ KINDS = ("attention", "MLP", "shared expert", REST_OF_LAYER, "experts", EXPOSED)
 
 _PARTS = {"attention": "attention", "mlp": "MLP", "experts": "experts"} | dict.fromkeys(SHARED, "shared expert")
 LAYER = "moe layer"  # of DeepSpeed, as a whole
+
+
+@dataclass(kw_only=True)
+class RecordedPair:
+    """A pair of this package that a benchmark runs forward.
+
+    Attributes:
+        spans: of each step, once it is a list.
+    """
+
+    pair: Any
+    spans: list[list[Span]] | None = None
+
+    def step(self, hidden: Tensor) -> None:
+        """One prefill, whose parts are recorded if `spans` is a list."""
+        recorder = None if self.spans is None else Recorder(CPU)
+        self.pair.recorder = SILENT if recorder is None else recorder.pair(0)
+        with torch.inference_mode():
+            self.pair(hidden)
+        if recorder is not None and self.spans is not None:
+            self.spans.append(recorder.spans())
 
 
 def kind_of(span: Span) -> str:

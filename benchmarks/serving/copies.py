@@ -98,7 +98,7 @@ def rank_main(settings: dict[str, Any]) -> None:
             }
     if dist.get_rank() == 0:
         print("RECORD " + json.dumps({"benchmark": "benchmarks.serving.copies", "found": record}), flush=True)
-    dist.barrier()  # a rank that ends while another still prints can abort it
+    dist.barrier()  # rank 0 has printed
     dist.destroy_process_group()
 
 

@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from benchmarks.harness.link import find_rate
 from benchmarks.harness.measure import EVICTED_BYTES, cold
 from benchmarks.harness.on_nodes import on_nodes, parse, write
-from benchmarks.harness.parts import CPU, parts_of, record_steps
+from benchmarks.harness.parts import CPU, RecordedPair, parts_of, record_steps
 from benchmarks.harness.skew import give_skew
 from benchmarks.harness.variants import Shape, Variant, baseline, build
 from benchmarks.serving.drop_page import AGAIN, KNOWN, LOAD_AWARE, NONE, ONE, TWO, figure, markdown
@@ -43,7 +42,6 @@ from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
 from scmoe_ds.sparse.sparsity_file import Method, Sparsity, curve_of
-from scmoe_ds.trace.recorder import SILENT, Recorder, Span
 
 _WIDE = "GPT2-MoE-Medium cut to 512 wide"
 SHAPE = Shape(f"{_WIDE}, four experts per rank, eight for two choices", 512, 8, 2, 192, 8, 2.0)
@@ -96,22 +94,11 @@ class Ready:
         return self.routing
 
 
-@dataclass
-class Row:
+@dataclass(kw_only=True)
+class Row(RecordedPair):
     """One way to compute the pair."""
 
-    pair: Any
     dropped: Dropped | None = None
-    spans: list[list[Span]] | None = None
-
-    def step(self, hidden: Tensor) -> None:
-        """One prefill, whose parts are recorded if `spans` is a list."""
-        recorder = None if self.spans is None else Recorder(CPU)
-        self.pair.recorder = SILENT if recorder is None else recorder.pair(0)
-        with torch.inference_mode():
-            self.pair(hidden)
-        if recorder is not None and self.spans is not None:
-            self.spans.append(recorder.spans())
 
 
 class Bench:
@@ -123,7 +110,7 @@ class Bench:
         self.shape = replace(TWICE if variant.section.get("top_k") == 2 else SHAPE, sequences=settings["sequences"])
         self.hidden = torch.randn(self.shape.sequences, self.shape.seq_length, self.shape.hidden_size)
         self._variant, self._skew, self._method = variant, skew, settings["method"]
-        self.rows = {NONE: Row(self._pair()), AGAIN: Row(self._pair())}
+        self.rows = {NONE: Row(pair=self._pair()), AGAIN: Row(pair=self._pair())}
         calibrator = Calibrator([self.rows[NONE].pair], OverlapConfig(num_chunks=1), CPU, "prefill")
         for _ in range(STEPS_TO_SCHEDULE):
             dist.barrier()
@@ -139,7 +126,7 @@ class Bench:
         """A row that drops."""
         pair = self._pair()
         pair.schedule = self.rows[NONE].pair.schedule
-        row = self.rows[name] = Row(pair, attach_dropping(pair, self.sparsity, rate, method, load_aware))
+        row = self.rows[name] = Row(pair=pair, dropped=attach_dropping(pair, self.sparsity, rate, method, load_aware))
         if ready:
             with decisions(pair.layer) as found:
                 row.step(self.hidden)

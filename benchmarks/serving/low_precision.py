@@ -28,7 +28,7 @@ from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
 from benchmarks.harness.measure import EVICTED_BYTES, cold
 from benchmarks.harness.on_nodes import on_nodes, parse, write
-from benchmarks.harness.parts import CPU, parts_of, record_steps
+from benchmarks.harness.parts import CPU, RecordedPair, parts_of, record_steps
 from benchmarks.harness.variants import Shape, Variant, baseline, build
 from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.config.overlap_section import OverlapConfig
@@ -39,7 +39,6 @@ from scmoe_ds.moe.low_precision import Counts, LowPrecision, LowPrecisionContain
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
-from scmoe_ds.trace.recorder import SILENT, Recorder, Span
 
 SHAPE = Shape("GPT2-MoE-Medium cut to 512 wide, two experts per rank", 512, 8, 5, 256, 4, 2.0)
 SCMOE = Variant({"architecture": "scmoe", "position": "pos2", "dispatch": "exact", "drop_tokens": False})
@@ -63,23 +62,11 @@ class Prepared(LowPrecisionContainer):
     def _forget(self) -> None: ...
 
 
-@dataclass
-class Row:
+@dataclass(kw_only=True)
+class Row(RecordedPair):
     """One way to compute the pair."""
 
-    pair: StagedPair
     counts: Counts | None = None
-    recorder: Recorder | None = None
-    spans: list[list[Span]] | None = None
-
-    def step(self, hidden: Tensor) -> None:
-        """One prefill, whose parts are recorded if `spans` is a list."""
-        recorder = None if self.spans is None else Recorder(CPU)
-        self.pair.recorder = SILENT if recorder is None else recorder.pair(0)
-        with torch.inference_mode():
-            self.pair(hidden)
-        if recorder is not None and self.spans is not None:
-            self.spans.append(recorder.spans())
 
     def schedule(self, hidden: Tensor) -> None:
         """Gives the pair the schedule of the package's calibration. Collective."""
@@ -99,8 +86,8 @@ class Bench:
         torch.manual_seed(dist.get_rank())
         self.hidden = torch.randn(SHAPE.sequences, SHAPE.seq_length, SHAPE.hidden_size).to(dtype)
         make = partial(_pair, skew=skew, hidden=self.hidden, dtype=dtype, method=settings["method"])
-        self.rows = {name: Row(make()) for name in (OFF, AGAIN, HOT, ALL, FREE)}
-        self.rows[NO_LINK] = Row(make(communicates=False))
+        self.rows = {name: Row(pair=make()) for name in (OFF, AGAIN, HOT, ALL, FREE)}
+        self.rows[NO_LINK] = Row(pair=make(communicates=False))
         for name in (HOT, ALL, NO_LINK):
             use = LowPrecision("all" if name == ALL else "hot", score=1.0)
             (experts,) = use_low_precision(self.rows[name].pair, use).layers
