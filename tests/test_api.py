@@ -79,15 +79,31 @@ def test_pages_name_only_what_the_package_offers() -> None:
 
 
 def is_module_or_attribute(path: str) -> bool:
-    try:
-        importlib.import_module(path)
-    except ImportError:
-        module, _, name = path.rpartition(".")
+    """Whether the longest module in the path has the rest of it: a function, a class or a class's method."""
+    names = path.split(".")
+    for cut in range(len(names), 0, -1):
         try:
-            return hasattr(importlib.import_module(module), name)
+            found: Any = importlib.import_module(".".join(names[:cut]))
         except ImportError:
-            return False
-    return path.count(".") > 0
+            continue
+        for name in names[cut:]:
+            found = getattr(found, name, None)
+        return found is not None
+    return False
+
+
+@pytest.mark.parametrize(
+    ("path", "there"),
+    [
+        ("scmoe_ds.sparse.sparsity_file", True),
+        ("scmoe_ds.sparse.sparsity_file.Sparsity.read", True),
+        ("scmoe_ds.sparse.sparsity_file.Sparsity.raed", False),
+        ("scmoe_ds.sparse.sparsity_flie.Sparsity", False),
+        ("scmoe_ds.inference.dropping.attach_dropping", True),
+    ],
+)
+def test_a_path_on_a_page_is_followed_to_its_end(path: str, there: bool) -> None:
+    assert is_module_or_attribute(path) == there
 
 
 def test_dir_and_help_show_the_interface() -> None:
