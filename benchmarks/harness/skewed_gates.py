@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.moe.dropping import criterion
+from scmoe_ds.moe.decisions.dropping import criterion
+from scmoe_ds.moe.decisions.low_precision import LowPrecision
 from scmoe_ds.moe.gate import Routing
-from scmoe_ds.moe.low_precision import LowPrecision
 
 _HIGHEST, _SEARCHES = 30.0, 24
 

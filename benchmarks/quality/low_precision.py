@@ -41,8 +41,8 @@ from scmoe_ds.inference.load import load_trained
 from scmoe_ds.inference.low_precision import use_low_precision
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.vision_language import VisionLanguageGPT
-from scmoe_ds.moe.low_precision import LowPrecision
-from scmoe_ds.moe.low_precision_formats import LEAST_SCALE, Int8, Scaled
+from scmoe_ds.moe.decisions.low_precision import LowPrecision
+from scmoe_ds.moe.decisions.low_precision_formats import LEAST_SCALE, Int8, Scaled
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.parallel.groups import Layout
 

@@ -29,7 +29,7 @@ from scmoe_ds.evaluation.scoring import Scorer
 from scmoe_ds.evaluation.windows import Row, SlidingWindow, row_of
 from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.inference.low_precision import use_low_precision
-from scmoe_ds.moe.low_precision import LowPrecision, LowPrecisionExperts
+from scmoe_ds.moe.decisions.low_precision import LowPrecision, LowPrecisionExperts
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.parallel.groups import Layout
 

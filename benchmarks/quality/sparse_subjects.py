@@ -23,7 +23,7 @@ from scmoe_ds.checkpoint.export import open_weights, write_export
 from scmoe_ds.evaluation.windows import Row
 from scmoe_ds.inference.dropping import Dropped, Dropping, attach_dropping, drop_experts, moe_layers
 from scmoe_ds.inference.load import load_trained
-from scmoe_ds.moe.dropping import Thresholds
+from scmoe_ds.moe.decisions.dropping import Thresholds
 from scmoe_ds.sparse.hugging_face_layers import fused_layers, write_directory
 from scmoe_ds.sparse.own_layers import SortedWeights
 from scmoe_ds.sparse.sparsity_file import LayerCurve, Method, Sparsity, digest_of

@@ -16,7 +16,7 @@ from benchmarks.harness.skewed_gate import skew_gate, skewed_shares
 from benchmarks.harness.variants import AGAIN
 from benchmarks.serving.inference import WARM_UP, Served, Server, shape_of
 from scmoe_ds.inference.copies import copy_experts, measured_costs
-from scmoe_ds.moe.copies import Copy, Costs
+from scmoe_ds.moe.decisions.copies import Copy, Costs
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.simulation import Mode

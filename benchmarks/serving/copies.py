@@ -31,7 +31,7 @@ from benchmarks.serving.copied_model import NONE, ONE, Copied, rows
 from benchmarks.serving.inference import PHASES, STOCK, Served, shape_of
 from benchmarks.speed.block import Bench
 from scmoe_ds.comm.transport import METHODS
-from scmoe_ds.moe.copies import Costs
+from scmoe_ds.moe.decisions.copies import Costs
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
 from scmoe_ds.planner.simulation import Mode

@@ -36,7 +36,7 @@ from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.inference.droppable import digests_of
 from scmoe_ds.inference.dropping import Dropped, attach_dropping
-from scmoe_ds.moe.dropping import criterion
+from scmoe_ds.moe.decisions.dropping import criterion
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.calibrator import Calibrator

@@ -35,7 +35,7 @@ from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.inference.low_precision import use_low_precision
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.models.pairs import StagedPair
-from scmoe_ds.moe.low_precision import Counts, LowPrecision, LowPrecisionContainer
+from scmoe_ds.moe.decisions.low_precision import Counts, LowPrecision, LowPrecisionContainer
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.rounds import Spread, interleave, over_ranks

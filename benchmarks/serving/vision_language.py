@@ -38,7 +38,7 @@ from scmoe_ds.inference.passes import Passes
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.vision_language import VisionLanguageGPT
 from scmoe_ds.models.vision_language_settings import VisionLanguageSettings
-from scmoe_ds.moe.low_precision import LowPrecision
+from scmoe_ds.moe.decisions.low_precision import LowPrecision
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.rounds import Spread, interleave

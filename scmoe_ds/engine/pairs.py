@@ -19,8 +19,8 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.pairs import StagedPair
+from scmoe_ds.moe.decisions.partition import whole_experts
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.partition import whole_experts
 from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.schedule_text import names_text, schedule_lines

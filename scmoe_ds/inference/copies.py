@@ -4,7 +4,7 @@
     …                                    # the first passes count loads; then copies are chosen and filled
     print(copies.summary())
 
-Which rows go where: scmoe_ds.moe.copied.
+Which rows go where: scmoe_ds.moe.decisions.copied.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from scmoe_ds.comm.transport import probe
 from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.errors import ArgumentError, reason_of
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.moe.copied import CopiedExperts
-from scmoe_ds.moe.copies import Copy, Costs, choose_copies
-from scmoe_ds.moe.dropping import DropRule
+from scmoe_ds.moe.decisions.copied import CopiedExperts
+from scmoe_ds.moe.decisions.copies import Copy, Costs, choose_copies
+from scmoe_ds.moe.decisions.dropping import DropRule
+from scmoe_ds.moe.decisions.load_aware import LoadAwareRule
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.load_aware import LoadAwareRule
 from scmoe_ds.parallel.agreement import gather, run_together
 
 FEW_ROWS, MANY_ROWS, ROUNDS = 1, 129, 5

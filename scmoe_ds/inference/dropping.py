@@ -2,7 +2,7 @@
 
 The thresholds of a wanted rate come from sparsity.json, which `scmoe sparsify` writes beside the weights. What was
 really left out is counted: another text than the calibration's has other scores. Load-aware thresholds
-(moe/load_aware.py) keep to the rate in each step.
+(moe/decisions/load_aware.py) keep to the rate in each step.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import nn
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.droppable import check_layer, check_load_aware, digests_of, top_k_of
 from scmoe_ds.inference.load import Loaded
-from scmoe_ds.moe.dropping import DropCounts, DropRule, Places, Thresholds
-from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
+from scmoe_ds.moe.decisions.dropping import DropCounts, DropRule, Places, Thresholds
+from scmoe_ds.moe.decisions.halves import HalvedExperts, HalvedGroups
+from scmoe_ds.moe.decisions.load_aware import Levels, LoadAwareRule
+from scmoe_ds.moe.decisions.partition import whole_experts
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
-from scmoe_ds.moe.partition import whole_experts
 from scmoe_ds.parallel.agreement import gather, run_together
 from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity, digest_of
 

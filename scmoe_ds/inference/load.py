@@ -16,7 +16,7 @@ from scmoe_ds.errors import ArgumentError, CheckpointError
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import Offloading, offload_experts, places_on_device
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.moe.partition import whole_experts
+from scmoe_ds.moe.decisions.partition import whole_experts
 from scmoe_ds.offload.store import ExpertStore
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import run_together

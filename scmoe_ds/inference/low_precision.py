@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.moe.decisions.halves import HalvedExperts
+from scmoe_ds.moe.decisions.low_precision import LowPrecision, LowPrecisionContainer, LowPrecisionExperts, of_grouped
+from scmoe_ds.moe.decisions.low_precision_formats import FORMATS, Format, formats_of
 from scmoe_ds.moe.experts import OwnExperts, is_plain
 from scmoe_ds.moe.grouped import GroupedRows
-from scmoe_ds.moe.halves import HalvedExperts
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.low_precision import LowPrecision, LowPrecisionContainer, LowPrecisionExperts, of_grouped
-from scmoe_ds.moe.low_precision_formats import FORMATS, Format, formats_of
 
 
 @dataclass(frozen=True)

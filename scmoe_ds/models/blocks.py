@@ -18,7 +18,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.layers import MLP, Attention, GPTSettings, make_norm
 from scmoe_ds.models.parallel_layers import Group
 from scmoe_ds.moe.build import build_moe
-from scmoe_ds.moe.partition import mark_part
+from scmoe_ds.moe.decisions.partition import mark_part
 from scmoe_ds.overlap.executor import Activations
 from scmoe_ds.parallel.tensor import Split, mark_tensor_parallel, tensor_parallel_rule
 

@@ -15,7 +15,7 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from scmoe_ds.moe.partition import part_of
+from scmoe_ds.moe.decisions.partition import part_of
 from scmoe_ds.moe.placement import expert_of, global_names, own_first_expert, with_expert
 from scmoe_ds.parallel.tensor import shard, tensor_parallel_rank, tensor_parallel_rule, tensor_parallel_size
 

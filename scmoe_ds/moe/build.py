@@ -10,9 +10,9 @@ from torch import nn
 from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.moe.converted import ConvertedMoE
+from scmoe_ds.moe.decisions.partition import divide_experts
 from scmoe_ds.moe.deepspeed_gate import admit_any_tokens
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.partition import divide_experts
 from scmoe_ds.moe.router import equip
 from scmoe_ds.moe.shortcut import DGMoE, ScMoE
 

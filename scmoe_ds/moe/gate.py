@@ -52,7 +52,7 @@ class Routing:
         score_KT: fp32 probability or score of each choice before any renormalisation, without gradient; None: nobody
             asked for it (`facts` of `route`).
         tolerant_T: bool, the tokens that the caller marks as tolerant of less precision; None: it marks none.
-        parts: of an expert, each of which has a choice of its own (moe/partition.py); 1: experts are whole.
+        parts: of an expert, each of which has a choice of its own (moe/decisions/partition.py); 1: experts are whole.
     """
 
     choices: Choices

@@ -27,12 +27,12 @@ from scmoe_ds.comm.wire import WIRE_DTYPES
 from scmoe_ds.config.names import FORMER_GATE_SOFTMAX, GateSoftmax
 from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.moe.checks import check_arguments, check_count, check_input
+from scmoe_ds.moe.decisions.partition import Partition, whole_experts
 from scmoe_ds.moe.early import EarlyRule, RoutingRule, apply_rule, early_rule_of
 from scmoe_ds.moe.exchange import Exchange
 from scmoe_ds.moe.experts import count_on_all_ranks, initialize_experts
 from scmoe_ds.moe.gate import route
 from scmoe_ds.moe.identity import without_identity_rows
-from scmoe_ds.moe.partition import Partition, whole_experts
 from scmoe_ds.moe.parts import Parts
 from scmoe_ds.moe.placement import mpu_tensor_parallel_size, own_expert_parallel_rank, own_first_expert
 from scmoe_ds.moe.routed import RoutedTokens

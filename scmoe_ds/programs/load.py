@@ -13,7 +13,7 @@ from scmoe_ds.inference.dropping import Dropped, Dropping, drop_experts
 from scmoe_ds.inference.load import Loaded, load_trained
 from scmoe_ds.inference.low_precision import Attached, use_low_precision
 from scmoe_ds.inference.offload import Offloading
-from scmoe_ds.moe.low_precision import LowPrecision
+from scmoe_ds.moe.decisions.low_precision import LowPrecision
 from scmoe_ds.parallel.agreement import from_rank_zero, run_on_rank_zero, run_together
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.parallel.process import device

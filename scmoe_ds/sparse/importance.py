@@ -70,7 +70,7 @@ class LayerSums:
             self.importance[measure][expert] += value_SF.sum(0, dtype=torch.float64)
 
     def add_choices(self, criterion: Tensor) -> None:
-        """Criteria of the choices of some tokens, of any shape; see scmoe_ds.moe.dropping."""
+        """Criteria of the choices of some tokens, of any shape; see scmoe_ds.moe.decisions.dropping."""
         self._criteria.append(criterion.flatten().float().cpu())
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import MLP
-from scmoe_ds.moe.dropping import criterion
+from scmoe_ds.moe.decisions.dropping import criterion
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.placement import expert_of, layer_of

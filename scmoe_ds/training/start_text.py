@@ -15,7 +15,7 @@ from torch import nn
 from scmoe_ds.config.loading import LoadedConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.moe.partition import whole_experts
+from scmoe_ds.moe.decisions.partition import whole_experts
 from scmoe_ds.moe.shortcut import DGMoE
 from scmoe_ds.offload.trainable import TrainableExperts
 from scmoe_ds.parallel.groups import nodes_of_ranks

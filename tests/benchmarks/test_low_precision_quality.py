@@ -12,7 +12,7 @@ from benchmarks.quality.low_precision import COARSE, FourBits, row_settings
 from benchmarks.quality.low_precision_page import markdown
 from scmoe_ds.engine import connect
 from scmoe_ds.models.vision_language import VisionLanguageGPT
-from scmoe_ds.moe.low_precision import LowPrecision
+from scmoe_ds.moe.decisions.low_precision import LowPrecision
 from tests.models.test_vision_language import IMAGES, KINDS, TOKENS, USED, built
 
 ROWS = 40

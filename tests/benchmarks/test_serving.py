@@ -14,7 +14,7 @@ from benchmarks.serving import figures as serving_figures
 from benchmarks.serving import offload_worker as worker
 from benchmarks.serving.copied_model import NONE, Copied, Row, even_split, near_split, rows
 from scmoe_ds.engine import connect
-from scmoe_ds.moe.copies import Copy, Costs
+from scmoe_ds.moe.decisions.copies import Copy, Costs
 from scmoe_ds.offload.files import ExpertFile
 from scmoe_ds.planner.simulation import Mode
 

@@ -20,7 +20,7 @@ from scmoe_ds.inference.generate import Request, TextGenerator
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.inference.sampling import Sampling
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.moe.copies import Costs
+from scmoe_ds.moe.decisions.copies import Costs
 from scmoe_ds.parallel import tensor
 from tests.helpers.exports import whole_model, write_export
 from tests.helpers.settings import LLAMA

@@ -15,11 +15,11 @@ from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.droppable import digests_of
 from scmoe_ds.inference.dropping import Shares, attach_dropping
 from scmoe_ds.models.layers import MLP, GPTSettings
-from scmoe_ds.moe.dropping import DropRule, Places, Thresholds, criterion
+from scmoe_ds.moe.decisions.dropping import DropRule, Places, Thresholds, criterion
+from scmoe_ds.moe.decisions.halves import HalvedExperts
+from scmoe_ds.moe.decisions.load_aware import Levels, LoadAwareRule
 from scmoe_ds.moe.gate import route
-from scmoe_ds.moe.halves import HalvedExperts
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
 from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of
 from tests.helpers import reference
 

@@ -14,8 +14,8 @@ from scmoe_ds import ScMoE
 from scmoe_ds.comm.transport import Transport
 from scmoe_ds.inference.low_precision import use_low_precision
 from scmoe_ds.models.layers import MLP
+from scmoe_ds.moe.decisions.low_precision import LowPrecision
 from scmoe_ds.moe.gate import TOLERANT
-from scmoe_ds.moe.low_precision import LowPrecision
 from tests.helpers.settings import GPT2
 
 EXPERTS, TOKENS, PADDED = 4, (24, 36), 4

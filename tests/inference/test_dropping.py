@@ -15,7 +15,7 @@ from scmoe_ds.inference.droppable import digests_of
 from scmoe_ds.inference.dropping import Dropping, drop_experts, moe_layers
 from scmoe_ds.inference.load import load_trained
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.moe.dropping import criterion
+from scmoe_ds.moe.decisions.dropping import criterion
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.programs import evaluate, generate
 from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of

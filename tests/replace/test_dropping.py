@@ -14,7 +14,7 @@ import scmoe_ds
 from lab.distributed import run_distributed
 from lab.moe_families import SEQUENCE, tiny
 from scmoe_ds.inference.dropping import attach_dropping, moe_layers
-from scmoe_ds.moe.dropping import criterion
+from scmoe_ds.moe.decisions.dropping import criterion
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.sparse.hugging_face_layers import fused_layers

@@ -13,7 +13,7 @@ from lab.distributed import run_distributed
 from lab.moe_families import SEQUENCE, VOCABULARY, tiny
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.low_precision import use_low_precision
-from scmoe_ds.moe.low_precision import LowPrecision
+from scmoe_ds.moe.decisions.low_precision import LowPrecision
 from scmoe_ds.replace.autoep import autoep_layers
 
 

@@ -14,8 +14,8 @@ from lab.distributed import run_distributed
 from lab.gpu_budgets import HOST_WAITS_FORWARD
 from scmoe_ds import ScMoE
 from scmoe_ds.models.layers import MLP, GPTSettings
-from scmoe_ds.moe.copied import CopiedExperts
-from scmoe_ds.moe.copies import Copy, Costs
+from scmoe_ds.moe.decisions.copied import CopiedExperts
+from scmoe_ds.moe.decisions.copies import Copy, Costs
 from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 
 pytestmark = NEEDS_SIMULATION

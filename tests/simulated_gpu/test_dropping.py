@@ -9,9 +9,9 @@ import torch
 
 from lab.distributed import run_distributed
 from scmoe_ds.models.pairs import StagedPair
-from scmoe_ds.moe.dropping import DropRule, Places, Thresholds
-from scmoe_ds.moe.halves import HalvedExperts
-from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
+from scmoe_ds.moe.decisions.dropping import DropRule, Places, Thresholds
+from scmoe_ds.moe.decisions.halves import HalvedExperts
+from scmoe_ds.moe.decisions.load_aware import Levels, LoadAwareRule
 from tests.simulated_gpu.cases import Case, build
 from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 

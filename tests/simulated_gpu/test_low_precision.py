@@ -19,9 +19,9 @@ from scmoe_ds.inference.low_precision import use_low_precision
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.moe import low_precision, low_precision_formats
-from scmoe_ds.moe.low_precision import LowPrecision, LowPrecisionExperts
-from scmoe_ds.moe.low_precision_formats import Scaled
+from scmoe_ds.moe.decisions import low_precision, low_precision_formats
+from scmoe_ds.moe.decisions.low_precision import LowPrecision, LowPrecisionExperts
+from scmoe_ds.moe.decisions.low_precision_formats import Scaled
 from tests.helpers.exports import whole_model, write_export
 from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 

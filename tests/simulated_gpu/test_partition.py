@@ -6,7 +6,7 @@ import torch
 
 from lab.distributed import run_distributed
 from scmoe_ds.models.pairs import StagedPair
-from scmoe_ds.moe.partition import divide_experts
+from scmoe_ds.moe.decisions.partition import divide_experts
 from tests.simulated_gpu.cases import Case, build
 from tests.simulated_gpu.device import NEEDS_SIMULATION, simulated_gpu
 

@@ -11,7 +11,7 @@ from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
-from scmoe_ds.moe.partition import part_of
+from scmoe_ds.moe.decisions.partition import part_of
 from scmoe_ds.moe.placement import expert_of, layer_of, with_expert
 from scmoe_ds.parallel.tensor import unshard
 

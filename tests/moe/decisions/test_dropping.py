@@ -11,14 +11,14 @@ from torch import Tensor
 
 from scmoe_ds.models.layers import MLP, GPTSettings
 from scmoe_ds.moe import experts as experts_module
-from scmoe_ds.moe.dropping import DropRule, Places, Thresholds, criterion
+from scmoe_ds.moe.decisions.dropping import DropRule, Places, Thresholds, criterion
+from scmoe_ds.moe.decisions.halves import HalvedExperts, HalvedGroups
+from scmoe_ds.moe.decisions.load_aware import Levels, LoadAwareRule
+from scmoe_ds.moe.decisions.low_precision import LowPrecision
+from scmoe_ds.moe.decisions.partition import Partition
 from scmoe_ds.moe.gate import Routing, route
-from scmoe_ds.moe.halves import HalvedExperts, HalvedGroups
 from scmoe_ds.moe.kernels import Kernels, torch_product
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.load_aware import Levels, LoadAwareRule
-from scmoe_ds.moe.low_precision import LowPrecision
-from scmoe_ds.moe.partition import Partition
 from scmoe_ds.moe.shortcut import DGMoE
 from tests.helpers import reference
 

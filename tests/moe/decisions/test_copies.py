@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from scmoe_ds.moe.copies import Copy, Costs, choose_copies, split_rows
+from scmoe_ds.moe.decisions.copies import Copy, Costs, choose_copies, split_rows
 
 Rows = list[list[int]]
 

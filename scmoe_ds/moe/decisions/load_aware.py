@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from scmoe_ds.moe.dropping import DropCounts, Places, Thresholds, criterion, drop
+from scmoe_ds.moe.decisions.dropping import DropCounts, Places, Thresholds, criterion, drop
 from scmoe_ds.moe.early import Decision
 from scmoe_ds.moe.exchange import one_row_per_rank
 from scmoe_ds.moe.experts import to_device

@@ -1,4 +1,4 @@
-"""Rows of hot experts on their way to copies: the early rule of a layer that has some (scmoe_ds.moe.copies).
+"""Rows of hot experts on their way to copies: the early rule of a layer that has some (scmoe_ds.moe.decisions.copies).
 
 Every rank tells every other one how many rows it has for each expert. It does so in the place of the row counts, so
 that no collective is added. From the same numbers all ranks compute the same division of rows, and with one routed
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scmoe_ds.moe.copies import Copy, Costs, split_rows
+from scmoe_ds.moe.decisions.copies import Copy, Costs, split_rows
 from scmoe_ds.moe.early import Decision, EarlyRule, rerouted
 from scmoe_ds.moe.exchange import one_row_per_rank
 from scmoe_ds.moe.experts import to_device

@@ -20,10 +20,10 @@ from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 
 from scmoe_ds.comm.side_stream import side_stream
-from scmoe_ds.moe.dropping import criterion
+from scmoe_ds.moe.decisions.dropping import criterion
+from scmoe_ds.moe.decisions.low_precision_formats import Format, Scaled
 from scmoe_ds.moe.experts import OwnExperts, TwoProjections, run_experts
 from scmoe_ds.moe.gate import Routing
-from scmoe_ds.moe.low_precision_formats import Format, Scaled
 from scmoe_ds.moe.slices import TokenSlices
 
 NOTICES = 4
@@ -37,7 +37,7 @@ class LowPrecision:
 
     Attributes:
         ranks: "hot" ones: overloaded, and mostly with rows that tolerate it; or "all", to compare.
-        score: a row tolerates it if its criterion (moe/dropping.py), of a gate's scores, is lower. None: rows of
+        score: a row tolerates it if its criterion (`dropping.criterion`), of a gate's scores, is lower. None: rows of
             tokens that the caller marks (`gate.TOLERANT`).
         share: of tolerant rows, from which a rank can be hot. M_d of the paper, which recommends 0.7.
         overload: load over the mean of all ranks, above which a rank can be hot. Slightly above 1: a rank that is

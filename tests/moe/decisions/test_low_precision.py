@@ -15,9 +15,9 @@ from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference import low_precision as attaching
 from scmoe_ds.inference.low_precision import choose_format, use_low_precision
 from scmoe_ds.models.layers import MLP
+from scmoe_ds.moe.decisions.low_precision import Expert, LowPrecision, Projection, of_grouped
+from scmoe_ds.moe.decisions.low_precision_formats import E4M3_MAX, FORMATS, INT8_MAX
 from scmoe_ds.moe.layer import StagedMoE
-from scmoe_ds.moe.low_precision import Expert, LowPrecision, Projection, of_grouped
-from scmoe_ds.moe.low_precision_formats import E4M3_MAX, FORMATS, INT8_MAX
 from tests.helpers.settings import GPT2, LLAMA
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
