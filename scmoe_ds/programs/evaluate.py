@@ -35,17 +35,9 @@ from scmoe_ds.inference.dropping import Dropped
 from scmoe_ds.inference.load import Loaded
 from scmoe_ds.inference.model import calibrators
 from scmoe_ds.parallel.agreement import run_on_rank_zero
-from scmoe_ds.programs.flags.checks import check_ranges, flag_of
+from scmoe_ds.programs.flags.checks import flag_of
 from scmoe_ds.programs.flags.evaluate import build_parser
-from scmoe_ds.programs.load import (
-    check_dropping_flags,
-    check_low_precision_flags,
-    copies_of,
-    dropping_of,
-    load,
-    low_precision_of,
-    tell_copies,
-)
+from scmoe_ds.programs.load import check_flags, load
 from scmoe_ds.programs.run import run_program
 
 _LABELS = {"loss": "loss, nats per token"}
@@ -64,9 +56,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
         SystemExit: argparse's own findings, and --help.
     """
     args = build_parser().parse_args(argv)
-    check_ranges(args)
-    check_low_precision_flags(args)
-    check_dropping_flags(args)
+    check_flags(args)
     needs = {"split": "data_path", "include_path": "tasks", "num_fewshot": "tasks", "limit": "tasks"}
     for name, other in needs.items():
         if getattr(args, name) is not None and getattr(args, other) is None:
@@ -89,9 +79,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
 def evaluate(args: argparse.Namespace) -> None:
     """One job in a process group that exists."""
     started = time.monotonic()
-    loaded = load(args)
-    drops, low_precision = dropping_of(args, loaded), low_precision_of(args, loaded)
-    copies = copies_of(args, loaded)
+    loaded, decisions = load(args)
     rule = _rule(args, loaded.trained.settings.max_position_embeddings)
     model, tokenizer = loaded.model, loaded.tokenizer
     documents = None
@@ -100,7 +88,7 @@ def evaluate(args: argparse.Namespace) -> None:
     serving = calibrators(model, loaded.config, loaded.layout, args.batch_size, rule.seq_length)
     scorer = Scorer(model, args.batch_size, tokenizer.vocab_size, serving)
     if documents is not None:
-        results, lines = _of_documents(scorer, documents, rule, tokenizer, drops)
+        results, lines = _of_documents(scorer, documents, rule, tokenizer, decisions.drops)
         text = "\n".join(
             [f"{args.data_path or args.text_file}, windows of {rule.seq_length} tokens, stride {rule.stride}", *lines]
         )
@@ -109,19 +97,17 @@ def evaluate(args: argparse.Namespace) -> None:
             scorer, tokenizer, rule, _names(args), args.include_path, args.num_fewshot, args.limit
         )
         text, results = (found.table, found.record) if found is not None else ("", {})
-        if drops is not None:
-            shares = drops.shares()
-            text, results = f"{text}\n{shares}", {**results, "drops": shares.record()}
-    if low_precision is not None:
-        text += "\n" + low_precision.summary()
+        if decisions.drops is not None:
+            results = {**results, "drops": decisions.drops.shares().record()}
+    told = decisions.told()
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        print(text, *told, sep="\n", flush=True)
         if results.get("truncated"):
             print(
                 f"{results['truncated']} requests were longer than the model's context and lost their left end",
                 file=sys.stderr,
             )
-    tell_copies(args, copies)
+    decisions.save(args)
     run_on_rank_zero(lambda: _write(args, loaded, rule, results, time.monotonic() - started))
 
 
@@ -136,7 +122,7 @@ def _of_documents(
     results, before = found.record(), without.record()
     lines = [f"{_label(name):22} {_text(value):>14} {_text(before[name]):>14}" for name, value in results.items()]
     head = f"{'':22} {'with drops':>14} {'without':>14}"
-    return {**results, "drops": shares.record(), "without_drops": before}, [head, *lines, str(shares)]
+    return {**results, "drops": shares.record(), "without_drops": before}, [head, *lines]
 
 
 def _label(name: str) -> str:

@@ -16,27 +16,13 @@ import torch.distributed as dist
 
 from scmoe_ds.data.reader import read_document
 from scmoe_ds.data.tokenizer import Tokenizer
-from scmoe_ds.errors import (
-    ArgumentError,
-    DataError,
-    GenerationError,
-)
+from scmoe_ds.errors import ArgumentError, DataError, GenerationError
 from scmoe_ds.inference.generate import Completion, GenerationTimes, Request, TextGenerator
 from scmoe_ds.inference.model import calibrators
 from scmoe_ds.inference.sampling import Sampling
-from scmoe_ds.offload.store import StoreCounts
-from scmoe_ds.programs.flags.checks import check_ranges, check_text
+from scmoe_ds.programs.flags.checks import check_text
 from scmoe_ds.programs.flags.generate import build_parser
-from scmoe_ds.programs.load import (
-    check_dropping_flags,
-    check_experts_flags,
-    check_low_precision_flags,
-    copies_of,
-    dropping_of,
-    load,
-    low_precision_of,
-    tell_copies,
-)
+from scmoe_ds.programs.load import check_flags, load
 from scmoe_ds.programs.run import run_program
 
 
@@ -53,10 +39,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
         SystemExit: argparse's own findings, and --help.
     """
     args = build_parser().parse_args(argv)
-    check_ranges(args)
-    check_experts_flags(args)
-    check_low_precision_flags(args)
-    check_dropping_flags(args)
+    check_flags(args)
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     except ValueError as error:
@@ -84,9 +67,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], Sa
 
 def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -> None:
     """One job in a process group that exists."""
-    loaded = load(args)
-    drops, low_precision = dropping_of(args, loaded), low_precision_of(args, loaded)
-    copies = copies_of(args, loaded)
+    loaded, decisions = load(args)
     tokenizer = loaded.tokenizer
     request = Request(args.max_new_tokens, sampling, (tokenizer.eod,), tuple(args.stop), tokenizer.vocab_size)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
@@ -107,14 +88,11 @@ def generate(args: argparse.Namespace, prompts: list[str], sampling: Sampling) -
     if args.interactive:
         _talk(generator, tokenizer, request)
     generator.passes.trace.close()
-    used = [] if low_precision is None else [low_precision.summary()]
-    used += [] if drops is None else [str(drops.shares())]
+    told = decisions.told()
     if dist.get_rank() == 0:
         chosen = [line for each in serving.values() for line in each.summary()]
-        print(*chosen, *used, _speed(generator.times), sep="\n", file=sys.stderr)
-        if loaded.store is not None:
-            print(_migrations(loaded.store.counts), file=sys.stderr)
-    tell_copies(args, copies)
+        print(*chosen, _speed(generator.times), *told, sep="\n", file=sys.stderr)
+    decisions.save(args)
 
 
 def _talk(generator: TextGenerator, tokenizer: Tokenizer, request: Request) -> None:
@@ -171,13 +149,6 @@ def _speed(times: GenerationTimes) -> str:
     return (
         f"{prefill} · decode {times.decode_tokens} tokens in {times.decode_s:.2f} s, "
         f"{times.decode_tokens / times.decode_s:.1f} tokens per second, {step:.1f} ms per step"
-    )
-
-
-def _migrations(counts: StoreCounts) -> str:
-    return (
-        f"experts: {counts.used} computed, {counts.migrations} migrated ({counts.migrated_bytes / 1e9:.2f} GB), "
-        f"{counts.hits} found on the device, {counts.waited_s:.2f} s waited for"
     )
 
 

@@ -1,8 +1,9 @@
-"""scmoe evaluate and generate with experts in low precision, in one process and on two ranks."""
+"""scmoe evaluate and generate with experts offloaded or in low precision, in one process and on two ranks."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,12 @@ def evaluate(export: str, directory: Path, *flags: str) -> float:
     return float(json.loads(out.read_text())["results"]["loss"])
 
 
-def test_loss_in_low_precision(export: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loss_of_experts_offloaded_and_in_low_precision(
+    export: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     usual = evaluate(export, tmp_path)
+    offloaded = evaluate(export, tmp_path, "--experts", "offload-async", "--expert-cache", "2")
+    assert offloaded == usual and re.search(r"^experts: 8 computed, [5-8] migrated", capsys.readouterr().out, re.M)
     few = evaluate(export, tmp_path, "--low-precision", "all")
     assert "low precision (int8): in so many of 2 layer passes of each rank: none" in capsys.readouterr().out
     low = evaluate(export, tmp_path, "--low-precision", "all", "--low-precision-min-tokens", "0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scmoe_ds.programs.flags.model import add_copies, add_dropping, add_low_precision, add_model
+from scmoe_ds.programs.flags.model import add_trained_model
 from scmoe_ds.programs.flags.parser import FlagParser
 
 
@@ -17,10 +17,7 @@ def build_parser() -> FlagParser:
         often="--load --data-path --split --text-file --tasks --num-fewshot --limit --seq-length --stride --batch-size "
         "--output --dtype --drop-rate --moe-expert-parallel-size".split(),
     )
-    add_model(parser)
-    add_low_precision(parser)
-    add_dropping(parser)
-    add_copies(parser)
+    add_trained_model(parser)
     group = parser.add_argument_group("what to evaluate on")
     what = group.add_mutually_exclusive_group(required=True)
     what.add_argument("--data-path", help="prefix of a .bin and .idx of scmoe preprocess")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scmoe_ds.programs.flags.model import add_copies, add_dropping, add_experts, add_low_precision, add_model
+from scmoe_ds.programs.flags.model import add_trained_model
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.flags.trace import add_trace
 
@@ -16,11 +16,7 @@ def build_parser() -> FlagParser:
         often="--load --prompt --prompt-file --interactive --max-new-tokens --temperature --top-k --top-p --stop "
         "--seed --batch-size --dtype --experts --drop-rate --moe-expert-parallel-size".split(),
     )
-    add_model(parser)
-    add_experts(parser)
-    add_low_precision(parser)
-    add_dropping(parser)
-    add_copies(parser)
+    add_trained_model(parser)
     group = parser.add_argument_group("text")
     group.add_argument("--prompt", action="append", default=[], help="text to go on from; may be given several times")
     group.add_argument("--prompt-file", help="a text file with one prompt a line")

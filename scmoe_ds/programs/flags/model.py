@@ -9,7 +9,13 @@ from scmoe_ds.programs.flags.tokenizer import add_tokenizer
 DTYPES = ("bf16", "fp16", "fp32")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_trained_model(parser: argparse.ArgumentParser) -> None:
+    """Flags that name a trained model, and say what is decided about its routed experts."""
+    for add in (_add_model, _add_experts, _add_low_precision, _add_dropping, _add_copies):
+        add(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     """Flags that name a trained model, its tokenizer and its layout."""
     group = parser.add_argument_group("model and tokenizer")
     group.add_argument(
@@ -31,7 +37,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
 
 
-def add_copies(parser: argparse.ArgumentParser) -> None:
+def _add_copies(parser: argparse.ArgumentParser) -> None:
     """Flags that copy hot experts to other ranks."""
     group = parser.add_argument_group("hot experts", "copies of them take rows from the rank that would have too many")
     group.add_argument(
@@ -47,7 +53,7 @@ def add_copies(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save-expert-loads", help="a file for the rows that each expert got in this run")
 
 
-def add_experts(parser: argparse.ArgumentParser) -> None:
+def _add_experts(parser: argparse.ArgumentParser) -> None:
     """Flags that keep routed experts out of the device's memory."""
     group = parser.add_argument_group("experts", "where the routed experts live")
     group.add_argument(
@@ -72,7 +78,7 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_low_precision(parser: argparse.ArgumentParser) -> None:
+def _add_low_precision(parser: argparse.ArgumentParser) -> None:
     """Flags by which overloaded ranks compute their routed experts in low precision."""
     group = parser.add_argument_group("low precision", "of routed experts: int8 on CPUs and A800s, fp8 on H100s")
     group.add_argument(
@@ -101,7 +107,7 @@ def add_low_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dropping(parser: argparse.ArgumentParser) -> None:
+def _add_dropping(parser: argparse.ArgumentParser) -> None:
     """Flags by which routed experts that hardly matter are left out."""
     group = parser.add_argument_group(
         "sparsity", "leave out routed experts that hardly matter for a token; scmoe sparsify writes the thresholds"
