@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.harness.measure import environment
-from benchmarks.harness.skewed_gates import Loads, count_loads, over_ranks, skew_gates
+from benchmarks.harness.skewed_gates import Loads, count_loads, first_expert, over_ranks, skew_gates
 from benchmarks.quality.crew import ROOT
 from benchmarks.quality.low_precision_page import markdown
 from benchmarks.quality.run import held_out_rows
@@ -140,7 +140,7 @@ def evaluated(subject: Subject) -> list[dict[str, Any]]:
             for weight, value in zip(gates, before, strict=True):
                 weight.copy_(value)
         if skew is not None:
-            skew_gates(model, subject.groups[0], skew)
+            skew_gates(model.scheduled_pairs(), subject.groups[0], first_expert(skew, len(gates[0])))
         rows = []
         for name, settings in row_settings(subject.score).items():
             attached = None if settings is None else use_low_precision(model, settings)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.harness.parts import CPU, KINDS, parts_of
-from benchmarks.harness.skewed_gate import skew_gate, skewed_shares
+from benchmarks.harness.skewed_gates import even_but_first, skew_gates
 from benchmarks.harness.variants import AGAIN
 from benchmarks.serving.inference import WARM_UP, Served, Server, shape_of
 from scmoe_ds.inference.copies import copy_experts, measured_costs
@@ -81,9 +81,8 @@ class Copied:
 
     def skew(self, skew: float) -> None:
         """Sets all gates."""
-        shares = skewed_shares(skew, self._layers[0].num_experts)
-        tokens = [skew_gate(run, self.server.step, shares) for run in self.server.model.runs]
-        self.tokens_TD = tokens[0]
+        shares = even_but_first(skew, self._layers[0].num_experts)
+        self.tokens_TD = skew_gates(self.server.model.scheduled_pairs(), self.server.step, shares)[0]
 
     def costs(self) -> Costs:
         """As `copy_experts` measures them."""

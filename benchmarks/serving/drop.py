@@ -29,7 +29,7 @@ from benchmarks.harness.link import find_rate
 from benchmarks.harness.measure import EVICTED_BYTES, cold
 from benchmarks.harness.on_nodes import on_nodes, parse, write
 from benchmarks.harness.parts import CPU, RecordedPair, parts_of, record_steps
-from benchmarks.harness.skew import give_skew
+from benchmarks.harness.skewed_gates import first_expert, skew_gates
 from benchmarks.harness.variants import Shape, Variant, baseline, build
 from benchmarks.serving.drop_page import AGAIN, KNOWN, LOAD_AWARE, NONE, ONE, TWO, figure, markdown
 from scmoe_ds.comm.transport import METHODS
@@ -66,6 +66,8 @@ ROWS: dict[str, tuple[Method, bool] | None] = {
     KNOWN: ("1t", True),
 }
 STEPS_TO_SCHEDULE, WARM_UP = 8, 2
+TRAINED = 2.6
+"""Times a new gate's weights: its logits then differ by 1.5 (standard deviation), as a trained gate's about do."""
 
 
 class Listener:
@@ -164,7 +166,9 @@ class Bench:
     def _pair(self) -> Any:
         pair: Any = build(self._variant, self.shape, 0.0, self._method)
         pair.eval().requires_grad_(False)
-        give_skew(pair, self._skew, self.hidden)
+        pair.layer.deepspeed_moe.gate.wg.weight.mul_(TRAINED)
+        if self._skew > 1:
+            skew_gates([pair], partial(pair, self.hidden), first_expert(self._skew, self.shape.num_experts))
         return pair
 
     def _calibrated(self) -> Sparsity:

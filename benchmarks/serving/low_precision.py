@@ -29,6 +29,7 @@ from benchmarks.harness.link import find_rate
 from benchmarks.harness.measure import EVICTED_BYTES, cold
 from benchmarks.harness.on_nodes import on_nodes, parse, write
 from benchmarks.harness.parts import CPU, RecordedPair, parts_of, record_steps
+from benchmarks.harness.skewed_gates import first_expert, skew_gates
 from benchmarks.harness.variants import Shape, Variant, baseline, build
 from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.config.overlap_section import OverlapConfig
@@ -46,7 +47,6 @@ BACKBONE = ("attention", "MLP", "shared expert")
 OFF, AGAIN, HOT, ALL = "off", "off again (A/A)", "ReaLB", "low precision everywhere"
 FREE, NO_LINK = "ReaLB, converted and decided beforehand", "ReaLB, no communication"
 WARM_UP = 2
-SEARCHES, HIGHEST = 12, 16.0
 
 
 class Prepared(LowPrecisionContainer):
@@ -146,29 +146,8 @@ def _pair(skew: float, hidden: Tensor, dtype: torch.dtype, method: str, communic
     assert isinstance(pair, StagedPair)
     pair.eval().requires_grad_(False)
     if skew > 1:
-        _give_skew(pair, skew, hidden.float())
+        skew_gates([pair], partial(pair, hidden.float()), first_expert(skew, SHAPE.num_experts))
     return pair.to(dtype)
-
-
-def _give_skew(pair: StagedPair, skew: float, hidden: Tensor) -> None:
-    """Shifts the gate's input by a constant, and searches how much expert 0 must like it. Collective."""
-    gate, norm = pair.layer.deepspeed_moe.gate.wg, pair.shortcut_norm
-    direction = torch.ones(gate.in_features) / gate.in_features**0.5
-    norm.bias.add_(direction)
-    entering: list[Tensor] = []
-    hook = norm.register_forward_hook(lambda module, inputs, output: entering.append(output))
-    with torch.no_grad():
-        pair(hidden)
-    hook.remove()
-    tokens_TD = entering[0].reshape(-1, gate.in_features)
-    logits_TE, liked_T, (low, high) = gate(tokens_TD), tokens_TD @ direction, (0.0, HIGHEST)
-    for _ in range(SEARCHES):
-        middle = (low + high) / 2
-        shifted_TE = logits_TE.clone()
-        shifted_TE[:, 0] += middle * liked_T
-        counts_E = _over_world(shifted_TE.argmax(1).bincount(minlength=SHAPE.num_experts))
-        low, high = (low, middle) if float(counts_E[0] / counts_E.mean()) > skew else (middle, high)
-    gate.weight[0] += high * direction
 
 
 def _over_world(counts_E: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from benchmarks.harness import tables
 from benchmarks.harness.link import find_rate
 from benchmarks.harness.on_nodes import on_nodes, parse, write
 from benchmarks.harness.parts import record_steps
-from benchmarks.harness.skewed_gates import count_loads, over_ranks, skew_gates
+from benchmarks.harness.skewed_gates import count_loads, first_expert, over_ranks, skew_gates
 from benchmarks.harness.variants import Shape, baseline
 from benchmarks.speed.block import Bench
 from scmoe_ds.comm.transport import METHODS, Transport
@@ -74,7 +74,6 @@ class Server:
         self.model = VisionLanguageGPT(SETTINGS, config).eval().requires_grad_(False)
         initialize_parameters(self.model, 1, SETTINGS.init_method_std, SETTINGS.num_layers)
         for pair in self.model.scheduled_pairs():
-            pair.shortcut_norm.bias.fill_(SETTINGS.hidden_size**-0.5)  # type: ignore[union-attr]  # a ScMoE of GPT-2 has it
             pair.layer.set_deepspeed_parallelism()
             pair.layer.transport = Transport(pair.layer.transport.group, method)
         questions = DigitQuestions(SHAPE.sequences, SETTINGS.patches, seed=1 + dist.get_rank(), images=IMAGES)
@@ -86,7 +85,7 @@ class Server:
         self._plain = Passes(self.model, {}, None, "")
         self._timed = Passes(self.model, {"prefill": self.calibrator}, None, "")
         if skew > 1:
-            skew_gates(self.model, self.step, skew)
+            skew_gates(self.model.scheduled_pairs(), self.step, first_expert(skew, SHAPE.num_experts))
         attached = None if low_precision is None else use_low_precision(self.model, low_precision)
         self.used = [] if attached is None else attached.layers
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.harness.skew import give_skew
+from benchmarks.harness.skewed_gates import Shares, even_but_first, first_expert, first_rank, skew_gates
 from benchmarks.harness.variants import Shape, build
 from benchmarks.serving.drop import LAYERS, ROWS, Listener
 from benchmarks.serving.drop_page import LOAD_AWARE, NONE, ONE, TWO, figure, markdown
@@ -49,14 +50,23 @@ def test_page_and_figure() -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_gate_gets_the_skew_that_is_wanted(layer: str) -> None:
+def test_a_gate_gets_the_loads_that_are_wanted(layer: str) -> None:
     connect()
     hidden = torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(1))
     pair: Any = build(LAYERS[layer], Shape("small", 16, 2, 4, 64, 16, 2.0), 0.0)
     pair.eval().requires_grad_(False)
-    give_skew(pair, 3.0, hidden)
+
+    def loads(shares: Shares) -> Any:
+        """Over the mean."""
+        skew_gates([pair], partial(pair, hidden), shares)
+        with torch.no_grad():
+            counts = pair(hidden).exp_counts.double()
+        return counts / counts.mean()
+
+    assert float(loads(first_expert(3.0, 16))[0]) == pytest.approx(3.0, abs=0.1)
+    assert loads(even_but_first(4.0, 16)).tolist() == pytest.approx([4.0] + [0.8] * 15, abs=0.15)
+    assert loads(first_rank(1.8, 16, 2)).tolist() == pytest.approx([1.8] * 8 + [0.2] * 8, abs=0.15)
     pair.layer.routing_rule = listener = Listener()
     with torch.no_grad():
-        counts = pair(hidden).exp_counts.double()
-    assert float(counts[0] / counts.mean()) == pytest.approx(3.0, abs=0.1)
+        pair(hidden)
     assert len(listener.heard) == 256 * pair.layer.top_k

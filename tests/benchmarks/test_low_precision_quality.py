@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.harness.skewed_gates import count_loads, over_ranks, skew_gates
+from benchmarks.harness.skewed_gates import count_loads, first_expert, over_ranks, skew_gates
 from benchmarks.quality.low_precision import COARSE, FourBits, row_settings
 from benchmarks.quality.low_precision_page import markdown
 from scmoe_ds.engine import connect
@@ -31,17 +31,22 @@ def model() -> VisionLanguageGPT:
 @pytest.mark.parametrize("skew", [1.8, 3.2])
 def test_every_gate_gets_the_skew(model: VisionLanguageGPT, skew: float) -> None:
     run = partial(model, TEXT)
-    skew_gates(model, run, skew)
+    pairs = model.scheduled_pairs()
+    skew_gates(pairs, run, first_expert(skew, pairs[0].layer.num_experts))
     for loads in count_loads(model, run, LowPrecision()):
         assert float(loads.rows_2E[0, 0] / loads.rows_2E[0].mean()) == pytest.approx(skew, rel=0.01)
         assert not loads.rows_2E[1].any() and int(loads.rows_2E[0].sum()) == TEXT.numel()
 
 
-def test_a_norm_without_bias_is_refused() -> None:
-    connect()
-    model = built().eval().requires_grad_(False)
-    with pytest.raises(ValueError, match="give the norm before it a bias"):
-        skew_gates(model, partial(model, TEXT), 1.8)
+def test_a_gate_without_a_norm_with_bias_is_refused(model: VisionLanguageGPT) -> None:
+    pair, run = model.scheduled_pairs()[0], partial(model, TEXT)
+    usual, pair.shortcut_norm = pair.shortcut_norm, torch.nn.RMSNorm(pair.shortcut_norm.bias.numel())
+    with pytest.raises(ValueError, match="take a norm with a bias"):
+        skew_gates([pair], run, first_expert(1.8, 4))
+    pair.shortcut_norm = torch.nn.Sequential(torch.nn.LayerNorm(usual.bias.numel()), torch.nn.Tanh())
+    pair.shortcut_norm.bias, pair.shortcut_norm.weight = usual.bias, usual.weight
+    with pytest.raises(ValueError, match="straight from the norm"):
+        skew_gates([pair], run, first_expert(1.8, 4))
 
 
 def test_rows_are_counted_by_kind(model: VisionLanguageGPT) -> None:
