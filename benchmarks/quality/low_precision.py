@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from benchmarks.harness.measure import environment
 from benchmarks.harness.skewed_gates import Loads, count_loads, first_expert, over_ranks, skew_gates
@@ -42,7 +41,7 @@ from scmoe_ds.inference.low_precision import use_low_precision
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.vision_language import VisionLanguageGPT
 from scmoe_ds.moe.decisions.low_precision import LowPrecision
-from scmoe_ds.moe.decisions.low_precision_formats import LEAST_SCALE, Int8, Scaled
+from scmoe_ds.moe.decisions.low_precision_formats import Int8
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.parallel.groups import Layout
 
@@ -60,10 +59,7 @@ Group = Callable[[], tuple[float, float | None]]
 class FourBits(Int8):
     """Values of 4 bits, computed as int8."""
 
-    def scaled(self, matrix_RI: Tensor) -> Scaled:
-        """See `Format`."""
-        scale_R1 = matrix_RI.abs().amax(1, keepdim=True).float().div_(7).clamp_(min=LEAST_SCALE)
-        return Scaled((matrix_RI / scale_R1).round_().to(torch.int8), scale_R1)
+    largest = 7.0
 
 
 def row_settings(score: float | None) -> dict[str, LowPrecision | None]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.moe.decisions.halves import HalvedExperts
-from scmoe_ds.moe.decisions.low_precision import LowPrecision, LowPrecisionContainer, LowPrecisionExperts, of_grouped
+from scmoe_ds.moe.decisions.low_precision import LowPrecision, LowPrecisionContainer, LowPrecisionExperts
+from scmoe_ds.moe.decisions.low_precision_expert import of_grouped
 from scmoe_ds.moe.decisions.low_precision_formats import FORMATS, Format, formats_of
 from scmoe_ds.moe.experts import OwnExperts, is_plain
 from scmoe_ds.moe.grouped import GroupedRows

@@ -58,15 +58,17 @@ def logits(model: GPT, tokens: Tensor = TOKENS) -> Tensor:
 
 
 def on_gpu(export: Path, capability: tuple[int, int], low: bool) -> tuple[Any, Tensor, str | None]:
-    """The device after a pass, its logits, and the format."""
+    """The device after two passes, their logits, and the format."""
     with simulated_gpu(capability) as gpu:
         model = serve(export, CUDA)
         attached = use_low_precision(model, ALL) if low else None
         with torch.inference_mode():
             found = logits(model, gpu.move(TOKENS))
             found = found.cpu()
+            again = logits(model, gpu.move(TOKENS)).cpu()  # in low precision with the scales of the first pass
+        assert torch.equal(again, found)
         if attached is not None:
-            assert all(each.counts.hot == each.counts.passes == 1 for each in attached.layers)
+            assert all(each.counts.hot == each.counts.passes == 2 for each in attached.layers)
         return gpu, found, attached and attached.format
 
 

@@ -4,7 +4,7 @@ Every rank tells the others four numbers beside its row counts. From them each r
 hot in this layer and pass. A hot rank converts the weights of its experts as soon as it knows, and forgets them after
 use: the weights stay as they are. With a shortcut, the decision and the conversion lie inside the window.
 
-Shape suffixes: T tokens, D hidden, F feed-forward, K choices of a token, L local experts, P ranks of the exchange, R
+Shape suffixes: T tokens, D hidden, K choices of a token, L local experts, P ranks of the exchange, R
 expert-parallel ranks, S rows received, X numbers of a notice.
 """
 
@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 
 from scmoe_ds.comm.side_stream import side_stream
 from scmoe_ds.moe.decisions.dropping import criterion
+from scmoe_ds.moe.decisions.low_precision_expert import Expert, of_two_projections
 from scmoe_ds.moe.decisions.low_precision_formats import Format, Scaled
 from scmoe_ds.moe.experts import OwnExperts, TwoProjections, run_experts
 from scmoe_ds.moe.gate import Routing
@@ -73,49 +73,6 @@ class LowPrecision:
         if self.score is None:
             return None if routing.tolerant_T is None else routing.tolerant_T.unsqueeze(0)
         return criterion(routing) < self.score
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer: weight [O, I], bias [O] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Expert:
-    """output(activate(*inputs)), where each input projection reads the expert's rows.
-
-    Attributes:
-        activate: [S, ·] of each input projection → [S, F], element by element.
-    """
-
-    inputs: Sequence[Projection]
-    activate: Callable[..., Tensor]
-    output: Projection
-
-    @property
-    def projections(self) -> list[Projection]:
-        """The input projections, then the output one."""
-        return [*self.inputs, self.output]
-
-    def compute(self, rows_SD: Tensor) -> Tensor:
-        """As the weights are: for so few rows that low precision would gain nothing."""
-        inner = [F.linear(rows_SD, each.weight, each.bias) for each in self.inputs]
-        return F.linear(self.activate(*inner), self.output.weight, self.output.bias)
-
-    def convert(self, format: Format) -> list[Scaled]:
-        """The weights of `projections`."""
-        return [format.scaled(each.weight) for each in self.projections]
-
-    def compute_in(self, format: Format, weights: Sequence[Scaled], rows_SD: Tensor) -> Tensor:
-        """With the weights of `convert`; in the dtype of the rows."""
-        rows = format.scaled(rows_SD)
-        of_inputs = zip(weights[:-1], self.inputs, strict=True)
-        inner = [format.product(rows, weight, each.bias) for weight, each in of_inputs]
-        activated = format.scaled(self.activate(*inner))
-        return format.product(activated, weights[-1], self.output.bias).to(rows_SD.dtype)
 
 
 @dataclass
@@ -180,6 +137,9 @@ class LowPrecisionExperts(OwnExperts):
         """Decides whether this rank is hot. No rank is where gradients are computed: the products have none."""
         tokens, rows, own, tolerant = told_PX.sum(0).tolist()
         self._forget()
+        if torch.is_grad_enabled():
+            for expert in self.experts:
+                expert.forget_scales()  # the weights may be about to change
         self.hot = not torch.is_grad_enabled() and self._decide(tokens, rows, own, tolerant)
         self.counts.passes += 1
         self.counts.hot += self.hot
@@ -208,8 +168,8 @@ class LowPrecisionExperts(OwnExperts):
             self._done.record()
 
     def _convert(self, experts: Sequence[int]) -> None:
-        for expert in experts:
-            self._converted[expert] = self.experts[expert].convert(self.format)
+        for number in experts:
+            self._converted[number] = self.experts[number].convert(self.format)
 
     def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         """[S, D] → [S, D]: each local expert on its own rows."""
@@ -255,30 +215,10 @@ class LowPrecisionContainer(nn.Module, LowPrecisionExperts):
 
     def __init__(self, container: Experts, slices: TokenSlices, settings: LowPrecision, format: Format) -> None:
         nn.Module.__init__(self)
-        members = [_of_two_projections(cast(TwoProjections, each)) for each in container.deepspeed_experts]
+        members = [of_two_projections(cast(TwoProjections, each)) for each in container.deepspeed_experts]
 
         def usual(rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
             return run_experts(container, rows_SD, rows_per_expert)
 
         LowPrecisionExperts.__init__(self, members, usual, slices, settings, format)
         self.deepspeed_experts = container.deepspeed_experts
-
-
-def of_grouped(grouped: Any) -> list[Expert]:
-    """AutoEP's `GroupedExperts`, whose weights of all experts lie in one tensor for each projection."""
-    from deepspeed.moe.ep_experts import apply_expert_activation
-
-    def activate(gate_SF: Tensor, up_SF: Tensor) -> Tensor:
-        name, alpha, limit = grouped.activation, grouped.activation_alpha, grouped.activation_limit
-        return cast(Tensor, apply_expert_activation(gate_SF, up_SF, name, alpha, limit, fused=gate_SF.is_cuda))
-
-    weights = zip(grouped.w1, grouped.w3, grouped.w2, strict=True)
-    return [
-        Expert((Projection(gate, None), Projection(up, None)), activate, Projection(down, None))
-        for gate, up, down in weights
-    ]
-
-
-def _of_two_projections(expert: TwoProjections) -> Expert:
-    inner, output = (Projection(each.weight, each.bias) for each in (expert.input, expert.output))
-    return Expert((inner,), expert.activate, output)

@@ -26,6 +26,9 @@ from scmoe_ds.compat import fp8_product, int8_product
 INT8_MAX, E4M3_MAX = 127.0, 448.0
 LEAST_SCALE = 1e-20
 """Of a row of zeros, which stays one."""
+AT_ONCE = 1 << 19
+"""On a CPU: so many numbers stay in its second-level cache from one pass over them to the next. What the passes leave
+behind fits into memory that the process already has: for a whole weight the kernel would clear new pages each time."""
 
 
 class Scaled(NamedTuple):
@@ -50,16 +53,50 @@ class Format:
 
     Attributes:
         name: "int8" or "fp8".
+        dtype: of the values.
+        largest: value that it has.
         multiple: of which the sizes of a weight must be on a GPU.
         least_rows: fewer rows cannot be multiplied on a GPU.
     """
 
     name: str
+    dtype: torch.dtype
+    largest: float
     multiple: int
     least_rows: int
 
-    def scaled(self, matrix_RI: Tensor) -> Scaled:
-        """A matrix of any floating dtype, rounded to nearest."""
+    def scaled(self, matrix_RI: Tensor, scale_R1: Tensor | None = None) -> Scaled:
+        """A matrix of any floating dtype, rounded to nearest.
+
+        Args:
+            scale_R1: that an earlier call has found for this matrix; it saves reading the matrix a second time.
+        """
+        if not matrix_RI.is_cuda:
+            rows = max(1, AT_ONCE // max(1, matrix_RI.shape[1]))
+            if len(matrix_RI) > rows:
+                return self._scaled_in_blocks(matrix_RI, scale_R1, rows)
+            matrix_RI = matrix_RI.float()  # a CPU reads bf16 slowly, and here it would several times
+        scale_R1 = self.scale(matrix_RI) if scale_R1 is None else scale_R1
+        return Scaled(self._rounded(matrix_RI, scale_R1).to(self.dtype), scale_R1)
+
+    def _scaled_in_blocks(self, matrix_RI: Tensor, known_R1: Tensor | None, rows: int) -> Scaled:
+        values_RI = torch.empty(matrix_RI.shape, dtype=self.dtype)
+        scale_R1 = torch.empty(len(matrix_RI), 1) if known_R1 is None else known_R1
+        blocks = zip(*(each.split(rows) for each in (matrix_RI, scale_R1, values_RI)), strict=True)
+        for matrix, scale, values in blocks:
+            matrix = matrix.float()
+            if known_R1 is None:
+                scale.copy_(self.scale(matrix))
+            values.copy_(self._rounded(matrix, scale))
+        return Scaled(values_RI, scale_R1)
+
+    def scale(self, matrix_RI: Tensor) -> Tensor:
+        """[R, 1] fp32 of each row: its largest magnitude over that of the format."""
+        most_R1 = torch.maximum(matrix_RI.amax(1, keepdim=True), matrix_RI.amin(1, keepdim=True).neg_())
+        return most_R1.float().div_(self.largest).clamp_(min=LEAST_SCALE)
+
+    def _rounded(self, matrix_RI: Tensor, scale_R1: Tensor) -> Tensor:
+        """What `dtype` is made of without an error, or rounds by itself; a tensor of its own."""
         raise NotImplementedError
 
     def product(self, rows: Scaled, weight: Scaled, bias_O: Tensor | None) -> Tensor:
@@ -70,14 +107,11 @@ class Format:
 class Int8(Format):
     """int8 in [-127, 127], as A100s, A800s and CPUs have it."""
 
-    name, multiple, least_rows = "int8", 8, 17
+    name, dtype, largest = "int8", torch.int8, INT8_MAX
+    multiple, least_rows = 8, 17
 
-    def scaled(self, matrix_RI: Tensor) -> Scaled:
-        """See `Format`."""
-        if not matrix_RI.is_cuda:
-            matrix_RI = matrix_RI.float()  # a CPU reads bf16 slowly, and here it would twice
-        scale_R1 = matrix_RI.abs().amax(1, keepdim=True).float().div_(INT8_MAX).clamp_(min=LEAST_SCALE)
-        return Scaled((matrix_RI / scale_R1).round_().to(torch.int8), scale_R1)
+    def _rounded(self, matrix_RI: Tensor, scale_R1: Tensor) -> Tensor:
+        return (matrix_RI / scale_R1).round_()
 
     def product(self, rows: Scaled, weight: Scaled, bias_O: Tensor | None) -> Tensor:
         """See `Format`."""
@@ -93,14 +127,12 @@ class Int8(Format):
 class FP8(Format):
     """e4m3, as H100s and later GPUs have it."""
 
-    name, multiple, least_rows = "fp8", 16, 1
+    name, dtype, largest = "fp8", torch.float8_e4m3fn, E4M3_MAX
+    multiple, least_rows = 16, 1
 
-    def scaled(self, matrix_RI: Tensor) -> Scaled:
-        """See `Format`."""
-        scale_R1 = matrix_RI.abs().amax(1, keepdim=True).float().div_(E4M3_MAX).clamp_(min=LEAST_SCALE)
+    def _rounded(self, matrix_RI: Tensor, scale_R1: Tensor) -> Tensor:
         # The quotient of the largest value may round above what e4m3 has, which would become NaN.
-        values = (matrix_RI / scale_R1).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        return Scaled(values, scale_R1)
+        return (matrix_RI / scale_R1).clamp_(-E4M3_MAX, E4M3_MAX)
 
     def product(self, rows: Scaled, weight: Scaled, bias_O: Tensor | None) -> Tensor:
         """See `Format`."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference import low_precision as attaching
 from scmoe_ds.inference.low_precision import choose_format, use_low_precision
 from scmoe_ds.models.layers import MLP
-from scmoe_ds.moe.decisions.low_precision import Expert, LowPrecision, Projection, of_grouped
-from scmoe_ds.moe.decisions.low_precision_formats import E4M3_MAX, FORMATS, INT8_MAX
+from scmoe_ds.moe.decisions import low_precision_formats
+from scmoe_ds.moe.decisions.low_precision import LowPrecision
+from scmoe_ds.moe.decisions.low_precision_expert import Expert, Projection, of_grouped, of_two_projections
+from scmoe_ds.moe.decisions.low_precision_formats import E4M3_MAX, FORMATS, INT8_MAX, Format, Int8
 from scmoe_ds.moe.layer import StagedMoE
 from tests.helpers.settings import GPT2, LLAMA
 
@@ -40,6 +42,19 @@ def test_an_int8_product_errs_by_the_rounding_of_its_factors(dtype: torch.dtype)
     bound += 40 * half_rows.unsqueeze(1) * half_weight
     assert ((found - exact).abs() <= bound * (1 + 1e-4) + 1e-5).all()
     assert torch.equal(found[3], bias.double())
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_a_matrix_and_kept_scales_give_the_same_bits(format: Format, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    matrix = torch.randn(21, 16).to(dtype)
+    whole = format.scaled(matrix)
+    with mock.patch.object(low_precision_formats, "AT_ONCE", 4 * 16):  # five blocks and a row
+        found = [format.scaled(matrix), format.scaled(matrix, whole.scale_R1)]
+    for values, scale_R1 in [*found, format.scaled(matrix, whole.scale_R1)]:
+        assert torch.equal(values.float(), whole.values.float()) and torch.equal(scale_R1, whole.scale_R1)
+    assert torch.equal(whole.scale_R1, format.scale(matrix))
 
 
 def test_a_matrix_in_e4m3_errs_by_its_steps() -> None:
@@ -84,6 +99,55 @@ def check(expert: Expert, reference: Any, width: int) -> None:
     found = expert.compute_in(int8, expert.convert(int8), rows)
     assert found.dtype == rows.dtype
     assert 0 < float((found - exact).norm() / exact.norm()) < 0.03
+
+
+def test_scales_are_kept_until_the_weights_change() -> None:
+    torch.manual_seed(2)
+    mlp = MLP(GPT2).requires_grad_(False)
+    expert, int8 = of_two_projections(cast(Any, mlp)), FORMATS["int8"]
+
+    def finds_scales() -> bool:
+        """Whether a conversion does; it is right in any case."""
+        with mock.patch.object(Int8, "scale", autospec=True, side_effect=Int8.scale) as scale:
+            converted = expert.convert(int8)
+        for (values, scale_R1), right in zip(converted, of_two_projections(cast(Any, mlp)).convert(int8), strict=True):
+            assert torch.equal(values, right.values) and torch.equal(scale_R1, right.scale_R1)
+        return scale.call_count > 0
+
+    assert finds_scales() and not finds_scales()
+    mlp.output.weight.mul_(3)
+    assert finds_scales() and not finds_scales()
+    mlp.load_state_dict({name: 2 * value for name, value in mlp.state_dict().items()})
+    assert finds_scales() and not finds_scales()
+    mlp.input.weight.data = mlp.input.weight.flip(0)
+    assert finds_scales() and not finds_scales()
+
+
+def test_a_pass_with_gradients_forgets_the_scales() -> None:
+    """After it an optimizer may write into the weights where torch does not count it."""
+    connect()
+    torch.manual_seed(2)
+    hidden = torch.randn(2, 16, GPT2.hidden_size)
+
+    def made() -> StagedMoE:
+        layer = StagedMoE(GPT2.hidden_size, MLP(GPT2), 2, drop_tokens=False).eval()
+        layer.set_deepspeed_parallelism()
+        return layer
+
+    def output(layer: StagedMoE) -> Tensor:
+        with torch.no_grad():
+            return layer(hidden)[0]
+
+    layer, other = made(), made()
+    settings = LowPrecision("all", score=1.0, min_tokens=0)
+    use_low_precision(layer, settings)
+    before = output(layer)
+    layer(hidden)
+    for weight in layer.parameters():
+        weight.data.mul_(3)
+    other.load_state_dict(layer.state_dict())
+    use_low_precision(other, settings)
+    assert torch.equal(output(layer), output(other)) and not torch.equal(output(layer), before)
 
 
 def on_gpu(capability: tuple[int, int]) -> Any:
