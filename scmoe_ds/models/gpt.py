@@ -120,6 +120,7 @@ class GPT(nn.Module):
         used_token: Tensor | None = None,
         targets: Targets | None = None,
         inputs_embeds: Tensor | None = None,
+        **more: Tensor | None,
     ) -> GPTOutput:
         """
         Args:
@@ -132,8 +133,10 @@ class GPT(nn.Module):
             targets: what a teacher says of the same tokens; None: the text alone teaches.
             inputs_embeds: [B, S, D] in the place of the tokens' embeddings, before positions are added; as Hugging
                 Face's.
+            more: what `embedded` of a subclass takes, such as `images`.
         """
-        outputs = list(self._through_pairs(tokens, None, used_token, inputs_embeds))
+        hidden, used_token = self.embedded(tokens, used_token, inputs_embeds, **more)
+        outputs = list(self._through_pairs(hidden, None, used_token))
         hidden, counts = outputs[-1].hidden, tuple(output.exp_counts for output in outputs)
         moe_loss = torch.stack([output.l_aux for output in outputs]).sum()
         logits_BSV = self._own_logits(hidden)
@@ -155,19 +158,28 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         used_token: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        **more: Tensor | None,
     ) -> Tensor:
         """What `logits` reads of each token.
 
         Args:
             tokens: [B, S] int64.
             positions: [B, S] int64 place of each token in its sequence; None: from 0 in all of them.
-            used_token, inputs_embeds: as in `forward`.
+            used_token, inputs_embeds, more: as in `forward`.
 
         Returns:
             [B, S, D].
         """
-        (last,) = deque(self._through_pairs(tokens, positions, used_token, inputs_embeds), maxlen=1)
+        hidden, used_token = self.embedded(tokens, used_token, inputs_embeds, **more)
+        (last,) = deque(self._through_pairs(hidden, positions, used_token), maxlen=1)
         return last.hidden
+
+    def embedded(
+        self, tokens: Tensor, used_token: Tensor | None, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] embeddings, before positions are added, and [B, S] `used_token` of the MoE layers. A subclass that
+        reads more than text takes it here."""
+        return self.embedding(tokens) if inputs_embeds is None else inputs_embeds, used_token
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] of `hidden_states` → [..., V], the whole vocabulary on every rank."""
@@ -178,16 +190,11 @@ class GPT(nn.Module):
         return self._own_logits(self.hidden_states(tokens, used_token=used_token))
 
     def _through_pairs(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None,
-        used_token: Tensor | None,
-        inputs_embeds: Tensor | None,
+        self, hidden: Tensor, positions: Tensor | None, used_token: Tensor | None
     ) -> Iterator[PairOutput]:
-        hidden = self.embedding(tokens) if inputs_embeds is None else inputs_embeds
         if self.positions is not None:
             table = self.positions.weight
-            hidden = hidden + (table[: tokens.shape[1]] if positions is None else table[positions])
+            hidden = hidden + (table[: hidden.shape[1]] if positions is None else table[positions])
         hidden = F.dropout(hidden, self.settings.hidden_dropout, self.training)
         late: list[Step] = []  # of the pair before
         for pair in self.runs:

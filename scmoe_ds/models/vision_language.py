@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from scmoe_ds.config.section import ScMoEConfig
-from scmoe_ds.models.distillation import Targets
-from scmoe_ds.models.gpt import GPT, GPTOutput
+from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.vision_language_settings import VisionLanguageSettings
 from scmoe_ds.moe.gate import TOLERANT
 
 
 class VisionLanguageGPT(GPT):
-    """A GPT with a projection for patches; arguments and errors are GPT's."""
+    """A GPT with a projection for patches. Arguments and errors are GPT's; `forward` and `hidden_states` also take the
+    `images` of `embedded`."""
 
     settings: VisionLanguageSettings
 
@@ -31,17 +31,14 @@ class VisionLanguageGPT(GPT):
         super().__init__(settings, config, **more)
         self.patch_projection = nn.Linear(settings.patch_pixels, settings.hidden_size)
 
-    def forward(
+    def embedded(
         self,
         tokens: Tensor,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        used_token: Tensor | None = None,
-        targets: Targets | None = None,
-        inputs_embeds: Tensor | None = None,
+        used_token: Tensor | None,
+        inputs_embeds: Tensor | None,
         images: Tensor | None = None,
-    ) -> GPTOutput:
-        """As `GPT.forward`.
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `GPT.embedded`, with patches in the places of their tokens.
 
         Args:
             used_token: [B, S], 0 for padding; patch tokens are marked here.
@@ -50,34 +47,20 @@ class VisionLanguageGPT(GPT):
         Raises:
             ValueError: images that do not fit the settings, or (on a CPU) another number of patch tokens.
         """
-        inputs_embeds = self._embedded(tokens, images, inputs_embeds)
-        return super().forward(tokens, labels, loss_mask, self.kinds(tokens, used_token), targets, inputs_embeds)
-
-    def hidden_states(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        used_token: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        images: Tensor | None = None,
-    ) -> Tensor:
-        """As `GPT.hidden_states`; `used_token` and `images` as in `forward`."""
-        inputs_embeds = self._embedded(tokens, images, inputs_embeds)
-        return super().hidden_states(tokens, positions, self.kinds(tokens, used_token), inputs_embeds)
+        hidden_BSD, _ = super().embedded(tokens, used_token, inputs_embeds)
+        if images is not None:
+            hidden_BSD = self._with_patches(hidden_BSD, tokens == self.settings.patch_token, images)
+        return hidden_BSD, self.kinds(tokens, used_token)
 
     def kinds(self, tokens: Tensor, used_token: Tensor | None = None) -> Tensor:
         """[B, S] uint8 for `used_token` of the MoE layers: 0 for padding, 1 for text, TOLERANT for a patch."""
         kinds_BS = (tokens == self.settings.patch_token).to(torch.uint8) * (TOLERANT - 1) + 1
         return kinds_BS if used_token is None else kinds_BS * (used_token != 0)
 
-    def _embedded(self, tokens: Tensor, images: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        hidden_BSD: Tensor = self.embedding(tokens) if inputs_embeds is None else inputs_embeds
-        if images is None:
-            return hidden_BSD
+    def _with_patches(self, hidden_BSD: Tensor, places_BS: Tensor, images: Tensor) -> Tensor:
         settings = self.settings
         if images.shape[-3:] != settings.image_shape:
             raise ValueError(f"images of shape {tuple(images.shape)}: must end in {settings.image_shape}")
-        places_BS = tokens == settings.patch_token
         pixels = in_patches(images.reshape(-1, *settings.image_shape), settings.patch_size)
         if not places_BS.is_cuda and int(places_BS.sum()) != len(pixels):  # a GPU's host does not wait for a check
             raise ValueError(

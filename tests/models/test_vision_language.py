@@ -75,14 +75,10 @@ def test_patches_are_squares_row_by_row() -> None:
 
 def test_the_stream_has_projections_where_patches_are_and_embeddings_elsewhere() -> None:
     model = built()
-    model.runs = torch.nn.ModuleList()  # type: ignore[assignment]  # no block: the stream itself
-    seen: list[Tensor] = []
-    model._through_pairs = lambda tokens, positions, used, embeds: seen.append(embeds) or iter([])  # type: ignore[method-assign,func-returns-value]
-    with pytest.raises(ValueError, match="unpack"):
-        model.hidden_states(TOKENS, images=IMAGES)
+    hidden_BSD, _ = model.embedded(TOKENS, None, None, IMAGES)
     is_patch, patches = TOKENS == PATCH, model.patch_projection(in_patches(IMAGES, 4))
-    torch.testing.assert_close(seen[0][is_patch], patches)
-    torch.testing.assert_close(seen[0][~is_patch], model.embedding(TOKENS[~is_patch]))
+    torch.testing.assert_close(hidden_BSD[is_patch], patches)
+    torch.testing.assert_close(hidden_BSD[~is_patch], model.embedding(TOKENS[~is_patch]))
 
 
 @pytest.mark.parametrize("recompute", [None, "full", "selective"])
