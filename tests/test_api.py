@@ -16,6 +16,10 @@ import torch
 
 import scmoe_ds
 from scmoe_ds import errors
+from scmoe_ds.inference.copies import copy_experts, read_loads
+from scmoe_ds.inference.dropping import attach_dropping
+from scmoe_ds.inference.load import load_trained
+from scmoe_ds.inference.low_precision import use_low_precision
 from scmoe_ds.moe.routed import RoutedTokens
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +34,7 @@ METHODS = [
     scmoe_ds.ScMoEConfig.from_deepspeed,
     RoutedTokens.run_experts,
 ]
+INFERENCE = [load_trained, attach_dropping, use_low_precision, copy_experts, read_loads]
 CALLABLES = [getattr(scmoe_ds, name) for name in scmoe_ds.__all__ if name != "ScMoEConfigError"]
 
 
@@ -40,13 +45,13 @@ def args_section(text: str) -> list[str]:
     return [name.strip() for line in lines for name in line.split(",")]
 
 
-@pytest.mark.parametrize("each", [*CALLABLES, *METHODS], ids=lambda each: each.__qualname__)
+@pytest.mark.parametrize("each", [*CALLABLES, *METHODS, *INFERENCE], ids=lambda each: each.__qualname__)
 def test_the_docstring_names_exactly_the_parameters(each: Any) -> None:
     parameters = [name for name in inspect.signature(each).parameters if name != "self"]
     assert sorted(args_section(each.__doc__)) == sorted(parameters)
 
 
-@pytest.mark.parametrize("each", [*CALLABLES, *METHODS], ids=lambda each: each.__qualname__)
+@pytest.mark.parametrize("each", [*CALLABLES, *METHODS, *INFERENCE], ids=lambda each: each.__qualname__)
 def test_every_parameter_and_result_has_a_type(each: Any) -> None:
     target = each.__init__ if inspect.isclass(each) and each is not scmoe_ds.ScMoEConfig else each
     signature = inspect.signature(target)

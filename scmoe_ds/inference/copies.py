@@ -124,7 +124,10 @@ def copy_experts(
 
 
 def read_loads(path: str | Path) -> list[list[float]]:
-    """What `Copies.save` wrote.
+    """What `Copies.save` wrote: rows of each expert of each MoE layer.
+
+    Args:
+        path: of the file.
 
     Raises:
         ArgumentError: no such file, or another one.

@@ -90,7 +90,8 @@ class Dropped:
         return f"{kind}{' with load-aware thresholds' if self.load_aware else ''} at a rate of {self.rate:g}"
 
     def shares(self) -> Shares:
-        """Since the model was loaded, or the last `reset`. Collective over the world; the host waits for a GPU."""
+        """What was left out since the rule was attached, or the last `reset`. Collective over the world; the host waits
+        for a GPU."""
         own = [each.counts.read() for each in self._rules]
         choices, whole, major = (sum(each) for each in zip(*[row for part in gather(own) for row in part], strict=True))
         return Shares((choices - whole - major) / max(choices, 1), major / max(choices, 1))
@@ -181,13 +182,22 @@ def moe_layers(model: nn.Module) -> dict[str, Any]:
 def attach_dropping(
     model: nn.Module, sparsity: Sparsity, rate: float, method: Method, load_aware: bool = False
 ) -> Dropped:
-    """As `drop_experts`, for a model in memory, which may be one of Hugging Face. Collective over the world.
+    """From now on a model in memory leaves out routed experts that hardly matter, in evaluation mode. Collective over
+    the world.
 
     Args:
-        sparsity: of the model's very weights, or of those that they are a bf16 copy of.
+        model: a GPT of this package, or a Hugging Face model whose MoE layers `scmoe_ds.initialize` has attached.
+        sparsity: what `scmoe sparsify` wrote beside the weights that the model has, in fp32 or as a bf16 copy.
+        rate: share of the routed experts' computation to leave out, between 0 and 1.
+        method: "1t" skips choices; "2t" also computes some with half of their expert.
+        load_aware: expert-parallel ranks with fewer rows leave out less.
+
+    Returns:
+        a handle: `shares()` says what was left out.
 
     Raises:
-        ArgumentError, CheckpointError: as `drop_experts`.
+        ArgumentError: a rate out of range, or a model, ranks or experts for which it does not hold.
+        CheckpointError: the thresholds are those of other weights.
     """
     layers = list(moe_layers(model).values())
     gates, neurons = digests_of(layers)

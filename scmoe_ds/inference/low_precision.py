@@ -38,15 +38,20 @@ class Attached:
         own = sum(each.hot for each in counts), sum(each.passes for each in counts)
         found: list[tuple[int, int]] = [own] * dist.get_world_size()
         dist.all_gather_object(found, own)
-        hot = ", ".join(f"rank {rank} {hot}" for rank, (hot, _) in enumerate(found) if hot) or "none"
-        return f"low precision ({self.format}): in so many of {own[1]} layer passes of each rank: {hot}"
+        hot = ", ".join(f"rank {rank} in {hot}" for rank, (hot, _) in enumerate(found) if hot) or "none"
+        return f"low precision ({self.format}): hot ranks, of {own[1]} layer passes: {hot}"
 
 
 def use_low_precision(model: nn.Module, settings: LowPrecision) -> Attached:
     """From now on, ranks that `settings` calls hot compute their routed experts in low precision.
 
     Args:
-        model: this package's GPT, or a Hugging Face model with attached AutoEP layers; on its device, with its groups.
+        model: a GPT of this package, or a Hugging Face model whose MoE layers `scmoe_ds.initialize` has attached, on
+            its device.
+        settings: which ranks, and when.
+
+    Returns:
+        a handle: `summary()` says how often each rank was hot.
 
     Raises:
         ArgumentError: a device without the format, or experts that cannot be computed so.

@@ -41,7 +41,9 @@ class VisionLanguageGPT(GPT):
         """As `GPT.embedded`, with patches in the places of their tokens.
 
         Args:
-            used_token: [B, S], 0 for padding; patch tokens are marked here.
+            tokens: [B, S] int64.
+            used_token: [B, S], 0 for padding; patch tokens are marked here. None: there is no padding.
+            inputs_embeds: [B, S, D] in the place of the tokens' embeddings; None: those.
             images: [..., C, H, W] in the order of their patch tokens, row by row; None: `tokens` have no patch.
 
         Raises:

@@ -6,11 +6,18 @@ With a shortcut there is time for them: a whole window lies between the gate and
             this rank alone   in the row counts'     all ranks' loads are known
                               own exchange
 
-A routing rule changes what this rank has routed: it leaves choices out, or divides experts into parts. An early rule
-decides when all ranks have told it their notices. It may leave out more, or send rows to other places. Experts that
-want to know more than their row counts have a notice of their own (`OwnExperts.notice`).
+A routing rule changes what this rank has routed, by what this rank alone knows: it leaves choices out (1T-Drop), or
+sends them to the parts of an expert.
 
-A place is what a row is sent to: an expert, a part of one, or a copy. Place p lies on rank p // (places per rank).
+An early rule decides by what all ranks know. Each rank hands every other one a notice: numbers that travel in the
+exchange of row counts, in the place of these. When the notices are there, the rule may leave out more choices
+(load-aware drops), or send rows to other places (copies).
+
+Experts may tell each other something as well, such as how many rows tolerate low precision. Their notice travels
+beside the row counts (`OwnExperts.notice`).
+
+A place is what a row is sent to: an expert, a part of one, its major half, or a copy. Every rank has as many places.
+Place p lies on rank p // (places per rank).
 
 Shape suffixes: T tokens, K choices of a token, E places of all ranks, P ranks, X numbers of a notice.
 """
@@ -29,7 +36,11 @@ from scmoe_ds.moe.slices import TokenSlices
 
 
 class RoutingRule(Protocol):
-    """Changes a routing where it is made; in evaluation mode, or always where `in_training` says so."""
+    """Changes a routing on the rank that has made it.
+
+    Attributes:
+        in_training: whether it also does so in training; otherwise in evaluation mode alone.
+    """
 
     in_training: bool
 
@@ -42,9 +53,10 @@ class Decision(NamedTuple):
 
     Attributes:
         routing: to places; see `rerouted`.
-        counts: [P, X] int64 on the host, what this rank sends to each rank and what it gets from each: rows for each
-            place of the rank that gets them, and where a token has one row per rank, the number of these. None: the
-            rule does not know, and row counts are exchanged after it.
+        counts: how many rows this rank sends to each rank, and gets from each; both [P, X] int64 on the host. The X
+            numbers are the rows for each place of the receiving rank. Where a token has one row per rank
+            (`exchange.one_row_per_rank`), one more number counts these rows. None: the rule does not know all that,
+            and the row counts are exchanged when it has decided.
     """
 
     routing: Routing
@@ -54,7 +66,8 @@ class Decision(NamedTuple):
 class EarlyRule(Protocol):
     """Decides when the loads of all ranks are known, before a row is sent; in evaluation mode alone.
 
-    A notice takes the place of the row counts in their exchange: it costs no further collective.
+    Its notice takes the place of the row counts in their exchange. So it costs no further collective, if `decide`
+    knows the row counts afterwards.
     """
 
     def notice(self, routing: Routing, slices: TokenSlices) -> Tensor:
@@ -63,15 +76,15 @@ class EarlyRule(Protocol):
     def decide(self, routing: Routing, slices: TokenSlices, own_PX: Tensor, told_PX: Tensor) -> Decision:
         """
         Args:
-            routing: of `notice`.
+            routing: what `notice` was handed.
             slices: who sends what to whom.
-            own_PX: on the host, this rank's notice.
-            told_PX: on the host, what each rank has told this one.
+            own_PX: int64 on the host, what this rank has told each rank.
+            told_PX: int64 on the host, what each rank has told this one.
         """
 
 
 class Ruled(Protocol):
-    """A layer with decisions between its gate and its dispatch."""
+    """A layer with decisions between its gate and its dispatch; None: there is none of this kind."""
 
     training: bool
     partition: RoutingRule | None
@@ -80,7 +93,7 @@ class Ruled(Protocol):
 
 
 def apply_rule(layer: Ruled, routing: Routing) -> Routing:
-    """What the layer's routing rule makes of a routing. Where experts run in parts, it reads choices of parts."""
+    """A routing as the layer's partition and routing rule change it, in this order: the rule sees choices of parts."""
     if layer.partition is not None:
         routing = layer.partition.apply(routing)
     rule = layer.routing_rule
@@ -98,9 +111,9 @@ def rerouted(routing: Routing, place_KT: Tensor, kept_KT: Tensor | None, places:
     Args:
         routing: its weights stay, but for 0 where a choice is no longer kept. `exp_counts` goes on to count all choices
             of the gate.
-        place_KT: int64 place of each choice in [0, places); any where it is not kept.
+        place_KT: int64, the place in [0, places) that each choice's row is sent to; of a choice that is not kept, any.
         kept_KT: bool, which choices have a row; None: all.
-        places: of all ranks together; those of a rank follow each other.
+        places: number of places of all ranks together.
     """
     key_KT = place_KT if kept_KT is None else torch.where(kept_KT, place_KT, places)
     order = ByExpert.of(key_KT)

@@ -1,7 +1,10 @@
 """How the rows of one layer are exchanged, and what ranks tell each other of them beforehand.
 
-Shape suffixes: K top-k, L local experts, N chunks, P ranks, V senders, X counts: of each local expert, and of rows
-where these are fewer; Y numbers of the experts' own notice.
+A rank tells every other one how many rows it will send: for each local expert (or place) there, and, where a token has
+one row for all of its experts on a rank, how many rows that makes. These numbers are the row counts, X of them.
+
+Shape suffixes: K top-k, L local experts, N chunks, P ranks, V senders (tensor-parallel ranks that share their tokens),
+X row counts, Y numbers of the experts' own notice.
 """
 
 from __future__ import annotations
@@ -56,9 +59,9 @@ class Exchange:
 
 
 def one_row_per_rank(k: int, slices: TokenSlices) -> bool:
-    """Whether exact rows are tokens, one for each rank with any of their k experts, and not choices.
+    """Whether a token is sent to a rank once, for all of its k experts there, and not once for each choice.
 
-    Tensor-parallel ranks divide the choices of the tokens that they all hold, and each sends rows of its own.
+    Not with tensor parallelism: its ranks hold the same tokens and divide the choices, and each sends rows of its own.
     """
     return k > 1 and slices.group_size > 1 and slices.tensor_parallel_size == 1
 
@@ -71,12 +74,19 @@ def sizes_of(slices: TokenSlices, to_NPVX: Tensor, from_NPX: Tensor) -> list[Spl
 def row_counts(
     rows_NPVX: Tensor, checksum: Tensor, slices: TokenSlices, notice_PY: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What every rank is told ahead, [P * (N * X + Y)], and what this host has to know, [N * P * V * X].
+    """The row counts on their way: what every rank is told, and what this rank's host has to know of its own rows.
 
-    Where ranks hold the same tokens, both end in a checksum of the routing (for every rank): they must route alike.
+    Where tensor-parallel ranks hold the same tokens, both end in a checksum of the routing: these ranks must route
+    alike.
 
     Args:
+        rows_NPVX: int64, the row counts of each chunk, to each rank, by sender.
+        checksum: [1] int64 of the routing.
+        slices: who sends what to whom.
         notice_PY: int64, what the experts tell each rank beside; None: nothing.
+
+    Returns:
+        told: [P * (N * X + Y)] int64, with a checksum [P * (N * X + Y + 1)]; and own: [N * P * V * X], with one more.
     """
     sent_NPX = rows_NPVX[:, :, slices.rank % slices.senders]
     local = rows_NPVX.flatten()

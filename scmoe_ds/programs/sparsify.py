@@ -1,7 +1,7 @@
 """Calibrates on text what a trained MoE model can leave out, and writes it with sorted neurons (DualSparse-MoE).
 
 scmoe sparsify --load checkpoints/gpt --text-file book.txt --rate 0.25 --output sparse
-scmoe evaluate --load sparse --text-file other.txt --drop-rate 0.25
+scmoe evaluate --load sparse --text-file wikitext.test.tokens --drop-rate 0.25
 scmoe sparsify --load models/qwen3_moe --text-file book.txt --measure abs-gate-up --output sparse_qwen  # Hugging Face
 """
 

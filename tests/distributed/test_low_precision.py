@@ -129,4 +129,4 @@ def test_no_collective_more_and_none_hot_with_gradients(found: tuple[int, list[d
     for each in found[1]:
         assert len(set(each["launched"])) == 1
         assert each["with gradients"] == 2  # of "all, few tokens", and under gradients
-        assert each["summary"].startswith("low precision (int8): in so many of 1 layer passes of each rank: none")
+        assert each["summary"].startswith("low precision (int8): hot ranks, of 1 layer passes: none")

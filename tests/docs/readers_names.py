@@ -78,7 +78,7 @@ def from_hugging_face() -> dict[str, Any]:
     whole = {key: value for key, value in change_section({}).items() if key != "scmoe"}
     whole |= {"expert_parallel": {"enabled": True, "autoep_size": 1}, "scmoe": {"overlap": {"calibration_steps": 0}}}
     Path("ds_autoep.json").write_text(json.dumps(whole))
-    tiny("qwen3_moe").save_pretrained("models/qwen3_moe")
+    tiny("qwen3_moe", vocab_size=384).save_pretrained("models/qwen3_moe")
     change_section({"num_experts": 4})
     batch = {"tokens": tokens, "labels": tokens, "mask": torch.ones_like(tokens)}
     return {"scmoe_ds": scmoe_ds, "torch": torch, "transformers": transformers, "model": model, **batch}

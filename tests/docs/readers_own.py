@@ -45,6 +45,9 @@ def make_readers_own() -> None:
     small = Path(smaller_json("ds_configs/gpt_small_cpu.json"))
     for name in ("ds.json", "X.json"):
         shutil.copy(small, name)
+    offloaded = json.loads(small.read_text())
+    offloaded["scmoe"]["offload_experts"] = {"device": "cpu", "buffer_count": 4}
+    Path("offload.json").write_text(json.dumps(offloaded))
     _checkpoints()
     _times()
 

@@ -41,7 +41,6 @@ NOT_RUN = {
     r"scmoe plan .*": "a whole search takes seconds; tests/programs/test_plan.py plans for a small model",
     r"deepspeed --hostfile HOSTFILE .*": "the plan prints it; its capitals stand for files",
     r"(deepspeed .*scmoe_ds\.programs\.probe|scmoe probe) .*": "it measures for a minute; tests/probe does so with small sizes",
-    r"scmoe evaluate --load sparse .*": "it needs what scmoe sparsify makes; tests/inference/test_dropping.py has it",
     r"python -m benchmarks\.speed\.expert_parts .*": "two nodes; tests/distributed/test_layouts.py trains its layouts",
     r"python -m benchmarks\.serving\.(copies|offload) .*": "several processes; tests/benchmarks/test_serving.py has its parts",
     r"python -m benchmarks\.speed\.train_offload .*": "minutes; tests/benchmarks/test_train_offload.py has its parts",

@@ -36,9 +36,9 @@ def test_loss_of_experts_offloaded_and_in_low_precision(
     offloaded = evaluate(export, tmp_path, "--experts", "offload-async", "--expert-cache", "2")
     assert offloaded == usual and re.search(r"^experts: 8 computed, [5-8] migrated", capsys.readouterr().out, re.M)
     few = evaluate(export, tmp_path, "--low-precision", "all")
-    assert "low precision (int8): in so many of 2 layer passes of each rank: none" in capsys.readouterr().out
+    assert "low precision (int8): hot ranks, of 2 layer passes: none" in capsys.readouterr().out
     low = evaluate(export, tmp_path, "--low-precision", "all", "--low-precision-min-tokens", "0")
-    assert "low precision (int8): in so many of 2 layer passes of each rank: rank 0 2\n" in capsys.readouterr().out
+    assert "low precision (int8): hot ranks, of 2 layer passes: rank 0 in 2\n" in capsys.readouterr().out
     assert few == usual  # the text has fewer than 2048 tokens
     assert 0 < abs(low - usual) < 0.01 * usual
 
@@ -59,7 +59,7 @@ def test_text_in_low_precision(export: str, capsys: pytest.CaptureFixture[str]) 
     flags = ["--load", export, "--prompt", "one two", "--max-new-tokens", "3", "--temperature", "0"]
     low = ["--low-precision", "all", "--low-precision-min-tokens", "0"]
     assert generate_program.main([*flags, *low]) == 0
-    assert "low precision (int8): in so many of" in capsys.readouterr().err
+    assert "low precision (int8): hot ranks, of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

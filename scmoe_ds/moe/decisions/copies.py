@@ -104,9 +104,10 @@ def split_rows(rows_PE: Sequence[Sequence[int]], copies: Sequence[Copy], costs: 
 
 
 class _Division:
-    """Rows divided among the instances of the copied experts. Those of other experts stay at home.
+    """Rows divided among the instances of the copied experts; rows of other experts stay at home.
 
-    A rank waits for the rows that it sends and for those that it gets, which travel at the same time, and computes.
+    The cost of a rank is the time to compute its rows, and to send or to get rows, whichever are more: both directions
+    of a link work at the same time.
 
     Attributes:
         rank_I: rank of each instance.
@@ -163,7 +164,7 @@ class _Division:
             self._move(home, copy, {rank: self.rows_IP[home][rank]})
 
     def level(self) -> None:
-        """Moves rows away from the costliest rank until that lowers its cost no longer."""
+        """Moves rows away from the costliest rank until that no longer lowers the greatest cost."""
         ranks = len(self.load_P)
         for _ in range(4 * ranks):
             cost_P = self.costs_P()
@@ -183,9 +184,12 @@ class _Division:
             self._move(source, target, taken)
 
     def _pour(self, source: int, target: int) -> tuple[float, int, int, dict[int, int]]:
-        """As many rows as make two ranks' costs equal: the greater cost then, the instances, and rows by sender.
+        """Tries to move rows until two ranks' costs are equal; changes nothing.
 
-        First the rows whose sender is the target: they need not travel any more. The source's own rows are last.
+        First go the rows that the target's own rank sends, which then need not travel. The source's own rows go last.
+
+        Returns:
+            the greater of the two costs after the move, both instances, and the moved rows by sender.
         """
         ranks, rows_P = (self.rank_I[source], self.rank_I[target]), self.rows_IP[source]
         order = [ranks[1], *(sender for sender in range(len(rows_P)) if sender not in ranks), ranks[0]]
@@ -203,7 +207,7 @@ class _Division:
         return max(left.cost(self.costs), got.cost(self.costs)), source, target, taken
 
     def _step(self, left: _Load, got: _Load, rows: int, from_left: bool, from_got: bool) -> int:
-        """How many of a sender's rows lower the greater of two costs, up to where the slope of either changes."""
+        """How many of a sender's rows to move at once: until both costs are equal, or the slope of either changes."""
         falls, until = left.slope(-1, from_left, self.costs)
         rises, other = got.slope(1, from_got, self.costs)
         gap = left.cost(self.costs) - got.cost(self.costs)
@@ -233,13 +237,15 @@ class _Load:
         return self.computes_ms + costs.travel_ms * max(self.sent, self.received)
 
     def change(self, rows: int, own: bool, costs: Costs) -> None:
-        """Computes so many rows more, its own ones or another rank's."""
+        """Adds rows to what the rank computes (a negative number takes them away). Own ones need not be sent any more,
+        and those of another rank come in addition."""
         self.computes_ms += rows * costs.row_ms
         self.sent -= rows * own
         self.received += rows * (not own)
 
     def slope(self, sign: int, own: bool, costs: Costs) -> tuple[float, float]:
-        """By how much the cost grows with each row that `change` adds (or takes, with sign -1), and for how many."""
+        """How steeply the cost changes with each row that `change` adds (sign 1) or takes away (-1), in milliseconds a
+        row, and for how many rows that holds."""
         more = self.sent if own else self.received
         less = self.received if own else self.sent
         direction = -sign if own else sign

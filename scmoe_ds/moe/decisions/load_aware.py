@@ -1,18 +1,20 @@
-"""Load-aware thresholds of DualSparse-MoE: under expert parallelism the ranks that have more to do drop more.
+"""Load-aware thresholds of DualSparse-MoE (arXiv 2508.18376): ranks that have more to do drop more.
 
     r_d = rows of rank d / mean rows of a rank        T_d = T_max * min(1, r_d)
 
-All ranks wait for the fullest one, so what is dropped on the others saves no time. The sources leave open whether it is
-T_max that is scaled; here it is. And T_max is that of the step: the one with which all ranks together drop the wanted
-rate of this very step's choices.
+All ranks wait for the fullest one: what is dropped on the others saves no time. The paper leaves open whether T_max is
+scaled; here it is. T_max is chosen in each step, such that all ranks together drop the wanted share of its choices.
 
-Thresholds come in levels. A rank tells each other one how many rows it has for it at each level, and of every rank how
-many rows it has for that and how much of them each level would leave out. From the second all ranks know the same and
-take the same levels; from the first each then knows what it will get. So the decision takes no other exchange than that
-of the row counts.
+Thresholds come in levels, from those that leave nothing out to the highest. A rank's notice to rank d has two parts:
+
+    for d alone       how many rows it has for each of d's places, at each level
+    the same to all   how many rows it has for each rank, and how much each level would leave out of these
+
+The sums of the second part are the same on all ranks, so that all choose the same level for every rank. The first part
+then says how many rows each rank sends and gets at these levels. So the exchange of row counts is the only one.
 
 Shape suffixes: T tokens, K choices of a token, E experts, L local experts, P ranks, G levels, X numbers of a notice, Y
-counts of a level: rows of each place, and of tokens where a token has one row per rank.
+row counts of a level: for each place, and for tokens where a token has one row per rank.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ _MILLIONTHS = 10**6
 class Levels:
     """The thresholds from which a layer's are chosen.
 
-    The choice adds up whole numbers and rounds nothing else than single products, so that all ranks choose alike.
+    All ranks must choose alike: only whole numbers are added up, whose sum does not depend on their order, and only
+    single products are rounded.
 
     Args:
         thresholds: rising from those that leave nothing out.
@@ -58,12 +61,13 @@ class Levels:
         return len(self.thresholds)
 
     def of_ranks(self, loads_P: Tensor, left_out_PG: Tensor) -> Tensor:
-        """[P] int64 the level of each rank: nearest to T_max * min(1, r_d), with the T_max by which all ranks together
-        come nearest to the wanted share. Between two levels of T_max the fuller ranks have the higher one already.
+        """The level of each rank, [P] int64: the one nearest to T_max * min(1, r_d). T_max is the level by which all
+        ranks together come nearest to the wanted share. If that lies between two levels, the fuller ranks already have
+        the higher one.
 
         Args:
             loads_P: int64 rows for each rank.
-            left_out_PG: int64 halves of experts that each level would leave out of them.
+            left_out_PG: int64, what each level would leave out of them, in halves of a row's computation.
         """
         total, ranks = loads_P.sum().clamp(min=1), len(loads_P)
         part_P = (loads_P.double() * ranks / total).clamp(max=1)

@@ -36,11 +36,11 @@ class LowPrecision:
     """When ranks compute their routed experts in low precision.
 
     Attributes:
-        ranks: "hot" ones: overloaded, and mostly with rows that tolerate it; or "all", to compare.
-        score: a row tolerates it if its criterion (`dropping.criterion`), of a gate's scores, is lower. None: rows of
-            tokens that the caller marks (`gate.TOLERANT`).
-        share: of tolerant rows, from which a rank can be hot. M_d of the paper, which recommends 0.7.
-        overload: load over the mean of all ranks, above which a rank can be hot. Slightly above 1: a rank that is
+        ranks: "hot": ranks that are overloaded, and most of whose rows tolerate it; "all": every rank, to compare.
+        score: a row tolerates it if its criterion (`dropping.criterion`, from the gate's scores) is lower, in (0, 1].
+            None: rows of tokens that the caller marks with `gate.TOLERANT` tolerate it.
+        share: a hot rank has at least this share of tolerant rows. M_d of the paper, which recommends 0.7.
+        overload: a hot rank has more rows than the mean of all ranks times this. It is slightly above 1: a rank that is
             hardly overloaded would lose precision and win nothing.
         min_tokens: all ranks compute as usual unless the batch of all of them has more tokens (paper: 2048).
         format: "int8" or "fp8"; None: the best that the device has.
