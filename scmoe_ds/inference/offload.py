@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.checkpoint.places import EXPORT_AGAIN, places_of
+from scmoe_ds.checkpoint.extents import EXPORT_AGAIN, extents_of
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference.model import DTYPES, TrainedModel
 from scmoe_ds.models.gpt import GPT
@@ -125,7 +125,7 @@ def offload_experts(
     if (tier or ("host" if device.type == "cuda" else "disk")) == "host":
         source = HostExperts(trained.weights, parameters, dtype, device)
     else:
-        source = DiskExperts(places_of(trained.path, parameters), EXPORT_AGAIN, device)
+        source = DiskExperts(extents_of(trained.path, parameters), EXPORT_AGAIN, device)
     slots = expert_slots(expert_of(model), places, DTYPES[trained.dtype], dtype, device)
     store = ExpertStore(source, named.__getitem__, slots, max(layers) + 1)
     for index, layer in layers.items():

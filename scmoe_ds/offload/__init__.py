@@ -1,12 +1,23 @@
-"""Tensors that live outside of the device's memory, in files or on the host, and are brought there in time.
+"""Experts that wait in files or in the host's memory, and come to the device in time (paper appendix A.3).
 
-`store` has room for a few experts on the device (`slots`), `sources` brings them there, from `files` or `pinned`
-memory, on `readers`. `pages` is memory that files are read to directly, `widening` computes with weights that stay
-narrow. Who opens a checkpoint says where its tensors lie (`files.Place`).
+In inference, from the layer down to the disk:
 
-In training `trainable` takes the place of a layer's experts. `states` is the source of their store: `workers` make each
-expert's `step` on the way, in a `room` that its sections pass through, and `records` keep these. `shape` lays an
-expert's parameters out in one buffer. `own_checkpoints` refuses checkpoints that would lack the experts.
+    store        which experts are on the device, which are coming, and which gives way
+    slots        memory of the device for one expert each, written over by one expert after another
+    sources      copies an expert into a slot: from pinned memory (`pinned`) or from files
+    readers      who copies: a stream beside a GPU, a thread for files
+    files        reads past the page cache; an `Extent` says where a tensor lies (checkpoint.extents finds it)
+    pages        memory of whole pages, which such reads need
+    widening     computes in fp32 with weights that stay bf16 in memory
+
+In training:
+
+    trainable    takes the place of a layer's experts: asks for weights, hands over gradients
+    states       the source of the store: weights, gradients and optimizer states, whose `step` is made on the way
+    workers      the threads that do so, the most urgent task first; a `room` is the memory of one
+    records      keeps what `states` has of each expert, in host memory or a file
+    shape        an expert's parameters in one flat buffer
+    own_checkpoints   refuses DeepSpeed's own checkpoints, which would lack the experts
 """
 
 from scmoe_ds.deepspeed_version import check  # noqa: F401 (its import checks DeepSpeed)

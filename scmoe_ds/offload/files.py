@@ -26,8 +26,8 @@ class ExpertFileError(CheckpointError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: `nbytes` from byte `offset` on, contiguous."""
+class Extent:
+    """Where a tensor lies in a file: `nbytes` bytes from byte `offset` on."""
 
     file: Path
     offset: int
@@ -72,8 +72,9 @@ class ExpertFile:
         """Fills the first `needed` bytes of the buffers, one after another, and perhaps more.
 
         Args:
-            offset: begins a page, like each buffer.
-            buffers: of whole pages.
+            offset: of the first byte in the file; a multiple of `PAGE_BYTES`.
+            needed: bytes.
+            buffers: each from the start of a page, and of whole pages.
 
         Raises:
             ExpertFileError: the file cannot be read, or ends too early.
@@ -107,7 +108,7 @@ class ExpertFile:
 
 
 def _behind(buffers: Sequence[memoryview], skipped: int) -> list[memoryview]:
-    """What is behind their first bytes: a read may give less than was asked for."""
+    """The buffers without their first bytes: a read may give less than was asked for, and goes on there."""
     left = []
     for buffer in buffers:
         if skipped < len(buffer):

@@ -63,7 +63,7 @@ class Reader:
         Beside a GPU the host memory is pinned, and stays as it is until the copy has ended.
 
         Args:
-            after: the last work that reads or writes what the tensors hold now; None: there is none.
+            after: what must have ended before the tensors may be written; None: nothing.
             watch: is told when the copy began and ended.
         """
         with torch.inference_mode(), self._current():

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from scmoe_ds.offload.files import ExpertFile, Place
+from scmoe_ds.offload.files import ExpertFile, Extent
 from scmoe_ds.offload.pages import PAGE_BYTES, whole_pages
 from scmoe_ds.offload.pinned import PinnedTensors
 from scmoe_ds.offload.readers import Arrival, BufferedReader, Copied, Reader
@@ -50,9 +50,12 @@ class ExpertSource(Protocol):
         """Copies whole parameters.
 
         Args:
-            into: global name to the tensor that is filled; contiguous.
-            after: the last work that reads or writes what the tensors hold now; None: there is none.
-            watch: is told when what is copied.
+            into: by its global name, the contiguous tensor that each parameter is copied into.
+            after: what must have ended before the tensors may be written; None: nothing.
+            watch: is told when the copies begin and end.
+
+        Returns:
+            at once; `wait` orders the current stream (on a CPU: the host) behind the copies.
         """
 
 
@@ -90,13 +93,15 @@ class HostExperts:
 class DiskExperts:
     """Experts in files, read past the page cache by threads, of a reader each.
 
-    On a CPU a tensor is read straight to where it is needed if file and memory have it in one dtype, from the start of
-    a page, in whole pages. What lies side by side is one read. Small tensors that are no whole pages are kept in
-    memory. Everything else comes through the readers' buffers, piece by piece, and may be of another dtype than the
-    model: it is converted as it arrives.
+    A tensor comes in one of three ways:
+
+        straight    on a CPU, to where it is needed, if file and memory agree in dtype and begin and end at pages.
+                    Tensors that lie side by side are one read.
+        kept        on a CPU, a small tensor that is not whole pages (a bias) stays in memory
+        buffered    all else, piece by piece through a reader's buffer; converted if the model has another dtype
 
     Args:
-        places: of each parameter of this rank's routed experts, by its global name.
+        extents: of each parameter of this rank's routed experts, by its global name.
         remedy: for errors: what gives the files anew.
         device: of the tensors that are filled.
         readers: that read at the same time.
@@ -108,45 +113,45 @@ class DiskExperts:
 
     tier: Literal["host", "disk"] = "disk"
 
-    def __init__(self, places: Mapping[str, Place], remedy: str, device: torch.device, readers: int = 2) -> None:
-        self._places, self._readers, self._small = places, readers, dict[str, Tensor]()
-        self._files = {file: ExpertFile(file, remedy) for file in {place.file for place in places.values()}}
+    def __init__(self, extents: Mapping[str, Extent], remedy: str, device: torch.device, readers: int = 2) -> None:
+        self._extents, self._readers, self._small = extents, readers, dict[str, Tensor]()
+        self._files = {file: ExpertFile(file, remedy) for file in {extent.file for extent in extents.values()}}
         self._idle: SimpleQueue[BufferedReader] = SimpleQueue()
         for number in range(readers):
             self._idle.put(BufferedReader(device, number, PIECE_BYTES + 2 * PAGE_BYTES))
         self._pool = ThreadPoolExecutor(readers, "expert-reader")
-        for name, place in places.items() if device.type == "cpu" else ():
-            if place.nbytes <= SMALL_BYTES and not place.on_pages:
-                self._small[name] = torch.empty(place.nbytes // place.dtype.itemsize, dtype=place.dtype)
-                self._read_piece(place, 0, self._small[name], None, None)
+        for name, extent in extents.items() if device.type == "cpu" else ():
+            if extent.nbytes <= SMALL_BYTES and not extent.on_pages:
+                self._small[name] = torch.empty(extent.nbytes // extent.dtype.itemsize, dtype=extent.dtype)
+                self._read_piece(extent, 0, self._small[name], None, None)
 
     def load(self, into: Mapping[str, Tensor], after: Arrival | None, watch: MigrationWatch | None = None) -> Arrival:
-        straight = {name for name, tensor in into.items() if self._reads_straight(self._places[name], tensor)}
+        straight = {name for name, tensor in into.items() if self._reads_straight(self._extents[name], tensor)}
         small = [(into[name].view(-1), self._small[name]) for name in into if name in self._small]
         pieces = []
         for run in self._runs({name: into[name] for name in straight}) or [Run()] * bool(small):
             pieces.append(self._pool.submit(self._read_run, run, small, after, watch))
             small = []
         for name in into.keys() - straight - self._small.keys():
-            place, elements = self._places[name], into[name].view(-1)
-            assert elements.numel() * place.dtype.itemsize == place.nbytes, name
-            for start in range(0, place.nbytes, PIECE_BYTES):
-                first, end = (octet // place.dtype.itemsize for octet in (start, start + PIECE_BYTES))
-                pieces.append(self._pool.submit(self._read_piece, place, start, elements[first:end], after, watch))
+            extent, elements = self._extents[name], into[name].view(-1)
+            assert elements.numel() * extent.dtype.itemsize == extent.nbytes, name
+            for start in range(0, extent.nbytes, PIECE_BYTES):
+                first, end = (octet // extent.dtype.itemsize for octet in (start, start + PIECE_BYTES))
+                pieces.append(self._pool.submit(self._read_piece, extent, start, elements[first:end], after, watch))
         return _FromFile(pieces)
 
-    def _reads_straight(self, place: Place, tensor: Tensor) -> bool:
+    def _reads_straight(self, extent: Extent, tensor: Tensor) -> bool:
         on_page = tensor.device.type == "cpu" and tensor.data_ptr() % PAGE_BYTES == 0
-        return on_page and place.on_pages and place.dtype == tensor.dtype
+        return on_page and extent.on_pages and extent.dtype == tensor.dtype
 
     def _runs(self, into: Mapping[str, Tensor]) -> list[Run]:
         """Tensors side by side in a file, about as many bytes for each reader: few long reads are the fastest."""
         runs: list[Run] = []
         most = sum(tensor.nbytes for tensor in into.values()) / self._readers
-        for name in sorted(into, key=lambda name: (self._places[name].file, self._places[name].offset)):
-            place = self._places[name]
-            if not runs or runs[-1].end != (place.file, place.offset) or runs[-1].nbytes >= most:
-                runs.append(Run(place.file, place.offset))
+        for name in sorted(into, key=lambda name: (self._extents[name].file, self._extents[name].offset)):
+            extent = self._extents[name]
+            if not runs or runs[-1].end != (extent.file, extent.offset) or runs[-1].nbytes >= most:
+                runs.append(Run(extent.file, extent.offset))
             runs[-1].add(into[name])
         return runs
 
@@ -161,20 +166,20 @@ class DiskExperts:
             self._idle.put(reader)
 
     def _read_piece(
-        self, place: Place, start: int, into: Tensor, after: Arrival | None, watch: MigrationWatch | None
+        self, extent: Extent, start: int, into: Tensor, after: Arrival | None, watch: MigrationWatch | None
     ) -> Copied:
         """Through a buffer, on a thread of the pool."""
         reader = self._idle.get()
         try:
-            fill = partial(self._fill, place, start, into.numel() * place.dtype.itemsize)
-            return reader.read(fill, place.dtype, into, after, watch)
+            fill = partial(self._fill, extent, start, into.numel() * extent.dtype.itemsize)
+            return reader.read(fill, extent.dtype, into, after, watch)
         finally:
             self._idle.put(reader)
 
-    def _fill(self, place: Place, start: int, nbytes: int, buffer: Tensor) -> Tensor:
-        skipped = (place.offset + start) % PAGE_BYTES
+    def _fill(self, extent: Extent, start: int, nbytes: int, buffer: Tensor) -> Tensor:
+        skipped = (extent.offset + start) % PAGE_BYTES
         pages = buffer[: whole_pages(skipped + nbytes)].numpy().data
-        self._files[place.file].read(place.offset + start - skipped, skipped + nbytes, [pages])
+        self._files[extent.file].read(extent.offset + start - skipped, skipped + nbytes, [pages])
         return buffer[skipped : skipped + nbytes]
 
     def _fill_run(self, run: Run) -> None:

@@ -1,9 +1,12 @@
 """Room for a few experts on the device: which are there, which are coming, and which has to go for the next.
 
-Experts that were asked for keep their place until they have been used. Among the others the one goes whose next use is
-the farthest away, as far as that can be known: layers take turns, and an expert that has let its layer's turns pass
-will let as many more pass. (The least recently used one would be of the layer whose turn is next: with fewer places
-than layers none would be found again.) What does not fit waits its turn: more experts than places are streamed through.
+Experts that were asked for keep their slot until they have been used. Experts for which no slot is left wait until one
+is free: more experts than slots are streamed through.
+
+Among the others the one gives way whose next use is the farthest away. Layers take turns, so that the next turn of
+each layer is known. Whether an expert is used then is guessed: one that has let n turns of its layer pass will let n
+more pass. (The least recently used expert would be the wrong one: it belongs to the layer whose turn is next. With
+fewer slots than layers no expert would ever be found again.)
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ class _Slot:
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self.coming: Arrival | None = None
         self.watch: MigrationWatch | None = None
-        # What must be over before the memory is written. Kernels may still use what it was before it was a slot's.
+        # What must be over before the memory is written: kernels may still use what lay there before this slot.
         self.occupied = self._so_far()
 
     def _so_far(self) -> Arrival | None:
@@ -183,7 +186,7 @@ class ExpertStore:
             self._start(self._waiting.popleft(), slot)
 
     def _room(self) -> _Slot | None:
-        """A slot that nobody has asked for, without what it held."""
+        """A free slot: an empty one, or that of the expert that gives way; None: all experts are asked for."""
         if self._empty:
             return self._empty.pop()
         free = [next((key for key in keys if key not in self._asked), None) for keys in self._of_layers]
@@ -191,7 +194,7 @@ class ExpertStore:
         return None if key is None else self._forget(key)
 
     def _next_turn(self, key: ExpertKey) -> int:
-        """When it is needed again, if it lets as many turns of its layer pass as it has since it was asked for."""
+        """In how many turns it is expected to be needed: at the next of its layer, later if it has let some pass."""
         ahead = (key.layer - self._turn - 1) % self._num_layers + 1
         return ahead + (self._turn + ahead - self._last_turns[key] - 1) // self._num_layers * self._num_layers
 
@@ -204,7 +207,7 @@ class ExpertStore:
         self._of_layer(key).move_to_end(key)
 
     def _take_back(self) -> _Slot:
-        """The slot of the expert that will be needed last; it is fetched again then."""
+        """The slot of the expert that was asked for last, as all are asked for; it has to come again."""
         key = next(reversed(self._held))
         self._waiting.appendleft(key)
         return self._forget(key)

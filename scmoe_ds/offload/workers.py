@@ -44,7 +44,7 @@ def has_succeeded(task: Future[Any]) -> bool:
 
 
 class Workers(Generic[Memory]):
-    """As many threads as memories.
+    """A thread for each memory.
 
     Args:
         memories: a task gets one that no other task has at that time.
@@ -60,8 +60,8 @@ class Workers(Generic[Memory]):
         self._pool = ThreadPoolExecutor(len(memories), "experts")
 
     def submit(self, urgency: int, task: Callable[[Memory], Any]) -> Future[Any]:
-        """Has a task done; those of the same urgency begin in the order of the calls. A program that ends waits for
-        those that have begun alone.
+        """Hands a task to the next free thread. Tasks of the same urgency begin in the order of the calls. When the
+        program ends, those that have not begun are cancelled.
 
         Args:
             urgency: 0 goes first.

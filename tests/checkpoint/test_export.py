@@ -15,7 +15,7 @@ from torch import Tensor
 import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint.export import export
-from scmoe_ds.checkpoint.places import places_of
+from scmoe_ds.checkpoint.extents import extents_of
 from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
@@ -202,7 +202,7 @@ def test_tensors_begin_at_pages(dtype: torch.dtype, tmp_path: Path) -> None:
     loaded = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert loaded.keys() == expected.keys() and len(list(out.glob("*.safetensors"))) > 1
     assert all(torch.equal(loaded[name], expected[name].to(dtype)) for name in expected)
-    found = places_of(out, list(expected))
+    found = extents_of(out, list(expected))
     whole = {name: place for name, place in found.items() if place.nbytes % 4096 == 0}
     assert all(place.offset % 4096 == 0 for place in whole.values())
     firsts = [name for name in whole if name.endswith("input.weight") and ".deepspeed_experts." in name]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lab.distributed import environment_of_one
-from scmoe_ds.checkpoint.places import places_of
+from scmoe_ds.checkpoint.extents import extents_of
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.inference.generate import Request, TextGenerator
@@ -198,15 +198,15 @@ def test_missing_and_short_files(export: Path, capsys: pytest.CaptureFixture[str
             store.take(ExpertKey(layer, expert))
             store.release(ExpertKey(layer, expert))
     with pytest.raises(ExpertFileError, match="is no readable safetensors file"):
-        places_of(export, names)
+        extents_of(export, names)
     file.unlink()
     with pytest.raises(ExpertFileError, match=r"Export the checkpoint again, into another dir"):
-        places_of(export, names)
+        extents_of(export, names)
     flags = ["--load", str(export), "--prompt", "a", "--experts", "offload-async"]
     assert generate_program.main(flags) == 2
     assert f"{file.name} is missing" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"has no x\.weight"):
-        places_of(export, ["x.weight"])
+        extents_of(export, ["x.weight"])
 
 
 def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_file_systems_without_direct_reads(export: Path, monkeypatch: pytest.Mon
 
 def test_checkpoint_that_is_no_export(export: Path) -> None:
     with pytest.raises(CheckpointError, match=r"scmoe convert export"):
-        places_of(export.parent, [])
+        extents_of(export.parent, [])
 
 
 def test_trace_of_a_pass(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

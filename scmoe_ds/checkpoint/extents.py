@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from scmoe_ds.checkpoint.safetensors_files import is_export, shards_of
 from scmoe_ds.errors import CheckpointError
-from scmoe_ds.offload.files import ExpertFileError, Place
+from scmoe_ds.offload.files import ExpertFileError, Extent
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 EXPORT_AGAIN = "Export the checkpoint again, into another directory"
 
 
-def places_of(path: Path, names: Sequence[str]) -> dict[str, Place]:
+def extents_of(path: Path, names: Sequence[str]) -> dict[str, Extent]:
     """Where parameters lie in the files of an export.
 
     Raises:
@@ -47,7 +47,7 @@ def places_of(path: Path, names: Sequence[str]) -> dict[str, Place]:
                 raise ExpertFileError(
                     f"{file}: {name} is of type {header[name]['dtype']}, not {', '.join(_DTYPES)}. {EXPORT_AGAIN}"
                 )
-            found[name] = Place(file, 8 + length + first, end - first, dtype)
+            found[name] = Extent(file, 8 + length + first, end - first, dtype)
     missing = sorted(set(names) - found.keys())
     if missing:
         raise CheckpointError(f"--load {path} has no {missing[0]} (and {len(missing) - 1} other experts' parameters)")
