@@ -309,6 +309,7 @@ def _check_rank(sent_bytes: int = 8 << 20) -> None:
     import torch
     import torch.distributed as dist
 
+    from scmoe_ds.parallel.process import end_rank
     from scmoe_ds.planner.rounds import interleave
 
     dist.init_process_group("gloo")
@@ -323,7 +324,7 @@ def _check_rank(sent_bytes: int = 8 << 20) -> None:
     medians_s = [statistics.median(times) for times in interleave(variants, rounds=5).values()]
     if rank == 0:
         print("".join(f"| {s * 1e3:.1f} ({sent_bytes * 8e-6 / s:.0f}) " for s in medians_s) + "|")
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

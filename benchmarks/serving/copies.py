@@ -12,14 +12,12 @@ layer. Rows alternate within rounds; a speed-up is the median of the ratios with
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from benchmarks.harness import tables
@@ -80,12 +78,8 @@ def measure(phase: Mode, skew: float, settings: dict[str, Any]) -> dict[str, Any
     return found
 
 
-def rank_main(settings: dict[str, Any]) -> None:
-    """What each of the two processes runs; rank 0 prints the record."""
-    from scmoe_ds.engine import connect
-
-    torch.set_num_threads(1)
-    connect()
+def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
+    """The record; each of the two processes runs it."""
     record: dict[str, Any] = {}
     with one_primitive(settings["method"]):
         for phase in settings["phases"]:
@@ -96,10 +90,7 @@ def rank_main(settings: dict[str, Any]) -> None:
                 "link": vars(link),
                 "skews": [measure(phase, each, settings) for each in settings["skews"]],
             }
-    if dist.get_rank() == 0:
-        print("RECORD " + json.dumps({"benchmark": "benchmarks.serving.copies", "found": record}), flush=True)
-    dist.barrier()  # rank 0 has printed
-    dist.destroy_process_group()
+    return {"benchmark": "benchmarks.serving.copies", "found": record}
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ decision, conversion, experts, and waiting for the all-to-alls.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -172,16 +171,9 @@ def tables_at(settings: dict[str, Any]) -> dict[str, Any]:
     return {"baseline": name, "link": vars(link), "skews": found}
 
 
-def rank_main(settings: dict[str, Any]) -> None:
-    """What each of the two processes runs; rank 0 prints the record."""
-    from scmoe_ds.engine import connect
-
-    torch.set_num_threads(1)
-    connect()
-    record = tables_at(settings)
-    if dist.get_rank() == 0:
-        print("RECORD " + json.dumps(record), flush=True)
-    dist.destroy_process_group()
+def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
+    """The record; each of the two processes runs it."""
+    return tables_at(settings)
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ the first one; a speed-up is the median of the ratios within rounds.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -135,20 +134,13 @@ def table_of(skew: float, settings: dict[str, Any]) -> dict[str, Any]:
     return {"rows": found, "ranks": ranks, "hot": hot, "slots": [schedule.slots for schedule in schedules]}
 
 
-def rank_main(settings: dict[str, Any]) -> None:
-    """What each of the two processes runs; rank 0 prints the record."""
-    from scmoe_ds.engine import connect
-
-    torch.set_num_threads(1)
-    connect()
+def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
+    """The record; each of the two processes runs it."""
     (name,) = list(baseline("padded"))[:1]
     bench = Bench(baseline("padded"), SHAPE, "forward", {"rounds": 0, "skew": 0.0, **settings})
     link = find_rate(partial(record_steps, bench.runs[name], bench.cold_steps[name]), settings["share"])
     del bench
-    record = {"link": vars(link), "skews": {str(skew): table_of(skew, settings) for skew in settings["skews"]}}
-    if dist.get_rank() == 0:
-        print("RECORD " + json.dumps(record), flush=True)
-    dist.destroy_process_group()
+    return {"link": vars(link), "skews": {str(skew): table_of(skew, settings) for skew in settings["skews"]}}
 
 
 def markdown(record: dict[str, Any]) -> str:

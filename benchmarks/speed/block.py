@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from functools import partial
@@ -197,12 +196,8 @@ def crossing(shape: Shape, mode: Mode, settings: dict[str, Any]) -> dict[str, An
     return {"rows": found, "load_max_over_mean": bench.load_max_over_mean}
 
 
-def rank_main(settings: dict[str, Any]) -> None:
-    """What each of the two processes runs; rank 0 prints the record."""
-    from scmoe_ds.engine import connect
-
-    torch.set_num_threads(1)
-    connect()
+def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
+    """The record; each of the two processes runs it."""
     shape = SHAPES[settings["shape"]]
     record: dict[str, Any] = {"links": {}, "tables": {}}
     with one_primitive(settings["method"]):
@@ -211,9 +206,7 @@ def rank_main(settings: dict[str, Any]) -> None:
                 record["links"][mode] = vars(link(shape, mode, settings))
             found = (crossing if name == "crossing" else partial(speedups, name))(shape, mode, settings)
             record["tables"].setdefault(name, {})[mode] = found
-    if dist.get_rank() == 0:
-        print("RECORD " + json.dumps(record), flush=True)
-    dist.destroy_process_group()
+    return record
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,6 @@ the micro-batches before it, for what the last one takes beyond them, and for wh
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -221,12 +220,8 @@ def _ms(kind: str, seconds: Sequence[float]) -> dict[str, float]:
     return {f"{kind}_ms": spread.median, f"{kind}_p10_ms": spread.p10, f"{kind}_p90_ms": spread.p90}
 
 
-def rank_main(settings: dict[str, Any]) -> None:
-    """What each of the two processes runs; rank 0 prints the record."""
-    from scmoe_ds.engine import connect
-
-    torch.set_num_threads(1)
-    connect()
+def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
+    """The record; each of the two processes runs it."""
     with one_primitive(settings["method"]):
         bench = Bench(baseline(settings["dispatch"]), SHAPE, "train", {"rounds": 0, "skew": 0.0, **settings})
         name = BASELINES[settings["dispatch"]]
@@ -240,15 +235,12 @@ def rank_main(settings: dict[str, Any]) -> None:
         micro_batches, evaluations = measure(trainings, settings["rounds"], references)
     calibrations = {name: over_ranks(each.calibration_s) for name, each in trainings.items()}
     found = rows_of(micro_batches, evaluations, calibrations, settings["accumulation"])
-    record = {
+    return {
         "links": {"train": vars(link)},
         "rows": found,
         "pace": references.pace(),
         "reports": {name: each.engine.overlap.report() for name, each in trainings.items()},
     }
-    if dist.get_rank() == 0:
-        print("RECORD " + json.dumps(record), flush=True)
-    dist.destroy_process_group()
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ of the ratios within interleaved rounds, with the 10th and 90th percentile.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,6 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.make_pairs import make_pair
 from scmoe_ds.models.pairs import StagedPair
 from scmoe_ds.parallel import tensor
-from scmoe_ds.parallel.process import connect
 from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -90,10 +88,8 @@ def find_rate(steps: Steps, share: float) -> dict[str, float]:
     return found
 
 
-def rank_main(settings: dict[str, Any]) -> None:
-    """All rows; runs on every rank."""
-    torch.set_num_threads(1)
-    connect()
+def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
+    """The record; each of the two processes runs it."""
     tensor.start_tensor_parallel(dist.get_world_size())
     shape = SHAPES[settings["shape"]]
     hidden = torch.randn(
@@ -114,9 +110,7 @@ def rank_main(settings: dict[str, Any]) -> None:
             times = interleave(steps, settings["rounds"], WARM_UP, before=dist.barrier)
             seconds = {name: over_ranks(values) for name, values in times.items()}
             found.append({"mode": mode, "link": link, "rows": [row(name, seconds) for name in seconds]})
-    if dist.get_rank() == 0:
-        print("RECORD " + json.dumps({"links_and_rows": found}), flush=True)
-    dist.destroy_process_group()
+    return {"links_and_rows": found}
 
 
 def row(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:

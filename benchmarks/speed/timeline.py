@@ -13,9 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from benchmarks.harness.on_nodes import on_nodes, parse
 from benchmarks.harness.parts import record_steps
 from benchmarks.harness.variants import SHAPES, main_table, one_primitive
@@ -28,12 +25,8 @@ from scmoe_ds.trace.timeline_figure import figure, phases_ms
 DRAWN = ("serial", "overlapped", "chunked")
 
 
-def rank_main(settings: dict[str, Any]) -> None:
-    """What each of the two processes runs; rank 0 prints the spans."""
-    from scmoe_ds.engine import connect
-
-    torch.set_num_threads(1)
-    connect()
+def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
+    """The spans; each of the two processes runs it."""
     shape = SHAPES[settings["shape"]]
     names = {kind: f"ScMoE Pos-{settings['position']}, {kind}" for kind in DRAWN}
     with one_primitive(settings["method"]):
@@ -45,9 +38,7 @@ def rank_main(settings: dict[str, Any]) -> None:
         for kind, name in names.items():
             *_, last = record_steps(bench.runs[name], bench.steps[name], 5)
             spans[kind] = [[vars(span) for span in rank] for rank in gather_spans(last) or []]
-    if dist.get_rank() == 0:
-        print("RECORD " + json.dumps({"link": vars(rate), "spans": spans}), flush=True)
-    dist.destroy_process_group()
+    return {"link": vars(rate), "spans": spans}
 
 
 def draw(record: dict[str, Any], stem: Path) -> list[Path]:

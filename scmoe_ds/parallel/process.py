@@ -1,4 +1,4 @@
-"""Makes a process a rank: reads what a launcher set, and meets the other ranks, with one limit for all waits."""
+"""Makes a process a rank, and ends it: reads what a launcher set, meets the others, with one limit for all waits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 from contextlib import nullcontext
 from datetime import timedelta
+from typing import NoReturn
 
 import deepspeed
 import torch
@@ -16,6 +17,7 @@ from scmoe_ds.compat import set_default_timeout, set_world_timeout
 from scmoe_ds.errors import LauncherError, first_line
 from scmoe_ds.parallel import compilation, standing, watch
 from scmoe_ds.parallel.agreement import wait_for_all
+from scmoe_ds.parallel.failures import leave
 from scmoe_ds.parallel.launchers import adopt_launcher
 from scmoe_ds.parallel.nccl import PRIORITY, prefer_communication
 from scmoe_ds.parallel.output import log
@@ -83,6 +85,19 @@ def connect(timeout: timedelta | None = None) -> bool:
     wait_for_all()
     forget_names()
     return True
+
+
+def end_rank(code: int = 0) -> NoReturn:
+    """The end of a rank whose work is done: leaves the process group and ends the process, without exit handlers.
+
+    gloo's threads hold the tensors of a collective a moment longer than whoever waits for it, and a group's threads
+    live as long as a layer that knows the group. A thread that lets go of a tensor while the interpreter shuts down
+    asks for its lock. The interpreter then ends the thread inside a destructor, and C++ aborts the process: "terminate
+    called without an active exception" (a stack of it was read in torch 2.13). So a rank does not shut down its
+    interpreter.
+    """
+    dist.destroy_process_group()
+    leave(code)
 
 
 def prepare_environment() -> None:

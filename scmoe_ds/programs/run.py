@@ -17,7 +17,7 @@ from scmoe_ds import checkpoint
 from scmoe_ds.parallel.error_text import mistake_of
 from scmoe_ds.parallel.failures import FailureReporter, leave
 from scmoe_ds.parallel.output import show_log, steady_output
-from scmoe_ds.parallel.process import connect, device, prepare_environment
+from scmoe_ds.parallel.process import connect, device, end_rank, prepare_environment
 from scmoe_ds.parallel.stalls import StallWatch
 from scmoe_ds.parallel.watch import Watch
 from scmoe_ds.programs import debug_is_asked
@@ -96,20 +96,19 @@ def _run(name: str, job: Callable[[], object], timeout: timedelta, watch: Watch,
         leave(INTERRUPTED)  # the others may be inside a collective
     except (Exception, SystemExit) as error:  # a library that calls sys.exit on one rank leaves the others, too
         if reporter is not None:
-            _end_rank(name, error, reporter)
+            _end_failed(name, error, reporter)
         if isinstance(error, SystemExit):
             raise
         code = tell(name, error, debug, speaks=os.environ.get("RANK" if connected else "LOCAL_RANK", "0") == "0")
     watch.done()
+    if reporter is not None:
+        end_rank(code)
     if connected:
         dist.destroy_process_group()
-    if reporter is not None:
-        # Threads of a process group whose peers ended at another moment can abort an interpreter that is shutting down.
-        leave(code)
     return code
 
 
-def _end_rank(name: str, error: Exception | SystemExit, reporter: FailureReporter) -> NoReturn:
+def _end_failed(name: str, error: Exception | SystemExit, reporter: FailureReporter) -> NoReturn:
     """Ends this rank. If it failed alone, it leaves others inside a collective."""
     mistake = mistake_of(error)
     if mistake is None:
