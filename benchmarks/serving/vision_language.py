@@ -58,8 +58,8 @@ SHAPE = Shape("512 wide, four experts per rank", 512, 8, 16, IMAGES * SETTINGS.p
 ROWS: dict[str, LowPrecision | None] = {
     "off": None,
     "off again (A/A)": None,
-    "ReaLB": LowPrecision("hot"),
-    "low precision everywhere": LowPrecision("all"),
+    "ReaLB": LowPrecision("hot", score=None),
+    "low precision everywhere": LowPrecision("all", score=None),
 }
 WARM_UP = 8  # passes, in which schedules are timed and chosen
 
@@ -120,7 +120,7 @@ def table_of(skew: float, settings: dict[str, Any]) -> dict[str, Any]:
         server.follow(schedules)
     steps = {name: server.step for name, server in servers.items()}
     times = {name: slowest(own) for name, own in interleave(steps, settings["rounds"], 2, dist.barrier).items()}
-    loads = count_loads(off.model, off.step, LowPrecision())
+    loads = count_loads(off.model, off.step, LowPrecision(score=None))
     hot = gather([each.counts.hot / each.counts.passes for each in servers["ReaLB"].used])
     found = [
         {

@@ -92,15 +92,15 @@ def copy_experts(
     be used in evaluation mode alone from now on.
 
     Args:
-        model: whose experts are on the device.
+        model: a GPT of this package, whose experts are on the device.
         per_rank: copies of each rank and layer; 0 only counts loads.
         loads: rows of each expert of each MoE layer, to choose copies by; None: those of the first passes.
         costs: of rows on this machine; None: they are measured.
 
     Raises:
-        ArgumentError: copies that this layout has no use for, or memory no room.
+        ArgumentError: another model, or copies that this layout has no use for, or memory no room.
     """
-    layers = [pair.layer for pair in model.scheduled_pairs() if pair.last.owns_moe]
+    layers = _layers(model)
     _check(layers, per_rank)
     if loads is not None:
         _check_loads(layers, loads)
@@ -177,6 +177,15 @@ def _milliseconds(experts: Sequence[Any], rows_RD: Tensor) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _layers(model: GPT) -> list[StagedMoE]:
+    if not isinstance(model, GPT):
+        raise ArgumentError(
+            f"model = {type(model).__name__}: only a GPT of this package can have copies of experts; "
+            "docs/from_hugging_face.md says what others can have"
+        )
+    return [pair.layer for pair in model.scheduled_pairs() if pair.last.owns_moe]
 
 
 def _check(layers: Sequence[StagedMoE], per_rank: int) -> None:

@@ -41,8 +41,12 @@ class HasMembers(Protocol):
 
 
 class OwnExperts:
-    """Experts that compute by themselves, in place of DeepSpeed's container: AutoEP's (scmoe_ds.moe.grouped), or those
-    whose weights arrive when needed (scmoe_ds.inference.offload)."""
+    """Experts that compute by themselves, in the place of DeepSpeed's container: AutoEP's (moe/grouped.py), those that
+    compute by halves or in low precision (moe/decisions/), and those whose weights arrive when needed (offload/).
+
+    In a pass a layer calls `notice` and `told` if there are `notices`, then `announce` for each chunk, then `run` for
+    each chunk, and at last `collected`.
+    """
 
     num_local_experts: int
 
@@ -50,22 +54,27 @@ class OwnExperts:
     """How many numbers every rank tells every other one beside its row counts; see `notice`."""
 
     def notice(self, routing: Any, ranks: int) -> Tensor:
-        """[ranks, notices] int64 on the tokens' device: what each rank is told of this rank's routing (moe/gate.py)."""
+        """What this rank tells each rank of its routing: [ranks, notices] int64 on the tokens' device.
+
+        Args:
+            routing: a moe.gate.Routing.
+            ranks: of the exchange.
+        """
         raise NotImplementedError
 
     def told(self, told_PX: Tensor) -> None:
-        """Hands over the notices of all ranks, on the host. Called once per routing, before `announce`."""
+        """Hears what every rank has told this one, [ranks, notices] int64 on the host; once per routing."""
 
     def announce(self, rows_per_expert: Sequence[int]) -> None:
-        """Says how many rows each local expert will get, as soon as that is known. Called once before each `run`."""
+        """Hears how many rows each local expert will get in a `run`, as soon as the host knows that."""
 
     def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-        """As `run_experts`."""
+        """[S, D] → [S, D], as `run_experts`."""
         raise NotImplementedError
 
     def collected(self, output_TD: Tensor) -> Tensor:
-        """Sees what has become of the rows of all `run`s since the last call: in the backward pass its gradient comes
-        a window before theirs."""
+        """Is handed the layer's routed output, [T, D], and returns it. In the backward pass the gradient of this output
+        is there a window before those of the `run`s: experts that are offloaded in training are asked for then."""
         return output_TD
 
 

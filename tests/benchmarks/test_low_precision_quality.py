@@ -33,7 +33,7 @@ def test_every_gate_gets_the_skew(model: VisionLanguageGPT, skew: float) -> None
     run = partial(model, TEXT)
     pairs = model.scheduled_pairs()
     skew_gates(pairs, run, first_expert(skew, pairs[0].layer.num_experts))
-    for loads in count_loads(model, run, LowPrecision()):
+    for loads in count_loads(model, run, LowPrecision(score=None)):
         assert float(loads.rows_2E[0, 0] / loads.rows_2E[0].mean()) == pytest.approx(skew, rel=0.01)
         assert not loads.rows_2E[1].any() and int(loads.rows_2E[0].sum()) == TEXT.numel()
 
@@ -51,7 +51,7 @@ def test_a_gate_without_a_norm_with_bias_is_refused(model: VisionLanguageGPT) ->
 
 def test_rows_are_counted_by_kind(model: VisionLanguageGPT) -> None:
     plain = model(TOKENS, used_token=USED, images=IMAGES).exp_counts
-    found = count_loads(model, partial(model, TOKENS, used_token=USED, images=IMAGES), LowPrecision())
+    found = count_loads(model, partial(model, TOKENS, used_token=USED, images=IMAGES), LowPrecision(score=None))
     for loads, counts in zip(found, plain, strict=True):
         assert loads.rows_2E[0].tolist() == counts.tolist()
         assert int(loads.rows_2E[1].sum()) == int((KINDS == 2).sum())

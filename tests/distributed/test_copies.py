@@ -160,7 +160,9 @@ def test_same_outputs_and_texts(models: str, ep_size: int) -> None:
 
 
 def test_one_rank(models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts loads, and has no use for copies; a file of loads that is none; a copy count beyond memory."""
+    """Counts loads, and has no use for copies; a file of loads that is none; a model that is no GPT."""
+    with pytest.raises(ArgumentError, match="model = Linear: only a GPT of this package can have copies"):
+        copy_experts(torch.nn.Linear(2, 2), 1)  # type: ignore[arg-type]
     trained = TrainedModel.open(Path(models) / "top-1")
     model = load_model(trained, serving_config(trained.config), torch.float32, CPU)
     with pytest.raises(ArgumentError, match="--expert-copies 1: one rank has all experts; give --moe-expert-parallel"):

@@ -58,7 +58,7 @@ def passes(k: int) -> dict[str, Any]:
     found: dict[str, Any] = {"plain": run(used_T), "tolerant": (used_T == TOLERANT).tolist()}
     for name, changes in SETTINGS.items():
         layer.deepspeed_moe.experts = plain
-        attached = use_low_precision(layer, LowPrecision(**{"min_tokens": 0, **changes}))
+        attached = use_low_precision(layer, LowPrecision(**{"score": None, "min_tokens": 0, **changes}))
         output = run((used_T != 0) if name == "no marks" else used_T)
         counts = attached.layers[0].counts
         assert counts.passes == 1

@@ -35,7 +35,7 @@ def passes() -> dict[str, Any]:
 
     found: dict[str, Any] = {"usual": logits()}
     with pytest.raises(ArgumentError, match=r"score = None: AutoEP's .* has no marks of tokens"):
-        use_low_precision(model, LowPrecision())
+        use_low_precision(model, LowPrecision(score=None))
     names = list(model.state_dict())
     for ranks in ("all", "hot"):
         for _, layer in autoep_layers(model):

@@ -57,7 +57,7 @@ class CopiedExperts(EarlyRule):
     """Sends rows of hot experts to copies.
 
     Args:
-        room: copies that this rank, and every other, has room for: C.
+        room: C, the copies that every rank has room for.
         costs: of `split_rows`.
         ranks: of the expert-parallel group.
         choose: is handed [E] rows of each expert when enough are counted, on all ranks in the same pass. It brings the
@@ -85,7 +85,8 @@ class CopiedExperts(EarlyRule):
         self.loads = Loads()
 
     def notice(self, routing: Routing, slices: TokenSlices) -> Tensor:
-        """[P, E] rows of each expert. With one row per rank and token [P, E + P], also these."""
+        """[P, E] int64, the same for each rank: this rank's rows for each expert. Where a token has one row per rank,
+        [P, E + P]: then also how many tokens it has for each rank."""
         rows_E, ranks = routing.choices.rows_E, slices.group_size
         if one_row_per_rank(len(routing.weight_KT), slices):
             rows_E = torch.cat([rows_E, _tokens_per_rank(routing, ranks)])
@@ -125,7 +126,8 @@ class CopiedExperts(EarlyRule):
         return rows_SPY
 
     def _places(self, local_experts: int) -> list[tuple[int, int, int]]:
-        """Of each copy: its rank, its place there, and its expert's place at home among those of all ranks."""
+        """Of each copy: its rank, its place among those of that rank, and the place of its expert at home among all
+        places."""
         found, used = [], dict[int, int]()
         for copy in self.copies or ():
             place = local_experts + used.setdefault(copy.rank, 0)
@@ -139,7 +141,8 @@ class CopiedExperts(EarlyRule):
     def _to_places(
         self, routing: Routing, rows_E: Tensor, split_NS: list[list[int]] | None, slices: TokenSlices
     ) -> Routing:
-        """The routing to places. The last rows of an expert, by location, are those that go to its copies."""
+        """The routing to places. An expert's rows are taken in their order: the first ones stay at home, the last ones
+        go to its copies."""
         choices, ranks, local_experts = routing.choices, slices.group_size, len(rows_E) // slices.group_size
         if split_NS is None or not any(rows_S[slices.rank] for rows_S in split_NS):  # the order stays
             rows_PY = F.pad(choices.rows_E.view(ranks, -1), (0, self.room))

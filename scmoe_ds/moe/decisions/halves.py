@@ -21,9 +21,9 @@ from scmoe_ds.moe.grouped import GroupedRows
 
 
 class _Halves(OwnExperts):
-    """2L places: the whole experts, then their major halves.
+    """2L places: the L whole experts, then their L major halves.
 
-    A whole expert computes as it does without halves, with the same kernels and the same result.
+    Whole experts compute as they do without halves, with the same kernels and the same result.
     """
 
     local_experts: int
@@ -140,8 +140,8 @@ class _Major(NamedTuple):
 
     @classmethod
     def of(cls, expert: Any) -> _Major:
-        """For SwiGLU with a copy of the first projection's half, since those of gate and up do not follow each other.
-        The grouped product stacks all weights anyway."""
+        """Slices of the weights. Of a SwiGLU's first projection it is a copy: the halves of gate and up do not lie side
+        by side. The grouped product copies all weights into one tensor anyway."""
         half, width = half_of(expert), expert.output.in_features
         weight, bias = (
             None if each is None else each.unflatten(0, (-1, width))[:, :half].flatten(0, 1)

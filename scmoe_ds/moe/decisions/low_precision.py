@@ -50,7 +50,7 @@ class LowPrecision:
     """
 
     ranks: Literal["hot", "all"] = "hot"
-    score: float | None = None
+    score: float | None = 0.7
     share: float = 0.7
     overload: float = 1.05
     min_tokens: int = 2048
@@ -84,18 +84,18 @@ class Counts:
 
 
 class LowPrecisionExperts(OwnExperts):
-    """Experts in the place of others, which compute where this rank is not hot.
+    """Takes the place of a layer's experts: in low precision while this rank is hot, otherwise as before.
 
     Args:
         experts: each local expert.
-        usual: computes them as `run_experts` does.
+        usual: computes rows as before; arguments and result are those of `run_experts`.
         slices: of the layer.
         settings: when this rank is hot.
-        format: in which it then computes.
+        format: of a hot rank's products.
 
     Attributes:
-        hot: whether it is in the pass that goes on.
-        counts: since the experts were made.
+        hot: whether this rank is hot in the current pass.
+        counts: passes since the experts were made.
     """
 
     def __init__(
@@ -112,10 +112,11 @@ class LowPrecisionExperts(OwnExperts):
         self.hot, self.counts = False, Counts()
         self._converted: dict[int, list[Scaled]] = {}
         self._done: torch.cuda.Event | None = None
-        self._runs = 0  # announced ones that have not run
+        self._runs = 0  # calls of `run` that were announced and are still to come: one for each chunk
 
     def notice(self, routing: Routing, ranks: int) -> Tensor:
-        """[P, 4] int64: this rank's tokens and rows, its rows to each rank, and how many of these are tolerant."""
+        """[P, 4] int64, for each rank: this rank's tokens, its rows for all ranks, its rows for that rank, and how many
+        of the last tolerate low precision."""
         rows_E, expert_KT = routing.choices.rows_E, routing.choices.expert_KT
         of_ranks = self.slices.expert_parallel_size
         rows_R = rows_E.view(of_ranks, -1).sum(1)
@@ -145,7 +146,8 @@ class LowPrecisionExperts(OwnExperts):
         self.counts.hot += self.hot
 
     def _decide(self, tokens: int, rows: int, own: int, tolerant: int) -> bool:
-        """From sums over the ranks of the exchange, of which tensor-parallel ones hold the same tokens."""
+        """The conditions of `LowPrecision`, on sums over the ranks of the exchange. Tensor-parallel ranks hold the same
+        tokens, which are counted once for each of them."""
         settings = self.settings
         if tokens <= settings.min_tokens * self.slices.tensor_parallel_size or not own:
             return False
