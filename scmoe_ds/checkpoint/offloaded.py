@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from scmoe_ds.moe.placement import expert_of
+from scmoe_ds.offload.shape import Part
 from scmoe_ds.offload.states import MASTER
 from scmoe_ds.offload.step import MOMENTS
+from scmoe_ds.offload.store import ExpertKey
 from scmoe_ds.offload.trainable import STAND_IN as STAND_IN
-from scmoe_ds.offload.trainable import by_expert, offloaded, offloaded_names, write_experts
+from scmoe_ds.offload.trainable import TrainableExperts, by_expert, offloaded, offloaded_names, write_experts
 
 EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_optim_states\.pt")
 STATES, STEPS, OPTIONS = "states", "steps", "group options"
@@ -25,8 +27,8 @@ STATES, STEPS, OPTIONS = "states", "steps", "group options"
 
 
 def write(engine: Any, directory: Path) -> None:
-    """This rank's experts, with DeepSpeed's writer; nothing where they are in memory."""
-    named = offloaded_names(engine.module)
+    """The experts whose states this rank keeps, with DeepSpeed's writer; nothing where they are in memory."""
+    named = _kept(engine.module)
     options = _options(engine) if named else {}
     for (experts, key), parts in by_expert(named).items():
         states, steps = experts.states.read(key)
@@ -38,6 +40,15 @@ def write(engine: Any, directory: Path) -> None:
             for each, part in parts.items()
         }
         engine.checkpoint_engine.save(found, str(directory / f"{name}_optim_states.pt"))
+
+
+def _kept(model: nn.Module) -> dict[str, tuple[TrainableExperts, ExpertKey, Part]]:
+    """Those of `offloaded_names` whose states this rank keeps."""
+    return {
+        name: (where, key, part)
+        for name, (where, key, part) in offloaded_names(model).items()
+        if key in where.states.kept
+    }
 
 
 def _options(engine: Any) -> dict[int, dict[str, Any]]:
@@ -80,7 +91,7 @@ def stand_ins(model: nn.Module) -> set[int]:
 
 
 def held(engine: Any) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """Expert after expert: of each parameter, by its name, the fp32 weights and moments."""
-    for (experts, key), parts in by_expert(offloaded_names(engine.module)).items():
+    """Of each expert whose states this rank keeps: of each parameter, by its name, the fp32 weights and moments."""
+    for (experts, key), parts in by_expert(_kept(engine.module)).items():
         states, _ = experts.states.read(key)
         yield {name: states[part.name] for name, part in parts.items()}

@@ -59,8 +59,8 @@ def refusals_of_offload(whole: Mapping[str, Any]) -> Iterator[tuple[str, bool, s
     if at(whole, "scmoe.offload_experts") is None:
         return
     beside = "beside scmoe.offload_experts"
-    remedy = f"must be 1 {beside}, whose experts make ZeRO-1's steps"
-    yield "zero_optimization.stage", at(whole, "zero_optimization.stage") != 1, remedy
+    remedy = f"must be 1 or 2 {beside}, whose experts make ZeRO's steps"
+    yield "zero_optimization.stage", at(whole, "zero_optimization.stage") not in (1, 2), remedy
     for name in ("offload_optimizer", "offload_param"):
         both = "DeepSpeed moves the dense parameters' states only, and in another way; remove it"
         yield f"zero_optimization.{name}", offloads(whole, name), f"{both} {beside}"
@@ -83,13 +83,11 @@ def refusals_of_offload(whole: Mapping[str, Any]) -> Iterator[tuple[str, bool, s
     )
 
 
-def rules_of_world(section: Any, world_size: int, tensor_parallel_size: int) -> Iterator[tuple[str, bool, str]]:
-    """What the number of ranks must be beside it; the same three."""
-    if section.offload_experts is None:
-        return
-    alone = world_size == section.expert_parallel_size and tensor_parallel_size == 1
-    rule = f"beside scmoe.offload_experts it must be the world size {world_size}: no expert may have a copy"
-    yield "expert_parallel_size", not alone, f"{rule}, and no layer may be divided"
+def rules_of_world(section: Any, tensor_parallel_size: int) -> Iterator[tuple[str, bool, str]]:
+    """What the tensor-parallel ranks must be beside it; the same three."""
+    divided = section.offload_experts is not None and tensor_parallel_size > 1
+    rule = f"experts cannot move beside {tensor_parallel_size} tensor-parallel ranks; set 1, or remove it"
+    yield "offload_experts", divided, rule
 
 
 def in_one_chunk(section: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -88,7 +88,7 @@ def rules_of_world(section: Any, world_size: int, tp: int) -> Iterator[Rule]:
     )
     other = not divided and ep % tp > 0 < tp % ep
     yield field, other, f"it or --tensor-model-parallel-size {tp} must divide the other"
-    yield from offload_section.rules_of_world(section, world_size, tp)
+    yield from offload_section.rules_of_world(section, tp)
 
 
 def rules_of_slots(section: Any) -> Iterator[Rule]:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from scmoe_ds.config.deepspeed_json import is_on
@@ -26,6 +28,7 @@ from scmoe_ds.offload.pages import page_tensor
 from scmoe_ds.offload.records import FileRecords, HostRecords, Records
 from scmoe_ds.offload.room import sections
 from scmoe_ds.offload.shape import ExpertShape
+from scmoe_ds.offload.shared import SharedStates, keepers
 from scmoe_ds.offload.states import MASTER, ExpertStates
 from scmoe_ds.offload.store import ExpertKey, ExpertStore
 from scmoe_ds.offload.trainable import Slot, TrainableExperts, offloaded, shape_of
@@ -53,23 +56,41 @@ def offload_experts(model: nn.Module, settings: OffloadConfig, dtype: torch.dtyp
         return
     shape = _shape(layers)
     keys = [ExpertKey(number, each) for number, layer in enumerate(layers) for each in range(layer.num_local_experts)]
-    each = sections(shape, dtype)
-    records: Records
-    if settings.device == "nvme":
-        assert settings.nvme_path is not None  # a rule of the section
-        records = FileRecords(settings.nvme_path, len(keys), each, device)
-    else:
-        records = HostRecords(len(keys), each, device)
-    states = ExpertStates(keys, shape, dtype, device, records)
+    states = _states(keys, shape, dtype, device, settings, layers[0].ep_size)
     slots = [Slot(page_tensor(shape.elements, dtype, device)) for _ in range(min(settings.buffer_count, len(keys)))]
     store = ExpertStore(states, lambda key: {"flat": f"{key.layer}.{key.expert}"}, slots)
     for number, layer in enumerate(layers):
         _move(layer, number, store, states, dtype)
     where = "the host's memory" if settings.device == "cpu" else settings.nvme_path
     log(
-        f"{_PATH}: {len(keys)} experts with their optimizer states, {records.nbytes / 1e9:.2f} GB, are in {where}; "
+        f"{_PATH}: {len(keys)} experts and the optimizer states of {len(states.kept)}, "
+        f"{states.records.nbytes / 1e9:.2f} GB, are in {where}; "
         f"{(store.nbytes + states.nbytes) / 1e9:.2f} GB of the device move them"
     )
+
+
+def _states(
+    keys: Sequence[ExpertKey],
+    shape: ExpertShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: OffloadConfig,
+    expert_parallel_size: int,
+) -> ExpertStates:
+    """The states of this rank's experts, or its share of them. No process groups exist yet: every
+    `expert_parallel_size`-th rank of the world will be in one of DeepSpeed's expert-data-parallel groups."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    place, size = rank // expert_parallel_size, ranks // expert_parallel_size
+    each = [sections(shape, dtype, keeper == place) for keeper in keepers(keys, size).values()]
+    records: Records
+    if settings.device == "nvme":
+        assert settings.nvme_path is not None  # a rule of the section
+        records = FileRecords(settings.nvme_path, each, device)
+    else:
+        records = HostRecords(each, device)
+    if size == 1:
+        return ExpertStates(keys, shape, dtype, device, records)
+    return SharedStates(keys, shape, dtype, device, records, place, size)
 
 
 def _shape(layers: Sequence[StagedMoE]) -> ExpertShape:
@@ -132,7 +153,7 @@ def join_steps(engine: Any) -> None:
         return
     optimizer, states = engine.optimizer, layers[0].states
     _check(optimizer, states)
-    states.ranks = engine.dp_world_size
+    states.join(engine.dp_world_size, groups._get_expert_data_parallel_group(layers[0].group_name))
     _Joined(optimizer, layers, layers[0].store, states).join(engine)
     refuse_deepspeeds_own(engine)
 
@@ -159,9 +180,8 @@ class _Joined:
     def __init__(
         self, optimizer: Any, layers: Sequence[TrainableExperts], store: ExpertStore, states: ExpertStates
     ) -> None:
-        self._optimizer, self._store, self._states = optimizer, store, states
+        self._optimizer, self._inner, self._store, self._states = optimizer, optimizer.optimizer, store, states
         stand_ins = {id(each): group for layer in layers for group, each in layer.stand_ins.items()}
-        self._group_of = stand_ins
         self._number_of = {
             stand_ins[id(parameter)]: number
             for number, members in enumerate(optimizer.bit16_groups)
@@ -183,19 +203,20 @@ class _Joined:
     def _zeroing(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
         def zero(*args: Any, **kwargs: Any) -> None:
             zero_grad(*args, **kwargs)
-            # From the last micro-batch on ZeRO has the gradients elsewhere, and makes its step with them all the same.
-            if not any(self._optimizer.averaged_gradients.values()):
+            # Gradients that ZeRO has elsewhere are in its step all the same: under ZeRO-1 from the last micro-batch on,
+            # under ZeRO-2 from the first.
+            there = (self._optimizer.averaged_gradients, self._optimizer.all_grad_tensors)
+            if not any(each is not None for gradients in there for each in gradients.values()):
                 self._states.forget_gradients()
 
         return zero
 
     def norm(self, gradients: Any, params: Any, norm_type: Any = 2) -> Tensor:
         """Of a group. The norm of a norm is itself, so that ZeRO's own sum over parameters takes the experts' norms."""
-        params = list(params)
-        group = next((self._group_of[id(each)] for each in params if id(each) in self._group_of), None)
-        if group is not None:
-            norms = self._states.norms(self._states.keys, group)
-            gradients, params = [each.view(1) for each in norms], [params[0]] * len(norms)
+        for group, number in self._number_of.items():
+            if gradients is self._optimizer.averaged_gradients[number]:
+                gradients = [each.view(1) for each in self._states.norms(group)]
+                params = self._optimizer.bit16_groups[number][:1] * len(gradients)
         found: Tensor = self._norm(gradients, params, norm_type)
         return found
 
@@ -209,14 +230,14 @@ class _Joined:
     def step(self, closure: Any = None) -> None:
         """The step of the dense parameters; the experts have theirs before them from then on."""
         self._factor = None
+        self._states.reduce()
         self._step(closure)
         if self._factor is None or self._optimizer.overflow:
             self._states.forget_gradients()
             return
-        groups = self._optimizer.optimizer.param_groups
         options = {
-            group: {name: value for name, value in groups[number].items() if name != "params"}
+            group: {name: value for name, value in self._inner.param_groups[number].items() if name != "params"}
             for group, number in self._number_of.items()
         }
-        self._states.step(self._factor, type(self._optimizer.optimizer), options)
-        self._store.renew(self._states.keys)
+        self._states.step(self._factor, type(self._inner), options)
+        self._store.renew(list(self._states.kept))

@@ -1,4 +1,4 @@
-"""Equal records in sections, in host memory or in a file: where trained experts and their optimizer states stay.
+"""Records in sections, in host memory or in a file: where trained experts and their optimizer states stay.
 
 A section begins at a page and is read and written as a whole, past the page cache where the file system allows that
 (O_DIRECT). The file has no name in its directory, so that a run that is killed leaves nothing behind.
@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from queue import SimpleQueue
 from typing import Literal, Protocol
 
@@ -48,23 +49,23 @@ class HostRecords:
     """Records in host memory, pinned beside a GPU.
 
     Args:
-        records: how many.
-        sections: bytes of each.
+        records: bytes of the sections of each; 0: there is none.
         device: of the tensors that are filled.
     """
 
     tier: Literal["host", "disk"] = "host"
 
-    def __init__(self, records: int, sections: Sequence[int], device: torch.device) -> None:
-        self.nbytes = records * sum(sections)
+    def __init__(self, records: Sequence[Sequence[int]], device: torch.device) -> None:
+        sizes = [nbytes for sections in records for nbytes in sections]
+        self.nbytes = sum(sizes)
         self._memory: list[list[Tensor]]
         if device.type == "cuda":
             remedy = 'set scmoe.offload_experts.device to "nvme", or spread the experts over more ranks'
-            room = PinnedTensors(list(sections) * records, 'scmoe.offload_experts.device = "cpu"', remedy)
-            zeros = [torch.zeros(nbytes, dtype=torch.uint8) for nbytes in sections]
-            self._memory = [[room.keep(each, torch.uint8) for each in zeros] for _ in range(records)]
+            room = PinnedTensors(sizes, 'scmoe.offload_experts.device = "cpu"', remedy)
+            zeros = {nbytes: torch.zeros(nbytes, dtype=torch.uint8) for nbytes in set(sizes)}
+            self._memory = [[room.keep(zeros[nbytes], torch.uint8) for nbytes in sections] for sections in records]
         else:
-            self._memory = [[torch.empty(nbytes, dtype=torch.uint8) for nbytes in sections] for _ in range(records)]
+            self._memory = [[torch.empty(nbytes, dtype=torch.uint8) for nbytes in sections] for sections in records]
 
     def read(self, record: int, section: int, into: Tensor) -> None:
         memory = self._memory[record][section]
@@ -80,7 +81,7 @@ class FileRecords:
 
     Args:
         directory: where it lies.
-        records, sections, device: as for `HostRecords`.
+        records, device: as for `HostRecords`.
         threads: that read and write at the same time.
 
     Raises:
@@ -90,17 +91,19 @@ class FileRecords:
     tier: Literal["host", "disk"] = "disk"
 
     def __init__(
-        self, directory: str, records: int, sections: Sequence[int], device: torch.device, threads: int = 4
+        self, directory: str, records: Sequence[Sequence[int]], device: torch.device, threads: int = 4
     ) -> None:
         self._directory = directory
-        starts = [sum(map(whole_pages, sections[:number])) for number in range(len(sections) + 1)]
-        self._starts, self._record = starts[:-1], starts[-1]
-        self.nbytes = records * self._record
+        self._starts: list[list[int]] = []
+        self.nbytes = 0
+        for sections in records:
+            self._starts.append([self.nbytes + each for each in accumulate(map(whole_pages, sections), initial=0)])
+            self.nbytes = self._starts[-1].pop()
         self._descriptor = self._made(self.nbytes)
         self._pool = ThreadPoolExecutor(threads, "expert-records")
         self._bounces: SimpleQueue[tuple[Tensor, torch.cuda.Stream]] = SimpleQueue()
         for _ in range(threads if device.type == "cuda" else 0):
-            memory = pinned_pages(max(sections), 'scmoe.offload_experts.device = "nvme"')
+            memory = pinned_pages(max(map(max, records)), 'scmoe.offload_experts.device = "nvme"')
             self._bounces.put((memory, torch.cuda.Stream(device)))
 
     def _made(self, nbytes: int) -> int:
@@ -160,7 +163,7 @@ class FileRecords:
             self._bounces.put((memory, stream))
 
     def _place(self, record: int, section: int) -> int:
-        return record * self._record + self._starts[section]
+        return self._starts[record][section]
 
     def _transfer(self, move: Callable[..., int], offset: int, tensor: Tensor) -> None:
         """All of a tensor, from or to the file."""

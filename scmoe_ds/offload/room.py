@@ -6,6 +6,7 @@ from concurrent.futures import Future, wait
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from scmoe_ds.offload.pages import page_tensor, whole_pages
 from scmoe_ds.offload.shape import ExpertShape
@@ -15,10 +16,16 @@ WEIGHTS, FIRST, SECOND, GRADIENT, LOW = range(5)
 than fp32 have a section of their own."""
 
 
-def sections(shape: ExpertShape, dtype: torch.dtype) -> list[int]:
-    """Bytes of the sections of an expert's record, in whole pages."""
+def sections(shape: ExpertShape, dtype: torch.dtype, kept: bool = True) -> list[int]:
+    """Bytes of the sections of an expert's record, in whole pages.
+
+    Args:
+        kept: whether its optimizer states are there, too; 0 bytes otherwise.
+    """
     dtypes = [torch.float32] * 3 + [dtype] + ([] if dtype == torch.float32 else [dtype])
-    return [whole_pages(shape.elements * each.itemsize) for each in dtypes]
+    found = [whole_pages(shape.elements * each.itemsize) for each in dtypes]
+    lacking = () if kept else (FIRST, SECOND) if dtype == torch.float32 else (WEIGHTS, FIRST, SECOND)
+    return [0 if section in lacking else nbytes for section, nbytes in enumerate(found)]
 
 
 class Room:
@@ -33,6 +40,10 @@ class Room:
         self.wide = self.gradient if dtype == torch.float32 else make(torch.float32)
         self.low = None if dtype == torch.float32 else make(dtype)
         self.moving: list[Future[None] | None] = []
+
+    def norm(self, gradient: Tensor) -> Tensor:
+        """[] fp64, as ZeRO takes it; no state is here meanwhile."""
+        return torch.linalg.vector_norm(self.scratch[: gradient.numel()].copy_(gradient))
 
     def settle(self) -> None:
         """Waits for what has been started, for all of it even where some has failed: the next task gets this memory."""

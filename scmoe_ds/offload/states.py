@@ -13,35 +13,31 @@ dtype, clipped in fp32, torch's own optimizer on fp32 weights.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scmoe_ds.offload.pages import page_tensor
 from scmoe_ds.offload.readers import Arrival
 from scmoe_ds.offload.records import Records
 from scmoe_ds.offload.room import FIRST, GRADIENT, LOW, SECOND, WEIGHTS, Room, sections
 from scmoe_ds.offload.shape import ExpertShape
 from scmoe_ds.offload.step import MOMENTS, Step, make_step
 from scmoe_ds.offload.store import ExpertKey
-from scmoe_ds.offload.workers import Arriving, Workers, has_succeeded
+from scmoe_ds.offload.turns import WORKERS, Turns
+from scmoe_ds.offload.workers import Arriving, has_succeeded
 from scmoe_ds.trace.migrations import MigrationWatch, noted
 
 MASTER = "fp32"
 """The name of fp32 weights, as checkpoints have it."""
-_ARRIVE, _KEEP, _UPDATE = range(3)
+ARRIVE, _KEEP, _UPDATE = range(3)
 """What goes first."""
-_WORKERS = 2
 
 
-class ExpertStates:
+class ExpertStates(Turns):
     """The experts of all MoE layers of a rank; an `ExpertSource` for an `ExpertStore`.
 
     Args:
@@ -51,6 +47,9 @@ class ExpertStates:
         device: that computes.
         records: one for each expert, of `sections`.
         buffers: gradients that may be on their way at once.
+
+    Attributes:
+        kept: the experts whose steps this rank makes.
     """
 
     def __init__(
@@ -62,28 +61,22 @@ class ExpertStates:
         records: Records,
         buffers: int = 2,
     ) -> None:
-        self.keys, self.shape, self.dtype, self.device = list(keys), shape, dtype, device
+        super().__init__(keys, shape, dtype, device, buffers)
+        self.kept = dict.fromkeys(keys)
         self.records, self.tier = records, records.tier
         self.ranks = 1
-        self._record = {key: number for number, key in enumerate(keys)}
-        self._locks = {key: threading.Lock() for key in keys}
-        self._ended: dict[ExpertKey, torch.cuda.Event] = {}
         self.steps = dict.fromkeys(keys, 0.0)
         self._due: dict[ExpertKey, tuple[Step, bool]] = {}
-        self._norms: dict[ExpertKey, list[Tensor]] = {}  # of the gradients since the last step
+        self._norms: dict[ExpertKey, list[Tensor | None]] = {}  # of the gradients since the last step
         self._keeping: dict[ExpertKey, Future[Any]] = {}
         self._updates: list[Future[Any]] = []
         self._arrivals: list[Future[Any]] = []  # those that are not over, and those that have failed
-        self._buffers: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = SimpleQueue()
-        for _ in range(buffers):
-            self._buffers.put((page_tensor(shape.elements, dtype, device), None))
-        self._workers = Workers([Room(shape, dtype, device) for _ in range(_WORKERS)], device)
 
     @property
     def nbytes(self) -> int:
         """Device memory of gradients on their way and of the rooms."""
         wide = sections(self.shape, self.dtype)
-        return self._buffers.qsize() * wide[GRADIENT] + 2 * sum(wide)
+        return self._buffers.qsize() * wide[GRADIENT] + WORKERS * sum(wide)
 
     # What the layers call
 
@@ -92,16 +85,10 @@ class ExpertStates:
         ((name, flat),) = into.items()
         arriving = Arriving(Future())
         key = ExpertKey(*map(int, name.split(".")))
-        task = self._workers.submit(_ARRIVE, partial(self._arrive, key, flat, after, watch, arriving.future))
+        task = self._workers.submit(ARRIVE, partial(self._arrive, key, flat, after, watch, arriving.future))
         task.add_done_callback(arriving.tell)
         self._arrivals = [*(each for each in self._arrivals if not has_succeeded(each)), task]
         return arriving
-
-    def gradient_buffer(self) -> Tensor:
-        """A buffer for one expert's gradient, on the current stream. Waits until one is free."""
-        buffer, copied = self._buffers.get()
-        self._behind(copied)
-        return buffer
 
     def keep(self, key: ExpertKey, buffer: Tensor) -> None:
         """Hands over a gradient, which is added to those since the last step. Returns at once."""
@@ -109,17 +96,28 @@ class ExpertStates:
             self._keeping[key].result()
         self._keeping[key] = self._workers.submit(_KEEP, partial(self._keep, key, buffer, self._so_far()))
 
+    def gather(self, layer: int) -> None:
+        """The weights of a layer's experts are those of their last step on this rank from now on. Collective."""
+
     # What the optimizer's step calls
 
-    def norms(self, keys: Sequence[ExpertKey], group: int) -> list[Tensor]:
+    def join(self, ranks: int, group: Any) -> None:
+        """Says over how many ranks gradients are averaged, and the expert-data-parallel group."""
+        self.ranks = ranks
+
+    def reduce(self) -> None:
+        """The gradients are those of all ranks of the expert-data-parallel group from now on. Collective."""
+
+    def norms(self, group: int) -> list[Tensor]:
         """The norm of each gradient of a group's parameters since the last step, [] fp64, expert after expert."""
         for each in self._keeping.values():
             each.result()
         for key in self._keeping:
             self._behind(self._ended.get(key))
         places = [place for place, part in enumerate(self.shape.parts) if part.group == group]
-        nothing = torch.zeros((), dtype=torch.float64, device=self.device)
-        return [self._norms[key][place] if key in self._norms else nothing for key in keys for place in places]
+        nothing = [torch.zeros((), dtype=torch.float64, device=self.device)] * len(self.shape.parts)
+        found = [self._norms.get(key, nothing)[place] for key in self.keys for place in places]
+        return [each for each in found if each is not None]
 
     def step(
         self, factor: Tensor, kind: Callable[..., torch.optim.Optimizer], options: Mapping[int, Mapping[str, Any]]
@@ -131,9 +129,9 @@ class ExpertStates:
         """
         self.finish()
         step = Step(factor, self._so_far(), kind, {group: dict(each) for group, each in options.items()})
-        self._due = {key: (step, key in self._norms) for key in self.keys}
+        self._due = {key: (step, key in self._norms) for key in self.kept}
         self.forget_gradients()
-        self._updates = [self._workers.submit(_UPDATE, partial(self._update_if_due, key)) for key in self.keys]
+        self._updates = [self._workers.submit(_UPDATE, partial(self._update_if_due, key)) for key in self.kept]
 
     def forget_gradients(self) -> None:
         """The next gradients are the first of their step."""
@@ -147,17 +145,26 @@ class ExpertStates:
         Raises:
             ArgumentError: a file could not be read or written, now or before: no later state is right.
         """
-        self._updates += [self._workers.submit(_ARRIVE, partial(self._update_if_due, key)) for key in list(self._due)]
+        self._updates += [self._workers.submit(ARRIVE, partial(self._update_if_due, key)) for key in list(self._due)]
         for each in (*self._arrivals, *self._updates, *self._keeping.values()):
             each.result()
         self._arrivals, self._updates = [], []
 
     # What checkpoints call
 
+    def weights(self, key: ExpertKey) -> dict[str, Tensor]:
+        """Of each parameter, on the CPU, in its dtype."""
+        buffer = self.gradient_buffer()
+        try:
+            self.load({f"{key.layer}.{key.expert}": buffer}, self._after_this()).wait()
+            return {name: view.to("cpu", copy=True) for name, view in self.shape.views(buffer).items()}
+        finally:
+            self._buffers.put((buffer, self._so_far()))
+
     def read(self, key: ExpertKey) -> tuple[dict[str, dict[str, Tensor]], float]:
         """Of each parameter its fp32 weights and moments, on the CPU, and the number of steps that they are from."""
         self.finish()
-        return self._workers.submit(_ARRIVE, partial(self._read, key)).result(), self.steps[key]
+        return self._workers.submit(ARRIVE, partial(self._read, key)).result(), self.steps[key]
 
     def write(self, key: ExpertKey, states: Mapping[str, Mapping[str, Tensor]], steps: float = 0.0) -> None:
         """Sets an expert. The weights are what they are in the parameters' dtype.
@@ -166,30 +173,9 @@ class ExpertStates:
             states: of each parameter its weights and, unless `steps` is 0, its moments.
         """
         self.finish()
-        self._workers.submit(_ARRIVE, partial(self._write, key, states, steps)).result()
+        self._workers.submit(ARRIVE, partial(self._write, key, states, steps)).result()
 
-    # On the rooms
-
-    def _so_far(self) -> torch.cuda.Event | None:
-        """The end of what the current stream has been given; None on a CPU."""
-        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-
-    def _behind(self, event: torch.cuda.Event | None) -> None:
-        """What the current stream is given from now on comes after an event."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
-
-    @contextmanager
-    def _turn(self, key: ExpertKey, room: Room) -> Iterator[int]:
-        """One task after another of the same expert; gives the number of its record."""
-        with self._locks[key]:
-            self._behind(self._ended.get(key))
-            try:
-                yield self._record[key]
-            finally:
-                room.settle()
-                if (ended := self._so_far()) is not None:
-                    self._ended[key] = ended
+    # On the workers
 
     def _arrive(
         self,
@@ -220,17 +206,15 @@ class ExpertStates:
                     room.moving.append(self.records.read(record, GRADIENT, room.gradient))
                     room.settle()
                     buffer.add_(room.gradient)
-                self._norms[key] = [
-                    self._norm(buffer[part.start : part.end], room.scratch) for part in self.shape.parts
-                ]
+                self._norms[key] = self._norms_of(key, buffer, room)
                 room.moving.append(self.records.write(record, GRADIENT, buffer))
         finally:
             self._buffers.put((buffer, self._so_far()))
 
-    def _norm(self, gradient: Tensor, scratch: Tensor) -> Tensor:
-        """As ZeRO takes it: of the ranks' mean, in fp64."""
-        mean = gradient / self.ranks if self.ranks > 1 else gradient
-        return torch.linalg.vector_norm(scratch[: mean.numel()].copy_(mean))
+    def _norms_of(self, key: ExpertKey, gradient: Tensor, room: Room) -> list[Tensor | None]:
+        """Of each part, of the ranks' mean."""
+        parts = (gradient[part.start : part.end] for part in self.shape.parts)
+        return [room.norm(each / self.ranks if self.ranks > 1 else each) for each in parts]
 
     def _update_if_due(self, key: ExpertKey, room: Room) -> None:
         with self._turn(key, room) as record:
@@ -287,10 +271,11 @@ class ExpertStates:
 
     def _write(self, key: ExpertKey, states: Mapping[str, Mapping[str, Tensor]], steps: float, room: Room) -> None:
         with self._turn(key, room) as record:
-            names = (MASTER, *MOMENTS) if steps else (MASTER,)
+            names = (MASTER, *MOMENTS) if steps and key in self.kept else (MASTER,)
             for name, state in zip(names, room.states, strict=False):
                 self.shape.put(state, {part: each[name] for part, each in states.items()})
-            room.moving = [self.records.write(record, section, room.states[section]) for section in range(len(names))]
+            written = range(len(names)) if room.low is None or key in self.kept else ()
+            room.moving = [self.records.write(record, section, room.states[section]) for section in written]
             if room.low is not None:
                 room.low[: self.shape.elements].copy_(room.states[WEIGHTS][: self.shape.elements])
                 room.moving.append(self.records.write(record, LOW, room.low))

@@ -56,7 +56,7 @@ class TrainableExperts(MovingExperts):
     ) -> None:
         super().__init__()
         self.store, self.states, self.layer, self.activate = store, states, layer, activate
-        self.num_local_experts = num_local_experts
+        self.num_local_experts, self.group_name = num_local_experts, group_name
         for group in states.shape.groups:
             stand_in = nn.Parameter(torch.zeros([1] * (2 - group)))
             stand_in.allreduce, stand_in.group_name = False, group_name  # type: ignore[attr-defined]
@@ -75,6 +75,7 @@ class TrainableExperts(MovingExperts):
 
     def announce(self, rows_per_expert: Sequence[int]) -> None:
         """Asks for the experts that have rows."""
+        self.states.gather(self.layer)
         self.store.fetch(self._needed(rows_per_expert))
 
     def run(self, rows_SD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:

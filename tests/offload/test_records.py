@@ -35,13 +35,13 @@ def test_a_file_has_no_name_when_it_takes_room(tmp_path: Path, monkeypatch: pyte
         allocate(*arguments)
 
     monkeypatch.setattr(os, "posix_fallocate", noted)
-    FileRecords(str(tmp_path), 1, [PAGE_BYTES], CPU)
+    FileRecords(str(tmp_path), [[PAGE_BYTES]], CPU)
     assert names == [[]]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system does not list descriptors")
 def test_a_file_is_closed_with_its_user(tmp_path: Path) -> None:
-    records = FileRecords(str(tmp_path), 2, [PAGE_BYTES], CPU)
+    records = FileRecords(str(tmp_path), [[PAGE_BYTES]] * 2, CPU)
     value, found = page_aligned(PAGE_BYTES).fill_(3), page_aligned(PAGE_BYTES)
     records.write(1, 0, value).result()
     records.read(1, 0, found).result()

@@ -44,7 +44,7 @@ def _failed(what: str) -> Future[None]:
 
 
 def make() -> tuple[ExpertStates, Records]:
-    records = Records(1, sections(SHAPE, torch.float32), CPU)
+    records = Records([sections(SHAPE, torch.float32)], CPU)
     states = ExpertStates([KEY], SHAPE, torch.float32, CPU, records)
     states.write(KEY, {"weight": {MASTER: torch.ones(2, 3)}})
     return states, records
@@ -90,7 +90,7 @@ def test_a_gradient_that_is_late_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
     keep(states)
     states.forget_gradients()
     time.sleep(0.1)
-    assert states.norms([KEY], 0) == [0]
+    assert states.norms(0) == [0]
 
 
 def _leave(pipe: Any) -> None:

@@ -95,7 +95,7 @@ def findings_of_a_step() -> list[str]:
     """Of one expert, whose clipping factor nobody else keeps."""
     with simulated_gpu((8, 0)) as gpu:
         device = torch.device("cuda", 0)
-        records = HostRecords(1, sections(SHAPE, torch.float32), device)
+        records = HostRecords([sections(SHAPE, torch.float32)], device)
         states = ExpertStates([KEY], SHAPE, torch.float32, device, records)
         states.write(KEY, {"weight": {MASTER: torch.ones(2, 3)}})
         states.keep(KEY, states.gradient_buffer().fill_(1))

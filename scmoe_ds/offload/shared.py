@@ -1,0 +1,187 @@
+"""States of experts that other ranks have, too (expert data parallelism): each rank keeps the states of some of them.
+
+As under ZeRO-1 a step's gradients are averaged, one rank makes the step of an expert, and the others get its weights:
+
+    reduce    before the optimizer's step: the sum of the ranks' gradients, expert after expert
+    gather    when a layer's experts are asked for first after a step: their weights, from the ranks that have stepped
+
+NCCL wants all collectives of a device in the same order on all ranks, whatever their group. So the thread that trains
+launches them, at these two places and for all experts, whether they have rows on this rank or not. The workers bring
+what is sent and wait for what is received; on a GPU that happens on streams that nothing else waits for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe_ds.errors import CheckpointError
+from scmoe_ds.offload.records import Records
+from scmoe_ds.offload.room import GRADIENT, LOW, WEIGHTS, Room
+from scmoe_ds.offload.shape import ExpertShape
+from scmoe_ds.offload.states import ARRIVE, ExpertStates
+from scmoe_ds.offload.store import ExpertKey
+
+
+def keepers(keys: Sequence[ExpertKey], size: int) -> dict[ExpertKey, int]:
+    """Of each expert the rank of an expert-data-parallel group that keeps its states: they take turns."""
+    return {key: number % size for number, key in enumerate(keys)}
+
+
+class SharedStates(ExpertStates):
+    """See the top of the file. Call `join` before the first gradient.
+
+    Args:
+        rank, size: of this process in its expert-data-parallel group, and of the group.
+
+    The rest is that of `ExpertStates`; the records of experts that other ranks keep need no optimizer states.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[ExpertKey],
+        shape: ExpertShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        records: Records,
+        rank: int,
+        size: int,
+    ) -> None:
+        super().__init__(keys, shape, dtype, device, records)
+        self._keepers = keepers(keys, size)
+        self.kept = {key: None for key, keeper in self._keepers.items() if keeper == rank}
+        self._pieces = _pieces(self.keys, shape, rank, size)
+        self._group: Any = None
+        self._averaged_over = 1
+        self._stale: dict[ExpertKey, None] = {}  # those that have made a step since their weights were here
+        self._coming: dict[ExpertKey, Future[None]] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def join(self, ranks: int, group: Any) -> None:
+        self._averaged_over, self._group = ranks, group
+
+    def reduce(self) -> None:
+        filling: deque[Callable[[], None]] = deque()
+        with self._beside():
+            for key in self.keys:
+                if key in self._keeping:
+                    self._keeping[key].result()
+                buffer = self.gradient_buffer()
+                filled = self._workers.submit(ARRIVE, partial(self._fill, key, buffer, self._so_far()))
+                filling.append(partial(self._reduce, key, buffer, filled))
+                if len(filling) > 1:  # one is filled while another one is on its way
+                    filling.popleft()()
+            for launch in filling:
+                launch()
+
+    def gather(self, layer: int) -> None:
+        with self._beside():
+            for key in [key for key in self._stale if key.layer == layer]:
+                buffer = self.gradient_buffer()
+                if key in self.kept:
+                    self.load({f"{key.layer}.{key.expert}": buffer}, self._after_this()).wait()
+                source = dist.get_global_rank(self._group, self._keepers[key])
+                work = dist.broadcast(buffer[: self.shape.elements], source, group=self._group, async_op=True)
+                task = self._workers.submit(ARRIVE, partial(self._receive, key, buffer, work))
+                self._arrivals.append(task)
+                if key not in self.kept:
+                    self._coming[key] = task
+                del self._stale[key]
+
+    def step(self, factor: Tensor, kind: Callable[..., torch.optim.Optimizer], options: Mapping[int, Any]) -> None:
+        super().step(factor, kind, options)
+        self._coming, self._stale = {}, dict.fromkeys(self.keys)
+
+    def write(self, key: ExpertKey, states: Mapping[str, Mapping[str, Tensor]], steps: float = 0.0) -> None:
+        super().write(key, states, steps)
+        self._stale.pop(key, None)
+
+    def weights(self, key: ExpertKey) -> dict[str, Tensor]:
+        if key in self._stale and key not in self.kept:
+            raise CheckpointError(
+                "state_dict: after a step the weights of experts come to this rank with the next forward pass; make "
+                "one on all ranks before, or call scmoe_ds.checkpoint.save"
+            )
+        return super().weights(key)
+
+    # On the workers
+
+    def _fill(
+        self, key: ExpertKey, buffer: Tensor, ready: torch.cuda.Event | None, room: Room
+    ) -> torch.cuda.Event | None:
+        """This rank's part of the mean, in a buffer."""
+        with self._turn(key, room) as record:
+            self._behind(ready)
+            if key in self._norms:
+                room.moving.append(self.records.read(record, GRADIENT, buffer))
+                room.settle()
+                buffer.div_(self._averaged_over)
+            else:
+                buffer.zero_()
+            return self._so_far()
+
+    def _reduce(self, key: ExpertKey, buffer: Tensor, filled: Future[torch.cuda.Event | None]) -> None:
+        self._behind(filled.result())
+        work = dist.all_reduce(buffer[: self.shape.elements], group=self._group, async_op=True)
+        self._keeping[key] = self._workers.submit(ARRIVE, partial(self._keep_mean, key, buffer, work))
+
+    def _keep_mean(self, key: ExpertKey, buffer: Tensor, work: Any, room: Room) -> None:
+        try:
+            with self._turn(key, room) as record:
+                work.wait()
+                pieces = self._pieces[key]
+                self._norms[key] = [None if piece is None else room.norm(buffer[piece]) for piece in pieces]
+                if key in self.kept:
+                    room.moving.append(self.records.write(record, GRADIENT, buffer))
+        finally:
+            self._buffers.put((buffer, self._so_far()))
+
+    def _receive(self, key: ExpertKey, buffer: Tensor, work: Any, room: Room) -> None:
+        try:
+            with self._turn(key, room) as record:
+                work.wait()
+                if key not in self.kept:
+                    low = LOW if room.low is not None else WEIGHTS
+                    room.moving.append(self.records.write(record, low, buffer))
+        finally:
+            self._buffers.put((buffer, self._so_far()))
+
+    def _norms_of(self, key: ExpertKey, gradient: Tensor, room: Room) -> list[Tensor | None]:
+        """Of the mean alone, which is not known yet."""
+        return []
+
+    def _arrive(self, key: ExpertKey, *arguments: Any) -> None:
+        if key in self._coming:
+            self._coming[key].result()
+        super()._arrive(key, *arguments)
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """On a GPU, a stream that only what is sent and received waits for."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _pieces(keys: Sequence[ExpertKey], shape: ExpertShape, rank: int, size: int) -> dict[ExpertKey, list[slice | None]]:
+    """Of each part of an expert the elements whose norm ZeRO-1 would take on this rank, None: none of them.
+
+    ZeRO-1 puts the parameters of a group one behind the other, and cuts that into equal shares of an even number of
+    elements. Its norm is a sum of the shares' in fp32, so that others have other last bits.
+    """
+    found: dict[ExpertKey, list[slice | None]] = {key: [None] * len(shape.parts) for key in keys}
+    for group, place in shape.groups.items():
+        of_expert = place.stop - place.start
+        share = -(-of_expert * len(keys) // (2 * size)) * 2
+        for number, key in enumerate(keys):
+            moved = number * of_expert - place.start - rank * share  # from the expert's buffer to the share
+            for index, part in enumerate(shape.parts):
+                first, last = max(part.start, -moved), min(part.end, share - moved)
+                if part.group == group and first < last:
+                    found[key][index] = slice(first, last)
+    return found
