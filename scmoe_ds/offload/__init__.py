@@ -14,6 +14,8 @@ In training:
 
     trainable    takes the place of a layer's experts: asks for weights, hands over gradients
     states       the source of the store: weights, gradients and optimizer states, whose `step` is made on the way
+    shared       the same where several ranks have an expert: each makes the steps of some, and sends the weights
+    turns        tasks of an expert one after another, and the buffers between them and the computation
     workers      the threads that do so, the most urgent task first; a `room` is the memory of one
     records      keeps what `states` has of each expert, in host memory or a file
     shape        an expert's parameters in one flat buffer

@@ -58,13 +58,13 @@ def make_engine(whole: dict[str, Any], settings: GPTSettings = SETTINGS) -> Any:
     return scmoe_ds.initialize(model=model, config=whole)[0]
 
 
-def train(engine: Any, steps: int, start: int = 0) -> list[float]:
+def train(engine: Any, steps: int, start: int = 0, seed: int = 0) -> list[float]:
     """Losses of all micro-batches, and the gradient norm and learning rate of each step. Of 2 × 3 tokens, so that
     experts are often without rows."""
     found = []
     for step in range(start, start + steps):
         for micro_step in range(engine.gradient_accumulation_steps()):
-            torch.manual_seed(100 * step + micro_step)
+            torch.manual_seed(1000 * seed + 100 * step + micro_step)
             tokens = torch.randint(64, (2, 4))
             loss = engine(tokens[:, :-1], labels=tokens[:, 1:]).loss
             engine.backward(loss)
