@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from scmoe_ds.config.deepspeed_json import is_on
@@ -153,7 +152,7 @@ def join_steps(engine: Any) -> None:
         return
     optimizer, states = engine.optimizer, layers[0].states
     _check(optimizer, states)
-    states.join(engine.dp_world_size, groups._get_expert_data_parallel_group(layers[0].group_name))
+    states.join(engine.dp_world_size, optimizer.expert_dp_process_group[layers[0].group_name])
     _Joined(optimizer, layers, layers[0].store, states).join(engine)
     refuse_deepspeeds_own(engine)
 
