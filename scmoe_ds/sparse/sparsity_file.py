@@ -1,10 +1,11 @@
 """sparsity.json beside an export: how much computation a threshold leaves out, layer by layer.
 
-What a threshold is compared with, the criterion of a choice: for K > 1 its share of the token's chosen scores; for
-K = 1, where that share is always 1, its probability before renormalisation.
+A threshold T is compared with the criterion of a choice. For K > 1 that is its share of the token's chosen scores. For
+K = 1, where the share would always be 1, it is the probability before renormalisation.
 
-    1T-Drop: criterion < T: not computed.
-    2T-Drop: criterion < T - spread: not computed; < T + spread: the major half alone (the expert's better neurons).
+    1T-Drop    criterion < T             not computed
+    2T-Drop    criterion < T - spread    not computed
+               criterion < T + spread    computed by the major half: the more important half of the expert's neurons
 
 Source: DualSparse-MoE, arXiv 2508.18376, sections on 1T-Drop and 2T-Drop.
 
@@ -146,7 +147,11 @@ class Sparsity(_Strict):
 
     @classmethod
     def read(cls, directory: Path) -> Sparsity:
-        """
+        """sparsity.json of a directory.
+
+        Args:
+            directory: that `scmoe sparsify` has written, or a checkpoint with this file in it.
+
         Raises:
             CheckpointError: no such file, or a damaged one.
         """
