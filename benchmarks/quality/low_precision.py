@@ -129,7 +129,6 @@ def evaluated(subject: Subject) -> list[dict[str, Any]]:
     layers = [pair.layer for pair in model.scheduled_pairs()]
     gates = [layer.deepspeed_moe.gate.wg.weight for layer in layers]
     before = [weight.detach().clone() for weight in gates]
-    usual = [layer.deepspeed_moe.experts for layer in layers]
     tolerance = LowPrecision(score=subject.score)
     for skew in SKEWS:
         with torch.no_grad():
@@ -147,8 +146,8 @@ def evaluated(subject: Subject) -> list[dict[str, Any]]:
             counts = [each.counts for each in used]
             hot = gather([each.hot / each.passes for each in counts])
             rows.append({"row": name, "loss": [loss for loss, _ in results], "hot": hot, "right": _right(results)})
-            for layer, experts in zip(layers, usual, strict=True):
-                layer.deepspeed_moe.experts = experts
+            if attached is not None:
+                attached.detach()
         found.append({"skew": skew, "rows": rows, "layers": _loads(count_loads(model, subject.groups[0], tolerance))})
     return found
 

@@ -67,12 +67,9 @@ def rank_main(args: dict[str, Any]) -> list[dict[str, Any]]:
     loaded = load_trained(args["load"], layout=Layout(ranks, 1, ranks))
     scorer = Scorer(loaded.model, args["batch_size"], loaded.tokenizer.vocab_size)
     windows = _windows(loaded, args)
-    layers = [pair.layer for pair in loaded.model.scheduled_pairs()]
-    usual, found = [layer.deepspeed_moe.experts for layer in layers], []
+    found = []
     watched = Watched()
     for name, settings in settings_of_rows(args["scores"], args["shares"]).items():
-        for layer, experts in zip(layers, usual, strict=True):
-            layer.deepspeed_moe.experts = experts
         watched.loads, watched.tolerant = [], []
         attached = None if settings is None else use_low_precision(loaded.model, settings)
         nats = float(scorer.score_all(windows)[:, 0].sum())
@@ -84,6 +81,7 @@ def rank_main(args: dict[str, Any]) -> list[dict[str, Any]]:
             row["busiest_rank"] = statistics.mean(map(max, zip(*gather(watched.loads), strict=True)))
             tolerant = [share for shares in gather(watched.tolerant) for share in shares]
             row["tolerant_share"] = statistics.median(tolerant) if tolerant else None
+            attached.detach()
         found.append(row)
     return found
 

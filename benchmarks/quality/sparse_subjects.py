@@ -21,7 +21,8 @@ from benchmarks.quality.run import sequence_losses
 from scmoe_ds.checkpoint.adapted.text import trained_model
 from scmoe_ds.checkpoint.export import open_weights, write_export
 from scmoe_ds.evaluation.windows import Row
-from scmoe_ds.inference.dropping import Dropped, Dropping, attach_dropping, drop_experts, moe_layers
+from scmoe_ds.inference.attachment import moe_layers
+from scmoe_ds.inference.dropping import Dropped, Dropping, attach_dropping, drop_experts
 from scmoe_ds.inference.load import load_trained
 from scmoe_ds.moe.decisions.dropping import Thresholds
 from scmoe_ds.sparse.hugging_face_layers import fused_layers, write_directory

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.harness.parts import CPU, KINDS, parts_of
 from benchmarks.harness.skewed_gates import even_but_first, skew_gates
 from benchmarks.harness.variants import AGAIN
 from benchmarks.serving.inference import WARM_UP, Served, Server, shape_of
-from scmoe_ds.inference.copies import copy_experts, measured_costs
+from scmoe_ds.inference.copies import Copies, copy_experts, measured_costs
 from scmoe_ds.moe.decisions.copies import Copy, Costs
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.calibrator import Calibrator
@@ -73,9 +73,9 @@ class Copied:
         shape = replace(shape_of(phase, settings), num_experts=settings["experts"])
         self.server, self.phase, self.served = Server(served, phase, shape, settings["method"], LAYERS), phase, served
         self._layers = [run.blocks[-1].moe for run in self.server.model.runs]
-        self._home = [list(layer.deepspeed_moe.experts.deepspeed_experts) for layer in self._layers]
+        self._copies: Copies | None = None
         self._settings = self.server.calibrator.settings
-        self._rows: dict[str, tuple[Calibrator, list[tuple[nn.ModuleList, Any]]]] = {}
+        self._rows: dict[str, tuple[Calibrator, Copies | None]] = {}
         self.tokens_TD = torch.zeros(0)
         self.server.warm_up(1)
 
@@ -90,24 +90,26 @@ class Copied:
 
     def add(self, name: str, row: Row, costs: Costs) -> None:
         """Makes a row's copies and lets it choose its schedules."""
-        for layer, home in zip(self._layers, self._home, strict=True):
-            layer.deepspeed_moe.experts.deepspeed_experts, layer.early_rule = nn.ModuleList(home), None
-        rules: Sequence[Any] = [None] * len(self._layers)
-        if row.copies:
-            rules = copy_experts(self.server.model, row.copies, None, costs).rules
-            for rule in rules if row.split is not None else ():
+        self._take_off()
+        self._copies = copy_experts(self.server.model, row.copies, None, costs) if row.copies else None
+        if self._copies is not None and row.split is not None:
+            for rule in self._copies.rules:
                 rule.split = row.split
-        made = [layer.deepspeed_moe.experts.deepspeed_experts for layer in self._layers]
         calibrator = Calibrator(self.server.model.scheduled_pairs(), self._settings, CPU, self.phase)
-        self._rows[name] = calibrator, list(zip(made, rules, strict=True))
+        self._rows[name] = calibrator, self._copies
         self.use(name)
         self.server.warm_up(WARM_UP if calibrator.calibrating else LEAST_PASSES)
 
     def use(self, name: str) -> None:
         """From now on the model is this row's."""
-        self.server.calibrator, parts = self._rows[name]
-        for layer, (members, rule) in zip(self._layers, parts, strict=True):
-            layer.deepspeed_moe.experts.deepspeed_experts, layer.early_rule = members, rule
+        self._take_off()
+        self.server.calibrator, self._copies = self._rows[name]
+        if self._copies is not None:
+            self._copies.attach()
+
+    def _take_off(self) -> None:
+        if self._copies is not None:
+            self._copies.detach()
 
     def leave(self, share: float) -> None:
         """Only so many tokens of this rank, for the layer alone."""
@@ -140,8 +142,8 @@ class Copied:
 
     def loads(self, name: str) -> list[int]:
         """Rows of each rank in the first MoE layer. Collective."""
-        computed = []
-        experts = self._rows[name][1][0][0]
+        self.use(name)
+        computed, experts = [], self._layers[0].deepspeed_moe.experts.deepspeed_experts
         hooks = [each.register_forward_pre_hook(lambda _, inputs: computed.append(len(inputs[0]))) for each in experts]
         self.layer(name)
         for hook in hooks:

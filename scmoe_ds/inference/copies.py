@@ -16,22 +16,21 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.moe.experts import Experts
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe_ds.comm.transport import probe
 from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.errors import ArgumentError, reason_of
+from scmoe_ds.inference.attachment import COPIES, Attachment, Place, check
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.decisions.copied import CopiedExperts
 from scmoe_ds.moe.decisions.copies import Copy, Costs, choose_copies
-from scmoe_ds.moe.decisions.dropping import DropRule
-from scmoe_ds.moe.decisions.load_aware import LoadAwareRule
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.parallel.agreement import gather, run_together
 
@@ -39,7 +38,7 @@ FEW_ROWS, MANY_ROWS, ROUNDS = 1, 129, 5
 _FREE = Costs(0.0, 1.0, 0.0)
 
 
-class Copies:
+class Copies(Attachment):
     """The copies of a model on this rank.
 
     Attributes:
@@ -48,7 +47,10 @@ class Copies:
         bytes_per_rank: that they take on this rank.
     """
 
-    def __init__(self, rules: Sequence[CopiedExperts], per_rank: int, bytes_per_rank: int) -> None:
+    def __init__(
+        self, places: Sequence[Place], rules: Sequence[CopiedExperts], per_rank: int, bytes_per_rank: int
+    ) -> None:
+        super().__init__(places)
         self.rules, self.per_rank, self.bytes_per_rank = rules, per_rank, bytes_per_rank
 
     def counted(self) -> list[list[int]]:
@@ -111,16 +113,17 @@ def copy_experts(
     if per_rank and costs is None:
         costs = measured_costs(layers[0])
     rules = []
-    for number, layer in enumerate(layers):
-        members = layer.deepspeed_moe.experts.deepspeed_experts
-        members.extend(copy.deepcopy(members[0]) for _ in range(per_rank))
-        choose = partial(_fill, layer, per_rank) if per_rank else _none
-        rule = CopiedExperts(per_rank, costs or _FREE, layer.slices.group_size, choose)
-        if loads is not None and per_rank:
-            rule.copies = choose(loads[number])
-        layer.early_rule = rule
-        rules.append(rule)
-    return Copies(rules, per_rank, per_rank * sum(each_bytes))
+    places: list[Place] = []
+    for layer in layers:
+        container, choose = layer.deepspeed_moe.experts, partial(_fill, layer, per_rank) if per_rank else _none
+        rules.append(CopiedExperts(per_rank, costs or _FREE, layer.slices.group_size, choose))
+        home = list(container.deepspeed_experts)
+        copies = [copy.deepcopy(home[0]) for _ in range(per_rank)]
+        places += [(layer, "early_rule", rules[-1]), (container, "deepspeed_experts", nn.ModuleList(home + copies))]
+    found = Copies(places, rules, per_rank, per_rank * sum(each_bytes))
+    for rule, loads_E in zip(rules, loads or (), strict=True) if per_rank and loads is not None else ():
+        rule.copies = rule.choose(loads_E)
+    return found
 
 
 def read_loads(path: str | Path) -> list[list[float]]:
@@ -189,22 +192,9 @@ def _layers(model: GPT) -> list[StagedMoE]:
 
 
 def _check(layers: Sequence[StagedMoE], per_rank: int) -> None:
-    flag, first = f"--expert-copies {per_rank}" if per_rank else "--save-expert-loads", layers[0]
-    if any(layer.slices.tensor_parallel_size > 1 or layer.enable_expert_tensor_parallelism for layer in layers):
-        raise ArgumentError(f"{flag}: tensor-parallel ranks hold the same tokens; leave one of the two out")
-    if any(
-        isinstance(rule, (DropRule, LoadAwareRule))
-        for layer in layers
-        for rule in (layer.routing_rule, layer.early_rule)
-    ):
-        raise ArgumentError(f"{flag}: does not go with the rows that sparsity.json says to drop; add --no-drop")
-    plain = [type(layer.deepspeed_moe.experts) is Experts for layer in layers]
-    if not all(plain) or any(layer.routing_rule or layer.early_rule for layer in layers):
-        raise ArgumentError(
-            f"{flag}: does not go with experts that are offloaded, divided or in low precision; leave one out"
-        )
-    if per_rank and first.ep_size == 1:
-        raise ArgumentError(f"{flag}: one rank has all experts; give --moe-expert-parallel-size 2 or more")
+    flag = f"--expert-copies {per_rank}" if per_rank else "--save-expert-loads"
+    # Loads are counted on any number of ranks.
+    check(layers, [COPIES if per_rank else replace(COPIES, ranks=False)], flag)
     least = min(layer.num_experts - layer.num_experts // layer.ep_size for layer in layers)
     if per_rank > least:
         raise ArgumentError(f"{flag}: must be at most {least}, as other ranks have no more experts in a layer")
@@ -233,7 +223,7 @@ def _check_memory(per_rank: int, each_bytes: int, device: torch.device) -> None:
         )
 
 
-def _bytes(module: torch.nn.Module) -> int:
+def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
@@ -265,7 +255,7 @@ def _fill(layer: StagedMoE, per_rank: int, loads_E: Sequence[float]) -> list[Cop
     return copies
 
 
-def _parts(expert: torch.nn.Module, row_W: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _parts(expert: nn.Module, row_W: Tensor) -> list[tuple[Tensor, Tensor]]:
     """An expert's parameters, and views of their shapes on a row of all its numbers."""
     parameters = list(expert.parameters())
     parts = row_W.split([each.numel() for each in parameters])

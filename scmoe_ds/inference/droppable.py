@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.moe.experts import OwnExperts
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.moe.placement import own_first_expert
-from scmoe_ds.sparse.sparsity_file import Method, digest_of
+from scmoe_ds.sparse.sparsity_file import digest_of
 
 
 def top_k_of(layers: Sequence[Any]) -> int:
@@ -47,42 +46,13 @@ def _whole(weights_of_layers: Iterable[Sequence[Tensor]]) -> Iterator[Tensor]:
             yield torch.cat([each if each.dim() == 2 else each[0] for each in weights])
 
 
-def check_load_aware(layers: Sequence[Any]) -> None:
+def check_scores(layer: Any) -> None:
     """
     Raises:
-        ArgumentError: ranks among which the experts are not divided, or that share their tokens.
+        ArgumentError: a layer whose scores tell nothing.
     """
-    slices = [layer.slices for layer in layers]
-    if any(each.expert_parallel_size == 1 for each in slices):
-        raise ArgumentError(
-            "--drop-load-aware: one rank has all experts, so there are no loads to compare; start more ranks with "
-            "--moe-expert-parallel-size, or leave the flag out"
-        )
-    if any(each.tensor_parallel_size > 1 for each in slices):
-        raise ArgumentError(
-            "--drop-load-aware: tensor-parallel ranks send the same tokens, for which no rank alone can decide; use "
-            "--tensor-model-parallel-size 1, or leave the flag out"
-        )
-
-
-def check_layer(layer: Any, method: Method) -> None:
-    """
-    Raises:
-        ArgumentError: a layer of which nothing can be left out, or no expert halved.
-    """
-    if layer.dispatch != "exact":
-        raise ArgumentError('scmoe.dispatch = "padded": buffers are sent whole, with or without drops; use "exact"')
-    if layer.routing_rule is not None or layer.early_rule is not None:
-        raise ArgumentError("--drop-rate: another rule changes the routing of this model already; use one of the two")
-    is_staged = isinstance(layer, StagedMoE)
-    if not is_staged and layer.top_k == 1 and layer.router.route_norm:
+    if not isinstance(layer, StagedMoE) and layer.top_k == 1 and layer.router.route_norm:
         raise ArgumentError(
             f"--drop-rate: the only score of a token is renormalised to 1 in {layer.name}, so there is no criterion; "
             "use a model with norm_topk_prob = false, or with two or more routed experts"
-        )
-    own = isinstance(layer.deepspeed_moe.experts, OwnExperts) if is_staged else layer.own_experts is not None
-    if method == "2t" and own:
-        raise ArgumentError(
-            "--drop-method 2t: experts that are fetched or converted compute whole; use --experts resident, "
-            "--drop-method 1t or --no-drop"
         )

@@ -7,24 +7,33 @@ really left out is counted: another text than the calibration's has other scores
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union
 
 from torch import nn
 
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.inference.droppable import check_layer, check_load_aware, digests_of, top_k_of
+from scmoe_ds.inference.attachment import (
+    DROPS,
+    HALVES,
+    LOAD_AWARE,
+    Attachment,
+    Place,
+    check,
+    moe_layers,
+    place_of_experts,
+)
+from scmoe_ds.inference.droppable import check_scores, digests_of, top_k_of
 from scmoe_ds.inference.load import Loaded
-from scmoe_ds.moe.decisions.dropping import DropCounts, DropRule, Places, Thresholds
+from scmoe_ds.moe.decisions.dropping import DropRule, Places, Thresholds
 from scmoe_ds.moe.decisions.halves import HalvedExperts, HalvedGroups
 from scmoe_ds.moe.decisions.load_aware import Levels, LoadAwareRule
-from scmoe_ds.moe.decisions.partition import whole_experts
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.parallel.agreement import gather, run_together
 from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity, digest_of
 
+_Rule = Union[DropRule, LoadAwareRule]
 LEVELS = 12
 """Of load-aware thresholds. A notice has as many counts for each place: 2 KB to each of 8 ranks for 8 local experts and
 2T-Drop. Between two levels lie 4.5 % of the computation at a rate of 25 %."""
@@ -73,7 +82,7 @@ class Shares:
         )
 
 
-class Dropped:
+class Dropped(Attachment):
     """A model that drops.
 
     Attributes:
@@ -82,7 +91,10 @@ class Dropped:
         load_aware: whether thresholds follow the loads.
     """
 
-    def __init__(self, rate: float, method: Method, load_aware: bool, rules: Sequence[_Rule]) -> None:
+    def __init__(
+        self, rate: float, method: Method, load_aware: bool, places: Sequence[Place], rules: Sequence[_Rule]
+    ) -> None:
+        super().__init__(places)
         self.rate, self.method, self.load_aware, self._rules = rate, method, load_aware, rules
 
     def __str__(self) -> str:
@@ -100,38 +112,6 @@ class Dropped:
         """Counts from zero."""
         for each in self._rules:
             each.counts.reset()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing is left out meanwhile."""
-        for each in self._rules:
-            each.detach()
-        try:
-            yield
-        finally:
-            for each in self._rules:
-                each.attach()
-
-
-class _Rule:
-    """Of one layer."""
-
-    def __init__(self, layer: Any, rule: DropRule | LoadAwareRule) -> None:
-        self._layer, self._rule = layer, rule
-        self.attach()
-
-    @property
-    def counts(self) -> DropCounts:
-        return self._rule.counts
-
-    def attach(self) -> None:
-        if isinstance(self._rule, LoadAwareRule):
-            self._layer.early_rule = self._rule
-        else:
-            self._layer.routing_rule = self._rule
-
-    def detach(self) -> None:
-        self._layer.routing_rule = self._layer.early_rule = None
 
 
 def drop_experts(loaded: Loaded, asked: Dropping | None) -> Dropped | None:
@@ -170,15 +150,6 @@ def _sparsity(loaded: Loaded) -> Sparsity:
     return sparsity
 
 
-def moe_layers(model: nn.Module) -> dict[str, Any]:
-    """The MoE layers of a model that have two or more experts, in its order, by name: `StagedMoE` of this package's
-    models, `ScheduledAutoEP` of Hugging Face's under `scmoe_ds.initialize`."""
-    from scmoe_ds.replace.autoep import ScheduledAutoEP  # imports transformers' side of DeepSpeed
-
-    kinds = (StagedMoE, ScheduledAutoEP)
-    return {name: each for name, each in model.named_modules() if isinstance(each, kinds) and whole_experts(each) > 1}
-
-
 def attach_dropping(
     model: nn.Module, sparsity: Sparsity, rate: float, method: Method, load_aware: bool = False
 ) -> Dropped:
@@ -206,23 +177,31 @@ def attach_dropping(
 
 
 def _drop(layers: Sequence[Any], sparsity: Sparsity, rate: float, method: Method, load_aware: bool) -> Dropped:
-    found = _thresholds(sparsity, rate, method)
-    if len(layers) != len(found):
+    rates = level_rates(rate)[1:] if load_aware else [rate]
+    of_layers = list(zip(*(_thresholds(sparsity, each, method) for each in rates), strict=True))
+    if len(layers) != len(of_layers):
         raise ArgumentError(
-            f"{FILE}: has thresholds of {len(found)} layers, the model has {len(layers)} MoE layers; make it anew "
+            f"{FILE}: has thresholds of {len(of_layers)} layers, the model has {len(layers)} MoE layers; make it anew "
             "with scmoe sparsify"
         )
+    wanted = [DROPS] + [HALVES] * (method == "2t") + [LOAD_AWARE] * load_aware
+    check(layers, wanted, "--drop-load-aware" if load_aware else f"--drop-method {method}")
     for layer in layers:
-        check_layer(layer, method)
-    if load_aware:
-        check_load_aware(layers)
-    if not load_aware:
-        return Dropped(rate, method, False, [_attach(*each, method) for each in zip(layers, found, strict=True)])
-    rates = level_rates(rate)
-    of_levels = [_thresholds(sparsity, each, method) for each in rates[1:]]
-    nothing = Thresholds(0.0, 0.0)
-    levels = [Levels([nothing, *each], rate) for each in zip(*of_levels, strict=True)]
-    return Dropped(rate, method, True, [_attach(*each, method) for each in zip(layers, levels, strict=True)])
+        check_scores(layer)
+    rules: list[_Rule] = []
+    for layer, thresholds in zip(layers, of_layers, strict=True):
+        where = Places(layer.num_experts // layer.ep_size, 2 if method == "2t" else 1)
+        device = next(layer.parameters()).device
+        if load_aware:
+            levels = Levels([Thresholds(0.0, 0.0), *thresholds], rate)
+            rules.append(LoadAwareRule(levels, where, device))
+        else:
+            rules.append(DropRule(thresholds[0], where, device))
+    name = "early_rule" if load_aware else "routing_rule"
+    places: list[Place] = [(layer, name, rule) for layer, rule in zip(layers, rules, strict=True)]
+    if method == "2t":
+        places += [(*place_of_experts(layer), _halved(layer)) for layer in layers]
+    return Dropped(rate, method, load_aware, places, rules)
 
 
 def level_rates(rate: float) -> list[float]:
@@ -237,17 +216,10 @@ def _thresholds(sparsity: Sparsity, rate: float, method: Method) -> list[Thresho
     return [Thresholds(max(skip, 0.0), max(halve, 0.0)) for skip, halve in sparsity.thresholds(rate, method)]
 
 
-def _attach(layer: Any, thresholds: Thresholds | Levels, method: Method) -> _Rule:
-    device = next(layer.parameters()).device
-    places = Places(layer.num_experts // layer.ep_size, 2 if method == "2t" else 1)
-    if method == "2t":
-        try:
-            if isinstance(layer, StagedMoE):
-                layer.deepspeed_moe.experts = HalvedExperts(layer.deepspeed_moe.experts)
-            else:
-                layer.own_experts = HalvedGroups(layer.experts)
-        except ValueError as error:
-            raise ArgumentError(f"--drop-method 2t: {error}, or --no-drop") from None
-    if isinstance(thresholds, Levels):
-        return _Rule(layer, LoadAwareRule(thresholds, places, device))
-    return _Rule(layer, DropRule(thresholds, places, device))
+def _halved(layer: Any) -> HalvedExperts | HalvedGroups:
+    try:
+        if isinstance(layer, StagedMoE):
+            return HalvedExperts(layer.deepspeed_moe.experts)
+        return HalvedGroups(layer.experts)
+    except ValueError as error:
+        raise ArgumentError(f"--drop-method 2t: {error}, or --no-drop") from None

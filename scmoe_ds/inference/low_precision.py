@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.moe.decisions.halves import HalvedExperts
+from scmoe_ds.inference.attachment import LOW_PRECISION, Attachment, Place, check, moe_layers, place_of_experts
 from scmoe_ds.moe.decisions.low_precision import LowPrecision, LowPrecisionContainer, LowPrecisionExperts
 from scmoe_ds.moe.decisions.low_precision_expert import of_grouped
 from scmoe_ds.moe.decisions.low_precision_formats import FORMATS, Format, formats_of
-from scmoe_ds.moe.experts import OwnExperts, is_plain
+from scmoe_ds.moe.experts import is_plain
 from scmoe_ds.moe.grouped import GroupedRows
 from scmoe_ds.moe.layer import StagedMoE
 
 
-@dataclass(frozen=True)
-class Attached:
+class Attached(Attachment):
     """Of one model on this rank.
 
     Attributes:
@@ -29,8 +27,9 @@ class Attached:
         layers: the experts of each MoE layer, in the model's order.
     """
 
-    format: str
-    layers: Sequence[LowPrecisionExperts]
+    def __init__(self, format: str, layers: Sequence[LowPrecisionExperts], places: Sequence[Place]) -> None:
+        super().__init__(places)
+        self.format, self.layers = format, layers
 
     def summary(self) -> str:
         """One line on all ranks of the world. Collective."""
@@ -56,16 +55,19 @@ def use_low_precision(model: nn.Module, settings: LowPrecision) -> Attached:
     Raises:
         ArgumentError: a device without the format, or experts that cannot be computed so.
     """
-    found = [(name, module) for name, module in model.named_modules() if _is_layer(module)]
-    if not found:
+    layers = moe_layers(model)
+    if not layers:
         raise ArgumentError(
             f"low precision: {type(model).__name__} has no MoE layer of this package; load a model with routed experts"
         )
     device = next(model.parameters()).device
     format = choose_format(settings.format, device)
-    for name, layer in found:  # before the first is changed
+    check(list(layers.values()), [LOW_PRECISION], "low precision")
+    for name, layer in layers.items():
         _check(name, layer, settings, format)
-    return Attached(format.name, [_attach(layer, settings, format) for _, layer in found])
+    experts = [_experts(layer, settings, format) for layer in layers.values()]
+    places = [(*place_of_experts(layer), own) for layer, own in zip(layers.values(), experts, strict=True)]
+    return Attached(format.name, experts, places)
 
 
 def choose_format(name: str | None, device: torch.device) -> Format:
@@ -97,39 +99,19 @@ def _name_of(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
 
 
-def _is_layer(module: nn.Module) -> bool:
-    from scmoe_ds.replace.autoep import ScheduledAutoEP  # imports transformers' side of DeepSpeed
-
-    return isinstance(module, (StagedMoE, ScheduledAutoEP))
-
-
 def _check(name: str, layer: Any, settings: LowPrecision, format: Format) -> None:
     """Raises an ArgumentError for experts that cannot be computed in low precision."""
     if isinstance(layer, StagedMoE):
         experts = layer.deepspeed_moe.experts
-        if isinstance(experts, HalvedExperts):
-            raise ArgumentError(
-                f"low precision: the experts of {name} compute in halves, as sparsity.json says; add --no-drop, or "
-                "--drop-method 1t"
-            )
-        if isinstance(experts, OwnExperts):
-            raise ArgumentError(
-                f"low precision: the experts of {name} are {type(experts).__name__}, which compute by themselves; use "
-                "one of the two"
-            )
-        if layer.dispatch != "exact":
-            raise ArgumentError(f"low precision: {name} sends padded buffers, without row counts; use exact dispatch")
         if not all(map(is_plain, experts.deepspeed_experts)):
             raise ArgumentError(
-                f"low precision: an expert of {name} is divided over ranks, watched by a hook, or not of two "
+                f"low precision: an expert of {name} is watched by a hook, or not of two "
                 "projections; leave low precision off"
             )
         weights = [weight for weight in experts.parameters() if weight.dim() == 2]
     else:
         if settings.score is None:
             raise ArgumentError(f"score = None: AutoEP's {name} has no marks of tokens; give a score from 0 to 1")
-        if layer.own_experts is not None:
-            raise ArgumentError(f"low precision: the experts of {name} compute by themselves; use one of the two")
         if hasattr(layer.experts.w1, "ds_id"):
             raise ArgumentError(f"low precision: the experts of {name} are divided by ZeRO-3; load them whole")
         weights = [layer.experts.w1, layer.experts.w3, layer.experts.w2]
@@ -146,11 +128,8 @@ def _check_sizes(name: str, weights: Sequence[Tensor], format: Format) -> None:
             )
 
 
-def _attach(layer: Any, settings: LowPrecision, format: Format) -> LowPrecisionExperts:
+def _experts(layer: Any, settings: LowPrecision, format: Format) -> LowPrecisionExperts:
     if isinstance(layer, StagedMoE):
-        experts = LowPrecisionContainer(layer.deepspeed_moe.experts, layer.slices, settings, format)
-        layer.deepspeed_moe.experts = experts
-        return experts
-    own = LowPrecisionExperts(of_grouped(layer.experts), GroupedRows(layer.experts).run, layer.slices, settings, format)
-    layer.own_experts = own
-    return own
+        return LowPrecisionContainer(layer.deepspeed_moe.experts, layer.slices, settings, format)
+    usual = GroupedRows(layer.experts).run
+    return LowPrecisionExperts(of_grouped(layer.experts), usual, layer.slices, settings, format)

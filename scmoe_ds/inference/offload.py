@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from scmoe_ds.checkpoint.extents import EXPORT_AGAIN, extents_of
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.inference.attachment import OFFLOADED, check
 from scmoe_ds.inference.model import DTYPES, TrainedModel
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.experts import MovingExperts
@@ -111,8 +112,7 @@ def offload_experts(
     if places < least:
         raise ValueError(f"--expert-cache: --experts {mode} needs room for {least} experts at least, not {places}")
     layers = {number: pair.layer for number, pair in enumerate(model.scheduled_pairs()) if pair.last.owns_moe}
-    if any(layer.enable_expert_tensor_parallelism for layer in layers.values()):
-        raise ValueError("--experts: divided experts cannot be offloaded; leave --enable-expert-tensor-parallelism out")
+    check(list(layers.values()), [OFFLOADED], f"--experts {mode}")
     named = _names(model)
     shapes = {
         tuple((part, model.get_parameter(local).shape) for part, local in _local_names(model, key).items())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch.distributed as dist
 
 from scmoe_ds.errors import ArgumentError
+from scmoe_ds.inference import attachment
 from scmoe_ds.inference.copies import Copies, copy_experts, read_loads
 from scmoe_ds.inference.dropping import Dropped, Dropping, drop_experts
 from scmoe_ds.inference.load import Loaded, load_trained
@@ -39,11 +41,16 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ArgumentError(f"--no-drop computes all: remove it, or {flag_of(name)}")
     if args.expert_loads is not None and not args.expert_copies:
         raise ArgumentError("--expert-loads goes with --expert-copies: say how many copies a rank shall keep")
-    if args.low_precision != "off" and args.experts != "resident":
-        raise ArgumentError(
-            f"--low-precision {args.low_precision} goes with --experts resident: offloaded experts are computed as "
-            "they arrive"
-        )
+    copying = f"--expert-copies {args.expert_copies}" if args.expert_copies else "--save-expert-loads"
+    asked = {
+        f"--drop-method {args.drop_method}": (attachment.HALVES, args.drop_method == "2t"),
+        f"--low-precision {args.low_precision}": (attachment.LOW_PRECISION, args.low_precision != "off"),
+        copying: (attachment.COPIES, args.expert_copies or args.save_expert_loads is not None),
+        f"--experts {args.experts}": (attachment.OFFLOADED, args.experts != "resident"),
+    }
+    for (flag, (own, wanted)), (_, (other, too)) in combinations(asked.items(), 2):
+        if wanted and too:
+            attachment.check_together(own, other, flag)
     if args.low_precision == "hot" and args.moe_expert_parallel_size == 1:
         raise ArgumentError(
             "--low-precision hot: a rank with all experts is never overloaded; give --moe-expert-parallel-size, or "

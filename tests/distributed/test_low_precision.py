@@ -43,7 +43,7 @@ def passes(k: int) -> dict[str, Any]:
     used_T = torch.where(torch.rand(TOKENS[rank], generator=generator) < 0.6, TOLERANT, 1)
     used_T[:PADDED] = 0
     launched: list[int] = []
-    launch, plain = Transport.launch, layer.deepspeed_moe.experts
+    launch = Transport.launch
 
     def counted(self: Transport, *args: Any) -> Any:
         launched[-1] += 1
@@ -57,14 +57,15 @@ def passes(k: int) -> dict[str, Any]:
     Transport.launch = counted  # type: ignore[method-assign]
     found: dict[str, Any] = {"plain": run(used_T), "tolerant": (used_T == TOLERANT).tolist()}
     for name, changes in SETTINGS.items():
-        layer.deepspeed_moe.experts = plain
         attached = use_low_precision(layer, LowPrecision(**{"score": None, "min_tokens": 0, **changes}))
         output = run((used_T != 0) if name == "no marks" else used_T)
         counts = attached.layers[0].counts
         assert counts.passes == 1
         found[name] = counts.hot == 1, output
+        attached.detach()
     found["summary"] = attached.summary()
     Transport.launch = launch  # type: ignore[method-assign]
+    attached.attach()
     with torch.enable_grad():
         layer(tokens_TD, used_T)
     found["with gradients"] = counts.passes - counts.hot

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from scmoe_ds.engine import connect
+from scmoe_ds.inference.attachment import moe_layers
 from scmoe_ds.inference.droppable import digests_of
-from scmoe_ds.inference.dropping import Dropping, drop_experts, moe_layers
+from scmoe_ds.inference.dropping import Dropping, drop_experts
 from scmoe_ds.inference.load import load_trained
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.decisions.dropping import criterion
@@ -142,17 +143,17 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "halves of experts that are fetched": (
         {},
         ["--drop-rate", "0.2", "--experts", "offload"],
-        "--drop-method 2t: experts that are fetched or converted compute whole",
+        "--drop-method 2t: does not go with offloaded experts, as both change the experts of a layer; use --experts",
     ),
     "low precision, and drops that nobody asked for": (
         {"rate": 0.2},
         ["--low-precision", "all"],
-        "compute in halves, as sparsity.json says; add --no-drop, or --drop-method 1t",
+        "low precision: does not go with halves of experts, as both change the experts of a layer; add --no-drop, or",
     ),
     "copies, and drops that nobody asked for": (
         {"rate": 0.2},
         ["--expert-copies", "1"],
-        "--expert-copies 1: does not go with the rows that sparsity.json says to drop; add --no-drop",
+        "--expert-copies 1: does not go with drops, as both change the routing rule of a layer; add --no-drop, or",
     ),
 }
 
@@ -173,5 +174,7 @@ def test_what_cannot_be_dropped_is_refused(
 def test_a_second_rule_is_refused(make: Callable[..., Path]) -> None:
     loaded = load_trained(make(1))
     assert drop_experts(loaded, Dropping(0.2)) is not None
-    with pytest.raises(ValueError, match="another rule changes the routing"):
+    with pytest.raises(
+        ValueError, match="1t: does not go with drops, as both change the routing rule of a layer; add --no-drop"
+    ):
         drop_experts(loaded, Dropping(0.2, "1t"))

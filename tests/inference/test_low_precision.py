@@ -66,7 +66,10 @@ def test_text_in_low_precision(export: str, capsys: pytest.CaptureFixture[str]) 
     "flags, message",
     [
         (["--low-precision", "hot"], "--low-precision hot: a rank with all experts is never overloaded; give"),
-        (["--low-precision", "all", "--experts", "offload"], "--low-precision all goes with --experts resident"),
+        (
+            ["--low-precision", "all", "--experts", "offload"],
+            "--low-precision all: does not go with offloaded experts, as both",
+        ),
         (["--low-precision", "all", "--low-precision-score", "0"], "--low-precision-score 0.0: must be above 0"),
         (["--low-precision-share", "1.5"], "--low-precision-share 1.5: must be in 0"),
         (["--low-precision-min-tokens", "-1"], "--low-precision-min-tokens -1: must be at least 0"),

@@ -13,7 +13,8 @@ from torch import Tensor
 import scmoe_ds
 from lab.distributed import run_distributed
 from lab.moe_families import SEQUENCE, tiny
-from scmoe_ds.inference.dropping import attach_dropping, moe_layers
+from scmoe_ds.inference.attachment import moe_layers
+from scmoe_ds.inference.dropping import attach_dropping
 from scmoe_ds.moe.decisions.dropping import criterion
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.parallel.agreement import gather
@@ -81,8 +82,7 @@ def dropped_and_by_hand(family: str) -> dict[str, Any]:
     found["2t"], found["shares"] = run(), dropped.shares()
     with dropped.paused():
         found["paused"] = run()
-    for each in moe_layers(model).values():
-        each.routing_rule = each.own_experts = None
+    dropped.detach()
     dropped = attach_dropping(model, sparsity, 0.4, "2t", load_aware=True)
     found["load-aware"], found["load-aware shares"] = run(), dropped.shares()
     return found

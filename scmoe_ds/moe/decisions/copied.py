@@ -76,7 +76,7 @@ class CopiedExperts(EarlyRule):
         room: int,
         costs: Costs,
         ranks: int,
-        choose: Callable[[list[int]], Sequence[Copy]],
+        choose: Callable[[Sequence[float]], Sequence[Copy]],
         split: Callable[[list[list[int]], Sequence[Copy], Costs], list[list[int]] | None] = split_rows,
     ) -> None:
         self.room, self.costs, self.ranks, self.choose, self.split = room, costs, ranks, choose, split

@@ -20,7 +20,7 @@ from scmoe_ds.moe.experts import OwnExperts, grouped_experts, has_two_projection
 from scmoe_ds.moe.grouped import GroupedRows
 
 
-class _Halves(OwnExperts):
+class Halves(OwnExperts):
     """2L places: the L whole experts, then their L major halves.
 
     Whole experts compute as they do without halves, with the same kernels and the same result.
@@ -46,7 +46,7 @@ class _Halves(OwnExperts):
         raise NotImplementedError
 
 
-class HalvedExperts(nn.Module, _Halves):
+class HalvedExperts(nn.Module, Halves):
     """In the place of DeepSpeed's container, with the same parameters under the same names.
 
     Args:
@@ -79,7 +79,7 @@ class HalvedExperts(nn.Module, _Halves):
         return torch.cat([major_half(expert, part) for expert, part in parts if len(part)])
 
 
-class HalvedGroups(_Halves):
+class HalvedGroups(Halves):
     """The same for AutoEP's experts.
 
     Args:

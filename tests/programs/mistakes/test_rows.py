@@ -117,7 +117,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "generate: Latin-1": ("generate --load saved --prompt-file latin.txt", r"--prompt-file latin\.txt .*not UTF-8"),
     "copies: one rank": (
         "generate --load saved --prompt a --expert-copies 1",
-        r"--expert-copies 1: one rank has all experts; give --moe-expert-parallel-size 2 or more",
+        r"--expert-copies 1: one rank has all experts, .* start more ranks with --moe-expert-parallel-size",
     ),
     "copies: fewer than none": (
         "generate --load saved --prompt a --expert-copies -1",
@@ -133,7 +133,7 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "copies: of offloaded experts": (
         "generate --load export --prompt a --experts offload --save-expert-loads loads.json",
-        r"--save-expert-loads: does not go with experts that are offloaded, divided or in low precision",
+        r"--save-expert-loads: does not go with offloaded experts, as both change the experts of a layer",
     ),
     "generate: ranks": (
         "generate --load saved --prompt a --moe-expert-parallel-size 2",
