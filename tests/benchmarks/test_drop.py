@@ -10,23 +10,28 @@ import torch
 
 from benchmarks.harness.skewed_gates import Shares, even_but_first, first_expert, first_rank, skew_gates
 from benchmarks.harness.variants import Shape, build
-from benchmarks.serving.drop import LAYERS, ROWS, Listener
-from benchmarks.serving.drop_page import LOAD_AWARE, NONE, ONE, TWO, figure, markdown
+from benchmarks.serving import drop_page
+from benchmarks.serving.drop import LAYERS, ROWS
+from benchmarks.serving.drop_page import NONE, ONE, TWO, figure, markdown
+from benchmarks.serving.dropped_pair import Listener
 from scmoe_ds.engine import connect
 
 SPEED = {"median": 1.25, "p10": 1.2, "p90": 1.3}
 
 
-def row(name: str, dropped: float | None) -> dict[str, Any]:
-    shares = None if dropped is None else {"dropped": dropped, "skipped": dropped, "halved": 0.0}
-    times = {f"{part}_ms": 100 * (1 - (dropped or 0)) for part in ("layer", "step")}
-    return {"row": name, "shares": shares, **times, "layer_speedup": SPEED, "step_speedup": SPEED}
+def row(name: str, drops: Any, rate: float = 0.25) -> dict[str, Any]:
+    dropped = 0.0 if drops is None else rate
+    shares = None if drops is None else {"dropped": dropped, "skipped": dropped, "halved": 0.0}
+    times = {f"{part}_ms": 100 * (1 - dropped) for part in ("layer", "step")}
+    limit = {"computation": 1 / (1 - dropped), "bytes": 1.0}
+    return {"row": name, "shares": shares, "limit": limit, **times, "layer_speedup": SPEED, "step_speedup": SPEED}
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"busiest_expert_over_mean": 1.8, "rank_load_over_mean": [1.2, 0.8], "rows": rows}
+    return {"busiest_expert_over_mean": 1.8, "rank_load_over_mean": [1.2, 0.8], "spread": 0.1, "rows": rows}
 
 
+GATES = {"even": "even", "expert 1.8": "expert", "rank 1.8": "rank"}
 RECORD: dict[str, Any] = {
     "benchmark": "benchmarks.serving.drop",
     "command": "python -m benchmarks.serving.drop",
@@ -34,18 +39,25 @@ RECORD: dict[str, Any] = {
     "settings": {"share": 0.6, "rate": 0.25, "rounds": 30, "method": "send_receive"},
     "shape": "small",
     "link": {"rate_mbit": 100.0, "share": 0.6, "all_to_all_ms": 60.0, "layer_ms": 100.0},
-    "layers": {"ScMoE": {"1.8": table([row(name, how and 0.25) for name, how in ROWS.items()])}},
-    "curve": {"layer": "ScMoE", "skew": 1.8, **table([row(NONE, None), row(f"{ONE}, 0.4", 0.4)])},
+    "layers": {
+        "ScMoE": {gate: table([row(*each) for each in ROWS[kind].items()]) for gate, kind in GATES.items()},
+    },
+    "curve": {"layer": "ScMoE", "skew": 1.8, **table([row(NONE, None), row(f"{ONE}, 0.4", ROWS["even"][ONE], 0.4)])},
 }
 
 
 def test_page_and_figure() -> None:
     text = markdown(RECORD)
-    assert "## ScMoE, skew 1.8, rate 0.25" in text and "1.250 (1.200–1.300)" in text and "| 25.0% |" in text
+    for title in ("even loads, nearly", "busiest expert 1.8 × the mean", "busier rank 1.8 × the mean"):
+        assert f"## ScMoE, {title}, rate 0.25" in text
+    assert f"| {TWO} | 25.0% | 25.0% | 0.0% | 1.33 | 1.00 | 75.0 | 1.250 (1.200–1.300) |" in text
+    assert "the limit by computation would be 1.60." in text  # 1.2 / 0.75: then both ranks have 0.75
     sheet = figure(RECORD)
     upper, lower = sheet.subfigs
-    assert [bar.get_height() for bar in upper.axes[0].patches] == [1.25] * 4
-    assert upper.axes[0].get_legend_handles_labels()[1][-1] == TWO + LOAD_AWARE
+    bars = upper.axes[0].patches
+    assert [bar.get_height() for bar in bars] == [1.25] * 12
+    assert [sum(abs(bar.get_center()[0] - place) < 0.5 for bar in bars) for place in range(3)] == [4, 4, 4]
+    assert [each.get_text() for each in upper.legends[0].get_texts()] == list(drop_page.DRAWN)
     assert list(lower.axes[0].lines[0].get_ydata()) == pytest.approx([1.0, 0.6])
 
 
