@@ -20,6 +20,7 @@ from scmoe_ds.offload.step import MOMENTS
 from scmoe_ds.offload.store import ExpertKey
 from scmoe_ds.offload.trainable import STAND_IN as STAND_IN
 from scmoe_ds.offload.trainable import TrainableExperts, by_expert, offloaded, offloaded_names, write_experts
+from scmoe_ds.offload.trainable import left_out_of_state_dicts as left_out_of_state_dicts
 
 EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_optim_states\.pt")
 STATES, STEPS, OPTIONS = "states", "steps", "group options"

@@ -141,7 +141,8 @@ def _write(engine: Any, part: Path, state: dict[str, Any]) -> list[Path]:
     """
     with _collected_failures(engine) as (written, failures):
         try:
-            save_of(engine)(str(part.parent), tag=part.name, client_state=state, save_latest=False)
+            with offloaded.left_out_of_state_dicts(engine.module):
+                save_of(engine)(str(part.parent), tag=part.name, client_state=state, save_latest=False)
             offloaded.write(engine, part)
         except OSError as error:  # not from a write
             # The other ranks may wait for this one inside DeepSpeed, so they cannot agree on anything. This rank says

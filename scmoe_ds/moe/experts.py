@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -222,9 +222,18 @@ def initialize_experts(experts: Experts, first_global_id: int) -> None:
     base = int(torch.randint(2**62, ()).item())
     if any(parameter.is_meta for parameter in experts.parameters()):
         experts.seed = base + first_global_id
+        for module in experts.modules():
+            module.register_load_state_dict_pre_hook(_take_memory)
         return
     for local_id, expert in enumerate(experts.deepspeed_experts):
         reset_alone(expert, base + first_global_id + local_id)
+
+
+def _take_memory(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Parameters on the meta device that a state dict has get memory for it; without, their values would be lost."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.is_meta and f"{prefix}{name}" in state_dict:
+            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
 
 
 def initialize_late(experts: Experts, local_id: int) -> None:

@@ -10,7 +10,8 @@ Shape suffixes: S rows received, D hidden, F feed-forward.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class TrainableExperts(MovingExperts):
         activate: [rows, F or 2F] → [rows, F], element by element.
         group_name: of DeepSpeed's expert-parallel groups.
 
+    Attributes:
+        in_state_dict: whether a state dict has the experts; a checkpoint has them in files of their own.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class TrainableExperts(MovingExperts):
             stand_in = nn.Parameter(torch.zeros([1] * (2 - group)))
             stand_in.allreduce, stand_in.group_name = False, group_name  # type: ignore[attr-defined]
             self.register_parameter(f"{STAND_IN}_{group}", stand_in)
+        self.in_state_dict = True
         self._passing: list[ExpertKey] = []  # of the forward pass whose output is not collected yet
         self._recalled: Counter[ExpertKey] = Counter()
 
@@ -111,12 +115,16 @@ class TrainableExperts(MovingExperts):
         return self.states.shape.views(self.store.take(key).get_parameter("flat"))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Checkpoints have the experts themselves, in files of their own."""
+        """The weights, on the CPU, under the names that experts in memory have."""
+        for key in self.members() if self.in_state_dict else ():
+            for name, value in self.states.weights(key).items():
+                destination[f"{prefix}deepspeed_experts.{key.expert}.{name}"] = value
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Nothing of the experts is in a state dict that this model gives, and none reaches them."""
+        """A state dict has neither the fp32 weights nor the moments that the next step needs."""
         *_, errors = arguments
-        errors.append(sentence("load_state_dict", "load a checkpoint with scmoe_ds.checkpoint.load"))
+        remedy = "load it before scmoe_ds.initialize, or a checkpoint with scmoe_ds.checkpoint.load"
+        errors.append(sentence("load_state_dict", remedy))
 
 
 class Slot(nn.Module):
@@ -197,6 +205,19 @@ def shape_of(expert: nn.Module) -> ExpertShape | None:
 def offloaded(model: nn.Module) -> list[TrainableExperts]:
     """The offloaded experts of each MoE layer; empty where experts are in memory."""
     return [module for module in model.modules() if isinstance(module, TrainableExperts)]
+
+
+@contextmanager
+def left_out_of_state_dicts(model: nn.Module) -> Iterator[None]:
+    """Within the block a model's state dict lacks its offloaded experts."""
+    found = offloaded(model)
+    try:
+        for each in found:
+            each.in_state_dict = False
+        yield
+    finally:
+        for each in found:
+            each.in_state_dict = True
 
 
 def offloaded_names(model: nn.Module) -> dict[str, tuple[TrainableExperts, ExpertKey, Part]]:

@@ -212,6 +212,21 @@ def test_deepspeeds_own_checkpoints_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_state_dict_has_the_experts(bf16: bool) -> None:
+    """Those of the last step; and a model that is given them starts with them."""
+    changes = BF16 if bf16 else PLAIN
+    engines = [make_engine(make_json(offload, **changes)) for offload in (None, {"device": "cpu"})]
+    there, away = ((train(each, 3), each.module.state_dict())[1] for each in engines)
+    assert {name for name in away if "stand_in" not in name} == there.keys() and len(there) > 12
+    assert all(torch.equal(away[name], value) and away[name].dtype == value.dtype for name, value in there.items())
+    whole = make_json({"device": "cpu"}, **changes)
+    model = GPT(SETTINGS, ScMoEConfig.from_deepspeed(whole))
+    model.load_state_dict(there)
+    started = scmoe_ds.initialize(model=model, config=whole)[0].module.state_dict()
+    assert all(torch.equal(started[name], value) for name, value in there.items())
+
+
 def train_and_discard(engine: Any) -> list[float]:
     """Gradients of the first of two micro-batches are dropped, in each step by another; then of the second."""
     found = []
