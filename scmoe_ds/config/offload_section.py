@@ -64,8 +64,8 @@ def refusals_of_offload(whole: Mapping[str, Any]) -> Iterator[tuple[str, bool, s
     for name in ("offload_optimizer", "offload_param"):
         both = "DeepSpeed moves the dense parameters' states only, and in another way; remove it"
         yield f"zero_optimization.{name}", offloads(whole, name), f"{both} {beside}"
-    scaled = f"a step that overflows has been made by some experts before it is known; use bf16 {beside}"
-    yield "fp16.enabled", is_on(whole, "fp16.enabled"), scaled
+    summed = f"DeepSpeed adds fp16 gradients up in fp32, those of experts stay in their dtype; use bf16 {beside}"
+    yield "fp16.enabled", is_on(whole, "fp16.enabled"), summed
     in_bf16 = is_on(whole, "bf16.enabled") or is_on(whole, "bfloat16.enabled")
     sums = at(whole, "data_types.grad_accum_dtype")
     other = in_bf16 and sums not in (None, "bf16", "bfloat16")

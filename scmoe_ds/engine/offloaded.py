@@ -161,7 +161,7 @@ def _check(optimizer: Any, states: ExpertStates) -> None:
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.gradient_accumulation_dtype != states.dtype:
         raise ScMoEConfigError(
             f"{_PATH}: DeepSpeed adds gradients up in another dtype than the parameters'; set "
-            "zero_optimization.stage to 1 and remove data_types.grad_accum_dtype"
+            "zero_optimization.stage to 1 or 2 and remove data_types.grad_accum_dtype"
         )
     inner = optimizer.optimizer
     if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import scmoe_ds
+from lab.distributed import run_distributed
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
 from scmoe_ds.engine.offloaded import offload_experts, parameter_dtype
@@ -110,3 +111,32 @@ def test_the_clipping_factor_is_kept_until_it_is_read() -> None:
         "scmoe_ds.offload.states", "step.factor.record_stream(torch.cuda.current_stream(self.device))", "pass"
     ):
         assert any("use after free" in each for each in findings_of_a_step())
+
+
+FAULTS_OF_TWO = [
+    ("self._behind(filled.result())", "filled.result()"),
+    ("work.wait()\n                pieces", "pieces"),
+    ("work.wait()\n                if key", "if key"),
+]
+
+
+def on_two_gpus() -> list[Any]:
+    """They have the same experts. In fp32 and bf16, then with faults."""
+    found: list[Any] = []
+    for changes in ({}, BF16):
+        away = make_json({"device": "cpu", "buffer_count": 3}, 1, **changes)
+        _, expected = train(make(away), away, TOKENS)
+        losses, findings, waits = on_a_gpu(away)
+        found.append((losses == [float(loss) for loss in expected], findings, waits))
+    for old, new in FAULTS_OF_TWO:
+        with mutated("scmoe_ds.offload.shared", old, new):
+            findings = on_a_gpu(make_json({"device": "cpu", "buffer_count": 2}, 1))[1]
+            found.append(any("race" in each for each in findings))
+    return found
+
+
+def test_two_gpus_with_the_same_experts() -> None:
+    for fp32, bf16, *faults in run_distributed(on_two_gpus, 2):
+        for same, findings, waits in (fp32, bf16):
+            assert same and not findings and not waits
+        assert all(faults), faults
