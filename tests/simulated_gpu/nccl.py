@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -110,10 +111,20 @@ def collective(name: str, original: Any) -> Any:
             getattr(options, "asyncOp", True),
             reads,
             writes,
-            lambda: original(group, *plain(args), **plain(kwargs)).wait(),
+            lambda: _over_gloo(lambda sent: original(group, *sent, **plain(kwargs)), plain(args), written),
         )
 
     return method
+
+
+def _over_gloo(start: Callable[[Any], Any], args: Sequence[Any], written: Sequence[int]) -> None:
+    """Runs a collective on copies: gloo's thread holds its tensors a moment longer than whoever waits for it, and when
+    the memory of a tensor of the device is freed must not depend on that."""
+    copies = [torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, each) for each in args]
+    start(copies).wait()
+    for i in written:
+        for mine, copy in zip(leaves(args[i]), leaves(copies[i]), strict=True):
+            mine.copy_(copy)
 
 
 def _on_host(name: str) -> None:
@@ -153,11 +164,14 @@ def batch_isend_irecv(original: Any) -> Any:
         reads = [each for each, operation in zip(tensors, operations, strict=True) if operation.op is not dist.irecv]
 
         def run() -> None:
-            plain_operations = [
-                dist.P2POp(o.op, plain(t), o.peer, o.group) for o, t in zip(operations, tensors, strict=True)
-            ]
-            for work in original(plain_operations):
+            copies = [plain(each).clone() for each in tensors]  # as in `_over_gloo`
+            for work in original(
+                [dist.P2POp(o.op, t, o.peer, o.group) for o, t in zip(operations, copies, strict=True)]
+            ):
                 work.wait()
+            for operation, mine, copy in zip(operations, tensors, copies, strict=True):
+                if operation.op is dist.irecv:
+                    plain(mine).copy_(copy)
 
         group = operations[0].group or dist.group.WORLD
         return [launch("send and receive", group, True, reads, writes, run)]

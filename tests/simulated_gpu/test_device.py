@@ -14,8 +14,21 @@ from torch.utils.checkpoint import checkpoint
 from lab.distributed import free_port
 from tests.simulated_gpu.device import NEEDS_SIMULATION, fused, simulated_gpu
 from tests.simulated_gpu.gpu import Gpu
+from tests.simulated_gpu.nccl import COLLECTIVES
 
 pytestmark = NEEDS_SIMULATION
+
+
+@pytest.fixture
+def slow_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's threads let go of tensors late; `gpu` has to come after it."""
+    held = []
+
+    def holding(start: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **kwargs: (held.append(args), start(*args, **kwargs))[1]
+
+    for name in COLLECTIVES.keys() & vars(dist.ProcessGroup).keys():
+        monkeypatch.setattr(dist.ProcessGroup, name, holding(getattr(dist.ProcessGroup, name)))
 
 
 @pytest.fixture
@@ -178,7 +191,7 @@ def test_mixes_of_devices(gpu: Gpu) -> None:
     assert kinds(gpu) == ["device mix"]
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("group", "slow_gloo")
 @pytest.mark.parametrize("waits_on", ["main", "side", "nothing"])
 def test_nccl_keeps_tensors_until_the_wait(gpu: Gpu, waits_on: str) -> None:
     """That wait orders one stream. Memory of another stream is free too early."""
