@@ -6,9 +6,15 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from benchmarks.harness.parts import layer_ms, sum_ms
+import torch
+import torch.distributed as dist
+
+from benchmarks.harness.measure import EVICTED_BYTES, cold
+from benchmarks.harness.parts import layer_ms, record_steps, sum_ms
+from benchmarks.harness.variants import Shape, baseline, build
 from lab.nodes import shape_own_end
 from scmoe_ds.planner.rounds import over_ranks
 from scmoe_ds.trace.recorder import Span
@@ -33,6 +39,22 @@ class Link:
     share: float
     all_to_all_ms: float
     layer_ms: float
+
+
+def find_forward_rate(
+    shape: Shape, share: float, method: str, dtype: torch.dtype = torch.float32, fixed_mbit: float | None = None
+) -> Link:
+    """Sets the link by forward passes of a top-2 pair with exact dispatch; see `find_rate`. Collective."""
+    (variant,) = baseline("exact").values()
+    run = build(variant, shape, 0.0, method).to(dtype).eval()
+    torch.manual_seed(dist.get_rank())
+    hidden = torch.randn(shape.sequences, shape.seq_length, shape.hidden_size).to(dtype)
+
+    def step() -> None:
+        with torch.inference_mode():
+            run(hidden)
+
+    return find_rate(partial(record_steps, run, cold(step, torch.zeros(EVICTED_BYTES // 4))), share, fixed_mbit)
 
 
 def next_rate(rate_mbit: float, communication_ms: float, total_ms: float, share: float) -> float:

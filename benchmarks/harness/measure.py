@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 
@@ -26,6 +27,23 @@ def cold(step: Callable[[], object], other: torch.Tensor) -> Callable[[], None]:
         step()
 
     return run
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Between which values the median of all possible rounds lies with this confidence, whatever their distribution.
+
+    The interval is that of the sign test: between the j-th value from below and the j-th from above, with the largest j
+    such that fewer than j of n values lie on one side of the median with a probability of at most (1 - confidence) / 2.
+
+    Raises:
+        ValueError: too few values for this confidence.
+    """
+    ordered, probability, rank = sorted(values), 0.0, 0
+    while (probability := probability + math.comb(len(ordered), rank) / 2 ** len(ordered)) <= (1 - confidence) / 2:
+        rank += 1
+    if rank == 0:
+        raise ValueError(f"{len(ordered)} values have no {100 * confidence:g} % interval of their median")
+    return ordered[rank - 1], ordered[-rank]
 
 
 def environment(device: str | None = None) -> dict[str, str]:

@@ -6,14 +6,14 @@ The link is set so that the all-to-all takes `--share` of the top-2 MoE layer wi
 expert's load over the mean. Every row tolerates low precision here: the decision looks at the loads. All rows of a
 table alternate within rounds, each under the schedule of the package's own calibration; a speed-up is the median of the
 ratios within rounds. "The layer" is the step without the backbone's operators and the shared expert: gate, counts,
-decision, conversion, experts, and waiting for the all-to-alls.
+decision, conversion, experts, and waiting for the all-to-alls. What of decision and conversion the layer waits for is
+measured by itself (low_precision_exposed.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,41 +24,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.harness import tables
-from benchmarks.harness.link import find_rate
-from benchmarks.harness.measure import EVICTED_BYTES, cold
+from benchmarks.harness.link import find_forward_rate
 from benchmarks.harness.on_nodes import on_nodes, parse, write
-from benchmarks.harness.parts import CPU, RecordedPair, parts_of, record_steps
+from benchmarks.harness.parts import CPU, RecordedPair
 from benchmarks.harness.skewed_gates import first_expert, skew_gates
-from benchmarks.harness.variants import Shape, Variant, baseline, build
+from benchmarks.harness.variants import Shape, Variant, build
+from benchmarks.serving.low_precision_exposed import WARM_UP, layer_seconds, variants
+from benchmarks.serving.low_precision_exposed import measure as measure_exposed
+from benchmarks.serving.low_precision_exposed import text as exposed_text
 from scmoe_ds.comm.transport import METHODS
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.inference.low_precision import use_low_precision
 from scmoe_ds.inference.model import DTYPES
 from scmoe_ds.models.pairs import StagedPair
-from scmoe_ds.moe.decisions.low_precision import Counts, LowPrecision, LowPrecisionContainer
+from scmoe_ds.moe.decisions.low_precision import Counts, LowPrecision
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
 
 SHAPE = Shape("GPT2-MoE-Medium cut to 512 wide, two experts per rank", 512, 8, 5, 256, 4, 2.0)
 SCMOE = Variant({"architecture": "scmoe", "position": "pos2", "dispatch": "exact", "drop_tokens": False})
-BACKBONE = ("attention", "MLP", "shared expert")
 OFF, AGAIN, HOT, ALL = "off", "off again (A/A)", "ReaLB", "low precision everywhere"
-FREE, NO_LINK = "ReaLB, converted and decided beforehand", "ReaLB, no communication"
-WARM_UP = 2
-
-
-class Prepared(LowPrecisionContainer):
-    """Converted and decided before the first step: what both would leave if they took no time."""
-
-    def prepare(self, hot: bool) -> None:
-        """From now on this rank is hot, or it is not."""
-        self.notices, self.hot = 0, hot
-        self._convert(range(self.num_local_experts))
-
-    def announce(self, rows_per_expert: Sequence[int]) -> None: ...
-
-    def _forget(self) -> None: ...
+NO_LINK = "ReaLB, no communication"
 
 
 @dataclass(kw_only=True)
@@ -85,8 +72,9 @@ class Bench:
         torch.manual_seed(dist.get_rank())
         self.hidden = torch.randn(SHAPE.sequences, SHAPE.seq_length, SHAPE.hidden_size).to(dtype)
         make = partial(_pair, skew=skew, hidden=self.hidden, dtype=dtype, method=settings["method"])
-        self.rows = {name: Row(pair=make()) for name in (OFF, AGAIN, HOT, ALL, FREE)}
+        self.rows = {name: Row(pair=make()) for name in (OFF, AGAIN, HOT, ALL)}
         self.rows[NO_LINK] = Row(pair=make(communicates=False))
+        self.plain = self.rows[HOT].pair.layer.deepspeed_moe.experts
         for name in (HOT, ALL, NO_LINK):
             use = LowPrecision("all" if name == ALL else "hot", score=1.0)
             (experts,) = use_low_precision(self.rows[name].pair, use).layers
@@ -96,39 +84,38 @@ class Bench:
         counts = self.rows[HOT].counts
         assert counts is not None and counts.hot in (0, counts.passes)
         self.is_hot = counts.hot > 0
-        layer, like = self.rows[FREE].pair.layer, self.rows[HOT].pair.layer.deepspeed_moe.experts
-        prepared = Prepared(layer.deepspeed_moe.experts, layer.slices, like.settings, like.format)
-        prepared.prepare(self.is_hot)
-        layer.deepspeed_moe.experts = prepared
-        for name, like in ((AGAIN, OFF), (FREE, HOT), (NO_LINK, HOT)):
+        for name, like in ((AGAIN, OFF), (NO_LINK, HOT)):
             self.rows[name].pair.schedule = self.rows[like].pair.schedule
         with torch.inference_mode():
             rows_E = _over_world(self.rows[OFF].pair(self.hidden).exp_counts)
         self.busiest = float(rows_E.max() / rows_E.mean())
         self.load = float(rows_E.view(dist.get_world_size(), -1).sum(1)[dist.get_rank()])
 
-    def measure(self, rounds: int) -> dict[str, Any]:
-        """Times of all rows, and what they are over others. Collective."""
+    def measure(self, rounds: int, pair_rounds: int) -> dict[str, Any]:
+        """Times of all rows, what they are over others, and what is exposed. Collective."""
         for row in self.rows.values():
             row.spans = []
         own = interleave(
             {name: partial(row.step, self.hidden) for name, row in self.rows.items()}, rounds, WARM_UP, dist.barrier
         )
         steps = {name: over_ranks(seconds) for name, seconds in own.items()}
-        layers = {}
-        for name, row in self.rows.items():
-            spans = (row.spans or [])[WARM_UP:]
-            without = [1e-3 * sum(parts_of(each)[kind] for kind in BACKBONE) for each in spans]
-            layers[name] = over_ranks([step - part for step, part in zip(own[name], without, strict=True)])
-        ratios = Spread.of_ratios(steps[HOT], steps[FREE]), Spread.of_ratios(layers[HOT], layers[FREE])
+        layers = {
+            name: over_ranks(layer_seconds(own[name], (row.spans or [])[WARM_UP:])) for name, row in self.rows.items()
+        }
         hot, loads = gather(self.is_hot), gather(self.load)
         return {
             "rows": [_row(name, steps, layers) for name in self.rows],
-            "over_free": {"step": vars(ratios[0]), "layer": vars(ratios[1])},
+            "exposed": self._exposed(pair_rounds) if any(hot) else None,
             "busiest_expert_over_mean": self.busiest,
             "rank_load_over_mean": [load / statistics.mean(loads) for load in loads],
             "hot": hot,
         }
+
+    def _exposed(self, rounds: int) -> dict[str, Any]:
+        row = self.rows[HOT]
+        like = row.pair.layer.deepspeed_moe.experts
+        experts = variants(self.plain, row.pair.layer.slices, like.settings, like.format, self.is_hot)
+        return measure_exposed(row, *experts, self.hidden, rounds)
 
 
 def _row(name: str, steps: dict[str, list[float]], layers: dict[str, list[float]]) -> dict[str, Any]:
@@ -155,20 +142,10 @@ def _over_world(counts_E: Tensor) -> Tensor:
 
 def tables_at(settings: dict[str, Any]) -> dict[str, Any]:
     """The link, and a table for each skew. Collective."""
-    name, variant = next(iter(baseline("exact").items()))
-    torch.manual_seed(dist.get_rank())
-    dtype = DTYPES[settings["dtype"]]
-    hidden = torch.randn(SHAPE.sequences, SHAPE.seq_length, SHAPE.hidden_size).to(dtype)
-    run = build(variant, SHAPE, 0.0, settings["method"]).to(dtype).eval()
-
-    def step() -> None:
-        with torch.inference_mode():
-            run(hidden)
-
-    steps = partial(record_steps, run, cold(step, torch.zeros(EVICTED_BYTES // 4)))
-    link = find_rate(steps, settings["share"], settings["rate"])
-    found = {str(skew): Bench(skew, settings).measure(settings["rounds"]) for skew in settings["skews"]}
-    return {"baseline": name, "link": vars(link), "skews": found}
+    dtype, rounds = DTYPES[settings["dtype"]], (settings["rounds"], settings["pair_rounds"])
+    link = find_forward_rate(SHAPE, settings["share"], settings["method"], dtype, settings["rate"])
+    found = {str(skew): Bench(skew, settings).measure(*rounds) for skew in settings["skews"]}
+    return {"link": vars(link), "skews": found}
 
 
 def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
@@ -203,10 +180,9 @@ def markdown(record: dict[str, Any]) -> str:
             "",
             *tables.table(["row", "step ms", "speed-up", "layer ms", "speed-up"], cells),
             "",
-            f"Decision and conversion, exposed: step × {Spread(**found['over_free']['step'])}, layer × "
-            f"{Spread(**found['over_free']['layer'])} of what they would be if both were done beforehand.",
-            "",
         ]
+        if found["exposed"]:
+            lines += [exposed_text(found["exposed"]), ""]
     return "\n".join(lines)
 
 
@@ -221,7 +197,8 @@ def main() -> None:
     parser.add_argument("--skews", type=float, nargs="+", default=[1.0, 1.8, 4.0], help="1: the gate as it starts")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights and rows")
     parser.add_argument("--method", choices=METHODS, default="send_receive", help="all-to-all of all rows")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20, help="of all rows")
+    parser.add_argument("--pair-rounds", type=int, default=60, help="of decision and conversion, where a rank is hot")
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
     args, settings = parse(parser, rank_main)
     record = on_nodes("benchmarks.serving.low_precision", settings)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import tables
-from benchmarks.harness.link import find_rate
+from benchmarks.harness.link import find_forward_rate
 from benchmarks.harness.on_nodes import on_nodes, parse, write
-from benchmarks.harness.parts import record_steps
 from benchmarks.harness.skewed_gates import count_loads, first_expert, over_ranks, skew_gates
-from benchmarks.harness.variants import Shape, baseline
-from benchmarks.speed.block import Bench
+from benchmarks.harness.variants import Shape
 from scmoe_ds.comm.transport import METHODS, Transport
 from scmoe_ds.config.overlap_section import OverlapConfig
 from scmoe_ds.config.section import ScMoEConfig
@@ -136,10 +133,7 @@ def table_of(skew: float, settings: dict[str, Any]) -> dict[str, Any]:
 
 def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
     """The record; each of the two processes runs it."""
-    (name,) = list(baseline("padded"))[:1]
-    bench = Bench(baseline("padded"), SHAPE, "forward", {"rounds": 0, "skew": 0.0, **settings})
-    link = find_rate(partial(record_steps, bench.runs[name], bench.cold_steps[name]), settings["share"])
-    del bench
+    link = find_forward_rate(SHAPE, settings["share"], settings["method"])
     return {"link": vars(link), "skews": {str(skew): table_of(skew, settings) for skew in settings["skews"]}}
 
 
@@ -174,10 +168,10 @@ def markdown(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--share", type=float, default=0.6, help="all-to-all share of the baseline's MoE layer")
+    parser.add_argument("--share", type=float, default=0.6, help="all-to-all share of the top-2 MoE layer")
     parser.add_argument("--skews", type=float, nargs="+", default=[1.0, 1.8, 4.0], help="1: the gate as it starts")
     parser.add_argument("--method", choices=METHODS, default="send_receive", help="all-to-all of all rows")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
     args, settings = parse(parser, rank_main)
     record = on_nodes("benchmarks.serving.vision_language", settings)
