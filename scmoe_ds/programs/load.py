@@ -110,6 +110,8 @@ class Decisions:
         copies, path = self.copies, args.save_expert_loads
         if copies is not None and path is not None:
             run_on_rank_zero(lambda: copies.save(path))
+            if dist.get_rank() == 0:
+                print(f"wrote {path}: --expert-copies N --expert-loads {path} chooses copies by it", file=sys.stderr)
 
 
 def _migrations(counts: StoreCounts) -> str:
