@@ -17,7 +17,9 @@ from scmoe_ds.checkpoint.autoep import shards
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.errors import reason_of
 from scmoe_ds.moe.placement import Placement, expert_of, layer_of, with_expert
+from scmoe_ds.offload.trainable import gather_experts
 from scmoe_ds.parallel.agreement import from_rank_zero, run_on_rank_zero
+from scmoe_ds.parallel.process import device
 
 
 class _Piece(NamedTuple):
@@ -51,13 +53,14 @@ def save_whole_model(engine: Any, out: Path, shard_bytes: int) -> None:
             model.config.save_pretrained(part)
         shards.publish(part, out)
 
+    gather_experts(model)
     with shards.one_sentence(out):
         if dist.get_rank() == 0:
             _receive(model, files, shard_bytes)
         else:
             for piece in _pieces(model):
                 if piece.owner == dist.get_rank():
-                    dist.send(piece.like.contiguous(), 0)
+                    dist.send(piece.like.to(device()).contiguous(), 0)
         run_on_rank_zero(finish)
 
 
@@ -93,7 +96,7 @@ def _pieces(model: nn.Module) -> Iterator[_Piece]:
 def _received(piece: _Piece) -> Tensor:
     if piece.owner == 0:
         return piece.like.cpu().contiguous()
-    buffer = torch.empty_like(piece.like, memory_format=torch.contiguous_format)
+    buffer = torch.empty_like(piece.like, memory_format=torch.contiguous_format, device=device())
     dist.recv(buffer, piece.owner)
     return buffer.cpu()
 

@@ -108,7 +108,7 @@ class SharedStates(ExpertStates):
         if key in self._stale and key not in self.kept:
             raise CheckpointError(
                 "state_dict: after a step the weights of experts come to this rank with the next forward pass; make "
-                "one on all ranks before, or call scmoe_ds.checkpoint.save"
+                "one on all ranks before, or call scmoe_ds.checkpoint.save or scmoe_ds.save_pretrained"
             )
         return super().weights(key)
 

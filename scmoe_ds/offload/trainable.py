@@ -207,6 +207,13 @@ def offloaded(model: nn.Module) -> list[TrainableExperts]:
     return [module for module in model.modules() if isinstance(module, TrainableExperts)]
 
 
+def gather_experts(model: nn.Module) -> None:
+    """The weights of all offloaded experts are those of their last step on this rank, as after a forward pass; state
+    dicts need that. Collective."""
+    for each in offloaded(model):
+        each.states.gather(each.layer)
+
+
 @contextmanager
 def left_out_of_state_dicts(model: nn.Module) -> Iterator[None]:
     """Within the block a model's state dict lacks its offloaded experts."""

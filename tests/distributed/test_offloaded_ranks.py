@@ -6,13 +6,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+import scmoe_ds
 from lab.distributed import run_distributed
 from scmoe_ds import checkpoint
 from scmoe_ds.config.section import ScMoEConfig
+from scmoe_ds.errors import CheckpointError
 from scmoe_ds.offload.trainable import offloaded
-from tests.engine.test_offloaded import BF16, SETTINGS, make_engine, make_json, train
+from tests.engine.test_offloaded import BF16, SETTINGS, make_engine, make_json, train, train_over_nan
 
 STEPS, SAVED = 8, 3
 ZERO_2 = {"zero_optimization": {"stage": 2}}
@@ -69,6 +74,7 @@ def on_four_ranks(directory: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, offload in (("memory", None), ("elsewhere", host)):
         found[f"bf16 {name}"] = trained(make_engine(make(4, 2, offload, 1, **BF16)), 4)
+        found[f"skipped {name}"] = train_over_nan(make_engine(make(4, 2, offload)), dist.get_rank())
         found[f"ZeRO-2 {name}"] = trained(make_engine(make(4, 2, offload, 1, **ZERO_2)), 4)
     runs = {"memory": make(4, 2, None), "elsewhere": make(4, 2, disk)}
     for name, whole in runs.items():
@@ -76,7 +82,11 @@ def on_four_ranks(directory: str) -> dict[str, Any]:
         found[name] = trained(engine, SAVED)
         saved = save(engine, whole, 4, f"{directory}/{name}")
         found[f"saved in {name}"] = saved
+        scmoe_ds.save_pretrained(engine, f"{directory}/whole {name}")
         found[name] += trained(engine, STEPS - SAVED, SAVED)
+        if name == "elsewhere":
+            with pytest.raises(CheckpointError, match=r"state_dict: after a step .* next forward pass"):
+                engine.module.state_dict()
         for experts in offloaded(engine.module)[:1]:
             found["shares"] = list(map(len, dist_gather(list(experts.states.kept))))
     for then in runs:
@@ -89,6 +99,10 @@ def on_four_ranks(directory: str) -> dict[str, Any]:
     return found
 
 
+def weights_of(directory: str) -> dict[str, Any]:
+    return {name: each for file in Path(directory).glob("*.safetensors") for name, each in load_file(file).items()}
+
+
 def dist_gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
@@ -97,9 +111,12 @@ def dist_gather(value: Any) -> list[Any]:
 
 def test_four_ranks_have_the_losses_of_experts_in_memory() -> None:
     with tempfile.TemporaryDirectory() as directory:
-        for found in run_distributed(on_four_ranks, 4, directory):
+        results = run_distributed(on_four_ranks, 4, directory)
+        whole, other = (weights_of(f"{directory}/whole {name}") for name in ("memory", "elsewhere"))
+        assert whole.keys() == other.keys() and all(torch.equal(other[name], each) for name, each in whole.items())
+        for found in results:
             assert found["memory"] == found["elsewhere"]
-            for kind in ("bf16", "ZeRO-2"):
+            for kind in ("bf16", "ZeRO-2", "skipped"):
                 assert found[f"{kind} memory"] == found[f"{kind} elsewhere"]
             assert found["shares"] == [2] * 4
             afterwards = found["memory"][-len(found["from memory to memory"]) :]

@@ -246,9 +246,11 @@ def train_and_discard(engine: Any) -> list[float]:
     return found
 
 
-def test_discarded_gradients_are_discarded_for_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = train_and_discard(make_engine(make_json(None)))
-    engine = make_engine(make_json({"device": "cpu"}))
+@pytest.mark.parametrize("stage", [1, 2])
+def test_discarded_gradients_are_discarded_for_the_experts(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-2 those are none."""
+    expected = train_and_discard(make_engine(make_json(None, zero_optimization={"stage": stage})))
+    engine = make_engine(make_json({"device": "cpu"}, zero_optimization={"stage": stage}))
     states = offloaded(engine.module)[0].states
     keep = states._keep
 
@@ -258,6 +260,25 @@ def test_discarded_gradients_are_discarded_for_the_experts(monkeypatch: pytest.M
 
     monkeypatch.setattr(states, "_keep", keep_late)
     assert train_and_discard(engine) == expected
+
+
+def train_over_nan(engine: Any, rank: int = 0) -> list[float]:
+    """The second step has a gradient that is not a number, on rank 0 alone."""
+    found = train(engine, 1, 0, rank)
+    for micro_step in range(2):
+        tokens = torch.full((2, 4), micro_step + rank)
+        loss = engine(tokens[:, :-1], labels=tokens[:, 1:]).loss
+        engine.backward(loss * float("nan") if micro_step == rank == 0 else loss)
+        engine.step()
+        found += [loss.item(), engine.skipped_steps]
+    return [*found, float(engine.get_global_grad_norm()), engine.get_lr()[0], *train(engine, 2, 2, rank)]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped(stage: int) -> None:
+    expected = train_over_nan(make_engine(make_json(None, zero_optimization={"stage": stage})))
+    assert train_over_nan(make_engine(make_json({"device": "cpu"}, zero_optimization={"stage": stage}))) == expected
+    assert 1 in expected
 
 
 LIMITED = """
