@@ -118,21 +118,20 @@ class LowPrecisionExperts(OwnExperts):
         """[P, 4] int64, for each rank: this rank's tokens, its rows for all ranks, its rows for that rank, and how many
         of the last tolerate low precision."""
         rows_E, expert_KT = routing.choices.rows_E, routing.choices.expert_KT
-        of_ranks = self.slices.expert_parallel_size
-        rows_R = rows_E.view(of_ranks, -1).sum(1)
-        tolerant = self.settings.tolerant(routing)
-        tolerant_R = torch.zeros_like(rows_R)
+        tolerant, tolerant_E = self.settings.tolerant(routing), torch.zeros_like(rows_E)
         if tolerant is not None:
             kept_KT = tolerant.expand_as(expert_KT)
             if routing.choices.kept_KT is not None:
                 kept_KT = kept_KT & routing.choices.kept_KT
-            # A masked token's expert may be any number; it is not kept, and adds 0 to whatever rank.
-            rank_KT = (expert_KT // (len(rows_E) // of_ranks)).clamp_(0, of_ranks - 1)
-            tolerant_R.scatter_add_(0, rank_KT.flatten(), kept_KT.flatten().long())
+            # A masked token's expert may be any number; it is not kept, and adds 0 to whatever expert.
+            tolerant_E.scatter_add_(0, expert_KT.clamp(0, len(rows_E) - 1).flatten(), kept_KT.flatten().long())
+        of_ranks = self.slices.expert_parallel_size
+        rows_R, tolerant_R = torch.stack([rows_E, tolerant_E]).view(2, of_ranks, -1).sum(2)
         used_T, tokens = routing.used_T, expert_KT.shape[1]
         tokens_1 = rows_R.new_full((1,), tokens) if used_T is None else used_T.sum().view(1)
         own = [each.expand(of_ranks) for each in (tokens_1, rows_R.sum().view(1))]
-        return torch.stack([*own, rows_R, tolerant_R], dim=1).repeat(ranks // of_ranks, 1)
+        notice_R4 = torch.stack([*own, rows_R, tolerant_R], dim=1)
+        return notice_R4 if ranks == of_ranks else notice_R4.repeat(ranks // of_ranks, 1)
 
     def told(self, told_PX: Tensor) -> None:
         """Decides whether this rank is hot. No rank is where gradients are computed: the products have none."""
