@@ -62,9 +62,13 @@ WARM_UP = 8  # passes, in which schedules are timed and chosen
 
 
 class Server:
-    """One row's model on this rank, and its prefill."""
+    """One row's model on this rank, and its prefill.
 
-    def __init__(self, skew: float, low_precision: LowPrecision | None, method: str) -> None:
+    Args:
+        like: the server of another row, whose gates it gets; None: its own are skewed.
+    """
+
+    def __init__(self, skew: float, low_precision: LowPrecision | None, method: str, like: Server | None) -> None:
         section = {"num_experts": SHAPE.num_experts, "expert_parallel_size": dist.get_world_size()}
         config = serving_config(ScMoEConfig.from_deepspeed({"scmoe": section}), dist.get_world_size())
         self.model = VisionLanguageGPT(SETTINGS, config).eval().requires_grad_(False)
@@ -80,7 +84,9 @@ class Server:
         self.calibrator = Calibrator(self.model.scheduled_pairs(), overlap, torch.device("cpu"), "prefill")
         self._plain = Passes(self.model, {}, None, "")
         self._timed = Passes(self.model, {"prefill": self.calibrator}, None, "")
-        if skew > 1:
+        if like is not None:
+            self.model.load_state_dict(like.model.state_dict())
+        elif skew > 1:
             skew_gates(self.model.scheduled_pairs(), self.step, first_expert(skew, SHAPE.num_experts))
         attached = None if low_precision is None else use_low_precision(self.model, low_precision)
         self.used = [] if attached is None else attached.layers
@@ -109,8 +115,9 @@ class Server:
 
 def table_of(skew: float, settings: dict[str, Any]) -> dict[str, Any]:
     """All rows at one skew. Collective."""
-    servers = {name: Server(skew, row, settings["method"]) for name, row in ROWS.items()}
-    off = servers["off"]
+    off = Server(skew, ROWS["off"], settings["method"], None)
+    others = {name: Server(skew, row, settings["method"], off) for name, row in ROWS.items() if name != "off"}
+    servers = {"off": off, **others}
     off.schedule()
     schedules = [pair.forward_schedule or pair.schedule for pair in off.model.scheduled_pairs()]
     for server in servers.values():
@@ -171,7 +178,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.6, help="all-to-all share of the top-2 MoE layer")
     parser.add_argument("--skews", type=float, nargs="+", default=[1.0, 1.8, 4.0], help="1: the gate as it starts")
     parser.add_argument("--method", choices=METHODS, default="send_receive", help="all-to-all of all rows")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
     args, settings = parse(parser, rank_main)
     record = on_nodes("benchmarks.serving.vision_language", settings)
