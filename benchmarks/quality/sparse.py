@@ -38,8 +38,9 @@ from scmoe_ds.sparse.sparsity_file import METHODS, Method
 
 NAME, FILE = "benchmarks.quality.sparse", "sparse_quality"
 RATES, RATE = (0.1, 0.25, 0.4, 0.6), 0.25
-"""Of the curves; and the one at which measures and spreads are compared."""
-SPREADS = (0.01, 0.025, 0.05, 0.1, 0.2)
+"""Of the curves; and the one at which measures are compared."""
+SPREADS, SPREAD_RATES = (0.01, 0.025, 0.05, 0.1, 0.2), (RATE, 0.4)
+"""What spreads are compared, and at which rates: of one choice, halves pay the more the more is left out."""
 DEFAULT: Measure = "abs-gate"
 CHANCE = "chance"
 _CALIBRATION_TOKENS = 65536
@@ -53,7 +54,7 @@ def configurations(measure: str) -> Iterator[tuple[float, Method, float | None]]
     else:
         yield RATE, "2t", None
     if measure == DEFAULT:
-        yield from ((RATE, "2t", spread) for spread in SPREADS)
+        yield from ((rate, "2t", spread) for rate in SPREAD_RATES for spread in SPREADS)
 
 
 def calibration_text(corpus: Corpus, path: Path) -> Path:
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="what benchmarks.quality.sparse_models has written")
     parser.add_argument("--output", type=Path, required=True, help="directory of record, table and figure")
-    parser.add_argument("--only", nargs="+", choices=names, default=names[:3], help="these models")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these models")
     parser.add_argument("--sequences", type=int, default=256, help="held-out sequences")
     parser.add_argument("--tables", action="store_true", help="make table and figure of the record; run nothing")
     args = parser.parse_args(argv)

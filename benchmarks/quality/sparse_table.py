@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness.measure import environment_text
@@ -108,9 +109,10 @@ def _of_model(model: dict[str, Any]) -> Iterator[str]:
 def figure(record: dict[str, Any]) -> Figure:
     """Rate → loss of each model; below, rate → time of a layer, if that was measured."""
     models, speed = list(record["models"].values()), _speed()
-    drawn = Figure(figsize=(WIDTH, 6.0 if speed else 3.2), layout="constrained")
-    axes = drawn.subplots(2 if speed else 1, len(models), squeeze=False)
-    for place, (ax, model) in enumerate(zip(axes[0], models, strict=True)):
+    drawn = Figure(figsize=(WIDTH, 6.8 if speed else 3.4), layout="constrained")
+    upper, lower = drawn.subfigures(2, 1) if speed else (drawn, None)
+    axes = upper.subplots(1, len(models), squeeze=False)[0]
+    for ax, model in zip(axes, models, strict=True):
         default = model["rows"][0]["measure"]
         series = [("1T-Drop", default, "1t"), ("2T-Drop", default, "2t"), ("2T-Drop, halves by chance", "chance", "2t")]
         for (label, measure, method), colour in zip(series, LINES, strict=False):
@@ -121,11 +123,10 @@ def figure(record: dict[str, Any]) -> Figure:
         ax.axhline(LIMIT, color=GREY, linewidth=1)
         ax.set_title(model["title"])
         ax.set_xlabel("computation left out, %")
-        if place == 0:
-            ax.set_ylabel("loss over none, %")
-            ax.legend()
-    if speed:
-        _draw_speed(drawn, axes[1], speed)
+    axes[0].set_ylabel("loss over none, %")
+    upper.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    if lower is not None:
+        _draw_speed(lower.subplots(), speed)
     return drawn
 
 
@@ -134,21 +135,20 @@ def _speed() -> dict[str, list[tuple[float, float]]]:
     beside this one's; nothing where there is none."""
     found: dict[str, list[tuple[float, float]]] = {}
     for path in sorted(RESULTS.glob(SPEED)):
-        curve = json.loads(path.read_text(encoding="utf-8")).get("curve")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        curve = record.get("curve")
         for row in curve["rows"] if curve else []:
             name, _, rate = row["row"].rpartition(", ")
             if rate and row["shares"] is not None:
                 point = row["shares"]["dropped"], 1 / row["layer_speedup"]["median"]
-                found.setdefault(f"{curve['layer']}, {name}, skew {curve['skew']:g}", [(0.0, 1.0)]).append(point)
+                label = f"{curve['layer']}, {name}, all-to-all {record['settings']['share']:.0%} of a top-2 layer"
+                found.setdefault(label, [(0.0, 1.0)]).append(point)
     return found
 
 
-def _draw_speed(drawn: Figure, axes: Any, speed: dict[str, list[tuple[float, float]]]) -> None:
-    for ax in axes[1:]:
-        ax.remove()
-    ax = axes[0]
+def _draw_speed(ax: Axes, speed: dict[str, list[tuple[float, float]]]) -> None:
     for (name, points), colour in zip(speed.items(), LINES, strict=False):
         ax.plot([100 * share for share, _ in points], [time for _, time in points], color=colour, label=name)
     ax.set_xlabel("computation left out, %")
     ax.set_ylabel("time of a layer over none")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+    ax.legend()

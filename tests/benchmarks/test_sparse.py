@@ -63,11 +63,16 @@ def test_the_figure_is_drawn_again_from_the_record_with_the_speed_of_drops(
     rows = [{"row": "all rows", "shares": None}]
     rows += [{"row": "2T-Drop, 0.25", "shares": {"dropped": 0.24}, "layer_speedup": {"median": 1.25}}]
     speed = {"curve": {"layer": "ScMoE-2", "skew": 1.8, "rows": rows}}
-    (tmp_path / "drop_60.json").write_text(json.dumps(speed))
+    for share in (0.6, 0.15):
+        path = tmp_path / f"drop_{100 * share:.0f}.json"
+        path.write_text(json.dumps(speed | {"settings": {"share": share}}))
     _, below = draw(record(1.0, 0.2)).axes
-    (line,) = below.get_lines()
-    assert line.get_label() == "ScMoE-2, 2T-Drop, skew 1.8"
-    assert line.get_xydata().tolist() == [[0, 1], [24, 0.8]]
+    lines = below.get_lines()
+    of_a_layer = "of a top-2 layer"
+    labels = [f"ScMoE-2, 2T-Drop, all-to-all {share} {of_a_layer}" for share in ("15%", "60%")]
+    assert [line.get_label() for line in lines] == labels
+    for line in lines:
+        assert line.get_xydata().tolist() == [[0, 1], [24, 0.8]]
 
 
 def test_another_spread_needs_no_other_calibration() -> None:
