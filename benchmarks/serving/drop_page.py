@@ -39,6 +39,7 @@ def markdown(record: dict[str, Any]) -> str:
         "a token goes to a rank as one row, which goes only where no choice of it is left there.",
         "",
     ]
+    lines += ["## Medians of the layer's speed-up", "", *_medians(record["layers"]), ""]
     for layer, skews in record["layers"].items():
         for skew, found in skews.items():
             lines += [f"## {layer}, {_title(skew)}, rate {settings['rate']:g}", ""]
@@ -48,6 +49,16 @@ def markdown(record: dict[str, Any]) -> str:
         title = _title(f"expert {found['skew']:g}")
         lines += [f"## {found['layer']}, {title}, several rates", "", *_table(found), ""]
     return "\n".join(lines)
+
+
+def _medians(layers: dict[str, Any]) -> list[str]:
+    cells = []
+    for layer, gates in layers.items():
+        for gate, found in gates.items():
+            medians = {row["row"]: f"{row['layer_speedup']['median']:.2f}" for row in found["rows"]}
+            ranks = " and ".join(f"{load:.2f}" for load in found["rank_load_over_mean"])
+            cells.append([layer, _title(gate), ranks, *(medians.get(name, "–") for name in DRAWN)])
+    return tables.table(["layer", "the gate", "ranks over the mean", *DRAWN], cells)
 
 
 def _title(gate: str) -> str:

@@ -50,6 +50,8 @@ def test_page_and_figure() -> None:
     text = markdown(RECORD)
     for title in ("even loads, nearly", "busiest expert 1.8 × the mean", "busier rank 1.8 × the mean"):
         assert f"## ScMoE, {title}, rate 0.25" in text
+    cells = ["1.25", "1.25", "–", "–", "1.25", "1.25"]
+    assert " | ".join(["| ScMoE", "busier rank 1.8 × the mean", "1.20 and 0.80", *cells, ""]).rstrip() in text
     assert f"| {TWO} | 25.0% | 25.0% | 0.0% | 1.33 | 1.00 | 75.0 | 1.250 (1.200–1.300) |" in text
     assert "the limit by computation would be 1.60." in text  # 1.2 / 0.75: then both ranks have 0.75
     sheet = figure(RECORD)
