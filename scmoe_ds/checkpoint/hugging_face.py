@@ -14,7 +14,7 @@ from typing import Any
 
 from scmoe_ds.checkpoint import tokenizer_files
 from scmoe_ds.checkpoint.parsing import Parsed
-from scmoe_ds.config.adapt_section import section_of_base
+from scmoe_ds.config.adapt_section import same_layers, section_of_base
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.data.tokenizer import Tokenizer
 from scmoe_ds.errors import CheckpointError, one_line
@@ -98,7 +98,7 @@ def describe_for_transformers(parsed: Parsed, tokenizer: Mapping[str, Any] | Non
         "model_type": "scmoe_gpt",
         **found,
         "moe_architecture": _SAME_FUNCTION.get(config.architecture, config.architecture),
-        "merge": "cg2" if config.architecture == "shared_expert" else config.merge,  # DeepSpeed's own
+        "merge": same_layers(config)["merge"],
         "gate_softmax": _gate_softmax(config),
         "router": _router(config),
         **_converted(config),

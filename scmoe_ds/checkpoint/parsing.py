@@ -23,6 +23,8 @@ from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.models.swin_settings import SwinSettings
 from scmoe_ds.models.vision_language_settings import settings_class
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of weights, by the names that `Parsed.dtype` and flags have for them."""
 T = TypeVar("T")
 _MOST = 2**31
 """The largest size. Python's integers have no limit, and torch's overflow far beyond this one."""

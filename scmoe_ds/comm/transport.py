@@ -149,11 +149,11 @@ def probe(
     for number in range(rounds + 2):
         for method, transport in transports.items():
             dist.barrier(group)
-            _synchronize(device)
+            synchronize(device)
             time.sleep(_LATE_S * ((rank + number) % 2))
             started = time.perf_counter()
             transport.launch(torch.empty_like(rows), rows, sizes, sizes)()
-            _synchronize(device)
+            synchronize(device)
             if number >= 2:  # connections are made at the first use
                 times[method].append(1e3 * (time.perf_counter() - started))
     of_last = torch.tensor(list(times.values()), device=device)
@@ -162,6 +162,7 @@ def probe(
     return Probe(milliseconds, rows.element_size() * hidden_size, rows_per_rank)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -115,12 +115,18 @@ class AdaptConfig(Section):
             yield f"distill.{field}", broken, rule
 
 
-def base_of(section: Any) -> BaseConfig:
-    """How the layers of a ScMoEConfig run, as the base of what they become. DeepSpeed's shared expert merges by cg2."""
+def same_layers(section: Any) -> dict[str, Any]:
+    """Fields of a ScMoEConfig by which DeepSpeed's layers become this package's equal ones; its shared expert merges by
+    cg2."""
     merge = "cg2" if section.architecture == "shared_expert" else section.merge
-    architecture = SAME_LAYER.get(section.architecture, section.architecture)
-    alone = architecture == "pipelined_topk"
-    return BaseConfig(architecture=architecture, top_k=section.top_k, merge="add" if alone else merge)
+    return {"architecture": SAME_LAYER.get(section.architecture, section.architecture), "merge": merge}
+
+
+def base_of(section: Any) -> BaseConfig:
+    """How the layers of a ScMoEConfig run, as the base of what they become."""
+    same = same_layers(section)
+    alone = same["architecture"] == "pipelined_topk"
+    return BaseConfig(**{**same, "merge": "add"} if alone else same, top_k=section.top_k)
 
 
 def section_of_base(section: Any) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe_ds.comm.transport import probe
+from scmoe_ds.comm.transport import probe, synchronize
 from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.errors import ArgumentError, reason_of
 from scmoe_ds.inference.attachment import COPIES, Attachment, Place, check
@@ -169,17 +169,12 @@ def _milliseconds(experts: Sequence[Any], rows_RD: Tensor) -> float:
     times = []
     for _ in range(ROUNDS + 1):
         for expert in experts:
-            _synchronize(rows_RD.device)
+            synchronize(rows_RD.device)
             started = time.perf_counter()
             expert(rows_RD)
-            _synchronize(rows_RD.device)
+            synchronize(rows_RD.device)
             times.append(1e3 * (time.perf_counter() - started))
     return statistics.median(times[len(experts) :])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _layers(model: GPT) -> list[StagedMoE]:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from scmoe_ds.checkpoint.description import ITERATION
 from scmoe_ds.checkpoint.export import open_weights
+from scmoe_ds.checkpoint.parsing import DTYPES as DTYPES
 from scmoe_ds.checkpoint.parsing import parse, without_memory
 from scmoe_ds.checkpoint.reshard import Weights, check_parameters, own_part
 from scmoe_ds.checkpoint.tokenizer_files import KEY
-from scmoe_ds.config.adapt_section import SAME_LAYER
+from scmoe_ds.config.adapt_section import same_layers
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine.whole_experts import prepare_whole_experts
 from scmoe_ds.errors import CheckpointError
@@ -31,8 +32,6 @@ from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.planner.auto import choose_all_to_all
 from scmoe_ds.planner.calibrator import Calibrator
 from scmoe_ds.planner.simulation import Mode
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,7 @@ def serving_config(
     """
     section = trained.model_dump(mode="json")
     changes = {
-        "architecture": SAME_LAYER.get(trained.architecture, trained.architecture),
-        "merge": "cg2" if trained.architecture == "shared_expert" else trained.merge,
+        **same_layers(trained),
         "expert_parallel_size": expert_parallel_size,
         "expert_tensor_parallelism": expert_tensor_parallelism,
         "drop_tokens": False,

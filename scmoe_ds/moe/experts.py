@@ -118,13 +118,17 @@ def is_plain(expert: nn.Module) -> bool:
 
 
 def is_linear(expert: nn.Module, rows: Tensor) -> bool:
-    """Whether the two projections are no more than products with weights of the rows' dtype: no hooks, no adapter."""
-    if not is_plain(expert) or torch.is_autocast_enabled(rows.device.type):
+    """Whether the two projections are no more than products with weights of the rows' dtype."""
+    if torch.is_autocast_enabled(rows.device.type) or not has_linear_projections(expert):
         return False
-    layers = (expert.input, expert.output)
-    return all(type(each) is nn.Linear and not any(forward_hooks(each)) for each in layers) and all(
-        parameter.dtype == rows.dtype for parameter in expert.parameters()
-    )
+    return all(parameter.dtype == rows.dtype for parameter in expert.parameters())
+
+
+def has_linear_projections(expert: nn.Module) -> bool:
+    """Whether the two projections are no more than linear layers: no hooks, no adapter."""
+    if not is_plain(expert):
+        return False
+    return all(type(each) is nn.Linear and not any(forward_hooks(each)) for each in (expert.input, expert.output))
 
 
 def has_two_projections(expert: nn.Module) -> bool:

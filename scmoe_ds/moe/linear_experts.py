@@ -70,11 +70,15 @@ def _project(rows_SI: Tensor, counts: list[int], parameters: Parameters) -> Tens
     weights, biases = parameters[::2], parameters[1::2]
     output_SO = rows_SI.new_empty(rows_SI.shape[0], weights[0].shape[0])
     for rows, output, weight, bias in zip(rows_SI.split(counts), output_SO.split(counts), weights, biases, strict=True):
-        if bias is None:
-            torch.mm(rows, weight.t(), out=output)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=output)
+        product(rows, weight, bias, output)
     return output_SO
+
+
+def product(rows_SI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_SO: Tensor | None = None) -> Tensor:
+    """[S, O] of one expert's projection, for who has gradients of his own."""
+    if bias_O is None:
+        return torch.mm(rows_SI, weight_OI.t(), out=out_SO)
+    return torch.addmm(bias_O, rows_SI, weight_OI.t(), out=out_SO)
 
 
 def _gradients(

@@ -19,8 +19,8 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from scmoe_ds.compat import forward_hooks
-from scmoe_ds.moe.experts import MovingExperts, is_plain
+from scmoe_ds.moe.experts import MovingExperts, has_linear_projections
+from scmoe_ds.moe.linear_experts import product
 from scmoe_ds.moe.placement import own_first_expert
 from scmoe_ds.offload.own_checkpoints import sentence
 from scmoe_ds.offload.shape import ExpertShape, Part
@@ -182,8 +182,7 @@ def _parts(experts: TrainableExperts, counts: list[int], *tensors: Tensor) -> li
 
 
 def _product(rows: Tensor, weights: dict[str, Tensor], layer: str, out: Tensor | None = None) -> Tensor:
-    weight, bias = weights[f"{layer}.weight"], weights.get(f"{layer}.bias")
-    return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+    return product(rows, weights[f"{layer}.weight"], weights.get(f"{layer}.bias"), out)
 
 
 def _gradient(grad: Tensor, rows: Tensor, into: dict[str, Tensor], layer: str) -> None:
@@ -194,12 +193,10 @@ def _gradient(grad: Tensor, rows: Tensor, into: dict[str, Tensor], layer: str) -
 
 def shape_of(expert: nn.Module) -> ExpertShape | None:
     """The shape of an expert of two projections; None: it is of another form, hooked, or not wholly trained."""
-    projections = [getattr(expert, name, None) for name in ("input", "output")]
-    linear = is_plain(expert) and all(type(e) is nn.Linear and not any(forward_hooks(e)) for e in projections)
     names = {f"{layer}.{part}" for layer in ("input", "output") for part in ("weight", "bias")}
     found = dict(expert.named_parameters())
     whole = all(parameter.requires_grad for parameter in found.values()) and not any(True for _ in expert.buffers())
-    return ExpertShape.of(expert) if linear and whole and found.keys() <= names else None
+    return ExpertShape.of(expert) if has_linear_projections(expert) and whole and found.keys() <= names else None
 
 
 def offloaded(model: nn.Module) -> list[TrainableExperts]:

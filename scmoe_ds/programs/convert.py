@@ -13,17 +13,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from scmoe_ds.checkpoint.autoep.trained import is_of_autoep
 from scmoe_ds.checkpoint.directories import locate
 from scmoe_ds.checkpoint.export import export
+from scmoe_ds.checkpoint.parsing import DTYPES
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.programs.alone import run_alone
 from scmoe_ds.programs.flags.checks import check_ranges
 from scmoe_ds.programs.flags.convert import build_parser
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,10 +17,10 @@ from torch import Tensor
 from scmoe_ds.checkpoint.description import describe_model
 from scmoe_ds.checkpoint.export import open_weights, write_export
 from scmoe_ds.checkpoint.finished import finished
-from scmoe_ds.checkpoint.parsing import parse
+from scmoe_ds.checkpoint.parsing import DTYPES, parse
 from scmoe_ds.checkpoint.reshard import Weights
 from scmoe_ds.checkpoint.safetensors_files import is_export
-from scmoe_ds.config.adapt_section import SAME_LAYER
+from scmoe_ds.config.adapt_section import same_layers
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import CheckpointError
 from scmoe_ds.models.layers import GPTSettings
@@ -28,7 +28,6 @@ from scmoe_ds.moe.placement import expert_of, layer_of, with_expert
 from scmoe_ds.moe.router import CORRECTION_BIAS
 from scmoe_ds.sparse.partition import Method, check_parts, input_part, output_bias, output_part, repeated
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GATE = re.compile(rf"\.deepspeed_moe\.gate\.(wg\.weight|{CORRECTION_BIAS})$")
 
 
@@ -101,8 +100,7 @@ class PartitionedWeights:
 def partial_section(config: ScMoEConfig, parts: int) -> ScMoEConfig:
     """What describes the model after a partial partition. Layers of DeepSpeed become this package's equal ones."""
     changes = {
-        "architecture": SAME_LAYER.get(config.architecture, config.architecture),
-        "merge": "cg2" if config.architecture == "shared_expert" else config.merge,
+        **same_layers(config),
         "expert_partition": config.expert_partition * parts,
         "expert_tensor_parallelism": False,
     }
