@@ -89,7 +89,7 @@ class ScMoEConfig(Section):
     )
     expert_parallel_size: int = Field(1, ge=1, strict=True, description="Ranks that share one set of experts.")
     expert_partition: int = Field(
-        1, ge=1, strict=True, description="Parts of each routed expert, placed and saved as experts; 1: it is whole."
+        1, ge=1, strict=True, description="Parts of each routed expert, placed as experts; 1: it is whole."
     )
     expert_tensor_parallelism: Union[StrictBool, Literal["partition"]] = Field(
         False,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from scmoe_ds.config import offload_section
+from scmoe_ds.config.expert_parallel import MODELS_OWN
 from scmoe_ds.config.messages import counted, more_ranks
 
 Rule = tuple[str, bool, str]
@@ -67,8 +68,9 @@ def _rules_of_parts(section: Any) -> Iterator[Rule]:
     same = {"topk": "pipelined_topk", "shared_expert": "overlapped_shared_expert"}.get(section.architecture)
     rule = f"DeepSpeed's own layers know no parts; set architecture {same}"
     yield "expert_partition", divided and own, rule
-    of_model = section.replace or section.architecture == "as_is"
-    yield "expert_partition", divided and of_model, "is for models of this package; remove it"
+    of_model = section.replace and section.router.score_func != MODELS_OWN
+    whole = "is for models of this package and for those that AutoEP distributes; remove it"
+    yield "expert_partition", divided and of_model, whole
     twice = divided and section.expert_tensor_parallelism is True
     yield "expert_partition", twice, "parts are not divided again; set expert_tensor_parallelism to false"
     if section.expert_tensor_parallelism == "partition":

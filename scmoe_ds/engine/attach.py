@@ -96,7 +96,7 @@ def attach(engine: Any, whole: Mapping[str, Any], section: ScMoEConfig) -> Calib
     whole, section = of_adapted(engine.module, whole, section)
     refuse_other_models(engine, section)
     note_settings(engine.module, settings_for_files(engine.module, section, [name for name, _ in found]))
-    layers = [schedule(name, layer, section.wire_dtype) for name, layer in found]
+    layers = [schedule(name, layer, section.wire_dtype, section.expert_partition) for name, layer in found]
     first = layers[0]
     give_pairs(engine.module, layers, section)
     engine.conversion = Conversion({number: each for number, each in enumerate(layers) if each.student is not None})

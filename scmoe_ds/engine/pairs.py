@@ -19,7 +19,7 @@ from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.errors import ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.pairs import StagedPair
-from scmoe_ds.moe.decisions.partition import whole_experts
+from scmoe_ds.moe.decisions.partition import parts_of, whole_experts
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.parallel.output import log
 from scmoe_ds.planner.calibrator import Calibrator
@@ -110,7 +110,7 @@ def _check_sizes(layers: list[tuple[str, Any]], config: ScMoEConfig) -> None:
         own = config.of_layer(index)
         sizes: dict[str, tuple[Any, Any]] = {
             "num_experts": (own.experts_of(index), whole_experts(layer)),
-            "expert_partition": (own.expert_partition, layer.num_experts // whole_experts(layer)),
+            "expert_partition": (own.expert_partition, parts_of(layer)),
             "top_k": (own.top_k, layer.deepspeed_moe.gate.k),
             "expert_parallel_size": (own.expert_parallel_size, layer.ep_size),
             "merge": (own.merge, getattr(layer, "merge", own.merge)),
@@ -159,7 +159,7 @@ def describe_pair(
 ) -> dict[str, Any]:
     """All that a pair's times depend on. Times are used again only if all of it agrees."""
     layer = pair.layer
-    parameter, parts = next(layer.parameters()), layer.num_experts // whole_experts(layer)
+    parameter, parts = next(layer.parameters()), parts_of(layer)
     return {
         **pair.facts(),
         "hidden_size": layer.hidden_size,

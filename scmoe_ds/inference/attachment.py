@@ -19,7 +19,7 @@ from scmoe_ds.moe.decisions.dropping import DropRule
 from scmoe_ds.moe.decisions.halves import Halves
 from scmoe_ds.moe.decisions.load_aware import LoadAwareRule
 from scmoe_ds.moe.decisions.low_precision import LowPrecisionExperts
-from scmoe_ds.moe.decisions.partition import whole_experts
+from scmoe_ds.moe.decisions.partition import parts_of, whole_experts
 from scmoe_ds.moe.experts import MovingExperts, OwnExperts
 from scmoe_ds.moe.layer import StagedMoE
 
@@ -113,9 +113,14 @@ def check(layers: Sequence[Any], wanted: Sequence[Decision], what: str) -> None:
             f"{what}: tensor-parallel ranks hold the same tokens, for which no rank alone can decide; use "
             "--tensor-model-parallel-size 1, or leave the flag out"
         )
-    divided = any(getattr(layer, "enable_expert_tensor_parallelism", False) for layer in layers)
-    if divided and any(EXPERTS in each.takes for each in wanted):
-        remedies = " or ".join(each.without for each in wanted if EXPERTS in each.takes)
+    if not (changing := [each for each in wanted if EXPERTS in each.takes]):
+        return
+    remedies = " or ".join(each.without for each in changing)
+    if any(parts_of(layer) > 1 for layer in layers if not isinstance(layer, StagedMoE)):
+        raise ArgumentError(
+            f"{what}: parts of AutoEP's experts compute whole; leave scmoe.expert_partition out, or {remedies}"
+        )
+    if any(getattr(layer, "enable_expert_tensor_parallelism", False) for layer in layers):
         raise ArgumentError(
             f"{what}: each rank has a part of every expert only; leave --enable-expert-tensor-parallelism out, or "
             f"{remedies}"

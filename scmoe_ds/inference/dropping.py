@@ -29,6 +29,7 @@ from scmoe_ds.inference.load import Loaded
 from scmoe_ds.moe.decisions.dropping import DropRule, Places, Thresholds
 from scmoe_ds.moe.decisions.halves import HalvedExperts, HalvedGroups
 from scmoe_ds.moe.decisions.load_aware import Levels, LoadAwareRule
+from scmoe_ds.moe.decisions.partition import parts_of, whole_experts
 from scmoe_ds.moe.layer import StagedMoE
 from scmoe_ds.parallel.agreement import gather, run_together
 from scmoe_ds.sparse.sparsity_file import FILE, Method, Sparsity, digest_of
@@ -190,7 +191,7 @@ def _drop(layers: Sequence[Any], sparsity: Sparsity, rate: float, method: Method
         check_scores(layer)
     rules: list[_Rule] = []
     for layer, thresholds in zip(layers, of_layers, strict=True):
-        where = Places(layer.num_experts // layer.ep_size, 2 if method == "2t" else 1)
+        where = Places(whole_experts(layer) * parts_of(layer) // layer.ep_size, 2 if method == "2t" else 1)
         device = next(layer.parameters()).device
         if load_aware:
             levels = Levels([Thresholds(0.0, 0.0), *thresholds], rate)

@@ -16,7 +16,7 @@ from scmoe_ds.errors import ArgumentError, CheckpointError
 from scmoe_ds.inference.model import DTYPES, TrainedModel, load_model, serving_config
 from scmoe_ds.inference.offload import Offloading, offload_experts, places_on_device
 from scmoe_ds.models.gpt import GPT
-from scmoe_ds.moe.decisions.partition import whole_experts
+from scmoe_ds.moe.decisions.partition import parts_of
 from scmoe_ds.offload.store import ExpertStore
 from scmoe_ds.parallel import tensor
 from scmoe_ds.parallel.agreement import run_together
@@ -118,7 +118,7 @@ def _load_model(
 
     def offload(model: GPT) -> None:
         layers = [pair.layer for pair in model.scheduled_pairs()]
-        most = max(layer.top_k * layer.num_experts // whole_experts(layer) for layer in layers)
+        most = max(layer.top_k * parts_of(layer) for layer in layers)
         places = places_on_device(offloading.cache, model, 2 * most, trained, dtype, device())
         stores.append(offload_experts(model, trained, offloading.mode, places, dtype, device(), offloading.tier))
 

@@ -7,6 +7,7 @@ from typing import Any
 from deepspeed.moe.layer import MoE
 from torch import nn
 
+from scmoe_ds.config.messages import fail
 from scmoe_ds.config.router_section import RouterConfig
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.moe.converted import ConvertedMoE
@@ -38,7 +39,7 @@ def build_moe(
         unequal: for DeepSpeed's own classes: expert-parallel ranks may have different numbers of tokens.
 
     Raises:
-        ValueError: see `StagedMoE`.
+        ValueError: see `StagedMoE`; a ScMoEConfigError for parts of experts of DeepSpeed's classes.
     """
     architecture = architecture or config.architecture
     arguments: dict[str, Any] = dict(
@@ -57,6 +58,7 @@ def build_moe(
         top2_2nd_expert_sampling=config.top2_2nd_expert_sampling,
     )
     if architecture in ("topk", "shared_expert"):
+        _require_whole(config)
         moe = MoE(use_residual=architecture == "shared_expert", **arguments)
         return admit_any_tokens(moe, config.gate_softmax, unequal, config.router)
     of_layer = ("dispatch", "gate_softmax", "wire_dtype", "router")
@@ -68,6 +70,14 @@ def build_moe(
     if config.router != RouterConfig():
         equip(layer.deepspeed_moe.gate, config.router)  # of as many experts as it chooses from now
     return layer
+
+
+def _require_whole(config: ScMoEConfig) -> None:
+    """Of a section for this package's layers where these begin as DeepSpeed's, and are replaced later."""
+    if config.expert_partition > 1 or config.expert_tensor_parallelism == "partition":
+        field = "expert_partition" if config.expert_partition > 1 else "expert_tensor_parallelism"
+        rule = "a SwinV2-MoE, and what moe_from_dense makes, has whole experts; remove the field"
+        raise fail(f"scmoe.{field}", getattr(config, field), rule)
 
 
 def _staged(config: ScMoEConfig, architecture: str, arguments: dict[str, Any]) -> StagedMoE:

@@ -23,10 +23,11 @@ class GroupedRows(OwnExperts):
 
     Args:
         experts: is called as a module, because ZeRO-3 gathers its parameters in a module's hooks.
+        parts: of each expert, which the module computes by themselves.
     """
 
-    def __init__(self, experts: Any) -> None:
-        self.module, self.num_local_experts = experts, experts.num_experts
+    def __init__(self, experts: Any, parts: int = 1) -> None:
+        self.module, self.num_local_experts = experts, experts.num_experts * parts
 
     def run(
         self,

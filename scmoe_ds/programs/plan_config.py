@@ -32,7 +32,7 @@ _FRESH: dict[str, Any] = {
 }
 """What a JSON has that nobody gave; the rest is the row's."""
 _OF_METHODS = """architecture position first_layer_position shortcut_distance join top_k merge dispatch shortcut_norm
-    post_norm overlap pairs_per_moe expert_parallel_size adapt""".split()
+    post_norm overlap pairs_per_moe expert_parallel_size expert_partition adapt""".split()
 """Fields of the section that another method than the JSON's may not have."""
 
 

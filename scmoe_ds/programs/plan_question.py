@@ -60,12 +60,13 @@ def question_of(args: argparse.Namespace) -> Question:
     world = cluster.nodes * cluster.gpus_per_node
     settings = None if whole is None else _settings(args, whole, world)
     model = model_of(args, whole)
+    parts = 1 if settings is None or settings.method is None else settings.method.parts
     return Question(
         model=model,
         cluster=cluster,
         profile=profile,
         routing=_routing(args),
-        fixed=_fixed(args, whole or {}, Layout(world) if settings is None else settings.layout, model),
+        fixed=_fixed(args, whole or {}, Layout(world) if settings is None else settings.layout, model, parts),
         given=None if settings is None or settings.method is None else (_named(args, settings.method), settings.layout),
         tokens=args.tokens or 1e9,
         whole=whole,
@@ -110,7 +111,7 @@ def _routing(args: argparse.Namespace) -> Routing:
     return routing_of("uniform" if args.skew is args.expert_counts is None else str(args.skew or args.expert_counts))
 
 
-def _fixed(args: argparse.Namespace, whole: Mapping[str, Any], base: Layout, model: Model) -> Fixed:
+def _fixed(args: argparse.Namespace, whole: Mapping[str, Any], base: Layout, model: Model, parts: int) -> Fixed:
     """What is decided: by a flag, else by the DeepSpeed JSON; what it leaves out, or "auto", is left to the search."""
 
     def written(*path: str) -> bool:
@@ -120,6 +121,9 @@ def _fixed(args: argparse.Namespace, whole: Mapping[str, Any], base: Layout, mod
         return value not in (None, "auto")
 
     experts = ("expert_parallel", "autoep_size") if model.autoep else ("scmoe", "expert_parallel_size")
+    # Parts can lie on more ranks than there are experts; a method with whole ones cannot have that size.
+    counts = [stage.experts.num_experts for stage in model.stages if stage.experts is not None]
+    whole_fit = parts == 1 or not any(count % base.expert_parallel for count in counts)
     tensor = args.tensor_parallel or (base.tensor_parallel if base.tensor_parallel > 1 else None)
     batch = base.micro_batch * base.accumulation * base.data_parallel
     micro = base.micro_batch if written("train_micro_batch_size_per_gpu") else None
@@ -127,7 +131,7 @@ def _fixed(args: argparse.Namespace, whole: Mapping[str, Any], base: Layout, mod
     return Fixed(
         batch=args.global_batch_size or (batch if known else _usual_batch(model, base.world)),
         base=replace(base, precision=args.precision or base.precision, hierarchical=False),
-        expert_parallel=args.expert_parallel or (base.expert_parallel if written(*experts) else None),
+        expert_parallel=args.expert_parallel or (base.expert_parallel if written(*experts) and whole_fit else None),
         tensor_parallel=tensor,
         zero_stage=args.zero_stage
         if args.zero_stage is not None

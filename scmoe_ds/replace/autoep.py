@@ -22,6 +22,7 @@ from scmoe_ds.comm.transport import Transport
 from scmoe_ds.moe.balance import BiasBalance
 from scmoe_ds.moe.checks import check_input
 from scmoe_ds.moe.choices import Choices
+from scmoe_ds.moe.decisions.partition import Partition, parts_of
 from scmoe_ds.moe.early import EarlyRule, RoutingRule, apply_rule, early_rule_of
 from scmoe_ds.moe.exchange import Exchange
 from scmoe_ds.moe.experts import OwnExperts
@@ -35,6 +36,7 @@ from scmoe_ds.moe.z_loss import ZLoss
 from scmoe_ds.overlap import executor
 from scmoe_ds.parallel.groups import travel_group
 from scmoe_ds.replace.autoep_router import attached
+from scmoe_ds.replace.grouped_parts import divide_grouped
 from scmoe_ds.replace.hooked import HookedPair
 from scmoe_ds.replace.recomputation import is_repeated
 from scmoe_ds.trace.recorder import SILENT, PairRecorder
@@ -44,6 +46,7 @@ class ScheduledAutoEP(AutoEPMoELayer):
     """An AutoEP layer that begins, runs its experts and finishes when a pair says so; a `moe.stages.StagedLayer`.
 
     Attributes:
+        partition: rows go to parts of the experts, whose parameters stay whole; None: to whole experts.
         balance, z_loss: what the "scmoe" section adds to the model's router (replace/autoep_router.py); None: nothing.
         base: runs the stages inside of the layer's own forward, as the model has it.
         student: runs them as a ScMoE, from a tap on; None: the layer cannot be converted.
@@ -60,7 +63,7 @@ class ScheduledAutoEP(AutoEPMoELayer):
     converted: bool = False
     balance: BiasBalance | None = None
     z_loss: ZLoss | None = None
-    partition: RoutingRule | None = None
+    partition: Partition | None = None
     routing_rule: RoutingRule | None = None
     early_rule: EarlyRule | None = None
     own_experts: OwnExperts | None = None
@@ -108,7 +111,7 @@ class ScheduledAutoEP(AutoEPMoELayer):
         deferred = shortcut.is_cuda and not blocking
         how = self.wire_dtype, blocking, num_chunks, deferred, recorder, self.name, self.score_apply == "pre"
         exchange = Exchange(self.transport, self.slices, True, *how)
-        routing, experts = apply_rule(self, routing), self.own_experts or GroupedRows(self.experts)
+        routing, experts = apply_rule(self, routing), self.own_experts or GroupedRows(self.experts, parts_of(self))
         return RoutedTokens(experts, tokens_TD, routing, shortcut.shape, exchange, early_rule_of(self))
 
     def _route(self, tokens_TD: Tensor) -> Routing:
@@ -186,9 +189,19 @@ def autoep_layers(model: nn.Module) -> list[tuple[str, AutoEPMoELayer]]:
     return [(name, each) for name, each in model.named_modules() if isinstance(each, AutoEPMoELayer)]
 
 
-def schedule(name: str, layer: AutoEPMoELayer, wire_dtype: str | None) -> ScheduledAutoEP:
-    """Changes an AutoEP layer's class, in place. Collective over the world, in the same order on all ranks."""
+def schedule(name: str, layer: AutoEPMoELayer, wire_dtype: str | None, parts: int = 1) -> ScheduledAutoEP:
+    """Changes an AutoEP layer's class, in place. Collective over the world, in the same order on all ranks.
+
+    Args:
+        parts: of each expert.
+
+    Raises:
+        ScMoEConfigError: experts that have no so many parts.
+    """
+    if parts > 1:
+        divide_grouped(name, layer.experts, parts)
     layer.__class__ = ScheduledAutoEP
+    layer.partition = Partition(parts, layer.num_experts) if parts > 1 else None
     group = None
     if layer.ep_size > 1:
         group = travel_group(dist.get_process_group_ranks(layer.ep_group))

@@ -46,9 +46,10 @@ def sent_by_rank(exchange: Exchange, layout: Layout, places: Places, num_experts
     whole = exchange.rows * exchange.row_bytes
     if layout.copies == "choice" or exchange.padded:
         return Sent(whole, whole)
-    per_choice = whole / exchange.choices
-    ranks = per_choice * distinct(places.ranks, num_experts, exchange.choices)
-    nodes = per_choice * distinct(places.nodes, num_experts, exchange.choices) if layout.hierarchical else ranks
+    chosen = num_experts, exchange.choices, exchange.parts
+    per_choice = whole / (exchange.choices * exchange.parts)
+    ranks = per_choice * distinct(places.ranks, *chosen)
+    nodes = per_choice * distinct(places.nodes, *chosen) if layout.hierarchical else ranks
     return Sent(ranks, nodes)
 
 

@@ -98,9 +98,24 @@ class Ground:
         return 1 if self.layout.expert_tensor_parallel else self.tp
 
     @property
+    def choices(self) -> int:
+        """Rows of a token: one for each part of its routed experts."""
+        return self.routed * self.method.parts
+
+    @property
+    def places(self) -> int:
+        """What rows are sent to, of all ranks: routed experts, or their parts."""
+        return self.experts.num_experts * self.method.parts
+
+    @property
+    def inner(self) -> float:
+        """Width inside a routed expert, or a part of one, on a rank."""
+        return self.experts.hidden / self.method.parts / self.expert_tp
+
+    @property
     def local_experts(self) -> float:
-        """Routed experts on a rank."""
-        return self.experts.num_experts / self.layout.expert_parallel
+        """Routed experts on a rank, or parts of them."""
+        return self.places / self.layout.expert_parallel
 
     @property
     def capacity(self) -> int:
@@ -116,18 +131,20 @@ class Ground:
     def sent(self) -> float:
         """Rows that a rank sends, for its own experts among them; and with even routing, that its experts compute."""
         padded = self.method.dispatch == "padded"
-        choices = self.capacity * self.experts.num_experts if padded else self.rows * self.routed
+        choices = self.capacity * self.places if padded else self.rows * self.choices
         return choices / self.slices
 
     @property
     def one_row_per_rank(self) -> bool:
         """Whether exact rows are tokens, one for each rank with any of their experts, and not choices."""
         exact = self.method.layer == "scmoe_ds" and self.method.dispatch == "exact"
-        return exact and self.routed > 1 and self.layout.expert_parallel > 1 and self.slices == 1
+        return exact and self.choices > 1 and self.layout.expert_parallel > 1 and self.slices == 1
 
     @property
     def copies(self) -> float:
         """Rows that really leave, with even routing."""
         if not self.one_row_per_rank:
             return self.sent
-        return self.rows * distinct(self.layout.expert_parallel, self.experts.num_experts, self.routed)
+        return self.rows * distinct(
+            self.layout.expert_parallel, self.experts.num_experts, self.routed, self.method.parts
+        )

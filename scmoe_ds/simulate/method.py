@@ -36,6 +36,8 @@ class Method:
             `scmoe adapt` makes a Hugging Face model a ScMoE, unless it is asked for a shared expert.
         capacity_factor, min_capacity: tokens per expert in a padded dispatch: of an even split, and at least. Without a
             factor that of the paper's models: 2, of images 1.25.
+        parts: of a routed expert, each of which gets the rows of the whole one; `expert_partition` of the section. Part
+            p of expert e is place e * parts + p, and the places lie on the ranks in order.
         drop_tokens: False: a padded dispatch has as many rows per expert as the busiest one needs.
     """
 
@@ -58,6 +60,7 @@ class Method:
     capacity_factor: float | None = None
     min_capacity: int = 4
     drop_tokens: bool = True
+    parts: int = 1
 
 
 DEEPSPEED_TOPK = Method("DeepSpeed top-k, padded", "topk", "deepspeed", dispatch="padded", overlap=False)

@@ -59,18 +59,18 @@ def encode(ground: Ground) -> Cost:
     """Rows in the order of sending."""
     hidden, width, sent = ground.stage.hidden, ground.width, ground.copies
     moved = sent * hidden * width
-    indices = Kernel("rows", bytes=ground.rows * ground.routed * _INT64 * 6, launches=4)
-    kept = ground.rows * ground.routed * 2 * _INT64
+    indices = Kernel("rows", bytes=ground.rows * ground.choices * _INT64 * 6, launches=4)
+    kept = ground.rows * ground.choices * 2 * _INT64
     if ground.method.dispatch == "padded":
-        real = 2 * ground.rows * ground.routed / ground.slices * hidden * width
+        real = 2 * ground.rows * ground.choices / ground.slices * hidden * width
         filled = Kernel("pointwise", bytes=moved)
-        return Cost((indices, filled, Kernel("rows", bytes=real, launches=ground.routed)), _gathered(ground), kept)
+        return Cost((indices, filled, Kernel("rows", bytes=real, launches=ground.choices)), _gathered(ground), kept)
     return Cost((indices, Kernel("rows", bytes=2 * moved)), _gathered(ground), kept)
 
 
 def _gathered(ground: Ground) -> tuple[Part, ...]:
     """A token's gradient from its rows, summed in fp32 where these are several."""
-    choices, size = ground.routed, ground.row_bytes
+    choices, size = ground.choices, ground.row_bytes
     gathers = Kernel("rows", bytes=2 * size * choices, launches=choices)
     if choices == 1:
         return (gathers,)
@@ -101,7 +101,7 @@ def experts(ground: Ground, received: float) -> Cost:
 def each_expert(ground: Ground, received: float, recomputed: bool = False) -> Cost:
     """Two products per local expert, and the activation: once for all of them where it is computed again."""
     stage, width, local = ground.stage, ground.width, ground.local_experts
-    inner = ground.experts.hidden / ground.expert_tp
+    inner = ground.inner
     wide = inner * (2 if stage.gated else 1)
     first = _times(product(received / local, stage.hidden, wide, width, stage.bias), local)
     second = _times(product(received / local, inner, stage.hidden, width, stage.bias, not recomputed), local)
@@ -124,13 +124,15 @@ def each_expert(ground: Ground, received: float, recomputed: bool = False) -> Co
 
 def _at_once(ground: Ground, received: float) -> Cost:
     stage, width, local = ground.stage, ground.width, ground.local_experts
-    inner = ground.experts.hidden / ground.expert_tp
+    inner = ground.inner
     wide = inner * (2 if stage.gated else 1)
     act, stacked = activation(received, inner, width, stage.gated), not ground.model.autoep
+    # AutoEP's parts are slices of whole experts. Those of the second product do not follow each other.
+    copied = stacked or ground.method.parts > 1
     return (
         grouped_product(received, stage.hidden, wide, local, width, stage.bias, stacked=stacked)
         + Cost(act.forward, act.forward + act.backward, act.kept)
-        + grouped_product(received, inner, stage.hidden, local, width, stage.bias, keeps_input=False, stacked=stacked)
+        + grouped_product(received, inner, stage.hidden, local, width, stage.bias, keeps_input=False, stacked=copied)
     )
 
 
@@ -166,7 +168,7 @@ def decode(ground: Ground) -> Cost:
 
 
 def _restored(ground: Ground) -> Cost:
-    rows, hidden, width, choices = ground.rows, ground.stage.hidden, ground.width, ground.routed
+    rows, hidden, width, choices = ground.rows, ground.stage.hidden, ground.width, ground.choices
     chosen = choices * ground.row_bytes
     if ground.one_row_per_rank:
         total = Kernel("rows", bytes=ground.copies * hidden * width + ground.row_bytes, launches=choices)

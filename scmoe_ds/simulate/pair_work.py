@@ -195,6 +195,7 @@ def _exchange(ground: Ground) -> Exchange | None:
     return Exchange(
         rows=ground.sent,
         choices=ground.routed if ground.one_row_per_rank else 1,
+        parts=ground.method.parts if ground.one_row_per_rank else 1,
         row_bytes=float(ground.stage.hidden * ground.width),
         padded=padded,
         count_bytes=_counted(ground),
@@ -242,5 +243,5 @@ def _without_kept(pair: PairWork, kept: float) -> PairWork:
 def _counted(ground: Ground) -> float:
     """Bytes that ranks agree on ahead of an exchange: rows of every expert, or this package's capacity with padding."""
     if ground.method.dispatch == "exact":
-        return float(ground.experts.num_experts * _COUNTS)
+        return float(ground.places * _COUNTS)
     return 0.0 if ground.method.layer == "deepspeed" else float(_COUNTS)

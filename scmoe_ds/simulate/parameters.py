@@ -57,7 +57,9 @@ def moe_block(ground: Ground) -> Parameters:
         dense += norm_parameters(stage)
     if ground.method.post_norm and ground.method.architecture != "topk":
         dense += norm_parameters(stage)
-    return Parameters(dense, ground.local_experts * mlp_parameters(stage, experts.hidden, ground.expert_tp))
+    return Parameters(
+        dense, ground.local_experts * mlp_parameters(stage, experts.hidden / ground.method.parts, ground.expert_tp)
+    )
 
 
 def outside(ground: Ground, last: Ground) -> float:
@@ -111,4 +113,5 @@ def method_of(model: Model, stage: int, method: Method) -> Method:
         routed=2,
         overlap=False,
         most_chunks=1,
+        parts=1,
     )

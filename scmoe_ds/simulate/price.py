@@ -65,7 +65,8 @@ def _loads(pair: PairWork, layout: Layout, machine: Machine, routing: Routing, l
     if pair.exchange is None:
         return EVEN
     places = places_of("ep", layout, machine.cluster.gpus_per_node)
-    loads = routing.loads(pair.exchange.rows, places.ranks, places.per_node, pair.num_experts, layers)
+    group = places.ranks, places.per_node
+    loads = routing.loads(pair.exchange.rows, *group, pair.num_experts, layers, pair.method.parts)
     # Padding computes and sends the capacity of every expert, whatever its load: classes without a difference.
     return Loads(loads.shares, (1.0,) * len(loads.shares)) if pair.exchange.padded else loads
 

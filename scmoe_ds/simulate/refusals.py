@@ -50,6 +50,25 @@ def _rules(model: Model, method: Method, layout: Layout) -> Iterator[tuple[bool,
     late = method.join == "late"
     yield late and model.images, 'join = "late": the norms of a Swin end its branches; use block'
     yield late and full, 'join = "late": recompute full repeats one pair at a time; use selective'
+    own = method.layer == "scmoe_ds" and not model.images
+    yield (
+        method.parts > 1 and not own,
+        f"expert_partition = {method.parts}: DeepSpeed's own layers, and those of a Swin, have whole experts; use 1",
+    )
+    twice = method.parts > 1 and layout.expert_tensor_parallel
+    yield (
+        twice,
+        f"expert_partition = {method.parts}: parts are not divided again; set expert_tensor_parallelism to false",
+    )
+    together = (
+        method.parts > 1
+        and model.autoep
+        and any(each.experts is not None and each.experts.num_experts % ep for each in model.stages)
+    )
+    yield (
+        together,
+        f"expert_parallel_size = {ep}: AutoEP keeps the parts of an expert on one rank; use a divisor of its experts",
+    )
     yield method.layer == "autoep" and tp > 1, f"tensor_parallel = {tp}: AutoEP's layers are not divided here; use 1"
 
 
@@ -63,7 +82,14 @@ def _rules_of_stage(
     if stage.experts is None:
         return
     experts, routed = stage.experts.num_experts, Ground(model, stage, method, layout).routed
-    yield experts % ep > 0, f"expert_parallel_size = {ep}: must divide {path}.experts.num_experts = {experts}"
+    parts = method.parts
+    times = "" if parts == 1 else f" times expert_partition = {parts}"
+    uneven = experts * parts % ep > 0
+    yield uneven, f"expert_parallel_size = {ep}: must divide {path}.experts.num_experts = {experts}{times}"
+    yield (
+        stage.experts.hidden % parts > 0,
+        f"expert_partition = {parts}: must divide the {stage.experts.hidden} neurons of an expert",
+    )
     yield routed > experts, f"top_k = {routed}: cannot exceed the number of experts ({experts})"
     divided = layout.expert_tensor_parallel and stage.experts.hidden % tp > 0
     yield divided, f"tensor_parallel = {tp}: must divide {path}.experts.hidden = {stage.experts.hidden}"

@@ -62,13 +62,16 @@ class Routing:
     skew: float | None = None
     counts: tuple[tuple[float, ...], ...] = ()
 
-    def loads(self, rows: float, ranks: int, per_node: int, num_experts: int, layers: range = range(1)) -> Loads:
+    def loads(
+        self, rows: float, ranks: int, per_node: int, num_experts: int, layers: range = range(1), parts: int = 1
+    ) -> Loads:
         """Of an MoE layer, or the mean of several.
 
         Args:
             rows: that a rank sends, which is the mean that one receives.
             ranks, per_node: of the expert-parallel group, and of these on one node.
             layers: numbers of the MoE layers, from 0.
+            parts: of an expert. Those on one rank get the same rows, and so are one draw of the gate.
 
         Raises:
             ArgumentError: counts of another number of experts.
@@ -77,11 +80,12 @@ class Routing:
             return EVEN
         if self.counts:
             known = [self.counts[min(layer, len(self.counts) - 1)] for layer in layers]
-            pairs = [_busiest(counts, ranks, per_node, num_experts) for counts in known]
+            pairs = [_busiest(counts, ranks, per_node, num_experts, parts) for counts in known]
             return _two_classes(fmean(rank for rank, _ in pairs), fmean(node for _, node in pairs), ranks)
         if self.skew is not None:
             busiest, node = self.skew, 1 + (self.skew - 1) * _among_others(ranks, per_node)
         else:
+            rows /= min(parts, max(num_experts * parts // ranks, 1))
             busiest = 1 + _deviation(rows, ranks)
             node = 1 + _deviation(rows * per_node, max(1, round(ranks / per_node)))
         return _two_classes(min(busiest, ranks), min(node, ranks / per_node), ranks)
@@ -101,27 +105,42 @@ def _two_classes(busiest: float, node: float, ranks: int) -> Loads:
     return Loads((1 / ranks, 1 - 1 / ranks), (busiest, (ranks - busiest) / (ranks - 1)), max(1.0, node))
 
 
-def _busiest(counts: Sequence[float], ranks: int, per_node: int, num_experts: int) -> tuple[float, float]:
+def _busiest(
+    counts: Sequence[float], ranks: int, per_node: int, num_experts: int, parts: int = 1
+) -> tuple[float, float]:
     """Rows of the busiest rank and of the busiest node, over their means; experts lie on the ranks in order."""
-    if len(counts) != num_experts or num_experts % ranks:
+    if len(counts) != num_experts or num_experts * parts % ranks:
         raise ArgumentError(
             f"routing = counts of {len(counts)} experts: the model's MoE layer has {num_experts} on {ranks} ranks; "
             f"give counts of a model with as many experts, or a skew"
         )
-    held, mean = num_experts // ranks, sum(counts) / ranks
-    of_rank = [sum(counts[first : first + held]) / mean for first in range(0, num_experts, held)]
+    counts = [rows for rows in counts for _ in range(parts)]
+    held, mean = len(counts) // ranks, sum(counts) / ranks
+    of_rank = [sum(counts[first : first + held]) / mean for first in range(0, len(counts), held)]
     of_node = [fmean(of_rank[first : first + per_node]) for first in range(0, ranks, per_node)]
     return max(of_rank), max(of_node)
 
 
-def distinct(groups: int, experts: int, choices: int) -> float:
+@functools.cache
+def distinct(groups: int, experts: int, choices: int, parts: int = 1) -> float:
     """Of `groups` with as many experts each, how many a token needs that chooses different experts, all alike.
 
-    A group is left out with probability C(E - E/groups, k) / C(E, k).
+    A group with n experts is left out with probability C(E - n, k) / C(E, k).
+
+    Args:
+        parts: of each expert; a group has as many parts, and a token needs all parts of its experts.
     """
-    rest = experts - experts // groups
-    missed = math.prod((rest - chosen) / (experts - chosen) for chosen in range(min(choices, experts)))
-    return groups * (1 - max(0.0, missed))
+
+    def reached(held: int) -> float:
+        rest = experts - held
+        missed = math.prod((rest - chosen) / (experts - chosen) for chosen in range(min(choices, experts)))
+        return 1 - max(0.0, missed)
+
+    if parts == 1:
+        return groups * reached(experts // groups)
+    of_group = experts * parts // groups
+    firsts = range(0, of_group * groups, of_group)
+    return sum(reached((first + of_group - 1) // parts - first // parts + 1) for first in firsts)
 
 
 def routing_of(text: str) -> Routing:

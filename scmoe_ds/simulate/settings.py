@@ -28,6 +28,7 @@ _SECTION = {
     "top_k": int,
     "expert_parallel_size": int,
     "shortcut_distance": int,
+    "expert_partition": int,
     "moe_shared_expert_intermediate_size": int,
     "min_capacity": int,
     "capacity_factor": float,
@@ -141,6 +142,7 @@ def _method(section: Mapping[str, Any], fields: Mapping[str, Any], autoep: bool,
         capacity_factor=float(fields.get("capacity_factor", 2.0)),
         min_capacity=fields.get("min_capacity", 4),
         drop_tokens=fields.get("drop_tokens", True) is True,
+        parts=fields.get("expert_partition", 1),
     )
 
 
@@ -169,6 +171,12 @@ def _fields(section: Mapping[str, Any]) -> dict[str, Any]:
             whole = "a whole number" if kind is int else "a number"
             if not (kind is float and is_number and value > 0):
                 raise PlanError(finding(f"scmoe.{name}", value, f"must be {whole} of at least {least}"))
+        if name == "expert_tensor_parallelism" and value == "partition":
+            rule = (
+                "is not simulated by this name; write what it stands for: expert_partition and expert_parallel_size "
+                "times the tensor-parallel size"
+            )
+            raise PlanError(finding(f"scmoe.{name}", value, rule))
         if kind is bool and not isinstance(value, bool):
             raise PlanError(finding(f"scmoe.{name}", value, "must be true or false"))
         found[name] = value

@@ -100,6 +100,7 @@ class Exchange:
         combine_rows: that this rank gets with the combine, where these are more than `rows`: whole experts under tensor
             parallelism, whose ranks send slices and get all results; 0: as many as `rows`. Backward the dispatch has
             them.
+        parts: of an expert, each with a copy of the row; 1 where `rows` are to be sent one by one.
     """
 
     rows: float
@@ -108,6 +109,7 @@ class Exchange:
     padded: bool
     count_bytes: float = 0.0
     combine_rows: float = 0.0
+    parts: int = 1
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,16 @@ def test_distinct_ranks_by_counting_all_choices() -> None:
         assert distinct(ranks, experts, choices) == close(sum(counted) / len(counted))
 
 
+def test_distinct_ranks_of_parts_by_counting_all_choices() -> None:
+    for ranks, experts, choices, parts in ((2, 4, 2, 2), (8, 4, 2, 2), (8, 4, 1, 4), (12, 8, 3, 3), (4, 2, 2, 2)):
+        held = experts * parts // ranks
+        counted = [
+            len({(each * parts + part) // held for each in chosen for part in range(parts)})
+            for chosen in itertools.combinations(range(experts), choices)
+        ]
+        assert distinct(ranks, experts, choices, parts) == close(sum(counted) / len(counted))
+
+
 def test_a_copy_per_rank_is_no_more_than_one_per_choice() -> None:
     for world, choices in itertools.product((2, 4, 8, 16), (1, 2, 4)):
         exchange = Exchange(1024.0, choices, 512.0, padded=False)

@@ -70,6 +70,10 @@ def test_experts_lie_on_the_ranks_in_order() -> None:
     assert both.busiest == pytest.approx((1 + 2) / 2)
     with pytest.raises(ArgumentError, match="counts of 8 experts: the model's MoE layer has 16 on 4 ranks"):
         Routing(counts=(counts,)).loads(1024, 4, 2, 16)
+    halves = Routing(counts=((30.0, 10.0),)).loads(1024, 4, 2, 2, parts=2)  # two ranks for the parts of each expert
+    assert halves.busiest == halves.busiest_node == pytest.approx(30 / 20)
+    together, apart = (Routing().loads(1024, 4, 2, experts, parts=2).busiest for experts in (4, 2))
+    assert together > apart == Routing().loads(1024, 4, 2, 4).busiest  # two parts on one rank are one draw
 
 
 def test_what_a_user_writes(tmp_path: Path) -> None:

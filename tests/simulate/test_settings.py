@@ -33,6 +33,9 @@ def test_settings_that_contradict_each_other_end_in_one_sentence() -> None:
         "zero_optimization.stage = 5": {"zero_optimization": {"stage": 5}},
         'did you mean "scmoe"': {"scmoe": {"architecture": "scmo"}},
         "scmoe.capacity_factor = -1": {"scmoe": {"capacity_factor": -1}},
+        'expert_tensor_parallelism = "partition": is not simulated by this name': {
+            "scmoe": {"expert_tensor_parallelism": "partition"}
+        },
         'scmoe.top_k = "2"': {"scmoe": {"top_k": "2"}},
         "its two gates are not simulated": {"scmoe": {"architecture": "dgmoe"}},
         "is not simulated; remove it": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},

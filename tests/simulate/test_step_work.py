@@ -13,6 +13,7 @@ from scmoe_ds.errors import ModelError
 from scmoe_ds.programs.plan_model import model_of_preset
 from scmoe_ds.simulate.ground import Ground
 from scmoe_ds.simulate.layout import Layout
+from scmoe_ds.simulate.memory import memory_of
 from scmoe_ds.simulate.method import AUTOEP, DEEPSPEED_TOPK, METHODS, SCMOE, Method
 from scmoe_ds.simulate.model import Model
 from scmoe_ds.simulate.model_flops import forward_flops
@@ -98,6 +99,30 @@ def test_a_token_of_two_experts_travels_twice_where_each_rank_has_one() -> None:
     assert two_each.copies == pytest.approx((2 - 1 / 15) * two_each.rows)
 
 
+def test_parts_get_the_rows_of_their_expert() -> None:
+    """Bytes and memory are those of `scmoe check` on 8 ranks of gpt2-moe-small, per layer and micro-batch of a step."""
+    model, tokens = model_of_preset("gpt2-moe-small"), 32 * 1024
+    for ranks, experts, parts, sent_gb, peak_gb in (
+        (8, 8, 1, 0.176, 34.2),
+        (8, 8, 2, 0.176, 34.8),  # a row goes once to the rank that has both parts
+        (4, 8, 2, 0.151, 34.9),
+        (8, 4, 2, 0.352, 34.6),  # each part is another rank's
+        (8, 4, 4, 0.352, 35.8),
+        (8, 8, 3, 0.176, 35.4),
+    ):
+        layout = Layout(8, expert_parallel=ranks, micro_batch=32, accumulation=2, reduce_bucket=200_000_000)
+        of_stage = {"stages": (_with_experts(model, experts),)}
+        method = replace(POS2, routed=1, parts=parts)
+        (pair,) = step_work(model.model_copy(update=of_stage), method, layout).pairs
+        assert pair.exchange is not None and pair.exchange.rows == parts * tokens
+        ground = Ground(model.model_copy(update=of_stage), of_stage["stages"][0], method, layout)
+        others = 4 * ground.copies * (1 - 1 / ranks) * 768 * 2 / 1e9  # both ways, and their gradients
+        assert others == pytest.approx(sent_gb, abs=5e-4)
+        assert sum(each.flops for each in kernels(pair.experts.forward)) == 2 * tokens * 2 * 768 * 3072
+        memory = memory_of(model.model_copy(update=of_stage), method, layout)
+        assert memory.tensors / 1e9 == pytest.approx(peak_gb, rel=0.005)
+
+
 def test_a_pass_without_gradients_has_nothing_behind_it() -> None:
     (pair,) = step_work(MEDIUM, POS2, Layout(2, expert_parallel=2, training=False)).pairs
     assert not any(part.backward or part.kept for part in works(pair))
@@ -122,6 +147,10 @@ def test_layouts_that_cannot_be_are_refused() -> None:
         (POS2, Layout(16, tensor_parallel=3), "tensor_parallel = 3"),
         (Method("x", "topk", join="late"), Layout(2, recompute="full"), "use selective"),
         (replace(POS2, routed=17), Layout(2), "top_k = 17"),
+        (replace(POS2, parts=3), Layout(2), "expert_partition = 3: must divide the 4096 neurons"),
+        (replace(POS2, parts=2), Layout(64, expert_parallel=64), "num_experts = 16 times expert_partition = 2"),
+        (replace(POS2, parts=2), Layout(2, tensor_parallel=2, expert_tensor_parallel=True), "are not divided again"),
+        (replace(DEEPSPEED_TOPK, parts=2), Layout(2), "DeepSpeed's own layers, and those of a Swin"),
     ):
         assert says in str(refusal(MEDIUM, method, layout))
         with pytest.raises(ModelError, match=says):

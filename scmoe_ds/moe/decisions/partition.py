@@ -6,6 +6,7 @@ Shape suffixes: T tokens, K choices of a token, C their parts: K * P.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE
@@ -55,10 +56,21 @@ def divide_experts(moe: MoE, parts: int) -> None:
     moe.partition = Partition(parts, num_experts)
 
 
-def whole_experts(moe: MoE) -> int:
-    """Experts that a layer's gate chooses from. `num_experts` counts parts, each of which is an expert to DeepSpeed."""
-    partition: Partition | None = getattr(moe, "partition", None)
-    return int(moe.num_experts) if partition is None else partition.num_experts
+def whole_experts(layer: Any) -> int:
+    """Experts that a layer's gate chooses from.
+
+    Args:
+        layer: DeepSpeed's or this package's. `num_experts` of a StagedMoE counts parts, each of which is an expert to
+            DeepSpeed; that of an AutoEP layer counts whole experts.
+    """
+    partition: Partition | None = getattr(layer, "partition", None)
+    return int(layer.num_experts) if partition is None else partition.num_experts
+
+
+def parts_of(layer: Any) -> int:
+    """Parts of each of a layer's experts; 1: they are whole."""
+    partition: Partition | None = getattr(layer, "partition", None)
+    return 1 if partition is None else partition.parts
 
 
 @dataclass(frozen=True)
