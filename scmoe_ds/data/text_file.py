@@ -51,7 +51,8 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int, flag: str = "--t
     digest, num_bytes, num_words, within_word = hashlib.sha256(), 0, 0, False
     tokens, kept = np.empty(0, np.uint8), []
     try:
-        stays_on_disk = is_bytes and not is_compressed(path)
+        # A pipe, such as <(zcat text.gz) of a shell, is read once.
+        stays_on_disk = is_bytes and os.path.isfile(path) and not is_compressed(path)
         with open_stream(path) as stream:
             for piece in _pieces(stream):
                 octets = piece.encode("utf-8")

@@ -7,6 +7,7 @@ really left out is counted: another text than the calibration's has other scores
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Union
@@ -129,11 +130,13 @@ def drop_experts(loaded: Loaded, asked: Dropping | None) -> Dropped | None:
         CheckpointError: no sparsity.json, a damaged one, or one of another checkpoint.
     """
     path = loaded.trained.path
-    if asked is None and not run_together((path / FILE).is_file):
+    # Also where the name is there, but no file: the caller would take all for the wanted rate otherwise.
+    if asked is None and not run_together(lambda: os.path.lexists(path / FILE)):
         return None
     sparsity = run_together(lambda: _sparsity(loaded))
     asked = asked or Dropping()
-    rate, method = asked.rate or sparsity.rate, asked.method or ("2t" if sparsity.is_sorted else "1t")
+    rate = sparsity.rate if asked.rate is None else asked.rate
+    method = asked.method or ("2t" if sparsity.is_sorted else "1t")
     if rate is None:
         if asked == Dropping():
             return None

@@ -72,8 +72,9 @@ def partition_hugging_face(source: Path, out: Path, parts: int, method: Method) 
     changed = partitioned_config(config, family, parts)
     factor = 1.0 if family.sigmoid and not config.get("norm_topk_prob", True) else float(parts)
     tensors = tensors_in(source)
-    if not any(map(_EXPERT.search, tensors)):
-        raise CheckpointError(f"{source}: its files hold no experts by name, such as …experts.0.{_OUTPUT[0]}.weight")
+    _check_experts(
+        source, tensors, changed[family.width] * parts, next(config[each] for each in _NUMBERS if each in config)
+    )
     part = shards.claim(out)
     with shards.one_sentence(out):
         numbers = _write(tensors, part, parts, factor)
@@ -96,19 +97,22 @@ def partitioned_config(config: Mapping[str, Any], family: Family, parts: int) ->
     """config.json after a complete partition.
 
     Raises:
-        CheckpointError: parts that do not divide an expert, or groups that would score differently.
+        CheckpointError: sizes that are missing or no sizes, parts that do not divide an expert, or groups that would
+            score differently.
     """
-    number = next((field for field in _NUMBERS if field in config), None)
-    if number is None or not isinstance(config.get(family.width), int):
-        raise CheckpointError(f"{CONFIG_FILE}: names no {_NUMBERS[0]} or no {family.width}; write them into it")
-    check_parts(parts, config[family.width])
-    experts, k = config[number], config["num_experts_per_tok"]
-    changed = {**config, number: experts * parts, family.width: config[family.width] // parts}
+    numbers = [field for field in _NUMBERS if field in config] or [_NUMBERS[0]]
+    experts, *same, width, k = (_size(config, field) for field in (*numbers, family.width, "num_experts_per_tok"))
+    if any(other != experts for other in same):
+        raise CheckpointError(f"{CONFIG_FILE}: {' and '.join(numbers)} differ; correct one of them")
+    if k > experts:
+        raise CheckpointError(f"{CONFIG_FILE}: num_experts_per_tok = {k}: must be at most the {experts} experts")
+    check_parts(parts, width)
+    changed = {**config, **dict.fromkeys(numbers, experts * parts), family.width: width // parts}
     changed["num_experts_per_tok"] = k * parts
     if config.get("n_shared_experts"):  # whose width is counted in routed experts
-        changed["n_shared_experts"] = config["n_shared_experts"] * parts
+        changed["n_shared_experts"] = _size(config, "n_shared_experts") * parts
     if config.get("router_aux_loss_coef"):  # transformers' loss counts each of a token's choices
-        changed["router_aux_loss_coef"] = config["router_aux_loss_coef"] / parts
+        changed["router_aux_loss_coef"] = _number(config, "router_aux_loss_coef") / parts
     groups, limit = config.get("n_group"), config.get("topk_group")
     if family.sigmoid and groups and limit != groups:
         raise CheckpointError(
@@ -119,6 +123,46 @@ def partitioned_config(config: Mapping[str, Any], family: Family, parts: int) ->
         # Each expert's parts are a group: they are chosen together, even where scores are equal.
         changed |= {"topk_method": "group_limited_greedy", "n_group": experts, "topk_group": k}
     return changed
+
+
+def _number(config: Mapping[str, Any], field: str) -> float:
+    value = config.get(field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"{CONFIG_FILE}: {field} = {json.dumps(value)}: must be a number; write it into the file")
+    return value
+
+
+def _size(config: Mapping[str, Any], field: str) -> int:
+    value = _number(config, field)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{CONFIG_FILE}: {field} = {value}: must be a whole number of at least 1; correct it")
+    return value
+
+
+def _check_experts(source: Path, tensors: Mapping[str, LazyTensor], width: int, experts: int) -> None:
+    """Raises a CheckpointError unless the files hold the experts of config.json, each by its number."""
+    found: dict[str, set[int]] = {}
+    for name, tensor in tensors.items():
+        expert = _EXPERT.search(name)
+        if expert is not None:
+            found.setdefault(f"{name[: expert.start()]}.experts.*.{expert[2]}", set()).add(int(expert[1]))
+            neurons = tensor.get_shape()[expert[2] in _OUTPUT]
+            if neurons != width:
+                raise CheckpointError(
+                    f"{source}: {name} has {neurons} neurons, and {CONFIG_FILE} says {width}; correct it"
+                )
+        elif ".experts." in name:  # a scale of quantised weights, a bias, or all experts in one tensor
+            raise CheckpointError(
+                f"{source}: {name} is no weight of a single expert, such as …experts.0.{_OUTPUT[0]}.weight; save the "
+                "model in bf16 by transformers' save_pretrained"
+            )
+    if not found:
+        raise CheckpointError(f"{source}: its files hold no experts by name, such as …experts.0.{_OUTPUT[0]}.weight")
+    for names, numbers in found.items():
+        if numbers != set(range(experts)):
+            raise CheckpointError(
+                f"{source}: its files hold {len(numbers)} of {names}, and {CONFIG_FILE} says {experts}; copy them again"
+            )
 
 
 def _write(tensors: Mapping[str, LazyTensor], directory: Path, parts: int, factor: float) -> int:

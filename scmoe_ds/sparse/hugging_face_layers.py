@@ -112,7 +112,13 @@ def fused_layers(model: Any, source: str) -> list[FusedLayer]:
             f"{source}: num_experts_per_tok = 1 with norm_topk_prob: each token's score is 1, so that no threshold can "
             "tell its choices apart; take a model with more experts of a token"
         )
-    return [FusedLayer(f"{name}.mlp", model.get_submodule(f"{name}.mlp"), top_k) for name in names]
+    found = [FusedLayer(f"{name}.mlp", model.get_submodule(f"{name}.mlp"), top_k) for name in names]
+    fewest = min(len(layer.gate_ED) for layer in found)
+    if not 1 <= top_k <= fewest:
+        raise CheckpointError(
+            f"{source}: num_experts_per_tok = {top_k}: must be 1 … {fewest}, a layer's experts; correct config.json"
+        )
+    return found
 
 
 def write_directory(model: Any, source: Path, out: Path, sparsity: Sparsity) -> None:

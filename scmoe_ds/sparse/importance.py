@@ -13,6 +13,7 @@ Shape suffixes: E experts, F neurons of an expert, N choices, S rows of one expe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -70,8 +71,14 @@ class LayerSums:
             self.importance[measure][expert] += value_SF.sum(0, dtype=torch.float64)
 
     def add_choices(self, criterion: Tensor) -> None:
-        """Criteria of the choices of some tokens, of any shape; see scmoe_ds.moe.decisions.dropping."""
-        self._criteria.append(criterion.flatten().float().cpu())
+        """Criteria of the choices of some tokens, of any shape; see scmoe_ds.moe.decisions.dropping.
+
+        Raises:
+            ArgumentError: one is not finite.
+        """
+        criterion_N = criterion.flatten().float().cpu()
+        _check_finite("scores of a gate", float(criterion_N.sum()))
+        self._criteria.append(criterion_N)
 
     @property
     def criterion_N(self) -> Tensor:
@@ -83,10 +90,25 @@ class LayerSums:
         return self.importance[measure].argsort(dim=1, descending=True, stable=True)
 
     def major_share(self, measure: Measure) -> float:
-        """What the major halves hold of the importance of all neurons, each by its absolute value."""
+        """What the major halves hold of the importance of all neurons, each by its absolute value. One half where no
+        neuron answers to the text.
+
+        Raises:
+            ArgumentError: a neuron's importance is not finite.
+        """
         importance_EF = self.importance[measure]
         sorted_EF = importance_EF.gather(1, self.order_EF(measure)).abs()
-        return float(sorted_EF[:, : sorted_EF.shape[1] // 2].sum() / sorted_EF.sum())
+        whole = float(sorted_EF.sum())
+        _check_finite("importance of the neurons", whole)
+        return float(sorted_EF[:, : sorted_EF.shape[1] // 2].sum()) / whole if whole else 0.5
+
+
+def _check_finite(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ArgumentError(
+            f"{what} = {value}: must be finite, but the weights are damaged, or too large for this dtype; compare with "
+            "--dtype fp32"
+        )
 
 
 def check_halves(neurons: int, source: str) -> None:

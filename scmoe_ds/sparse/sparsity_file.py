@@ -15,6 +15,7 @@ Shape suffixes: N choices of all tokens, K choices of each token, E experts, D h
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.errors import ArgumentError, CheckpointError, reason_of
+from scmoe_ds.sparse.importance import Measure
 
 FILE = "sparsity.json"
 """Its name in the directory of the weights."""
@@ -61,6 +63,8 @@ class LayerCurve(_Strict):
         for rates in (self.rate_1t, self.rate_2t):
             if len(rates) != len(self.threshold) or any(a > b for a, b in pairwise(rates)):
                 raise ValueError("a curve has a rate for each threshold, and rates that do not fall")
+            if round(rates[-1], 6) < 1:  # or no threshold would have the higher rates
+                raise ValueError("a curve ends where all is left out, at a rate of 1")
         if any(a >= b for a, b in pairwise(self.threshold)):
             raise ValueError("thresholds increase")
         return self
@@ -101,8 +105,8 @@ class Sparsity(_Strict):
     gates: str
     neurons: str
     top_k: int = Field(ge=1)
-    measure: str | None
-    spread: float = Field(ge=0)
+    measure: Measure | None
+    spread: float = Field(ge=0, lt=1)
     tokens: int = Field(ge=1)
     layers: tuple[LayerCurve, ...] = Field(min_length=1)
     rate: float | None = Field(default=None, gt=0, lt=1)
@@ -156,6 +160,10 @@ class Sparsity(_Strict):
             CheckpointError: no such file, or a damaged one.
         """
         path, remedy = directory / FILE, "make it with scmoe sparsify"
+        if os.path.lexists(path) and not path.is_file():  # nobody may ever write into a pipe
+            raise CheckpointError(
+                f"{path}: is no file but a directory, a pipe or a broken link; remove it, and {remedy}"
+            )
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -164,8 +172,9 @@ class Sparsity(_Strict):
             raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); correct its permissions") from None
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "it"
-            raise CheckpointError(f"{path} is damaged: {where}: {first['msg']}; {remedy}") from None
+            where = "".join(f"{place}." for place in first["loc"])[:-1]
+            found = f"{where}: {first['msg']}" if where else first["msg"]
+            raise CheckpointError(f"{path} is damaged: {found.replace('Value error, ', '')}; {remedy}") from None
         except ValueError:
             raise CheckpointError(f"{path} is damaged: it is no UTF-8; {remedy}") from None
 

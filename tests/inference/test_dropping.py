@@ -19,7 +19,7 @@ from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.decisions.dropping import criterion
 from scmoe_ds.moe.gate import Routing
 from scmoe_ds.programs import evaluate, generate
-from scmoe_ds.sparse.sparsity_file import Sparsity, curve_of
+from scmoe_ds.sparse.sparsity_file import FILE, Sparsity, curve_of
 from tests.helpers.exports import whole_model, write_export
 from tests.helpers.settings import GPT2
 
@@ -118,6 +118,10 @@ def test_the_rate_of_the_file_holds_unless_flags_say_otherwise(
     for flags, said in ((["--no-drop"], False), ([], True)):
         assert generate.main(["--load", str(path), "--prompt", TEXT[:30], "--max-new-tokens", "4", *flags]) == 0
         assert ("% of the rows skipped, 0.0% halved" in capsys.readouterr().err) == said
+    (path / FILE).unlink()
+    (path / FILE).symlink_to("nowhere")  # its name is there: all experts would not be what was asked for
+    assert generate.main(["--load", str(path), "--prompt", TEXT[:30]]) == 2
+    assert "sparsity.json: is no file but a directory, a pipe or a broken link" in capsys.readouterr().err
 
 
 def test_offloaded_experts_and_those_in_low_precision_skip(

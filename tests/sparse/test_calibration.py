@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from scmoe_ds.errors import CheckpointError
+from scmoe_ds.data.text_file import read_text
+from scmoe_ds.data.tokenizer import ByteTokenizer
+from scmoe_ds.errors import ArgumentError, CheckpointError
 from scmoe_ds.inference.model import TrainedModel, load_model, serving_config
 from scmoe_ds.models.layers import GPTSettings
 from scmoe_ds.programs import sparsify
@@ -180,6 +184,9 @@ def test_models_without_experts_of_this_form_are_refused() -> None:
     one.config.num_experts_per_tok = 1
     with pytest.raises(CheckpointError, match="each token's score is 1"):
         fused_layers(one, "--load a")
+    one.config.num_experts_per_tok = 5
+    with pytest.raises(CheckpointError, match="num_experts_per_tok = 5: must be 1 … 4, a layer's experts"):
+        fused_layers(one, "--load a")
 
 
 def test_experts_without_w3_have_the_first_measures() -> None:
@@ -188,3 +195,21 @@ def test_experts_without_w3_have_the_first_measures() -> None:
     assert tuple(sums.importance) == WITHOUT_W3 == MEASURES[:2]
     assert sums.order_EF("abs-gate").tolist() == [[0, 2, 1, 3]] and sums.order_EF("gate").tolist() == [[2, 1, 3, 0]]
     assert sums.major_share("abs-gate") == pytest.approx(5 / 6.5)
+
+
+def test_numbers_that_are_not_finite_are_refused_and_dead_neurons_are_alike() -> None:
+    sums = LayerSums(1, 4, torch.device("cpu"))
+    sums.add_rows(0, torch.zeros(1, 4), None)
+    assert sums.major_share("abs-gate") == 0.5
+    sums.add_rows(0, torch.full((1, 4), torch.inf), None)
+    with pytest.raises(ArgumentError, match="importance of the neurons = inf: must be finite"):
+        sums.major_share("abs-gate")
+    with pytest.raises(ArgumentError, match=r"scores of a gate = nan: must be finite.*--dtype fp32"):
+        sums.add_choices(torch.tensor([0.5, torch.nan]))
+
+
+def test_a_pipe_is_read_as_a_file_is(text: Path) -> None:
+    os.mkfifo(pipe := text.with_name("pipe"))
+    Thread(target=lambda: pipe.write_text(TEXT), daemon=True).start()
+    whole, piped = (read_text(str(path), ByteTokenizer(), 257) for path in (text, pipe))
+    assert piped.digest == whole.digest and piped.tokens.tolist() == whole.tokens.tolist()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -89,3 +91,27 @@ def test_what_cannot_be_partitioned_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             partition_hugging_face(tmp_path / source, out, parts, method)  # type: ignore[arg-type]  # a str
         assert not out.exists()
+
+
+def test_experts_that_are_not_those_of_the_config_are_refused(tmp_path: Path) -> None:
+    FAMILIES["qwen3_moe"]({}).save_pretrained(whole := tmp_path / "whole")
+    config, weights = json.loads((whole / "config.json").read_text()), load_file(whole / "model.safetensors")
+    expert = "model.layers.0.mlp.experts.3.up_proj.weight"
+    scaled = weights | {f"{expert}_scale_inv": torch.ones(1)}
+    for changes, tensors, message in (
+        ({"num_experts_per_tok": None}, weights, "num_experts_per_tok = null: must be a number"),
+        ({"num_experts_per_tok": "3"}, weights, 'num_experts_per_tok = "3": must be a number'),
+        ({"num_experts_per_tok": 9}, weights, "num_experts_per_tok = 9: must be at most the 8 experts"),
+        ({"moe_intermediate_size": True}, weights, "moe_intermediate_size = true: must be a number"),
+        ({"moe_intermediate_size": 2.5}, weights, r"moe_intermediate_size = 2\.5: must be a whole number"),
+        ({"router_aux_loss_coef": "a"}, weights, 'router_aux_loss_coef = "a": must be a number'),
+        ({"num_local_experts": 8, "num_experts": 16}, weights, "num_experts and num_local_experts differ"),
+        ({"moe_intermediate_size": 32}, weights, r"weight has 16 neurons, and config\.json says 32"),
+        ({}, {name: each for name, each in weights.items() if name != expert}, "hold 7 of .*up_proj"),
+        ({}, scaled, "up_proj.weight_scale_inv is no weight of a single expert"),
+    ):
+        save_file(tensors, whole / "model.safetensors")
+        (whole / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(CheckpointError, match=message):
+            partition_hugging_face(whole, tmp_path / "out", 2, "complete")
+        assert not (tmp_path / "out").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ CHOICES = [torch.rand(20000, generator=torch.Generator().manual_seed(seed)).squa
 def made() -> Sparsity:
     layers = tuple(curve_of(f"layer {number}", each, SPREAD, 0.7) for number, each in enumerate(CHOICES))
     known = {"gates": digest_of(GATES), "neurons": digest_of(INPUTS), "top_k": 2, "tokens": 10000}
-    return Sparsity(**known, measure="abs_gate", spread=SPREAD, layers=layers)
+    return Sparsity(**known, measure="abs-gate", spread=SPREAD, layers=layers)
 
 
 @pytest.mark.parametrize("method", ["1t", "2t"])
@@ -81,6 +83,8 @@ def test_neurons_as_trained_have_no_halves() -> None:
         ({"version": 2}, "version"),
         ({"layers": []}, "layers"),
         ({"spread": -1}, "spread"),
+        ({"spread": 1}, "spread"),
+        ({"measure": "abs_gate"}, "measure"),
         ({"colour": 1}, "colour"),
     ],
 )
@@ -100,4 +104,15 @@ def test_falling_rates_no_json_and_no_file(tmp_path: Path) -> None:
     whole["layers"][0]["rate_2t"].reverse()
     (tmp_path / FILE).write_text(json.dumps(whole))
     with pytest.raises(CheckpointError, match="do not fall"):
+        Sparsity.read(tmp_path)
+    whole["layers"][0]["rate_2t"] = [0.0] * len(whole["layers"][0]["threshold"])
+    (tmp_path / FILE).write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match=r"damaged: layers\.0: a curve ends where all is left out"):
+        Sparsity.read(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink(FILE, path)])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / FILE)
+    with pytest.raises(CheckpointError, match=r"sparsity\.json: is no file but .*; remove it, and make it with"):
         Sparsity.read(tmp_path)
