@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--skews", type=float, nargs="+", default=[1.0, 1.8, 4.0], help="1: the gate as it starts")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights and rows")
     parser.add_argument("--method", choices=METHODS, default="send_receive", help="all-to-all of all rows")
-    parser.add_argument("--rounds", type=int, default=20, help="of all rows")
+    parser.add_argument("--rounds", type=int, default=15, help="of all rows")
     parser.add_argument("--pair-rounds", type=int, default=60, help="of decision and conversion, where a rank is hot")
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
     args, settings = parse(parser, rank_main)

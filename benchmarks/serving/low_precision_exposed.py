@@ -1,9 +1,10 @@
 """How much of ReaLB's decision and conversion the layer waits for, by one pair whose experts are exchanged in turns.
 
-Its experts are as they are, or converted and decided before the first step; the second twice, which shows the noise.
-Everything else is the same memory, so that one round's difference is theirs. Before each step the caches are emptied.
-The difference is small beside either time: the median's interval says how well it is known. A clock around the calls
-says how much of the processor's time both take, exposed or not.
+Its experts are as they are, or converted and decided before the first step. The second is measured twice in each round:
+their mean is what the first is compared with, and their difference shows the noise. Everything else is the same memory,
+so that a round's difference is theirs. Before each step the caches are emptied. The difference is small beside either
+time: the median's interval says how well it is known. A clock around the calls says how much of the processor's time
+both take, exposed or not.
 """
 
 from __future__ import annotations
@@ -117,12 +118,13 @@ def measure(row: RecordedPair, clocked: Clocked, prepared: Prepared, hidden: Ten
     steps = {name: over_ranks(seconds) for name, seconds in own.items()}
     layers = {name: over_ranks(layer_seconds(own[name], spans[name][WARM_UP:])) for name in experts_of}
     works = over_ranks(work[WARM_UP:])
+    both = [[statistics.mean(each) for each in zip(of[BEFOREHAND], of[AGAIN], strict=True)] for of in (layers, steps)]
     return {
         "work_ms": 1e3 * statistics.median(works),
         "work_of_layer": statistics.median(works) / statistics.median(layers[AS_IT_IS]),
         "layer_ms": 1e3 * statistics.median(layers[AS_IT_IS]),
-        "layer": _exposed(layers[AS_IT_IS], layers[BEFOREHAND]),
-        "step": _exposed(steps[AS_IT_IS], steps[BEFOREHAND]),
+        "layer": _exposed(layers[AS_IT_IS], both[0]),
+        "step": _exposed(steps[AS_IT_IS], both[1]),
         "layer_again": _exposed(layers[AGAIN], layers[BEFOREHAND]),
     }
 
