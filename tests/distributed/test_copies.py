@@ -135,9 +135,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
+def both(directory: str) -> dict[int, dict[str, Any]]:
+    return {ep_size: on_ranks(directory, ep_size) for ep_size in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def of_both(models: str) -> list[dict[int, dict[str, Any]]]:
+    return run_distributed(both, 4, models)
+
+
 @pytest.mark.parametrize("ep_size", [2, 4])
-def test_same_outputs_and_texts(models: str, ep_size: int) -> None:
-    ranks = run_distributed(on_ranks, 4, models, ep_size)
+def test_same_outputs_and_texts(of_both: list[dict[int, dict[str, Any]]], ep_size: int) -> None:
+    ranks = [each[ep_size] for each in of_both]
     for found in ranks:
         for name, each in found.items():
             assert max(each["differences"]) < 1e-12, name

@@ -73,9 +73,18 @@ def passes(k: int) -> dict[str, Any]:
     return {**found, "probability": probability_TE.tolist(), "launched": launched}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["top-1", "top-2"])
-def found(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Any]]]:
-    return request.param, run_distributed(passes, 2, request.param)
+def both() -> dict[int, dict[str, Any]]:
+    return {k: passes(k) for k in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def of_both() -> list[dict[int, dict[str, Any]]]:
+    return run_distributed(both, 2)
+
+
+@pytest.fixture(params=[1, 2], ids=["top-1", "top-2"])
+def found(request: pytest.FixtureRequest, of_both: list[dict[int, dict[str, Any]]]) -> tuple[int, list[dict[str, Any]]]:
+    return request.param, [each[request.param] for each in of_both]
 
 
 def by_hand(k: int, ranks: list[dict[str, Any]], marked: bool) -> list[tuple[int, float]]:
