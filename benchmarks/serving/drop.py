@@ -15,19 +15,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from benchmarks.harness.link import find_rate
-from benchmarks.harness.measure import EVICTED_BYTES, cold
+from benchmarks.harness.link import find_forward_rate
 from benchmarks.harness.on_nodes import on_nodes, parse, write
-from benchmarks.harness.parts import record_steps
 from benchmarks.harness.skewed_gates import Shares, first_expert, first_rank
-from benchmarks.harness.variants import Shape, Variant, baseline, build
+from benchmarks.harness.variants import Shape, Variant
 from benchmarks.serving.drop_page import AGAIN, HALF, KNOWN, LOAD_AWARE, NONE, ONE, PAPER, TWO, figure, markdown
 from benchmarks.serving.dropped_pair import Bench, Drops
 from scmoe_ds.comm.transport import METHODS
@@ -98,17 +94,8 @@ def curve(layer: str, skew: float, settings: dict[str, Any]) -> dict[str, Any]:
 
 def measured(settings: dict[str, Any]) -> dict[str, Any]:
     """The link, and all tables. Collective."""
-    variant = next(iter(baseline("exact").values()))
-    torch.manual_seed(dist.get_rank())
     shape = replace(TWICE, sequences=settings["sequences"])
-    hidden = torch.randn(shape.sequences, shape.seq_length, shape.hidden_size)
-    run = build(variant, shape, 0.0, settings["method"]).eval()
-
-    def step() -> None:
-        with torch.inference_mode():
-            run(hidden)
-
-    link = find_rate(partial(record_steps, run, cold(step, torch.zeros(EVICTED_BYTES // 4))), settings["share"])
+    link = find_forward_rate(shape, settings["share"], settings["method"])
     gates = {"even": ("even", 1.0)}
     for kind in ("expert", "rank"):
         gates |= {f"{kind} {skew:g}": (kind, skew) for skew in settings[f"{kind}_skews"]}
