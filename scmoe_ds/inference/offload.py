@@ -110,7 +110,9 @@ def offload_experts(
     """
     least = min(2 if mode == "offload-async" else 1, num_experts(model))
     if places < least:
-        raise ValueError(f"--expert-cache: --experts {mode} needs room for {least} experts at least, not {places}")
+        raise ValueError(
+            f"--expert-cache {places}: --experts {mode} keeps {least} experts at once; give {least} or more"
+        )
     layers = {number: pair.layer for number, pair in enumerate(model.scheduled_pairs()) if pair.last.owns_moe}
     check(list(layers.values()), [OFFLOADED], f"--experts {mode}")
     named = _names(model)

@@ -259,7 +259,10 @@ BAD: list[tuple[list[str], str]] = [
     (["--prompt", "a", "--experts", "offload", "--expert-cache", "9" * 5000], "999: must be a number of experts"),
     (["--prompt", "a", "--experts", "offload", "--expert-cache", "much"], "--expert-cache much: must be a number"),
     (["--prompt", "a", "--experts", "offload", "--expert-cache", "1KB"], "has no room for one expert"),
-    (["--prompt", "a", "--experts", "offload-async", "--expert-cache", "1"], "room for 2 experts at least"),
+    (
+        ["--prompt", "a", "--experts", "offload-async", "--expert-cache", "1"],
+        "--expert-cache 1: --experts offload-async keeps 2 experts at once; give 2 or more",
+    ),
 ]
 
 
