@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.harness.no_link import LocalCopy
 from benchmarks.harness.parts import CPU, KINDS, parts_of
 from benchmarks.harness.skewed_gates import even_but_first, skew_gates
 from benchmarks.harness.variants import AGAIN
 from benchmarks.serving.inference import WARM_UP, Served, Server, shape_of
-from scmoe_ds.inference.copies import Copies, copy_experts, measured_costs
+from scmoe_ds.inference.attachment import Attachment, Place
+from scmoe_ds.inference.copies import copy_experts, measured_costs
 from scmoe_ds.moe.decisions.copies import Copy, Costs
 from scmoe_ds.parallel.agreement import gather
 from scmoe_ds.planner.calibrator import Calibrator
@@ -43,10 +45,28 @@ def near_split(rows_PE: Rows, copies: Sequence[Copy], costs: Costs) -> Rows:
 
 @dataclass(frozen=True)
 class Row:
-    """Copies of each rank and layer; how their rows are divided, None: by the counts of the step."""
+    """
+    Attributes:
+        copies: of each rank and layer.
+        split: how their rows are divided, None: by the counts of the step.
+        is_even: the gate sends all experts the same number of rows, as if balance cost nothing.
+        travels: False: rows stay on their rank.
+        computes: False: experts take no time.
+    """
 
     copies: int = 0
     split: Callable[[Rows, Sequence[Copy], Costs], Rows] | None = None
+    is_even: bool = False
+    travels: bool = True
+    computes: bool = True
+
+
+LIMITS = {
+    "even gate": Row(is_even=True),
+    "even gate, no row travels": Row(is_even=True, travels=False),
+    "the same, experts take no time": Row(is_even=True, travels=False, computes=False),
+}
+"""What no division of rows can be faster than, from the first to the last."""
 
 
 def rows(experts_per_rank: int) -> dict[str, Row]:
@@ -73,16 +93,22 @@ class Copied:
         shape = replace(shape_of(phase, settings), num_experts=settings["experts"])
         self.server, self.phase, self.served = Server(served, phase, shape, settings["method"], LAYERS), phase, served
         self._layers = [run.blocks[-1].moe for run in self.server.model.runs]
-        self._copies: Copies | None = None
+        self._gates = [layer.deepspeed_moe.gate.wg for layer in self._layers]
+        self._even: list[nn.Parameter] = []
+        self._attached: Attachment | None = None
         self._settings = self.server.calibrator.settings
-        self._rows: dict[str, tuple[Calibrator, Copies | None]] = {}
+        self._rows: dict[str, tuple[Calibrator, Attachment | None]] = {}
         self.tokens_TD = torch.zeros(0)
         self.server.warm_up(1)
 
     def skew(self, skew: float) -> None:
-        """Sets all gates."""
+        """Sets all gates; an even one is kept for `LIMITS`."""
+        if skew != 1:
+            self.skew(1.0)
         shares = even_but_first(skew, self._layers[0].num_experts)
         self.tokens_TD = skew_gates(self.server.model.scheduled_pairs(), self.server.step, shares)[0]
+        if skew == 1:
+            self._even = [nn.Parameter(gate.weight.clone(), requires_grad=False) for gate in self._gates]
 
     def costs(self) -> Costs:
         """As `copy_experts` measures them."""
@@ -91,25 +117,40 @@ class Copied:
     def add(self, name: str, row: Row, costs: Costs) -> None:
         """Makes a row's copies and lets it choose its schedules."""
         self._take_off()
-        self._copies = copy_experts(self.server.model, row.copies, None, costs) if row.copies else None
-        if self._copies is not None and row.split is not None:
-            for rule in self._copies.rules:
+        if row.copies:
+            self._attached = copies = copy_experts(self.server.model, row.copies, None, costs)
+            for rule in copies.rules if row.split is not None else ():
                 rule.split = row.split
+        else:
+            self._attached = Attachment(self._places(row))
         calibrator = Calibrator(self.server.model.scheduled_pairs(), self._settings, CPU, self.phase)
-        self._rows[name] = calibrator, self._copies
+        self._rows[name] = calibrator, self._attached
         self.use(name)
         self.server.warm_up(WARM_UP if calibrator.calibrating else LEAST_PASSES)
 
     def use(self, name: str) -> None:
         """From now on the model is this row's."""
         self._take_off()
-        self.server.calibrator, self._copies = self._rows[name]
-        if self._copies is not None:
-            self._copies.attach()
+        self.server.calibrator, self._attached = self._rows[name]
+        if self._attached is not None:
+            self._attached.attach()
 
     def _take_off(self) -> None:
-        if self._copies is not None:
-            self._copies.detach()
+        if self._attached is not None:
+            self._attached.detach()
+
+    def _places(self, row: Row) -> list[Place]:
+        places: list[Place] = []
+        for number, layer in enumerate(self._layers):
+            transport, experts = layer.transport, layer.deepspeed_moe.experts
+            if row.is_even:
+                places.append((self._gates[number], "weight", self._even[number]))
+            if not row.travels:
+                places.append((layer, "transport", LocalCopy(transport.group, transport.method)))
+            if not row.computes:
+                free = nn.ModuleList(nn.Identity() for _ in experts.deepspeed_experts)
+                places.append((experts, "deepspeed_experts", free))
+        return places
 
     def leave(self, share: float) -> None:
         """Only so many tokens of this rank, for the layer alone."""

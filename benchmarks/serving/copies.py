@@ -4,8 +4,10 @@
 
 Each row is the same model with other copies. "layer" is the routed branch of one MoE layer alone: gate, exchange,
 experts, decode. "top-1" and "ScMoE" are passes of a GPT of two blocks as scmoe_ds.inference runs it, without and with
-a shortcut. The gate sends `skew` times the mean to one expert and the same number of tokens to all others; that expert
-and `experts / 2 - 1` others live on rank 0. The link is set so that the all-to-all takes `--share` of DeepSpeed's top-2
+a shortcut. Beside them run passes with an even gate, without a link and without experts: what copies can reach.
+
+The gate sends `skew` times the mean to one expert and the same number of tokens to all others; that expert and
+`experts / 2 - 1` others live on rank 0. The link is set so that the all-to-all takes `--share` of DeepSpeed's top-2
 layer. Rows alternate within rounds; a speed-up is the median of the ratios within rounds.
 """
 
@@ -25,7 +27,7 @@ from benchmarks.harness.link import find_rate
 from benchmarks.harness.on_nodes import on_nodes, parse, write
 from benchmarks.harness.parts import EXPOSED, record_steps
 from benchmarks.harness.variants import AGAIN, SHAPES, baseline, one_primitive
-from benchmarks.serving.copied_model import NONE, ONE, Copied, rows
+from benchmarks.serving.copied_model import LIMITS, NONE, ONE, Copied, rows
 from benchmarks.serving.inference import PHASES, STOCK, Served, shape_of
 from benchmarks.speed.block import Bench
 from scmoe_ds.comm.transport import METHODS
@@ -36,7 +38,7 @@ from scmoe_ds.planner.simulation import Mode
 
 LEFT = 0.25
 """Of the second rank's tokens, where most of its texts have ended."""
-OF_PASSES = (NONE, NONE + AGAIN, ONE)
+OF_PASSES = (NONE, NONE + AGAIN, ONE, *LIMITS)
 MODELS = {
     "top-1": Served({"architecture": "topk", "top_k": 1}, {"enabled": False}),
     "ScMoE": Served({"architecture": "scmoe", "position": "pos2"}),
@@ -46,27 +48,37 @@ MODELS = {
 def measure(phase: Mode, skew: float, settings: dict[str, Any]) -> dict[str, Any]:
     """Times of all rows under one skew. Collective."""
     named = rows(settings["experts"] // 2)
-    found: dict[str, Any] = {"skew": skew, "rows": {name: {} for name in named}}
+    found: dict[str, Any] = {"skew": skew, "rows": {name: {} for name in named}, "passes": {}}
 
-    def timed(what: str, step: Callable[[str], object], names: Sequence[str]) -> None:
+    def timed(step: Callable[[str], object], names: Sequence[str]) -> dict[str, Any]:
         steps = {name: partial(step, name) for name in names}
         times = interleave(steps, settings["rounds"], 2, dist.barrier)
         seconds = {name: over_ranks(values) for name, values in times.items()}
-        for name, values in seconds.items():
-            spread = vars(Spread.of_ratios(seconds[NONE], values))
-            found["rows"][name][what] = {"median_ms": 1e3 * statistics.median(values), "speedup": spread}
+        return {
+            name: {
+                "median_ms": 1e3 * statistics.median(values),
+                "speedup": vars(Spread.of_ratios(seconds[NONE], values)),
+                "reached": vars(Spread.of_ratios(values, seconds[ONE])),
+            }
+            for name, values in seconds.items()
+        }
+
+    def note(what: str, times: dict[str, Any]) -> None:
+        for name, each in times.items():
+            found["rows"][name][what] = each
 
     passes = skew == max(settings["skews"])  # otherwise the layer alone, to save time
     for kind, served in list(MODELS.items())[: None if passes else 1]:
         model = Copied(served, phase, settings)
         model.skew(skew)
         found["costs"] = model.costs()._asdict()
-        for name in named if kind == "top-1" else OF_PASSES:
-            model.add(name, named[name], Costs(**found["costs"]))
+        needed = [*(named if kind == "top-1" else OF_PASSES), *(LIMITS if passes and kind == "top-1" else ())]
+        for name in needed:
+            model.add(name, (named | LIMITS)[name], Costs(**found["costs"]))
         if passes:
-            timed(f"{kind} pass", model.whole, OF_PASSES)
+            found["passes"][kind] = timed(model.whole, OF_PASSES)
         if kind == "top-1":
-            timed("layer", model.layer, list(named))
+            note("layer", timed(model.layer, list(named)))
             reference = model.layer(NONE)
             for name, each in found["rows"].items():
                 each |= {"loads": model.loads(name), "parts_ms": model.parts(name)}
@@ -74,7 +86,7 @@ def measure(phase: Mode, skew: float, settings: dict[str, Any]) -> dict[str, Any
             found["greatest_output"] = max(gather(float(reference.abs().max())))
             if skew != 1:
                 model.leave(LEFT if dist.get_rank() else 1.0)
-                timed("uneven layer", model.layer, list(named))
+                note("uneven layer", timed(model.layer, list(named)))
     return found
 
 
@@ -104,7 +116,9 @@ def markdown(record: dict[str, Any]) -> str:
         f"interleaved rounds; all-to-all of all rows: {settings['method']}. Speed-up over “{NONE}”: median (10th–90th "
         "percentile) of the ratios in rounds. “layer”: the routed branch of one MoE layer alone. Load: rows of the "
         "busier rank over the mean; without copies it is the limit of what a division of the computation can give. "
-        f"“uneven layer”: the second rank has {100 * LEFT:.0f} % of its tokens, as when most of its texts have ended.",
+        f"“uneven layer”: the second rank has {100 * LEFT:.0f} % of its tokens, as when most of its texts have ended. "
+        "Passes with an even gate are limits: of what balance can give, of what it can give when senders have all "
+        "experts themselves, and of everything about experts.",
         "",
     ]
     for phase, found in record["found"].items():
@@ -118,11 +132,13 @@ def markdown(record: dict[str, Any]) -> str:
         ]
         for each in found["skews"]:
             lines += [f"### {phase}, skew {each['skew']:g}", "", *_table(each), "", *_parts(each), ""]
+            if each["passes"]:
+                lines += [*_passes(each["passes"]), ""]
     return "\n".join(lines)
 
 
 def _table(found: dict[str, Any]) -> list[str]:
-    whats = ["layer", "uneven layer", *(f"{kind} pass" for kind in MODELS)]
+    whats = ["layer", "uneven layer"]
     cells = [
         [
             name,
@@ -132,6 +148,22 @@ def _table(found: dict[str, Any]) -> list[str]:
         for name, row in found["rows"].items()
     ]
     return tables.table(["copies", "load", *(part for what in whats for part in (f"{what} ms", "speed-up"))], cells)
+
+
+def _passes(passes: dict[str, Any]) -> list[str]:
+    head = ["pass with", *(text for kind in passes for text in (f"{kind} ms", "speed-up", "speed of copies over it"))]
+    cells = [
+        [
+            name,
+            *(
+                text
+                for timed in passes.values()
+                for text in (*_cells(timed[name]), str(Spread(**timed[name]["reached"])))
+            ),
+        ]
+        for name in OF_PASSES
+    ]
+    return tables.table(head, cells)
 
 
 def _cells(timed: dict[str, Any] | None) -> tuple[str, str]:

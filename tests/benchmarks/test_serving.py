@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from benchmarks.harness.no_link import LocalCopy
 from benchmarks.harness.variants import Shape
 from benchmarks.serving import copies, inference, offload, offload_disk
 from benchmarks.serving import figures as serving_figures
 from benchmarks.serving import offload_worker as worker
-from benchmarks.serving.copied_model import NONE, Copied, Row, even_split, near_split, rows
+from benchmarks.serving.copied_model import LIMITS, NONE, Copied, Row, even_split, near_split, rows
 from scmoe_ds.engine import connect
 from scmoe_ds.moe.decisions.copies import Copy, Costs
 from scmoe_ds.offload.files import ExpertFile
@@ -147,6 +149,20 @@ def test_skewed_gates(monkeypatch: pytest.MonkeyPatch) -> None:
             counts = model.server.model.runs[0].blocks[-1].moe(model.tokens_TD)[2]
             assert abs(counts[0] / counts.float().mean() - skew) < 0.15, (kind, skew, counts)
             assert model.loads(NONE) == [len(model.tokens_TD)]
+    layer = model.server.model.runs[0].blocks[-1].moe
+    for name, each in LIMITS.items():
+        model.add(name, each, Costs(0.0, 1.0, 0.0))
+        model.whole(name)
+        counts, without = (
+            layer(model.tokens_TD)[2],
+            isinstance(layer.deepspeed_moe.experts.deepspeed_experts[0], nn.Identity),
+        )
+        assert (counts - counts.float().mean()).abs().max() < 0.15 * counts.float().mean(), (name, counts)
+        assert (isinstance(layer.transport, LocalCopy), without) == (not each.travels, not each.computes)
+    scale_T1 = (model.layer(name) / model.tokens_TD).median(1, keepdim=True).values  # of experts that change nothing
+    torch.testing.assert_close(model.layer(name), scale_T1 * model.tokens_TD)
+    model.use(NONE)
+    assert layer(model.tokens_TD)[2][0] > 1.5 * len(model.tokens_TD) / 4 and layer.transport.method == "collective"
     with pytest.raises(ValueError, match="0 to 1 / 1 of the rows"):
         model.skew(5.0)
 
@@ -154,7 +170,8 @@ def test_skewed_gates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_table_of_copies() -> None:
     assert even_split([[9, 4], [3, 0]], [Copy(0, 1)], Costs(0.0, 1.0, 0.0)) == [[4, 1]]
     assert near_split([[9, 4], [3, 0]], [Copy(0, 1)], Costs(0.0, 1.0, 0.0)) == [[0, 3]]
-    timed = {"median_ms": 5.0, "speedup": {"median": 1.5, "p10": 1.4, "p90": 1.6}}
+    spreads = {"speedup": {"median": 1.5, "p10": 1.4, "p90": 1.6}, "reached": {"median": 0.9, "p10": 0.8, "p90": 1.0}}
+    timed = {"median_ms": 5.0, **spreads}
     parts = [{"experts": 2.0, "exposed communication": 1.0, "attention": 0.5}] * 2
     row = {"layer": timed, "loads": [3, 1], "parts_ms": parts, "difference": 0.0}
     found = {
@@ -162,10 +179,12 @@ def test_table_of_copies() -> None:
         "rows": dict.fromkeys(rows(2), row),
         "costs": {"expert_ms": 1.0, "row_ms": 0.1, "travel_ms": 0.2},
         "greatest_output": 1.0,
+        "passes": {kind: dict.fromkeys(copies.OF_PASSES, timed) for kind in copies.MODELS},
     }
     link = {"rate_mbit": 100.0, "share": 0.6}
     settings = {"share": 0.6, "experts": 4, "rounds": 30, "method": "send_receive", "shape": "swin"}
     record = {"command": "c", "environment": {}, "settings": settings}
     text = copies.markdown(record | {"found": {"prefill": {"link": link, "skews": [found]}}})
     assert "| 1 copy per rank | 1.50 | 5.0 | 1.500 (1.400–1.600) | – |" in text
+    assert text.count("| even gate, no row travels | 5.0 | 1.500 (1.400–1.600) | 0.900 (0.800–1.000) | 5.0 |") == 1
     assert "rank 1: experts 2.0, exposed communication 1.0, rest 0.5" in text
