@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +77,7 @@ def partition_hugging_face(source: Path, out: Path, parts: int, method: Method) 
     part = shards.claim(out)
     with shards.one_sentence(out):
         numbers = _write(tensors, part, parts, factor)
-        for pattern in shards.CARRIED:
-            for file in filter(Path.is_file, source.glob(pattern)):
-                shutil.copyfile(file, part / file.name)
+        shards.carry(source, part)
         (part / CONFIG_FILE).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
         shards.publish(part, out)
     return numbers

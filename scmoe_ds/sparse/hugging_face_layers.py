@@ -5,7 +5,6 @@ Shape suffixes: E experts, D hidden, F neurons of an expert, T tokens, K choices
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -130,7 +129,6 @@ def write_directory(model: Any, source: Path, out: Path, sparsity: Sparsity) -> 
     part = shards.claim(out)
     with shards.one_sentence(out):
         model.save_pretrained(part)
-        for file in {file for pattern in shards.CARRIED for file in source.glob(pattern) if file.is_file()}:
-            shutil.copyfile(file, part / file.name)
+        shards.carry(source, part)
         sparsity.write(part)
         shards.publish(part, out)

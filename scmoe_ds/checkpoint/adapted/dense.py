@@ -11,7 +11,6 @@ of that sum. Routers start at random.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,7 +25,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from scmoe_ds.checkpoint.adapted.source import config_of
-from scmoe_ds.checkpoint.autoep.shards import CARRIED, one_sentence
+from scmoe_ds.checkpoint.autoep.shards import carry, one_sentence
 from scmoe_ds.checkpoint.autoep.tensor_slices import LazyTensor, close, tensors_in
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.errors import ArgumentError, CheckpointError, one_line
@@ -137,9 +136,7 @@ class DenseDirectory:
         index = {"metadata": {}, "weight_map": weight_map}
         (out / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         (out / CONFIG_FILE).write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
-        for file in {file for pattern in CARRIED for file in self.path.glob(pattern)}:
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
+        carry(self.path, out)
 
     def _config(self) -> dict[str, Any]:
         before = self.config.to_dict()

@@ -162,9 +162,7 @@ def _write(
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     (part / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (part / MODELING_FILE).write_text(modeling_file(source.model), encoding="utf-8")
-    for file in {file for pattern in shards.CARRIED for file in source.path.glob(pattern)}:
-        if file.is_file():
-            shutil.copyfile(file, part / file.name)
+    shards.carry(source.path, part)
 
 
 def _cast(tensor: LazyTensor, dtype: torch.dtype) -> Tensor:

@@ -200,14 +200,19 @@ def write_others(directory: Path, origin: Origin, model: Any, dtype: torch.dtype
     if is_converted(origin):
         (directory / MODELING_FILE).write_text(modeling_file(model), encoding="utf-8")
     original = Path(origin["directory"] or "")
-    found = {file for pattern in CARRIED for file in original.glob(pattern)} if origin["directory"] else set()
-    for file in filter(Path.is_file, found):
-        shutil.copyfile(file, directory / file.name)
+    if origin["directory"]:
+        carry(original, directory)
     if origin["directory"] and not original.is_dir():
         log(
             f"{directory.stem}: has no tokenizer, because {original}, from which the model was loaded, is not there",
             level=logging.WARNING,
         )
+
+
+def carry(source: Path, directory: Path) -> None:
+    """Copies the files of `CARRIED` that a model's directory has into another one."""
+    for file in {file for pattern in CARRIED for file in source.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, directory / file.name)
 
 
 def _config(origin: Origin, dtype: torch.dtype, whole: Mapping[str, Any]) -> str:
