@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,25 @@ def test_what_a_json_says_is_decided(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(whole))
     free = question(tmp_path, "--preset", "gpt2-moe-medium", "--deepspeed_config", str(tmp_path / "ds.json"))
     assert (free.fixed.batch, free.fixed.micro_batch, free.fixed.expert_parallel) == (256, None, None)
+
+
+@pytest.mark.parametrize(("experts", "fixed"), [(16, 16), (8, None)])
+def test_parts_may_lie_on_more_ranks_than_there_are_experts(experts: int, fixed: int | None, tmp_path: Path) -> None:
+    """That size is the row's of the JSON alone, and what is written for another row has whole experts."""
+    whole = json.loads((ROOT / "ds_configs/gpt2_moe_medium_16xA800.json").read_text("utf-8"))
+    whole["scmoe"] |= {"expert_partition": 2, "num_experts": experts}
+    (tmp_path / "ds.json").write_text(json.dumps(whole))
+    asked = question(tmp_path, "--preset", "gpt2-moe-medium", "--deepspeed_config", str(tmp_path / "ds.json"))
+    method, layout = asked.given
+    assert (method.parts, layout.expert_parallel, asked.fixed.expert_parallel) == (2, 16, fixed)
+    machine = machine_of(asked.cluster, None)
+    in_parts, whole_experts = (
+        run(asked.model, each, replace(layout, expert_parallel=8), machine, asked.routing)
+        for each in (method, replace(method, parts=1))
+    )
+    assert in_parts.step.total_ms > whole_experts.step.total_ms
+    assert run(asked.model, method, layout, machine, asked.routing).step.total_ms > 0
+    assert "expert_partition" not in config_of(asked, whole_experts)["scmoe"]
 
 
 @pytest.mark.parametrize(
