@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +98,53 @@ def write_weights(
     Raises:
         CheckpointError: `out` is not empty or cannot be written.
     """
+    written = [f"shard_*{files.PART}", "model-*-of-*.safetensors", CONFIG_FILE, INDEX_FILE, *(carried or {})]
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise CheckpointError(f"{out} is not empty; name another directory for the export")
-        shards, total_bytes = _write_shards(out, weights, dtype, shard_bytes)
-        weight_map: dict[str, str] = {}
-        for number, (part, names) in enumerate(shards, start=1):
-            final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            part.rename(out / final)
-            weight_map |= dict.fromkeys(names, final)
-        whole = {**config, "format": "scmoe_ds", "torch_dtype": str(dtype).removeprefix("torch.")}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        for name, content in ((CONFIG_FILE, whole), (INDEX_FILE, index)):
-            (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for name, octets in (carried or {}).items():
-            (out / name).write_bytes(octets)
-        manifest = {file.name: file_entry(file) for file in sorted(out.iterdir())}
-        write_whole(out / files.MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+        with _removed_on_failure(out, written):
+            return _write_directory(out, weights, config, dtype, shard_bytes, carried or {})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{out}: the export was not written ({reason_of(error)}); make room or choose another directory"
         ) from error
+
+
+@contextmanager
+def _removed_on_failure(directory: Path, patterns: Sequence[str]) -> Iterator[None]:
+    """The next try finds an empty directory, also after Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        for file in [file for pattern in patterns for file in directory.glob(pattern)]:
+            with suppress(OSError):  # the disk's own failure is told
+                file.unlink()
+        raise
+
+
+def _write_directory(
+    out: Path,
+    weights: Iterable[tuple[str, Callable[[], Tensor]]],
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    shard_bytes: int,
+    carried: Mapping[str, bytes],
+) -> int:
+    shards, total_bytes = _write_shards(out, weights, dtype, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, (part, names) in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part.rename(out / final)
+        weight_map |= dict.fromkeys(names, final)
+    whole = {**config, "format": "scmoe_ds", "torch_dtype": str(dtype).removeprefix("torch.")}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    for name, content in ((CONFIG_FILE, whole), (INDEX_FILE, index)):
+        (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for name, octets in carried.items():
+        (out / name).write_bytes(octets)
+    manifest = {file.name: file_entry(file) for file in sorted(out.iterdir())}
+    write_whole(out / files.MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     return len(shards)
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from scmoe_ds.errors import ScMoEConfigError
 
@@ -17,8 +17,12 @@ _LONGEST = 200
 
 def fail(path: str, value: object, rule: str) -> ScMoEConfigError:
     """The error for one field."""
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=_as_written)
     return ScMoEConfigError(f"{path} = {text if len(text) <= _LONGEST else text[:_LONGEST] + ' …'}: {rule}")
+
+
+def _as_written(value: object) -> object:
+    return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else str(value)
 
 
 def counted(count: int, noun: str) -> str:
@@ -65,6 +69,8 @@ def explain(
             lines[path] = _unknown_key(path, keys, valid)
         else:
             message = str(cause) if cause else found["msg"].replace("Input should be", "must be")
+            if found["type"] in ("model_type", "dict_type"):  # pydantic names the class
+                message = "must be an object, {…}"
             line = str(fail(path, found["input"], message))
             lines[path] = f"{lines[path]}; or {message}" if path in lines and message not in lines[path] else line
     return "\n".join(lines.values())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import statistics
 import time
@@ -19,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from scmoe_ds.comm.transport import probe, synchronize
@@ -126,6 +126,11 @@ def copy_experts(
     return found
 
 
+class _Loads(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    loads: list[list[Annotated[float, Field(ge=0)]]]
+
+
 def read_loads(path: str | Path) -> list[list[float]]:
     """What `Copies.save` wrote: rows of each expert of each MoE layer.
 
@@ -136,15 +141,11 @@ def read_loads(path: str | Path) -> list[list[float]]:
         ArgumentError: no such file, or another one.
     """
     try:
-        found = json.loads(Path(path).read_text())["loads"]
-        loads = [[float(load) for load in loads_E] for loads_E in found]
-        if not all(math.isfinite(load) and load >= 0 for loads_E in loads for load in loads_E):
-            raise ValueError
+        return _Loads.model_validate_json(Path(path).read_bytes()).loads
     except OSError as error:
         raise ArgumentError(f"--expert-loads {path}: cannot be read ({reason_of(error)})") from None
-    except (ValueError, TypeError, KeyError):
+    except ValueError:
         raise ArgumentError(f"--expert-loads {path}: is no file of loads; write one with --save-expert-loads") from None
-    return loads
 
 
 def measured_costs(layer: StagedMoE) -> Costs:

@@ -16,7 +16,7 @@ import scmoe_ds
 from scmoe_ds import checkpoint
 from scmoe_ds.checkpoint.export import export
 from scmoe_ds.checkpoint.extents import extents_of
-from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE
+from scmoe_ds.checkpoint.safetensors_files import CONFIG_FILE, INDEX_FILE, write_weights
 from scmoe_ds.config.section import ScMoEConfig
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import CheckpointError
@@ -174,6 +174,18 @@ def test_a_damaged_or_foreign_export_is_refused(
     with pytest.raises(CheckpointError, match=r"safetensors is damaged: its checksum"):
         checkpoint.choose(str(out), None, False, describe(make_json()))
     assert main(["export", str(out), str(tmp_path / "again")]) == 2
+
+
+@pytest.mark.parametrize("ends", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_could_not_be_written_whole_is_removed(ends: BaseException, tmp_path: Path) -> None:
+    def fail() -> Tensor:
+        raise ends
+
+    weights = [("a", lambda: torch.ones(4)), ("b", lambda: torch.ones(4)), ("c", fail)]
+    with pytest.raises((CheckpointError, KeyboardInterrupt)):
+        write_weights(tmp_path, weights, {}, torch.float32, 16)
+    assert not list(tmp_path.iterdir())
+    assert write_weights(tmp_path, weights[:2], {}, torch.float32, 16) == 2
 
 
 def test_a_moe_of_two_pairs_is_saved_once_and_comes_back(tmp_path: Path) -> None:

@@ -170,6 +170,12 @@ def test_errors_of_adapt_name_their_path(adapt: dict[str, Any], said: str) -> No
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("value", [0, [], "cpu"])
+def test_what_is_no_object_is_told_without_names_of_classes(value: Any) -> None:
+    with pytest.raises(ScMoEConfigError, match=r"^scmoe\.offload_experts = .*: must be an object, {…}$"):
+        section(offload_experts=value)
+
+
 def test_adapt_makes_a_scmoe_only() -> None:
     with pytest.raises(ScMoEConfigError, match=r'scmoe\.architecture = "topk": scmoe\.adapt makes a ScMoE'):
         ScMoEConfig(architecture="topk", adapt={})

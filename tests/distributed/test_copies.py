@@ -184,7 +184,15 @@ def test_one_rank(models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     loads = read_loads(tmp_path / "loads.json")
     assert loads == copies.counted() and [sum(each) for each in loads] == [3 * 40 + 1 + 1, 3 * 40 + 1 + 1]
     assert copies.summary().startswith("expert copies: none were chosen")
-    for content in ("{}", '{"loads": [[1, -1]]}', '{"loads": [[NaN]]}', "no JSON", '{"loads": 3}'):
+    for content in (
+        "{}",
+        '{"loads": [[1, -1]]}',
+        '{"loads": [[NaN]]}',
+        "no JSON",
+        '{"loads": 3}',
+        '{"loads": ["12"]}',
+        "[" * 10**5,
+    ):
         (tmp_path / "loads.json").write_text(content)
         with pytest.raises(ArgumentError, match="is no file of loads; write one with --save-expert-loads"):
             read_loads(tmp_path / "loads.json")
