@@ -121,9 +121,10 @@ def _fixed(args: argparse.Namespace, whole: Mapping[str, Any], base: Layout, mod
         return value not in (None, "auto")
 
     experts = ("expert_parallel", "autoep_size") if model.autoep else ("scmoe", "expert_parallel_size")
-    # Parts can lie on more ranks than there are experts; a method with whole ones cannot have that size.
+    # Parts can lie on more ranks than there are experts, or than have tokens of their own; whole experts do not.
     counts = [stage.experts.num_experts for stage in model.stages if stage.experts is not None]
-    whole_fit = parts == 1 or not any(count % base.expert_parallel for count in counts)
+    size = base.expert_parallel
+    whole_fit = parts == 1 or (size <= base.data_parallel and not any(count % size for count in counts))
     tensor = args.tensor_parallel or (base.tensor_parallel if base.tensor_parallel > 1 else None)
     batch = base.micro_batch * base.accumulation * base.data_parallel
     micro = base.micro_batch if written("train_micro_batch_size_per_gpu") else None

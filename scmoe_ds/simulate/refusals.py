@@ -32,7 +32,8 @@ def _rules(model: Model, method: Method, layout: Layout) -> Iterator[tuple[bool,
     yield world % tp > 0, f"tensor_parallel = {tp}: must divide the world size {world}"
     yield world % ep > 0, f"expert_parallel_size = {ep}: must divide the world size {world}"
     yield (
-        layout.data_parallel % ep > 0 and (layout.expert_tensor_parallel or world // tp < ep),
+        # Parts may be spread over the tensor-parallel ranks, too (S-ETP).
+        layout.data_parallel % ep > 0 and (layout.expert_tensor_parallel or (world // tp < ep and method.parts == 1)),
         f"expert_parallel_size = {ep}: must divide the {world // tp} data-parallel ranks",
     )
     whole = not layout.expert_tensor_parallel

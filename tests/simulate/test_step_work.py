@@ -123,6 +123,21 @@ def test_parts_get_the_rows_of_their_expert() -> None:
         assert memory.tensors / 1e9 == pytest.approx(peak_gb, rel=0.005)
 
 
+def test_parts_over_tensor_parallel_ranks_are_rows_of_their_own() -> None:
+    """S-ETP: each rank sends a half of its choices, and gets all results; bytes and memory of `scmoe check`."""
+    model = model_of_preset("gpt2-moe-small")
+    layout = Layout(8, 8, 2, micro_batch=32, accumulation=4, reduce_bucket=200_000_000)
+    method = replace(POS2, routed=1, parts=2)
+    of_stage = {"stages": (_with_experts(model, 8),)}
+    model = model.model_copy(update=of_stage)
+    (pair,) = step_work(model, method, layout).pairs
+    assert pair.exchange is not None
+    rows = pair.exchange.rows + pair.exchange.combine_rows  # and the gradients of both
+    assert 2 * rows * 7 / 8 * pair.exchange.row_bytes / 1e9 == pytest.approx(0.264, abs=5e-4)
+    assert memory_of(model, method, layout).tensors / 1e9 == pytest.approx(15.2, rel=0.005)
+    assert "must divide the 4 data-parallel ranks" in str(refusal(model, POS2, layout))
+
+
 def test_a_pass_without_gradients_has_nothing_behind_it() -> None:
     (pair,) = step_work(MEDIUM, POS2, Layout(2, expert_parallel=2, training=False)).pairs
     assert not any(part.backward or part.kept for part in works(pair))
