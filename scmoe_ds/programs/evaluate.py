@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from scmoe_ds.inference.dropping import Dropped
 from scmoe_ds.inference.load import Loaded
 from scmoe_ds.inference.model import calibrators
 from scmoe_ds.parallel.agreement import run_on_rank_zero
-from scmoe_ds.programs.flags.checks import flag_of
+from scmoe_ds.programs.flags.checks import check_output_file, flag_of
 from scmoe_ds.programs.flags.evaluate import build_parser
 from scmoe_ds.programs.load import check_flags, load
 from scmoe_ds.programs.run import run_program
@@ -66,9 +65,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace]:
             f"--include-path {args.include_path} is not a directory; name the directory of the task files"
         )
     if args.output is not None:
-        out = Path(args.output)
-        if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-            raise ArgumentError(f"--output {out} cannot be written: name a file in a directory that is there")
+        check_output_file("--output", args.output)
     if args.tasks is not None:
         if not all(_names(args)):
             raise ArgumentError(f"--tasks {' '.join(args.tasks)!r}: give names of tasks, separated by spaces or commas")

@@ -21,7 +21,7 @@ from scmoe_ds.offload.store import ExpertStore, StoreCounts
 from scmoe_ds.parallel.agreement import from_rank_zero, run_on_rank_zero, run_together
 from scmoe_ds.parallel.groups import Layout
 from scmoe_ds.parallel.process import device
-from scmoe_ds.programs.flags.checks import check_ranges, flag_of, require_same_flags
+from scmoe_ds.programs.flags.checks import check_output_file, check_ranges, flag_of, require_same_flags
 from scmoe_ds.programs.flags.tokenizer import named_tokenizer
 
 
@@ -41,6 +41,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ArgumentError(f"--no-drop computes all: remove it, or {flag_of(name)}")
     if args.expert_loads is not None and not args.expert_copies:
         raise ArgumentError("--expert-loads goes with --expert-copies: say how many copies a rank shall keep")
+    if args.save_expert_loads is not None:
+        check_output_file("--save-expert-loads", args.save_expert_loads)
     copying = f"--expert-copies {args.expert_copies}" if args.expert_copies else "--save-expert-loads"
     asked = {
         f"--drop-method {args.drop_method}": (attachment.HALVES, args.drop_method == "2t"),

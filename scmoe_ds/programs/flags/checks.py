@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from scmoe_ds.errors import ArgumentError
@@ -60,6 +62,27 @@ def check_ranges(args: argparse.Namespace) -> None:
                 raise ArgumentError(f"{flag_of(name)} {value}: each {rule}")
             if value is not None and not isinstance(value, list) and not holds(value):
                 raise ArgumentError(f"{flag_of(name)} {value}: {rule}")
+
+
+def check_output_file(flag: str, path: str) -> None:
+    """Raises an ArgumentError for a file that cannot be written, before the work whose result it shall get."""
+    file = Path(path)
+    if file.is_dir() or not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        raise ArgumentError(f"{flag} {path} cannot be written: name a file in a directory that is there")
+
+
+def check_output_directory(flag: str, path: Path) -> None:
+    """Raises an ArgumentError for a directory that has content or cannot be made, before the work whose result it shall
+    get."""
+    above = path.absolute()
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ArgumentError(
+            f"{flag} {path}: cannot be made, {above} is no directory or cannot be written; name another"
+        )
+    if path.is_dir() and any(path.iterdir()):
+        raise ArgumentError(f"{flag} {path}: is not empty; name another directory")
 
 
 def require_flags(args: argparse.Namespace, names: Sequence[str]) -> None:

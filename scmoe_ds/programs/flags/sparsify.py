@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.programs.flags.checks import check_ranges
+from scmoe_ds.programs.flags.checks import check_output_directory, check_ranges
 from scmoe_ds.programs.flags.model import DTYPES
 from scmoe_ds.programs.flags.parser import FlagParser
 from scmoe_ds.programs.flags.tokenizer import add_tokenizer
@@ -71,6 +71,4 @@ def check(args: argparse.Namespace) -> None:
         raise ArgumentError(
             f"--spread {args.spread:g}: must be at least 0 and below 1, as the scores that it is added to"
         )
-    output = args.output
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ArgumentError(f"--output {output}: is not empty; name another directory")  # before the long part
+    check_output_directory("--output", args.output)

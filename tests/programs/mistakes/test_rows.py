@@ -131,6 +131,14 @@ ROWS: dict[str, tuple[str, str]] = {
         "generate --load saved --prompt a --expert-copies 1 --expert-loads text.txt",
         r"--expert-loads text\.txt: is no file of loads; write one with --save-expert-loads",
     ),
+    "copies: loads nowhere": (
+        "generate --load saved --prompt a --save-expert-loads absent/loads.json",
+        r"--save-expert-loads absent/loads\.json cannot be written: name a file in a directory that is there",
+    ),
+    "copies: loads onto a directory": (
+        "generate --load saved --prompt a --save-expert-loads /",
+        r"--save-expert-loads /",
+    ),
     "copies: of offloaded experts": (
         "generate --load export --prompt a --experts offload --save-expert-loads loads.json",
         r"--save-expert-loads: does not go with offloaded experts, as both change the experts of a layer",
@@ -229,6 +237,10 @@ ROWS: dict[str, tuple[str, str]] = {
     "sparsify: no W3": (
         "sparsify --load saved --output out --text-file text.txt --measure gate-up",
         r"--measure gate-up: multiplies with W3 x, but these experts have GELU and no W3; use abs-gate or gate",
+    ),
+    "sparsify: under a file": (
+        "sparsify --load saved --output text.txt/out --text-file text.txt",
+        r"--output text\.txt/out: cannot be made, .*/text\.txt is no directory or cannot be written; name another",
     ),
     "sparsify: over a run": (
         "sparsify --load saved --output saved --text-file text.txt",
