@@ -141,11 +141,16 @@ def read_loads(path: str | Path) -> list[list[float]]:
         ArgumentError: no such file, or another one.
     """
     try:
-        return _Loads.model_validate_json(Path(path).read_bytes()).loads
+        loads = _Loads.model_validate_json(Path(path).read_bytes()).loads
     except OSError as error:
         raise ArgumentError(f"--expert-loads {path}: cannot be read ({reason_of(error)})") from None
     except ValueError:
         raise ArgumentError(f"--expert-loads {path}: is no file of loads; write one with --save-expert-loads") from None
+    if not any(map(any, loads)):
+        raise ArgumentError(
+            f"--expert-loads {path}: all loads are 0, which tells no expert as hot; measure with more text"
+        )
+    return loads
 
 
 def measured_costs(layer: StagedMoE) -> Costs:

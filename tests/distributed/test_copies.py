@@ -196,5 +196,8 @@ def test_one_rank(models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (tmp_path / "loads.json").write_text(content)
         with pytest.raises(ArgumentError, match="is no file of loads; write one with --save-expert-loads"):
             read_loads(tmp_path / "loads.json")
+    (tmp_path / "loads.json").write_text('{"loads": [[0, 0], [0, 0]]}')
+    with pytest.raises(ArgumentError, match="all loads are 0, which tells no expert as hot"):
+        read_loads(tmp_path / "loads.json")
     with pytest.raises(ArgumentError, match=r"absent: cannot be read \(No such file or directory\)"):
         read_loads(tmp_path / "absent")
