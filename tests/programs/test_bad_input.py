@@ -188,7 +188,7 @@ CONFIG_CASES: dict[str, tuple[dict, dict, str]] = {
         {},
         r"moe_shared_expert_intermediate_size = 8: topk has no shared expert",
     ),
-    "router as text": ({"scmoe.router": "sigmoid"}, {}, r'scmoe\.router = "sigmoid": must be a valid dict'),
+    "router as text": ({"scmoe.router": "sigmoid"}, {}, r'scmoe\.router = "sigmoid": must be an object'),
     "router's field": (
         {"scmoe.router": {"score_fn": 1}},
         {},

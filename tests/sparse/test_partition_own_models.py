@@ -106,7 +106,9 @@ def test_a_partition_computes_and_learns_the_same(case: str, method: Method, tmp
     factor = factor_of(source.config, 2, method)
     for name, grad in grads.items():
         found = mapped_back(name, parted_grads, method, factor, settings.swiglu)
-        assert (found - grad).norm() <= 2e-6 * grad.norm() + 1e-9, name
+        # A gate computes in fp32, and what its rows of two parts learn from their difference cancels in the sum.
+        scale = max(grad.norm(), parted_grads[name].norm()) if name.endswith(".gate.wg.weight") else grad.norm()
+        assert (found - grad).norm() <= 2e-6 * scale + 1e-9, name
 
 
 def mapped_back(name: str, grads: dict[str, Tensor], method: Method, factor: float, swiglu: bool) -> Tensor:
