@@ -50,7 +50,7 @@ def put_weights(engine: Any, weights: Weights) -> None:
             if id(parameter) in left_out:
                 continue
             value = own_part(weights.read(names[name]), parameter, names[name])
-            parameter.data.copy_(value)
+            parameter.copy_(value)  # not through `data`: who keeps something of a weight sees that it changed
             mapping = high_precision_mapping(parameter)
             if mapping is not None:
                 mapping.hp_fragment.data.copy_(_own_piece(value, mapping))

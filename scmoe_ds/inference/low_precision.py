@@ -28,8 +28,14 @@ class Attached(Attachment):
     """
 
     def __init__(self, format: str, layers: Sequence[LowPrecisionExperts], places: Sequence[Place]) -> None:
-        super().__init__(places)
         self.format, self.layers = format, layers
+        super().__init__(places)
+
+    def attach(self) -> None:
+        """Puts it there again. The weights may be others than before."""
+        super().attach()
+        for each in self.layers:
+            each.forget_scales()
 
     def summary(self) -> str:
         """One line on all ranks of the world. Collective."""
@@ -43,6 +49,10 @@ class Attached(Attachment):
 
 def use_low_precision(model: nn.Module, settings: LowPrecision) -> Attached:
     """From now on, ranks that `settings` calls hot compute their routed experts in low precision.
+
+    Weights may change in place, by training, or while it is detached. After weights were replaced by other tensors, or
+    written through `data` between two passes without gradients (such as an average of weights that is swapped in),
+    attach it anew: detach(), then this function.
 
     Args:
         model: a GPT of this package, or a Hugging Face model whose MoE layers `scmoe_ds.initialize` has attached, on

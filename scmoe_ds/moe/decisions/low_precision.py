@@ -138,11 +138,15 @@ class LowPrecisionExperts(OwnExperts):
         tokens, rows, own, tolerant = told_PX.sum(0).tolist()
         self._forget()
         if torch.is_grad_enabled():
-            for expert in self.experts:
-                expert.forget_scales()  # the weights may be about to change
+            self.forget_scales()  # the weights may be about to change
         self.hot = not torch.is_grad_enabled() and self._decide(tokens, rows, own, tolerant)
         self.counts.passes += 1
         self.counts.hot += self.hot
+
+    def forget_scales(self) -> None:
+        """See `Expert`."""
+        for expert in self.experts:
+            expert.forget_scales()
 
     def _decide(self, tokens: int, rows: int, own: int, tolerant: int) -> bool:
         """The conditions of `LowPrecision`, on sums over the ranks of the exchange. Tensor-parallel ranks hold the same

@@ -94,6 +94,7 @@ def of_two_projections(expert: TwoProjections) -> Expert:
     return Expert((inner,), expert.activate, output)
 
 
-def _state_of(weight: Tensor) -> tuple[int, int]:
-    """Another one after a change in place, which torch counts but for tensors that were made in inference mode."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def _state_of(weight: Tensor) -> tuple[int, object]:
+    """Another one after a change in place, which torch counts. It does not for tensors that were made in inference
+    mode: theirs is never the same."""
+    return weight.data_ptr(), object() if weight.is_inference() else weight._version

@@ -111,7 +111,8 @@ class Int8(Format):
     multiple, least_rows = 8, 17
 
     def _rounded(self, matrix_RI: Tensor, scale_R1: Tensor) -> Tensor:
-        return (matrix_RI / scale_R1).round_()
+        # No value is above the largest, unless the scale is that of other weights.
+        return (matrix_RI / scale_R1).round_().clamp_(-INT8_MAX, INT8_MAX)
 
     def product(self, rows: Scaled, weight: Scaled, bias_O: Tensor | None) -> Tensor:
         """See `Format`."""

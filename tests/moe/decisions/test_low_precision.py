@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 from unittest import mock
 
@@ -123,8 +124,25 @@ def test_scales_are_kept_until_the_weights_change() -> None:
     assert finds_scales() and not finds_scales()
 
 
-def test_a_pass_with_gradients_forgets_the_scales() -> None:
-    """After it an optimizer may write into the weights where torch does not count it."""
+def test_no_scale_is_kept_of_weights_made_in_inference_mode() -> None:
+    """torch does not count what changes them."""
+    with torch.inference_mode():
+        weight = torch.randn(4, 8)
+        expert = Expert((), lambda: weight, Projection(weight, None))
+        expert.convert(FORMATS["int8"])
+        weight.mul_(3)
+        (converted,) = expert.convert(FORMATS["int8"])
+        assert torch.equal(converted.scale_R1, FORMATS["int8"].scale(weight))
+
+
+def test_int8_saturates_where_a_scale_is_too_small() -> None:
+    matrix = torch.tensor([[-300.0, 2, 300]])
+    assert FORMATS["int8"].scaled(matrix, torch.ones(1, 1)).values.tolist() == [[-127, 2, 127]]
+
+
+@pytest.mark.parametrize("change", ["a pass with gradients", "paused"])
+def test_scales_are_forgotten_where_weights_may_change_unseen(change: str) -> None:
+    """An optimizer may write into them where torch does not count it."""
     connect()
     torch.manual_seed(2)
     hidden = torch.randn(2, 16, GPT2.hidden_size)
@@ -140,11 +158,13 @@ def test_a_pass_with_gradients_forgets_the_scales() -> None:
 
     layer, other = made(), made()
     settings = LowPrecision("all", score=1.0, min_tokens=0)
-    use_low_precision(layer, settings)
+    attached = use_low_precision(layer, settings)
     before = output(layer)
-    layer(hidden)
-    for weight in layer.parameters():
-        weight.data.mul_(3)
+    if change == "a pass with gradients":
+        layer(hidden)
+    with attached.paused() if change == "paused" else nullcontext():
+        for weight in layer.parameters():
+            weight.data.mul_(3)
     other.load_state_dict(layer.state_dict())
     use_low_precision(other, settings)
     assert torch.equal(output(layer), output(other)) and not torch.equal(output(layer), before)
