@@ -29,7 +29,7 @@ from benchmarks.harness.on_nodes import on_nodes, parse, write
 from benchmarks.harness.parts import CPU, RecordedPair
 from benchmarks.harness.skewed_gates import first_expert, skew_gates
 from benchmarks.harness.variants import Shape, Variant, build
-from benchmarks.serving.low_precision_exposed import WARM_UP, layer_seconds, variants
+from benchmarks.serving.low_precision_exposed import WARM_UP, layer_seconds, pair_rounds, variants
 from benchmarks.serving.low_precision_exposed import measure as measure_exposed
 from benchmarks.serving.low_precision_exposed import text as exposed_text
 from scmoe_ds.comm.transport import METHODS
@@ -198,7 +198,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights and rows")
     parser.add_argument("--method", choices=METHODS, default="send_receive", help="all-to-all of all rows")
     parser.add_argument("--rounds", type=int, default=15, help="of all rows")
-    parser.add_argument("--pair-rounds", type=int, default=60, help="of decision and conversion, where a rank is hot")
+    parser.add_argument(
+        "--pair-rounds", type=pair_rounds, default=60, help="of decision and conversion, where a rank is hot; from 6"
+    )
     parser.add_argument("--output", type=Path, help="directory for JSON and table")
     args, settings = parse(parser, rank_main)
     record = on_nodes("benchmarks.serving.low_precision", settings)

@@ -5,10 +5,15 @@ their mean is what the first is compared with, and their difference shows the no
 so that a round's difference is theirs. Before each step the caches are emptied. The difference is small beside either
 time: the median's interval says how well it is known. A clock around the calls says how much of the processor's time
 both take, exposed or not.
+
+Weights that were just converted may still lie in a cache when the experts run, those converted beforehand do not: what
+is exposed may be slightly more. The A/A share compares two single measurements: its interval is wider than the noise of
+the exposed share.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +36,8 @@ from scmoe_ds.planner.rounds import Spread, interleave, over_ranks
 BACKBONE = ("attention", "MLP", "shared expert")
 AS_IT_IS, BEFOREHAND, AGAIN = "as it is", "beforehand", "beforehand again"
 WARM_UP = 2
+LEAST_ROUNDS = 6
+"""Fewer values have no 95 % interval of their median."""
 
 
 class Clocked(LowPrecisionContainer):
@@ -69,6 +76,13 @@ class Prepared(LowPrecisionContainer):
     def announce(self, rows_per_expert: Sequence[int]) -> None: ...
 
     def _forget(self) -> None: ...
+
+
+def pair_rounds(text: str) -> int:
+    """A flag's value."""
+    if not text.isdecimal() or int(text) < LEAST_ROUNDS:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {LEAST_ROUNDS}")
+    return int(text)
 
 
 def variants(

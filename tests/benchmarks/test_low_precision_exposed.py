@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from benchmarks.harness.measure import median_interval
 from benchmarks.harness.parts import RecordedPair
 from benchmarks.harness.variants import Shape, build
 from benchmarks.serving import low_precision as benchmark
-from benchmarks.serving.low_precision_exposed import measure, text, variants
+from benchmarks.serving.low_precision_exposed import measure, pair_rounds, text, variants
 from scmoe_ds.engine import connect
 from scmoe_ds.moe.decisions.low_precision import LowPrecision
 from scmoe_ds.moe.decisions.low_precision_formats import FORMATS
@@ -26,6 +28,12 @@ def test_the_median_s_interval_is_that_of_the_sign_test(count: int, below: int) 
 def test_five_values_have_no_interval() -> None:
     with pytest.raises(ValueError, match="5 values have no 95 % interval"):
         median_interval([1.0] * 5)
+
+
+def test_rounds_without_an_interval_are_refused_before_they_are_measured() -> None:
+    assert pair_rounds("6") == 6
+    with pytest.raises(ArgumentTypeError, match="5: must be a whole number of at least 6"):
+        pair_rounds("5")
 
 
 def test_experts_that_are_converted_beforehand_compute_the_same() -> None:
