@@ -148,7 +148,17 @@ class Attachment:
         self.attach()
 
     def attach(self) -> None:
-        """Puts it there again."""
+        """Puts it there again.
+
+        Raises:
+            ArgumentError: something else was put into one of its places meanwhile.
+        """
+        for owner, name, value, before in self._places:
+            held = getattr(owner, name)
+            if held is not value and held is not before:
+                raise ArgumentError(
+                    f"attach(): {name} of a {type(owner).__name__} was changed meanwhile; take that off first"
+                )
         for owner, name, value, _ in self._places:
             setattr(owner, name, value)
 

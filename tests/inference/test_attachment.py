@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from scmoe_ds.errors import ArgumentError
-from scmoe_ds.inference.attachment import DECISIONS, EARLY, EXPERTS, ROUTING, Decision, check_together
+from scmoe_ds.inference.attachment import DECISIONS, EARLY, EXPERTS, ROUTING, Attachment, Decision, check_together
 
 PAGE = Path(__file__).parents[2] / "docs" / "inference.md"
 
@@ -23,6 +24,18 @@ def test_the_page_has_the_table() -> None:
     text = PAGE.read_text(encoding="utf-8").split("## What goes with what")[1].split("##")[0]
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert table[2:] == [row(each) for each in DECISIONS]
+
+
+def test_what_was_put_into_a_place_meanwhile_is_not_replaced() -> None:
+    layer = SimpleNamespace(routing_rule=None, early_rule=None)
+    first = Attachment([(layer, "early_rule", "early"), (layer, "routing_rule", "first")])
+    first.attach()
+    with pytest.raises(ArgumentError, match="routing_rule of a SimpleNamespace was changed meanwhile"), first.paused():
+        second = Attachment([(layer, "routing_rule", "second")])
+    assert (layer.early_rule, layer.routing_rule) == (None, "second")
+    second.detach()
+    first.attach()
+    assert (layer.early_rule, layer.routing_rule) == ("early", "first")
 
 
 def goes_with(decision: Decision) -> set[str]:
