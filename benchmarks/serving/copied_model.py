@@ -66,7 +66,8 @@ LIMITS = {
     "even gate, no row travels": Row(is_even=True, travels=False),
     "the same, experts take no time": Row(is_even=True, travels=False, computes=False),
 }
-"""What no division of rows can be faster than, from the first to the last."""
+"""Of what balance can give, of what it can give when senders have all experts themselves, and of everything about
+experts. Copies can be faster than the first: their rows do not travel."""
 
 
 def rows(experts_per_rank: int) -> dict[str, Row]:

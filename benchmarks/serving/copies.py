@@ -4,7 +4,9 @@
 
 Each row is the same model with other copies. "layer" is the routed branch of one MoE layer alone: gate, exchange,
 experts, decode. "top-1" and "ScMoE" are passes of a GPT of two blocks as scmoe_ds.inference runs it, without and with
-a shortcut. Beside them run passes with an even gate, without a link and without experts: what copies can reach.
+a shortcut; the second block has the MoE layer. Beside them run passes with an even gate: without copies, without rows
+that travel, and without experts' time as well. The second and the third are limits of what copies can reach. The first
+is the limit of balance alone, which copies can pass: their rows do not travel.
 
 The gate sends `skew` times the mean to one expert and the same number of tokens to all others; that expert and
 `experts / 2 - 1` others live on rank 0. The link is set so that the all-to-all takes `--share` of DeepSpeed's top-2

@@ -16,6 +16,7 @@ from benchmarks.serving import figures as serving_figures
 from benchmarks.serving import offload_worker as worker
 from benchmarks.serving.copied_model import LIMITS, NONE, Copied, Row, even_split, near_split, rows
 from scmoe_ds.engine import connect
+from scmoe_ds.inference.attachment import moe_layers
 from scmoe_ds.moe.decisions.copies import Copy, Costs
 from scmoe_ds.offload.files import ExpertFile
 from scmoe_ds.planner.simulation import Mode
@@ -143,6 +144,8 @@ def test_skewed_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.serving.copied_model.shape_of", lambda phase, settings: shape)
     for kind, served in copies.MODELS.items():
         model = Copied(served, "prefill", {"experts": 4, "method": "collective"})
+        # A second one would read what the first one made of its rows, which rows of LIMITS change.
+        assert len(moe_layers(model.server.model)) == 1
         for skew in (1.0, 1.8, 4.0) if kind == "top-1" else (1.8,):
             model.skew(skew)
             model.add(NONE, Row(), Costs(0.0, 1.0, 0.0))
