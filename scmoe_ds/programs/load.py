@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch.distributed as dist
@@ -36,15 +36,17 @@ def check_flags(args: argparse.Namespace) -> None:
             )
     if args.expert_tier == "host" and device().type != "cuda":
         raise ArgumentError("--expert-tier host: is memory beside a GPU, and there is none here; leave the flag out")
-    for name in ("drop_rate", "drop_method", "drop_load_aware"):
-        if args.no_drop and getattr(args, name):
-            raise ArgumentError(f"--no-drop computes all: remove it, or {flag_of(name)}")
+    dropping = [flag_of(name) for name in ("drop_rate", "drop_method", "drop_load_aware") if getattr(args, name)]
+    if args.no_drop and dropping:
+        raise ArgumentError(f"--no-drop computes all: remove it, or {dropping[0]}")
     if args.expert_loads is not None and not args.expert_copies:
         raise ArgumentError("--expert-loads goes with --expert-copies: say how many copies a rank shall keep")
     if args.save_expert_loads is not None:
         check_output_file("--save-expert-loads", args.save_expert_loads)
     copying = f"--expert-copies {args.expert_copies}" if args.expert_copies else "--save-expert-loads"
+    drops = replace(attachment.DROPS, without=f"leave {' and '.join(dropping)} out")
     asked = {
+        " and ".join(dropping): (drops, bool(dropping)),
         f"--drop-method {args.drop_method}": (attachment.HALVES, args.drop_method == "2t"),
         f"--low-precision {args.low_precision}": (attachment.LOW_PRECISION, args.low_precision != "off"),
         copying: (attachment.COPIES, args.expert_copies or args.save_expert_loads is not None),

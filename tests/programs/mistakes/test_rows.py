@@ -139,6 +139,11 @@ ROWS: dict[str, tuple[str, str]] = {
         "generate --load saved --prompt a --save-expert-loads /",
         r"--save-expert-loads /",
     ),
+    "copies: rows that drops leave out": (
+        "generate --load absent --prompt a --expert-copies 1 --drop-rate 0.25",
+        r"--drop-rate: does not go with copies of experts, as both change the routing rule of a layer; leave "
+        r"--expert-copies out, or leave --drop-rate out",
+    ),
     "copies: of offloaded experts": (
         "generate --load export --prompt a --experts offload --save-expert-loads loads.json",
         r"--save-expert-loads: does not go with offloaded experts, as both change the experts of a layer",
