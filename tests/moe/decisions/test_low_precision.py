@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scmoe_ds.checkpoint.reshard import put_weights
 from scmoe_ds.engine import connect
 from scmoe_ds.errors import ArgumentError
 from scmoe_ds.inference import low_precision as attaching
@@ -121,6 +124,12 @@ def test_scales_are_kept_until_the_weights_change() -> None:
     mlp.load_state_dict({name: 2 * value for name, value in mlp.state_dict().items()})
     assert finds_scales() and not finds_scales()
     mlp.input.weight.data = mlp.input.weight.flip(0)
+    assert finds_scales() and not finds_scales()
+    saved = {name: 3 * value for name, value in mlp.state_dict().items()}
+    checkpoint = SimpleNamespace(
+        path=Path(), names=lambda: list(saved), shape=lambda name: saved[name].shape, read=saved.__getitem__
+    )
+    put_weights(SimpleNamespace(module=mlp), checkpoint)
     assert finds_scales() and not finds_scales()
 
 
