@@ -2,11 +2,12 @@
 
 As under ZeRO-1 a step's gradients are averaged, one rank makes the step of an expert, and the others get its weights:
 
+    join      at the start: all weights, from the first rank, as DeepSpeed's engine sends those in memory
     reduce    before the optimizer's step: the sum of the ranks' gradients, expert after expert
-    gather    when a layer's experts are asked for first after a step: their weights, from the ranks that have stepped
+    gather    when a layer's experts are asked for the first time after a step: their weights, from those who stepped
 
 NCCL wants all collectives of a device in the same order on all ranks, whatever their group. So the thread that trains
-launches them, at these two places and for all experts, whether they have rows on this rank or not. The workers bring
+launches them, at these places and for all experts, whether they have rows on this rank or not. The workers bring
 what is sent and wait for what is received; on a GPU that happens on streams that nothing else waits for.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe_ds.errors import CheckpointError
+from scmoe_ds.offload.readers import Arrival
 from scmoe_ds.offload.records import Records
 from scmoe_ds.offload.room import GRADIENT, LOW, WEIGHTS, Room
 from scmoe_ds.offload.shape import ExpertShape
@@ -56,7 +59,7 @@ class SharedStates(ExpertStates):
         size: int,
     ) -> None:
         super().__init__(keys, shape, dtype, device, records)
-        self._keepers = keepers(keys, size)
+        self._rank, self._keepers = rank, keepers(keys, size)
         self.kept = {key: None for key, keeper in self._keepers.items() if keeper == rank}
         self._pieces = _pieces(self.keys, shape, rank, size)
         self._group: Any = None
@@ -66,14 +69,16 @@ class SharedStates(ExpertStates):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def join(self, ranks: int, group: Any) -> None:
+        """Takes the first rank's weights: the ranks may have started with others, or one of them have loaded some."""
         self._averaged_over, self._group = ranks, group
+        with self._beside():
+            self._send(dict.fromkeys(self.keys, 0))
 
     def reduce(self) -> None:
+        self.finish()  # or the step of an expert that nobody has asked for since would take the next gradient
         filling: deque[Callable[[], None]] = deque()
         with self._beside():
             for key in self.keys:
-                if key in self._keeping:
-                    self._keeping[key].result()
                 buffer = self.gradient_buffer()
                 filled = self._workers.submit(ARRIVE, partial(self._fill, key, buffer, self._so_far()))
                 filling.append(partial(self._reduce, key, buffer, filled))
@@ -84,17 +89,7 @@ class SharedStates(ExpertStates):
 
     def gather(self, layer: int) -> None:
         with self._beside():
-            for key in [key for key in self._stale if key.layer == layer]:
-                buffer = self.gradient_buffer()
-                if key in self.kept:
-                    self.load({f"{key.layer}.{key.expert}": buffer}, self._after_this()).wait()
-                source = dist.get_global_rank(self._group, self._keepers[key])
-                work = dist.broadcast(buffer[: self.shape.elements], source, group=self._group, async_op=True)
-                task = self._workers.submit(ARRIVE, partial(self._receive, key, buffer, work))
-                self._arrivals.append(task)
-                if key not in self.kept:
-                    self._coming[key] = task
-                del self._stale[key]
+            self._send({key: self._keepers[key] for key in self._stale if key.layer == layer})
 
     def step(self, factor: Tensor, kind: Callable[..., torch.optim.Optimizer], options: Mapping[int, Any]) -> None:
         super().step(factor, kind, options)
@@ -111,6 +106,30 @@ class SharedStates(ExpertStates):
                 "one on all ranks before, or call scmoe_ds.checkpoint.save or scmoe_ds.save_pretrained"
             )
         return super().weights(key)
+
+    def _send(self, senders: Mapping[ExpertKey, int]) -> None:
+        """All ranks get the weights of experts, one after another; of each the rank of the group that has them."""
+        own = [key for key, sender in senders.items() if sender == self._rank]
+        loads = map(self._loading, own)  # lazily: one is under way while another one is waited for
+        coming = deque(islice(loads, 1))
+        for key, sender in senders.items():
+            if sender == self._rank:
+                coming.extend(islice(loads, 1))
+                buffer, arrival = coming.popleft()
+                arrival.wait()
+            else:
+                buffer = self.gradient_buffer()
+            source = dist.get_global_rank(self._group, sender)
+            work = dist.broadcast(buffer[: self.shape.elements], source, group=self._group, async_op=True)
+            task = self._workers.submit(ARRIVE, partial(self._receive, key, buffer, work, sender == self._rank))
+            self._arrivals.append(task)
+            if sender != self._rank:
+                self._coming[key] = task
+            self._stale.pop(key, None)
+
+    def _loading(self, key: ExpertKey) -> tuple[Tensor, Arrival]:
+        buffer = self.gradient_buffer()
+        return buffer, self.load({f"{key.layer}.{key.expert}": buffer}, self._after_this())
 
     # On the workers
 
@@ -144,13 +163,16 @@ class SharedStates(ExpertStates):
         finally:
             self._buffers.put((buffer, self._so_far()))
 
-    def _receive(self, key: ExpertKey, buffer: Tensor, work: Any, room: Room) -> None:
+    def _receive(self, key: ExpertKey, buffer: Tensor, work: Any, is_sender: bool, room: Room) -> None:
         try:
             with self._turn(key, room) as record:
                 work.wait()
-                if key not in self.kept:
+                if not is_sender:
                     low = LOW if room.low is not None else WEIGHTS
                     room.moving.append(self.records.write(record, low, buffer))
+                if not is_sender and key in self.kept and room.low is not None:  # at the start
+                    room.states[WEIGHTS][: self.shape.elements].copy_(buffer[: self.shape.elements])
+                    room.moving.append(self.records.write(record, WEIGHTS, room.states[WEIGHTS]))
         finally:
             self._buffers.put((buffer, self._so_far()))
 

@@ -69,11 +69,13 @@ def test_two_ranks_have_the_losses_of_experts_in_memory() -> None:
 
 
 def on_four_ranks(directory: str) -> dict[str, Any]:
-    """Each expert is on two of them."""
+    """Each expert is on two of them. The first engines start with other weights on each rank: those of one rank hold."""
     host, disk = {"device": "cpu", "buffer_count": 3}, {"device": "nvme", "nvme_path": directory, "buffer_count": 2}
     found: dict[str, Any] = {}
     for name, offload in (("memory", None), ("elsewhere", host)):
-        found[f"bf16 {name}"] = trained(make_engine(make(4, 2, offload, 1, **BF16)), 4)
+        engine = make_engine(make(4, 2, offload, 1, **BF16), seed=dist.get_rank())
+        found[f"bf16 start {name}"] = {key: value.sum().item() for key, value in engine.module.state_dict().items()}
+        found[f"bf16 {name}"] = trained(engine, 4)
         engine = make_engine(make(4, 2, offload, 1, **ZERO_2))
         found[f"ZeRO-2 {name}"] = train_over_nan(engine, dist.get_rank())
     runs = {"memory": make(4, 2, None), "elsewhere": make(4, 2, disk)}
@@ -115,7 +117,7 @@ def test_four_ranks_have_the_losses_of_experts_in_memory() -> None:
         assert whole.keys() == other.keys() and all(torch.equal(other[name], each) for name, each in whole.items())
         for found in results:
             assert found["memory"] == found["elsewhere"]
-            for kind in ("bf16", "ZeRO-2"):
+            for kind in ("bf16 start", "bf16", "ZeRO-2"):
                 assert found[f"{kind} memory"] == found[f"{kind} elsewhere"]
             assert found["shares"] == [2] * 4
             for then in ("memory", "elsewhere"):

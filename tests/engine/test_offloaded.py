@@ -51,10 +51,10 @@ def make_json(offload: dict[str, Any] | None, accumulation: int = 2, **changes: 
     }
 
 
-def make_engine(whole: dict[str, Any], settings: GPTSettings = SETTINGS) -> Any:
+def make_engine(whole: dict[str, Any], settings: GPTSettings = SETTINGS, seed: int = 1) -> Any:
     connect()
     model = GPT(settings, ScMoEConfig.from_deepspeed(whole))
-    initialize_parameters(model, 1, 0.1, settings.num_layers)
+    initialize_parameters(model, seed, 0.1, settings.num_layers)
     return scmoe_ds.initialize(model=model, config=whole)[0]
 
 

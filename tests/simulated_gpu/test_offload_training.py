@@ -116,7 +116,7 @@ def test_the_clipping_factor_is_kept_until_it_is_read() -> None:
 FAULTS_OF_TWO = [
     ("self._behind(filled.result())", "filled.result()"),
     ("work.wait()\n                pieces", "pieces"),
-    ("work.wait()\n                if key", "if key"),
+    ("work.wait()\n                if not", "if not"),
 ]
 
 
