@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,14 @@ from scmoe_ds.checkpoint.autoep import shards
 from scmoe_ds.checkpoint.safetensors_files import INDEX_FILE
 from scmoe_ds.errors import reason_of
 from scmoe_ds.moe.placement import Placement, expert_of, layer_of, with_expert
-from scmoe_ds.offload.trainable import gather_experts
+from scmoe_ds.offload.trainable import by_expert, gather_experts, left_out_of_state_dicts, offloaded_names
 from scmoe_ds.parallel.agreement import from_rank_zero, run_on_rank_zero
 from scmoe_ds.parallel.process import device
 
 
 class _Piece(NamedTuple):
-    """A tensor of the whole model: its name there, the lowest rank that has it, and its tensor or one of its form."""
+    """A tensor of the whole model: its name there, the lowest rank that has it, and its tensor, which on the
+    others may be another one of its form, also on the meta device."""
 
     name: str
     owner: int
@@ -33,8 +34,8 @@ class _Piece(NamedTuple):
 def save_whole_model(engine: Any, out: Path, shard_bytes: int) -> None:
     """Writes the weights of an engine with DeepSpeed MoE or ScMoE layers, and the model's config.json if it has one.
 
-    Rank 0 writes. The ranks that hold experts send them, one tensor at a time. The directory gets its name when all of
-    it is on the disk. Collective.
+    Rank 0 writes. The ranks that hold experts send them, one tensor at a time. Offloaded experts come into memory one
+    after another. The directory gets its name when all of it is on the disk. Collective.
 
     Args:
         engine: under ZeRO-0 to 2, on ranks that each hold whole experts.
@@ -79,7 +80,9 @@ def _pieces(model: nn.Module) -> Iterator[_Piece]:
     """All tensors of the whole model, in the same order on every rank. A tied one comes once."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
+    with left_out_of_state_dicts(model):
+        there = model.state_dict()
+    for name, tensor in there.items():
         layer = layer_of(name)
         if tensor.data_ptr() in seen and tensor.numel():
             continue
@@ -91,6 +94,20 @@ def _pieces(model: nn.Module) -> Iterator[_Piece]:
         for part in range(place.expert_parallel_size):
             number = part * place.num_local_experts + local
             yield _Piece(with_expert(name, number), place.first_ranks_of(number)[0], tensor.detach())
+    yield from _offloaded_pieces(model, layers)
+
+
+def _offloaded_pieces(model: nn.Module, layers: Mapping[str, MoE]) -> Iterator[_Piece]:
+    """Of experts in no state dict; their owner alone reads them."""
+    for (experts, key), parts in by_expert(offloaded_names(model)).items():
+        place = Placement.of(layers[str(layer_of(next(iter(parts))))])
+        for rank in range(place.expert_parallel_size):
+            number = rank * place.num_local_experts + key.expert
+            owner = place.first_ranks_of(number)[0]
+            weights = experts.states.weights(key) if owner == dist.get_rank() else {}
+            for name, part in parts.items():
+                like = weights.get(part.name, torch.empty(part.shape, dtype=experts.states.dtype, device="meta"))
+                yield _Piece(with_expert(name, number), owner, like)
 
 
 def _received(piece: _Piece) -> Tensor:

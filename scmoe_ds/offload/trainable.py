@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from scmoe_ds.moe.experts import MovingExperts, has_linear_projections
 from scmoe_ds.moe.linear_experts import product
 from scmoe_ds.moe.placement import own_first_expert
-from scmoe_ds.offload.own_checkpoints import sentence
+from scmoe_ds.offload.own_checkpoints import LOAD_STATE_DICT
 from scmoe_ds.offload.shape import ExpertShape, Part
 from scmoe_ds.offload.states import ExpertStates
 from scmoe_ds.offload.store import ExpertKey, ExpertStore
@@ -123,8 +123,7 @@ class TrainableExperts(MovingExperts):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """A state dict has neither the fp32 weights nor the moments that the next step needs."""
         *_, errors = arguments
-        remedy = "load it before scmoe_ds.initialize, or a checkpoint with scmoe_ds.checkpoint.load"
-        errors.append(sentence("load_state_dict", remedy))
+        errors.append(LOAD_STATE_DICT)
 
 
 class Slot(nn.Module):

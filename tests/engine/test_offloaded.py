@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +31,7 @@ from scmoe_ds.errors import ArgumentError, CheckpointError, ScMoEConfigError
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.models.initialization import initialize_parameters
 from scmoe_ds.models.layers import GPTSettings
+from scmoe_ds.offload.store import ExpertKey
 from scmoe_ds.offload.trainable import offloaded
 from scmoe_ds.training.start_text import parameters_of
 
@@ -202,12 +206,18 @@ def test_experts_that_come_late_start_as_in_memory() -> None:
 
 
 def test_deepspeeds_own_checkpoints_are_refused(tmp_path: Path) -> None:
-    """They would have no experts, in silence."""
+    """They would lack what the experts' next step needs, or the experts of other ranks, in silence."""
     engine = make_engine(make_json({"device": "cpu"}))
-    for method in (engine.save_checkpoint, engine.load_checkpoint, engine.save_16bit_model, engine.save_fp16_model):
-        with pytest.raises(CheckpointError, match=r"engine\.\w+: would leave out the experts"):
+    held = "scmoe.offload_experts holds the experts' fp32 weights and moments, which"
+    for method, why in (
+        (engine.save_checkpoint, f"{held} would be lacking; call scmoe_ds.checkpoint.save$"),
+        (engine.load_checkpoint, f"{held} would not be set; call scmoe_ds.checkpoint.load$"),
+        (engine.save_16bit_model, r"with .* would write rank 0's experts alone; call scmoe_ds\.save_pretrained$"),
+        (engine.save_fp16_model, r"with .* would write rank 0's experts alone; call scmoe_ds\.save_pretrained$"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"^engine\.\w+: {why}"):
             method(str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"load_state_dict: would leave out the experts"):
+    with pytest.raises(RuntimeError, match=f"load_state_dict: {held} a state dict lacks; load it before"):
         engine.module.load_state_dict(engine.module.state_dict())
     assert not list(tmp_path.iterdir())
 
@@ -218,13 +228,38 @@ def test_a_state_dict_has_the_experts(bf16: bool) -> None:
     changes = BF16 if bf16 else PLAIN
     engines = [make_engine(make_json(offload, **changes)) for offload in (None, {"device": "cpu"})]
     there, away = ((train(each, 3), each.module.state_dict())[1] for each in engines)
-    assert {name for name in away if "stand_in" not in name} == there.keys() and len(there) > 12
+    assert away.keys() == there.keys() and len(there) > 12
     assert all(torch.equal(away[name], value) and away[name].dtype == value.dtype for name, value in there.items())
     whole = make_json({"device": "cpu"}, **changes)
     model = GPT(SETTINGS, ScMoEConfig.from_deepspeed(whole))
-    model.load_state_dict(there)
+    model.load_state_dict(away)
     started = scmoe_ds.initialize(model=model, config=whole)[0].module.state_dict()
     assert all(torch.equal(started[name], value) for name, value in there.items())
+
+
+def test_an_export_has_one_expert_in_memory_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(make_json({"device": "nvme", "nvme_path": str(tmp_path)}))
+    states = offloaded(engine.module)[0].states
+    of_one = {name: each.nbytes for name, each in states.weights(states.keys[0]).items()}
+    read, alive, most = states.weights, Counter[ExpertKey](), 0
+
+    def counted(key: ExpertKey) -> dict[str, Tensor]:
+        nonlocal most
+        found = read(key)
+        for each in found.values():
+            alive[key] += 1
+            weakref.finalize(each, alive.subtract, [key])
+        most = max(most, sum(count > 0 for count in alive.values()))
+        return found
+
+    monkeypatch.setattr(states, "weights", counted)
+    scmoe_ds.save_pretrained(engine, tmp_path / "whole", sum(of_one.values()))
+    assert len(alive) == 12 and most <= 3  # one is read, another one sent, and a third one in a file
+    exported = {
+        name: each for file in (tmp_path / "whole").glob("*.safetensors") for name, each in load_file(file).items()
+    }
+    there = engine.module.state_dict()
+    assert exported.keys() == there.keys() and all(torch.equal(exported[name], each) for name, each in there.items())
 
 
 def train_and_discard(engine: Any) -> list[float]:
