@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -55,6 +55,9 @@ LOW_PRECISION = Decision("low precision", (LowPrecisionExperts,), (EXPERTS,), "l
 COPIES = Decision(
     "copies of experts", (CopiedExperts,), (ROUTING, EARLY, EXPERTS), "leave --expert-copies out", True, True
 )
+LOADS = replace(
+    COPIES, name="counts of experts' loads", without="leave --save-expert-loads out", ranks=False
+)  # `CopiedExperts` without a copy
 OFFLOADED = Decision("offloaded experts", (MovingExperts,), (EXPERTS,), "use --experts resident")
 DECISIONS = (DROPS, HALVES, LOAD_AWARE, LOW_PRECISION, COPIES, OFFLOADED)
 

@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from scmoe_ds.comm.transport import probe, synchronize
 from scmoe_ds.data.durable_files import write_whole
 from scmoe_ds.errors import ArgumentError, reason_of
-from scmoe_ds.inference.attachment import COPIES, Attachment, Place, check
+from scmoe_ds.inference.attachment import COPIES, LOADS, Attachment, Place, check
 from scmoe_ds.models.gpt import GPT
 from scmoe_ds.moe.decisions.copied import CopiedExperts
 from scmoe_ds.moe.decisions.copies import Copy, Costs, choose_copies
@@ -194,8 +193,7 @@ def _layers(model: GPT) -> list[StagedMoE]:
 
 def _check(layers: Sequence[StagedMoE], per_rank: int) -> None:
     flag = f"--expert-copies {per_rank}" if per_rank else "--save-expert-loads"
-    # Loads are counted on any number of ranks.
-    check(layers, [COPIES if per_rank else replace(COPIES, ranks=False)], flag)
+    check(layers, [COPIES if per_rank else LOADS], flag)
     least = min(layer.num_experts - layer.num_experts // layer.ep_size for layer in layers)
     if per_rank > least:
         raise ArgumentError(f"{flag}: must be at most {least}, as other ranks have no more experts in a layer")

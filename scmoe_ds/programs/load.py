@@ -41,15 +41,13 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--no-drop computes all: remove it, or {dropping[0]}")
     if args.expert_loads is not None and not args.expert_copies:
         raise ArgumentError("--expert-loads goes with --expert-copies: say how many copies a rank shall keep")
-    if args.save_expert_loads is not None:
-        check_output_file("--save-expert-loads", args.save_expert_loads)
-    copying = f"--expert-copies {args.expert_copies}" if args.expert_copies else "--save-expert-loads"
     drops = replace(attachment.DROPS, without=f"leave {' and '.join(dropping)} out")
     asked = {
         " and ".join(dropping): (drops, bool(dropping)),
         f"--drop-method {args.drop_method}": (attachment.HALVES, args.drop_method == "2t"),
         f"--low-precision {args.low_precision}": (attachment.LOW_PRECISION, args.low_precision != "off"),
-        copying: (attachment.COPIES, args.expert_copies or args.save_expert_loads is not None),
+        f"--expert-copies {args.expert_copies}": (attachment.COPIES, args.expert_copies),
+        "--save-expert-loads": (attachment.LOADS, args.save_expert_loads is not None and not args.expert_copies),
         f"--experts {args.experts}": (attachment.OFFLOADED, args.experts != "resident"),
     }
     for (flag, (own, wanted)), (_, (other, too)) in combinations(asked.items(), 2):
@@ -69,6 +67,8 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Decisions]:
         ArgumentError, CheckpointError, DataError, ScMoEConfigError: what a user can correct.
     """
     require_same_flags(args)
+    if args.save_expert_loads is not None:  # rank 0 alone writes it, maybe where no other machine can
+        run_on_rank_zero(lambda: check_output_file("--save-expert-loads", args.save_expert_loads))
     resident = args.experts == "resident"
     loaded = load_trained(
         args.load,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from scmoe_ds.errors import ArgumentError, ScMoEConfigError
 from scmoe_ds.programs.flags import megatron as megatron_flags
 from scmoe_ds.programs.flags import table
 from scmoe_ds.programs.flags.analysis import build_parser as build_analysis_parser
-from scmoe_ds.programs.flags.checks import require_flags
+from scmoe_ds.programs.flags.checks import check_output_directory, require_flags
 from scmoe_ds.programs.flags.evaluate import build_parser as build_evaluate_parser
 from scmoe_ds.programs.flags.generate import build_parser as build_generate_parser
 from scmoe_ds.programs.flags.gpt import build_parser, parse_arguments
@@ -27,6 +28,7 @@ from scmoe_ds.programs.flags.other_names import OTHER_NAMES
 from scmoe_ds.programs.flags.registry import PROGRAMS, parser_of
 from scmoe_ds.programs.flags.swin import build_parser as build_image_parser
 from scmoe_ds.programs.flags.swin import parse_image_arguments
+from scmoe_ds.programs.load import check_flags
 from tests.programs.test_megatron_scripts import OPTIONS, PAGE
 
 SIZES = ["--num-layers", "2", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"]
@@ -386,6 +388,22 @@ def test_all_flags_that_are_missing_are_named() -> None:
             argparse.Namespace(num_layers=2, hidden_size=None, seq_length=None),
             ["num_layers", "hidden_size", "seq_length"],
         )
+
+
+def test_an_empty_directory_is_written_beside_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its own permissions do not suffice."""
+    out = tmp_path / "parent" / "out"
+    check_output_directory("--output", out)
+    out.mkdir(parents=True)
+    check_output_directory("--output", out)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != out.parent)
+    with pytest.raises(ArgumentError, match=f"{re.escape(str(out.parent))} is no directory or cannot be written"):
+        check_output_directory("--output", out)
+
+
+def test_rank_0_alone_needs_the_directory_of_expert_loads() -> None:
+    """Which is not known before the ranks have met."""
+    check_flags(build_generate_parser().parse_args("--load saved --save-expert-loads absent/loads.json".split()))
 
 
 def test_answers_lead_somewhere() -> None:

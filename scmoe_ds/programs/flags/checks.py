@@ -77,10 +77,12 @@ def check_output_directory(flag: str, path: Path) -> None:
     above = path.absolute()
     while not os.path.lexists(above):
         above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ArgumentError(
-            f"{flag} {path}: cannot be made, {above} is no directory or cannot be written; name another"
-        )
+    beside = [path.absolute().parent] if path.is_dir() else []  # there it is written until all of it is on the disk
+    for each in (above, *beside):
+        if not each.is_dir() or not os.access(each, os.W_OK):
+            raise ArgumentError(
+                f"{flag} {path}: cannot be made, {each} is no directory or cannot be written; name another"
+            )
     if path.is_dir() and any(path.iterdir()):
         raise ArgumentError(f"{flag} {path}: is not empty; name another directory")
 

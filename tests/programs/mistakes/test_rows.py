@@ -146,7 +146,12 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "copies: of offloaded experts": (
         "generate --load export --prompt a --experts offload --save-expert-loads loads.json",
-        r"--save-expert-loads: does not go with offloaded experts, as both change the experts of a layer",
+        r"--save-expert-loads: does not go with offloaded experts, as both change the experts of a layer; "
+        r"use --experts resident, or leave --save-expert-loads out$",
+    ),
+    "copies: loads beside low precision": (
+        "generate --load export --prompt a --low-precision all --save-expert-loads loads.json",
+        r"--low-precision all: does not go with counts of experts' loads, .* leave --save-expert-loads out, or",
     ),
     "generate: ranks": (
         "generate --load saved --prompt a --moe-expert-parallel-size 2",
