@@ -196,7 +196,7 @@ def schedule(name: str, layer: AutoEPMoELayer, wire_dtype: str | None, parts: in
         parts: of each expert.
 
     Raises:
-        ScMoEConfigError: experts that have no so many parts.
+        ScMoEConfigError: experts that cannot be divided into so many parts.
     """
     if parts > 1:
         divide_grouped(name, layer.experts, parts)
