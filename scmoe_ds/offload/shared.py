@@ -7,8 +7,8 @@ As under ZeRO-1 a step's gradients are averaged, one rank makes the step of an e
     gather    when a layer's experts are asked for the first time after a step: their weights, from those who stepped
 
 NCCL wants all collectives of a device in the same order on all ranks, whatever their group. So the thread that trains
-launches them, at these places and for all experts, whether they have rows on this rank or not. The workers bring
-what is sent and wait for what is received; on a GPU that happens on streams that nothing else waits for.
+launches them, at these places and for all experts, whether they have rows on this rank or not. It waits until the
+workers have brought what it sends. They wait for what is received; on a GPU that happens on streams of their own.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class ExpertStates(Turns):
     # What the optimizer's step calls
 
     def join(self, ranks: int, group: Any) -> None:
-        """Says over how many ranks gradients are averaged, and the expert-data-parallel group."""
+        """Says over how many ranks gradients are averaged, and the expert-data-parallel group. Collective."""
         self.ranks = ranks
 
     def reduce(self) -> None:
