@@ -80,7 +80,7 @@ def test_lists_show_as_lists_on_the_site(name: str) -> None:
 
 OTHERS = set(
     "--hostfile --launcher_args --master_addr --master_port --no_ssh --node_rank --num_gpus --quiet --mca --shm-size "
-    "--split-sentences --standard --only --minutes --rehearse --adapted --rows --share --text --text-models".split()
+    "--split-sentences --standard --only --minutes --rehearse --adapted --models --rows --share --text --text-models".split()
 )
 """Flags of DeepSpeed's launcher; of mpirun, docker, Megatron's preprocess_data.py, and benchmarks."""
 
